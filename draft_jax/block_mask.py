@@ -1,0 +1,158 @@
+"""Which key blocks each query block attends to, in the form a kernel walks."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from draft_jax.grid import VideoGrid
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockMask:
+    """Kept block pairs per batch item and head, as compressed sparse rows.
+
+    Blocks are those of `grid` in tiled order, text blocks included: R = C =
+    `grid.num_blocks`. Query block `r` attends to the key blocks
+    `block_ids[b, n, row_offsets[b, n, r] : row_offsets[b, n, r + 1]]`, which are
+    in ascending order. Shapes are static: the capacity M bounds the kept pairs of
+    one head, and entries at or past `row_offsets[b, n, R]` are 0 and not read.
+
+    A pytree whose leaves are the two arrays; `grid` is static.
+
+    Attributes:
+      row_offsets: int32 [B, N, R + 1], non-decreasing, first entry 0.
+      block_ids: int32 [B, N, M], key block of each kept pair.
+      grid: Geometry that defines the blocks.
+    """
+
+    row_offsets: Int[Array, "B N R+1"]
+    block_ids: Int[Array, "B N M"]
+    grid: VideoGrid = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: Bool[Array, "B N R R"],
+        *,
+        grid: VideoGrid,
+        capacity: int | None = None,
+    ) -> Self:
+        """Compresses a boolean map of block pairs.
+
+        Args:
+          dense: True where the pair (query block, key block) is kept, over all
+            `grid.num_blocks` blocks in tiled order, text blocks included.
+          grid: Geometry that defines the blocks.
+          capacity: Most pairs any head can keep; R * R by default. A smaller one
+            saves memory. Under jit the map's contents are not known, so nothing
+            can be raised there: pairs past the capacity, last rows first, are
+            dropped.
+
+        Returns:
+          A mask with the same kept pairs.
+
+        Raises:
+          ValueError: dense is not square over the grid's blocks, or a head keeps
+            more pairs than `capacity` (outside jit).
+          TypeError: dense is not boolean.
+        """
+        num_blocks = grid.num_blocks
+        if dense.ndim != 4 or dense.shape[2:] != (num_blocks, num_blocks):
+            raise ValueError(
+                f"dense has shape {dense.shape}; expected [batch, heads, "
+                f"{num_blocks}, {num_blocks}], one row and column per block of {grid}"
+            )
+        if dense.dtype != jnp.bool_:
+            raise TypeError(f"dense has dtype {dense.dtype}; expected bool")
+        if capacity is None:
+            capacity = num_blocks * num_blocks
+        if capacity < 1:
+            raise ValueError(f"{capacity=} must be at least 1")
+        counts = dense.sum(-1, dtype=jnp.int32)
+        ends = jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
+        if not isinstance(dense, jax.core.Tracer):
+            most_kept = int(ends[..., -1].max(initial=0))
+            if most_kept > capacity:
+                raise ValueError(
+                    f"{capacity=} is too small: a head keeps {most_kept} pairs"
+                )
+        row_offsets = jnp.pad(ends, ((0, 0), (0, 0), (1, 0)))
+        compress = jax.vmap(jax.vmap(lambda row: _kept_columns(row, capacity)))
+        return cls(
+            row_offsets=jnp.minimum(row_offsets, capacity),
+            block_ids=compress(dense),
+            grid=grid,
+        )
+
+    @classmethod
+    def full(cls, *, grid: VideoGrid, batch: int, num_heads: int) -> Self:
+        """The mask that keeps every pair: dense attention in block-sparse form."""
+        num_blocks = grid.num_blocks
+        row_offsets = np.arange(num_blocks + 1, dtype=np.int32) * num_blocks
+        block_ids = np.tile(np.arange(num_blocks, dtype=np.int32), num_blocks)
+        shape = (batch, num_heads)
+        return cls(
+            row_offsets=jnp.broadcast_to(row_offsets, (*shape, num_blocks + 1)),
+            block_ids=jnp.broadcast_to(block_ids, (*shape, num_blocks**2)),
+            grid=grid,
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Most pairs a head can keep, M."""
+        return self.block_ids.shape[-1]
+
+    @property
+    def counts(self) -> Int[Array, "B N R"]:
+        """Key blocks kept by each query block."""
+        return jnp.diff(self.row_offsets, axis=-1)
+
+    def row_ids(self) -> Int[Array, "B N M"]:
+        """Query block of each kept pair; R for the entries that are not read."""
+        entries = jnp.arange(self.capacity, dtype=jnp.int32)
+        search = jax.vmap(
+            jax.vmap(lambda offsets: jnp.searchsorted(offsets, entries, side="right"))
+        )
+        return search(self.row_offsets[..., 1:]).astype(jnp.int32)
+
+    def to_dense(self) -> Bool[Array, "B N R R"]:
+        """The boolean map of kept block pairs, text blocks included."""
+        num_blocks = self.grid.num_blocks
+
+        def scatter(rows, columns):
+            empty = jnp.zeros((num_blocks, num_blocks), jnp.bool_)
+            return empty.at[rows, columns].set(True, mode="drop")
+
+        return jax.vmap(jax.vmap(scatter))(self.row_ids(), self.block_ids)
+
+    @property
+    def density(self) -> Float[Array, "B N"]:
+        """Share of token pairs kept, weighting each block pair by its real tokens.
+
+        1.0 is dense attention. The cost of a block-sparse kernel is proportional
+        to it; with short blocks or text it differs from the share of block pairs.
+        """
+        lengths = jnp.asarray(self.grid.block_lengths, jnp.float32)
+        num_blocks = self.grid.num_blocks
+
+        def kept_pairs(rows, columns):
+            weights = lengths.at[rows].get(mode="fill", fill_value=0.0)
+            per_row = jax.ops.segment_sum(
+                weights * lengths[columns], rows, num_segments=num_blocks
+            )
+            return per_row.sum() / self.grid.num_tokens**2
+
+        return jax.vmap(jax.vmap(kept_pairs))(self.row_ids(), self.block_ids)
+
+
+def _kept_columns(dense: Bool[Array, "R R"], capacity: int) -> Int[Array, " M"]:
+    """Column of each True entry in row-major order, 0 past the last one."""
+    kept = dense.ravel()
+    slot = jnp.where(kept, jnp.cumsum(kept, dtype=jnp.int32) - 1, capacity)
+    columns = jnp.tile(jnp.arange(dense.shape[-1], dtype=jnp.int32), dense.shape[-2])
+    return jnp.zeros(capacity, jnp.int32).at[slot].set(columns, mode="drop")
