@@ -1,0 +1,172 @@
+"""Writes and reads videos, pictures and JSON. A file is whole or absent."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+VIDEO_EXTRA_MODULES = ("imageio_ffmpeg", "matplotlib")
+INSTALL_VIDEO_EXTRA = "pip install 'draft-attention-jax[video]'"
+H264_CRF = 16  # 0 is lossless, 23 x264's default; small videos can afford it
+
+FloatVideo = Float[np.ndarray, "_F _H _W 3"]
+ByteVideo = UInt8[np.ndarray, "_F _H _W 3"]
+
+
+class MissingExtraError(ImportError):
+    """A package of the optional extra `video` is not installed."""
+
+
+def check_video_extra() -> None:
+    """Raises before any compute if the packages that write videos are missing.
+
+    Raises:
+      MissingExtraError: Names the missing packages and the command to run.
+    """
+    missing = [
+        name for name in VIDEO_EXTRA_MODULES if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise MissingExtraError(
+            f"writing videos and pictures needs {', '.join(missing)}: run "
+            f"{INSTALL_VIDEO_EXTRA}"
+        )
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Gives a temporary path that becomes `path` when the block succeeds.
+
+    The temporary file lies in the same folder, so that the final rename is atomic,
+    and keeps the suffix, by which writers choose their format. Any exception, also
+    KeyboardInterrupt, removes it and leaves an earlier file at `path` as it was.
+
+    Args:
+      path: Where the file shall be. Its folder is made if it does not exist.
+
+    Yields:
+      Where to write.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(
+        prefix=f".{path.stem}-", suffix=f".partial{path.suffix}", dir=path.parent
+    )
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files that only the owner reads; give the usual rights.
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_bytes(video: FloatVideo) -> ByteVideo:
+    """Rounds values in [0, 1] to 0 .. 255; values outside are clipped."""
+    return np.rint(np.clip(video, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def side_by_side(left: FloatVideo, right: FloatVideo) -> FloatVideo:
+    """Joins two videos of equal shape along the width."""
+    if left.shape != right.shape:
+        raise ValueError(
+            f"left has shape {left.shape} and right {right.shape}; they must be equal"
+        )
+    return np.concatenate([left, right], axis=2)
+
+
+def write_mp4(path: Path, video: FloatVideo, *, fps: int | float) -> None:
+    """Writes an H.264 video that browsers play.
+
+    Args:
+      path: File to write, ending in .mp4.
+      video: Values in [0, 1]. Height and width are even, which 4:2:0 colour needs.
+      fps: Frames per second.
+
+    Raises:
+      ValueError: The suffix is not .mp4, a side is odd, or fps is not positive.
+      MissingExtraError: imageio-ffmpeg is not installed.
+      OSError: ffmpeg failed.
+    """
+    height, width = video.shape[1:3]
+    if path.suffix != ".mp4":
+        raise ValueError(f"path={str(path)!r} must end in .mp4")
+    if height % 2 or width % 2:
+        raise ValueError(f"frames of {height} x {width} pixels: both must be even")
+    if not 0 < fps < float("inf"):
+        raise ValueError(f"{fps=} must be a positive, finite number")
+    with atomic_path(path) as temporary:
+        _run_ffmpeg(
+            *f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split(),
+            *f"-an -c:v libx264 -crf {H264_CRF} -pix_fmt yuv420p".split(),
+            *("-movflags", "+faststart", str(temporary)),
+            stdin=to_bytes(video).tobytes(),
+        )
+
+
+def read_mp4(path: Path) -> ByteVideo:
+    """Decodes every frame of a video file.
+
+    Raises:
+      FileNotFoundError: There is no such file.
+      MissingExtraError: imageio-ffmpeg is not installed.
+      OSError: ffmpeg failed.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"path={str(path)!r} is not a file")
+    # Portable pixmaps say their own size: a header of three lines, then RGB bytes.
+    pixmaps = _run_ffmpeg(
+        *("-i", str(path), "-fps_mode", "passthrough"),
+        *("-f", "image2pipe", "-c:v", "ppm", "-"),
+    )
+    header = b"\n".join(pixmaps.split(b"\n", 3)[:3]) + b"\n"
+    width, height = (int(side) for side in header.split()[1:3])
+    rows = np.frombuffer(pixmaps, np.uint8)
+    frames = rows.reshape(-1, len(header) + height * width * 3)[:, len(header) :]
+    return frames.reshape(-1, height, width, 3)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes strict JSON, indented.
+
+    Raises:
+      ValueError: A number is infinite or NaN, which JSON cannot say.
+    """
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _run_ffmpeg(*arguments: str, stdin: bytes | None = None) -> bytes:
+    """Runs the ffmpeg of imageio-ffmpeg and returns what it prints.
+
+    Its own Python wrapper forks with a preexec_fn, which jax warns about because its
+    threads may then deadlock, and leaves ffmpeg writing after an interrupt.
+    """
+    check_video_extra()
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *arguments]
+    # In a session of its own, ffmpeg does not see Ctrl-C; `run` then kills it.
+    done = subprocess.run(
+        command, input=stdin, capture_output=True, start_new_session=True
+    )
+    if done.returncode != 0:
+        words = done.stderr.decode(errors="replace").strip().splitlines() or ["no text"]
+        raise OSError(f"ffmpeg failed with status {done.returncode}: {words[-1]}")
+    return done.stdout
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
