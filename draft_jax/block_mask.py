@@ -1,7 +1,6 @@
 """Which key blocks each query block attends to, in the form a kernel walks."""
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from draft_jax.grid import VideoGrid
+from draft_jax.pytree import register_dataclass
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockMask:
     """Kept block pairs per batch item and head, as compressed sparse rows.
@@ -30,8 +30,8 @@ class BlockMask:
       grid: Geometry that defines the blocks.
     """
 
-    row_offsets: Int[Array, "B N R+1"]
-    block_ids: Int[Array, "B N M"]
+    row_offsets: Int[Array, "*layers B N offsets"]
+    block_ids: Int[Array, "*layers B N M"]
     grid: VideoGrid = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -41,7 +41,7 @@ class BlockMask:
         *,
         grid: VideoGrid,
         capacity: int | None = None,
-    ) -> Self:
+    ) -> "BlockMask":
         """Compresses a boolean map of block pairs.
 
         Args:
@@ -90,7 +90,7 @@ class BlockMask:
         )
 
     @classmethod
-    def full(cls, *, grid: VideoGrid, batch: int, num_heads: int) -> Self:
+    def full(cls, *, grid: VideoGrid, batch: int, num_heads: int) -> "BlockMask":
         """The mask that keeps every pair: dense attention in block-sparse form."""
         num_blocks = grid.num_blocks
         row_offsets = np.arange(num_blocks + 1, dtype=np.int32) * num_blocks
@@ -108,7 +108,7 @@ class BlockMask:
         return self.block_ids.shape[-1]
 
     @property
-    def counts(self) -> Int[Array, "B N R"]:
+    def counts(self) -> Int[Array, "*layers B N R"]:
         """Key blocks kept by each query block."""
         return jnp.diff(self.row_offsets, axis=-1)
 

@@ -1,0 +1,48 @@
+"""DraftAttention in JAX: sparse attention for video diffusion transformers.
+
+A draft, made by pooling queries and keys over the tiles of each frame, tells which
+blocks of the full attention map matter; only those are computed.
+
+Example:
+
+    import jax
+    from draft_jax import DraftConfig, VideoGrid, draft_attention
+
+    grid = VideoGrid(frames=4, height=30, width=52)  # tokens; tiles of 8 x 16
+    shape = (2, grid.num_tokens, 3, 64)  # batch, tokens, heads, head dim
+    q, k, v = jax.random.normal(jax.random.key(0), (3, *shape))
+    out, mask = draft_attention(
+        q, k, v, grid=grid, config=DraftConfig(sparsity=0.75), return_mask=True
+    )
+    print(out.shape, mask.density)  # share of token pairs computed, per item and head
+
+Source: DraftAttention (arXiv 2505.14708).
+"""
+
+from draft_jax.attention import draft_attention, initial_mask, scheduled_attention
+from draft_jax.block_mask import BlockMask
+from draft_jax.config import DraftConfig, kept_pairs_budget, mask_capacity
+from draft_jax.draft_scores import draft_scores
+from draft_jax.grid import VideoGrid
+from draft_jax.pooling import pool_tokens
+from draft_jax.schedule import DraftPlan, DraftStep, SparsitySchedule, constant_step
+from draft_jax.selection import compute_mask, select_blocks
+
+__all__ = [
+    "BlockMask",
+    "DraftConfig",
+    "DraftPlan",
+    "DraftStep",
+    "SparsitySchedule",
+    "VideoGrid",
+    "compute_mask",
+    "constant_step",
+    "draft_attention",
+    "draft_scores",
+    "initial_mask",
+    "kept_pairs_budget",
+    "mask_capacity",
+    "pool_tokens",
+    "scheduled_attention",
+    "select_blocks",
+]

@@ -1,0 +1,161 @@
+"""What DraftAttention computes, and the sizes that follow from it."""
+
+import dataclasses
+import math
+import numbers
+from fractions import Fraction
+from typing import Literal, get_args
+
+from draft_jax.grid import VideoGrid
+
+Pooling = Literal["mean", "mean+max"]
+Selection = Literal["percentile", "row_topk", "top_p"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """What is computed. Changing a field changes the result.
+
+    Hashable, so it serves as a static jit argument.
+
+    Args:
+      pooling: How the tokens of a tile become one draft token. "mean" is the
+        paper's. "mean+max" averages the softmax maps of the mean-pooled and of the
+        max-pooled queries and keys. The successor of the paper is said to add max
+        pooling; its exact form was not public when this was written, so
+        "mean+max" is this project's definition.
+      selection: How block pairs of the video are chosen from the draft map.
+        "percentile" ranks all S x S pairs of a head together (the paper);
+        "row_topk" gives every query block the same number of key blocks; "top_p"
+        gives each query block the fewest key blocks whose draft probabilities
+        reach `top_p`.
+      sparsity: Share of visual block pairs skipped. For "top_p", the share of each
+        row that is skipped at least: it bounds the static size of the mask.
+      top_p: Probability mass to reach in each row, in (0, 1]. Read by "top_p" only.
+      keep_own_tile: Always keep each query block's own block.
+      keep_first_frame: Always keep the key blocks of the first frame.
+
+    The pairs of `keep_own_tile` and `keep_first_frame` are ranked before all others,
+    so they count within the budget; where the budget is smaller than their number,
+    all of them are kept and nothing else.
+
+    Raises:
+      ValueError: A field is outside the values above.
+
+    Source: DraftAttention (arXiv 2505.14708) for "mean" and "percentile".
+    """
+
+    pooling: Pooling = "mean"
+    selection: Selection = "percentile"
+    sparsity: float = 0.75
+    top_p: float = 0.9
+    keep_own_tile: bool = False
+    keep_first_frame: bool = False
+
+    def __post_init__(self) -> None:
+        for name, accepted in (
+            ("pooling", get_args(Pooling)),
+            ("selection", get_args(Selection)),
+        ):
+            if (value := getattr(self, name)) not in accepted:
+                raise ValueError(f"{name}={value!r} must be one of {accepted}")
+        check_sparsity("sparsity", self.sparsity)
+        if not _is_real(self.top_p) or not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p!r} must be a number in (0, 1]")
+        for name in ("keep_own_tile", "keep_first_frame"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={value!r} must be True or False")
+
+
+def kept_pairs_budget(sparsity: float, num_visual_blocks: int) -> int:
+    """Visual block pairs kept per head: exactly ceil((1 - sparsity) * S * S).
+
+    The decimal value of `sparsity` counts, not its binary approximation: 0.7 of 10
+    pairs skips 7, although `(1 - 0.7) * 10` is above 3 in floating point.
+
+    Args:
+      sparsity: Share of pairs skipped, in [0, 1).
+      num_visual_blocks: S, `VideoGrid.num_visual_blocks`.
+
+    Returns:
+      1 to S * S.
+
+    Raises:
+      ValueError: sparsity is not in [0, 1).
+
+    Source: DraftAttention (arXiv 2505.14708). The published code keeps every score
+    that is at least as large as the largest one to drop, hence one pair (and all its
+    ties) more.
+    """
+    return _kept_share(sparsity, num_visual_blocks**2)
+
+
+def static_budget(sparsity: float, grid: VideoGrid, config: DraftConfig) -> int:
+    """Pairs that selection ranks within: per head, or per row where rows rank alone.
+
+    Args:
+      sparsity: Share of visual block pairs skipped, in [0, 1).
+      grid: Geometry that defines the blocks.
+      config: `config.selection` says what is ranked together.
+
+    Returns:
+      For "percentile", the pairs kept per head; otherwise the key blocks kept (for
+      "top_p": kept at most) by each query block.
+
+    Raises:
+      ValueError: sparsity is not in [0, 1).
+    """
+    if config.selection == "percentile":
+        return kept_pairs_budget(sparsity, grid.num_visual_blocks)
+    return _kept_share(sparsity, grid.num_visual_blocks)
+
+
+def mask_capacity(grid: VideoGrid, config: DraftConfig) -> int:
+    """Most block pairs a head can keep: the static size of every mask.
+
+    It covers the budget at `config.sparsity`, the pairs forced by `keep_own_tile`
+    and `keep_first_frame`, one pair for each row that would be empty, and all pairs
+    with text.
+
+    Args:
+      grid: Geometry that defines the blocks.
+      config: What is selected.
+
+    Returns:
+      `BlockMask.capacity` of the masks that `select_blocks` makes.
+    """
+    num_visual = grid.num_visual_blocks
+    text_pairs = grid.num_blocks**2 - num_visual**2
+    per_row, per_head = _forced_pairs(grid, config)
+    budget = static_budget(config.sparsity, grid, config)
+    if config.selection != "percentile":
+        return num_visual * max(budget, per_row) + text_pairs
+    kept = max(budget, per_head)
+    # `kept` pairs fill at least ceil(kept / S) rows; each other row may need one more.
+    most_empty_rows = 0 if per_row else num_visual - math.ceil(kept / num_visual)
+    return kept + most_empty_rows + text_pairs
+
+
+def check_sparsity(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is a number in [0, 1)."""
+    if not _is_real(value) or not 0.0 <= value < 1.0:  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r} must be a number in [0, 1)")
+
+
+def _forced_pairs(grid: VideoGrid, config: DraftConfig) -> tuple[int, int]:
+    """Most forced pairs of a row, and forced pairs of a head."""
+    num_visual = grid.num_visual_blocks
+    first_frame = num_visual // grid.frames if config.keep_first_frame else 0
+    # The own tiles of first-frame rows are already among the first frame's keys.
+    rows_adding_own = num_visual - first_frame if config.keep_own_tile else 0
+    per_row = first_frame + (rows_adding_own > 0)
+    return per_row, num_visual * first_frame + rows_adding_own
+
+
+def _kept_share(sparsity: float, pairs: int) -> int:
+    check_sparsity("sparsity", sparsity)
+    return math.ceil((1 - Fraction(str(sparsity))) * pairs)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -1,0 +1,69 @@
+"""The draft: a low-resolution attention map of the video."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from draft_jax.config import DraftConfig
+from draft_jax.grid import VideoGrid
+from draft_jax.pooling import Order, Reduction, pool_tokens
+
+
+def draft_scores(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    scale: float | None = None,
+    order: Order = "raster",
+) -> Float[Array, "B N S S"]:
+    """Attention probabilities between the tiles of a video.
+
+    Pools queries and keys per tile and takes the softmax over the pooled video keys.
+    A key tile counts by its tokens: the logarithm of its length is added to its
+    logits, which changes nothing where the tile divides the frame.
+
+    Args:
+      q: Queries of the whole sequence, T = `grid.num_tokens`; text is left out.
+      k: Keys, like q.
+      grid: Geometry that defines the tiles.
+      config: `config.pooling` is read.
+      scale: Factor of the logits; 1 / sqrt(D) by default.
+      order: How the visual tokens of q and k are ordered.
+
+    Returns:
+      float32 probabilities; each row sums to 1.
+
+    Raises:
+      ValueError: q or k does not have `grid.num_tokens` tokens, their shapes
+        differ, or order is unknown.
+
+    Source: DraftAttention (arXiv 2505.14708), draft attention map.
+    """
+    if q.shape != k.shape:
+        raise ValueError(f"q and k must have one shape; got {q.shape} and {k.shape}")
+    if q.shape[1] != grid.num_tokens:
+        raise ValueError(
+            f"q has {q.shape[1]} tokens; {grid} has {grid.num_tokens}, text included"
+        )
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+    reductions: tuple[Reduction, ...] = ("mean",)
+    if config.pooling == "mean+max":
+        reductions = ("mean", "max")
+    q, k = q[:, grid.visual_tokens], k[:, grid.visual_tokens]
+    log_lengths = np.log(grid.block_lengths[grid.visual_blocks].astype(np.float32))
+    maps = []
+    for reduction in reductions:
+        draft_q = pool_tokens(q, grid, order=order, reduction=reduction)
+        draft_k = pool_tokens(k, grid, order=order, reduction=reduction)
+        # The map is small, and TF32 would reorder scores that are close together.
+        logits = jnp.einsum(
+            "bqnd,bknd->bnqk", draft_q, draft_k, precision=jax.lax.Precision.HIGHEST
+        )
+        maps.append(jax.nn.softmax(logits * scale + log_lengths, axis=-1))
+    return maps[0] if len(maps) == 1 else 0.5 * (maps[0] + maps[1])

@@ -1,0 +1,116 @@
+"""Pools each tile of each frame into one draft token."""
+
+import functools
+import math
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from draft_jax.grid import IntVector, VideoGrid
+
+Order = Literal["raster", "tiled"]
+Reduction = Literal["mean", "max"]
+
+
+def pool_tokens(
+    x: Float[Array, "B T N D"],
+    grid: VideoGrid,
+    *,
+    order: Order = "raster",
+    reduction: Reduction = "mean",
+) -> Float[Array, "B S N D"]:
+    """Averages each (rows, columns) tile of every frame into one draft token.
+
+    Args:
+      x: Visual tokens, T = F * H * W. No text tokens.
+      grid: Latent grid after patchifying, in tokens, with its tile size.
+      order: How the tokens of x are ordered.
+      reduction: "mean", or "max" for the largest value of each channel.
+
+    Returns:
+      float32, S = F * ceil(H / rows) * ceil(W / columns). Means are taken in
+      float32; an edge tile is pooled over the tokens it really has.
+
+    Raises:
+      ValueError: T differs from F * H * W, or order or reduction is not one of the
+        names above.
+
+    Source: DraftAttention (arXiv 2505.14708), low-resolution draft.
+    """
+    if x.shape[1] != grid.num_visual_tokens:
+        raise ValueError(
+            f"x has {x.shape[1]} tokens; {grid} has {grid.num_visual_tokens} visual "
+            "tokens (leave the text tokens out)"
+        )
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"{reduction=} must be one of {get_args(Reduction)}")
+    check_order(order)
+    padding = 0.0 if reduction == "mean" else -math.inf
+    reduce = functools.partial(jnp.sum, dtype=jnp.float32)
+    if reduction == "max":
+        reduce = jnp.max
+    by_tile = _tiles_of_raster if order == "raster" else _tiles_of_tiled
+    tiles, token_axes = by_tile(x, grid, padding)
+    pooled = reduce(tiles, axis=token_axes).astype(jnp.float32)
+    pooled = pooled.reshape(x.shape[0], grid.num_visual_blocks, *x.shape[2:])
+    if reduction == "max":
+        return pooled
+    lengths = grid.block_lengths[grid.visual_blocks].astype(np.float32)
+    return pooled / lengths[:, None, None]
+
+
+def check_order(order: str) -> None:
+    """Raises ValueError unless `order` names an order of tokens."""
+    if order not in get_args(Order):
+        raise ValueError(f"{order=} must be one of {get_args(Order)}")
+
+
+def _tiles_of_raster(
+    x: Array, grid: VideoGrid, padding: float
+) -> tuple[Array, tuple[int, int]]:
+    """Splits rows and columns into tiles; edges are filled with `padding`."""
+    batch, _, *heads = x.shape
+    x = x.reshape(batch, grid.frames, grid.height, grid.width, *heads)
+    tile_rows, tile_columns = grid.tiles_per_frame
+    rows, columns = grid.tile
+    widths = [(0, 0)] * x.ndim
+    widths[2] = (0, tile_rows * rows - grid.height)
+    widths[3] = (0, tile_columns * columns - grid.width)
+    if grid_has_edges(grid):
+        x = jnp.pad(x, widths, constant_values=padding)
+    x = x.reshape(batch, grid.frames, tile_rows, rows, tile_columns, columns, *heads)
+    return x, (3, 5)
+
+
+def _tiles_of_tiled(
+    x: Array, grid: VideoGrid, padding: float
+) -> tuple[Array, tuple[int]]:
+    """Splits tokens into blocks; short blocks are filled with `padding`."""
+    if grid_has_edges(grid):
+        # A gather, not a segment sum: scatter-adds on a GPU run in any order, and a
+        # last-bit difference between two calls could flip a tie in the selection.
+        x = x.at[:, _token_of_slot(grid)].get(mode="fill", fill_value=padding)
+    blocks = (x.shape[0], grid.num_visual_blocks, grid.block_size)
+    return x.reshape(*blocks, *x.shape[2:]), (2,)
+
+
+def grid_has_edges(grid: VideoGrid) -> bool:
+    """Whether some tile of the video is shorter than a full block."""
+    rows, columns = grid.tile
+    return bool(grid.height % rows or grid.width % columns)
+
+
+@functools.lru_cache(maxsize=64)
+def _token_of_slot(grid: VideoGrid) -> IntVector:
+    """Visual token in each slot of S full blocks; T for the slots without one."""
+    lengths = grid.block_lengths[grid.visual_blocks]
+    starts = np.cumsum(lengths) - lengths
+    slots = np.arange(grid.block_size)
+    tokens = np.where(
+        slots < lengths[:, None], starts[:, None] + slots, grid.num_visual_tokens
+    )
+    tokens = tokens.ravel().astype(np.int32)
+    tokens.flags.writeable = False
+    return tokens

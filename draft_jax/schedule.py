@@ -1,0 +1,265 @@
+"""Which steps and layers stay dense, how sparse the others are, and mask reuse."""
+
+import dataclasses
+import math
+from fractions import Fraction
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Real
+
+from draft_jax.config import DraftConfig, check_sparsity, static_budget
+from draft_jax.grid import VideoGrid
+from draft_jax.pytree import register_dataclass
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftStep:
+    """What one denoising step does. A pytree of arrays: no value recompiles.
+
+    Attributes:
+      dense: Whether each layer runs dense on this step, [L]; a scalar for one layer
+        (`for_layer`, or what a scan over layers passes to its body).
+      budget: Pairs to keep; see `select_blocks`.
+      refresh: Whether sparse layers recompute their mask or reuse the one they have.
+    """
+
+    dense: Bool[Array, "*steps_and_layers"]
+    budget: Int[Array, "*steps"]
+    refresh: Bool[Array, "*steps"]
+
+    def for_layer(self, dense: Bool[Array, ""] | int) -> "DraftStep":
+        """This step for one layer: its index, or its entry of `dense`."""
+        if isinstance(dense, int):
+            dense = self.dense[dense]
+        return dataclasses.replace(self, dense=dense)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class DraftPlan:
+    """A schedule worked out for given timesteps, layers, grid and config.
+
+    Attributes:
+      dense: bool [steps, L].
+      sparsity: float64 [steps], share of visual pairs skipped by the sparse layers.
+      budget: int32 [steps], pairs to keep; see `select_blocks`.
+      refresh: bool [steps], whether masks are recomputed.
+    """
+
+    dense: Bool[np.ndarray, "steps L"]
+    sparsity: Float[np.ndarray, " steps"]
+    budget: Int[np.ndarray, " steps"]
+    refresh: Bool[np.ndarray, " steps"]
+
+    def __len__(self) -> int:
+        return len(self.dense)
+
+    def __getitem__(self, index: int) -> DraftStep:
+        return self.step(index)
+
+    def step(self, index: int) -> DraftStep:
+        """The step at `index`, as arrays on the default device."""
+        return DraftStep(
+            dense=jnp.asarray(self.dense[index]),
+            budget=jnp.asarray(self.budget[index]),
+            refresh=jnp.asarray(self.refresh[index]),
+        )
+
+    def stacked(self) -> DraftStep:
+        """All steps with a leading axis, to scan over."""
+        return DraftStep(
+            dense=jnp.asarray(self.dense),
+            budget=jnp.asarray(self.budget),
+            refresh=jnp.asarray(self.refresh),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparsitySchedule:
+    """When attention is dense and how sparse it is otherwise.
+
+    A layer runs dense on a step if any of the three rules says so. Hashable.
+
+    Args:
+      dense_fraction: The first share of the steps is dense: step i of n where
+        i < dense_fraction * n. None for no such rule.
+      dense_above_timestep: Steps whose timestep (0 to 1000) is above it are dense.
+        None for no such rule.
+      dense_layers: Layers that are always dense, counted from 0.
+      sparsity: Share of visual pairs skipped by sparse layers, for all steps or for
+        each step. None takes the config's. No value may be below the config's,
+        because that one sets the static capacity of the masks.
+      mask_refresh: Masks are recomputed on every mask_refresh-th sparse step, from
+        the first, and reused in between. A reused mask keeps the sparsity of the
+        step that made it.
+
+    Raises:
+      ValueError: A field is outside the values above.
+
+    Source: DraftAttention (arXiv 2505.14708), which keeps the first 25 % of the
+    steps dense; see the presets for the rules of its published code.
+    """
+
+    dense_fraction: float | None = None
+    dense_above_timestep: float | None = None
+    dense_layers: tuple[int, ...] = ()
+    sparsity: float | tuple[float, ...] | None = None
+    mask_refresh: int = 1
+
+    def __post_init__(self) -> None:
+        fraction = self.dense_fraction
+        if fraction is not None and not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"dense_fraction={fraction!r} must be None or in [0, 1]")
+        threshold = self.dense_above_timestep
+        if threshold is not None and not 0.0 <= threshold <= 1000.0:
+            raise ValueError(
+                f"dense_above_timestep={threshold!r} must be None or in [0, 1000]"
+            )
+        if not isinstance(self.dense_layers, tuple) or not all(
+            _is_int(layer) and layer >= 0 for layer in self.dense_layers
+        ):
+            raise ValueError(
+                f"dense_layers={self.dense_layers!r} must be a tuple of integers >= 0"
+            )
+        if isinstance(self.sparsity, tuple):
+            for index, value in enumerate(self.sparsity):
+                check_sparsity(f"sparsity[{index}]", value)
+        elif self.sparsity is not None:
+            check_sparsity("sparsity", self.sparsity)
+        if not _is_int(self.mask_refresh) or self.mask_refresh < 1:
+            raise ValueError(
+                f"mask_refresh={self.mask_refresh!r} must be an integer >= 1"
+            )
+
+    @classmethod
+    def paper(cls) -> "SparsitySchedule":
+        """The paper's rule: the first 25 % of the steps are dense."""
+        return cls(dense_fraction=0.25)
+
+    @classmethod
+    def wan_published(cls) -> "SparsitySchedule":
+        """The published code's rule for Wan2.1: t > 925 or block 0; sparsity 0.75."""
+        return cls(dense_above_timestep=925.0, dense_layers=(0,), sparsity=0.75)
+
+    @classmethod
+    def hunyuan_published(cls) -> "SparsitySchedule":
+        """The published code's rule for HunyuanVideo; sparsity 0.9.
+
+        Dense where t > 945 or in the double blocks 0 and 1. Layers are counted with
+        the double blocks first.
+        """
+        return cls(dense_above_timestep=945.0, dense_layers=(0, 1), sparsity=0.9)
+
+    @classmethod
+    def hunyuan_custom_published(cls) -> "SparsitySchedule":
+        """The published code's rule for HunyuanCustom; sparsity 0.9.
+
+        Dense where t > 975 or in the double blocks 0 and 1. Layers are counted with
+        the double blocks first.
+        """
+        return cls(dense_above_timestep=975.0, dense_layers=(0, 1), sparsity=0.9)
+
+    def plan(
+        self,
+        timesteps: Real[np.ndarray, " steps"],
+        *,
+        num_layers: int,
+        grid: VideoGrid,
+        config: DraftConfig,
+    ) -> DraftPlan:
+        """Works the schedule out for a run.
+
+        Args:
+          timesteps: Timestep of each step in the order they run, 0 to 1000.
+          num_layers: Attention layers of the model, L.
+          grid: Geometry of the sequence.
+          config: What the sparse layers compute.
+
+        Returns:
+          One `DraftStep` per timestep.
+
+        Raises:
+          ValueError: timesteps is empty, not one-dimensional or outside 0 to 1000, a
+            dense layer does not exist, or sparsity does not fit the steps or config.
+        """
+        timesteps = np.asarray(timesteps, np.float64)
+        if timesteps.ndim != 1 or not timesteps.size:
+            raise ValueError(
+                f"timesteps has shape {timesteps.shape}; expected [steps], at least one"
+            )
+        if not ((timesteps >= 0.0) & (timesteps <= 1000.0)).all():
+            raise ValueError(f"timesteps={timesteps.tolist()} must lie in 0 to 1000")
+        if not _is_int(num_layers) or num_layers < 1:
+            raise ValueError(f"{num_layers=} must be a positive integer")
+        if missing := [n for n in self.dense_layers if n >= num_layers]:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} names layers {missing}; the model "
+                f"has {num_layers=}"
+            )
+        dense_steps = self._dense_steps(timesteps)
+        dense_layers = np.isin(np.arange(num_layers), self.dense_layers)
+        sparsity = self._sparsity_per_step(len(timesteps), config)
+        sparse_steps_before = np.cumsum(~dense_steps) - ~dense_steps
+        return DraftPlan(
+            dense=dense_steps[:, None] | dense_layers,
+            sparsity=np.asarray(sparsity, np.float64),
+            budget=np.asarray(
+                [static_budget(value, grid, config) for value in sparsity], np.int32
+            ),
+            refresh=~dense_steps & (sparse_steps_before % self.mask_refresh == 0),
+        )
+
+    def _dense_steps(
+        self, timesteps: Float[np.ndarray, " steps"]
+    ) -> Bool[np.ndarray, " steps"]:
+        dense = np.zeros(len(timesteps), np.bool_)
+        if self.dense_fraction is not None:
+            # The decimal value counts: 0.7 of 10 steps is 7, not 7.000000000000001.
+            share = Fraction(str(self.dense_fraction))
+            dense[: math.ceil(share * len(timesteps))] = True
+        if self.dense_above_timestep is not None:
+            dense |= timesteps > self.dense_above_timestep
+        return dense
+
+    def _sparsity_per_step(
+        self, num_steps: int, config: DraftConfig
+    ) -> tuple[float, ...]:
+        sparsity = config.sparsity if self.sparsity is None else self.sparsity
+        if not isinstance(sparsity, tuple):
+            sparsity = (sparsity,) * num_steps
+        if len(sparsity) != num_steps:
+            raise ValueError(
+                f"sparsity has {len(sparsity)} values; there are {num_steps} timesteps"
+            )
+        if min(sparsity) < config.sparsity:
+            raise ValueError(
+                f"sparsity={min(sparsity)} of the schedule must be at least "
+                f"config.sparsity={config.sparsity}, which sets the masks' capacity"
+            )
+        return sparsity
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def constant_step(
+    grid: VideoGrid, config: DraftConfig, *, dense: bool = False
+) -> DraftStep:
+    """A step for one layer without a schedule: the config's sparsity, a new mask.
+
+    Args:
+      grid: Geometry of the sequence.
+      config: What a sparse layer computes.
+      dense: Whether the layer runs dense.
+
+    Returns:
+      A step with a scalar `dense`.
+    """
+    budget = static_budget(config.sparsity, grid, config)
+    return DraftStep(
+        dense=jnp.asarray(dense),
+        budget=jnp.asarray(budget, jnp.int32),
+        refresh=jnp.asarray(True),
+    )
