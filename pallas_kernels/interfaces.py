@@ -1,0 +1,151 @@
+"""What a backend takes and promises, and how dispatch asks whether it can run.
+
+The package knows masks and grids only by structure, so that kernels depend on no
+model or method code. `draft_jax.VideoGrid` is a `BlockLayout` and
+`draft_jax.BlockMask` is a `BlockLists`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class BlockLayout(Protocol):
+    """Static, hashable geometry: a sequence cut into consecutive blocks.
+
+    Blocks follow each other without gaps: block `r` is the tokens `block_starts[r]`
+    to `block_starts[r] + block_lengths[r]`. Text stands at one end of the sequence.
+    """
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def text_length(self) -> int: ...
+
+    @property
+    def block_starts(self) -> np.ndarray: ...
+
+    @property
+    def block_lengths(self) -> np.ndarray: ...
+
+    @property
+    def text_tokens(self) -> slice: ...
+
+    @property
+    def text_blocks(self) -> slice: ...
+
+
+class BlockLists(Protocol):
+    """Kept key blocks of every query block, as compressed sparse rows.
+
+    Query block `r` of head `n` attends to the key blocks
+    `block_ids[b, n, row_offsets[b, n, r] : row_offsets[b, n, r + 1]]`, each at most
+    once. Entries past the last offset are not read.
+    """
+
+    @property
+    def row_offsets(self) -> Int[Array, "B N R+1"]: ...
+
+    @property
+    def block_ids(self) -> Int[Array, "B N M"]: ...
+
+    @property
+    def grid(self) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """The device a call is compiled for.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu".
+      kind: Its name, for messages.
+      compute_capability: (9, 0) for Hopper; None when it is not an NVIDIA GPU.
+    """
+
+    platform: str
+    kind: str = "unknown"
+    compute_capability: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What dispatch knows before tracing: sizes, dtype, layout and device."""
+
+    batch: int
+    num_heads: int
+    head_dim: int
+    dtype: str
+    layout: BlockLayout
+    capacity: int  # most block pairs one head can keep
+    has_text_lengths: bool
+    device: Device
+
+
+BackendFunction = Callable[..., tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One implementation of block-sparse attention.
+
+    Attributes:
+      name: What callers pass as `backend`.
+      function: `f(q, k, v, mask, *, layout, scale, text_lengths) -> (out, lse)`.
+        Inputs were validated. `text_lengths` is int32 [B] or None. Rows without a
+        valid key are zeros in `out` and -inf in `lse`.
+      why_unsupported: Why it cannot take a problem, or None if it can.
+      why_slow: Why "auto" should tell the user that a faster path exists for this
+        device but does not run, or None.
+    """
+
+    name: str
+    function: BackendFunction
+    why_unsupported: Callable[[Problem], str | None]
+    why_slow: Callable[[Problem], str | None]
+
+
+def current_device(*arrays: object) -> Device:
+    """Describes the device that a call on these arrays runs on.
+
+    A concrete array answers for itself. Under a transformation arrays carry no
+    device, and jit compiles for the default device (`jax.default_device`, else the
+    first one), so that one is described. Code jitted for another platform than the
+    default one should name its backend.
+    """
+    for array in arrays:
+        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+            return describe_device(next(iter(array.devices())))
+    default = jax.config.jax_default_device
+    if default is None:
+        return describe_device(jax.devices()[0])
+    if isinstance(default, str):
+        return describe_device(jax.devices(default)[0])
+    return describe_device(default)
+
+
+def describe_device(device: jax.Device) -> Device:
+    """Reads platform, name and compute capability of a jax device."""
+    capability = None
+    is_cuda = "cuda" in device.client.platform_version.lower()
+    if device.platform == "gpu" and is_cuda:
+        major, minor = str(device.compute_capability).split(".")
+        capability = int(major), int(minor)
+    return Device(
+        platform=device.platform,
+        kind=device.device_kind,
+        compute_capability=capability,
+    )

@@ -1,0 +1,113 @@
+"""Checks of arguments shared by the public functions of this package."""
+
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.interfaces import SUPPORTED_DTYPES, BlockLayout, BlockLists
+
+
+def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    """Raises unless q, k and v are [B, T, N, D] of one shape and supported dtype."""
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if array.ndim != 4 or 0 in array.shape:
+            raise ValueError(
+                f"{name} has shape {array.shape}; expected [batch, tokens, heads, "
+                "head_dim] with every size at least 1"
+            )
+        if array.dtype.name not in SUPPORTED_DTYPES:
+            raise TypeError(
+                f"{name} has dtype {array.dtype.name}; accepted are "
+                f"{', '.join(SUPPORTED_DTYPES)}"
+            )
+    for name, array in (("k", k), ("v", v)):
+        if array.shape != q.shape:
+            raise ValueError(
+                f"{name} has shape {array.shape}; it must equal q's shape {q.shape}"
+            )
+        if array.dtype != q.dtype:
+            raise TypeError(
+                f"{name} has dtype {array.dtype.name}; it must equal q's dtype "
+                f"{q.dtype.name}"
+            )
+
+
+def check_tokens(q: jax.Array, grid: BlockLayout) -> None:
+    """Raises unless q has as many tokens as the grid."""
+    if q.shape[1] != grid.num_tokens:
+        raise ValueError(
+            f"q has shape {q.shape}, {q.shape[1]} tokens; {grid} has "
+            f"{grid.num_tokens}, text included"
+        )
+
+
+def check_mask(q: jax.Array, mask: BlockLists, grid: BlockLayout) -> None:
+    """Raises unless the mask's lists fit q's batch and heads and the grid."""
+    if mask.grid != grid:
+        raise ValueError(f"mask.grid={mask.grid} must equal grid={grid}")
+    batch, _, num_heads, _ = q.shape
+    shapes = (
+        ("row_offsets", (batch, num_heads, grid.num_blocks + 1), "[B, N, R + 1]"),
+        ("block_ids", (batch, num_heads, *mask.block_ids.shape[2:]), "[B, N, M]"),
+    )
+    for name, expected, axes in shapes:
+        array = getattr(mask, name)
+        if array.shape != expected or array.ndim != 3:
+            raise ValueError(
+                f"mask.{name} has shape {array.shape}; q with batch {batch} and "
+                f"{num_heads} heads and a grid of {grid.num_blocks} blocks need "
+                f"{axes} = {expected}"
+            )
+        if array.dtype != jnp.int32:
+            raise TypeError(f"mask.{name} has dtype {array.dtype.name}; expected int32")
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """Returns the factor on the logits, 1 / sqrt(head_dim) by default.
+
+    It is a number, not an array: backends fold it into compiled constants.
+    """
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(
+            f"scale={scale!r} must be a Python number or None, not "
+            f"{type(scale).__name__}"
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"{scale=} must be finite")
+    return float(scale)
+
+
+def check_text_lengths(
+    text_lengths: jax.Array | None, q: jax.Array, grid: BlockLayout | None
+) -> jax.Array | None:
+    """Returns valid text tokens per batch item as int32 [B], or None.
+
+    The values are checked where they are known; under a transformation a length
+    outside 0 to text_length acts like the nearest one inside.
+    """
+    if text_lengths is None:
+        return None
+    if grid is None:
+        raise ValueError("text_lengths needs grid, which says where the text stands")
+    if grid.text_length == 0:
+        raise ValueError(f"text_lengths was given, but {grid} has no text")
+    is_traced = isinstance(text_lengths, jax.core.Tracer)
+    lengths = text_lengths if is_traced else np.asarray(text_lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"text_lengths has dtype {lengths.dtype}; expected integers")
+    if lengths.shape != (q.shape[0],):
+        raise ValueError(
+            f"text_lengths has shape {lengths.shape}; expected [batch] = "
+            f"({q.shape[0]},)"
+        )
+    if not is_traced and not ((lengths >= 0) & (lengths <= grid.text_length)).all():
+        raise ValueError(
+            f"text_lengths={lengths.tolist()} must lie in 0 to {grid.text_length}, "
+            "the grid's text_length"
+        )
+    return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, grid.text_length)
