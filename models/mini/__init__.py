@@ -1,0 +1,1 @@
+"""The small text-to-video model that ships with this project, and its training."""

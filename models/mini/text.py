@@ -1,0 +1,170 @@
+"""Words to context vectors: the text side of the small model.
+
+Wan's text encoder has 5.7 billion parameters. The small model's captions come from
+a small grammar, so a table of word vectors and two convolutions, which tell "a red
+ball and a blue box" from "a blue ball and a red box", take its place.
+"""
+
+import dataclasses
+import json
+import re
+import warnings
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+PADDING = 0
+KERNEL = 5  # words that one convolution sees
+
+
+def split_words(prompt: str) -> list[str]:
+    """Lower-case words of a prompt, punctuation dropped."""
+    return re.findall(r"[a-z0-9']+", prompt.lower())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Numbers of the words a model was trained on.
+
+    Id 0 is padding, ids from 1 are the known words in order; the last ids are
+    buckets that unknown words are hashed into.
+
+    Attributes:
+      words: Known words, each once.
+      num_buckets: Buckets for the others.
+      max_length: Words of a prompt that are read, L.
+
+    Raises:
+      ValueError: A word appears twice, or a count is not positive.
+    """
+
+    words: tuple[str, ...]
+    num_buckets: int = 64
+    max_length: int = 32
+
+    def __post_init__(self) -> None:
+        if len(set(self.words)) != len(self.words):
+            raise ValueError("a word appears twice in the vocabulary")
+        for name in ("num_buckets", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @classmethod
+    def from_captions(cls, captions: Iterable[str], **options: int) -> Self:
+        """Every word of some captions, in alphabetical order."""
+        words = {word for caption in captions for word in split_words(caption)}
+        return cls(words=tuple(sorted(words)), **options)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Reads `vocabulary.json`."""
+        fields = json.loads(Path(path).read_text())
+        return cls(**(fields | {"words": tuple(fields["words"])}))
+
+    def save(self, path: Path | str) -> None:
+        """Writes `vocabulary.json`."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @property
+    def size(self) -> int:
+        """Rows of the embedding table."""
+        return 1 + len(self.words) + self.num_buckets
+
+    @property
+    def first_bucket(self) -> int:
+        """Id of the first bucket for unknown words."""
+        return 1 + len(self.words)
+
+    def encode(
+        self, prompts: Sequence[str]
+    ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, " B"], list[list[str]]]:
+        """Numbers the words of some prompts.
+
+        Args:
+          prompts: Any text. Words past `max_length` are left out with a warning.
+
+        Returns:
+          ids: int32, 0 past the end of a prompt.
+          lengths: int32, words of each prompt. An empty prompt has length 0.
+          unknown: Of each prompt, the words the model never saw.
+        """
+        numbers = {word: 1 + index for index, word in enumerate(self.words)}
+        ids = np.full((len(prompts), self.max_length), PADDING, np.int32)
+        lengths = np.zeros(len(prompts), np.int32)
+        unknown: list[list[str]] = []
+        for row, prompt in enumerate(prompts):
+            words = split_words(prompt)
+            if len(words) > self.max_length:
+                warnings.warn(
+                    f"prompt {row} has {len(words)} words; only the first "
+                    f"{self.max_length} are read",
+                    stacklevel=2,
+                )
+            words = words[: self.max_length]
+            ids[row, : len(words)] = [
+                numbers.get(word, self._bucket(word)) for word in words
+            ]
+            lengths[row] = len(words)
+            unknown.append([word for word in words if word not in numbers])
+        return ids, lengths, unknown
+
+    def _bucket(self, word: str) -> int:
+        # crc32, because Python's own hash changes from run to run.
+        return self.first_bucket + zlib.crc32(word.encode()) % self.num_buckets
+
+
+class TextEmbedding(nnx.Module):
+    """Word and position vectors, mixed by two convolutions over the words.
+
+    Args:
+      vocabulary_size: Rows of the word table.
+      max_length: Rows of the position table, L.
+      dim: Width of the context.
+      rngs: Initialises the parameters.
+    """
+
+    def __init__(
+        self, vocabulary_size: int, max_length: int, dim: int, *, rngs: nnx.Rngs
+    ):
+        # Unit variance after the sum, as the transformer's text layers expect.
+        init = nnx.initializers.normal(0.7)
+        self.words = nnx.Embed(vocabulary_size, dim, embedding_init=init, rngs=rngs)
+        self.positions = nnx.Embed(max_length, dim, embedding_init=init, rngs=rngs)
+        small = nnx.initializers.normal(0.02)
+        self.convolution_0 = nnx.Linear(KERNEL * dim, dim, kernel_init=small, rngs=rngs)
+        self.convolution_1 = nnx.Linear(KERNEL * dim, dim, kernel_init=small, rngs=rngs)
+
+    def __call__(
+        self, ids: Int[Array, "B L"], lengths: Int[Array, " B"]
+    ) -> Float[Array, "B L E"]:
+        """Context of some prompts.
+
+        Args:
+          ids: What `Vocabulary.encode` returns.
+          lengths: Words of each prompt.
+
+        Returns:
+          float32; rows past a prompt's length are zero.
+        """
+        places = jnp.arange(ids.shape[1])
+        inside = (places[None, :] < lengths[:, None])[..., None]
+        context = jnp.where(inside, self.words(ids) + self.positions(places), 0.0)
+        for convolution in (self.convolution_0, self.convolution_1):
+            mixed = jax.nn.gelu(convolution(_neighbours(context)))
+            context = jnp.where(inside, context + mixed, 0.0)
+        return context
+
+
+def _neighbours(context: Float[Array, "B L E"]) -> Float[Array, "B L K"]:
+    """Each word's vector beside those of the words around it."""
+    length, reach = context.shape[1], KERNEL // 2
+    padded = jnp.pad(context, ((0, 0), (reach, reach), (0, 0)))
+    shifted = [padded[:, start : start + length] for start in range(KERNEL)]
+    return jnp.concatenate(shifted, axis=-1)
