@@ -1,0 +1,1 @@
+"""Video diffusion transformers in flax.nnx that run with draft attention."""

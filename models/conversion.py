@@ -1,0 +1,293 @@
+"""Moves weights between published checkpoints and our modules, by a table of rules.
+
+One table serves both directions: a rule's pattern names the checkpoint's keys, its
+path names our parameter, and each can be computed from the other.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+_GROUP = re.compile(r"\(([^()]*)\)")
+_REFERENCE = re.compile(r"\\(\d)")
+
+
+class ConversionError(ValueError):
+    """A checkpoint and a model do not fit; the message lists every offender."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How an array is laid out in a checkpoint, relative to ours.
+
+    Attributes:
+      name: For messages.
+      load: Checkpoint's array to ours.
+      save: Ours to the checkpoint's; undoes `load`.
+    """
+
+    name: str
+    load: Callable[[np.ndarray], np.ndarray]
+    save: Callable[[np.ndarray], np.ndarray]
+
+
+keep = Layout("keep", lambda x: x, lambda x: x)
+# PyTorch's linear layers store [out, in].
+transpose = Layout("transpose", lambda x: x.T, lambda x: x.T)
+# PyTorch's Conv3d stores [out, in, frames, rows, columns].
+conv_3d = Layout(
+    "conv_3d",
+    lambda x: x.transpose(2, 3, 4, 1, 0),
+    lambda x: x.transpose(4, 3, 0, 1, 2),
+)
+# Tables that are stored with a leading axis of size 1 for the batch.
+drop_batch_axis = Layout("drop_batch_axis", lambda x: x[0], lambda x: x[None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    r"""One line of the table: checkpoint key, our path, change of layout.
+
+    Args:
+      pattern: Regular expression that matches a whole key. Beside groups, which do
+        not nest, it holds only literal characters, with dots escaped; so it can
+        be turned round to write keys.
+      path: Our parameter's path, dots between attributes, `\1` for the first group.
+        Every group is used once. A number in it is a layer: `blocks.3.to_q.kernel`
+        is slice 3 of the stacked parameter `blocks.to_q.kernel`.
+      layout: Change of layout.
+
+    Raises:
+      ValueError: The pattern cannot be turned round.
+    """
+
+    pattern: str
+    path: str
+    layout: Layout = keep
+
+    def __post_init__(self) -> None:
+        literal = _GROUP.sub("", self.pattern).replace(r"\.", "")
+        used = sorted(_REFERENCE.findall(self.path))
+        groups = [str(i + 1) for i in range(len(_GROUP.findall(self.pattern)))]
+        if re.escape(literal) != literal or used != groups:
+            raise ValueError(
+                f"{self.pattern=} with {self.path=} cannot be turned round: use "
+                "literals with escaped dots and groups, each group once in the path"
+            )
+
+    def path_of(self, key: str) -> str | None:
+        """Our path for a checkpoint key, or None if the rule does not match."""
+        match = _compile(self.pattern).fullmatch(key)
+        return None if match is None else match.expand(self.path)
+
+    def key_of(self, path: str) -> str | None:
+        """The checkpoint key for one of our paths, or None if it does not match."""
+        match = _compile(self._path_pattern).fullmatch(path)
+        if match is None:
+            return None
+        # Groups stand in the path in any order; they are named by their number.
+        values = iter(range(1, len(match.groups()) + 1))
+        filled = _GROUP.sub(lambda _: match[f"g{next(values)}"], self.pattern)
+        return filled.replace(r"\.", ".")
+
+    @property
+    def _path_pattern(self) -> str:
+        """Regular expression for our paths, groups named by their number."""
+        groups = _GROUP.findall(self.pattern)
+        pieces = _REFERENCE.split(self.path)
+        pieces[0::2] = [re.escape(literal) for literal in pieces[0::2]]
+        pieces[1::2] = [f"(?P<g{i}>{groups[int(i) - 1]})" for i in pieces[1::2]]
+        return "".join(pieces)
+
+
+@functools.cache
+def _compile(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Where one checkpoint array goes: a parameter, or one layer's slice of it."""
+
+    name: str  # path of the parameter in the module
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def load_parameters[M: nnx.Module](
+    make_model: Callable[[], M],
+    source: Mapping[str, Any],
+    rules: Sequence[Rule],
+    *,
+    stacked: Iterable[str] = (),
+) -> M:
+    """Builds a model with the weights of a checkpoint.
+
+    The model is built abstractly, so random parameters are never made. Arrays are
+    read from `source` one at a time.
+
+    Args:
+      make_model: Makes the model; run under `nnx.eval_shape`.
+      source: Array-like values by checkpoint key.
+      rules: The table. Each key must match exactly one rule, and each parameter
+        must be filled exactly once.
+      stacked: Attributes whose parameters are stacked over layers.
+
+    Returns:
+      The model. Floating-point weights are cast to the parameters' dtypes.
+
+    Raises:
+      ConversionError: Lists every key that matches no rule or several, or leads to
+        no parameter; every parameter filled twice or never; every wrong shape and
+        every dtype that is not floating-point.
+    """
+    structure, state = nnx.split(nnx.eval_shape(make_model))
+    flat = dict(nnx.to_flat_state(state))
+    slots = _slots(flat, stacked)
+    filled, problems = _assign(source, rules, slots)
+    problems += [
+        f"missing: {_keys_for(path, rules)} for parameter {path}, "
+        f"shape {slots[path].shape}"
+        for path in slots.keys() - filled.keys()
+    ]
+    arrays = {
+        ".".join(map(str, path)): np.empty(leaf.shape, leaf.dtype)
+        for path, leaf in flat.items()
+        if not problems
+    }
+    for path, (key, rule) in filled.items():
+        problem = _fill(arrays, slots[path], key, rule, source[key])
+        if problem is not None:
+            problems.append(problem)
+    if problems:
+        raise _conversion_error(problems, len(source))
+    for path in flat:
+        # Popping frees the host copy of each parameter once it is on the device.
+        flat[path] = flat[path].replace(
+            jnp.asarray(arrays.pop(".".join(map(str, path))))
+        )
+    return nnx.merge(structure, nnx.from_flat_state(flat))
+
+
+def save_parameters(
+    model: nnx.Module,
+    rules: Sequence[Rule],
+    *,
+    stacked: Iterable[str] = (),
+    dtype: Any = None,
+) -> dict[str, np.ndarray]:
+    """Writes a model's parameters as a checkpoint's keys and layouts.
+
+    Args:
+      model: The model.
+      rules: The table that `load_parameters` reads the same keys by.
+      stacked: Attributes whose parameters are stacked over layers.
+      dtype: Cast to this; None keeps the parameters' dtypes.
+
+    Returns:
+      Arrays by checkpoint key, in the order of the keys.
+
+    Raises:
+      ConversionError: A parameter is named by no rule or by several.
+    """
+    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    values = {".".join(map(str, path)): leaf for path, leaf in flat.items()}
+    arrays, problems = {}, []
+    host: dict[str, np.ndarray] = {}
+    for path, slot in _slots(flat, stacked).items():
+        matches = [
+            (key, rule) for rule in rules if (key := rule.key_of(path)) is not None
+        ]
+        if len(matches) != 1:
+            keys = [key for key, _ in matches]
+            problems.append(f"parameter {path} is named by {len(matches)} keys: {keys}")
+            continue
+        ((key, rule),) = matches
+        if slot.name not in host:
+            host[slot.name] = np.asarray(jax.device_get(values[slot.name][...]))
+        value = host[slot.name]
+        value = value if slot.layer is None else value[slot.layer]
+        arrays[key] = np.ascontiguousarray(
+            rule.layout.save(value), dtype=dtype or value.dtype
+        )
+    if problems:
+        raise _conversion_error(problems, len(values))
+    return dict(sorted(arrays.items()))
+
+
+def _slots(
+    flat: Mapping[tuple, jax.ShapeDtypeStruct], stacked: Iterable[str]
+) -> dict[str, _Slot]:
+    """Every path that must be filled; stacked parameters have one per layer."""
+    stacked = set(stacked)
+    slots = {}
+    for path, leaf in flat.items():
+        name = ".".join(map(str, path))
+        if path[0] not in stacked:
+            slots[name] = _Slot(name, None, leaf.shape)
+            continue
+        rest = ".".join(map(str, path[1:]))
+        for layer in range(leaf.shape[0]):
+            layer_path = f"{path[0]}.{layer}.{rest}"
+            slots[layer_path] = _Slot(name, layer, leaf.shape[1:])
+    return slots
+
+
+def _assign(
+    source: Iterable[str], rules: Sequence[Rule], slots: Mapping[str, _Slot]
+) -> tuple[dict[str, tuple[str, Rule]], list[str]]:
+    """Finds each key's parameter, and the keys that have none or share one."""
+    filled: dict[str, tuple[str, Rule]] = {}
+    problems = []
+    for key in source:
+        matches = [
+            (path, rule) for rule in rules if (path := rule.path_of(key)) is not None
+        ]
+        if not matches:
+            problems.append(f"unmatched: no rule knows the key {key}")
+        elif len(matches) > 1:
+            patterns = [rule.pattern for _, rule in matches]
+            problems.append(f"ambiguous: {key} matches the rules {patterns}")
+        else:
+            ((path, rule),) = matches
+            if path not in slots:
+                problems.append(f"extra: {key} leads to {path}, which the model lacks")
+            elif path in filled:
+                problems.append(f"twice: {filled[path][0]} and {key} both fill {path}")
+            else:
+                filled[path] = key, rule
+    return filled, problems
+
+
+def _fill(
+    arrays: Mapping[str, np.ndarray], slot: _Slot, key: str, rule: Rule, value: Any
+) -> str | None:
+    """Copies one array into its place; returns what is wrong with it instead."""
+    value = np.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return f"dtype: {key} is {value.dtype}; expected floating-point numbers"
+    # `save` only moves axes, so an array of strides 0 stands in for the parameter.
+    expected = rule.layout.save(np.broadcast_to(np.float32(0), slot.shape)).shape
+    if value.shape != expected:
+        return f"shape: {key} is {value.shape}; expected {expected}"
+    if slot.name in arrays:
+        index = ... if slot.layer is None else slot.layer
+        arrays[slot.name][index] = rule.layout.load(value)
+    return None
+
+
+def _keys_for(path: str, rules: Iterable[Rule]) -> str:
+    keys = [key for rule in rules if (key := rule.key_of(path)) is not None]
+    return " or ".join(keys) or "a key (no rule writes one)"
+
+
+def _conversion_error(problems: Sequence[str], num_keys: int) -> ConversionError:
+    lines = "".join(f"\n  {problem}" for problem in sorted(problems))
+    return ConversionError(f"{len(problems)} problems in {num_keys} weights:{lines}")

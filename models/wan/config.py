@@ -1,0 +1,272 @@
+"""Sizes of a Wan2.1 text-to-video transformer, and which attention it runs."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
+
+import jax.numpy as jnp
+
+from draft_jax.config import DraftConfig
+
+AttentionName = Literal["dense", "draft"]
+_FLOAT_NAMES = ("float32", "bfloat16", "float16")
+
+# Published name of each of our fields in a diffusers `config.json`.
+_DIFFUSERS_FIELDS = {
+    "num_attention_heads": "num_heads",
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "text_dim": "text_dim",
+    "freq_dim": "freq_dim",
+    "ffn_dim": "ffn_dim",
+    "num_layers": "num_layers",
+    "cross_attn_norm": "cross_attn_norm",
+    "eps": "eps",
+}
+_ORIGINAL_FIELDS = {
+    "dim": "dim",
+    "ffn_dim": "ffn_dim",
+    "freq_dim": "freq_dim",
+    "in_dim": "in_channels",
+    "num_heads": "num_heads",
+    "num_layers": "num_layers",
+    "out_dim": "out_channels",
+    "text_dim": "text_dim",
+    "text_len": "text_length",
+    "eps": "eps",
+}
+# Fields of image-to-video models, which this port does not have.
+_IMAGE_FIELDS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+_QK_NORM_NAME = "rms_norm_across_heads"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """What a Wan transformer computes. Hashable, hence a static jit argument.
+
+    Attributes:
+      dim: Width of the residual stream; `num_heads` divides it.
+      ffn_dim: Hidden width of the feed-forward network.
+      num_heads: Attention heads, N.
+      num_layers: Transformer blocks.
+      in_channels: Channels of the latent that comes in.
+      out_channels: Channels of the velocity that goes out.
+      patch_size: Latent frames, rows and columns merged into one token.
+      text_dim: Width of the text encoder's output.
+      text_length: Rows of the text context, padding included. Cross-attention has
+        no mask, so the padded rows take part and their number changes the result.
+      freq_dim: Size of the sinusoidal timestep embedding; even.
+      eps: Added to variances in every norm.
+      rope_theta: Base of the rotary frequencies.
+      qk_norm: RMS norm of queries and keys over all of `dim`.
+      cross_attn_norm: Affine layer norm before cross-attention.
+      attention: Self-attention: exact, or draft attention by `draft`.
+      draft: Options of draft attention; not read when `attention` is "dense".
+      tile: Rows and columns of tokens in one attention block.
+      dtype: Of the matrix products and attention. Norms, softmax, modulation,
+        rotary embedding, time embedding and the residual stream stay float32.
+      param_dtype: Parameters are stored in it.
+
+    Raises:
+      ValueError: A size is not a positive integer, does not divide as it must, or
+        a name is not one of those accepted.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    text_dim: int = 4096
+    text_length: int = 512
+    freq_dim: int = 256
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+    qk_norm: bool = True
+    cross_attn_norm: bool = True
+    attention: AttentionName = "dense"
+    draft: DraftConfig = dataclasses.field(default_factory=DraftConfig)
+    tile: tuple[int, int] = (8, 16)
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive integer")
+        for name, length in (("patch_size", 3), ("tile", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not _are_sizes(value, length):
+                raise ValueError(
+                    f"{name}={value!r} must be a tuple of {length} positive integers"
+                )
+        if self.dim % self.num_heads:
+            raise ValueError(f"{self.dim=} must be a multiple of {self.num_heads=}")
+        if self.head_dim % 2 or self.head_dim < 6:
+            raise ValueError(
+                f"{self.head_dim=} must be even and at least 6: rotary embedding "
+                "turns pairs of channels, some for each of frame, row and column"
+            )
+        if self.freq_dim % 2:
+            raise ValueError(f"{self.freq_dim=} must be even")
+        if not self.eps > 0.0:
+            raise ValueError(f"{self.eps=} must be positive")
+        if not self.rope_theta > 1.0:
+            raise ValueError(f"{self.rope_theta=} must be greater than 1")
+        if self.attention not in get_args(AttentionName):
+            raise ValueError(
+                f"{self.attention=} must be one of {get_args(AttentionName)}"
+            )
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in _FLOAT_NAMES:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be one of {_FLOAT_NAMES}"
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head, D."""
+        return self.dim // self.num_heads
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """`dtype` as a dtype object."""
+        return jnp.dtype(self.dtype)
+
+    @classmethod
+    def t2v_1_3b(cls, **changes: Any) -> Self:
+        """Wan2.1-T2V-1.3B."""
+        sizes: dict[str, Any] = {
+            "dim": 1536,
+            "ffn_dim": 8960,
+            "num_heads": 12,
+            "num_layers": 30,
+        }
+        return cls(**(sizes | changes))
+
+    @classmethod
+    def t2v_14b(cls, **changes: Any) -> Self:
+        """Wan2.1-T2V-14B."""
+        sizes: dict[str, Any] = {
+            "dim": 5120,
+            "ffn_dim": 13824,
+            "num_heads": 40,
+            "num_layers": 40,
+        }
+        return cls(**(sizes | changes))
+
+    @classmethod
+    def mini(cls, **changes: Any) -> Self:
+        """The small model that ships with this project."""
+        sizes: dict[str, Any] = {
+            "dim": 384,
+            "ffn_dim": 1536,
+            "num_heads": 3,
+            "num_layers": 8,
+            "text_dim": 256,
+            "text_length": 32,
+            "tile": (4, 8),
+        }
+        return cls(**(sizes | changes))
+
+    @classmethod
+    def from_dict(cls, published: Mapping[str, Any], **changes: Any) -> Self:
+        """Reads the sizes in a published `config.json`, original or diffusers.
+
+        Args:
+          published: The parsed file. Keys that start with "_", such as
+            "_class_name", are ignored.
+          **changes: Fields to set or override, such as `attention`, `tile`, or the
+            `text_length` that diffusers keeps outside its model configuration.
+
+        Returns:
+          The configuration.
+
+        Raises:
+          ValueError: The file is of an image-to-video model, asks for something
+            else this port does not have, or lacks or adds keys; all are named.
+        """
+        is_diffusers = "num_attention_heads" in published
+        fields = _DIFFUSERS_FIELDS if is_diffusers else _ORIGINAL_FIELDS
+        sizes: dict[str, Any] = {
+            ours: published[key] for key, ours in fields.items() if key in published
+        }
+        if is_diffusers:
+            sizes |= _read_diffusers_only(published)
+        _check_published_keys(published, fields, is_diffusers)
+        return cls(**(sizes | changes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sizes as diffusers names them in `config.json`; see `from_dict`.
+
+        Compute options (attention, tile, dtypes) and the length of the text are
+        not part of a diffusers configuration and are left out.
+        """
+        named = {key: getattr(self, ours) for key, ours in _DIFFUSERS_FIELDS.items()}
+        return named | {
+            "_class_name": "WanTransformer3DModel",
+            "attention_head_dim": self.head_dim,
+            "patch_size": list(self.patch_size),
+            "qk_norm": _QK_NORM_NAME if self.qk_norm else None,
+        }
+
+
+_POSITIVE_FIELDS = (
+    "dim",
+    "ffn_dim",
+    "num_heads",
+    "num_layers",
+    "in_channels",
+    "out_channels",
+    "text_dim",
+    "text_length",
+    "freq_dim",
+)
+_DIFFUSERS_ONLY = ("attention_head_dim", "patch_size", "qk_norm", "rope_max_seq_len")
+# In an original config.json, but without meaning for a text-to-video transformer.
+_ORIGINAL_ONLY = ("model_type",)
+
+
+def _are_sizes(values: tuple, length: int) -> bool:
+    return len(values) == length and all(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        for value in values
+    )
+
+
+def _read_diffusers_only(published: Mapping[str, Any]) -> dict[str, Any]:
+    heads, head_dim = published["num_attention_heads"], published["attention_head_dim"]
+    qk_norm = published.get("qk_norm", _QK_NORM_NAME)
+    if qk_norm not in (_QK_NORM_NAME, None):
+        raise ValueError(f"{qk_norm=} must be {_QK_NORM_NAME!r} or null")
+    return {
+        "dim": heads * head_dim,
+        "patch_size": tuple(published.get("patch_size", (1, 2, 2))),
+        "qk_norm": qk_norm is not None,
+    }
+
+
+def _check_published_keys(
+    published: Mapping[str, Any], fields: Mapping[str, str], is_diffusers: bool
+) -> None:
+    """Rejects image-to-video models, and keys nothing here would read."""
+    image_keys = [key for key in _IMAGE_FIELDS if published.get(key) is not None]
+    if image_keys or published.get("model_type", "t2v") != "t2v":
+        raise ValueError(
+            "only text-to-video models are supported; this configuration has "
+            f"model_type={published.get('model_type')!r} and sets {image_keys}"
+        )
+    known = {*fields, *_IMAGE_FIELDS}
+    known |= {*(_DIFFUSERS_ONLY if is_diffusers else _ORIGINAL_ONLY)}
+    unknown = sorted(
+        key for key in published if key not in known and not key.startswith("_")
+    )
+    required = ("ffn_dim", "num_layers") + (
+        ("attention_head_dim",) if is_diffusers else ("dim", "num_heads")
+    )
+    missing = [key for key in required if key not in published]
+    if unknown or missing:
+        raise ValueError(f"configuration has {unknown=} and {missing=} keys")

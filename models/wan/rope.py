@@ -1,0 +1,82 @@
+"""Rotary position embedding over frames, rows and columns."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from draft_jax.grid import VideoGrid
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int, int]:
+    """Channels of a head that turn with the frame, the row and the column.
+
+    Rows and columns get `2 * (head_dim // 6)` each and frames the rest: 44, 42, 42
+    of 128.
+    """
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
+
+
+def rope_table(
+    grid: VideoGrid, head_dim: int, theta: float = 10000.0
+) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
+    """Cosine and sine of each token's rotation angles, in tiled order.
+
+    Frequencies and angles are computed in float64 by NumPy for each axis alone and
+    rounded to float32; only these short tables enter the program as constants.
+
+    Args:
+      grid: Token grid of the video, without text.
+      head_dim: Channels of a head, D; even.
+      theta: Base of the frequencies.
+
+    Returns:
+      cos and sin, float32, one column per channel pair (half = D / 2).
+
+    Source: Wan2.1 `rope_params`, where the angles are float64 too.
+    """
+    sizes = (grid.frames, grid.height, grid.width)
+    tables = []
+    for axis, (size, channels) in enumerate(
+        zip(sizes, split_head_dim(head_dim), strict=True)
+    ):
+        frequencies = theta ** (-np.arange(0, channels, 2) / channels)
+        angles = np.outer(np.arange(size), frequencies)
+        shape = [1, 1, 1, channels // 2]
+        shape[axis] = size
+        tables.append(angles.reshape(shape))
+    visual_order = grid.tile_order
+
+    def assemble(function) -> Float[Array, "T half"]:
+        parts = [
+            jnp.broadcast_to(
+                jnp.asarray(function(table), jnp.float32), (*sizes, table.shape[-1])
+            )
+            for table in tables
+        ]
+        raster = jnp.concatenate(parts, axis=-1)
+        return raster.reshape(grid.num_tokens, head_dim // 2)[visual_order]
+
+    return assemble(np.cos), assemble(np.sin)
+
+
+def apply_rope(
+    x: Float[Array, "B T N D"],
+    cos: Float[Array, "T half"],
+    sin: Float[Array, "T half"],
+) -> Float[Array, "B T N D"]:
+    """Rotates the channel pairs (2i, 2i + 1) of each token.
+
+    Args:
+      x: Queries or keys; float32 keeps the rotation in float32.
+      cos: Cosines in the token order of x.
+      sin: Sines in the token order of x.
+
+    Returns:
+      The rotated x, in its dtype.
+    """
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
