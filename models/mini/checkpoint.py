@@ -1,0 +1,217 @@
+"""The folder that a small model is stored in: written by training, read by pipelines.
+
+config.json                  sizes of the transformer, and this format's name
+transformer*.safetensors     diffusers' keys, bfloat16, perhaps in shards
+text_embedding.safetensors   `TextEmbedding`, keys are attribute paths
+codec.safetensors            `LinearCodec`
+vocabulary.json              `Vocabulary`
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.mini.codec import LinearCodec
+from models.mini.text import TextEmbedding, Vocabulary
+from models.safetensors_io import CheckpointError
+from models.wan.config import WanConfig
+from models.wan.convert import load_wan_transformer, save_wan_transformer
+from models.wan.transformer import WanTransformer
+
+SHIPPED = Path(__file__).parent / "weights"
+FORMAT = "draft-video-1"
+FILES = (
+    "config.json",
+    "text_embedding.safetensors",
+    "codec.safetensors",
+    "vocabulary.json",
+)
+ACCEPTED = (
+    "a folder with "
+    + ", ".join(FILES)
+    + " and transformer*.safetensors, as training writes it (models/mini/weights)"
+)
+# Files and folders that only published Wan checkpoints have.
+_DIFFUSERS_SIGNS = ("model_index.json", "text_encoder", "vae", "transformer")
+_ORIGINAL_SIGNS = ("*VAE.pth", "models_t5*.pth", "google", "diffusion_pytorch_model*")
+
+
+@dataclasses.dataclass(frozen=True)
+class MiniTextEncoder:
+    """Prompts to context rows."""
+
+    vocabulary: Vocabulary
+    embedding: TextEmbedding
+
+    def encode(
+        self, prompts: Sequence[str]
+    ) -> tuple[Float[Array, "B L E"], Int[Array, " B"]]:
+        """Context of the prompts, and how many of its rows are words."""
+        ids, counts, _ = self.vocabulary.encode(prompts)
+        lengths = jnp.asarray(counts)
+        return self.embedding(jnp.asarray(ids), lengths), lengths
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of the prompt that training did not contain."""
+        (unknown,) = self.vocabulary.encode([prompt])[2]
+        return unknown
+
+    def describe_vocabulary(self) -> str:
+        """The words that training contained."""
+        return "it knows: " + " ".join(self.vocabulary.words)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MiniCheckpoint:
+    """A small model in memory.
+
+    Attributes:
+      transformer: Its `config` says the sizes of all parts.
+      text_embedding: Context of cross-attention.
+      vocabulary: Numbers of words.
+      codec: Videos to latents and back.
+    """
+
+    transformer: WanTransformer
+    text_embedding: TextEmbedding
+    vocabulary: Vocabulary
+    codec: LinearCodec
+
+    @classmethod
+    def load(cls, path: Path | str | None = None, **changes: Any) -> Self:
+        """Reads a checkpoint folder.
+
+        Args:
+          path: The folder; the model that ships if None.
+          **changes: Fields of `WanConfig` to set, such as `dtype`.
+
+        Raises:
+          CheckpointError: The folder is missing, incomplete, damaged, or of another
+            format, such as a published Wan checkpoint.
+        """
+        folder = SHIPPED if path is None else Path(path)
+        _check_folder(folder)
+        stored = _read_json(folder / "config.json")
+        if stored.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{folder / 'config.json'} has format={stored.get('format')!r}; "
+                f"expected {FORMAT!r}"
+            )
+        try:
+            config = WanConfig.from_dict(
+                stored["transformer"],
+                text_length=stored["text_length"],
+                tile=tuple(stored["tile"]),
+                **changes,
+            )
+            vocabulary = Vocabulary.load(folder / "vocabulary.json")
+            codec = LinearCodec.load(folder / "codec.safetensors")
+        except (KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{folder} is damaged: {error!r}") from error
+        return cls(
+            transformer=load_wan_transformer(folder, config, stem="transformer"),
+            text_embedding=_load_embedding(folder, vocabulary, config),
+            vocabulary=vocabulary,
+            codec=codec,
+        )
+
+    def save(
+        self, folder: Path | str, *, max_shard_bytes: int | None = 15 * 2**20
+    ) -> None:
+        """Writes a checkpoint folder, the transformer in bfloat16."""
+        folder = Path(folder)
+        save_wan_transformer(
+            self.transformer,
+            folder,
+            stem="transformer",
+            max_shard_bytes=max_shard_bytes,
+        )
+        state = nnx.to_flat_state(nnx.state(self.text_embedding))
+        tensors = {
+            ".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in state
+        }
+        safetensors.numpy.save_file(tensors, folder / "text_embedding.safetensors")
+        self.codec.save(folder / "codec.safetensors")
+        self.vocabulary.save(folder / "vocabulary.json")
+        config = self.transformer.config
+        stored = {
+            "format": FORMAT,
+            "transformer": config.to_dict(),
+            "text_length": config.text_length,
+            "tile": list(config.tile),
+        }
+        (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+
+
+def _check_folder(folder: Path) -> None:
+    """Names what is wrong with a folder before anything is read."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"checkpoint {folder} is not a folder; expected {ACCEPTED}"
+        )
+    present = {file.name for file in folder.iterdir()}
+    missing = [name for name in FILES if name not in present]
+    if not any(folder.glob("transformer*.safetensors")):
+        missing.append("transformer*.safetensors")
+    if not missing:
+        return
+    layout = _published_layout(folder)
+    if layout is not None:
+        raise CheckpointError(
+            f"checkpoint {folder} looks like a published Wan model in the {layout} "
+            "layout, which is not supported yet (its text encoder and VAE are not "
+            f"ported); expected {ACCEPTED}"
+        )
+    raise CheckpointError(f"checkpoint {folder} lacks {missing}; expected {ACCEPTED}")
+
+
+def _published_layout(folder: Path) -> str | None:
+    if any((folder / sign).exists() for sign in _DIFFUSERS_SIGNS):
+        return "diffusers"
+    if any(any(folder.glob(sign)) for sign in _ORIGINAL_SIGNS):
+        return "original"
+    return None
+
+
+def _load_embedding(
+    folder: Path, vocabulary: Vocabulary, config: WanConfig
+) -> TextEmbedding:
+    embedding = nnx.eval_shape(
+        lambda: TextEmbedding(
+            vocabulary.size, vocabulary.max_length, config.text_dim, rngs=nnx.Rngs(0)
+        )
+    )
+    structure, parameters = nnx.split(embedding)
+    flat = dict(nnx.to_flat_state(parameters))
+    file = folder / "text_embedding.safetensors"
+    try:
+        tensors = safetensors.numpy.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    expected = {".".join(map(str, path)): leaf.shape for path, leaf in flat.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if expected != found:
+        wrong = sorted(set(expected.items()) ^ set(found.items()))
+        raise CheckpointError(f"{file} does not fit config and vocabulary: {wrong}")
+    for path, leaf in flat.items():
+        tensor = jnp.asarray(tensors[".".join(map(str, path))], jnp.float32)
+        flat[path] = leaf.replace(tensor)
+    return nnx.merge(structure, nnx.from_flat_state(flat))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object")
+    return content
