@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +86,7 @@ class MiniCheckpoint:
     codec: LinearCodec
 
     @classmethod
-    def load(cls, path: Path | str | None = None, **changes: Any) -> Self:
+    def load(cls, path: Path | str | None = None, **changes: Any) -> "MiniCheckpoint":
         """Reads a checkpoint folder.
 
         Args:

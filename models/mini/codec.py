@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +39,7 @@ class LinearCodec:
         *,
         channels: int = LATENT_CHANNELS,
         whitening: float = 1.0,
-    ) -> Self:
+    ) -> "LinearCodec":
         """Finds the components of some videos.
 
         Args:
@@ -83,7 +82,7 @@ class LinearCodec:
         return self.scale.shape[0]
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
+    def load(cls, path: Path | str) -> "LinearCodec":
         """Reads `codec.safetensors`."""
         tensors = load_file(path)
         return cls(**{name: jnp.asarray(value) for name, value in tensors.items()})
@@ -129,8 +128,16 @@ def to_patches(video: Float[Array, "B T Y X 3"]) -> Float[Array, "B F H W P"]:
             f"be a multiple of {step_t}, the sides of {step_y}"
         )
     split = video.reshape(
-        (batch, frames // step_t, step_t, height // step_y, step_y)
-        + (width // step_x, step_x, colours)
+        (
+            batch,
+            frames // step_t,
+            step_t,
+            height // step_y,
+            step_y,
+            width // step_x,
+            step_x,
+            colours,
+        )
     )
     ordered = split.transpose(0, 1, 3, 5, 2, 4, 6, 7)
     return ordered.reshape(*ordered.shape[:4], PATCH_NUMBERS)

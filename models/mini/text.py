@@ -12,7 +12,6 @@ import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -57,13 +56,13 @@ class Vocabulary:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
     @classmethod
-    def from_captions(cls, captions: Iterable[str], **options: int) -> Self:
+    def from_captions(cls, captions: Iterable[str], **options: int) -> "Vocabulary":
         """Every word of some captions, in alphabetical order."""
         words = {word for caption in captions for word in split_words(caption)}
         return cls(words=tuple(sorted(words)), **options)
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
+    def load(cls, path: Path | str) -> "Vocabulary":
         """Reads `vocabulary.json`."""
         fields = json.loads(Path(path).read_text())
         return cls(**(fields | {"words": tuple(fields["words"])}))
