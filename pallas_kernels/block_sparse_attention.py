@@ -12,7 +12,7 @@ from typing import Literal, overload
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import oracle, validation, xla
+from pallas_kernels import hopper, oracle, validation, xla
 from pallas_kernels.interfaces import (
     Backend,
     BlockLayout,
@@ -21,17 +21,17 @@ from pallas_kernels.interfaces import (
     current_device,
 )
 
-BackendName = Literal["auto", "xla", "oracle"]
+BackendName = Literal["auto", "hopper", "xla", "oracle"]
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (xla.BACKEND, oracle.BACKEND)
+    backend.name: backend for backend in (hopper.BACKEND, xla.BACKEND, oracle.BACKEND)
 }
 
 # What "auto" tries on each platform, fastest first: the first backend that supports
 # the problem is taken. The oracle is never chosen on its own.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("xla",),
-    "gpu": ("xla",),
+    "gpu": ("hopper", "xla"),
     "tpu": ("xla",),
 }
 

@@ -57,8 +57,8 @@ class KernelConfig:
     ping_pong: bool = True  # consumers take turns in issuing matrix products
     overlap: bool = True  # issue the next logits before the product with V
     persistent: bool = True  # one CTA per multiprocessor walks many query blocks
-    consumer_registers: int = 240
-    producer_registers: int = 24
+    consumer_registers: int = 232
+    producer_registers: int = 40
 
     def __post_init__(self) -> None:
         if self.num_slots < 3:
@@ -154,7 +154,9 @@ def attend_blocks(
         functools.partial(_body, plan=plan),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((*row_offsets.shape[:1], plan.num_blocks, BLOCK), jnp.float32),
+            jax.ShapeDtypeStruct(
+                (*row_offsets.shape[:1], plan.num_blocks, BLOCK), jnp.float32
+            ),
         ),
         scratch_types=scratch_types(plan, q.dtype),
         grid=(plan.num_ctas,),
@@ -176,21 +178,21 @@ def scratch_types(plan: Plan, dtype: jax.typing.DTypeLike) -> dict[str, object]:
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     slots, dim = plan.config.num_slots, plan.head_dim
     rows = (NUM_CONSUMERS, ROWS)
-    return dict(
-        q_smem=plgpu.SMEM((*rows, dim), dtype, transforms=transforms),
-        kv_smem=plgpu.SMEM((slots, BLOCK, dim), dtype, transforms=transforms),
+    return {
+        "q_smem": plgpu.SMEM((*rows, dim), dtype, transforms=transforms),
+        "kv_smem": plgpu.SMEM((slots, BLOCK, dim), dtype, transforms=transforms),
         # Short blocks leave row by row, which a swizzled buffer does not allow. Bank
         # conflicts of the plain one are paid once for each query block.
-        o_smem=plgpu.SMEM(
+        "o_smem": plgpu.SMEM(
             (*rows, dim), dtype, transforms=() if plan.has_short_blocks else transforms
         ),
-        lse_smem=plgpu.SMEM(rows, jnp.float32),
-        q_full=plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
-        q_free=plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
-        kv_full=plgpu.Barrier(num_barriers=slots),
-        kv_free=plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=slots),
-        turn=plgpu.Barrier(num_barriers=NUM_CONSUMERS),
-    )
+        "lse_smem": plgpu.SMEM(rows, jnp.float32),
+        "q_full": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
+        "q_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
+        "kv_full": plgpu.Barrier(num_barriers=slots),
+        "kv_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=slots),
+        "turn": plgpu.Barrier(num_barriers=NUM_CONSUMERS),
+    }
 
 
 def smem_bytes(plan: Plan, dtype: jax.typing.DTypeLike) -> int:
@@ -208,7 +210,11 @@ def _body(*refs, plan: Plan, **scratch):
     @pl.when(wg == PRODUCER)
     def _():
         plgpu.set_max_registers(plan.config.producer_registers, action="decrease")
-        _produce(gmem, plan, **_select(scratch, "q_smem kv_smem q_full q_free kv_full kv_free"))
+        _produce(
+            gmem,
+            plan,
+            **_select(scratch, "q_smem kv_smem q_full q_free kv_full kv_free"),
+        )
 
     @pl.when(wg != PRODUCER)
     def _():
@@ -527,8 +533,9 @@ def _store_tile(gmem, plan: Plan, tile, wg, acc, maximum, total, o_smem, lse_sme
     def store_short():
         @pl.loop(0, jnp.maximum(length, 0))
         def _(row):
-            target = gmem.out.at[tile.batch, token + row, tile.head]
-            plgpu.copy_smem_to_gmem(o_smem.at[wg, row], target, commit_group=False)
+            target = gmem.out.at[tile.batch, pl.ds(token + row, 1), tile.head]
+            source = o_smem.at[wg, pl.ds(row, 1)]
+            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
         plgpu.commit_smem_to_gmem_group()
 
@@ -588,8 +595,9 @@ def _overlapped_step(
             ring.pass_turn()
             logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
             # Keeps the compiler from using the logits before the wait.
-            results = softmax(lax.optimization_barrier(logits))
+            logits = lax.optimization_barrier(logits)
             ring.free(k_fill)
+            results = softmax(logits)
             for ref, value in zip(result_refs, results, strict=True):
                 ref[...] = value
             plgpu.wgmma_wait(0)

@@ -101,6 +101,29 @@ def xla_attention(
     return _attention(static, q, k, v, mask.row_offsets, mask.block_ids, text_lengths)
 
 
+def attention_gradients(
+    residuals: tuple[Array, ...],
+    cotangents: tuple[Float[Array, "B T N D"], Float[Array, "B N T"]],
+    *,
+    layout: BlockLayout,
+    scale: float,
+) -> tuple[Array | None, ...]:
+    """Gradients of any backend's forward pass, for use in a `jax.custom_vjp`.
+
+    Args:
+      residuals: q, k, v, row_offsets, block_ids, text_lengths, and the forward
+        pass's output and log-sum-exp.
+      cotangents: Of the output and the log-sum-exp.
+      layout: Geometry of the blocks.
+      scale: Factor on the logits.
+
+    Returns:
+      Cotangents of the first six residuals; None for those of integers.
+    """
+    config = KernelConfig.for_platform(current_device(residuals[0]).platform)
+    return _backward((layout, scale, config), residuals, cotangents)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static, q, k, v, row_offsets, block_ids, text_lengths):
     outputs, _ = _forward(static, q, k, v, row_offsets, block_ids, text_lengths)
