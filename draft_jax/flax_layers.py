@@ -51,7 +51,8 @@ class DraftAttention(nnx.Module):
       rngs: Random keys for the parameters.
 
     Raises:
-      ValueError: qkv_features is not a multiple of num_heads, or order is unknown.
+      ValueError: num_heads is not positive, qkv_features is not a multiple of it, or
+        order is unknown.
 
     Source: DraftAttention (arXiv 2505.14708).
     """
@@ -77,6 +78,8 @@ class DraftAttention(nnx.Module):
     ):
         qkv_features = in_features if qkv_features is None else qkv_features
         out_features = in_features if out_features is None else out_features
+        if num_heads < 1:
+            raise ValueError(f"{num_heads=} must be a positive integer")
         if qkv_features % num_heads:
             raise ValueError(f"{qkv_features=} must be a multiple of {num_heads=}")
         check_order(order)

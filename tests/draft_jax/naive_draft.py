@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -131,3 +132,13 @@ def add_text(kept, grid):
     out = np.ones((*kept.shape[:-2], grid.num_blocks, grid.num_blocks), bool)
     out[..., grid.visual_blocks, grid.visual_blocks] = kept
     return out
+
+
+def percentile_mask(q, k, grid, sparsity):
+    """The paper's mask of the whole sequence: q, k [B, T, N, D] -> [B, N, R, R]."""
+    visual = grid.visual_tokens
+    scores = draft_map(q[:, visual], k[:, visual], grid)
+    pairs = Fraction(1) - Fraction(str(sparsity))
+    budget = math.ceil(pairs * scores.shape[-1] ** 2)
+    kept = [[select_percentile(s, budget) for s in item] for item in scores]
+    return add_text(np.array(kept), grid)

@@ -32,14 +32,6 @@ def random_mask(grid, seed=0, batch=2, heads=2, blocks=None, density=0.4):
     return rng.random((batch, heads, blocks, blocks)) < density
 
 
-def expected_mask(q, k, grid, sparsity):
-    visual = grid.visual_tokens
-    scores = naive_draft.draft_map(q[:, visual], k[:, visual], grid)
-    budget = int(np.ceil(round((1 - sparsity) * grid.num_visual_blocks**2, 6)))
-    kept = [[naive_draft.select_percentile(s, budget) for s in item] for item in scores]
-    return naive_draft.add_text(np.array(kept), grid)
-
-
 @pytest.mark.parametrize("backend", ["xla", "oracle"])
 @pytest.mark.parametrize("side", ["after", "before"])
 @pytest.mark.parametrize("lengths", [None, (11, 3), (0, 8)], ids=str)
@@ -56,7 +48,7 @@ def test_whole_method_matches_loops(lengths, side, backend):
         backend=backend,
         return_mask=True,
     )
-    kept = expected_mask(q, k, grid, 0.6)
+    kept = naive_draft.percentile_mask(q, k, grid, 0.6)
     np.testing.assert_array_equal(mask.to_dense(), kept)
     expected = naive_draft.attention(q, k, v, kept, grid, lengths)
     np.testing.assert_allclose(out, expected, **F32)
@@ -180,7 +172,9 @@ def test_half_types_accumulate_in_float32(dtype):
     assert out.dtype == dtype
     rounded = [np.asarray(x, np.float32) for x in qkv]
     kept = np.asarray(mask.to_dense())
-    np.testing.assert_array_equal(kept, expected_mask(*rounded[:2], GRID, 0.6))
+    np.testing.assert_array_equal(
+        kept, naive_draft.percentile_mask(*rounded[:2], GRID, 0.6)
+    )
     expected = naive_draft.attention(*rounded, kept, GRID)
     # Rounding of the output (8 and 11 bits) and of the probabilities.
     error = np.abs(np.asarray(out, np.float32) - expected).max()
@@ -189,7 +183,7 @@ def test_half_types_accumulate_in_float32(dtype):
 
 def test_gradient_is_that_of_attention_with_the_mask_held_fixed():
     q, k, v = map(jnp.asarray, random_qkv(GRID, batch=1))
-    kept = expected_mask(np.asarray(q), np.asarray(k), GRID, 0.6)
+    kept = naive_draft.percentile_mask(np.asarray(q), np.asarray(k), GRID, 0.6)
     allowed = jnp.asarray(
         [[naive_draft.token_mask(head, GRID) for head in item] for item in kept]
     )
