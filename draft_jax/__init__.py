@@ -23,6 +23,11 @@ from draft_jax.attention import draft_attention, initial_mask, scheduled_attenti
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, kept_pairs_budget, mask_capacity
 from draft_jax.draft_scores import draft_scores
+from draft_jax.flax_layers import (
+    DraftAttention,
+    DraftAttentionFn,
+    draft_attention_fn,
+)
 from draft_jax.grid import VideoGrid
 from draft_jax.pooling import pool_tokens
 from draft_jax.schedule import DraftPlan, DraftStep, SparsitySchedule, constant_step
@@ -30,6 +35,8 @@ from draft_jax.selection import compute_mask, select_blocks
 
 __all__ = [
     "BlockMask",
+    "DraftAttention",
+    "DraftAttentionFn",
     "DraftConfig",
     "DraftPlan",
     "DraftStep",
@@ -38,6 +45,7 @@ __all__ = [
     "compute_mask",
     "constant_step",
     "draft_attention",
+    "draft_attention_fn",
     "draft_scores",
     "initial_mask",
     "kept_pairs_budget",

@@ -13,10 +13,12 @@ from draft_jax.grid import VideoGrid
 from draft_jax.pooling import Order, check_order
 from draft_jax.schedule import DraftStep
 from draft_jax.selection import add_text_blocks, compute_mask
-from pallas_kernels import block_sparse_attention, dense_attention, validation
-
-# Any name that pallas_kernels registers; it checks the name itself.
-Backend = str
+from pallas_kernels import (
+    BackendName,
+    block_sparse_attention,
+    dense_attention,
+    validation,
+)
 
 
 @overload
@@ -29,10 +31,10 @@ def draft_attention(
     config: DraftConfig,
     text_lengths: Int[Array, " B"] | None = None,
     order: Order = "raster",
-    mask: BlockMask | Bool[Array, "B N K K"] | None = None,
+    mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
     budget: int | Int[Array, ""] | None = None,
     scale: float | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
     return_mask: Literal[False] = False,
     check_finite: bool = False,
 ) -> Float[Array, "B T N D"]: ...
@@ -48,10 +50,10 @@ def draft_attention(
     config: DraftConfig,
     text_lengths: Int[Array, " B"] | None = None,
     order: Order = "raster",
-    mask: BlockMask | Bool[Array, "B N K K"] | None = None,
+    mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
     budget: int | Int[Array, ""] | None = None,
     scale: float | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
     return_mask: Literal[True],
     check_finite: bool = False,
 ) -> tuple[Float[Array, "B T N D"], BlockMask]: ...
@@ -69,7 +71,7 @@ def draft_attention(
     mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
     budget: int | Int[Array, ""] | None = None,
     scale: float | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
     return_mask: bool = False,
     check_finite: bool = False,
 ) -> Float[Array, "B T N D"] | tuple[Float[Array, "B T N D"], BlockMask]:
@@ -131,7 +133,7 @@ def draft_attention(
         grid=grid,
         scale=scale,
         text_lengths=text_lengths,
-        backend=backend,  # type: ignore[arg-type]
+        backend=backend,
     )
     if order == "raster":
         out = _to_raster(out, grid)
@@ -150,7 +152,7 @@ def scheduled_attention(
     text_lengths: Int[Array, " B"] | None = None,
     order: Order = "raster",
     scale: float | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> tuple[Float[Array, "B T N D"], BlockMask]:
     """One layer on one step of a `SparsitySchedule`.
 
@@ -201,13 +203,14 @@ def scheduled_attention(
         return out, mask
 
     def run_sparse(mask: BlockMask):
-        tiled = (q, k, v)
+        tiled_q, tiled_k, tiled_v = q, k, v
         if order == "raster":
-            tiled = tuple(_to_tiled(x, grid) for x in tiled)
+            tiled_q, tiled_k, tiled_v = (_to_tiled(x, grid) for x in (q, k, v))
         mask = jax.lax.cond(
             step.refresh,
             lambda mask: compute_mask(
-                *tiled[:2],
+                tiled_q,
+                tiled_k,
                 grid=grid,
                 config=config,
                 budget=step.budget,
@@ -218,12 +221,14 @@ def scheduled_attention(
             mask,
         )
         out = block_sparse_attention(
-            *tiled,
+            tiled_q,
+            tiled_k,
+            tiled_v,
             mask,
             grid=grid,
             scale=scale,
             text_lengths=text_lengths,
-            backend=backend,  # type: ignore[arg-type]
+            backend=backend,
         )
         return (_to_raster(out, grid) if order == "raster" else out), mask
 

@@ -60,7 +60,7 @@ class DraftConfig:
             if (value := getattr(self, name)) not in accepted:
                 raise ValueError(f"{name}={value!r} must be one of {accepted}")
         check_sparsity("sparsity", self.sparsity)
-        if not _is_real(self.top_p) or not 0.0 < self.top_p <= 1.0:
+        if not is_real(self.top_p) or not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p!r} must be a number in (0, 1]")
         for name in ("keep_own_tile", "keep_first_frame"):
             if not isinstance(value := getattr(self, name), bool):
@@ -138,7 +138,7 @@ def mask_capacity(grid: VideoGrid, config: DraftConfig) -> int:
 
 def check_sparsity(name: str, value: object) -> None:
     """Raises ValueError unless `value` is a number in [0, 1)."""
-    if not _is_real(value) or not 0.0 <= value < 1.0:  # type: ignore[operator]
+    if not is_real(value) or not 0.0 <= value < 1.0:  # type: ignore[operator]
         raise ValueError(f"{name}={value!r} must be a number in [0, 1)")
 
 
@@ -157,5 +157,6 @@ def _kept_share(sparsity: float, pairs: int) -> int:
     return math.ceil((1 - Fraction(str(sparsity))) * pairs)
 
 
-def _is_real(value: object) -> bool:
+def is_real(value: object) -> bool:
+    """Whether `value` is a real number; True and False are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

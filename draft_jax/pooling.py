@@ -48,17 +48,14 @@ def pool_tokens(
         raise ValueError(f"{reduction=} must be one of {get_args(Reduction)}")
     check_order(order)
     padding = 0.0 if reduction == "mean" else -math.inf
-    reduce = functools.partial(jnp.sum, dtype=jnp.float32)
-    if reduction == "max":
-        reduce = jnp.max
     by_tile = _tiles_of_raster if order == "raster" else _tiles_of_tiled
     tiles, token_axes = by_tile(x, grid, padding)
-    pooled = reduce(tiles, axis=token_axes).astype(jnp.float32)
-    pooled = pooled.reshape(x.shape[0], grid.num_visual_blocks, *x.shape[2:])
+    draft_shape = (x.shape[0], grid.num_visual_blocks, *x.shape[2:])
     if reduction == "max":
-        return pooled
+        return tiles.max(token_axes).astype(jnp.float32).reshape(draft_shape)
+    sums = tiles.sum(token_axes, dtype=jnp.float32).reshape(draft_shape)
     lengths = grid.block_lengths[grid.visual_blocks].astype(np.float32)
-    return pooled / lengths[:, None, None]
+    return sums / lengths[:, None, None]
 
 
 def check_order(order: str) -> None:
@@ -69,7 +66,7 @@ def check_order(order: str) -> None:
 
 def _tiles_of_raster(
     x: Array, grid: VideoGrid, padding: float
-) -> tuple[Array, tuple[int, int]]:
+) -> tuple[Array, tuple[int, ...]]:
     """Splits rows and columns into tiles; edges are filled with `padding`."""
     batch, _, *heads = x.shape
     x = x.reshape(batch, grid.frames, grid.height, grid.width, *heads)
@@ -86,7 +83,7 @@ def _tiles_of_raster(
 
 def _tiles_of_tiled(
     x: Array, grid: VideoGrid, padding: float
-) -> tuple[Array, tuple[int]]:
+) -> tuple[Array, tuple[int, ...]]:
     """Splits tokens into blocks; short blocks are filled with `padding`."""
     if grid_has_edges(grid):
         # A gather, not a segment sum: scatter-adds on a GPU run in any order, and a

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Real
 
-from draft_jax.config import DraftConfig, check_sparsity, static_budget
+from draft_jax.config import DraftConfig, check_sparsity, is_real, static_budget
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
 
@@ -30,10 +30,26 @@ class DraftStep:
     refresh: Bool[Array, "*steps"]
 
     def for_layer(self, dense: Bool[Array, ""] | int) -> "DraftStep":
-        """This step for one layer: its index, or its entry of `dense`."""
-        if isinstance(dense, int):
+        """This step for one layer.
+
+        Args:
+          dense: The layer's index, or its entry of `self.dense` (which a scan over
+            layers hands to its body).
+
+        Returns:
+          A step with a scalar `dense`.
+
+        Raises:
+          ValueError: The step has no layer of this index.
+        """
+        if _is_int(dense):
+            if self.dense.ndim != 1 or not 0 <= dense < len(self.dense):
+                raise ValueError(
+                    f"layer {dense} is not one of this step's; its dense has shape "
+                    f"{self.dense.shape}"
+                )
             dense = self.dense[dense]
-        return dataclasses.replace(self, dense=dense)
+        return dataclasses.replace(self, dense=jnp.asarray(dense))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,10 +125,12 @@ class SparsitySchedule:
 
     def __post_init__(self) -> None:
         fraction = self.dense_fraction
-        if fraction is not None and not 0.0 <= fraction <= 1.0:
+        if fraction is not None and not (is_real(fraction) and 0.0 <= fraction <= 1.0):
             raise ValueError(f"dense_fraction={fraction!r} must be None or in [0, 1]")
         threshold = self.dense_above_timestep
-        if threshold is not None and not 0.0 <= threshold <= 1000.0:
+        if threshold is not None and not (
+            is_real(threshold) and 0.0 <= threshold <= 1000.0
+        ):
             raise ValueError(
                 f"dense_above_timestep={threshold!r} must be None or in [0, 1000]"
             )

@@ -62,13 +62,15 @@ def select_blocks(
             f"at sparsity={config.sparsity}"
         )
     budget = jnp.clip(jnp.asarray(budget, jnp.int32), 1, most)
-    select = {
-        "percentile": _select_percentile,
-        "row_topk": _select_row_topk,
-        "top_p": functools.partial(_select_top_p, mass=config.top_p),
-    }[config.selection]
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-    kept = select(scores, _forced_pairs(grid, config), budget)
+    forced = _forced_pairs(grid, config)
+    match config.selection:
+        case "percentile":
+            kept = _select_percentile(scores, forced, budget)
+        case "row_topk":
+            kept = _select_row_topk(scores, forced, budget)
+        case "top_p":
+            kept = _select_top_p(scores, forced, budget, mass=config.top_p)
     return BlockMask.from_dense(
         add_text_blocks(_fill_empty_rows(kept, scores), grid),
         grid=grid,

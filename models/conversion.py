@@ -223,7 +223,7 @@ def save_parameters(
 
 
 def _slots(
-    flat: Mapping[tuple, jax.ShapeDtypeStruct], stacked: Iterable[str]
+    flat: Mapping[tuple, nnx.Variable], stacked: Iterable[str]
 ) -> dict[str, _Slot]:
     """Every path that must be filled; stacked parameters have one per layer."""
     stacked = set(stacked)

@@ -82,8 +82,8 @@ def plot_attention(
       ValueError: A layer or head does not exist, or none is asked for.
       MissingExtraError: matplotlib is not installed.
     """
-    _check_indices("layers", layers, draft_maps.shape[0])
-    _check_indices("heads", heads, draft_maps.shape[1])
+    check_indices("layers", layers, draft_maps.shape[0])
+    check_indices("heads", heads, draft_maps.shape[1])
     figure = _new_figure(
         width=PANEL_INCHES * len(heads) + 0.6,
         height=2 * PANEL_INCHES * len(layers) + 1.0,
@@ -113,7 +113,8 @@ def _mark_frames(axes, num_blocks: int, blocks_per_frame: int) -> None:
     axes.set_ylabel("query tile", fontsize=6)
 
 
-def _check_indices(name: str, indices: tuple[int, ...], size: int) -> None:
+def check_indices(name: str, indices: tuple[int, ...], size: int) -> None:
+    """Raises ValueError unless each index exists and there is at least one."""
     if not indices or not all(0 <= index < size for index in indices):
         accepted = f"at least one of 0 .. {size - 1}"
         raise ValueError(

@@ -147,16 +147,20 @@ def _chunked_attention(
     batch, num_tokens, num_heads, head_dim = q.shape
     valid_keys = None if valid is None else jnp.repeat(valid, num_heads, axis=0)
     if one_head_at_a_time:  # the CPU: it has no fast matmul of narrow dtypes
-        heads = [_heads_first(x).astype(jnp.float32) for x in (q, k, v)]
+        q_heads, k_heads, v_heads = (
+            _heads_first(x).astype(jnp.float32) for x in (q, k, v)
+        )
         out = jax.lax.map(
             lambda args: _attend_in_chunks(*args, scale=scale, chunk=chunk),
-            (*heads, valid_keys),
+            (q_heads, k_heads, v_heads, valid_keys),
         )
     else:
-        heads = [_heads_first(x) for x in (q, k, v)]
+        q_heads, k_heads, v_heads = (_heads_first(x) for x in (q, k, v))
         if valid_keys is not None:
             valid_keys = valid_keys[:, None]
-        out = _attend_in_chunks(*heads, valid_keys, scale=scale, chunk=chunk)
+        out = _attend_in_chunks(
+            q_heads, k_heads, v_heads, valid_keys, scale=scale, chunk=chunk
+        )
     out = out.reshape(batch, num_heads, num_tokens, head_dim)
     return out.transpose(0, 2, 1, 3).astype(q.dtype)
 

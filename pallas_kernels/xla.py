@@ -33,7 +33,8 @@ class KernelConfig:
     """How it is computed. Changing a field changes only time and rounding."""
 
     group_rows: int  # rows that are walked together
-    step_tokens: int  # key tokens gathered per row and step, at least one block
+    step_tokens: int  # key tokens gathered per row and step, in whole blocks,
+    max_step_blocks: int  # but between one block and this many
     slice_blocks: bool  # copy blocks one by one instead of by one gather
     upcast: bool  # multiply in float32 also for narrow inputs
 
@@ -45,15 +46,27 @@ class KernelConfig:
         hundreds of independent matmuls in flight and its tensor cores.
         """
         if platform == "cpu":
-            return cls(group_rows=4, step_tokens=256, slice_blocks=True, upcast=True)
-        return cls(group_rows=512, step_tokens=128, slice_blocks=False, upcast=False)
+            return cls(
+                group_rows=2,
+                step_tokens=128,
+                max_step_blocks=4,
+                slice_blocks=True,
+                upcast=True,
+            )
+        return cls(
+            group_rows=512,
+            step_tokens=128,
+            max_step_blocks=16,
+            slice_blocks=False,
+            upcast=False,
+        )
 
 
 class _Lists(NamedTuple):
     """For L = B * N * R rows: which blocks each one walks, in CSR form."""
 
     start: Int[Array, " L"]  # first entry in ids[head]
-    count: Int[Array, " L"]
+    length: Int[Array, " L"]  # entries
     ids: Int[Array, "B*N M"]  # block within the head
 
 
@@ -135,7 +148,9 @@ def _forward(static, q, k, v, row_offsets, block_ids, text_lengths):
     layout, scale, config = static
     batch, _, num_heads, _ = q.shape
     blocks = _Blocks(
-        *(_to_blocks(x, layout, config) for x in (q, k, v)),
+        q=_to_blocks(q, layout, config),
+        k=_to_blocks(k, layout, config),
+        v=_to_blocks(v, layout, config),
         length=_valid_lengths(layout, text_lengths, num_heads),
     )
     lists = _row_lists(row_offsets, block_ids)
@@ -166,14 +181,16 @@ def _backward(static, residuals, cotangents):
     q, k, v, row_offsets, block_ids, text_lengths, out, lse = residuals
     d_out, d_lse = cotangents
     batch, _, num_heads, _ = q.shape
-    has_key = jnp.isfinite(lse)
+    has_key = lse != -jnp.inf
     delta = jnp.einsum(
         "btnd,btnd->bnt", out.astype(jnp.float32), d_out.astype(jnp.float32)
     )
     delta = jnp.where(has_key, delta - d_lse, 0.0)
     lse = jnp.where(has_key, lse, jnp.inf)
     blocks = _Blocks(
-        *(_to_blocks(x, layout, config) for x in (q, k, v)),
+        q=_to_blocks(q, layout, config),
+        k=_to_blocks(k, layout, config),
+        v=_to_blocks(v, layout, config),
         length=_valid_lengths(layout, text_lengths, num_heads),
     )
     d_out = _to_blocks(d_out, layout, config)
@@ -235,7 +252,7 @@ def _forward_finish(own, carry):
     _, length = own
     maximum, total, weighted = carry
     is_query = jnp.arange(total.shape[-1]) < length[:, None]
-    has_key = (total > 0) & is_query
+    has_key = (total != 0) & is_query  # true for NaN, which must not become zero
     total = jnp.where(has_key, total, 1.0)
     out = jnp.where(has_key[..., None], weighted / total[..., None], 0.0)
     return out, jnp.where(has_key, maximum + jnp.log(total), -jnp.inf)
@@ -282,12 +299,13 @@ def _walk(
     The last of `others` is the blocks' valid length, which becomes a mask of the
     gathered tokens. Results are [L, ...] in the order of the rows.
     """
-    num_rows = lists.count.shape[0]
+    num_rows = lists.length.shape[0]
     block_size = others[0].shape[1]
-    width = max(1, config.step_tokens // block_size)  # blocks per step
+    width = config.step_tokens // block_size  # blocks per step
+    width = min(max(width, 1), config.max_step_blocks)
     group_rows = min(config.group_rows, num_rows)
     num_groups = math.ceil(num_rows / group_rows)
-    order = jnp.argsort(-lists.count, stable=True)
+    order = jnp.argsort(-lists.length, stable=True)
     # The last group is filled up with rows that are out of range and have no blocks.
     order = jnp.pad(
         order, (0, num_groups * group_rows - num_rows), constant_values=num_rows
@@ -297,7 +315,7 @@ def _walk(
     def walk_group(rows):
         in_range = rows < num_rows
         rows = jnp.minimum(rows, num_rows - 1)
-        count = jnp.where(in_range, lists.count[rows], 0)
+        count = jnp.where(in_range, lists.length[rows], 0)
         start, head = lists.start[rows], rows // num_blocks
         own_rows = tuple(_take(x, rows, config) for x in own)
 
@@ -345,7 +363,7 @@ def _dot(equation: str, a: Array, b: Array) -> Float[Array, "..."]:
 def _row_lists(row_offsets, block_ids) -> _Lists:
     return _Lists(
         start=row_offsets[..., :-1].ravel(),
-        count=jnp.diff(row_offsets, axis=-1).ravel(),
+        length=jnp.diff(row_offsets, axis=-1).ravel(),
         ids=block_ids.reshape(-1, block_ids.shape[-1]),
     )
 
@@ -353,7 +371,7 @@ def _row_lists(row_offsets, block_ids) -> _Lists:
 def _transpose(lists: _Lists, num_blocks: int) -> _Lists:
     """For each key block the query blocks that keep it, in ascending order."""
     num_heads, capacity = lists.ids.shape
-    ends = (lists.start + lists.count).reshape(num_heads, num_blocks)
+    ends = (lists.start + lists.length).reshape(num_heads, num_blocks)
     entry = jnp.arange(capacity)
 
     def one_head(ends, ids):
@@ -364,7 +382,7 @@ def _transpose(lists: _Lists, num_blocks: int) -> _Lists:
         return jnp.cumsum(count) - count, count, rows[by_column].astype(jnp.int32)
 
     start, count, ids = jax.vmap(one_head)(ends, lists.ids)
-    return _Lists(start=start.ravel(), count=count.ravel(), ids=ids)
+    return _Lists(start=start.ravel(), length=count.ravel(), ids=ids)
 
 
 def _valid_lengths(

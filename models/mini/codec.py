@@ -4,18 +4,19 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from safetensors.numpy import load_file, save_file
+
+from draft_jax.pytree import register_dataclass
 
 PATCH = (2, 4, 4)  # frames, rows, columns of pixels behind one latent position
 PATCH_NUMBERS = PATCH[0] * PATCH[1] * PATCH[2] * 3
 LATENT_CHANNELS = 16
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearCodec:
     """Projects each patch of a video on its first principal components.

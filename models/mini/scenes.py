@@ -49,9 +49,9 @@ class Mix:
 
     @classmethod
     def of(cls, batch: int) -> "Mix":
-        """The shares the shipped model was trained with: 50, 38 and 12 %."""
-        clips = max(batch * 12 // 100, 1)
-        pictures = max(batch * 38 // 100, 1)
+        """The shares the shipped model was trained with: 60, 30 and 10 %."""
+        clips = max(batch * 10 // 100, 1)
+        pictures = max(batch * 30 // 100, 1)
         return cls(procedural=batch - pictures - clips, pictures=pictures, clips=clips)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
@@ -137,7 +137,7 @@ class WanConfig:
         return jnp.dtype(self.dtype)
 
     @classmethod
-    def t2v_1_3b(cls, **changes: Any) -> Self:
+    def t2v_1_3b(cls, **changes: Any) -> "WanConfig":
         """Wan2.1-T2V-1.3B."""
         sizes: dict[str, Any] = {
             "dim": 1536,
@@ -148,7 +148,7 @@ class WanConfig:
         return cls(**(sizes | changes))
 
     @classmethod
-    def t2v_14b(cls, **changes: Any) -> Self:
+    def t2v_14b(cls, **changes: Any) -> "WanConfig":
         """Wan2.1-T2V-14B."""
         sizes: dict[str, Any] = {
             "dim": 5120,
@@ -159,7 +159,7 @@ class WanConfig:
         return cls(**(sizes | changes))
 
     @classmethod
-    def mini(cls, **changes: Any) -> Self:
+    def mini(cls, **changes: Any) -> "WanConfig":
         """The small model that ships with this project."""
         sizes: dict[str, Any] = {
             "dim": 384,
@@ -173,7 +173,7 @@ class WanConfig:
         return cls(**(sizes | changes))
 
     @classmethod
-    def from_dict(cls, published: Mapping[str, Any], **changes: Any) -> Self:
+    def from_dict(cls, published: Mapping[str, Any], **changes: Any) -> "WanConfig":
         """Reads the sizes in a published `config.json`, original or diffusers.
 
         Args:

@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class UnknownWordWarning(UserWarning):
     """A prompt has words that the text encoder was not trained on."""
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """Turns prompts into the context of cross-attention."""
 
@@ -46,6 +47,7 @@ class TextEncoder(Protocol):
         """What prompts can be made of, in a few words for a person."""
 
 
+@runtime_checkable
 class Codec(Protocol):
     """Turns latents into pixels."""
 
@@ -146,7 +148,7 @@ class VideoPipeline:
     )
 
     @classmethod
-    def from_checkpoint(cls, path: Path | str | None = None) -> Self:
+    def from_checkpoint(cls, path: Path | str | None = None) -> "VideoPipeline":
         """Loads a checkpoint folder, by default the model that ships.
 
         Computes in float32 on CPU and in bfloat16 elsewhere.

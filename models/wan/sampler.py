@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ class Sampler:
         solver: FlowEuler,
         draft: DraftConfig | None,
         schedule: SparsitySchedule | None,
-    ) -> Self:
+    ) -> "Sampler":
         """Sets the model's attention and works the schedule out.
 
         Args:

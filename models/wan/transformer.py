@@ -8,7 +8,6 @@ and its compile time do not grow with depth.
 
 import dataclasses
 import math
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -248,7 +247,7 @@ class WanTransformer(nnx.Module):
 
     def with_attention(
         self, attention: AttentionName, draft: DraftConfig | None = None
-    ) -> Self:
+    ) -> "WanTransformer":
         """The same model, sharing its parameter arrays, with another attention."""
         config = dataclasses.replace(
             self.config, attention=attention, draft=draft or self.config.draft

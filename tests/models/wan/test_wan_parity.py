@@ -1,4 +1,4 @@
-"""Against diffusers' `WanTransformer3DModel`; see tests/fixtures/make_wan_fixtures.py."""
+"""Against diffusers' WanTransformer3DModel; see tests/fixtures/make_wan_fixtures."""
 
 import json
 from pathlib import Path

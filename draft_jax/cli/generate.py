@@ -1,0 +1,139 @@
+"""`draft-video generate`: a video from a prompt, and dense against sparse."""
+
+import argparse
+from pathlib import Path
+
+from draft_jax.cli import options
+from draft_jax.cli.progress import progress_bar
+from draft_jax.config import DraftConfig
+from models import plots, video_io
+from models.comparison import Comparison, run_report
+from models.wan.pipeline import GenerationResult, VideoPipeline
+
+EXAMPLES = """examples:
+  draft-video generate "a red ball bounces over a blue sea"
+  draft-video generate "a red ball bounces" --compare --sparsity 0.9
+  draft-video generate "a green box turns" --dense --seed 7 --output outputs/box
+  draft-video generate "a cat" --size 192x128 --frames 32 --mask-refresh 4
+"""
+
+
+def add_parser(commands) -> None:
+    """Adds the command to the subparsers."""
+    parser = commands.add_parser(
+        "generate",
+        help="make a video from a prompt",
+        description="Makes a video from a prompt and writes it with a report.",
+        epilog=EXAMPLES,
+        formatter_class=options.HelpFormatter,
+    )
+    options.add_model_options(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        default=argparse.SUPPRESS,
+        help="folder to write to (default: outputs/<prompt>-<seed>)",
+    )
+    parser.add_argument("--fps", type=float, default=8.0, help="frames per second")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--dense", action="store_true", help="full attention on every step"
+    )
+    mode.add_argument(
+        "--compare",
+        action="store_true",
+        help="run dense and sparse from the same noise and write both videos, side by "
+        "side too, with PSNR, SSIM, times and kept shares",
+    )
+    options.add_sampling_options(parser)
+    options.add_draft_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Generates and writes; everything that can be wrong is checked first."""
+    video_io.check_video_extra()
+    sampling = options.sampling_from(arguments)
+    draft, _ = options.draft_from(arguments)
+    if not 0 < arguments.fps < float("inf"):
+        raise ValueError(f"--fps {arguments.fps} must be a positive, finite number")
+    folder = getattr(arguments, "output", None)
+    if folder is None:
+        name = f"{options.slug(arguments.prompt)}-{sampling.seed}"
+        folder = Path("outputs") / name
+    options.check_writable(folder)
+    pipeline = VideoPipeline.from_checkpoint(arguments.checkpoint)
+    details = options.run_details(arguments)
+    if arguments.compare:
+        comparison = Comparison(
+            dense=_generate(pipeline, arguments, None),
+            sparse=_generate(pipeline, arguments, draft),
+        )
+        files = comparison.write(folder, fps=arguments.fps, details=details)
+        print(_compare_summary(comparison))
+    else:
+        result = _generate(pipeline, arguments, None if arguments.dense else draft)
+        files = _write_single(folder, result, arguments, details)
+        print(_times("video", result))
+    for file in files:
+        print(file)
+
+
+def _generate(
+    pipeline: VideoPipeline, arguments: argparse.Namespace, draft: DraftConfig | None
+) -> GenerationResult:
+    sampling = options.sampling_from(arguments)
+    _, schedule = options.draft_from(arguments)
+    name = "dense" if draft is None else "sparse"
+    with progress_bar(name, sampling.num_steps) as callback:
+        return pipeline.generate(
+            arguments.prompt,
+            sampling,
+            draft=draft,
+            schedule=schedule,
+            callback=callback,
+        )
+
+
+def _write_single(
+    folder: Path, result: GenerationResult, arguments: argparse.Namespace, details: dict
+) -> list[Path]:
+    files = [folder / "video.mp4"]
+    video_io.write_mp4(files[0], result.video[0], fps=arguments.fps)
+    if not arguments.dense:
+        files.append(folder / "kept_share.png")
+        plots.plot_kept_share(
+            files[-1], result.kept_density, result.timesteps, title=arguments.prompt
+        )
+    files.append(folder / "report.json")
+    attention = "dense" if arguments.dense else "draft"
+    report = details | {"attention": attention} | run_report(result)
+    video_io.write_json(files[-1], report)
+    return files
+
+
+def _compare_summary(comparison: Comparison) -> str:
+    report = comparison.report()
+    decibel = report["psnr_db"]
+    lines = [
+        _times("dense", comparison.dense),
+        _times("sparse", comparison.sparse),
+        "sparse against dense: "
+        + ("equal videos" if decibel is None else f"PSNR {decibel:.1f} dB")
+        + f", SSIM {report['ssim']:.3f}",
+    ]
+    if report["speed_up_of_sparse_steps"] is not None:
+        lines.append(
+            f"speed: sparse steps {report['speed_up_of_sparse_steps']:.2f} x as fast "
+            f"as dense ones, the whole run {report['speed_up_of_all_steps']:.2f} x"
+        )
+    return "\n".join(lines)
+
+
+def _times(name: str, result: GenerationResult) -> str:
+    return (
+        f"{name}: {1e-3 * result.time_ms.sum():.1f} s in {len(result.time_ms)} steps "
+        f"(and {1e-3 * result.compile_ms:.1f} s to compile), "
+        f"{100 * result.kept_density.mean():.0f} % of token pairs"
+    )

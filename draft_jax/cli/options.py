@@ -1,0 +1,251 @@
+"""Options that several commands share, and the objects they stand for."""
+
+import argparse
+import dataclasses
+import os
+import platform
+import re
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, get_args
+
+from draft_jax.config import DraftConfig, Pooling, Selection
+from draft_jax.schedule import SparsitySchedule
+from models.wan.pipeline import Sampling
+
+_SAMPLING = Sampling()
+_DRAFT = DraftConfig()
+_SLUG_LENGTH = 48
+_VERSIONS = ("jax", "jaxlib", "flax", "numpy")
+
+
+class HelpFormatter(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
+    """Shows defaults, and examples as they were written."""
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The prompt, where the model is, and where results go."""
+    parser.add_argument("prompt", help="what the video shows, in quotes")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="folder of a model in the format of models/mini/weights; the model that "
+        "ships with the project if left out",
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="show where an error came from"
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """What is sampled: `Sampling`."""
+    group = parser.add_argument_group("video")
+    group.add_argument("--seed", type=int, default=_SAMPLING.seed, help="of the noise")
+    group.add_argument(
+        "--steps", type=int, default=_SAMPLING.num_steps, help="sampler steps"
+    )
+    group.add_argument(
+        "--size",
+        type=parse_size,
+        default=f"{_SAMPLING.width}x{_SAMPLING.height}",
+        metavar="WxH",
+        help="width x height in pixels, multiples of 8 for the shipped model",
+    )
+    group.add_argument(
+        "--frames",
+        type=int,
+        default=_SAMPLING.frames,
+        help="frames, a multiple of 2 for the shipped model",
+    )
+    group.add_argument(
+        "--guidance",
+        type=float,
+        default=_SAMPLING.guidance,
+        help="strength of classifier-free guidance; 1 turns it off",
+    )
+    group.add_argument(
+        "--shift",
+        type=float,
+        default=_SAMPLING.shift,
+        help="shift of the noise levels; above 1 spends more steps at high noise",
+    )
+    group.add_argument(
+        "--negative-prompt",
+        default=_SAMPLING.negative_prompt,
+        metavar="TEXT",
+        help="what guidance leads away from",
+    )
+
+
+def add_draft_options(parser: argparse.ArgumentParser) -> None:
+    """What draft attention computes: `DraftConfig` and `SparsitySchedule`."""
+    group = parser.add_argument_group("draft attention")
+    group.add_argument(
+        "--sparsity",
+        type=float,
+        default=_DRAFT.sparsity,
+        help="share of block pairs that sparse steps skip, in [0, 1)",
+    )
+    group.add_argument(
+        "--selection",
+        choices=get_args(Selection),
+        default=_DRAFT.selection,
+        help="how blocks are chosen from the draft map",
+    )
+    group.add_argument(
+        "--pooling",
+        choices=get_args(Pooling),
+        default=_DRAFT.pooling,
+        help="how a tile becomes one draft token",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=_DRAFT.top_p,
+        metavar="P",
+        help="probability mass to keep; read by --selection top_p",
+    )
+    group.add_argument(
+        "--dense-fraction",
+        type=float,
+        default=SparsitySchedule.paper().dense_fraction,
+        metavar="SHARE",
+        help="first share of the steps that stays dense",
+    )
+    group.add_argument(
+        "--dense-layers",
+        type=parse_indices,
+        default=(),
+        metavar="I,J",
+        help="layers that are always dense, counted from 0",
+    )
+    group.add_argument(
+        "--mask-refresh",
+        type=int,
+        default=1,
+        metavar="N",
+        help="recompute masks on every N-th sparse step and reuse them in between",
+    )
+
+
+def sampling_from(arguments: argparse.Namespace) -> Sampling:
+    """The `Sampling` that the options describe."""
+    width, height = arguments.size
+    return Sampling(
+        frames=arguments.frames,
+        height=height,
+        width=width,
+        num_steps=arguments.steps,
+        guidance=arguments.guidance,
+        shift=arguments.shift,
+        seed=arguments.seed,
+        negative_prompt=arguments.negative_prompt,
+    )
+
+
+def draft_from(arguments: argparse.Namespace) -> tuple[DraftConfig, SparsitySchedule]:
+    """The `DraftConfig` and `SparsitySchedule` that the options describe."""
+    config = DraftConfig(
+        pooling=arguments.pooling,
+        selection=arguments.selection,
+        sparsity=arguments.sparsity,
+        top_p=arguments.top_p,
+    )
+    schedule = SparsitySchedule(
+        dense_fraction=arguments.dense_fraction,
+        dense_layers=arguments.dense_layers,
+        mask_refresh=arguments.mask_refresh,
+    )
+    return config, schedule
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height of "WxH"."""
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be WIDTHxHEIGHT in pixels, such as 128x96"
+        )
+    return int(match[1]), int(match[2])
+
+
+def parse_indices(text: str) -> tuple[int, ...]:
+    """Numbers of "0,3,5"; an empty text is none."""
+    if not re.fullmatch(r"(\d+(,\d+)*)?", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be numbers from 0 with commas between, such as 0,3"
+        )
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return words[:_SLUG_LENGTH].rstrip("-") or "video"
+
+
+def check_writable(folder: Path) -> None:
+    """Raises before any compute if `folder` cannot be made or written to.
+
+    Raises:
+      OSError: Names the folder that is in the way.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"--output {folder}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"--output {folder}: {existing} cannot be written to")
+
+
+def run_details(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a reader of a report needs to repeat the run."""
+    import jax
+
+    from draft_jax.cli.entry import package_version
+
+    config, schedule = draft_from(arguments)
+    device = jax.devices()[0]
+    checkpoint = arguments.checkpoint
+    return {
+        "prompt": arguments.prompt,
+        "command": command_line(arguments.argv),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "checkpoint": "shipped" if checkpoint is None else str(checkpoint),
+        "sampling": dataclasses.asdict(sampling_from(arguments)),
+        "draft": dataclasses.asdict(config),
+        "schedule": dataclasses.asdict(schedule),
+        "hardware": {
+            "platform": device.platform,
+            "device": device.device_kind,
+            "processor": processor_name(),
+            "cpu_cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
+        },
+        "versions": {
+            "draft-attention-jax": package_version(),
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in _VERSIONS},
+        },
+    }
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command as one would type it."""
+    return shlex.join(["draft-video", *argv])
+
+
+def processor_name() -> str:
+    """Name of the processor as the system tells it."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        match = re.search(r"^model name\s*: (.*)$", information.read_text(), re.M)
+        if match is not None:
+            return match[1]
+    return platform.processor() or platform.machine()

@@ -1,0 +1,43 @@
+"""A progress bar for sampler steps."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
+
+from models.wan.pipeline import StepReport
+
+
+@contextlib.contextmanager
+def progress_bar(name: str, num_steps: int) -> Iterator[Callable[[StepReport], None]]:
+    """Shows steps done and time left on a terminal, and nothing elsewhere.
+
+    Args:
+      name: What runs.
+      num_steps: Steps until it is done.
+
+    Yields:
+      A callback for `VideoPipeline.generate`.
+    """
+    with tqdm(
+        total=num_steps,
+        desc=f"{name}: compiling",
+        unit="step",
+        file=sys.stderr,
+        disable=None,  # off where stderr is no terminal
+        dynamic_ncols=True,
+    ) as bar:
+
+        def show(report: StepReport) -> None:
+            if bar.disable:
+                return
+            if report.index == 0:
+                # Compiling is over and says nothing about the time left.
+                bar.start_t = time.time() - 1e-3 * report.time_ms
+            share = report.kept_density.mean()
+            bar.set_description(f"{name}: {100 * share:.0f} % of pairs", refresh=False)
+            bar.update()
+
+        yield show

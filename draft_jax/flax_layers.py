@@ -1,0 +1,302 @@
+"""DraftAttention for Flax: an NNX layer, and a drop-in for the built-in layers."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Bool, Float, Int
+
+from draft_jax.attention import draft_attention, scheduled_attention
+from draft_jax.block_mask import BlockMask
+from draft_jax.config import DraftConfig
+from draft_jax.grid import VideoGrid
+from draft_jax.pooling import Order, check_order
+from draft_jax.schedule import DraftStep
+from pallas_kernels import BackendName
+
+# Turns the tokens of q or k, e.g. by a rotary embedding: [B, T, N, D] to the same.
+TokenTransform = Callable[[jax.Array], jax.Array]
+
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+_BIAS_INIT = nnx.initializers.zeros_init()
+
+
+class DraftAttention(nnx.Module):
+    """Multi-head self-attention over video tokens, sparse by a draft.
+
+    Its parameters `query`, `key`, `value` and `out` are named and shaped as those of
+    `nnx.MultiHeadAttention`, so weights move between the two. The video's size is
+    not fixed by the layer: it is an argument of each call.
+
+    Args:
+      num_heads: Attention heads, N.
+      in_features: Channels of the input.
+      qkv_features: Channels of all heads together; in_features by default.
+      out_features: Channels of the output; in_features by default.
+      config: What is computed.
+      order: Order of the visual tokens; see `draft_attention`.
+      normalize_qk: Apply RMS norm to queries and keys, per head.
+      use_bias: Whether the projections have a bias.
+      dtype: Computation type; inferred from inputs and parameters by default.
+      param_dtype: Type of the parameters.
+      precision: Precision of the projections.
+      kernel_init: Initializer of the projections' kernels.
+      bias_init: Initializer of the projections' biases.
+      backend: See `pallas_kernels.block_sparse_attention`.
+      rngs: Random keys for the parameters.
+
+    Raises:
+      ValueError: num_heads is not positive, qkv_features is not a multiple of it, or
+        order is unknown.
+
+    Source: DraftAttention (arXiv 2505.14708).
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        config: DraftConfig,
+        order: Order = "raster",
+        normalize_qk: bool = False,
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        kernel_init: Initializer = _KERNEL_INIT,
+        bias_init: Initializer = _BIAS_INIT,
+        backend: BackendName = "auto",
+        rngs: nnx.Rngs,
+    ):
+        qkv_features = in_features if qkv_features is None else qkv_features
+        out_features = in_features if out_features is None else out_features
+        if num_heads < 1:
+            raise ValueError(f"{num_heads=} must be a positive integer")
+        if qkv_features % num_heads:
+            raise ValueError(f"{qkv_features=} must be a multiple of {num_heads=}")
+        check_order(order)
+        self.num_heads = num_heads
+        self.config = config
+        self.order = order
+        self.backend = backend
+        heads = (num_heads, qkv_features // num_heads)
+        settings: dict[str, Any] = {
+            "use_bias": use_bias,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "precision": precision,
+            "kernel_init": kernel_init,
+            "bias_init": bias_init,
+            "rngs": rngs,
+        }
+        self.query = nnx.LinearGeneral(in_features, heads, **settings)
+        self.key = nnx.LinearGeneral(in_features, heads, **settings)
+        self.value = nnx.LinearGeneral(in_features, heads, **settings)
+        self.out = nnx.LinearGeneral(heads, out_features, axis=(-2, -1), **settings)
+        self.normalize_qk = normalize_qk
+        if normalize_qk:
+            norm: dict[str, Any] = {
+                "dtype": dtype,
+                "param_dtype": param_dtype,
+                "rngs": rngs,
+            }
+            self.query_norm = nnx.RMSNorm(heads[1], **norm)
+            self.key_norm = nnx.RMSNorm(heads[1], **norm)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T C"],
+        *,
+        grid: VideoGrid,
+        text_lengths: Int[Array, " B"] | None = None,
+        step: DraftStep | None = None,
+        mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
+        qk_transform: TokenTransform | None = None,
+    ) -> Float[Array, "B T C_out"] | tuple[Float[Array, "B T C_out"], BlockMask]:
+        """Applies the layer.
+
+        Args:
+          x: Tokens of the sequence, T = `grid.num_tokens`.
+          grid: Geometry of the sequence. Static.
+          text_lengths: See `draft_attention`.
+          step: This step of a schedule, for this layer. None is always sparse.
+          mask: Without step, pairs to attend to instead of drafting. With step, this
+            layer's mask from the step before, or `initial_mask`.
+          qk_transform: Applied to queries and keys after their norm, such as a rotary
+            embedding.
+
+        Returns:
+          The output. With step, also the mask to pass on the next step.
+
+        Raises:
+          ValueError: As `draft_attention`, or step is given without a mask.
+          TypeError: As `draft_attention`, or with step mask is not a BlockMask.
+        """
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.normalize_qk:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if qk_transform is not None:
+            q, k = qk_transform(q), qk_transform(k)
+        shared: dict[str, Any] = {
+            "grid": grid,
+            "config": self.config,
+            "text_lengths": text_lengths,
+            "order": self.order,
+            "backend": self.backend,
+        }
+        if step is None:
+            return self.out(draft_attention(q, k, v, mask=mask, **shared))
+        if mask is None:
+            raise ValueError(
+                "mask=None, but step is given: pass this layer's mask from the step "
+                "before, or initial_mask(grid, config, ...)"
+            )
+        if not isinstance(mask, BlockMask):
+            raise TypeError(
+                f"mask is {type(mask).__name__}; with step it must be a BlockMask"
+            )
+        out, mask = scheduled_attention(q, k, v, step=step, mask=mask, **shared)
+        return self.out(out), mask
+
+
+def draft_attention_fn(
+    grid: VideoGrid,
+    config: DraftConfig,
+    *,
+    order: Order = "raster",
+    scale: float | None = None,
+    backend: BackendName = "auto",
+) -> "DraftAttentionFn":
+    """An `attention_fn` for the attention layers of Flax.
+
+    For `flax.nnx.MultiHeadAttention` and `flax.linen.MultiHeadDotProductAttention`.
+    What block-sparse attention cannot do (masks and biases over tokens, dropout,
+    causal masks, sown weights, grouped heads) raises instead of being ignored.
+
+    Args:
+      grid: Geometry of the sequence.
+      config: What is computed.
+      order: Order of the visual tokens; see `draft_attention`.
+      scale: Factor of the logits; 1 / sqrt(D) by default.
+      backend: See `pallas_kernels.block_sparse_attention`.
+
+    Returns:
+      A callable, equal and hashable by these arguments.
+
+    Raises:
+      ValueError: order is unknown.
+    """
+    check_order(order)
+    return DraftAttentionFn(
+        grid=grid, config=config, order=order, scale=scale, backend=backend
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftAttentionFn:
+    """See `draft_attention_fn`."""
+
+    grid: VideoGrid
+    config: DraftConfig
+    order: Order
+    scale: float | None
+    backend: BackendName
+
+    # Linen passes only arguments that the signature names, so every argument that
+    # Flax knows is named: otherwise a user's bias or dropout would vanish silently.
+    def __call__(
+        self,
+        query: Float[Array, "*batch T N D"],
+        key: Float[Array, "*batch T_k N_k D"],
+        value: Float[Array, "*batch T_k N_k D"],
+        bias: Array | None = None,
+        mask: Array | None = None,
+        broadcast_dropout: bool = True,
+        dropout_rng: Array | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        dtype: Dtype | None = None,
+        precision: jax.lax.PrecisionLike = None,
+        module: Any = None,
+        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        is_causal: bool = False,
+        input_positions: Array | None = None,
+        force_fp32_for_softmax: bool = False,
+        einsum_dot_general: Callable[..., Array] | None = None,
+        qk_attn_weights_einsum: Callable[..., Array] | None = None,
+        attn_weights_value_einsum: Callable[..., Array] | None = None,
+    ) -> Float[Array, "*batch T N D"]:
+        """Attends; takes the arguments of Flax's `dot_product_attention`.
+
+        Args:
+          query: Queries, T = `grid.num_tokens`.
+          key: Keys, like query.
+          value: Values, like query.
+          bias: Not supported.
+          mask: Not supported: pass block masks to `draft_attention`.
+          broadcast_dropout: Without effect, as there is no dropout.
+          dropout_rng: Without effect, as there is no dropout.
+          dropout_rate: Must be 0 unless deterministic.
+          deterministic: Whether dropout is off.
+          dtype: Computation type; inferred by default. Softmax is always float32.
+          precision: Not supported: the backend chooses it.
+          module: Not supported: there are no dense weights to sow.
+          promote_dtype: How query, key and value get one type.
+          is_causal: Not supported.
+          input_positions: Not supported.
+          force_fp32_for_softmax: Always so.
+          einsum_dot_general: Not supported.
+          qk_attn_weights_einsum: Not supported.
+          attn_weights_value_einsum: Not supported.
+
+        Returns:
+          The output, like query.
+
+        Raises:
+          NotImplementedError: An argument above that is not supported is given.
+          ValueError: The shapes do not fit the grid or each other.
+        """
+        unsupported = {
+            "bias": bias,
+            "mask": mask,
+            "dropout_rate": dropout_rate if not deterministic else None,
+            "precision": precision,
+            "module (sow_weights)": module,
+            "is_causal": is_causal,
+            "input_positions": input_positions,
+            "einsum_dot_general": einsum_dot_general,
+            "qk_attn_weights_einsum": qk_attn_weights_einsum,
+            "attn_weights_value_einsum": attn_weights_value_einsum,
+        }
+        _refuse(unsupported)
+        *batch, _, _, _ = query.shape
+        query, key, value = promote_dtype((query, key, value), dtype=dtype)
+        out = draft_attention(
+            *(x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)),
+            grid=self.grid,
+            config=self.config,
+            order=self.order,
+            scale=self.scale,
+            backend=self.backend,
+        )
+        return out.reshape(*batch, *out.shape[1:])
+
+
+def _refuse(arguments: dict[str, Any]) -> None:
+    """Raises if any argument is something else than None, False or 0."""
+    for name, value in arguments.items():
+        if value is None or (isinstance(value, (bool, float, int)) and not value):
+            continue
+        shown = f"array {value.shape}" if hasattr(value, "shape") else repr(value)
+        raise NotImplementedError(
+            f"{name}={shown} is not supported by draft_attention_fn; accepted is only "
+            "the default"
+        )

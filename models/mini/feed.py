@@ -1,0 +1,65 @@
+"""Keeps a GPU supplied with scene parameters, drawn ahead in worker processes.
+
+Nothing here imports JAX, so that workers start fast and never touch the GPU.
+"""
+
+import collections
+import concurrent.futures
+import multiprocessing
+
+from models.mini.scenes import Arrays, Mix, sample_batch
+
+Draw = tuple[list[str], Arrays, Arrays, Arrays]
+
+
+class Feed:
+    """Batches by step number, the following ones being drawn meanwhile.
+
+    A batch depends on the seed, the step, and its sizes only, so an interrupted
+    training goes on with the very batches it would have had.
+
+    Args:
+      seed: Of all batches.
+      workers: Processes; 0 draws in this process, which is easier to debug.
+      ahead: Batches drawn in advance.
+    """
+
+    def __init__(self, seed: int, *, workers: int = 8, ahead: int = 32) -> None:
+        self._seed = seed
+        self._ahead = ahead
+        self._pool = None
+        if workers:
+            # A forked child of a process with JAX's threads can deadlock.
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                workers, mp_context=multiprocessing.get_context("spawn")
+            )
+        self._waiting: collections.OrderedDict = collections.OrderedDict()
+
+    def get(self, step: int, *, batch: int, frames: int) -> Draw:
+        """The batch of a step: captions and parameters, as `sample_batch` has them."""
+        key = (step, batch, frames)
+        if self._pool is None:
+            return sample_batch((self._seed, step), Mix.of(batch), frames)
+        if key not in self._waiting:  # the first one, or the sizes have changed
+            self.drop()
+        for number in range(step, step + self._ahead):
+            future_key = (number, batch, frames)
+            if future_key not in self._waiting:
+                self._waiting[future_key] = self._pool.submit(
+                    sample_batch, (self._seed, number), Mix.of(batch), frames
+                )
+        return self._waiting.pop(key).result()
+
+    def drop(self) -> None:
+        """Forgets batches that nobody will ask for."""
+        for future in self._waiting.values():
+            future.cancel()
+        self._waiting.clear()
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,105 @@
+import jax
+import jax.numpy as jnp
+import naive_draft
+import numpy as np
+import pytest
+
+from draft_jax.block_mask import BlockMask
+from draft_jax.grid import VideoGrid
+
+GRID = VideoGrid(2, 5, 7, tile=(3, 4), text_length=17)  # 8 visual and 2 text blocks
+
+
+def random_dense(density=0.3, batch=2, heads=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.random((batch, heads, GRID.num_blocks, GRID.num_blocks)) < density
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_lists_match_a_loop(density):
+    dense = random_dense(density)
+    mask = BlockMask.from_dense(jnp.asarray(dense), grid=GRID)
+    assert mask.capacity == GRID.num_blocks**2
+    for b, n in np.ndindex(2, 3):
+        offsets = np.asarray(mask.row_offsets[b, n])
+        ids = np.asarray(mask.block_ids[b, n])
+        for row, kept in enumerate(dense[b, n]):
+            np.testing.assert_array_equal(
+                ids[offsets[row] : offsets[row + 1]], np.nonzero(kept)[0]
+            )
+        assert not ids[offsets[-1] :].any()
+    np.testing.assert_array_equal(mask.counts, dense.sum(-1))
+    np.testing.assert_array_equal(mask.to_dense(), dense)
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_density_counts_token_pairs(side):
+    grid = VideoGrid(2, 5, 7, tile=(3, 4), text_length=17, text_side=side)
+    dense = random_dense(0.4)
+    mask = BlockMask.from_dense(jnp.asarray(dense), grid=grid)
+    expected = [
+        [naive_draft.token_mask(dense[b, n], grid).mean() for n in range(3)]
+        for b in range(2)
+    ]
+    np.testing.assert_allclose(mask.density, expected, rtol=1e-6)
+
+
+def test_full_mask():
+    mask = BlockMask.full(grid=GRID, batch=2, num_heads=1)
+    assert mask.to_dense().all()
+    np.testing.assert_allclose(mask.density, np.ones((2, 1)), rtol=1e-6)
+
+
+def test_capacity_that_just_fits():
+    dense = random_dense()
+    most = int(dense.sum((-2, -1)).max())
+    mask = BlockMask.from_dense(jnp.asarray(dense), grid=GRID, capacity=most)
+    assert mask.block_ids.shape == (2, 3, most)
+    np.testing.assert_array_equal(mask.to_dense(), dense)
+
+
+def test_too_small_capacity_raises_and_drops_last_rows_under_jit():
+    dense = jnp.asarray(random_dense(batch=1, heads=1))
+    with pytest.raises(ValueError, match=r"capacity=5 is too small: a head keeps \d+"):
+        BlockMask.from_dense(dense, grid=GRID, capacity=5)
+    mask = jax.jit(lambda x: BlockMask.from_dense(x, grid=GRID, capacity=5))(dense)
+    first_five = np.argwhere(np.asarray(dense[0, 0]))[:5]
+    np.testing.assert_array_equal(np.argwhere(mask.to_dense()[0, 0]), first_five)
+
+
+def test_is_a_pytree_of_two_arrays():
+    mask = BlockMask.from_dense(jnp.asarray(random_dense()), grid=GRID)
+    assert len(jax.tree.leaves(mask)) == 2
+    shapes = jax.tree.map(jnp.shape, mask)
+    assert shapes.row_offsets == (2, 3, GRID.num_blocks + 1)
+    assert shapes.grid == GRID
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(mask)]
+    assert paths == [".row_offsets", ".block_ids"]
+    described = jax.eval_shape(lambda m: m, mask)
+    assert described.block_ids.dtype == jnp.int32
+
+
+def test_stacked_masks_scan():
+    masks = [
+        BlockMask.from_dense(jnp.asarray(random_dense(seed=s)), grid=GRID)
+        for s in range(3)
+    ]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *masks)
+    _, counts = jax.lax.scan(lambda c, m: (c, m.counts), 0, stacked)
+    np.testing.assert_array_equal(counts, np.stack([m.counts for m in masks]))
+
+
+@pytest.mark.parametrize(
+    ("dense", "capacity", "error", "message"),
+    [
+        (np.ones((1, 1, 9, 9), bool), None, ValueError, r"expected \[batch, heads, 10"),
+        (np.ones((10, 10), bool), None, ValueError, r"dense has shape \(10, 10\)"),
+        (np.ones((1, 1, 10, 10)), None, TypeError, "dense has dtype float32; expected"),
+        (np.ones((1, 1, 10, 10), bool), 0, ValueError, "capacity=0 must be at least 1"),
+    ],
+    ids=["blocks", "axes", "dtype", "capacity"],
+)
+@pytest.mark.usefixtures("without_annotations")
+def test_bad_dense_mask(dense, capacity, error, message):
+    with pytest.raises(error, match=message):
+        BlockMask.from_dense(jnp.asarray(dense), grid=GRID, capacity=capacity)

@@ -1,0 +1,285 @@
+"""Schedules against the published rules, worked out by hand or by a loop."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import naive_draft
+import numpy as np
+import pytest
+
+from draft_jax import (
+    DraftConfig,
+    SparsitySchedule,
+    VideoGrid,
+    constant_step,
+    initial_mask,
+    mask_capacity,
+    scheduled_attention,
+)
+
+GRID = VideoGrid(2, 5, 7, tile=(2, 4), text_length=5)  # S = 12, 1 text block
+CONFIG = DraftConfig(sparsity=0.6)  # 58 of 144 pairs
+LINEAR = np.linspace(1000, 50, 20)
+
+
+def timesteps_of(num_steps, shift):
+    """Wan's and Hunyuan's samplers: a linear grid shifted towards high noise."""
+    sigma = 1.0 - np.arange(num_steps) / num_steps
+    return 1000 * shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def plan_of(schedule, timesteps=LINEAR, num_layers=3, config=CONFIG):
+    return schedule.plan(
+        np.asarray(timesteps), num_layers=num_layers, grid=GRID, config=config
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "num_steps", "shift", "dense_steps", "dense_layers"),
+    [
+        (SparsitySchedule.wan_published, 50, 5.0, 15, [0]),
+        (SparsitySchedule.wan_published, 50, 3.0, 10, [0]),
+        (SparsitySchedule.hunyuan_published, 50, 7.0, 15, [0, 1]),
+        (SparsitySchedule.hunyuan_custom_published, 30, 13.0, 8, [0, 1]),
+        (SparsitySchedule.paper, 50, 5.0, 13, []),  # a quarter is 12.5
+        (SparsitySchedule.paper, 16, 3.0, 4, []),
+        (SparsitySchedule.paper, 1, 3.0, 1, []),
+    ],
+)
+def test_presets(preset, num_steps, shift, dense_steps, dense_layers):
+    plan = plan_of(preset(), timesteps_of(num_steps, shift), 4, DraftConfig())
+    expected = np.zeros((num_steps, 4), bool)
+    expected[:dense_steps] = True
+    expected[:, dense_layers] = True
+    np.testing.assert_array_equal(plan.dense, expected)
+    assert len(plan) == num_steps
+
+
+@pytest.mark.parametrize(
+    ("preset", "sparsity"),
+    [("paper", 0.5), ("wan_published", 0.75), ("hunyuan_published", 0.9)],
+)
+def test_presets_set_the_published_sparsity(preset, sparsity):
+    schedule = getattr(SparsitySchedule, preset)()
+    plan = plan_of(schedule, config=DraftConfig(sparsity=0.5))
+    np.testing.assert_array_equal(plan.sparsity, sparsity)
+    # S x S = 144 pairs.
+    np.testing.assert_array_equal(plan.budget, {0.5: 72, 0.75: 36, 0.9: 15}[sparsity])
+
+
+def test_the_threshold_itself_is_sparse():
+    plan = plan_of(SparsitySchedule(dense_above_timestep=925.0), [925.1, 925.0, 10.0])
+    np.testing.assert_array_equal(plan.dense[:, 0], [True, False, False])
+
+
+def test_fraction_is_read_as_a_decimal():
+    plan = plan_of(SparsitySchedule(dense_fraction=0.7), LINEAR[:10])
+    assert plan.dense[:, 0].sum() == 7  # 0.7 * 10 is 7.000000000000001
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_fraction_of_none_and_all(fraction):
+    plan = plan_of(SparsitySchedule(dense_fraction=fraction))
+    assert (plan.dense == bool(fraction)).all()
+    assert plan.refresh.any() != bool(fraction)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 50])
+def test_masks_are_refreshed_from_the_first_sparse_step(every):
+    schedule = SparsitySchedule(dense_fraction=0.25, mask_refresh=every)
+    expected = np.zeros(20, bool)
+    expected[5::every] = True
+    np.testing.assert_array_equal(plan_of(schedule).refresh, expected)
+
+
+def test_sparsity_of_each_step():
+    schedule = SparsitySchedule(sparsity=(0.6, 0.75, 0.9))
+    plan = plan_of(schedule, LINEAR[:3])
+    np.testing.assert_array_equal(plan.budget, [58, 36, 15])  # ceil of 57.6, 36, 14.4
+    per_row = DraftConfig(selection="row_topk", sparsity=0.6)
+    plan = plan_of(schedule, LINEAR[:3], config=per_row)
+    np.testing.assert_array_equal(plan.budget, [5, 3, 2])  # ceil of 4.8, 3, 1.2
+
+
+def test_steps_are_arrays_of_one_structure():
+    plan = plan_of(SparsitySchedule(dense_fraction=0.25, dense_layers=(2,)))
+    steps = list(plan)
+    assert len({jax.tree.structure(step) for step in steps}) == 1
+    stacked = plan.stacked()
+    for index, step in enumerate(steps):
+        chex.assert_trees_all_equal(
+            jax.tree.map(lambda x, i=index: x[i], stacked), step
+        )
+    assert [bool(steps[9].for_layer(n).dense) for n in range(3)] == [False, False, True]
+    assert bool(steps[9].for_layer(stacked.dense[9, 2]).dense)
+    with pytest.raises(IndexError):
+        plan[20]
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_layer_that_the_step_does_not_have(layer):
+    step = plan_of(SparsitySchedule()).step(0)
+    with pytest.raises(ValueError, match=rf"layer {layer} is not one of this step's"):
+        step.for_layer(layer)
+
+
+def test_schedule_is_hashable():
+    assert hash(SparsitySchedule.paper()) == hash(SparsitySchedule(dense_fraction=0.25))
+    assert SparsitySchedule.paper() != SparsitySchedule.wan_published()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dense_fraction": 1.2}, r"dense_fraction=1.2 must be None or in \[0, 1\]"),
+        ({"dense_fraction": "all"}, "dense_fraction='all' must be None or in"),
+        ({"dense_above_timestep": -1.0}, r"dense_above_timestep=-1.0 must be None or"),
+        ({"dense_layers": [0]}, r"dense_layers=\[0\] must be a tuple of integers >= 0"),
+        ({"dense_layers": (-1,)}, r"dense_layers=\(-1,\) must be a tuple of integers"),
+        ({"sparsity": 1.0}, r"sparsity=1.0 must be a number in \[0, 1\)"),
+        ({"sparsity": (0.5, -0.1)}, r"sparsity\[1\]=-0.1 must be a number in \[0, 1\)"),
+        ({"mask_refresh": 0}, "mask_refresh=0 must be an integer >= 1"),
+        ({"mask_refresh": 1.5}, "mask_refresh=1.5 must be an integer >= 1"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("without_annotations")
+def test_bad_schedule(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SparsitySchedule(**fields)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "arguments", "message"),
+    [
+        ({}, {"timesteps": []}, r"timesteps has shape \(0,\); expected \[steps\], at"),
+        ({}, {"timesteps": [[1.0]]}, r"timesteps has shape \(1, 1\); expected"),
+        ({}, {"timesteps": [1001.0]}, r"timesteps=\[1001.0\] must lie in 0 to 1000"),
+        ({}, {"timesteps": [np.nan]}, r"timesteps=\[nan\] must lie in 0 to 1000"),
+        ({}, {"num_layers": 0}, "num_layers=0 must be a positive integer"),
+        (
+            {"dense_layers": (1, 7)},
+            {},
+            r"names layers \[7\]; the model has num_layers=3",
+        ),
+        ({"sparsity": (0.6, 0.7)}, {}, "sparsity has 2 values; there are 20 timesteps"),
+        ({"sparsity": 0.5}, {}, "sparsity=0.5 of the schedule must be at least config"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("without_annotations")
+def test_schedule_that_does_not_fit_the_run(schedule, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(SparsitySchedule(**schedule), **arguments)
+
+
+def random_qkv(seed, batch=2, heads=2, dim=8):
+    shape = (3, batch, GRID.num_tokens, heads, dim)
+    return np.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
+
+
+@pytest.mark.parametrize("order", ["raster", "tiled"])
+def test_a_whole_run_compiles_once_and_reuses_masks(order):
+    """Steps: dense, dense, new mask, reused, new mask at a higher sparsity, reused."""
+    schedule = SparsitySchedule(
+        dense_above_timestep=700.0,
+        mask_refresh=2,
+        sparsity=(0.6, 0.6, 0.6, 0.6, 0.9, 0.9),
+    )
+    plan = plan_of(schedule, [1000, 800, 600, 400, 200, 100], 1)
+    lengths = (5, 2)
+    chex.clear_trace_counter()  # it counts by name, over the whole session
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(q, k, v, step, mask):
+        return scheduled_attention(
+            q,
+            k,
+            v,
+            grid=GRID,
+            config=CONFIG,
+            step=step,
+            mask=mask,
+            text_lengths=jnp.asarray(lengths),
+            order=order,
+        )
+
+    mask = initial_mask(GRID, CONFIG, batch=2, num_heads=2)
+    everything = np.ones((2, 2, GRID.num_blocks, GRID.num_blocks), bool)
+    kept = None
+    for index, sparsity in enumerate([0, 0, 0.6, None, 0.9, None]):
+        q, k, v = random_qkv(seed=index)  # inputs change from step to step
+        if sparsity:
+            kept = naive_draft.percentile_mask(q, k, GRID, sparsity)
+        inputs = [x[:, GRID.tile_order] if order == "tiled" else x for x in (q, k, v)]
+        out, mask = run(*inputs, plan[index].for_layer(0), mask)
+        want = naive_draft.attention(
+            q, k, v, everything if sparsity == 0 else kept, GRID, lengths
+        )
+        want = want[:, GRID.tile_order] if order == "tiled" else want
+        np.testing.assert_allclose(out, want, rtol=1e-5, atol=3e-6)
+        if index >= 2:
+            np.testing.assert_array_equal(mask.to_dense(), kept)
+
+
+def test_gradient_flows_through_dense_and_sparse_steps():
+    q, k, v = map(jnp.asarray, random_qkv(0, batch=1))
+    mask = initial_mask(GRID, CONFIG, batch=1, num_heads=2)
+    kept = naive_draft.percentile_mask(np.asarray(q), np.asarray(k), GRID, 0.6)
+    everything = np.ones_like(kept)
+
+    @jax.jit
+    def gradient(step):
+        def loss(q):
+            out, _ = scheduled_attention(
+                q, k, v, grid=GRID, config=CONFIG, step=step, mask=mask
+            )
+            return jnp.sin(out).sum()
+
+        return jax.grad(loss)(q)
+
+    for dense, pairs in ((True, everything), (False, kept)):
+        allowed = jnp.asarray(
+            [[naive_draft.token_mask(head, GRID) for head in item] for item in pairs]
+        )
+
+        def plain_loss(q, allowed=allowed):
+            out = jax.nn.dot_product_attention(q, k, v, mask=allowed)
+            return jnp.sin(out).sum()
+
+        got = gradient(constant_step(GRID, CONFIG, dense=dense))
+        np.testing.assert_allclose(got, jax.grad(plain_loss)(q), rtol=1e-4, atol=2e-5)
+
+
+def test_initial_mask_attends_to_the_own_tile_and_text():
+    mask = initial_mask(GRID, CONFIG, batch=2, num_heads=3)
+    expected = naive_draft.add_text(np.eye(12, dtype=bool), GRID)
+    np.testing.assert_array_equal(
+        mask.to_dense(), np.broadcast_to(expected, (2, 3, 13, 13))
+    )
+    assert mask.capacity == mask_capacity(GRID, CONFIG)
+
+
+def test_constant_step():
+    step = constant_step(GRID, CONFIG)
+    assert (bool(step.dense), int(step.budget), bool(step.refresh)) == (False, 58, True)
+
+
+def test_scheduled_attention_names_a_bad_step_or_mask():
+    q, k, v = map(jnp.asarray, random_qkv(0))
+    mask = initial_mask(GRID, CONFIG, batch=2, num_heads=2)
+
+    def run(step, mask):
+        scheduled_attention(q, k, v, grid=GRID, config=CONFIG, step=step, mask=mask)
+
+    whole = plan_of(SparsitySchedule()).step(0)
+    with pytest.raises(ValueError, match=r"step.dense has shape \(3,\); expected a sc"):
+        run(whole, mask)
+    step = constant_step(GRID, CONFIG)
+    sparser = initial_mask(GRID, DraftConfig(sparsity=0.9), batch=2, num_heads=2)
+    with pytest.raises(ValueError, match=r"mask has capacity \d+; .* need \d+: start"):
+        run(step, sparser)
+    one_head = initial_mask(GRID, CONFIG, batch=2, num_heads=1)
+    with pytest.raises(ValueError, match=r"mask.row_offsets has shape .* 2 heads"):
+        run(step, one_head)

@@ -1,0 +1,364 @@
+"""What the transformer promises beside parity: order, scan, gradients, errors."""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from flax import nnx
+
+from draft_jax import DraftConfig, SparsitySchedule
+from models.wan import layers
+from models.wan.config import WanConfig
+from models.wan.transformer import WanTransformer, kept_density
+
+TINY = WanConfig(
+    dim=24,
+    ffn_dim=48,
+    num_heads=2,
+    num_layers=3,
+    in_channels=4,
+    out_channels=4,
+    text_dim=10,
+    text_length=5,
+    freq_dim=16,
+    tile=(2, 4),
+    dtype="float32",
+)
+LATENT_SHAPE = (2, 3, 10, 14, 4)
+
+
+def make_model(seed=0, **changes):
+    """A model whose output layer is random: it starts at zero otherwise."""
+    model = WanTransformer(dataclasses.replace(TINY, **changes), rngs=nnx.Rngs(seed))
+    shape = model.proj_out.kernel.shape
+    model.proj_out.kernel[...] = jax.random.normal(jax.random.key(seed), shape) / 5
+    return model
+
+
+def make_inputs(seed=0, shape=LATENT_SHAPE):
+    rng = np.random.default_rng(seed)
+    batch = shape[0]
+    return {
+        "latents": jnp.asarray(rng.normal(size=shape), jnp.float32),
+        "timesteps": jnp.asarray(rng.uniform(0, 1000, batch), jnp.float32),
+        "context": jnp.asarray(rng.normal(size=(batch, 5, 10)), jnp.float32),
+        "context_lengths": jnp.asarray([3, 5][:batch], jnp.int32),
+    }
+
+
+@nnx.jit
+def run(model, inputs, step=None, masks=None):
+    return model(**inputs, step=step, masks=masks)
+
+
+def item(inputs, index):
+    return {name: value[index : index + 1] for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("attention", ["dense", "draft"])
+def test_batch_items_do_not_influence_each_other(attention):
+    model, inputs = make_model(attention=attention), make_inputs()
+    both, _ = run(model, inputs)
+    for index in range(2):
+        alone, _ = run(model, item(inputs, index))
+        np.testing.assert_allclose(both[index], alone[0], rtol=0, atol=2e-6)
+
+
+def test_text_past_its_length_is_ignored():
+    model, inputs = make_model(), make_inputs()
+    before, _ = run(model, inputs)
+    context = inputs["context"].at[0, 3:].set(7.0)  # item 0 has 3 rows of text
+    after, _ = run(model, inputs | {"context": context})
+    np.testing.assert_array_equal(before, after)
+    context = inputs["context"].at[0, 2].set(7.0)
+    after, _ = run(model, inputs | {"context": context})
+    assert np.abs(after[0] - before[0]).max() > 1e-3
+
+
+def test_the_untrained_model_predicts_zero():
+    velocity, _ = WanTransformer(TINY, rngs=nnx.Rngs(0))(**make_inputs())
+    np.testing.assert_array_equal(velocity, np.zeros(LATENT_SHAPE, np.float32))
+
+
+def test_masks_pass_from_step_to_step():
+    config = DraftConfig(sparsity=0.7)
+    model = make_model(attention="draft", draft=config)
+    first, second = make_inputs(0), make_inputs(1)
+    plan = SparsitySchedule(dense_layers=(1,), mask_refresh=2).plan(
+        np.array([900.0, 600.0, 300.0]),
+        num_layers=3,
+        grid=model.grid(LATENT_SHAPE),
+        config=config,
+    )
+    _, masks = run(model, first, plan.step(0))
+    _, reused = run(model, second, plan.step(1), masks)
+    jax.tree.map(np.testing.assert_array_equal, masks, reused)
+    _, renewed = run(model, second, plan.step(2), masks)
+    assert (renewed.block_ids != masks.block_ids).any()
+    density = kept_density(masks, plan.step(0))
+    assert density.shape == (3, 2, 2)
+    np.testing.assert_array_equal(density[1], np.ones((2, 2)))
+    assert (density[0] < 0.5).all()
+
+
+def test_steps_do_not_recompile():
+    config = DraftConfig(sparsity=0.7)
+    model = make_model(attention="draft", draft=config)
+    plan = SparsitySchedule(dense_fraction=0.5).plan(
+        np.linspace(1000.0, 100.0, 4),
+        num_layers=3,
+        grid=model.grid(LATENT_SHAPE),
+        config=config,
+    )
+    traces = 0
+
+    @jax.jit
+    def run_counted(inputs, step, masks):
+        nonlocal traces
+        traces += 1
+        return model(**inputs, step=step, masks=masks)
+
+    inputs = make_inputs()
+    _, masks = run_counted(inputs, plan.step(0), None)
+    traces = 0
+    for index in range(1, 4):
+        _, masks = run_counted(inputs, plan.step(index), masks)
+    assert traces == 1
+
+
+def test_with_attention_shares_the_parameters():
+    dense, inputs = make_model(), make_inputs()
+    draft = dense.with_attention("draft", DraftConfig(sparsity=0.0))
+    assert draft.config.attention == draft.blocks.config.attention == "draft"
+    assert draft.proj_out.kernel[...] is dense.proj_out.kernel[...]
+    expected, _ = run(dense, inputs)
+    got, _ = run(draft, inputs)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6)
+
+
+def test_capture_qk_gives_what_attention_sees(monkeypatch):
+    """One layer, unrolled by hand, against what the stand-in attention receives."""
+    model, inputs = make_model(num_layers=1), make_inputs()
+    seen = []
+
+    def spy(q, k, v):
+        jax.debug.callback(lambda *arrays: seen.append(arrays), q, k)
+        return v
+
+    monkeypatch.setattr(layers, "dense_attention", spy)
+    q, k = model.capture_qk(**inputs)
+    jax.effects_barrier()
+    assert q.shape == k.shape == (1, 2, 3 * 5 * 7, 2, 12)
+    np.testing.assert_array_equal(q[0], seen[0][0])
+    np.testing.assert_array_equal(k[0], seen[0][1])
+
+
+def test_captured_queries_are_in_tiled_order():
+    shape = (1, 1, 4, 16, 4)  # tokens: 1 x 2 x 8, tiles of 2 x 4
+    captured = []
+    for tile in ((2, 4), (1, 8)):  # (1, 8) is raster order
+        model = make_model(num_layers=1, tile=tile)
+        captured.append(model.capture_qk(**make_inputs(shape=shape))[0])
+    raster_position = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]
+    tiled, raster = captured
+    np.testing.assert_allclose(tiled, raster[:, :, raster_position], rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------- the traced program
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr, those of inner ones included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)  # a ClosedJaxpr has one
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def trace(model, inputs):
+    structure, state = nnx.split(model)
+    return jax.make_jaxpr(lambda state: nnx.merge(structure, state)(**inputs))(state)
+
+
+@pytest.mark.parametrize("attention", ["dense", "draft"])
+def test_layers_do_not_reorder_tokens(attention, monkeypatch):
+    """A stand-in takes draft attention's place: inside it, blocks are gathered."""
+    monkeypatch.setattr(
+        layers, "scheduled_attention", lambda q, k, v, *, mask, **_: (v, mask)
+    )
+    model, inputs = make_model(attention=attention), make_inputs()
+    program = trace(model, inputs)
+    num_tokens = model.grid(LATENT_SHAPE).num_tokens
+    scans = [e for e in program.eqns if e.primitive.name == "scan"]
+    (blocks,) = (e for e in scans if e.params["length"] == 3)
+    reordering = {"gather", "scatter", "sort", "take", "dynamic_gather"}
+
+    def touches_tokens(equation):
+        shapes = [v.aval.shape for v in (*equation.invars, *equation.outvars)]
+        return any(num_tokens in shape for shape in shapes)
+
+    inside = [
+        e.primitive.name
+        for e in equations(blocks.params["jaxpr"].jaxpr)
+        if e.primitive.name in reordering and touches_tokens(e)
+    ]
+    assert inside == []
+    outside = [
+        e
+        for e in equations(program.jaxpr)
+        if e.primitive.name == "gather" and touches_tokens(e)
+    ]
+    # Patches, cosines, sines; and the output on its way back.
+    assert len(outside) == 4
+
+
+@pytest.mark.parametrize("attention", ["dense", "draft"])
+def test_the_program_does_not_grow_with_depth(attention):
+    def program_size(num_layers):
+        model = make_model(attention=attention, num_layers=num_layers)
+        structure, state = nnx.split(model)
+        inputs = make_inputs()
+        lowered = jax.jit(lambda state: nnx.merge(structure, state)(**inputs)[0]).lower(
+            state
+        )
+        return len(lowered.as_text().splitlines())
+
+    assert program_size(2) == program_size(8)
+
+
+# --------------------------------------------------------------------- training
+
+
+def loss_of(model, inputs, **options):
+    velocity, _ = model(**inputs, **options)
+    return jnp.mean(jnp.square(velocity - 1.0))
+
+
+def test_remat_changes_neither_loss_nor_gradient():
+    model, inputs = make_model(), make_inputs()
+
+    def loss_and_gradients(remat):
+        loss = functools.partial(loss_of, remat=remat)
+        return nnx.jit(nnx.value_and_grad(loss))(model, inputs)
+
+    loss, gradients = loss_and_gradients(remat=False)
+    loss_remat, gradients_remat = loss_and_gradients(remat=True)
+    np.testing.assert_allclose(loss, loss_remat, rtol=1e-6)
+    for one, other in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(gradients_remat), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_parameter_learns(dtype):
+    model, inputs = make_model(dtype=dtype), make_inputs()
+    gradients = nnx.jit(nnx.grad(loss_of))(model, inputs)
+    for path, gradient in nnx.to_flat_state(gradients):
+        gradient = np.asarray(gradient[...])
+        assert gradient.dtype == np.float32, path
+        assert np.isfinite(gradient).all(), path
+        # Adding one number to all keys changes no softmax: to_k's bias matters
+        # only through the norm, and still does.
+        assert np.abs(gradient).max() > 0, path
+
+
+def test_gradient_matches_a_finite_difference():
+    model, inputs = make_model(), make_inputs()
+    structure, state = nnx.split(model)
+    loss = jax.jit(lambda state: loss_of(nnx.merge(structure, state), inputs))
+    gradient = jax.grad(loss)(state)
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    direction = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), state)
+    step = 3e-5  # the direction is 170 long; slope measured within 0.2 %
+    ahead, behind = (
+        loss(jax.tree.map(lambda x, d: x + sign * step * d, state, direction))  # noqa: B023
+        for sign in (1, -1)
+    )
+    slope = sum(
+        jnp.vdot(g, d)
+        for g, d in zip(
+            jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True
+        )
+    )
+    np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=1e-2)
+
+
+def test_gradient_descent_lowers_the_loss():
+    model, inputs = make_model(), make_inputs()
+
+    @nnx.jit
+    def descend(model):
+        loss, gradients = nnx.value_and_grad(loss_of)(model, inputs)
+        state = jax.tree.map(
+            lambda p, g: p - 0.02 * g, nnx.state(model, nnx.Param), gradients
+        )
+        nnx.update(model, state)
+        return loss
+
+    losses = [float(descend(model)) for _ in range(8)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+# ----------------------------------------------------------------- bad input table
+
+
+@contextlib.contextmanager
+def without_jaxtyping():
+    """Users run without checked annotations; our own messages must do the work."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"latents": jnp.zeros((2, 3, 10, 14, 5))}, {}, "latents have 5 channels"),
+        ({"latents": jnp.zeros((2, 3, 9, 14, 4))}, {}, r"multiples of patch_size"),
+        ({"context": jnp.zeros((2, 4, 10))}, {}, r"expected \[batch, text_length"),
+        ({"context": jnp.zeros((1, 5, 10))}, {}, r"context has shape \(1, 5, 10\)"),
+        ({"timesteps": jnp.zeros(3)}, {}, r"timesteps has shape \(3,\)"),
+        (
+            {"context_lengths": jnp.zeros(1, jnp.int32)},
+            {},
+            r"context_lengths has shape \(1,\); expected \(2,\)",
+        ),
+        ({}, {"attention": "dense"}, "step and masks belong to draft attention"),
+        ({}, {"num_layers": 2}, r"step.dense has shape \(3,\); .* of the 2 layers"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_inputs_are_named(changes, options, message):
+    config = DraftConfig()
+    model = make_model(**({"attention": "draft"} | options))
+    plan = SparsitySchedule().plan(
+        np.array([500.0]), num_layers=3, grid=model.grid(LATENT_SHAPE), config=config
+    )
+    with without_jaxtyping(), pytest.raises(ValueError, match=message):
+        model(**(make_inputs() | changes), step=plan.step(0))
+
+
+def test_masks_of_another_grid_are_refused():
+    model = make_model(attention="draft")
+    _, masks = run(model, make_inputs(shape=(2, 2, 10, 14, 4)))
+    with pytest.raises(ValueError, match=r"masks.grid=.* must equal the latents'"):
+        model(**make_inputs(), masks=masks)
+
+
+def test_grid_takes_latents_with_and_without_batch():
+    model = make_model()
+    assert model.grid((2, 3, 10, 14, 4)) == model.grid((3, 10, 14, 4))
+    assert model.grid((3, 10, 14, 4)).num_tokens == 3 * 5 * 7
+    with pytest.raises(ValueError, match="latent_shape"):
+        model.grid((3, 10, 14))

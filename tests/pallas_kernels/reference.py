@@ -1,0 +1,102 @@
+"""Attention in float64 NumPy loops, independent of the code under test, and cases."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from draft_jax.block_mask import BlockMask
+from draft_jax.grid import VideoGrid
+
+
+def numpy_attention(q, k, v, dense_mask, grid, *, scale=None, text_lengths=None):
+    """Query by query softmax over the keys of the kept blocks.
+
+    Returns out [B, T, N, D] and lse [B, N, T] in float64.
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    batch, num_tokens, num_heads, head_dim = q.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    block_of, text = _block_of_token(grid), _text_tokens(grid)
+    out = np.zeros_like(q)
+    lse = np.full((batch, num_heads, num_tokens), -np.inf)
+    for b in range(batch):
+        used = len(text) if text_lengths is None else int(text_lengths[b])
+        padding = set(text[used:])
+        for n in range(num_heads):
+            for t in range(num_tokens):
+                kept = dense_mask[b, n, block_of[t]]
+                keys = [
+                    s
+                    for s in range(num_tokens)
+                    if kept[block_of[s]] and s not in padding
+                ]
+                if t in padding or not keys:
+                    continue
+                logits = scale * k[b, keys, n] @ q[b, t, n]
+                top = logits.max()
+                weights = np.exp(logits - top)
+                out[b, t, n] = weights @ v[b, keys, n] / weights.sum()
+                lse[b, n, t] = top + np.log(weights.sum())
+    return out, lse
+
+
+def _text_tokens(grid):
+    visual = grid.frames * grid.height * grid.width
+    first = 0 if grid.text_side == "before" else visual
+    return list(range(first, first + grid.text_length))
+
+
+def _block_of_token(grid):
+    """Block of each token of the tiled sequence, counted tile by tile."""
+    rows, columns = grid.tile
+    visual = []
+    for _ in range(grid.frames):
+        for top in range(0, grid.height, rows):
+            for left in range(0, grid.width, columns):
+                visual.append(
+                    min(rows, grid.height - top) * min(columns, grid.width - left)
+                )
+    size = rows * columns
+    text = [
+        min(size, grid.text_length - start)
+        for start in range(0, grid.text_length, size)
+    ]
+    lengths = text + visual if grid.text_side == "before" else visual + text
+    return [block for block, length in enumerate(lengths) for _ in range(length)]
+
+
+def random_qkv(grid, *, batch=2, num_heads=2, head_dim=16, dtype="float32", seed=0):
+    """Standard normal q, k and v, rounded to the dtype."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, grid.num_tokens, num_heads, head_dim)
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for _ in range(3))
+
+
+def random_mask(grid, *, batch=2, num_heads=2, density=0.4, seed=0):
+    """A boolean map with one empty row, one row of one block and one full row."""
+    rng = np.random.default_rng(seed)
+    size = grid.num_blocks
+    dense = rng.random((batch, num_heads, size, size)) < density
+    dense[0, 0, 0] = False
+    dense[-1, -1, -1] = np.arange(size) == size // 2
+    dense[0, -1, size // 3] = True
+    return dense
+
+
+def compress(dense, grid, **kwargs):
+    return BlockMask.from_dense(jnp.asarray(dense), grid=grid, **kwargs)
+
+
+ODD = VideoGrid(2, 5, 7, tile=(2, 4))
+CASES = {  # grid, text lengths of the two batch items
+    "divisible": (VideoGrid(2, 4, 8, tile=(2, 4)), None),
+    "edge-tiles": (ODD, None),
+    "one-block": (VideoGrid(1, 2, 3, tile=(4, 4)), None),
+    "one-token-tiles": (VideoGrid(1, 2, 3, tile=(1, 1)), None),
+    "text-after": (VideoGrid(2, 5, 7, tile=(2, 4), text_length=11), None),
+    "text-after-ragged": (VideoGrid(2, 5, 7, tile=(2, 4), text_length=11), (9, 3)),
+    "text-after-0": (VideoGrid(1, 4, 8, tile=(2, 4), text_length=8), (0, 8)),
+    "text-before-ragged": (
+        VideoGrid(2, 5, 7, tile=(2, 4), text_length=11, text_side="before"),
+        (0, 10),
+    ),
+}

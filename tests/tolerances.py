@@ -1,0 +1,35 @@
+"""Tolerances by dtype and stage; the error that was measured stands beside each.
+
+Inputs are rounded to the dtype before both sides compute, and the reference is
+float64 NumPy, so a tolerance covers the kernel's own arithmetic and the rounding of
+its output. Values are for numpy.testing.assert_allclose.
+"""
+
+# Attention output for standard normal inputs.
+ATTENTION = {
+    "float32": {"rtol": 0, "atol": 4e-6},
+    "bfloat16": {"rtol": 1e-2, "atol": 8e-3},
+    "float16": {"rtol": 2e-3, "atol": 1e-3},
+}
+
+# Log-sum-exp, always float32.
+LSE = {
+    "float32": {"rtol": 1e-6, "atol": 3e-6},
+    "bfloat16": {"rtol": 1e-6, "atol": 3e-6},
+    "float16": {"rtol": 1e-6, "atol": 3e-6},
+}
+
+# Gradients in float32, for cotangents of size one.
+GRADIENT = {"float32": {"rtol": 0, "atol": 2e-5}}
+
+# Float32 logits of size 1e4 carry an absolute error of about 1e4 * 2^-23 * a few,
+# which the exponential turns into a relative error of the weights.
+HUGE_LOGITS = {"rtol": 0, "atol": 3e-2}
+
+# On a GPU: narrow inputs through tensor cores, where probabilities are rounded to
+# the input dtype before they multiply V. float32 at matmul precision "highest".
+GPU_ATTENTION = {
+    "float32": {"rtol": 0, "atol": 1e-5},
+    "bfloat16": {"rtol": 2e-2, "atol": 2e-2},
+    "float16": {"rtol": 4e-3, "atol": 4e-3},
+}
