@@ -14,8 +14,9 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import block_sparse_attention_sm90 as sm90
+from pallas_kernels import sm90_plan as sm90
 from pallas_kernels import xla
+from pallas_kernels.block_sparse_attention_sm90 import attend_blocks
 from pallas_kernels.interfaces import Backend, BlockLayout, BlockLists, Problem
 
 SUPPORTED_DTYPES = ("bfloat16", "float16")
@@ -143,7 +144,7 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
         has_short_blocks=geometry.stores_short_blocks,
         emulate_wgmma=static.interpret is not None,
     )
-    out, lse = sm90.attend_blocks(
+    out, lse = attend_blocks(
         q,
         k,
         v,

@@ -1,0 +1,238 @@
+"""What the Hopper kernel's roles share: sizes, shared memory, tiles and signals."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+BLOCK = 128  # tokens of a query block and of a key block
+ROWS = 64  # query rows of one consumer: the height of one wgmma
+ALIGNMENT = 8  # tokens; swizzled copies start at multiples of it
+NUM_CONSUMERS = 2
+PRODUCER = 2  # values of the "wg" axis: consumers 0 and 1, then the producer
+THREADS = 128  # of a warpgroup
+# Named barriers; Mosaic uses the lowest four.
+NAMED_TURN, NAMED_Q_FREE, NAMED_KV_FREE, NUM_NAMED = 4, 6, 7, 16
+MAX_SMEM_BYTES = 227 * 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """How it is computed. Changing a field changes only time and rounding."""
+
+    num_slots: int  # K or V blocks in flight
+    ping_pong: bool = True  # consumers take turns in issuing matrix products
+    overlap: bool = True  # issue the next logits before the product with V
+    persistent: bool = True  # one CTA per multiprocessor walks many query blocks
+    named_barriers: bool = False  # consumers signal through the hardware's barriers
+    consumer_registers: int = 232
+    producer_registers: int = 40
+
+    def __post_init__(self) -> None:
+        if self.num_slots < 3:
+            raise ValueError(f"{self.num_slots=} must be at least 3")
+        if self.named_barriers and self.num_slots > NUM_NAMED - NAMED_KV_FREE:
+            raise ValueError(
+                f"{self.num_slots=} must be at most {NUM_NAMED - NAMED_KV_FREE} with "
+                "named barriers"
+            )
+
+    @classmethod
+    def for_head_dim(cls, head_dim: int) -> "KernelConfig":
+        """As many slots as shared memory holds beside Q and the output."""
+        return cls(num_slots=5 if head_dim == 128 else 10)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything static about one launch."""
+
+    config: KernelConfig
+    num_blocks: int
+    num_heads: int
+    head_dim: int
+    num_tiles: int  # query blocks of all heads and batch items
+    num_ctas: int
+    scale: float
+    starts_are_multiples: bool  # block r starts at token r * BLOCK
+    masks_keys: bool  # some key block has fewer than BLOCK valid tokens
+    masks_queries: bool  # some query inside a block is padding
+    has_short_blocks: bool
+    emulate_wgmma: bool  # interpret mode has no wgmma with registers
+
+    @property
+    def uses_named_barriers(self) -> bool:
+        return self.config.named_barriers and not self.emulate_wgmma
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalRefs:
+    """References to global memory."""
+
+    q: jax.Ref
+    k: jax.Ref
+    v: jax.Ref
+    row_offsets: jax.Ref  # [B * N, R + 1]
+    block_ids: jax.Ref  # [B * N, M]
+    order: jax.Ref  # [num_tiles], tiles in the order in which CTAs take them
+    starts: jax.Ref  # [R], first token of each block over ALIGNMENT
+    lengths: jax.Ref  # [R], tokens of each block
+    valid: jax.Ref  # [B, R], tokens of each block that are not padding
+    out: jax.Ref
+    lse: jax.Ref  # [B * N, R, BLOCK]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One query block and the entries of its list."""
+
+    batch: jax.Array
+    head: jax.Array
+    list_row: jax.Array  # batch * num_heads + head
+    block: jax.Array
+    first: jax.Array  # entry in block_ids
+    count: jax.Array
+
+
+def scratch_types(plan: Plan, dtype: jax.typing.DTypeLike) -> dict[str, object]:
+    """Shared memory and barriers of one CTA."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    slots, dim = plan.config.num_slots, plan.head_dim
+    rows = (NUM_CONSUMERS, ROWS)
+    return {
+        "q_smem": plgpu.SMEM((*rows, dim), dtype, transforms=transforms),
+        "kv_smem": plgpu.SMEM((slots, BLOCK, dim), dtype, transforms=transforms),
+        # Short blocks leave row by row, which a swizzled buffer does not allow. Bank
+        # conflicts of the plain one are paid once for each query block.
+        "o_smem": plgpu.SMEM(
+            (*rows, dim), dtype, transforms=() if plan.has_short_blocks else transforms
+        ),
+        "lse_smem": plgpu.SMEM(rows, jnp.float32),
+        "q_full": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
+        "q_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
+        "kv_full": plgpu.Barrier(num_barriers=slots),
+        "kv_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=slots),
+        "turn": plgpu.Barrier(num_barriers=NUM_CONSUMERS),
+    }
+
+
+def smem_bytes(plan: Plan, dtype: jax.typing.DTypeLike) -> int:
+    """Shared memory of one CTA, barriers included."""
+    itemsize = jnp.dtype(dtype).itemsize
+    blocks = plan.config.num_slots + 2  # K and V, Q, output
+    barriers = 2 * plan.config.num_slots + 2 + NUM_CONSUMERS
+    return blocks * BLOCK * plan.head_dim * itemsize + BLOCK * 4 + 8 * barriers
+
+
+def for_each_tile(gmem: GlobalRefs, plan: Plan, body, fill):
+    """Calls `fill = body(tile, index, fill)` for the query blocks of this CTA."""
+    cta = lax.axis_index("cta")
+
+    def step(index, fill):
+        return body(_tile(gmem, plan, cta + index * plan.num_ctas), index, fill)
+
+    if plan.num_ctas == plan.num_tiles:
+        return step(jnp.int32(0), fill)
+    return lax.fori_loop(0, _num_own_tiles(plan), step, fill)
+
+
+def _num_own_tiles(plan: Plan):
+    if plan.num_ctas == plan.num_tiles:
+        return jnp.int32(1)
+    cta = lax.axis_index("cta")
+    return lax.div(plan.num_tiles - cta + (plan.num_ctas - 1), jnp.int32(plan.num_ctas))
+
+
+def _tile(gmem: GlobalRefs, plan: Plan, position) -> Tile:
+    number = gmem.order[position]
+    list_row = lax.div(number, jnp.int32(plan.num_blocks))
+    block = lax.rem(number, jnp.int32(plan.num_blocks))
+    first = gmem.row_offsets[list_row, block]
+    return Tile(
+        batch=lax.div(list_row, jnp.int32(plan.num_heads)),
+        head=lax.rem(list_row, jnp.int32(plan.num_heads)),
+        list_row=list_row,
+        block=block,
+        first=first,
+        count=gmem.row_offsets[list_row, block + 1] - first,
+    )
+
+
+def start_of(gmem: GlobalRefs, plan: Plan, block):
+    """First token of a block, in units of `unit_of`."""
+    return block if plan.starts_are_multiples else gmem.starts[block]
+
+
+def unit_of(plan: Plan) -> int:
+    """Multiplied in where a copy begins: Mosaic must see that it is aligned."""
+    return BLOCK if plan.starts_are_multiples else ALIGNMENT
+
+
+def slot_of(plan: Plan, fill):
+    return lax.rem(fill, jnp.int32(plan.config.num_slots))
+
+
+@dataclasses.dataclass(frozen=True)
+class Signals:
+    """What warpgroups tell each other; copies signal through `q_full` and `kv_full`.
+
+    On the GPU these may be the hardware's 16 named barriers, where an arrival is one
+    instruction of a warp, while all its threads arrive on a barrier in shared memory
+    one by one.
+    """
+
+    plan: Plan
+    q_free: jax.Ref
+    kv_free: jax.Ref
+    turn: jax.Ref
+
+    def wait_q_free(self):
+        self._wait(self.q_free, NAMED_Q_FREE, NUM_CONSUMERS + 1)
+
+    def free_q(self):
+        self._arrive(self.q_free, NAMED_Q_FREE, NUM_CONSUMERS + 1)
+
+    def wait_kv_free(self, slot):
+        self._wait(self.kv_free.at[slot], NAMED_KV_FREE + slot, NUM_CONSUMERS + 1)
+
+    def free_kv(self, slot):
+        self._arrive(self.kv_free.at[slot], NAMED_KV_FREE + slot, NUM_CONSUMERS + 1)
+
+    def take_turn(self, wg):
+        self._wait(self.turn.at[wg], NAMED_TURN + wg, NUM_CONSUMERS)
+
+    def give_turn(self, wg):
+        self._arrive(self.turn.at[wg], NAMED_TURN + wg, NUM_CONSUMERS)
+
+    def _wait(self, barrier, name, num_warpgroups):
+        if self.plan.uses_named_barriers:
+            _named_barrier("sync", name, num_warpgroups)
+        else:
+            plgpu.barrier_wait(barrier)
+
+    def _arrive(self, barrier, name, num_warpgroups):
+        if self.plan.uses_named_barriers:
+            _named_barrier("arrive", name, num_warpgroups)
+        else:
+            plgpu.barrier_arrive(barrier)
+
+
+def _named_barrier(operation: str, name, num_warpgroups: int):
+    """bar.sync or bar.arrive on a hardware barrier."""
+    instruction = f"bar.{operation} $0, {num_warpgroups * THREADS};"
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def emit(_, name):
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [name.registers[()]],
+            instruction,
+            "r",
+            has_side_effects=True,
+        )
+
+    emit(jnp.asarray(name, jnp.int32))
