@@ -145,7 +145,7 @@ class BlockMask:
             per_row = jax.ops.segment_sum(
                 weights * lengths[columns], rows, num_segments=num_blocks
             )
-            return per_row.sum() / self.grid.num_tokens**2
+            return per_row.sum() / float(self.grid.num_tokens) ** 2
 
         return jax.vmap(jax.vmap(kept_pairs))(self.row_ids(), self.block_ids)
 

@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, nvvm, vector
 
 from pallas_kernels.sm90_plan import (
     BLOCK,
@@ -133,8 +136,7 @@ def _attend_list(gmem, plan: Plan, tile: Tile, q_rows, ring: _Ring, fill):
     logits = _logits(plan, q_rows, ring.wait(fill))
     ring.free(fill)
     logits = _mask_keys(logits, valid)
-    maximum, total, _, weights = _softmax(plan, logits, maximum, total)
-    dtype = q_rows.dtype
+    maximum, total, _, weights = _softmax(plan, logits, maximum, total, q_rows.dtype)
 
     def step(i, carry):
         """Logits of step i and, overlapped, the product of step i - 1 with V."""
@@ -143,15 +145,16 @@ def _attend_list(gmem, plan: Plan, tile: Tile, q_rows, ring: _Ring, fill):
         k_fill, v_fill = fill + 2 * i - 1, fill + 2 * i
 
         def softmax(logits):
-            return _softmax(plan, _mask_keys(logits, valid), maximum, total)
+            logits = _mask_keys(logits, valid)
+            return _softmax(plan, logits, maximum, total, weights.dtype)
 
-        acc, maximum, total, decay, new_weights = _overlapped_step(
+        acc, maximum, total, decay, weights = _overlapped_step(
             plan, q_rows, acc, weights, softmax, ring, k_fill, v_fill
         )
-        acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-        return acc, new_weights.astype(dtype), maximum, total, next_valid
+        acc = _rescale(plan, acc, decay)
+        return acc, weights, maximum, total, next_valid
 
-    carry = (acc, weights.astype(dtype), maximum, total, next_valid)
+    carry = (acc, weights, maximum, total, next_valid)
     acc, weights, maximum, total, _ = lax.fori_loop(1, tile.count, step, carry)
     ring.free_q()
     last = fill + 2 * tile.count - 1
@@ -179,8 +182,11 @@ def _mask_keys(logits, valid):
     return lax.cond(valid < BLOCK, mask, lambda: logits)
 
 
-def _softmax(plan: Plan, logits, maximum, total):
+def _softmax(plan: Plan, logits, maximum, total, dtype):
     """Online softmax in base 2.
+
+    The maximum is the one that weights refer to, which is a row's real one or, with
+    `rescale_above`, a little less. Results do not depend on it.
 
     Returns the new maximum and sum, the factor on what was summed before, and the
     weights of these logits.
@@ -189,12 +195,14 @@ def _softmax(plan: Plan, logits, maximum, total):
     if scale <= 0.0:  # the largest product is not the largest logit
         logits, scale = logits * scale, 1.0
     new_maximum = jnp.maximum(maximum, logits.max(axis=1) * scale)
+    if (threshold := plan.config.rescale_above) is not None:
+        new_maximum = jnp.where(new_maximum - maximum > threshold, new_maximum, maximum)
     decay = jnp.exp2(maximum - new_maximum)
     weights = jnp.exp2(
         logits * scale - lax.broadcast_in_dim(new_maximum, logits.shape, [0])
     )
     total = total * decay + weights.sum(axis=1)
-    return new_maximum, total, decay, weights
+    return new_maximum, total, decay, weights.astype(dtype)
 
 
 def _store_tile(gmem, plan: Plan, tile, wg, acc, maximum, total, o_smem, lse_smem):
@@ -297,12 +305,40 @@ def _overlapped_step(
             plgpu.wgmma_wait(0)
 
         row = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA_ROW)
-        block = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), WGMMA)
+        block = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), weights.dtype), WGMMA)
         return pl.run_state(with_acc)((plgpu.ACC.init(acc), row, row, row, block))
 
     acc, *results = pl.run_scoped(products, plgpu.ACC((ROWS, BLOCK), jnp.float32))
     ring.free(v_fill)
     return acc, *results
+
+
+def _rescale(plan: Plan, acc, decay):
+    """acc * decay, which a warp leaves out where none of its rows decays."""
+
+    def multiply():
+        return acc * lax.broadcast_in_dim(decay, acc.shape, [0])
+
+    if plan.config.rescale_above is None:
+        return multiply()
+    any_decays = jnp.any if plan.emulate_wgmma else _any_in_warp
+    return lax.cond(any_decays(decay < 1.0), multiply, lambda: acc)
+
+
+@plgpu.inline_mgpu(
+    arg_types=(WGMMA_ROW,),
+    return_type=plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT),
+)
+def _any_in_warp(_, rows):
+    """Whether any row is true: a scalar of each warp, not of the warpgroup.
+
+    What depends on it must not contain an operation of the whole warpgroup.
+    """
+    own = functools.reduce(arith.ori, rows.registers.flat)
+    own = vector.extract(own, [], [0]) if isinstance(own.type, ir.VectorType) else own
+    everyone = arith.constant(ir.IntegerType.get_signless(32), 0xFFFFFFFF)
+    result = nvvm.vote_sync(everyone, own, "any")
+    return mgpu.FragmentedArray.splat(result, (), is_signed=False)
 
 
 def _commit_emulated_reads(plan: Plan):

@@ -28,7 +28,10 @@ class KernelConfig:
     ping_pong: bool = True  # consumers take turns in issuing matrix products
     overlap: bool = True  # issue the next logits before the product with V
     persistent: bool = True  # one CTA per multiprocessor walks many query blocks
-    named_barriers: bool = False  # consumers signal through the hardware's barriers
+    named_barriers: bool = True  # consumers signal through the hardware's barriers
+    # Multiply sums by 2**-growth only once a row's maximum has grown by more than this
+    # many powers of two; weights reach 2**rescale_above meanwhile. None: in each step.
+    rescale_above: float | None = 8.0
     consumer_registers: int = 232
     producer_registers: int = 40
 

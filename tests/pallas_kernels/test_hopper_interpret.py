@@ -1,0 +1,151 @@
+"""The Hopper kernel on the CPU, in Pallas' GPU interpret mode with race detection.
+
+Matrix products are emulated there, so these tests cover everything else: lists, ring,
+barriers, masks, softmax, stores. The same cases run on a GPU in `tests/gpu`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+# Race reports have no public name; a release that moves them must fail this import.
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from draft_jax.grid import VideoGrid
+from pallas_kernels import hopper, xla
+from pallas_kernels.sm90_plan import KernelConfig
+from tests.pallas_kernels.reference import (
+    compress,
+    numpy_attention,
+    random_mask,
+    random_qkv,
+)
+from tests.tolerances import ATTENTION, HUGE_LOGITS, LSE
+
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+NUM_CTAS = 2  # fewer than query blocks, so that a CTA walks several
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    grid: VideoGrid
+    num_heads: int = 1
+    text_lengths: tuple[int, ...] = ()  # one for each batch item
+    head_dim: int = 64
+    dtype: str = "bfloat16"
+    config: dict[str, object] = dataclasses.field(default_factory=dict)
+
+
+CASES = {
+    "uneven-rows": Case(grid=VideoGrid(1, 8, 48), num_heads=2),
+    "head-dim-128-one-cta-per-block": Case(
+        grid=VideoGrid(1, 16, 16),
+        head_dim=128,
+        dtype="float16",
+        config={"persistent": False, "ping_pong": False},
+    ),
+    "edge-tile-and-ragged-text": Case(
+        grid=VideoGrid(1, 13, 16, text_length=40), text_lengths=(40, 7)
+    ),
+    "text-before-and-empty": Case(
+        grid=VideoGrid(1, 8, 16, text_length=136, text_side="before"),
+        text_lengths=(0, 130),
+        dtype="float16",
+    ),
+    "blocks-not-aligned": Case(
+        grid=VideoGrid(1, 3, 21, text_length=5), text_lengths=(3, 0)
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_races(monkeypatch):
+    """Any reported race fails a test, even where the values agree."""
+    monkeypatch.setattr(hopper, "_num_multiprocessors", lambda: NUM_CTAS)
+    yield
+    races = gpu_callbacks.get_races()
+    assert not races.races_found
+
+
+def attend(q, k, v, mask, grid, lengths, *, scale=None, **config):
+    config = KernelConfig(**{"num_slots": 3, **config})
+    return hopper.hopper_attention(
+        q,
+        k,
+        v,
+        mask,
+        layout=grid,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        text_lengths=jnp.asarray(lengths, jnp.int32) if lengths else None,
+        config=config,
+        interpret=INTERPRET,
+    )
+
+
+def inputs(case):
+    sizes = {"batch": len(case.text_lengths) or 1, "num_heads": case.num_heads}
+    qkv = random_qkv(case.grid, head_dim=case.head_dim, dtype=case.dtype, **sizes)
+    return qkv, random_mask(case.grid, density=0.6, **sizes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_numpy(name):
+    case = CASES[name]
+    qkv, dense = inputs(case)
+    mask = compress(dense, case.grid)
+    out, lse = attend(*qkv, mask, case.grid, case.text_lengths, **case.config)
+    want_out, want_lse = numpy_attention(
+        *qkv, dense, case.grid, text_lengths=case.text_lengths or None
+    )
+    assert out.dtype == case.dtype
+    np.testing.assert_allclose(out.astype("float32"), want_out, **ATTENTION[case.dtype])
+    np.testing.assert_allclose(lse, want_lse, **LSE[case.dtype])
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.7], ids=str)
+def test_huge_logits(scale):
+    """Logits of 1e4 give no NaN; a negative scale turns the largest product around."""
+    grid = VideoGrid(1, 8, 32)
+    q, k, v = random_qkv(grid, batch=1, num_heads=1, head_dim=64, dtype="float16")
+    q, k = 10 * q, 30 * k
+    dense = random_mask(grid, batch=1, num_heads=1)
+    out, lse = attend(q, k, v, compress(dense, grid), grid, (), scale=scale)
+    want_out, want_lse = numpy_attention(q, k, v, dense, grid, scale=scale)
+    assert np.abs(want_lse[np.isfinite(want_lse)]).max() > 4e3
+    np.testing.assert_allclose(out.astype("float32"), want_out, **HUGE_LOGITS)
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-6)
+
+
+def test_vmap_and_grad():
+    """A mapped axis joins the batch; gradients are those of the XLA backend."""
+    grid = VideoGrid(1, 5, 16)
+    q, k, v = random_qkv(grid, num_heads=1, head_dim=64, dtype="float16")
+    mask = compress(random_mask(grid, num_heads=1, density=1.0), grid)
+
+    def loss(attention, q, k, v):
+        out, lse = attention(q[:, None], k[:, None], v[:, None])
+        lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
+        return jnp.sin(out.astype(jnp.float32)).sum() + lse.sum()
+
+    def mapped(function):
+        def run(q, k, v):
+            return jax.vmap(lambda *x: function(*x, jax.tree.map(lambda a: a[:1], mask)))(
+                q, k, v
+            )
+
+        return jax.grad(lambda *x: loss(run, *x), argnums=(0, 1, 2))(q, k, v)
+
+    got = mapped(lambda q, k, v, mask: attend(q, k, v, mask, grid, ()))
+    want = mapped(
+        lambda q, k, v, mask: xla.xla_attention(
+            q, k, v, mask, layout=grid, scale=0.125, text_lengths=None
+        )
+    )
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(
+            x.astype("float32"), y.astype("float32"), rtol=4e-3, atol=2e-3
+        )
