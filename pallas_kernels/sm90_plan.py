@@ -28,10 +28,10 @@ class KernelConfig:
     ping_pong: bool = True  # consumers take turns in issuing matrix products
     overlap: bool = True  # issue the next logits before the product with V
     persistent: bool = True  # one CTA per multiprocessor walks many query blocks
-    named_barriers: bool = True  # consumers signal through the hardware's barriers
+    named_barriers: bool = False  # consumers signal through the hardware's barriers
     # Multiply sums by 2**-growth only once a row's maximum has grown by more than this
     # many powers of two; weights reach 2**rescale_above meanwhile. None: in each step.
-    rescale_above: float | None = 8.0
+    rescale_above: float | None = None
     consumer_registers: int = 232
     producer_registers: int = 40
 
@@ -47,7 +47,7 @@ class KernelConfig:
     @classmethod
     def for_head_dim(cls, head_dim: int) -> "KernelConfig":
         """As many slots as shared memory holds beside Q and the output."""
-        return cls(num_slots=5 if head_dim == 128 else 10)
+        return cls(num_slots=5 if head_dim == 128 else 8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
