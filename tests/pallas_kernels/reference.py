@@ -39,6 +39,32 @@ def numpy_attention(q, k, v, dense_mask, grid, *, scale=None, text_lengths=None)
     return out, lse
 
 
+def matrix_attention(q, k, v, dense_mask, grid, *, text_lengths=None, xp=np):
+    """The same on whole matrices, for larger sizes; `xp=jnp` can be differentiated.
+
+    float64 with NumPy, float32 at the current matmul precision with jax.numpy.
+    """
+    if xp is np:
+        q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    block_of = np.asarray(_block_of_token(grid))
+    allowed = dense_mask[:, :, block_of][:, :, :, block_of]
+    for b, length in enumerate(text_lengths or ()):
+        padding = _text_tokens(grid)[length:]
+        allowed[b, :, padding] = False
+        allowed[b, :, :, padding] = False
+    has_key = allowed.any(-1)
+    q, k, v = (xp.swapaxes(x, 1, 2) for x in (q, k, v))  # NumPy's einsum has no BLAS
+    logits = q @ xp.swapaxes(k, -1, -2) * q.shape[-1] ** -0.5
+    # Rows without a key compute a softmax of zeros, which is then dropped.
+    logits = xp.where(allowed, logits, xp.where(has_key[..., None], -xp.inf, 0.0))
+    top = logits.max(-1, keepdims=True)
+    weights = xp.exp(logits - top)
+    total = weights.sum(-1, keepdims=True)
+    out = xp.swapaxes(weights / total * has_key[..., None] @ v, 1, 2)
+    lse = xp.where(has_key, (top + xp.log(total))[..., 0], -xp.inf)
+    return out, lse
+
+
 def _text_tokens(grid):
     visual = grid.frames * grid.height * grid.width
     first = 0 if grid.text_side == "before" else visual
