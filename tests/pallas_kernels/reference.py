@@ -1,5 +1,6 @@
 """Attention in float64 NumPy loops, independent of the code under test, and cases."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -108,8 +109,12 @@ def random_mask(grid, *, batch=2, num_heads=2, density=0.4, seed=0):
     return dense
 
 
-def compress(dense, grid, **kwargs):
-    return BlockMask.from_dense(jnp.asarray(dense), grid=grid, **kwargs)
+# One program per grid: eager calls would compile every operation for itself.
+_from_dense = jax.jit(BlockMask.from_dense, static_argnames=("grid", "capacity"))
+
+
+def compress(dense, grid, capacity=None):
+    return _from_dense(jnp.asarray(dense), grid=grid, capacity=capacity)
 
 
 ODD = VideoGrid(2, 5, 7, tile=(2, 4))
