@@ -57,7 +57,9 @@ class Comparison:
         """Which steps of the sparse run were dense in every layer, [steps]."""
         return self.sparse.dense.all(axis=1)
 
-    def write(self, folder: Path, *, fps: float, details: dict[str, Any]) -> list[Path]:
+    def write(
+        self, folder: Path, *, fps: int | float, details: dict[str, Any]
+    ) -> list[Path]:
         """Writes three videos, the picture of the kept share, and the report.
 
         An earlier report is removed first and the new one written last, so that a

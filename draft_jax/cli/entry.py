@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = _build_parser().parse_args(argv)
+        arguments = build_parser().parse_args(argv)
         arguments.argv = argv
         return _run(arguments)
     except SystemExit as stop:  # argparse has printed its line
@@ -77,7 +77,8 @@ def package_version() -> str:
         return "(not installed)"
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     from draft_jax.cli import generate, inspect
 
     parser = OneLineParser(
