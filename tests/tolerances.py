@@ -31,6 +31,7 @@ HUGE_LOGITS = {"rtol": 0, "atol": 3e-2}
 GPU_LSE = {"rtol": 1e-5, "atol": 1e-5}
 
 # Relative L2 error of gradients on a GPU; bfloat16 rounds probabilities and outputs.
+# Both are bounds from the number of bits (2^-9 per rounding, a few roundings).
 GPU_GRADIENT = {"float32": 1e-5, "bfloat16": 1e-2}
 
 # On a GPU: narrow inputs through tensor cores, where probabilities are rounded to
