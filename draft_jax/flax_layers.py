@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,30 @@ class DraftAttention(nnx.Module):
             }
             self.query_norm = nnx.RMSNorm(heads[1], **norm)
             self.key_norm = nnx.RMSNorm(heads[1], **norm)
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "B T C"],
+        *,
+        grid: VideoGrid,
+        text_lengths: Int[Array, " B"] | None = None,
+        step: None = None,
+        mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
+        qk_transform: TokenTransform | None = None,
+    ) -> Float[Array, "B T C_out"]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "B T C"],
+        *,
+        grid: VideoGrid,
+        text_lengths: Int[Array, " B"] | None = None,
+        step: DraftStep,
+        mask: BlockMask,
+        qk_transform: TokenTransform | None = None,
+    ) -> tuple[Float[Array, "B T C_out"], BlockMask]: ...
 
     def __call__(
         self,

@@ -57,8 +57,13 @@ class Comparison:
         """Which steps of the sparse run were dense in every layer, [steps]."""
         return self.sparse.dense.all(axis=1)
 
-    def write(self, folder: Path, *, fps: float, details: dict[str, Any]) -> list[Path]:
+    def write(
+        self, folder: Path, *, fps: int | float, details: dict[str, Any]
+    ) -> list[Path]:
         """Writes three videos, the picture of the kept share, and the report.
+
+        An earlier report is removed first and the new one written last, so that a
+        report always belongs to the files beside it.
 
         Args:
           folder: Where to; made if it does not exist.
@@ -74,6 +79,7 @@ class Comparison:
             "sparse.mp4": sparse_video,
             "side_by_side.mp4": video_io.side_by_side(dense_video, sparse_video),
         }
+        (folder / "report.json").unlink(missing_ok=True)
         for name, video in videos.items():
             video_io.write_mp4(folder / name, video, fps=fps)
         plots.plot_kept_share(

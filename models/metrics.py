@@ -51,14 +51,19 @@ def ssim(video: Video, reference: Video) -> float:
     structural similarity (2004).
     """
     _check_same_shape(video, reference)
-    window = 2 * SSIM_RADIUS + 1
-    if min(video.shape[1:3]) < window:
-        raise ValueError(
-            f"frames of {video.shape[1]} x {video.shape[2]} pixels are smaller than "
-            f"the {window} x {window} window of SSIM"
-        )
+    check_ssim_size(*video.shape[1:3])
     frames = zip(video, reference, strict=True)
     return float(np.mean([_frame_ssim(*pair) for pair in frames]))
+
+
+def check_ssim_size(height: int, width: int) -> None:
+    """Raises ValueError if frames of this size do not hold the window of `ssim`."""
+    window = 2 * SSIM_RADIUS + 1
+    if min(height, width) < window:
+        raise ValueError(
+            f"frames of {height} x {width} pixels are smaller than the {window} x "
+            f"{window} window of SSIM"
+        )
 
 
 def _frame_ssim(frame: np.ndarray, reference: np.ndarray) -> float:

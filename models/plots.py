@@ -94,7 +94,7 @@ def plot_attention(
         for column, head in enumerate(heads):
             draft_map, mask = draft_maps[layer, head], masks[layer, head]
             above, below = panels[2 * row, column], panels[2 * row + 1, column]
-            floor = draft_map.max() * DRAFT_MAP_RANGE
+            floor = max(draft_map.max() * DRAFT_MAP_RANGE, np.finfo(np.float32).tiny)
             above.imshow(np.log10(np.maximum(draft_map, floor)), cmap="magma")
             above.set_title(f"layer {layer}, head {head}: draft map", fontsize=7)
             below.imshow(mask, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")

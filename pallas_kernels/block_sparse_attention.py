@@ -103,7 +103,9 @@ def block_sparse_attention(
 
     Args:
       q: Queries in tiled order, text included, T = grid.num_tokens. float32,
-        bfloat16 or float16; softmax and sums are float32 in every case.
+        bfloat16 or float16; softmax and sums are float32 in every case. Products of
+        float32 inputs follow `jax.default_matmul_precision`: TF32 on NVIDIA GPUs
+        unless it says otherwise.
       k: Keys, like q.
       v: Values, like q.
       mask: Kept block pairs per batch item and head, such as a `BlockMask`.

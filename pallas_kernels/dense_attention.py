@@ -38,7 +38,8 @@ def dense_attention(
     cannot be left to lowering.
 
     Args:
-      q: Queries. float32, bfloat16 or float16; the softmax is float32.
+      q: Queries. float32, bfloat16 or float16; the softmax is float32. Products of
+        float32 inputs follow `jax.default_matmul_precision`.
       k: Keys, like q.
       v: Values, like q.
       grid: Where the text stands; needed only with `text_lengths`.

@@ -26,6 +26,14 @@ GRADIENT = {"float32": {"rtol": 0, "atol": 2e-5}}
 # which the exponential turns into a relative error of the weights.
 HUGE_LOGITS = {"rtol": 0, "atol": 3e-2}
 
+# On a GPU, for standard normal inputs: the float32 sum of exponentials of logits
+# whose products were exact in float32.
+GPU_LSE = {"rtol": 1e-5, "atol": 1e-5}
+
+# Relative L2 error of gradients on a GPU; bfloat16 rounds probabilities and outputs.
+# Both are bounds from the number of bits (2^-9 per rounding, a few roundings).
+GPU_GRADIENT = {"float32": 1e-5, "bfloat16": 1e-2}
+
 # On a GPU: narrow inputs through tensor cores, where probabilities are rounded to
 # the input dtype before they multiply V. float32 at matmul precision "highest".
 GPU_ATTENTION = {

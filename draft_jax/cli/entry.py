@@ -10,18 +10,29 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import NoReturn
 
+import jax
 from tqdm import tqdm
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 DISTRIBUTION = "draft-attention-jax"
+# Bad values, a missing extra, files, damaged weights, and videos too large for the
+# device's memory. Anything else is a bug and shows its traceback.
+USER_ERRORS = (
+    ValueError,
+    ImportError,
+    OSError,
+    FloatingPointError,
+    MemoryError,
+    jax.errors.JaxRuntimeError,
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Reports errors in one line, without repeating the usage."""
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments") and "generate" in self.prog:
+        if message.startswith("unrecognized arguments") and " -" not in message:
             message += " (put the prompt in quotes)"
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}\n")
 
@@ -34,17 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = _build_parser().parse_args(argv)
+        arguments = build_parser().parse_args(argv)
+        arguments.argv = argv
+        return _run(arguments)
     except SystemExit as stop:  # argparse has printed its line
         return stop.code if isinstance(stop.code, int) else EXIT_BAD_INPUT
-    arguments.argv = argv
-    try:
-        with _one_line_warnings():
-            arguments.run(arguments)
     except KeyboardInterrupt:
         _print_error("interrupted")
         return EXIT_INTERRUPTED
-    except (ValueError, ImportError, OSError, FloatingPointError) as error:
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Runs the chosen command; an error a user can cause becomes one line."""
+    try:
+        with _one_line_warnings():
+            arguments.run(arguments)
+    except USER_ERRORS as error:
         if arguments.debug:
             traceback.print_exc()
         else:
@@ -61,7 +77,8 @@ def package_version() -> str:
         return "(not installed)"
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     from draft_jax.cli import generate, inspect
 
     parser = OneLineParser(

@@ -6,10 +6,11 @@ from pathlib import Path
 from draft_jax.cli import options
 from draft_jax.cli.progress import progress_bar
 from draft_jax.config import DraftConfig
-from models import plots, video_io
+from models import metrics, plots, video_io
 from models.comparison import Comparison, run_report
 from models.wan.pipeline import GenerationResult, VideoPipeline
 
+FPS = 12.0  # of the videos that the shipped model was trained on
 EXAMPLES = """examples:
   draft-video generate "a red ball bounces over a blue sea"
   draft-video generate "a red ball bounces" --compare --sparsity 0.9
@@ -35,7 +36,7 @@ def add_parser(commands) -> None:
         default=argparse.SUPPRESS,
         help="folder to write to (default: outputs/<prompt>-<seed>)",
     )
-    parser.add_argument("--fps", type=float, default=8.0, help="frames per second")
+    parser.add_argument("--fps", type=float, default=FPS, help="frames per second")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--dense", action="store_true", help="full attention on every step"
@@ -63,6 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
         name = f"{options.slug(arguments.prompt)}-{sampling.seed}"
         folder = Path("outputs") / name
     options.check_writable(folder)
+    if arguments.compare:
+        metrics.check_ssim_size(sampling.height, sampling.width)
     pipeline = VideoPipeline.from_checkpoint(arguments.checkpoint)
     details = options.run_details(arguments)
     if arguments.compare:
@@ -99,6 +102,7 @@ def _generate(
 def _write_single(
     folder: Path, result: GenerationResult, arguments: argparse.Namespace, details: dict
 ) -> list[Path]:
+    (folder / "report.json").unlink(missing_ok=True)  # it tells of the files beside it
     files = [folder / "video.mp4"]
     video_io.write_mp4(files[0], result.video[0], fps=arguments.fps)
     if not arguments.dense:

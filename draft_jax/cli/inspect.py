@@ -71,6 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
         path = Path("outputs") / name
     if path.suffix.lower() != ".png":
         raise ValueError(f"--output {path} must end in .png")
+    if path.is_dir():
+        raise IsADirectoryError(f"--output {path} is a folder")
     options.check_writable(path.parent)
     pipeline = VideoPipeline.from_checkpoint(arguments.checkpoint)
     config = pipeline.model.config

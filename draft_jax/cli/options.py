@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shlex
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -199,8 +200,12 @@ def check_writable(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"--output {folder}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK):
-        raise PermissionError(f"--output {folder}: {existing} cannot be written to")
+    try:  # permissions alone do not tell of a read-only or special file system
+        tempfile.TemporaryDirectory(dir=existing).cleanup()
+    except OSError as error:
+        raise OSError(
+            f"--output {folder}: {existing} cannot be written to ({error.strerror})"
+        ) from error
 
 
 def run_details(arguments: argparse.Namespace) -> dict[str, Any]:

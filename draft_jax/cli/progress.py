@@ -35,7 +35,7 @@ def progress_bar(name: str, num_steps: int) -> Iterator[Callable[[StepReport], N
                 return
             if report.index == 0:
                 # Compiling is over and says nothing about the time left.
-                bar.start_t = time.time() - 1e-3 * report.time_ms
+                bar.start_t = bar.last_print_t = time.time() - 1e-3 * report.time_ms
             share = report.kept_density.mean()
             bar.set_description(f"{name}: {100 * share:.0f} % of pairs", refresh=False)
             bar.update()

@@ -90,7 +90,8 @@ def _desert(scene: Scene, time, x, y, textures) -> Array:
     image = sky
     for row, (lift, shade) in enumerate(((0.08, 0.8), (0.0, 0.9), (-0.14, 1.0))):
         edge = _hills(scene, x * 0.7 + row, lift, row + 1)
-        ripples = 0.05 * jnp.sin(90 * (y - edge) / (0.4 + y - edge) + 6 * x)
+        depth = jnp.maximum(y - edge, -0.2)  # above the edge nothing is drawn
+        ripples = 0.05 * jnp.sin(90 * depth / (0.4 + depth) + 6 * x)
         light = shade + ripples + 0.12 * jnp.sin(3 * x + row)
         sand = _colour(0.93, 0.74, 0.42) * light[..., None]
         image = blend(image, sand, _below(edge, y))

@@ -13,6 +13,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,11 +107,13 @@ class Progress:
     Attributes:
       seconds: Time spent stepping, without compilation and samples.
       videos: Videos seen.
+      skipped: Steps that changed nothing, because their gradient was not finite.
       losses: One entry per `LOG_EVERY` steps: step, seconds, frames, mean loss.
     """
 
     seconds: float = 0.0
     videos: int = 0
+    skipped: int = 0
     losses: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
@@ -243,9 +246,9 @@ class Run:
         """Waits until at most so many steps are under way; logs the finished ones."""
         while len(pending) > most:
             step, stage, loss = pending.popleft()
-            self._losses.append(float(loss))
+            self._note(step, float(loss))
             self.progress.videos += stage.batch
-            if (step + 1) % LOG_EVERY == 0:
+            if (step + 1) % LOG_EVERY == 0 and self._losses:
                 entry = {
                     "step": step + 1,
                     "seconds": round(self.progress.seconds, 2),
@@ -256,6 +259,17 @@ class Run:
                 self._losses = []
                 if (step + 1) % (4 * LOG_EVERY) == 0:
                     print(json.dumps(entry), flush=True)
+
+    def _note(self, step: int, loss: float) -> None:
+        if math.isfinite(loss):
+            self._losses.append(loss)
+            return
+        self.progress.skipped += 1
+        if self.progress.skipped > 10 + step // 100:
+            raise FloatingPointError(
+                f"{self.progress.skipped} of {step + 1} steps had a loss that is not "
+                "finite: the parameters or the videos are broken"
+            )
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -274,13 +288,14 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--learning-rate", type=float, default=1e-3)
     add("--whitening", type=float, default=0.5)
     add("--seed", type=int, default=0)
+    add("--remat", action="store_true", help="less memory; see TrainConfig")
     add("--workers", type=int, default=8)
     return parser.parse_args(arguments)
 
 
 DEFAULT_STAGES = (
-    Stage(frames=8, batch=160, share=0.4),
-    Stage(frames=24, batch=64, share=0.6),
+    Stage(frames=8, batch=96, share=0.4),
+    Stage(frames=24, batch=32, share=0.6),
 )
 
 
@@ -305,6 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
         learning_rate=options.learning_rate,
         whitening=options.whitening,
         seed=options.seed,
+        remat=options.remat,
     )
     sources = device_sources(Sources.load(options.sources))
     if options.resume is None:

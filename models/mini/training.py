@@ -51,6 +51,8 @@ class TrainConfig:
       caption_dropout: Share of videos trained without caption, for guidance.
       shift: Noise levels are drawn as the sampler with this shift visits them.
       whitening: See `LinearCodec.fit`.
+      remat: Recompute blocks in the backward pass instead of storing what they
+        computed; the result is the same.
       seed: Of parameters, noise, and scenes.
 
     Raises:
@@ -70,6 +72,7 @@ class TrainConfig:
     caption_dropout: float = 0.1
     shift: float = 3.0
     whitening: float = 0.5
+    remat: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -248,7 +251,14 @@ def train_step(
     ema = jax.tree.map(
         lambda mean, value: decay * mean + (1.0 - decay) * value, state.ema, parameters
     )
-    return TrainState(state.step + 1, parameters, ema, optimizer), loss
+    # One broken video must not break the model: such a step changes nothing.
+    squares = [jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradients)]
+    usable = jnp.isfinite(sum(squares))
+    new, old = (parameters, ema, optimizer), state[1:]
+    changed = jax.tree.map(
+        lambda ours, theirs: jnp.where(usable, ours, theirs), new, old
+    )
+    return TrainState(state.step + 1, *changed), loss
 
 
 def flow_matching_loss(
@@ -277,7 +287,11 @@ def flow_matching_loss(
     text = nnx.merge(text_graph, parameters["text"])
     transformer = nnx.merge(transformer_graph, parameters["transformer"])
     velocity, _ = transformer(
-        noisy, MAX_TIMESTEP * sigma, text(ids, lengths), context_lengths=lengths
+        noisy,
+        MAX_TIMESTEP * sigma,
+        text(ids, lengths),
+        context_lengths=lengths,
+        remat=config.remat,
     )
     return jnp.mean(jnp.square(velocity - (noise - latents)))
 

@@ -191,12 +191,12 @@ class WanConfig:
         """
         is_diffusers = "num_attention_heads" in published
         fields = _DIFFUSERS_FIELDS if is_diffusers else _ORIGINAL_FIELDS
+        _check_published_keys(published, fields, is_diffusers)
         sizes: dict[str, Any] = {
             ours: published[key] for key, ours in fields.items() if key in published
         }
         if is_diffusers:
             sizes |= _read_diffusers_only(published)
-        _check_published_keys(published, fields, is_diffusers)
         return cls(**(sizes | changes))
 
     def to_dict(self) -> dict[str, Any]:

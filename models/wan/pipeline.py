@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 from draft_jax.config import DraftConfig
 from draft_jax.schedule import SparsitySchedule
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
-from models.mini.codec import PATCH
 from models.schedulers import FlowEuler
 from models.wan.sampler import (
     LatentShape,
@@ -170,7 +169,7 @@ class VideoPipeline:
                 checkpoint.vocabulary, checkpoint.text_embedding
             ),
             codec=checkpoint.codec,
-            codec_stride=PATCH,
+            codec_stride=checkpoint.codec.stride,
         )
 
     def latent_shape(self, sampling: Sampling) -> LatentShape:

@@ -187,8 +187,10 @@ def test_attention_fn_promotes_dtypes():
     shape = (1, GRID.num_tokens, 1, 4)
     half = jnp.ones(shape, jnp.bfloat16)
     attend = draft_attention_fn(GRID, CONFIG)
-    assert attend(half, half, jnp.ones(shape)).dtype == jnp.float32
-    assert attend(half, half, half, dtype=jnp.float16).dtype == jnp.float16
+    mixed = jax.eval_shape(attend, half, half, jnp.ones(shape))
+    assert mixed.dtype == jnp.float32
+    chosen = jax.eval_shape(functools.partial(attend, dtype=jnp.float16), *[half] * 3)
+    assert chosen.dtype == jnp.float16
 
 
 REFUSED = {

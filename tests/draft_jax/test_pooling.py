@@ -2,6 +2,8 @@ import jax.numpy as jnp
 import naive_draft
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from draft_jax.config import DraftConfig
 from draft_jax.draft_scores import draft_scores
@@ -39,6 +41,23 @@ def test_pool_tokens_matches_a_loop(grid, order, reduction):
         x = x[:, grid.tile_order]
     x = jnp.asarray(x)[:, grid.visual_tokens]
     got = pool_tokens(x, grid, order=order, reduction=reduction)
+    np.testing.assert_allclose(got, expected, **F32)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12)),
+    tile=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    order=st.sampled_from(["raster", "tiled"]),
+    reduction=st.sampled_from(["mean", "max"]),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_any_grid_pools_like_a_loop(shape, tile, order, reduction, seed):
+    grid = VideoGrid(*shape, tile=tile)
+    x = random_tokens(grid, seed)
+    expected = naive_draft.pool(x, grid, {"mean": np.mean, "max": np.max}[reduction])
+    x = x[:, grid.tile_order] if order == "tiled" else x
+    got = pool_tokens(jnp.asarray(x), grid, order=order, reduction=reduction)
     np.testing.assert_allclose(got, expected, **F32)
 
 

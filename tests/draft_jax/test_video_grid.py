@@ -21,7 +21,7 @@ grids = st.builds(
 
 
 @given(grid=grids)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_tile_order_is_a_bijection_that_walks_over_the_tiles(grid):
     members = naive_draft.block_members(grid)
     np.testing.assert_array_equal(grid.tile_order, list(itertools.chain(*members)))
@@ -32,7 +32,7 @@ def test_tile_order_is_a_bijection_that_walks_over_the_tiles(grid):
 
 
 @given(grid=grids)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_blocks_cover_the_sequence_without_gaps(grid):
     lengths = [len(block) for block in naive_draft.block_members(grid)]
     np.testing.assert_array_equal(grid.block_lengths, lengths)
@@ -44,7 +44,7 @@ def test_blocks_cover_the_sequence_without_gaps(grid):
 
 
 @given(grid=grids)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 def test_text_keeps_its_place(grid):
     np.testing.assert_array_equal(
         grid.tile_order[grid.text_tokens],

@@ -1,5 +1,6 @@
 """Attention in float64 NumPy loops, independent of the code under test, and cases."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -36,6 +37,32 @@ def numpy_attention(q, k, v, dense_mask, grid, *, scale=None, text_lengths=None)
                 weights = np.exp(logits - top)
                 out[b, t, n] = weights @ v[b, keys, n] / weights.sum()
                 lse[b, n, t] = top + np.log(weights.sum())
+    return out, lse
+
+
+def matrix_attention(q, k, v, dense_mask, grid, *, text_lengths=None, xp=np):
+    """The same on whole matrices, for larger sizes; `xp=jnp` can be differentiated.
+
+    float64 with NumPy, float32 at the current matmul precision with jax.numpy.
+    """
+    if xp is np:
+        q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    block_of = np.asarray(_block_of_token(grid))
+    allowed = dense_mask[:, :, block_of][:, :, :, block_of]
+    for b, length in enumerate(text_lengths or ()):
+        padding = _text_tokens(grid)[length:]
+        allowed[b, :, padding] = False
+        allowed[b, :, :, padding] = False
+    has_key = allowed.any(-1)
+    q, k, v = (xp.swapaxes(x, 1, 2) for x in (q, k, v))  # NumPy's einsum has no BLAS
+    logits = q @ xp.swapaxes(k, -1, -2) * q.shape[-1] ** -0.5
+    # Rows without a key compute a softmax of zeros, which is then dropped.
+    logits = xp.where(allowed, logits, xp.where(has_key[..., None], -xp.inf, 0.0))
+    top = logits.max(-1, keepdims=True)
+    weights = xp.exp(logits - top)
+    total = weights.sum(-1, keepdims=True)
+    out = xp.swapaxes(weights / total * has_key[..., None] @ v, 1, 2)
+    lse = xp.where(has_key, (top + xp.log(total))[..., 0], -xp.inf)
     return out, lse
 
 
@@ -82,8 +109,12 @@ def random_mask(grid, *, batch=2, num_heads=2, density=0.4, seed=0):
     return dense
 
 
-def compress(dense, grid, **kwargs):
-    return BlockMask.from_dense(jnp.asarray(dense), grid=grid, **kwargs)
+# One program per grid: eager calls would compile every operation for itself.
+_from_dense = jax.jit(BlockMask.from_dense, static_argnames=("grid", "capacity"))
+
+
+def compress(dense, grid, capacity=None):
+    return _from_dense(jnp.asarray(dense), grid=grid, capacity=capacity)
 
 
 ODD = VideoGrid(2, 5, 7, tile=(2, 4))

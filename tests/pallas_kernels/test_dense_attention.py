@@ -29,7 +29,7 @@ def test_matches_numpy(case, dtype):
 
 
 @pytest.mark.parametrize("one_head_at_a_time", [True, False])
-@pytest.mark.parametrize("chunk", [1, 7, 81, 100])
+@pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_any_chunk_gives_the_same(chunk, one_head_at_a_time):
     grid, lengths = CASES["text-before-ragged"]
     q, k, v = random_qkv(grid)

@@ -1,12 +1,10 @@
 """What the transformer promises beside parity: order, scan, gradients, errors."""
 
-import contextlib
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -310,17 +308,6 @@ def test_gradient_descent_lowers_the_loss():
 # ----------------------------------------------------------------- bad input table
 
 
-@contextlib.contextmanager
-def without_jaxtyping():
-    """Users run without checked annotations; our own messages must do the work."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", before)
-
-
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
@@ -339,13 +326,14 @@ def without_jaxtyping():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
+@pytest.mark.usefixtures("without_jaxtyping")
 def test_bad_inputs_are_named(changes, options, message):
     config = DraftConfig()
     model = make_model(**({"attention": "draft"} | options))
     plan = SparsitySchedule().plan(
         np.array([500.0]), num_layers=3, grid=model.grid(LATENT_SHAPE), config=config
     )
-    with without_jaxtyping(), pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message):
         model(**(make_inputs() | changes), step=plan.step(0))
 
 

@@ -1,0 +1,123 @@
+"""Sizes of the published models, and what a published config.json may say."""
+
+import dataclasses
+
+import pytest
+
+from draft_jax import DraftConfig
+from models.wan.config import WanConfig
+
+# The config.json of Wan-AI/Wan2.1-T2V-1.3B and of its -Diffusers twin.
+ORIGINAL_1_3B = {
+    "_class_name": "WanModel",
+    "_diffusers_version": "0.30.0",
+    "dim": 1536,
+    "eps": 1e-06,
+    "ffn_dim": 8960,
+    "freq_dim": 256,
+    "in_dim": 16,
+    "model_type": "t2v",
+    "num_heads": 12,
+    "num_layers": 30,
+    "out_dim": 16,
+    "text_len": 512,
+}
+DIFFUSERS_1_3B = {
+    "_class_name": "WanTransformer3DModel",
+    "_diffusers_version": "0.33.0.dev0",
+    "added_kv_proj_dim": None,
+    "attention_head_dim": 128,
+    "cross_attn_norm": True,
+    "eps": 1e-06,
+    "ffn_dim": 8960,
+    "freq_dim": 256,
+    "image_dim": None,
+    "in_channels": 16,
+    "num_attention_heads": 12,
+    "num_layers": 30,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+    "text_dim": 4096,
+}
+
+
+@pytest.mark.parametrize("published", [ORIGINAL_1_3B, DIFFUSERS_1_3B])
+def test_published_files_give_the_preset(published):
+    assert WanConfig.from_dict(published) == WanConfig.t2v_1_3b()
+
+
+def test_preset_of_14b():
+    config = WanConfig.t2v_14b()
+    sizes = (config.dim, config.num_heads, config.head_dim, config.num_layers)
+    assert sizes == (5120, 40, 128, 40)
+    assert config.ffn_dim == 13824
+
+
+def test_changes_override_the_file():
+    config = WanConfig.from_dict(DIFFUSERS_1_3B, attention="draft", tile=(4, 8))
+    assert (config.attention, config.tile) == ("draft", (4, 8))
+
+
+def test_to_dict_and_back():
+    config = WanConfig.mini(qk_norm=False, cross_attn_norm=False)
+    again = WanConfig.from_dict(config.to_dict(), text_length=32, tile=(4, 8))
+    assert again == config
+
+
+def test_configurations_are_hashable_and_frozen():
+    one, same = (WanConfig.mini(draft=DraftConfig(sparsity=0.5)) for _ in range(2))
+    assert hash(one) == hash(same)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.dim = 3
+
+
+@pytest.mark.parametrize(
+    ("published", "message"),
+    [
+        (ORIGINAL_1_3B | {"model_type": "i2v"}, "only text-to-video .*'i2v'"),
+        (DIFFUSERS_1_3B | {"image_dim": 1280}, r"sets \['image_dim'\]"),
+        (DIFFUSERS_1_3B | {"qk_norm": "layer_norm"}, "qk_norm='layer_norm' must be"),
+        (ORIGINAL_1_3B | {"window": 4}, r"unknown=\['window'\] and missing=\[\]"),
+        (
+            {k: v for k, v in ORIGINAL_1_3B.items() if k not in ("dim", "ffn_dim")},
+            r"unknown=\[\] and missing=\['ffn_dim', 'dim'\]",
+        ),
+        (
+            {k: v for k, v in DIFFUSERS_1_3B.items() if k != "attention_head_dim"},
+            r"missing=\['attention_head_dim'\]",
+        ),
+        ({}, r"missing=\['ffn_dim', 'num_layers', 'dim', 'num_heads'\]"),
+    ],
+    ids=["i2v", "image", "norm", "unknown", "missing", "no-head-dim", "empty"],
+)
+def test_other_published_files_are_refused(published, message):
+    with pytest.raises(ValueError, match=message):
+        WanConfig.from_dict(published)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": 0}, "dim=0 must be a positive integer"),
+        ({"num_layers": 2.0}, "num_layers=2.0 must be a positive integer"),
+        ({"text_length": True}, "text_length=True must be a positive integer"),
+        ({"num_heads": 5}, r"dim=384 must be a multiple of self\.num_heads=5"),
+        ({"dim": 12, "num_heads": 3}, r"head_dim=4 must be even and at least 6"),
+        ({"freq_dim": 255}, "freq_dim=255 must be even"),
+        ({"patch_size": (2, 2)}, r"patch_size=\(2, 2\) must be a tuple of 3"),
+        ({"tile": (0, 8)}, r"tile=\(0, 8\) must be a tuple of 2"),
+        ({"tile": [4, 8]}, r"tile=\[4, 8\] must be a tuple of 2"),
+        ({"eps": 0.0}, "eps=0.0 must be positive"),
+        ({"rope_theta": 1.0}, "rope_theta=1.0 must be greater than 1"),
+        ({"attention": "flash"}, "attention='flash' must be one of"),
+        ({"dtype": "float64"}, "dtype='float64' must be one of"),
+        ({"param_dtype": "int8"}, "param_dtype='int8' must be one of"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.usefixtures("without_jaxtyping")
+def test_bad_sizes_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        WanConfig.mini(**changes)

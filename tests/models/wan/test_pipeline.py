@@ -1,0 +1,206 @@
+"""Prompts to videos on a tiny random model."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from draft_jax import DraftConfig, SparsitySchedule
+from models.wan.pipeline import Sampling, UnknownWordWarning, VideoPipeline
+from tests import tiny_model
+
+PROMPT = "a red ball"
+# Relative to latents of size one; measured on CPU: 2e-6.
+ROUNDING = 2e-5
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return tiny_model.make_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return VideoPipeline.from_checkpoint(tiny_model.save_checkpoint(folder))
+
+
+def generate(pipeline, prompt=PROMPT, **options):
+    sampling = dataclasses.replace(tiny_model.SAMPLING, **options.pop("sampling", {}))
+    return pipeline.generate(prompt, sampling, **options)
+
+
+@pytest.fixture(scope="module")
+def dense(pipeline):
+    return generate(pipeline)
+
+
+def test_dense_run_follows_the_flow_equation(pipeline, dense):
+    """The sampler's loop once more: one model call per prompt, guidance in NumPy."""
+    sampling = tiny_model.SAMPLING
+    latents = pipeline.start(PROMPT, sampling, draft=None, schedule=None)[1].latents
+    latents = np.asarray(latents)
+    contexts = [pipeline.text_encoder.encode([text]) for text in (PROMPT, "")]
+    sigmas = 3 * np.linspace(1, 0, 5) / (1 + 2 * np.linspace(1, 0, 5))
+    predict = nnx.jit(
+        lambda model, latents, time, text: model(
+            latents, time, text[0], context_lengths=text[1]
+        )[0]
+    )
+    for sigma, next_sigma in itertools.pairwise(sigmas):
+        time = jnp.full(1, 1000 * sigma, jnp.float32)
+        velocities = [
+            predict(pipeline.model, jnp.asarray(latents), time, text)
+            for text in contexts
+        ]
+        positive, negative = (np.asarray(v) for v in velocities)
+        velocity = negative + sampling.guidance * (positive - negative)
+        latents = latents + (next_sigma - sigma) * velocity
+    np.testing.assert_allclose(
+        dense.latents, latents, rtol=0, atol=ROUNDING * np.abs(latents).max()
+    )
+
+
+def test_result_of_a_dense_run(dense):
+    assert dense.video.shape == (1, 4, 32, 48, 3)
+    assert dense.latents.shape == (1, 2, 8, 12, 16)
+    assert dense.video.min() >= 0.0
+    assert dense.video.max() <= 1.0
+    assert dense.video.std() > 0.01
+    np.testing.assert_array_equal(dense.kept_density, np.ones((4, 3)))
+    assert dense.dense.all()
+    # sigma 1, 3/4, 1/2, 1/4 with shift 3.
+    np.testing.assert_allclose(dense.timesteps, [1000, 900, 750, 500])
+    assert (dense.time_ms > 0).all()
+
+
+@pytest.mark.parametrize("selection", ["percentile", "row_topk"])
+def test_sparsity_zero_gives_the_dense_video(pipeline, dense, selection):
+    draft = DraftConfig(sparsity=0.0, selection=selection)
+    sparse = generate(
+        pipeline, draft=draft, schedule=SparsitySchedule(dense_fraction=0.0)
+    )
+    assert not sparse.dense.any()
+    np.testing.assert_array_equal(sparse.kept_density, np.ones((4, 3)))
+    np.testing.assert_allclose(sparse.video, dense.video, rtol=0, atol=ROUNDING)
+
+
+def test_schedule_and_kept_shares(pipeline, dense):
+    """Half of 8 x 8 tile pairs, on the last three steps and but for layer 1."""
+    sparse = generate(
+        pipeline,
+        draft=DraftConfig(sparsity=0.5),
+        schedule=SparsitySchedule(dense_fraction=0.25, dense_layers=(1,)),
+    )
+    expected = np.zeros((4, 3), np.bool_)
+    expected[0] = expected[:, 1] = True
+    np.testing.assert_array_equal(sparse.dense, expected)
+    np.testing.assert_array_equal(sparse.kept_density[expected], 1.0)
+    kept = sparse.kept_density[~expected]
+    # Tiles have 8 or 4 tokens, so a share of pairs is not exactly one of tokens.
+    assert (kept > 0.3).all()
+    assert (kept < 0.8).all()
+    assert np.abs(sparse.video - dense.video).max() > 1e-3
+
+
+def test_seed_decides_the_video(pipeline, dense):
+    again = generate(pipeline)
+    np.testing.assert_array_equal(again.video, dense.video)
+    assert again.compile_ms == 0.0, "the second run must reuse the first's program"
+    other = generate(pipeline, sampling={"seed": 1})
+    assert np.abs(other.video - dense.video).max() > 0.05
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.6], ids=["dense", "draft"])
+def test_batch_items_do_not_influence_each_other(pipeline, sparsity):
+    draft = None if sparsity is None else DraftConfig(sparsity=sparsity)
+    alone = generate(pipeline, draft=draft)
+    both = generate(pipeline, [PROMPT, "the blue sea"], draft=draft)
+    assert both.video.shape[0] == 2
+    np.testing.assert_allclose(both.video[0], alone.video[0], rtol=0, atol=ROUNDING)
+    assert np.abs(both.video[1] - alone.video[0]).max() > 0.05
+
+
+def test_guidance_of_one_does_not_run_the_negative_prompt(pipeline):
+    results = [
+        generate(pipeline, sampling={"guidance": 1.0, "negative_prompt": text})
+        for text in ("", "boat")
+    ]
+    np.testing.assert_array_equal(results[0].video, results[1].video)
+    sampling = dataclasses.replace(tiny_model.SAMPLING, guidance=1.0)
+    inputs = pipeline.start(PROMPT, sampling, draft=None, schedule=None)[2]
+    assert inputs.context.shape[0] == 1
+    guided = [
+        generate(pipeline, sampling={"negative_prompt": text}) for text in ("", "boat")
+    ]
+    assert np.abs(guided[0].video - guided[1].video).max() > 1e-3
+
+
+def test_callback_sees_every_step_and_may_stop_the_run(pipeline):
+    reports = []
+    result = generate(pipeline, callback=reports.append)
+    assert [report.index for report in reports] == [0, 1, 2, 3]
+    assert [report.num_steps for report in reports] == [4] * 4
+    assert [report.timestep for report in reports] == pytest.approx(result.timesteps)
+    assert [report.time_ms for report in reports] == list(result.time_ms)
+
+    def stop(report):
+        if report.index == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipeline, callback=stop)
+
+
+def test_damaged_weights_are_named_with_the_step(checkpoint, pipeline):
+    broken = checkpoint.transformer.with_attention("dense")
+    broken.proj_out.bias = type(broken.proj_out.bias)(jnp.full(64, jnp.nan))
+    damaged = dataclasses.replace(pipeline, model=broken)
+    with pytest.raises(FloatingPointError, match="not finite after step 1 of 4"):
+        generate(damaged)
+
+
+def test_unknown_words_are_told(pipeline):
+    with pytest.warns(UnknownWordWarning, match="not trained on 'zebra'; it knows: a"):
+        generate(pipeline, "a red zebra")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 50}, "width=50 must be a multiple of 8 for this model"),
+        ({"height": 20}, "height=20 must be a multiple of 8"),
+        ({"frames": 3}, "frames=3 must be a multiple of 2"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_the_model_are_named(pipeline, changes, message):
+    with pytest.raises(ValueError, match=message):
+        generate(pipeline, sampling=changes)
+
+
+@pytest.mark.parametrize("prompts", ["", "  ", [], ["a ball", ""]], ids=repr)
+def test_empty_prompts_are_refused(pipeline, prompts):
+    with pytest.raises(ValueError, match="at least one prompt, none empty"):
+        generate(pipeline, prompts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 0}, "frames=0 must be a positive integer"),
+        ({"width": True}, "width=True must be a positive integer"),
+        ({"num_steps": 0}, "num_steps=0 must be a positive integer"),
+        ({"seed": -1}, r"seed=-1 must be an integer in \[0, 2\*\*32\)"),
+        ({"seed": 2**32}, "seed=4294967296 must be an integer"),
+        ({"guidance": float("nan")}, "guidance=nan must be a finite number"),
+        ({"shift": 0.0}, "shift=0.0 must be a positive"),
+    ],
+    ids=str,
+)
+def test_bad_sampling_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**changes)

@@ -1,0 +1,99 @@
+"""The examples that people copy: Python and shell blocks of the README, docstrings."""
+
+import ast
+import re
+import shlex
+import textwrap
+from pathlib import Path
+
+import jax
+import pytest
+
+from draft_jax.cli import entry
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PACKAGES = ("draft_jax", "pallas_kernels", "models")
+SIDES = ("frames", "height", "width")
+# Larger grids are the point of the examples but not of this test.
+MAX_TOKENS = 4096
+
+
+def blocks(language):
+    """Fenced blocks of the README in one language; none if there is no README."""
+    if not README.is_file():
+        return []
+    pattern = rf"^```{language}[^\n]*\n(.*?)^```"
+    return re.findall(pattern, README.read_text(), flags=re.M | re.S)
+
+
+def docstring_examples():
+    """Indented code below "Example:" in any docstring of the packages."""
+    found = []
+    for file in (f for name in PACKAGES for f in sorted((ROOT / name).rglob("*.py"))):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                text = (ast.get_docstring(node) or "") + "\n"
+                for code in re.findall(r"(?m)^Examples?:\n\n((?: {4}.*\n|\n)+)", text):
+                    name = f"{file.relative_to(ROOT)}:{getattr(node, 'name', '')}"
+                    found.append(pytest.param(textwrap.dedent(code), id=name))
+    return found
+
+
+class ShrinkGrids(ast.NodeTransformer):
+    """Cuts the frames of each `VideoGrid(...)` so that few tokens are left."""
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        if not isinstance(node.func, ast.Name) or node.func.id != "VideoGrid":
+            return node
+        sides = dict(zip(SIDES, node.args, strict=False))
+        sides |= {k.arg: k.value for k in node.keywords if k.arg in SIDES}
+        frames, height, width = (ast.literal_eval(sides[name]) for name in SIDES)
+        frames = max(1, min(frames, MAX_TOKENS // (height * width)))
+        sides["frames"] = ast.Constant(frames)
+        rest = [k for k in node.keywords if k.arg not in SIDES]
+        return ast.Call(node.func, [sides[name] for name in SIDES], rest)
+
+
+def shrink_grids(code):
+    """The same code on grids of a few thousand tokens."""
+    tree = ShrinkGrids().visit(ast.parse(code))
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+@pytest.mark.parametrize("code", [*blocks("python"), *docstring_examples()])
+def test_python_examples_run(code):
+    scope = {"__name__": "example"}
+    exec(compile(shrink_grids(code), "example", "exec"), scope)
+    for name, value in scope.items():
+        if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, float):
+            assert jax.numpy.isfinite(value).all(), name
+
+
+def shell_commands():
+    """Calls of draft-video in the README's shell blocks, comments cut off."""
+    lines = [
+        line.strip()
+        for block in blocks("(?:sh|bash|console|shell)")
+        for line in re.sub(r"\\\n", " ", block).splitlines()
+    ]
+    lines = [line.removeprefix("$ ") for line in lines]
+    return [line for line in lines if line.startswith("draft-video ")]
+
+
+@pytest.mark.parametrize("line", shell_commands())
+def test_commands_are_accepted(line):
+    """Parsed only: each would need minutes and the shipped weights."""
+    _, *arguments = shlex.split(line, comments=True)
+    parsed = entry.build_parser().parse_args(arguments)
+    assert callable(parsed.run)
+
+
+def test_files_that_the_readme_links_to_exist():
+    if not README.is_file():
+        pytest.skip("no README in this checkout")
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", README.read_text())
+    local = [link for link in links if not re.match(r"[a-z]+:", link)]
+    missing = [link for link in local if not (README.parent / link).exists()]
+    assert not missing

@@ -1,0 +1,62 @@
+"""A random model small enough to run from checkpoint to mp4 in a test."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.mini.checkpoint import MiniCheckpoint
+from models.mini.codec import PATCH_NUMBERS, LinearCodec
+from models.mini.text import TextEmbedding, Vocabulary
+from models.wan.config import WanConfig
+from models.wan.pipeline import Sampling
+from models.wan.transformer import WanTransformer
+
+CONFIG = WanConfig(
+    dim=24,
+    ffn_dim=32,
+    num_heads=2,
+    num_layers=3,
+    text_dim=8,
+    text_length=6,
+    freq_dim=16,
+    tile=(2, 4),
+    dtype="float32",
+)
+WORDS = ("a", "ball", "blue", "boat", "on", "red", "sea", "the")
+# 2 x 4 x 6 tokens: in each frame two tiles of 2 x 4 and two of 2 x 2.
+SAMPLING = Sampling(frames=4, height=32, width=48, num_steps=4)
+NUM_TILES = 8
+
+
+@functools.cache
+def make_checkpoint(seed: int = 0) -> MiniCheckpoint:
+    """Random weights; the output layer, zero when untrained, is random too."""
+    rngs = nnx.Rngs(seed)
+    transformer = WanTransformer(CONFIG, rngs=rngs)
+    kernel = transformer.proj_out.kernel
+    kernel[...] = jax.random.normal(rngs.params(), kernel.shape) / 5
+    vocabulary = Vocabulary(words=WORDS, num_buckets=4, max_length=CONFIG.text_length)
+    rng = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(rng.normal(size=(PATCH_NUMBERS, CONFIG.in_channels)))
+    return MiniCheckpoint(
+        transformer=transformer,
+        text_embedding=TextEmbedding(
+            vocabulary.size, vocabulary.max_length, CONFIG.text_dim, rngs=rngs
+        ),
+        vocabulary=vocabulary,
+        codec=LinearCodec(
+            mean=jnp.zeros(PATCH_NUMBERS),
+            basis=jnp.asarray(basis, jnp.float32),
+            scale=jnp.ones(CONFIG.in_channels),
+        ),
+    )
+
+
+def save_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """Writes the model as a checkpoint folder and returns it."""
+    make_checkpoint(seed).save(folder)
+    return folder
