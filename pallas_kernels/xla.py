@@ -413,8 +413,8 @@ def _from_blocks(
 def _why_slow(problem: Problem) -> str | None:
     if problem.device.platform == "gpu":
         return (
-            f"it gathers K and V blocks through global memory; no fused kernel for "
-            f"{problem.device.kind} is available"
+            "it gathers K and V blocks through global memory; no fused kernel takes "
+            f"these inputs on {problem.device.kind}"
         )
     return None
 

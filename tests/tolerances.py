@@ -41,3 +41,7 @@ GPU_ATTENTION = {
     "bfloat16": {"rtol": 2e-2, "atol": 2e-2},
     "float16": {"rtol": 4e-3, "atol": 4e-3},
 }
+
+# Relative L2 error of the Hopper kernel against float32, for standard normal inputs.
+# Measured on an H200: bfloat16 2.2e-3, as cuDNN's; float16 2.9e-4.
+GPU_RELATIVE = {"bfloat16": 4e-3, "float16": 5e-4}

@@ -103,3 +103,10 @@ def test_stacked_masks_scan():
 def test_bad_dense_mask(dense, capacity, error, message):
     with pytest.raises(error, match=message):
         BlockMask.from_dense(jnp.asarray(dense), grid=GRID, capacity=capacity)
+
+
+def test_density_of_a_long_sequence():
+    """126,720 tokens have more pairs than int32 can count."""
+    grid = VideoGrid(33, 48, 80)
+    mask = BlockMask.full(grid=grid, batch=1, num_heads=1)
+    np.testing.assert_allclose(mask.density, 1.0, rtol=1e-5)

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import pathlib
+import re
 import typing
 import warnings
 
@@ -149,10 +150,49 @@ def problem_on(device):
 HOPPER = Device(platform="gpu", kind="NVIDIA H100", compute_capability=(9, 0))
 
 
+TILED = VideoGrid(1, 16, 32)  # blocks of 128 tokens
+HOPPER_TAKES = {"layout": TILED, "head_dim": 128, "dtype": "bfloat16"}
+
+
+def test_hopper_is_preferred_where_it_runs():
+    problem = dataclasses.replace(problem_on(HOPPER), **HOPPER_TAKES)
+    for backend in ("auto", "hopper"):
+        choice = dispatch.choose(problem, backend)
+        assert choice.name == "hopper"
+        assert choice.slower_because is None
+
+
+def device_of(capability):
+    return Device(platform="gpu", kind="Some GPU", compute_capability=capability)
+
+
+REFUSED = {  # changes to a problem that the kernel takes, cause
+    "ampere": ({"device": device_of((8, 0))}, r"sm_90\), not gpu Some GPU \(sm_80"),
+    "blackwell": ({"device": device_of((10, 0))}, r"not gpu Some GPU \(sm_100\)"),
+    "amd": ({"device": device_of(None)}, "Hopper GPU .* not gpu Some GPU"),
+    "cpu": ({"device": Device(platform="cpu")}, "Hopper GPU .* not cpu"),
+    "dtype": ({"dtype": "float32"}, "bfloat16 and float16, not float32"),
+    "head-dim": ({"head_dim": 96}, "head dimension of 64 and 128, not 96"),
+    "block-size": ({"layout": GRID}, r"128 tokens, such as tile \(8, 16\), not 4"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_hopper_says_why_it_does_not_run(case):
+    changes, cause = REFUSED[case]
+    problem = dataclasses.replace(problem_on(HOPPER), **(HOPPER_TAKES | changes))
+    with pytest.raises(ValueError, match=f"backend='hopper' cannot.*{cause}"):
+        dispatch.choose(problem, "hopper")
+    choice = dispatch.choose(problem, "auto")
+    assert choice.name == "xla"
+    if problem.device.platform == "gpu":
+        assert re.search(cause, choice.slower_because)
+
+
 def test_gpu_without_fused_kernel_is_slower():
     choice = dispatch.choose(problem_on(HOPPER), "auto")
     assert choice.name == "xla"
-    assert "no fused kernel for NVIDIA H100" in choice.slower_because
+    assert "no fused kernel takes these inputs on NVIDIA H100" in choice.slower_because
     assert dispatch.choose(problem_on(HOPPER), "xla").slower_because is None
     assert dispatch.choose(problem_on(Device(platform="cpu")), "auto") == (
         dispatch.BackendChoice(
@@ -163,7 +203,6 @@ def test_gpu_without_fused_kernel_is_slower():
 
 
 def test_unsupported_preference_is_passed_over_with_its_cause(monkeypatch):
-    """How the Hopper kernel will be registered, on a device it cannot take."""
     hopper = dataclasses.replace(
         dispatch.BACKENDS["xla"],
         name="hopper",
@@ -183,7 +222,7 @@ def test_unsupported_preference_is_passed_over_with_its_cause(monkeypatch):
 def test_slower_path_warns_once(monkeypatch):
     monkeypatch.setattr(dispatch, "current_device", lambda *arrays: HOPPER)
     monkeypatch.setattr(dispatch, "_warned", set())
-    with pytest.warns(SlowBackendWarning, match="'xla': it gathers .* NVIDIA H100"):
+    with pytest.warns(SlowBackendWarning, match="'xla': .*it gathers .* NVIDIA H100"):
         block_sparse_attention(**arguments())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -133,9 +133,9 @@ def test_vmap_and_grad():
 
     def mapped(function):
         def run(q, k, v):
-            return jax.vmap(lambda *x: function(*x, jax.tree.map(lambda a: a[:1], mask)))(
-                q, k, v
-            )
+            return jax.vmap(
+                lambda *x: function(*x, jax.tree.map(lambda a: a[:1], mask))
+            )(q, k, v)
 
         return jax.grad(lambda *x: loss(run, *x), argnums=(0, 1, 2))(q, k, v)
 

@@ -1,0 +1,224 @@
+"""The Hopper kernel on a Hopper GPU, against float64 NumPy and a float32 oracle."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from draft_jax.grid import VideoGrid
+from pallas_kernels import block_sparse_attention, chosen_backend, hopper, oracle
+from pallas_kernels.interfaces import current_device
+from pallas_kernels.sm90_plan import KernelConfig
+from tests.pallas_kernels.reference import (
+    compress,
+    matrix_attention,
+    random_mask,
+    random_qkv,
+)
+from tests.tolerances import GPU_ATTENTION, GPU_LSE, GPU_RELATIVE
+
+
+@pytest.fixture(autouse=True)
+def only_on_hopper():
+    device = current_device()
+    if device.compute_capability != (9, 0):
+        pytest.skip(f"needs a Hopper GPU (sm_90), not {device.kind}")
+
+
+pytestmark = pytest.mark.gpu
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Two batch items, two heads."""
+
+    grid: VideoGrid
+    text_lengths: tuple[int, int] | None = None
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+
+
+CASES = {
+    "divisible": Case(grid=VideoGrid(4, 16, 32)),
+    "many-blocks-per-cta": Case(grid=VideoGrid(12, 24, 64), head_dim=64),
+    "float16": Case(grid=VideoGrid(4, 16, 32), dtype="float16"),
+    "edges-and-ragged-text": Case(
+        grid=VideoGrid(3, 45, 80, text_length=40), text_lengths=(40, 7)
+    ),
+    "text-before-and-empty": Case(
+        grid=VideoGrid(3, 30, 52, text_length=264, text_side="before"),
+        text_lengths=(0, 130),
+        head_dim=64,
+        dtype="float16",
+    ),
+    "blocks-not-aligned": Case(
+        grid=VideoGrid(3, 15, 26, text_length=13), text_lengths=(13, 0), head_dim=64
+    ),
+    "fewer-tokens-than-a-block": Case(grid=VideoGrid(1, 3, 5)),
+}
+CONFIGS = {
+    "default": {},
+    "one-cta-per-block": {"persistent": False},
+    "no-ping-pong": {"ping_pong": False},
+    "no-overlap": {"overlap": False},
+    "named-barriers": {"named_barriers": True},
+    "rescale-above-0": {"rescale_above": 0.0},
+    "rescale-above-8": {"rescale_above": 8.0},
+    "named-barriers-rescale-above-8": {"named_barriers": True, "rescale_above": 8.0},
+}
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "scale", "has_lengths", "config"))
+def attend(q, k, v, mask, lengths, *, grid, scale, has_lengths, config=None):
+    return hopper.hopper_attention(
+        q,
+        k,
+        v,
+        mask,
+        layout=grid,
+        scale=scale,
+        text_lengths=lengths if has_lengths else None,
+        config=config,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "scale", "has_lengths"))
+def reference(q, k, v, mask, lengths, *, grid, scale, has_lengths):
+    with jax.default_matmul_precision("highest"):
+        return oracle.oracle_attention(
+            *(x.astype(jnp.float32) for x in (q, k, v)),
+            mask,
+            layout=grid,
+            scale=scale,
+            text_lengths=lengths if has_lengths else None,
+        )
+
+
+def options_of(case):
+    lengths = jnp.asarray(case.text_lengths or (0, 0), jnp.int32)
+    return lengths, {
+        "grid": case.grid,
+        "scale": case.head_dim**-0.5,
+        "has_lengths": case.text_lengths is not None,
+    }
+
+
+def poison():
+    """Leaves NaN in memory that the next outputs may be given."""
+    jnp.full(64 << 20, jnp.nan).block_until_ready()
+
+
+def relative_error(x, want):
+    x, want = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, want))
+    return np.linalg.norm(x - want) / np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_numpy(name):
+    case = CASES[name]
+    lengths, options = options_of(case)
+    qkv = random_qkv(case.grid, head_dim=case.head_dim, dtype=case.dtype)
+    dense = random_mask(case.grid)
+    poison()
+    out, lse = attend(*qkv, compress(dense, case.grid), lengths, **options)
+    want, want_lse = matrix_attention(
+        *qkv, dense, case.grid, text_lengths=case.text_lengths
+    )
+    assert out.dtype == case.dtype
+    np.testing.assert_allclose(
+        out.astype(jnp.float32), want, **GPU_ATTENTION[case.dtype]
+    )
+    np.testing.assert_allclose(lse, want_lse, **GPU_LSE)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", ["many-blocks-per-cta", "edges-and-ragged-text"])
+def test_every_configuration(name, config):
+    case = CASES[name]
+    lengths, options = options_of(case)
+    default = KernelConfig.for_head_dim(case.head_dim)
+    options["config"] = dataclasses.replace(default, **CONFIGS[config])
+    qkv = random_qkv(case.grid, head_dim=case.head_dim, dtype=case.dtype)
+    dense = random_mask(case.grid)
+    mask = compress(dense, case.grid)
+    out, lse = attend(*qkv, mask, lengths, **options)
+    want, want_lse = matrix_attention(
+        *qkv, dense, case.grid, text_lengths=case.text_lengths
+    )
+    np.testing.assert_allclose(
+        out.astype(jnp.float32), want, **GPU_ATTENTION[case.dtype]
+    )
+    np.testing.assert_allclose(lse, want_lse, **GPU_LSE)
+    again = attend(*qkv, mask, lengths, **options)
+    jax.tree.map(np.testing.assert_array_equal, again, (out, lse))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_random_masks(name):
+    """Fresh inputs and masks through one compiled program, each run twice."""
+    case = CASES[name]
+    lengths, options = options_of(case)
+    for seed in range(40):
+        density = (0.02, 0.1, 0.3, 0.6, 1.0)[seed % 5]
+        qkv = random_qkv(case.grid, head_dim=case.head_dim, dtype=case.dtype, seed=seed)
+        mask = compress(random_mask(case.grid, density=density, seed=seed), case.grid)
+        poison()
+        out, lse = attend(*qkv, mask, lengths, **options)
+        again = attend(*qkv, mask, lengths, **options)
+        want, want_lse = reference(*qkv, mask, lengths, **options)
+        jax.tree.map(np.testing.assert_array_equal, again, (out, lse))
+        np.testing.assert_allclose(lse, want_lse, **GPU_LSE)
+        assert jnp.isfinite(out).all()
+        assert relative_error(out, want) < GPU_RELATIVE[case.dtype]
+
+
+def test_error_is_that_of_cudnn():
+    grid = VideoGrid(8, 16, 48)
+    qkv = random_qkv(grid, head_dim=128, dtype="bfloat16")
+    mask = compress(np.ones((2, 2, grid.num_blocks, grid.num_blocks), bool), grid)
+    lengths = jnp.zeros(2, jnp.int32)
+    options = {"grid": grid, "scale": 128**-0.5, "has_lengths": False}
+    out, _ = attend(*qkv, mask, lengths, **options)
+    cudnn = jax.nn.dot_product_attention(*qkv, implementation="cudnn")
+    want, _ = reference(*qkv, mask, lengths, **options)
+    assert relative_error(out, want) <= 1.2 * relative_error(cudnn, want)
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.7], ids=str)
+def test_huge_logits(scale):
+    grid = VideoGrid(3, 16, 32)
+    q, k, v = random_qkv(grid, head_dim=128, dtype="float16")
+    q, k = 10 * q, 30 * k
+    mask = compress(random_mask(grid), grid)
+    lengths = jnp.zeros(2, jnp.int32)
+    options = {"grid": grid, "scale": scale, "has_lengths": False}
+    out, lse = attend(q, k, v, mask, lengths, **options)
+    want, want_lse = reference(q, k, v, mask, lengths, **options)
+    assert jnp.abs(jnp.where(jnp.isfinite(want_lse), want_lse, 0.0)).max() > 4e3
+    assert relative_error(out, want) < 0.02
+    np.testing.assert_allclose(lse, want_lse, **GPU_LSE)
+
+
+def test_auto_takes_it_and_gradients_work():
+    grid = VideoGrid(3, 45, 80)
+    q, k, v = random_qkv(grid, head_dim=64, dtype="bfloat16")
+    mask = compress(random_mask(grid), grid)
+    assert chosen_backend(q, mask, grid=grid).name == "hopper"
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(backend, q, k, v, mask):
+        def loss(q, k, v):
+            out = block_sparse_attention(q, k, v, mask, grid=grid, backend=backend)
+            return jnp.sin(out.astype(jnp.float32)).sum()
+
+        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    for got, want in zip(
+        gradients("auto", q, k, v, mask),
+        gradients("xla", q, k, v, mask),
+        strict=True,
+    ):
+        assert relative_error(got, want) < 0.02
