@@ -100,7 +100,7 @@ def attend_blocks(
             reduction_scratch_bytes=0,
         ),
         kernel_name="block_sparse_attention_sm90",
-        **({} if interpret is None else {"interpret": interpret}),
+        interpret=interpret,
     )(q, k, v, row_offsets, block_ids, order, starts, lengths, valid)
 
 

@@ -54,12 +54,19 @@ def hopper_attention(
       for queries without a valid key.
 
     Raises:
-      ValueError: The dtype, head dimension or block size is not supported.
+      ValueError: The dtype, head dimension or block size is not supported, or the
+        config needs too much shared memory.
     """
     if cause := _why_unsupported_shape(q.dtype.name, q.shape[-1], layout.block_size):
         raise ValueError(f"the Hopper kernel cannot take these inputs: {cause}")
     if config is None:
         config = sm90.KernelConfig.for_head_dim(q.shape[-1])
+    needed = sm90.smem_bytes(config, q.shape[-1], q.dtype.itemsize)
+    if needed > sm90.MAX_SMEM_BYTES:
+        raise ValueError(
+            f"{config.num_slots=} needs {needed} bytes of shared memory; "
+            f"{sm90.MAX_SMEM_BYTES} are available"
+        )
     has_lengths = text_lengths is not None
     if text_lengths is None:
         text_lengths = jnp.full(q.shape[0], layout.text_length, jnp.int32)
@@ -122,7 +129,7 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
     layout, config = static.layout, static.config
     batch, _, num_heads, head_dim = q.shape
     num_lists, num_blocks = batch * num_heads, layout.num_blocks
-    geometry = _geometry(layout)
+    geometry = _geometry(layout)  # type: ignore[arg-type]  # layouts are hashable
     if geometry.gather is not None:
         q, k, v = (x[:, geometry.gather] for x in (q, k, v))
     row_offsets = row_offsets.reshape(num_lists, num_blocks + 1)

@@ -327,7 +327,7 @@ def _rescale(plan: Plan, acc, decay):
 
 @plgpu.inline_mgpu(
     arg_types=(WGMMA_ROW,),
-    return_type=plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT),
+    return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.bool_), plgpu.Layout.WG_SPLAT),
 )
 def _any_in_warp(_, rows):
     """Whether any row is true: a scalar of each warp, not of the warpgroup.
@@ -336,7 +336,7 @@ def _any_in_warp(_, rows):
     """
     own = functools.reduce(arith.ori, rows.registers.flat)
     own = vector.extract(own, [], [0]) if isinstance(own.type, ir.VectorType) else own
-    everyone = arith.constant(ir.IntegerType.get_signless(32), 0xFFFFFFFF)
+    everyone = mgpu.c(-1, ir.IntegerType.get_signless(32))
     result = nvvm.vote_sync(everyone, own, "any")
     return mgpu.FragmentedArray.splat(result, (), is_signed=False)
 

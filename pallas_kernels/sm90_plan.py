@@ -1,6 +1,7 @@
 """What the Hopper kernel's roles share: sizes, shared memory, tiles and signals."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,9 +102,12 @@ class Tile:
     count: jax.Array
 
 
-def scratch_types(plan: Plan, dtype: jax.typing.DTypeLike) -> dict[str, object]:
+def scratch_types(plan: Plan, dtype: jax.typing.DTypeLike) -> dict[str, Any]:
     """Shared memory and barriers of one CTA."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    transforms = (
+        plgpu.TilingTransform((ALIGNMENT, 64)),  # type: ignore[abstract]
+        plgpu.SwizzleTransform(128),  # type: ignore[abstract]
+    )
     slots, dim = plan.config.num_slots, plan.head_dim
     rows = (NUM_CONSUMERS, ROWS)
     return {
@@ -123,12 +127,11 @@ def scratch_types(plan: Plan, dtype: jax.typing.DTypeLike) -> dict[str, object]:
     }
 
 
-def smem_bytes(plan: Plan, dtype: jax.typing.DTypeLike) -> int:
+def smem_bytes(config: KernelConfig, head_dim: int, itemsize: int) -> int:
     """Shared memory of one CTA, barriers included."""
-    itemsize = jnp.dtype(dtype).itemsize
-    blocks = plan.config.num_slots + 2  # K and V, Q, output
-    barriers = 2 * plan.config.num_slots + 2 + NUM_CONSUMERS
-    return blocks * BLOCK * plan.head_dim * itemsize + BLOCK * 4 + 8 * barriers
+    blocks = config.num_slots + 2  # K and V, Q, output
+    barriers = 2 * config.num_slots + 2 + NUM_CONSUMERS
+    return blocks * BLOCK * head_dim * itemsize + BLOCK * 4 + 8 * barriers
 
 
 def for_each_tile(gmem: GlobalRefs, plan: Plan, body, fill):
