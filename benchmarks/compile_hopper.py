@@ -1,0 +1,120 @@
+"""Compiles the Hopper kernel to machine code on a machine without a GPU.
+
+    pip install --no-deps --target cuda jax-cuda13-plugin==J jax-cuda13-pjrt==J \
+        nvidia-cuda-nvcc     # J: the version of the installed jax
+    PYTHONPATH=cuda PATH=cuda/nvidia/cu13/bin:$PATH python -m benchmarks.compile_hopper
+
+Prints what ptxas reports of each program: registers, spills, and warnings such as
+wgmma instructions that had to be serialised. PTX is left in --output; with nvdisasm on
+the path, `ptxas -arch=sm_90a X.ptx -o X.cubin && nvdisasm -c X.cubin` shows the rest.
+"""
+
+import argparse
+import os
+import pathlib
+import tempfile
+
+# All of these are read when jax or the plugin loads.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+os.environ.update(MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_PTXAS="1")
+
+DESCRIPTION = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84941864960
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def compile_variant(shape, options, device) -> None:
+    """Compiles one configuration for one shape; Mosaic writes the dumps."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    from draft_jax import BlockMask
+    from pallas_kernels import hopper
+    from pallas_kernels.sm90_plan import KernelConfig
+
+    grid, num_heads, head_dim = shape.grid, shape.num_heads, shape.head_dim
+    default = KernelConfig.for_head_dim(head_dim)
+    config = dataclasses.replace(default, **options)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def placed(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    size = (1, grid.num_tokens, num_heads, head_dim)
+    q = placed(jax.ShapeDtypeStruct(size, jnp.dtype(shape.dtype)))
+    full = jax.eval_shape(
+        lambda: BlockMask.full(grid=grid, batch=1, num_heads=num_heads)
+    )
+    mask = jax.tree.map(placed, full)
+
+    @jax.jit
+    def run(q, k, v, mask):
+        return hopper.hopper_attention(
+            q,
+            k,
+            v,
+            mask,
+            layout=grid,
+            scale=head_dim**-0.5,
+            text_lengths=None,
+            config=config,
+        )
+
+    run.trace(q, q, q, mask).lower(lowering_platforms=("cuda",)).compile()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["hunyuan", "hunyuan-edges"])
+    parser.add_argument("--variants", nargs="+", default=["default"])
+    parser.add_argument("--output", type=pathlib.Path, help="folder for PTX")
+    arguments = parser.parse_args()
+    folder = arguments.output or pathlib.Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
+
+    from jax.experimental import topologies
+
+    from benchmarks.attention import SHAPES
+    from benchmarks.hopper_variants import VARIANTS
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=DESCRIPTION, topology="1x1x1"
+    )
+    seen: set[pathlib.Path] = set()
+    for name in arguments.shapes:
+        for variant in arguments.variants:
+            compile_variant(SHAPES[name], VARIANTS[variant], topology.devices[0])
+            for report in sorted({*folder.glob("*.ptxas")} - seen):
+                seen.add(report)
+                print(f"== {name}, {variant}: {report}")
+                print(report.read_text().strip(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Times configurations of the Hopper kernel at one shape, beside cuDNN.
+
+    python -m benchmarks.hopper_variants --output hopper_variants.json
+
+All programs are compiled before the first is timed: a busy host delays launches.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from benchmarks.attention import (
+    SHAPES,
+    Shape,
+    cudnn_dense,
+    environment,
+    measure,
+    random_inputs,
+    random_mask,
+)
+from draft_jax import BlockMask
+from pallas_kernels import hopper
+from pallas_kernels.sm90_plan import KernelConfig
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "default": {},
+    "named-barriers": {"named_barriers": True},
+    "rescale-above-8": {"rescale_above": 8.0},
+    "named-barriers-rescale-above-8": {"named_barriers": True, "rescale_above": 8.0},
+    "no-ping-pong": {"ping_pong": False},
+    "no-overlap": {"overlap": False},
+    "one-cta-per-block": {"persistent": False},
+    "four-slots": {"num_slots": 4},
+}
+
+
+def compiled(shape: Shape, qkv, mask: BlockMask, options: dict[str, object]):
+    """The kernel for these arrays' shapes, with any mask of the same capacity."""
+    default = KernelConfig.for_head_dim(shape.head_dim)
+    config = dataclasses.replace(default, **options)
+
+    @jax.jit
+    def run(q, k, v, mask):
+        return hopper.hopper_attention(
+            q,
+            k,
+            v,
+            mask,
+            layout=shape.grid,
+            scale=shape.head_dim**-0.5,
+            text_lengths=None,
+            config=config,
+        )
+
+    return run.lower(*qkv, mask).compile()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="hunyuan")
+    parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.1])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])
+    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file")
+    options = parser.parse_args()
+    shape = SHAPES[options.shape]
+    dense_flops = 4.0 * shape.grid.num_tokens**2 * shape.num_heads * shape.head_dim
+    qkv = random_inputs(shape)
+    masks = [random_mask(shape.grid, 1, shape.num_heads, d) for d in options.densities]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        compile_one = functools.partial(compiled, shape, qkv, masks[0])
+        configs = [VARIANTS[name] for name in options.variants]
+        compiled_ones = pool.map(compile_one, configs)
+        programs = dict(zip(options.variants, compiled_ones, strict=True))
+    results = []
+
+    def report(name, density, result):
+        results.append({"variant": name, "density": density, **result})
+        print(json.dumps(results[-1]), flush=True)
+        if options.output is not None:
+            document = {"environment": environment(), "results": results}
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(document, indent=1) + "\n")
+
+    def time_cudnn():
+        make = functools.partial(cudnn_dense, shape, qkv)
+        report("cudnn", 1.0, measure("cudnn", make, dense_flops, options.seconds))
+
+    time_cudnn()
+    for name, program in programs.items():
+        for mask in masks:
+            density = float(np.mean(np.asarray(mask.density)))
+            call = functools.partial(program, *qkv, mask)
+            result = measure(
+                "ours",
+                lambda call=call: (call, jax.block_until_ready),
+                dense_flops * density,
+                options.seconds,
+            )
+            report(name, density, result)
+    time_cudnn()
+
+
+if __name__ == "__main__":
+    main()
