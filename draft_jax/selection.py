@@ -56,7 +56,7 @@ def select_blocks(
     most = static_budget(config.sparsity, grid, config)
     if budget is None:
         budget = most
-    if isinstance(budget, int) and not 1 <= budget <= most:
+    if isinstance(budget, (int, np.integer)) and not 1 <= budget <= most:
         raise ValueError(
             f"{budget=} must be within 1 and {most}, the {config.selection} budget "
             f"at sparsity={config.sparsity}"

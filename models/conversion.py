@@ -168,11 +168,10 @@ def load_parameters[M: nnx.Module](
             problems.append(problem)
     if problems:
         raise _conversion_error(problems, len(source))
-    for path in flat:
+    for keys, leaf in flat.items():
         # Popping frees the host copy of each parameter once it is on the device.
-        flat[path] = flat[path].replace(
-            jnp.asarray(arrays.pop(".".join(map(str, path))))
-        )
+        array = jnp.asarray(arrays.pop(".".join(map(str, keys))))
+        flat[keys] = leaf.replace(array)
     return nnx.merge(structure, nnx.from_flat_state(flat))
 
 

@@ -95,7 +95,8 @@ def save_safetensors(
         if file.is_file() and _stem_of(file.name) == stem:
             file.unlink()
     count = len(shards)
-    files, weight_map = [], {}
+    files: list[Path] = []
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         part = "" if count == 1 else f"-{number:05}-of-{count:05}"
         file = directory / f"{stem}{part}.safetensors"

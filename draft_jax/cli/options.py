@@ -23,10 +23,14 @@ _SLUG_LENGTH = 48
 _VERSIONS = ("jax", "jaxlib", "flax", "numpy")
 
 
-class HelpFormatter(
-    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-):
-    """Shows defaults, and examples as they were written."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults that say something, and examples as they were written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unset = (argparse.SUPPRESS, None, False, "", ())
+        if any(action.default is value for value in unset):  # the seed 0 is shown
+            return action.help
+        return f"{action.help} (default: %(default)s)"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,8 @@ import safetensors.numpy
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.mini.codec import LinearCodec
+from models.conversion import ConversionError
+from models.mini.codec import PATCH_NUMBERS, LinearCodec
 from models.mini.text import TextEmbedding, Vocabulary
 from models.safetensors_io import CheckpointError
 from models.wan.config import WanConfig
@@ -114,10 +115,17 @@ class MiniCheckpoint:
             )
             vocabulary = Vocabulary.load(folder / "vocabulary.json")
             codec = LinearCodec.load(folder / "codec.safetensors")
-        except (KeyError, TypeError, safetensors.SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{folder} is damaged: {error!r}") from error
+        _check_codec(folder, codec, config)
+        try:
+            transformer = load_wan_transformer(folder, config, stem="transformer")
+        except ConversionError as error:
+            raise CheckpointError(
+                f"the transformer of {folder} does not fit its config.json: {error}"
+            ) from error
         return cls(
-            transformer=load_wan_transformer(folder, config, stem="transformer"),
+            transformer=transformer,
             text_embedding=_load_embedding(folder, vocabulary, config),
             vocabulary=vocabulary,
             codec=codec,
@@ -171,6 +179,17 @@ def _check_folder(folder: Path) -> None:
             f"ported); expected {ACCEPTED}"
         )
     raise CheckpointError(f"checkpoint {folder} lacks {missing}; expected {ACCEPTED}")
+
+
+def _check_codec(folder: Path, codec: LinearCodec, config: WanConfig) -> None:
+    channels = config.in_channels
+    expected = ((PATCH_NUMBERS,), (PATCH_NUMBERS, channels), (channels,))
+    found = (codec.mean.shape, codec.basis.shape, codec.scale.shape)
+    if found != expected:
+        raise CheckpointError(
+            f"{folder / 'codec.safetensors'} holds mean, basis and scale of shapes "
+            f"{found}; {channels} latent channels need {expected}"
+        )
 
 
 def _published_layout(folder: Path) -> str | None:

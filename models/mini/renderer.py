@@ -6,15 +6,16 @@ pictures and footage stay on the device and are read bilinearly.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from models.mini.backgrounds import draw_background
-from models.mini.noise import sample_grey, sample_picture
+from models.mini.noise import sample_picture
 from models.mini.scenes import ASPECT
 from models.mini.shapes import draw_object
 from models.mini.sources import WINDOW, Sources
 
-Scenes = dict[str, Array]
+Scenes = dict[str, Array | np.ndarray]
 Video = Float[Array, "B T Y X 3"]
 
 
@@ -129,14 +130,3 @@ def _window(view, size, height: int, width: int):
     rows = top + (jnp.arange(height) + 0.5) / height * window_rows - 0.5
     columns = left + (jnp.arange(width) + 0.5) / width * window_columns - 0.5
     return rows[:, None] + jnp.zeros(width), columns[None, :] + jnp.zeros((height, 1))
-
-
-__all__ = [
-    "device_sources",
-    "pixel_grid",
-    "render_batch",
-    "render_clips",
-    "render_pictures",
-    "render_procedural",
-    "sample_grey",
-]

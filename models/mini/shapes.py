@@ -164,7 +164,8 @@ def _horse(thing, flat, turned, silhouette):
 
     top = read(i, j) * (1 - right) + read(i, j + 1) * right
     bottom = read(i + 1, j) * (1 - right) + read(i + 1, j + 1) * right
-    distance = (0.5 - (top * (1 - down) + bottom * down)) * 0.06
+    # Steep enough that nothing is left of a small horse's colour far outside it.
+    distance = (0.5 - (top * (1 - down) + bottom * down)) * 0.3
     colour = thing["colour"] * (1.05 - 0.25 * flat[1])[..., None]
     return colour, distance
 

@@ -32,9 +32,17 @@ def random_mask(grid, seed=0, batch=2, heads=2, blocks=None, density=0.4):
     return rng.random((batch, heads, blocks, blocks)) < density
 
 
-@pytest.mark.parametrize("backend", ["xla", "oracle"])
-@pytest.mark.parametrize("side", ["after", "before"])
-@pytest.mark.parametrize("lengths", [None, (11, 3), (0, 8)], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "side", "backend"),
+    [
+        (None, "after", "xla"),
+        ((11, 3), "after", "xla"),
+        ((11, 3), "after", "oracle"),
+        (None, "before", "oracle"),
+        ((0, 8), "before", "xla"),
+    ],
+    ids=str,
+)
 def test_whole_method_matches_loops(lengths, side, backend):
     grid = VideoGrid(2, 5, 7, tile=(2, 4), text_length=11, text_side=side)
     q, k, v = random_qkv(grid)

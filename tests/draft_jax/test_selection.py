@@ -32,6 +32,15 @@ FORCED = [
 ]
 
 
+# All that is forced on one grid, all grids with everything forced.
+grids_and_forced = pytest.mark.parametrize(
+    ("grid", "forced"),
+    [(GRIDS[0], forced) for forced in FORCED]
+    + [(grid, FORCED[-1]) for grid in GRIDS[1:]],
+    ids=str,
+)
+
+
 def softmax_scores(grid, seed=0, sharpness=2.0, batch=2, heads=2):
     rng = np.random.default_rng(seed)
     size = grid.num_visual_blocks
@@ -69,8 +78,7 @@ def test_budget_is_exact(sparsity, size, expected):
     assert kept_pairs_budget(sparsity, size) == expected
 
 
-@pytest.mark.parametrize("forced", FORCED, ids=lambda f: "+".join(f) or "free")
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@grids_and_forced
 def test_percentile_matches_a_sorted_list(grid, forced):
     config = DraftConfig(sparsity=0.8, **forced)
     scores = softmax_scores(grid)
@@ -90,8 +98,7 @@ def test_percentile_matches_a_sorted_list(grid, forced):
     assert mask.capacity == mask_capacity(grid, config)
 
 
-@pytest.mark.parametrize("forced", FORCED, ids=lambda f: "+".join(f) or "free")
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@grids_and_forced
 def test_row_topk_matches_a_sorted_list(grid, forced):
     config = DraftConfig(selection="row_topk", sparsity=0.8, **forced)
     scores = softmax_scores(grid)

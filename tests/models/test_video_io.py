@@ -1,4 +1,5 @@
 import json
+import signal
 
 import imageio_ffmpeg
 import numpy as np
@@ -69,8 +70,13 @@ def test_interrupted_mp4_leaves_nothing(tmp_path, monkeypatch):
     )
     slow_ffmpeg.chmod(0o755)
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(slow_ffmpeg))
-    with pytest.raises(KeyboardInterrupt):
-        video_io.write_mp4(tmp_path / "out" / "video.mp4", smooth_video(), fps=8)
+    # Where the tests run in the background, SIGINT is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            video_io.write_mp4(tmp_path / "out" / "video.mp4", smooth_video(), fps=8)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -304,7 +304,11 @@ def test_missing_and_unknown_commands(capsys, arguments, message):
 )
 def test_help(capsys, arguments):
     assert main(arguments) == 0
-    assert "usage: draft-video" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "usage: draft-video" in shown
+    assert "of the noise (default: 0)" in shown or len(arguments) == 1
+    for nothing in ("None", "False", "()", ")"):
+        assert f"(default: {nothing})" not in shown
 
 
 # ------------------------------------------------------------------------- Ctrl-C
@@ -344,11 +348,20 @@ def test_interrupt_during_writing_leaves_whole_files_only(
         np.testing.assert_array_equal(video_io.read_mp4(tmp_path / name), whole)
 
 
+# Where the tests run in the background, SIGINT is ignored and children inherit that.
+WITH_INTERRUPT = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from draft_jax.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_real_interrupt_on_a_terminal(checkpoint, tmp_path):
     """SIGINT in the middle of a long run whose progress bar is on a terminal."""
     terminal, child_side = pty.openpty()
     termios.tcsetwinsize(terminal, (30, 90))
-    command = [sys.executable, "-m", "draft_jax.cli", "generate", PROMPT]
+    command = [sys.executable, "-c", WITH_INTERRUPT, "generate", PROMPT]
     command += ["--checkpoint", checkpoint, *SMALL[:4], "--steps", "100000"]
     command += ["--output", str(tmp_path / "out")]
     child = subprocess.Popen(command, stdout=child_side, stderr=child_side)

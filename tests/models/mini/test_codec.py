@@ -44,7 +44,9 @@ def test_patches_match_loops_and_invert(videos):
 @pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("channels", [3, 16])
 def test_components_match_numpy(videos, channels, whitening):
-    codec = LinearCodec.fit([videos[:1], videos[1:]], channels=channels, whitening=whitening)
+    codec = LinearCodec.fit(
+        [videos[:1], videos[1:]], channels=channels, whitening=whitening
+    )
     rows = naive_patches(videos).reshape(-1, 96)
     mean = rows.mean(0)
     # Singular values of the centred rows: another way to the same components.
@@ -55,7 +57,9 @@ def test_components_match_numpy(videos, channels, whitening):
     np.testing.assert_allclose(codec.mean, mean, atol=1e-6)
     ours, theirs = np.asarray(codec.basis), right[:channels].T
     np.testing.assert_allclose(ours.T @ ours, np.eye(channels), atol=1e-5)
-    np.testing.assert_allclose(np.abs((ours[:, :3] * theirs[:, :3]).sum(0)), 1, atol=1e-4)
+    np.testing.assert_allclose(
+        np.abs((ours[:, :3] * theirs[:, :3]).sum(0)), 1, atol=1e-4
+    )
 
     latents = np.asarray(codec.encode(jnp.asarray(videos)))
     expected = (rows - mean) @ ours / scale

@@ -98,7 +98,7 @@ def test_order_of_words_matters(embedding):
 
 def test_convolution_matches_loops(embedding):
     """The first convolution of a one-layer copy, word by word."""
-    ids, lengths, _ = VOCABULARY.encode(["a red ball"])
+    ids, _, _ = VOCABULARY.encode(["a red ball"])
     words = np.asarray(embedding.words.embedding[...])
     positions = np.asarray(embedding.positions.embedding[...])
     rows = np.zeros((8, 16))

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.mini import samples
+from models.mini import samples, training
 from models.mini.checkpoint import MiniCheckpoint
+from models.mini.codec import LinearCodec
 from models.mini.feed import Feed
 from models.mini.renderer import device_sources
 from models.mini.scenes import Mix, all_captions, sample_batch
@@ -42,6 +43,16 @@ TINY = WanConfig(
 STAGE = Stage(frames=4, batch=6, share=1.0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_procedural_scenes():
+    """They take half a minute to compile; test_renderer.py has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Mix, "of", lambda batch: Mix(procedural=0, pictures=batch - 1, clips=1)
+        )
+        yield
+
+
 @pytest.fixture(scope="module")
 def trainer() -> Trainer:
     config = TrainConfig(
@@ -49,7 +60,9 @@ def trainer() -> Trainer:
     )
     sources = device_sources(Sources.synthetic())
     vocabulary = Vocabulary.from_captions(all_captions(), max_length=32)
-    return Trainer(config, vocabulary, fit_codec(config, sources), sources)
+    videos = np.random.default_rng(0).uniform(-1, 1, (1, 4, 32, 48, 3))
+    codec = LinearCodec.fit([videos.cumsum(2).astype(np.float32)], whitening=0.5)
+    return Trainer(config, vocabulary, codec, sources)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +170,24 @@ def test_run_writes_loadable_weights_and_log(trainer, compiled, tmp_path, monkey
         np.asarray(stored, np.float32),
         np.asarray(jnp.asarray(kernel, jnp.bfloat16), np.float32),
     )
+
+
+def test_codec_is_fitted_to_rendered_videos(monkeypatch):
+    """The renderer is replaced: here only which batches it gets is of interest."""
+    rng = np.random.default_rng(0)
+    videos = rng.uniform(-1, 1, (8, 2, 4, 8, 8, 3)).astype(np.float32)
+    asked = []
+
+    def render(procedural, pictures, clips, sources, *, height, width):
+        asked.append((len(clips["frame"]), height, width, clips["frame"].shape[1]))
+        return jnp.asarray(videos[len(asked) - 1])
+
+    monkeypatch.setattr(training, "render_batch", render)
+    monkeypatch.setattr(jax, "jit", lambda function: function)
+    codec = fit_codec(TrainConfig(model=TINY, height=8, width=8), {})
+    assert asked == [(Mix.of(32).clips, 8, 8, 8)] * 8
+    expected = LinearCodec.fit(videos, whitening=0.5)
+    np.testing.assert_allclose(codec.scale, expected.scale, rtol=1e-6)
 
 
 def test_decay_is_for_matrices_only(trainer):

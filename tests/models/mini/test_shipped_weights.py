@@ -1,0 +1,62 @@
+"""The weights in the repository: they load, and they are a trained model."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.mini.checkpoint import SHIPPED, MiniCheckpoint, MiniTextEncoder
+from models.mini.evaluate import PROMPTS
+from models.mini.samples import draw_sheet, pipeline_of
+from models.mini.scenes import all_captions
+from models.mini.text import Vocabulary
+from models.mini.train import SHEET_PROMPTS
+from models.wan.config import WanConfig
+from models.wan.pipeline import Sampling
+
+
+@pytest.fixture(scope="module")
+def shipped() -> MiniCheckpoint:
+    return MiniCheckpoint.load(dtype="float32")
+
+
+def test_files_fit_in_the_repository():
+    sizes = {file.name: file.stat().st_size for file in SHIPPED.iterdir()}
+    assert sum(sizes.values()) <= 48_000_000
+    assert max(sizes.values()) < 16 * 2**20
+
+
+def test_parameters(shipped):
+    modules = (shipped.transformer, shipped.text_embedding)
+    leaves = [leaf for part in modules for leaf in jax.tree.leaves(nnx.state(part))]
+    assert 10e6 < sum(leaf.size for leaf in leaves) < 30e6
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    assert shipped.transformer.config == WanConfig.mini(dtype="float32")
+
+
+def test_codec_is_orthonormal(shipped):
+    basis = np.asarray(shipped.codec.basis)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(16), atol=1e-5)
+    assert (np.diff(np.asarray(shipped.codec.scale)) <= 0).all()
+
+
+def test_vocabulary_is_that_of_the_scenes(shipped):
+    assert shipped.vocabulary == Vocabulary.from_captions(all_captions(), max_length=32)
+    encoder = MiniTextEncoder(shipped.vocabulary, shipped.text_embedding)
+    for prompt in {*PROMPTS, *SHEET_PROMPTS}:
+        assert not encoder.unknown_words(prompt)
+
+
+def test_samples_follow_the_prompt(shipped, tmp_path):
+    """Two frames in four steps: enough for the colours of a background."""
+    prompts = ["waves roll over the blue sea", "a red brick wall"]
+    sampling = Sampling(frames=4, height=96, width=128, num_steps=4)
+    videos = pipeline_of(shipped).generate(prompts, sampling).video
+    sea, wall = videos.mean((1, 2, 3))  # mean colours
+    assert sea[2] > sea[0] + 0.1
+    assert wall[0] > wall[2] + 0.1
+    assert videos.std((1, 2, 3, 4)).min() > 0.05
+    upper, lower = videos[0][:, :30].mean(), videos[0][:, 60:].mean()
+    assert upper > lower + 0.1  # the sky is lighter than the sea
+    draw_sheet(tmp_path / "sheet.png", prompts, videos)
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
