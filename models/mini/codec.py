@@ -55,7 +55,8 @@ class LinearCodec:
 
         Source: Pearson, "On lines and planes of closest fit", 1901.
         """
-        count, total, products = 0, 0.0, 0.0
+        count, total = 0, np.zeros(PATCH_NUMBERS)
+        products = np.zeros((PATCH_NUMBERS, PATCH_NUMBERS))
         for batch in videos:
             patches = np.asarray(to_patches(jnp.asarray(batch)), np.float64)
             rows = patches.reshape(-1, PATCH_NUMBERS)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from draft_jax.config import DraftConfig
+from draft_jax.config import DraftConfig, Selection
 from draft_jax.grid import VideoGrid
 from draft_jax.schedule import SparsitySchedule, constant_step
 from draft_jax.selection import compute_mask
@@ -47,7 +47,7 @@ PROMPTS = (
     "stars twinkle in the night sky",
     "a raccoon",
 )
-SELECTIONS = ("percentile", "row_topk")
+SELECTIONS: tuple[Selection, ...] = ("percentile", "row_topk")
 SPARSITIES = (0.5, 0.75, 0.9)
 DENSE_FRACTION = 0.25
 ATTENTION_STEPS = (0, 2, 4, 8, 12, 15)

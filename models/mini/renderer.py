@@ -4,6 +4,8 @@ Everything is a function of pixel position and time, so XLA fuses it; textures,
 pictures and footage stay on the device and are read bilinearly.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from models.mini.scenes import ASPECT
 from models.mini.shapes import draw_object
 from models.mini.sources import WINDOW, Sources
 
-Scenes = dict[str, Array | np.ndarray]
+Scenes = Mapping[str, Array | np.ndarray]
 Video = Float[Array, "B T Y X 3"]
 
 
@@ -61,7 +63,8 @@ def pixel_grid(height: int, width: int) -> tuple[Array, Array]:
     """x and y of the pixel centres, in frame heights; x ends at the aspect ratio."""
     x = (jnp.arange(width) + 0.5) / width * ASPECT
     y = (jnp.arange(height) + 0.5) / height
-    return jnp.meshgrid(x, y)
+    grid_x, grid_y = jnp.meshgrid(x, y)
+    return grid_x, grid_y
 
 
 def render_procedural(

@@ -145,7 +145,8 @@ def _cross(thing, flat, turned, silhouette):
 
 
 def _bar(thing, flat, turned, silhouette):
-    return _flat(thing, flat[1], _rectangle(*turned, 1.0, 0.3))
+    u, v = turned
+    return _flat(thing, flat[1], _rectangle(u, v, 1.0, 0.3))
 
 
 def _horse(thing, flat, turned, silhouette):

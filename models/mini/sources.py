@@ -52,8 +52,8 @@ class Picture:
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
 
 
-_SKIMAGE = {"package": "scikit_image-0.26.0"}
-_SKLEARN = {"package": "scikit_learn-1.9.1", "licence": "CC BY 2.0"}
+_SKIMAGE = "scikit_image-0.26.0"
+_SKLEARN = "scikit_learn-1.9.1"
 _DATA = "skimage/data/"
 _IMAGES = "sklearn/datasets/images/"
 
@@ -64,7 +64,7 @@ PICTURES = (
         licence="CC0, Stefan van der Walt",
         subjects=("the face of a cat", "a cat", "a ginger cat", "a tabby cat"),
         focus=(0.5, 0.38),
-        **_SKIMAGE,
+        package=_SKIMAGE,
     ),
     Picture(
         name="astronaut",
@@ -72,7 +72,7 @@ PICTURES = (
         licence="public domain, NASA",
         subjects=("an astronaut", "an astronaut in an orange suit"),
         focus=(0.44, 0.3),
-        **_SKIMAGE,
+        package=_SKIMAGE,
     ),
     Picture(
         name="coffee",
@@ -80,7 +80,7 @@ PICTURES = (
         licence="CC0, Rachel Michetti",
         subjects=("a cup of coffee", "a red coffee cup on a wooden table"),
         focus=(0.55, 0.4),
-        **_SKIMAGE,
+        package=_SKIMAGE,
     ),
     Picture(
         name="rocket",
@@ -88,7 +88,7 @@ PICTURES = (
         licence="public domain, SpaceX",
         subjects=("a rocket on the launch pad", "a rocket", "a rocket at night"),
         focus=(0.5, 0.6),
-        **_SKIMAGE,
+        package=_SKIMAGE,
     ),
     Picture(
         name="camera",
@@ -96,42 +96,44 @@ PICTURES = (
         licence="CC0, Lav Varshney",
         subjects=("a man with a camera", "a cameraman", "a photographer"),
         focus=(0.42, 0.28),
-        **_SKIMAGE,
+        package=_SKIMAGE,
     ),
     Picture(
         name="galaxies",
         path=_DATA + "hubble_deep_field.jpg",
         licence="public domain, NASA/HubbleSite",
         subjects=("distant galaxies", "galaxies in deep space", "stars and galaxies"),
-        **_SKIMAGE,
+        package=_SKIMAGE,
     ),
     Picture(
         name="retina",
         path=_DATA + "retina.jpg",
         licence="CC0, Mikael Haggstrom",
         subjects=("the retina of an eye", "a red retina"),
-        **_SKIMAGE,
+        package=_SKIMAGE,
     ),
     Picture(
         name="coins",
         path=_DATA + "coins.png",
         licence="no known copyright restrictions, Brooklyn Museum",
         subjects=("old coins", "rows of old coins"),
-        **_SKIMAGE,
+        package=_SKIMAGE,
     ),
     Picture(
         name="temple",
         path=_IMAGES + "china.jpg",
         subjects=("a chinese temple", "a temple above a lake", "a pagoda"),
         focus=(0.38, 0.42),
-        **_SKLEARN,
+        package=_SKLEARN,
+        licence="CC BY 2.0, danielbuechele",
     ),
     Picture(
         name="flower",
         path=_IMAGES + "flower.jpg",
         subjects=("an orange flower", "a flower", "a dahlia"),
         focus=(0.52, 0.5),
-        **_SKLEARN,
+        package=_SKLEARN,
+        licence="CC BY 2.0, vultilion",
     ),
     Picture(
         name="raccoon",
@@ -203,7 +205,7 @@ class Sources:
 
         return cls(
             pictures=blobs(n, *WINDOW, 3),
-            sizes=np.tile(np.float32(WINDOW), (n, 1)),
+            sizes=np.tile(np.asarray(WINDOW, np.float32), (n, 1)),
             clip=blobs(132, 48, 85, 3),
             textures=blobs(len(TEXTURES), 64, 64),
             silhouette=blobs(1, 64, 64)[0],
@@ -237,7 +239,7 @@ def build_sources(wheels: Path) -> Sources:
         slot[:] = np.pad(
             picture, ((0, height - rows), (0, width - columns), (0, 0)), mode="edge"
         )
-    package = _SKIMAGE["package"]
+    package = _SKIMAGE
     textures = [
         _open(read_wheel(wheels, package, path))
         .convert("L")

@@ -124,8 +124,8 @@ class Trainer:
     @functools.cached_property
     def structure(self) -> tuple[Any, Any]:
         """Graph definitions of transformer and text embedding."""
-        modules = nnx.eval_shape(lambda: self._modules(0))
-        return tuple(nnx.graphdef(module) for module in modules)
+        transformer, text = nnx.eval_shape(lambda: self._modules(0))
+        return nnx.graphdef(transformer), nnx.graphdef(text)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
