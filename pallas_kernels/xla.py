@@ -413,8 +413,8 @@ def _from_blocks(
 def _why_slow(problem: Problem) -> str | None:
     if problem.device.platform == "gpu":
         return (
-            "it gathers K and V blocks through global memory; no fused kernel takes "
-            f"these inputs on {problem.device.kind}"
+            f"it gathers K and V blocks through the memory of {problem.device.kind}, "
+            "which a fused kernel does not"
         )
     return None
 

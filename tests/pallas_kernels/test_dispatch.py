@@ -154,12 +154,26 @@ TILED = VideoGrid(1, 16, 32)  # blocks of 128 tokens
 HOPPER_TAKES = {"layout": TILED, "head_dim": 128, "dtype": "bfloat16"}
 
 
-def test_hopper_is_preferred_where_it_runs():
+def test_hopper_runs_when_it_is_named():
     problem = dataclasses.replace(problem_on(HOPPER), **HOPPER_TAKES)
-    for backend in ("auto", "hopper"):
-        choice = dispatch.choose(problem, backend)
-        assert choice.name == "hopper"
-        assert choice.slower_because is None
+    choice = dispatch.choose(problem, "hopper")
+    assert choice.name == "hopper"
+    assert choice.slower_because is None
+
+
+def test_auto_withholds_hopper_and_says_how_to_get_it():
+    problem = dataclasses.replace(problem_on(HOPPER), **HOPPER_TAKES)
+    choice = dispatch.choose(problem, "auto")
+    assert choice.name == "xla"
+    assert "pass backend='hopper' to use it" in choice.slower_because
+
+
+def test_auto_takes_hopper_once_it_is_not_withheld(monkeypatch):
+    monkeypatch.delitem(dispatch.WITHHELD, "hopper")
+    problem = dataclasses.replace(problem_on(HOPPER), **HOPPER_TAKES)
+    choice = dispatch.choose(problem, "auto")
+    assert choice.name == "hopper"
+    assert choice.slower_because is None
 
 
 def device_of(capability):
@@ -192,7 +206,7 @@ def test_hopper_says_why_it_does_not_run(case):
 def test_gpu_without_fused_kernel_is_slower():
     choice = dispatch.choose(problem_on(HOPPER), "auto")
     assert choice.name == "xla"
-    assert "no fused kernel takes these inputs on NVIDIA H100" in choice.slower_because
+    assert "through the memory of NVIDIA H100" in choice.slower_because
     assert dispatch.choose(problem_on(HOPPER), "xla").slower_because is None
     assert dispatch.choose(problem_on(Device(platform="cpu")), "auto") == (
         dispatch.BackendChoice(
@@ -222,7 +236,9 @@ def test_unsupported_preference_is_passed_over_with_its_cause(monkeypatch):
 def test_slower_path_warns_once(monkeypatch):
     monkeypatch.setattr(dispatch, "current_device", lambda *arrays: HOPPER)
     monkeypatch.setattr(dispatch, "_warned", set())
-    with pytest.warns(SlowBackendWarning, match="'xla': .*it gathers .* NVIDIA H100"):
+    with pytest.warns(
+        SlowBackendWarning, match="'xla': .*it gathers .*memory of NVIDIA H100"
+    ):
         block_sparse_attention(**arguments())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
