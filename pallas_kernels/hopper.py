@@ -17,7 +17,13 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import sm90_plan as sm90
 from pallas_kernels import xla
 from pallas_kernels.block_sparse_attention_sm90 import attend_blocks
-from pallas_kernels.interfaces import Backend, BlockLayout, BlockLists, Problem
+from pallas_kernels.interfaces import (
+    Backend,
+    BlockLayout,
+    BlockLists,
+    Problem,
+    valid_lengths,
+)
 
 SUPPORTED_DTYPES = ("bfloat16", "float16")
 SUPPORTED_HEAD_DIMS = (64, 128)
@@ -160,7 +166,7 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
         _tile_order(jnp.diff(row_offsets), num_ctas),
         jnp.asarray(geometry.starts // sm90.ALIGNMENT),
         jnp.asarray(layout.block_lengths),
-        _valid_lengths(layout, text_lengths),
+        valid_lengths(layout, text_lengths),
         plan=plan,
         interpret=static.interpret,
     )
@@ -225,17 +231,6 @@ def _geometry(layout: BlockLayout) -> _Geometry:
         gather=gather,
         scatter=scatter,
     )
-
-
-def _valid_lengths(
-    layout: BlockLayout, text_lengths: Int[Array, " B"]
-) -> Int[Array, "B R"]:
-    """Tokens of each block that are not padding."""
-    is_text = np.zeros(layout.num_blocks, bool)
-    is_text[layout.text_blocks] = True
-    text_end = layout.text_tokens.start + text_lengths[:, None]
-    used = jnp.clip(text_end - layout.block_starts, 0, layout.block_lengths)
-    return jnp.where(is_text, used, layout.block_lengths).astype(jnp.int32)
 
 
 def _tile_order(counts: Int[Array, "L R"], num_ctas: int) -> Int[Array, " L*R"]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -64,6 +65,17 @@ class BlockLists(Protocol):
 
     @property
     def grid(self) -> Any: ...
+
+
+def valid_lengths(
+    layout: BlockLayout, text_lengths: Int[Array, " B"]
+) -> Int[Array, "B R"]:
+    """Tokens of each block of each batch item that are not padding."""
+    is_text = np.zeros(layout.num_blocks, bool)
+    is_text[layout.text_blocks] = True
+    text_end = layout.text_tokens.start + text_lengths[:, None]
+    used = jnp.clip(text_end - layout.block_starts, 0, layout.block_lengths)
+    return jnp.where(is_text, used, layout.block_lengths).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from pallas_kernels.interfaces import (
     BlockLists,
     Problem,
     current_device,
+    valid_lengths,
 )
 
 
@@ -138,7 +139,7 @@ def _forward(static, q, k, v, row_offsets, block_ids, text_lengths):
         q=_to_blocks(q, layout, config),
         k=_to_blocks(k, layout, config),
         v=_to_blocks(v, layout, config),
-        length=_valid_lengths(layout, text_lengths, num_heads),
+        length=_repeat_heads(valid_lengths(layout, text_lengths), num_heads),
     )
     lists = _row_lists(row_offsets, block_ids)
     out, lse = _walk(
@@ -178,7 +179,7 @@ def _backward(static, residuals, cotangents):
         q=_to_blocks(q, layout, config),
         k=_to_blocks(k, layout, config),
         v=_to_blocks(v, layout, config),
-        length=_valid_lengths(layout, text_lengths, num_heads),
+        length=_repeat_heads(valid_lengths(layout, text_lengths), num_heads),
     )
     d_out = _to_blocks(d_out, layout, config)
     lse, delta = (
@@ -365,19 +366,9 @@ def _transpose(lists: _Lists, num_blocks: int) -> _Lists:
     return _Lists(start=start.ravel(), length=count.ravel(), ids=ids)
 
 
-def _valid_lengths(
-    layout: BlockLayout, text_lengths: Int[Array, " B"], num_heads: int
-) -> Int[Array, " L"]:
-    """Valid tokens of each block of each batch item and head."""
-    text_end = layout.text_tokens.start + text_lengths[:, None]
-    block = np.arange(layout.num_blocks)
-    is_text = (block >= layout.text_blocks.start) & (block < layout.text_blocks.stop)
-    length = jnp.where(
-        is_text,
-        jnp.clip(text_end - layout.block_starts, 0, layout.block_lengths),
-        layout.block_lengths,
-    )
-    return jnp.repeat(length[:, None], num_heads, axis=1).ravel()
+def _repeat_heads(lengths: Int[Array, "B R"], num_heads: int) -> Int[Array, " L"]:
+    """A block's length for each batch item and head."""
+    return jnp.repeat(lengths[:, None], num_heads, axis=1).ravel()
 
 
 def _to_blocks(

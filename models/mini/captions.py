@@ -174,6 +174,26 @@ SHOTS: dict[str, tuple[str, ...]] = {
 }
 JOINING_WORDS = ("and", "a", "an", "the")
 
+# What samples and evaluations show: each kind of object, motion, shot and scene.
+SAMPLE_PROMPTS = (
+    "a red ball bounces on green grass",
+    "a cat",
+    "waves roll over the blue sea",
+    "a blue car drives to the left in the desert",
+    "a yellow star spins in front of a brick wall",
+    "a white horse runs to the right in the snow",
+    "the camera zooms in on an orange flower",
+    "a green box rests and a red ball bounces on a checkerboard floor",
+    "a purple hot air balloon floats up in the blue sky",
+    "an astronaut",
+    "a big grey rabbit yawns",
+    "a boat sails to the left over the sea at sunset",
+    "a pink heart grows on a black background",
+    "a striped ball rolls to the right on a gravel road",
+    "stars twinkle in the night sky",
+    "a raccoon",
+)
+
 
 def all_phrases() -> list[str]:
     """Every phrase a caption can be built from, for the vocabulary."""

@@ -23,30 +23,13 @@ from draft_jax.grid import VideoGrid
 from draft_jax.schedule import SparsitySchedule, constant_step
 from draft_jax.selection import compute_mask
 from models.metrics import psnr, ssim
+from models.mini.captions import SAMPLE_PROMPTS
 from models.mini.samples import draw_sheet
 from models.video_io import write_json
 from models.wan.inspection import TOP_SHARE, block_masses
 from models.wan.pipeline import Sampling, VideoPipeline
 from models.wan.sampler import model_inputs
 
-PROMPTS = (
-    "a red ball bounces on green grass",
-    "a cat",
-    "waves roll over the blue sea",
-    "a blue car drives to the left in the desert",
-    "a yellow star spins in front of a brick wall",
-    "a white horse runs to the right in the snow",
-    "the camera zooms in on an orange flower",
-    "a green box rests and a red ball bounces on a checkerboard floor",
-    "a purple hot air balloon floats up in the blue sky",
-    "an astronaut",
-    "a big grey rabbit yawns",
-    "a boat sails to the left over the sea at sunset",
-    "a pink heart grows on a black background",
-    "a striped ball rolls to the right on a gravel road",
-    "stars twinkle in the night sky",
-    "a raccoon",
-)
 SELECTIONS: tuple[Selection, ...] = ("percentile", "row_topk")
 SPARSITIES = (0.5, 0.75, 0.9)
 DENSE_FRACTION = 0.25
@@ -175,9 +158,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measures a small video model.")
     parser.add_argument("--checkpoint", type=Path, help="default: the one that ships")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
+    parser.add_argument("--prompts", type=int, default=len(SAMPLE_PROMPTS))
     options = parser.parse_args(arguments)
-    prompts, sampling = PROMPTS[: options.prompts], Sampling()
+    prompts, sampling = SAMPLE_PROMPTS[: options.prompts], Sampling()
     pipeline = VideoPipeline.from_checkpoint(options.checkpoint)
     attention = measure_attention(
         pipeline, prompts[:ATTENTION_PROMPTS], sampling, ATTENTION_STEPS

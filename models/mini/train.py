@@ -18,25 +18,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.mini.captions import SAMPLE_PROMPTS
+
 if TYPE_CHECKING:
     from models.mini.training import Trainer, TrainState
 
 LOG_EVERY = 50  # steps
 STEPS_IN_FLIGHT = 4
-SHEET_PROMPTS = (
-    "a red ball bounces on green grass",
-    "a cat",
-    "waves roll over the blue sea",
-    "a blue car drives to the left in the desert",
-    "a yellow star spins in front of a brick wall",
-    "a white horse runs to the right in the snow",
-    "the camera zooms in on an orange flower",
-    "a green box rests and a red ball bounces on a checkerboard floor",
-    "a purple hot air balloon floats up in the blue sky",
-    "an astronaut",
-    "a big grey rabbit yawns",
-    "a boat sails to the left over the sea at sunset",
-)
+SHEET_PROMPTS = SAMPLE_PROMPTS[:12]  # what a contact sheet shows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
