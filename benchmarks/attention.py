@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu_state import GpuState
 from draft_jax import BlockMask, DraftConfig, VideoGrid, compute_mask
 from pallas_kernels import block_sparse_attention
 from pallas_kernels.interfaces import current_device
@@ -251,7 +252,10 @@ def measure(contender: str, make, flops: float, budget_s: float) -> dict[str, ob
         return {"error": f"{module} is not installed"}
     try:
         call, wait = make()
-        return summary(time_calls(call, wait, budget_s), flops)
+        wait(call())  # compiles
+        with GpuState() as state:
+            samples = time_calls(call, wait, budget_s)
+        return {**summary(samples, flops), **state.summary}
     except Exception as error:  # recorded: other contenders still run
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 

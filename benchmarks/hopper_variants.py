@@ -30,12 +30,11 @@ from pallas_kernels.sm90_plan import KernelConfig
 
 VARIANTS: dict[str, dict[str, object]] = {
     "default": {},
-    "named-barriers": {"named_barriers": True},
-    "rescale-above-8": {"rescale_above": 8.0},
-    "named-barriers-rescale-above-8": {"named_barriers": True, "rescale_above": 8.0},
+    "exact-softmax": {"lazy": False},
     "no-ping-pong": {"ping_pong": False},
+    "shared-memory-barriers": {"named_barriers": False},
     "no-overlap": {"overlap": False},
-    "one-cta-per-block": {"persistent": False},
+    "five-slots": {"num_slots": 5},
     "four-slots": {"num_slots": 4},
 }
 

@@ -23,6 +23,7 @@ as queries they are computed and not stored.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,9 @@ from pallas_kernels.sm90_plan import (
     GlobalRefs,
     Plan,
     Signals,
+    entry_of,
     for_each_tile,
+    num_own_tiles,
     scratch_types,
     slot_of,
     start_of,
@@ -48,32 +51,44 @@ from pallas_kernels.sm90_plan import (
 )
 
 
+class Work(NamedTuple):
+    """What the kernel computes, for L = B * N lists of R query blocks each.
+
+    Attributes:
+      row_offsets: Start of each query block's list.
+      block_ids: Key blocks of the lists.
+      order: Query blocks, numbered row by row, as CTAs take them.
+      num_tiles: How many entries of `order` there are.
+      starts: First token of each block, divided by ALIGNMENT.
+      lengths: Tokens of each block.
+      valid: Tokens of each block of each batch item that are not padding.
+    """
+
+    row_offsets: Int[Array, "L R+1"]
+    block_ids: Int[Array, "L M"]
+    order: Int[Array, " L*R"]
+    num_tiles: Int[Array, " 1"]
+    starts: Int[Array, " R"]
+    lengths: Int[Array, " R"]
+    valid: Int[Array, "B R"]
+
+
 def attend_blocks(
     q: Float[Array, "B T N D"],
     k: Float[Array, "B T N D"],
     v: Float[Array, "B T N D"],
-    row_offsets: Int[Array, "L R+1"],
-    block_ids: Int[Array, "L M"],
-    order: Int[Array, " L*R"],
-    starts: Int[Array, " R"],
-    lengths: Int[Array, " R"],
-    valid: Int[Array, "B R"],
+    work: Work,
     *,
     plan: Plan,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "L R 128"]]:
-    """Launches the kernel.
+    """Computes every query block.
 
     Args:
       q: Queries, bfloat16 or float16, T >= BLOCK.
       k: Keys.
       v: Values.
-      row_offsets: Start of each query block's list, L = B * N.
-      block_ids: Key blocks of the lists.
-      order: Permutation of the query blocks of all lists, numbered row by row.
-      starts: First token of each block, divided by ALIGNMENT.
-      lengths: Tokens of each block.
-      valid: Tokens of each block of each batch item that are not padding.
+      work: Lists and their order, which has every query block.
       plan: Static sizes and choices.
       interpret: Run on the CPU in GPU interpret mode.
 
@@ -81,15 +96,40 @@ def attend_blocks(
       The output, and the natural log-sum-exp of each row of each block; rows past a
       block's length are undefined.
     """
+    lse_shape = (work.row_offsets.shape[0], plan.num_blocks, BLOCK)
+    outputs = (
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct(lse_shape, jnp.float32),
+    )
+    return _kernel(q.dtype, plan, outputs, interpret)(q, k, v, *work)
+
+
+def attend_blocks_again(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"],
+    work: Work,
+    out: Float[Array, "B T N D"],
+    lse: Float[Array, "L R 128"],
+    *,
+    plan: Plan,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Float[Array, "B T N D"], Float[Array, "L R 128"]]:
+    """Computes the first `work.num_tiles` query blocks of `work.order`, in place.
+
+    Takes what `attend_blocks` took and returned, and a plan with persistent CTAs.
+    """
+    refs = jax.new_ref(out), jax.new_ref(lse)
+    _kernel(q.dtype, plan, (), interpret)(q, k, v, *work, *refs)
+    out, lse = (jax.freeze(ref) for ref in refs)
+    return out, lse
+
+
+def _kernel(dtype, plan: Plan, outputs, interpret):
     return plgpu.kernel(
         functools.partial(_body, plan=plan),
-        out_type=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct(
-                (*row_offsets.shape[:1], plan.num_blocks, BLOCK), jnp.float32
-            ),
-        ),
-        scratch_types=scratch_types(plan, q.dtype),
+        out_type=outputs,
+        scratch_types=scratch_types(plan, dtype),
         grid=(plan.num_ctas,),
         grid_names=("cta",),
         num_threads=NUM_CONSUMERS + 1,
@@ -101,10 +141,10 @@ def attend_blocks(
         ),
         kernel_name="block_sparse_attention_sm90",
         interpret=interpret,
-    )(q, k, v, row_offsets, block_ids, order, starts, lengths, valid)
+    )
 
 
-def _body(*refs, plan: Plan, q_free, kv_free, turn, o_smem, lse_smem, **inputs):
+def _body(*refs, plan: Plan, q_free, kv_free, turn, lse_smem, **inputs):
     gmem = GlobalRefs(*refs)
     signals = Signals(plan, q_free, kv_free, turn)
     wg = lax.axis_index("wg")
@@ -117,7 +157,7 @@ def _body(*refs, plan: Plan, q_free, kv_free, turn, o_smem, lse_smem, **inputs):
     @pl.when(wg != PRODUCER)
     def _():
         plgpu.set_max_registers(plan.config.consumer_registers, action="increase")
-        consume(gmem, plan, signals, wg, o_smem=o_smem, lse_smem=lse_smem, **inputs)
+        consume(gmem, plan, signals, wg, lse_smem=lse_smem, **inputs)
 
 
 def _produce(gmem, plan: Plan, signals: Signals, *, q_smem, kv_smem, q_full, kv_full):
@@ -145,8 +185,7 @@ def _produce(gmem, plan: Plan, signals: Signals, *, q_smem, kv_smem, q_full, kv_
             plgpu.copy_gmem_to_smem(rows, q_smem.at[wg], q_full)
 
         def start_of_step(step):
-            # The last step looks ahead to an entry that does not exist.
-            entry = tile.first + jnp.minimum(step, tile.count - 1)
+            entry = entry_of(tile, step)
             return start_of(gmem, plan, gmem.block_ids[tile.list_row, entry])
 
         def load_step(step, starts):
@@ -172,7 +211,9 @@ def _produce(gmem, plan: Plan, signals: Signals, *, q_smem, kv_smem, q_full, kv_
 
     fill = for_each_tile(gmem, plan, load_tile, jnp.int32(0))
 
-    signals.wait_q_free()
+    @pl.when(num_own_tiles(gmem, plan) > 0)
+    def _():
+        signals.wait_q_free()
 
     @pl.loop(jnp.maximum(fill - num_slots, 0), fill)
     def _drain(last_fill):

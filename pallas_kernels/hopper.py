@@ -16,7 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import sm90_plan as sm90
 from pallas_kernels import xla
-from pallas_kernels.block_sparse_attention_sm90 import attend_blocks
+from pallas_kernels.block_sparse_attention_sm90 import (
+    Work,
+    attend_blocks,
+    attend_blocks_again,
+)
 from pallas_kernels.interfaces import (
     Backend,
     BlockLayout,
@@ -132,24 +136,44 @@ def _batchable(static: _Static, *arrays):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
-    layout, config = static.layout, static.config
-    batch, _, num_heads, head_dim = q.shape
+    layout = static.layout
+    batch, _, num_heads, _ = q.shape
     num_lists, num_blocks = batch * num_heads, layout.num_blocks
     geometry = _geometry(layout)  # type: ignore[arg-type]  # layouts are hashable
     if geometry.gather is not None:
         q, k, v = (x[:, geometry.gather] for x in (q, k, v))
+    plan = _plan(static, geometry, q.shape)
     row_offsets = row_offsets.reshape(num_lists, num_blocks + 1)
-    num_tiles = num_lists * num_blocks
-    num_ctas = (
-        min(_num_multiprocessors(), num_tiles) if config.persistent else num_tiles
+    work = Work(
+        row_offsets=row_offsets,
+        block_ids=block_ids.reshape(num_lists, -1),
+        order=_tile_order(jnp.diff(row_offsets)),
+        num_tiles=jnp.full(1, num_lists * num_blocks, jnp.int32),
+        starts=jnp.asarray(geometry.starts // sm90.ALIGNMENT),
+        lengths=jnp.asarray(layout.block_lengths),
+        valid=valid_lengths(layout, text_lengths),
     )
-    plan = sm90.Plan(
-        config=config,
+    out, lse = attend_blocks(q, k, v, work, plan=plan, interpret=static.interpret)
+    if plan.config.lazy:
+        out, lse = _repair(q, k, v, work, out, lse, plan, static.interpret)
+    if geometry.gather is not None:
+        out = out[:, geometry.scatter]
+    lse = lse.reshape(batch, num_heads, num_blocks * sm90.BLOCK)
+    if geometry.has_short_blocks:
+        lse = lse[:, :, geometry.scatter]
+    return out, lse
+
+
+def _plan(static: _Static, geometry: "_Geometry", shape) -> sm90.Plan:
+    batch, _, num_heads, head_dim = shape
+    num_blocks = static.layout.num_blocks
+    return sm90.Plan(
+        config=static.config,
         num_blocks=num_blocks,
         num_heads=num_heads,
         head_dim=head_dim,
-        num_tiles=num_tiles,
-        num_ctas=num_ctas,
+        num_ctas=batch * num_heads * num_blocks,
+        persistent=False,
         scale=static.scale,
         starts_are_multiples=geometry.starts_are_multiples,
         masks_keys=geometry.has_short_blocks or static.has_text_lengths,
@@ -157,25 +181,27 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
         has_short_blocks=geometry.stores_short_blocks,
         emulate_wgmma=static.interpret is not None,
     )
-    out, lse = attend_blocks(
-        q,
-        k,
-        v,
-        row_offsets,
-        block_ids.reshape(num_lists, -1),
-        _tile_order(jnp.diff(row_offsets), num_ctas),
-        jnp.asarray(geometry.starts // sm90.ALIGNMENT),
-        jnp.asarray(layout.block_lengths),
-        valid_lengths(layout, text_lengths),
-        plan=plan,
-        interpret=static.interpret,
+
+
+def _repair(q, k, v, work: Work, out, lse, plan: sm90.Plan, interpret):
+    """Computes query blocks whose sums overflowed again, with exact maxima.
+
+    That takes logits that grow by a factor of 2**128 from one key block to the next,
+    or NaN in the inputs. Where there are none, which is the usual case, the second
+    kernel ends as soon as it has read that.
+    """
+    failed = ~(lse < jnp.inf).all(axis=-1).ravel()
+    (tiles,) = jnp.nonzero(failed, size=failed.size, fill_value=0)
+    plan = dataclasses.replace(
+        plan,
+        config=dataclasses.replace(plan.config, lazy=False),
+        num_ctas=min(_num_multiprocessors(), failed.size),
+        persistent=True,
     )
-    if geometry.gather is not None:
-        out = out[:, geometry.scatter]
-    lse = lse.reshape(batch, num_heads, num_blocks * sm90.BLOCK)
-    if geometry.has_short_blocks:
-        lse = lse[:, :, geometry.scatter]
-    return out, lse
+    work = work._replace(
+        order=tiles.astype(jnp.int32), num_tiles=failed.sum(dtype=jnp.int32)[None]
+    )
+    return attend_blocks_again(q, k, v, work, out, lse, plan=plan, interpret=interpret)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,21 +259,16 @@ def _geometry(layout: BlockLayout) -> _Geometry:
     )
 
 
-def _tile_order(counts: Int[Array, "L R"], num_ctas: int) -> Int[Array, " L*R"]:
-    """Order in which query blocks are dealt out to the CTAs, one round after another.
+def _tile_order(counts: Int[Array, "L R"]) -> Int[Array, " L*R"]:
+    """Order in which the card takes query blocks.
 
     Heads follow each other, so that the CTAs share a head's K and V in L2. Within one,
-    longest lists come first: the lists of a round are about as long, and every second
-    round is dealt out backwards, so no CTA gets the longer list every time.
+    longest lists come first, so that the last CTAs to end have little left to do.
     """
     num_lists, num_blocks = counts.shape
     rows = jnp.argsort(-counts, axis=1, stable=True)
-    order = (rows + num_blocks * np.arange(num_lists)[:, None]).ravel()
-    position = np.arange(num_lists * num_blocks)
-    num_rounds = position.size // num_ctas
-    rounds = position[: num_rounds * num_ctas].reshape(num_rounds, num_ctas)
-    rounds[1::2] = rounds[1::2, ::-1].copy()
-    return order[position].astype(jnp.int32)
+    order = rows + num_blocks * np.arange(num_lists)[:, None]
+    return order.ravel().astype(jnp.int32)
 
 
 def _num_multiprocessors() -> int:

@@ -13,31 +13,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm, vector
 
+from pallas_kernels import sm90_softmax as softmax
 from pallas_kernels.sm90_plan import (
+    ALIGNMENT,
     BLOCK,
     ROWS,
     Plan,
     Signals,
     Tile,
+    entry_of,
     for_each_tile,
-    slot_of,
     start_of,
     unit_of,
 )
+from pallas_kernels.sm90_softmax import WGMMA, WGMMA_ROW
 
-LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
-# Running maximum of a row that has met no key: far below every real logit, yet finite,
-# so that masked logits of -inf become exp2(-inf - finite) = 0 and never NaN.
-NO_MAXIMUM = -1e38
-
-WGMMA = plgpu.Layout.WGMMA
-WGMMA_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
 def consume(
@@ -48,7 +41,6 @@ def consume(
     *,
     q_smem,
     kv_smem,
-    o_smem,
     lse_smem,
     q_full,
     kv_full,
@@ -59,18 +51,22 @@ def consume(
     if ping_pong:  # consumer 0 issues first
         pl.when(wg == 1)(lambda: signals.give_turn(0))
 
-    def attend_tile(tile, index, fill):
+    def attend_tile(tile, index, slot):
         del index
         plgpu.barrier_wait(q_full)
         q_rows = q_smem.at[wg]
         ring = _Ring(plan, wg, kv_smem, kv_full, signals)
-        acc, maximum, total = lax.cond(
+        acc, reference, total, slot = lax.cond(
             tile.count > 0,
-            lambda: _attend_list(gmem, plan, tile, q_rows, ring, fill),
-            lambda: _attend_nothing(plan, ring),
+            lambda: _attend_list(gmem, plan, tile, q_rows, ring, slot),
+            lambda: (_zero_acc(plan), _zero_rows(), _zero_rows(), slot),
         )
-        _store_tile(gmem, plan, tile, wg, acc, maximum, total, o_smem, lse_smem)
-        return fill + 2 * tile.count
+        _commit_emulated_reads(plan)
+        _store_tile(
+            gmem, plan, tile, wg, acc, reference, total, q_rows, lse_smem.at[wg]
+        )
+        signals.free_q()
+        return slot
 
     for_each_tile(gmem, plan, attend_tile, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
@@ -88,19 +84,21 @@ class _Ring:
     kv_full: jax.Ref
     signals: Signals
 
-    def wait(self, fill):
-        """Waits until the block of a fill has landed and returns it."""
-        slot = slot_of(self.plan, fill)
+    def wait(self, slot):
+        """Waits until a block has landed; once for each."""
         plgpu.barrier_wait(self.kv_full.at[slot])
+
+    def block(self, slot):
         return self.kv_smem.at[slot]
 
-    def free(self, fill):
+    def free(self, slot):
         _commit_emulated_reads(self.plan)
-        self.signals.free_kv(slot_of(self.plan, fill))
+        self.signals.free_kv(slot)
 
-    def free_q(self):
-        _commit_emulated_reads(self.plan)
-        self.signals.free_q()
+    def after(self, slot):
+        """The slot filled next. Cheaper than a remainder, which every step would
+        wait for."""
+        return jnp.where(slot == self.plan.config.num_slots - 1, 0, slot + 1)
 
     def take_turn(self):
         if self.plan.config.ping_pong:
@@ -111,64 +109,64 @@ class _Ring:
             self.signals.give_turn(1 - self.wg)
 
 
-def _initial_state(plan: Plan):
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.head_dim), jnp.float32), WGMMA)
-    maximum = plgpu.layout_cast(jnp.full((ROWS,), NO_MAXIMUM, jnp.float32), WGMMA_ROW)
-    total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA_ROW)
-    return acc, maximum, total
+def _zero_acc(plan: Plan):
+    return plgpu.layout_cast(jnp.zeros((ROWS, plan.head_dim), jnp.float32), WGMMA)
 
 
-def _attend_nothing(plan: Plan, ring: _Ring):
-    ring.free_q()
-    return _initial_state(plan)
+def _zero_rows():
+    return plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA_ROW)
 
 
-def _attend_list(gmem, plan: Plan, tile: Tile, q_rows, ring: _Ring, fill):
-    """Walks a list of at least one key block.
+def _attend_list(gmem, plan: Plan, tile: Tile, q_rows, ring: _Ring, slot):
+    """Walks a list of at least one key block, whose first K block is in `slot`.
 
-    Returns the weighted values, the maximum of the base-2 logits and the sum of
-    weights of every row.
+    Returns the weighted values, the reference of the weights and their sum for every
+    row, and the slot after the last block's.
     """
     valid_of = functools.partial(_valid_keys, gmem, plan, tile)
-    acc, maximum, total = _initial_state(plan)
     valid, next_valid = valid_of(0), valid_of(1)
+    dtype = q_rows.dtype
 
-    logits = _logits(plan, q_rows, ring.wait(fill))
-    ring.free(fill)
+    ring.wait(slot)
+    logits = _logits(plan, q_rows, ring.block(slot))
+    ring.free(slot)
     logits = _mask_keys(logits, valid)
-    maximum, total, _, weights = _softmax(plan, logits, maximum, total, q_rows.dtype)
+    weights, reference, total = softmax.first_weights(plan, logits)
+    next_slot = ring.after(slot)
+    ring.wait(next_slot)
 
     def step(i, carry):
         """Logits of step i and, overlapped, the product of step i - 1 with V."""
-        acc, weights, maximum, total, valid = carry
+        acc, weights, reference, total, valid, k_slot = carry
         next_valid = valid_of(i + 1)
-        k_fill, v_fill = fill + 2 * i - 1, fill + 2 * i
+        v_slot = ring.after(k_slot)
 
-        def softmax(logits):
+        def weigh(logits):
             logits = _mask_keys(logits, valid)
-            return _softmax(plan, logits, maximum, total, weights.dtype)
+            return softmax.next_weights(plan, logits, reference, total)
 
-        acc, maximum, total, decay, weights = _overlapped_step(
-            plan, q_rows, acc, weights, softmax, ring, k_fill, v_fill
+        acc, weights, reference, total, correction = _overlapped_step(
+            plan, q_rows, acc, weights, weigh, ring, k_slot, v_slot
         )
-        acc = _rescale(plan, acc, decay)
-        return acc, weights, maximum, total, next_valid
+        acc, weights, reference, total = softmax.correct(
+            plan, correction, acc, weights, reference, total
+        )
+        weights = weights.astype(dtype)
+        return acc, weights, reference, total, next_valid, ring.after(v_slot)
 
-    carry = (acc, weights, maximum, total, next_valid)
-    acc, weights, maximum, total, _ = lax.fori_loop(1, tile.count, step, carry)
-    ring.free_q()
-    last = fill + 2 * tile.count - 1
-    acc = _add_values(plan, acc, weights, ring.wait(last))
+    weights = weights.astype(dtype)
+    carry = (_zero_acc(plan), weights, reference, total, next_valid, next_slot)
+    acc, weights, reference, total, _, last = lax.fori_loop(1, tile.count, step, carry)
+    acc = _add_values(plan, acc, weights, ring.block(last))
     ring.free(last)
-    return acc, maximum, total
+    return acc, reference, softmax.row_sums(plan, total), ring.after(last)
 
 
 def _valid_keys(gmem, plan: Plan, tile: Tile, step):
     """Valid tokens of the key block of a step, or None where all are full."""
     if not plan.masks_keys:
         return None
-    entry = tile.first + jnp.minimum(step, tile.count - 1)
-    return gmem.valid[tile.batch, gmem.block_ids[tile.list_row, entry]]
+    return gmem.valid[tile.batch, gmem.block_ids[tile.list_row, entry_of(tile, step)]]
 
 
 def _mask_keys(logits, valid):
@@ -182,69 +180,49 @@ def _mask_keys(logits, valid):
     return lax.cond(valid < BLOCK, mask, lambda: logits)
 
 
-def _softmax(plan: Plan, logits, maximum, total, dtype):
-    """Online softmax in base 2.
+def _store_tile(gmem, plan: Plan, tile, wg, acc, reference, total, o_smem, lse_smem):
+    """Normalises ROWS rows and copies those that belong to the block to memory.
 
-    The maximum is the one that weights refer to, which is a row's real one or, with
-    `rescale_above`, a little less. Results do not depend on it.
-
-    Returns the new maximum and sum, the factor on what was summed before, and the
-    weights of these logits.
+    They go through the shared memory of their queries, which nobody reads any more.
     """
-    scale = plan.scale * LOG2_E
-    if scale <= 0.0:  # the largest product is not the largest logit
-        logits, scale = logits * scale, 1.0
-    new_maximum = jnp.maximum(maximum, logits.max(axis=1) * scale)
-    if (threshold := plan.config.rescale_above) is not None:
-        new_maximum = jnp.where(new_maximum - maximum > threshold, new_maximum, maximum)
-    decay = jnp.exp2(maximum - new_maximum)
-    weights = jnp.exp2(
-        logits * scale - lax.broadcast_in_dim(new_maximum, logits.shape, [0])
-    )
-    total = total * decay + weights.sum(axis=1)
-    return new_maximum, total, decay, weights.astype(dtype)
-
-
-def _store_tile(gmem, plan: Plan, tile, wg, acc, maximum, total, o_smem, lse_smem):
-    """Normalises ROWS rows and copies those that belong to the block to memory."""
-    has_key = total > 0.0
+    has_key = total != 0.0  # true for NaN, which must not become zero
     if plan.masks_queries:
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=WGMMA_ROW)
         has_key &= row + wg * ROWS < gmem.valid[tile.batch, tile.block]
     safe_total = jnp.where(has_key, total, 1.0)
-    lse = jnp.where(has_key, maximum * LN_2 + jnp.log(safe_total), -jnp.inf)
+    lse = jnp.where(has_key, reference * LN_2 + jnp.log(safe_total), -jnp.inf)
     factor = jnp.where(has_key, 1.0 / safe_total, 0.0)
     out = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
-    # The copies of the previous query block must have left shared memory.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    lse_smem[wg] = lse
-    o_smem[wg] = out.astype(o_smem.dtype)
+    lse_smem[...] = lse
+    o_smem[...] = out.astype(o_smem.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(
-        lse_smem.at[wg],
+        lse_smem,
         gmem.lse.at[tile.list_row, tile.block, pl.ds(wg * ROWS, ROWS)],
         commit_group=False,
     )
-    token = start_of(gmem, plan, tile.block) * unit_of(plan) + wg * ROWS
+    first = start_of(gmem, plan, tile.block) * unit_of(plan) + wg * ROWS
 
-    def store_full():
-        rows = gmem.out.at[tile.batch, pl.ds(token, ROWS), tile.head]
-        plgpu.copy_smem_to_gmem(o_smem.at[wg], rows)
+    def store(row, num_rows):
+        tokens = pl.ds(first + row, num_rows)
+        target = gmem.out.at[tile.batch, tokens, tile.head]
+        source = o_smem.at[pl.ds(row, num_rows)]
+        plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
-    if not plan.has_short_blocks:
-        return store_full()
-    length = gmem.lengths[tile.block] - wg * ROWS
+    def store_short(length):
+        # A swizzled buffer can be cut at multiples of ALIGNMENT rows, and so are the
+        # short blocks of the sequences that are read in place.
+        @pl.loop(0, lax.div(jnp.maximum(length, 0), jnp.int32(ALIGNMENT)))
+        def _(step):
+            store(step * ALIGNMENT, ALIGNMENT)
 
-    def store_short():
-        @pl.loop(0, jnp.maximum(length, 0))
-        def _(row):
-            target = gmem.out.at[tile.batch, pl.ds(token + row, 1), tile.head]
-            source = o_smem.at[wg, pl.ds(row, 1)]
-            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
-
-        plgpu.commit_smem_to_gmem_group()
-
-    lax.cond(length >= ROWS, store_full, store_short)
+    if plan.has_short_blocks:
+        length = gmem.lengths[tile.block] - wg * ROWS
+        lax.cond(length >= ROWS, lambda: store(0, ROWS), lambda: store_short(length))
+    else:
+        store(0, ROWS)
+    plgpu.commit_smem_to_gmem_group()
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _logits(plan: Plan, q_rows, k_block):
@@ -271,74 +249,58 @@ def _add_values(plan: Plan, acc, weights, v_block):
 
 
 def _overlapped_step(
-    plan: Plan, q_rows, acc, weights, softmax, ring: _Ring, k_fill, v_fill
+    plan: Plan, q_rows, acc, weights, weigh, ring: _Ring, k_slot, v_slot
 ):
-    """One step: new logits, the last weights times V, and softmax of the new logits.
+    """One step: new logits, the last weights times V, and weights of the new logits.
 
-    Returns the new acc and what `softmax(logits)` returns.
+    The block in `k_slot` has landed before; so has the one after `v_slot` afterwards.
+
+    Returns the new acc and what `weigh(logits)` returns.
     """
     if plan.emulate_wgmma or not plan.config.overlap:
         ring.take_turn()
-        logits = _logits(plan, q_rows, ring.wait(k_fill))
-        ring.free(k_fill)
-        acc = _add_values(plan, acc, weights, ring.wait(v_fill))
+        logits = _logits(plan, q_rows, ring.block(k_slot))
+        ring.free(k_slot)
+        ring.wait(v_slot)
+        acc = _add_values(plan, acc, weights, ring.block(v_slot))
         ring.pass_turn()
-        ring.free(v_fill)
-        return acc, *softmax(logits)
+        ring.free(v_slot)
+        ring.wait(ring.after(v_slot))
+        return acc, *weigh(logits)
 
     def products(logits_ref):
         def with_acc(refs):
             acc_ref, *result_refs = refs
-            k_block = ring.wait(k_fill)
-            ring.take_turn()
-            plgpu.wgmma(logits_ref, q_rows, k_block.T)
-            v_block = ring.wait(v_fill)
-            plgpu.wgmma(acc_ref, weights, v_block)
+            plgpu.wgmma(logits_ref, q_rows, ring.block(k_slot).T)
+            ring.wait(v_slot)
+            plgpu.wgmma(acc_ref, weights, ring.block(v_slot))
             ring.pass_turn()
             logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
             # Keeps the compiler from using the logits before the wait.
             logits = lax.optimization_barrier(logits)
-            ring.free(k_fill)
-            results = softmax(logits)
+            ring.free(k_slot)
+            results = lax.optimization_barrier(weigh(logits))
             for ref, value in zip(result_refs, results, strict=True):
                 ref[...] = value
+            # Looking for the next block here also keeps the compiler from putting the
+            # softmax off until the second product is done: it moves arithmetic past
+            # the wait for a product, but not past this loop.
+            ring.wait(ring.after(v_slot))
             plgpu.wgmma_wait(0)
 
-        row = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA_ROW)
-        block = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), weights.dtype), WGMMA)
-        return pl.run_state(with_acc)((plgpu.ACC.init(acc), row, row, row, block))
+        row = _zero_rows()
+        block = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), WGMMA)
+        correction = jnp.int32(0) if plan.config.lazy else row
+        return pl.run_state(with_acc)(
+            (plgpu.ACC.init(acc), block, row, row, correction)
+        )
 
+    # The accumulator is made right before its first product: only then does ptxas
+    # drop the 64 zeros that the product would be added to.
+    ring.take_turn()
     acc, *results = pl.run_scoped(products, plgpu.ACC((ROWS, BLOCK), jnp.float32))
-    ring.free(v_fill)
+    ring.free(v_slot)
     return acc, *results
-
-
-def _rescale(plan: Plan, acc, decay):
-    """acc * decay, which a warp leaves out where none of its rows decays."""
-
-    def multiply():
-        return acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-
-    if plan.config.rescale_above is None:
-        return multiply()
-    any_decays = jnp.any if plan.emulate_wgmma else _any_in_warp
-    return lax.cond(any_decays(decay < 1.0), multiply, lambda: acc)
-
-
-@plgpu.inline_mgpu(
-    arg_types=(WGMMA_ROW,),
-    return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.bool_), plgpu.Layout.WG_SPLAT),
-)
-def _any_in_warp(_, rows):
-    """Whether any row is true: a scalar of each warp, not of the warpgroup.
-
-    What depends on it must not contain an operation of the whole warpgroup.
-    """
-    own = functools.reduce(arith.ori, rows.registers.flat)
-    own = vector.extract(own, [], [0]) if isinstance(own.type, ir.VectorType) else own
-    everyone = mgpu.c(-1, ir.IntegerType.get_signless(32))
-    result = nvvm.vote_sync(everyone, own, "any")
-    return mgpu.FragmentedArray.splat(result, (), is_signed=False)
 
 
 def _commit_emulated_reads(plan: Plan):

@@ -28,11 +28,8 @@ class KernelConfig:
     num_slots: int  # K or V blocks in flight
     ping_pong: bool = True  # consumers take turns in issuing matrix products
     overlap: bool = True  # issue the next logits before the product with V
-    persistent: bool = True  # one CTA per multiprocessor walks many query blocks
-    named_barriers: bool = False  # consumers signal through the hardware's barriers
-    # Multiply sums by 2**-growth only once a row's maximum has grown by more than this
-    # many powers of two; weights reach 2**rescale_above meanwhile. None: in each step.
-    rescale_above: float | None = None
+    named_barriers: bool = True  # consumers signal through the hardware's barriers
+    lazy: bool = True  # search only a row's first block for its maximum
     consumer_registers: int = 232
     producer_registers: int = 40
 
@@ -47,8 +44,8 @@ class KernelConfig:
 
     @classmethod
     def for_head_dim(cls, head_dim: int) -> "KernelConfig":
-        """As many slots as shared memory holds beside Q and the output."""
-        return cls(num_slots=5 if head_dim == 128 else 8)
+        """As many slots as shared memory or the named barriers allow."""
+        return cls(num_slots=6 if head_dim == 128 else 9)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +56,8 @@ class Plan:
     num_blocks: int
     num_heads: int
     head_dim: int
-    num_tiles: int  # query blocks of all heads and batch items
     num_ctas: int
+    persistent: bool  # each CTA walks any number of tiles, else one
     scale: float
     starts_are_multiples: bool  # block r starts at token r * BLOCK
     masks_keys: bool  # some key block has fewer than BLOCK valid tokens
@@ -83,6 +80,7 @@ class GlobalRefs:
     row_offsets: jax.Ref  # [B * N, R + 1]
     block_ids: jax.Ref  # [B * N, M]
     order: jax.Ref  # [num_tiles], tiles in the order in which CTAs take them
+    num_tiles: jax.Ref  # [1], how many of them
     starts: jax.Ref  # [R], first token of each block over ALIGNMENT
     lengths: jax.Ref  # [R], tokens of each block
     valid: jax.Ref  # [B, R], tokens of each block that are not padding
@@ -113,11 +111,6 @@ def scratch_types(plan: Plan, dtype: jax.typing.DTypeLike) -> dict[str, Any]:
     return {
         "q_smem": plgpu.SMEM((*rows, dim), dtype, transforms=transforms),
         "kv_smem": plgpu.SMEM((slots, BLOCK, dim), dtype, transforms=transforms),
-        # Short blocks leave row by row, which a swizzled buffer does not allow. Bank
-        # conflicts of the plain one are paid once for each query block.
-        "o_smem": plgpu.SMEM(
-            (*rows, dim), dtype, transforms=() if plan.has_short_blocks else transforms
-        ),
         "lse_smem": plgpu.SMEM(rows, jnp.float32),
         "q_full": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
         "q_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
@@ -129,7 +122,7 @@ def scratch_types(plan: Plan, dtype: jax.typing.DTypeLike) -> dict[str, Any]:
 
 def smem_bytes(config: KernelConfig, head_dim: int, itemsize: int) -> int:
     """Shared memory of one CTA, barriers included."""
-    blocks = config.num_slots + 2  # K and V, Q, output
+    blocks = config.num_slots + 1  # K and V, Q
     barriers = 2 * config.num_slots + 2 + NUM_CONSUMERS
     return blocks * BLOCK * head_dim * itemsize + BLOCK * 4 + 8 * barriers
 
@@ -141,16 +134,16 @@ def for_each_tile(gmem: GlobalRefs, plan: Plan, body, fill):
     def step(index, fill):
         return body(_tile(gmem, plan, cta + index * plan.num_ctas), index, fill)
 
-    if plan.num_ctas == plan.num_tiles:
+    if not plan.persistent:
         return step(jnp.int32(0), fill)
-    return lax.fori_loop(0, _num_own_tiles(plan), step, fill)
+    return lax.fori_loop(0, num_own_tiles(gmem, plan), step, fill)
 
 
-def _num_own_tiles(plan: Plan):
-    if plan.num_ctas == plan.num_tiles:
+def num_own_tiles(gmem: GlobalRefs, plan: Plan):
+    if not plan.persistent:
         return jnp.int32(1)
-    cta = lax.axis_index("cta")
-    return lax.div(plan.num_tiles - cta + (plan.num_ctas - 1), jnp.int32(plan.num_ctas))
+    later = gmem.num_tiles[0] - lax.axis_index("cta")
+    return lax.div(later + (plan.num_ctas - 1), jnp.int32(plan.num_ctas))
 
 
 def _tile(gmem: GlobalRefs, plan: Plan, position) -> Tile:
@@ -166,6 +159,11 @@ def _tile(gmem: GlobalRefs, plan: Plan, position) -> Tile:
         first=first,
         count=gmem.row_offsets[list_row, block + 1] - first,
     )
+
+
+def entry_of(tile: Tile, step):
+    """Place in block_ids of what a list has for a step; its last step's beyond it."""
+    return tile.first + jnp.minimum(step, tile.count - 1)
 
 
 def start_of(gmem: GlobalRefs, plan: Plan, block):

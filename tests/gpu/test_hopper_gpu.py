@@ -60,14 +60,11 @@ CASES = {
     "fewer-tokens-than-a-block": Case(grid=VideoGrid(1, 3, 5)),
 }
 CONFIGS = {
-    "default": {},
-    "one-cta-per-block": {"persistent": False},
     "no-ping-pong": {"ping_pong": False},
     "no-overlap": {"overlap": False},
-    "named-barriers": {"named_barriers": True},
-    "rescale-above-0": {"rescale_above": 0.0},
-    "rescale-above-8": {"rescale_above": 8.0},
-    "named-barriers-rescale-above-8": {"named_barriers": True, "rescale_above": 8.0},
+    "shared-memory-barriers": {"named_barriers": False},
+    "exact-softmax": {"lazy": False},
+    "four-slots": {"num_slots": 4},
 }
 
 
@@ -199,6 +196,24 @@ def test_huge_logits(scale):
     want, want_lse = reference(q, k, v, mask, lengths, **options)
     assert jnp.abs(jnp.where(jnp.isfinite(want_lse), want_lse, 0.0)).max() > 4e3
     assert relative_error(out, want) < 0.02
+    np.testing.assert_allclose(lse, want_lse, **GPU_LSE)
+
+
+@pytest.mark.parametrize("growth", [12.0, 60.0, 400.0], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_logits_that_grow_from_block_to_block(growth, dtype):
+    """The last overflows and is repaired."""
+    grid = VideoGrid(3, 16, 64)
+    q, k, v = random_qkv(grid, head_dim=128, dtype=dtype)
+    q = q.at[..., 0].set(1.0)
+    block = np.arange(grid.num_tokens) // 128
+    k = k.at[..., 0].set(jnp.asarray(growth * block, dtype)[:, None])
+    mask = compress(random_mask(grid, density=0.7), grid)
+    lengths = jnp.zeros(2, jnp.int32)
+    options = {"grid": grid, "scale": 1.0, "has_lengths": False}
+    out, lse = attend(q, k, v, mask, lengths, **options)
+    want, want_lse = reference(q, k, v, mask, lengths, **options)
+    assert relative_error(out, want) < GPU_RELATIVE[dtype]
     np.testing.assert_allclose(lse, want_lse, **GPU_LSE)
 
 

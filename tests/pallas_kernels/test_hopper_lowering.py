@@ -26,11 +26,10 @@ CASES = {  # grid, has text_lengths, head_dim, dtype
 }
 CONFIGS = {
     "default": {},
-    "one-cta-per-block": {"persistent": False},
     "no-ping-pong": {"ping_pong": False},
     "no-overlap": {"overlap": False},
-    "named-barriers": {"named_barriers": True},
-    "rescale-above-8": {"rescale_above": 8.0},
+    "shared-memory-barriers": {"named_barriers": False},
+    "exact-softmax": {"lazy": False},
 }
 
 
@@ -89,8 +88,8 @@ def test_bad_configuration_is_named(options, message):
 def test_unsupported_inputs_are_named():
     with pytest.raises(ValueError, match="bfloat16 and float16, not float32"):
         lower(HUNYUAN, False, 128, "float32", None)
-    too_many = KernelConfig(num_slots=6)
+    too_many = KernelConfig(num_slots=7)
     with pytest.raises(
-        ValueError, match=r"num_slots=6 needs .* bytes of shared memory"
+        ValueError, match=r"num_slots=7 needs .* bytes of shared memory"
     ):
         lower(HUNYUAN, False, 128, "bfloat16", too_many)

@@ -1,0 +1,53 @@
+"""What the card does while something is timed: clock and power from nvidia-smi."""
+
+import shutil
+import statistics
+import subprocess
+
+QUERY = ("clocks.sm", "power.draw")
+INTERVAL_MS = 50
+
+
+class GpuState:
+    """Samples the card in the background, as a context manager.
+
+    After it, `summary` holds the median clock in MHz and power in W, or nothing where
+    nvidia-smi is missing.
+    """
+
+    def __init__(self) -> None:
+        self.summary: dict[str, float] = {}
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> "GpuState":
+        if shutil.which("nvidia-smi"):
+            command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--id=0"]
+            options = ["--format=csv,noheader,nounits", f"--loop-ms={INTERVAL_MS}"]
+            self._process = subprocess.Popen(
+                command + options,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is None:
+            return
+        self._process.terminate()
+        lines, _ = self._process.communicate()
+        rows = [row for line in lines.splitlines() if (row := _numbers(line))]
+        if rows:
+            clock, power = (
+                statistics.median(column) for column in zip(*rows, strict=True)
+            )
+            self.summary = {"sm_clock_mhz": clock, "power_w": power}
+
+
+def _numbers(line: str) -> tuple[float, ...] | None:
+    """The values of one sample; None for a cut line or one without a reading."""
+    try:
+        values = tuple(float(value) for value in line.split(","))
+    except ValueError:
+        return None
+    return values if len(values) == len(QUERY) else None
