@@ -1,0 +1,114 @@
+"""Sets of key blocks as bits of 32-bit words, and their lists.
+
+Word `w` of a row holds the columns `first_columns[w]` to `first_columns[w] + 31`, the
+lowest bit first. A row of 990 columns is 31 words: whatever is done on them costs
+nothing beside one pass over the scores.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, UInt32
+
+BITS = 32  # of a word
+
+
+def pack(flags: Bool[Array, "*rows C"]) -> UInt32[Array, "*rows W"]:
+    """Packs the last axis, W = ceil(C / 32); the bits past C are 0."""
+    *rows, columns = flags.shape
+    num_words = -(-columns // BITS)
+    padding = [(0, 0)] * len(rows) + [(0, num_words * BITS - columns)]
+    lanes = jnp.pad(flags, padding).reshape(*rows, num_words, BITS)
+    bits = np.uint32(1) << np.arange(BITS, dtype=np.uint32)
+    return jnp.where(lanes, bits, np.uint32(0)).sum(-1, dtype=jnp.uint32)
+
+
+def full(columns: int) -> UInt32[np.ndarray, " W"]:
+    """Words of a row that holds every column."""
+    lengths = np.minimum(columns - np.arange(0, columns, BITS), BITS)
+    return ((np.uint64(1) << lengths.astype(np.uint64)) - 1).astype(np.uint32)
+
+
+def num_set(words: UInt32[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """Set bits of each word."""
+    return jax.lax.population_count(words).astype(jnp.int32)
+
+
+def keep_first(
+    words: UInt32[Array, "*shape"], count: Int[Array, "*#shape"]
+) -> UInt32[Array, "*shape"]:
+    """Clears all but the `count` lowest set bits of each word; none for count <= 0."""
+    return words & _low_bits(_longest_prefix(words, count))
+
+
+def lists(
+    words: UInt32[Array, "*lists R W"],
+    first_columns: Int[np.ndarray, " W"],
+    capacity: int,
+) -> tuple[Int[Array, "*lists R+1"], Int[Array, "*lists M"]]:
+    """Compressed sparse rows of the set bits.
+
+    Each of the M = `capacity` places looks its word up by binary search, and then its
+    bit: no scatter, and nothing as large as the map but the words.
+
+    Args:
+      words: Sets of columns.
+      first_columns: Column of the lowest bit of each word, ascending.
+      capacity: Most entries of a list. What comes later is dropped.
+
+    Returns:
+      Offsets of the rows, and the columns in ascending order within each row; 0 past
+      the last entry.
+    """
+    *batch, num_rows, num_words = words.shape
+    counts = num_set(words)
+    in_row = jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
+    row_ends = jnp.cumsum(in_row[..., -1], axis=-1, dtype=jnp.int32)
+    row_starts = row_ends - in_row[..., -1]
+    word_ends = (row_starts[..., None] + in_row).reshape(*batch, -1)
+    place = jnp.arange(capacity, dtype=jnp.int32)
+    word_index = _count_at_most(word_ends, place)
+    found = jnp.minimum(word_index, num_rows * num_words - 1)
+    flat_words = words.reshape(*batch, -1)
+    word = jnp.take_along_axis(flat_words, found, axis=-1)
+    start = jnp.take_along_axis(word_ends, found, axis=-1) - num_set(word)
+    bit = _longest_prefix(word, place - start)
+    column = jnp.asarray(first_columns, jnp.int32)[found % num_words] + bit
+    block_ids = jnp.where(word_index < num_rows * num_words, column, 0)
+    offsets = jnp.pad(row_ends, [(0, 0)] * len(batch) + [(1, 0)])
+    return jnp.minimum(offsets, capacity), block_ids
+
+
+def _longest_prefix(
+    words: UInt32[Array, "*shape"], count: Int[Array, "*#shape"]
+) -> Int[Array, "*shape"]:
+    """Most low bits, 0 to 32, of which at most `count` are set.
+
+    It is the position of the set bit number `count`, counted from 0, if there is one.
+    """
+    length = jnp.zeros(words.shape, jnp.int32)
+    for step in (16, 8, 4, 2, 1, 1):
+        fits = num_set(words & _low_bits(length + step)) <= count
+        length = jnp.where(fits, length + step, length)
+    return length
+
+
+def _low_bits(length: Int[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    """Words with the lowest `length` bits set, 0 to 32."""
+    # A shift by 32 would be undefined.
+    return jnp.where(length == 0, 0, ~jnp.uint32(0) >> (BITS - length).astype("uint32"))
+
+
+def _count_at_most(
+    ascending: Int[Array, "*lists L"], values: Int[Array, " M"]
+) -> Int[Array, "*lists M"]:
+    """How many entries of each list are at most each value: a binary search."""
+    *batch, length = ascending.shape
+    count = jnp.zeros((*batch, values.size), jnp.int32)
+    for step in reversed([1 << i for i in range(length.bit_length())]):
+        candidate = count + step
+        entry = jnp.take_along_axis(
+            ascending, jnp.minimum(candidate, length) - 1, axis=-1
+        )
+        count = jnp.where((candidate <= length) & (entry <= values), candidate, count)
+    return count
