@@ -1,0 +1,140 @@
+"""Means and maxima of the tiles of Q and K in one pass, for Hopper (sm_90).
+
+One CTA of one warpgroup pools one chunk of channels of one tile of Q or K. A thread
+owns up to 16 bytes of each token and adds them up in registers: nothing is exchanged
+between threads. The loads of one row of a tile are issued together, so a
+multiprocessor, which holds several CTAs, has enough bytes in flight to keep the memory
+busy. A tile is given by its first token and the distance between its rows, so raster
+and tiled order, edge tiles and text before the video are the same program.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+THREADS = 128  # of a warpgroup
+BYTES_PER_THREAD = 16  # the widest load
+MAX_UNROLLED = 16  # loads of a row issued together
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything static about one launch."""
+
+    columns: int  # of a full tile
+    chunk: int  # channels of a CTA
+    has_short_rows: bool  # some tile has fewer columns
+    reductions: tuple[str, ...]  # "mean", "max"
+
+
+def pool_tiles(
+    q: Float[Array, "B T C"],
+    k: Float[Array, "B T C"],
+    tiles: Int[np.ndarray, "S 4"],
+    *,
+    plan: Plan,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Float[Array, "B S C"], ...]:
+    """Launches the kernel.
+
+    Args:
+      q: Queries, heads and channels in one axis.
+      k: Keys.
+      tiles: First token, distance between rows, rows and columns of each tile.
+      plan: Static sizes and choices.
+      interpret: Run on the CPU in GPU interpret mode.
+
+    Returns:
+      float32: the reductions of q in the order of `plan.reductions`, then those of k.
+    """
+    batch, _, channels = q.shape
+    num_tiles = len(tiles)
+    out = jax.ShapeDtypeStruct((batch, num_tiles, channels), jnp.float32)
+    return plgpu.kernel(
+        functools.partial(_body, plan=plan),
+        out_type=(out,) * (2 * len(plan.reductions)),
+        grid=(num_tiles, channels // plan.chunk, 2 * batch),
+        grid_names=("tile", "chunk", "item"),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        kernel_name="pool_tiles_sm90",
+        interpret=interpret,
+    )(q, k, jnp.asarray(tiles, jnp.int32))
+
+
+def _body(q_gmem, k_gmem, tiles_gmem, *outs_gmem, plan: Plan):
+    tile = lax.axis_index("tile")
+    item = lax.axis_index("item")
+    channels = pl.ds(lax.axis_index("chunk") * plan.chunk, plan.chunk)
+    first, stride, rows, columns = (tiles_gmem[tile, field] for field in range(4))
+    num = len(plan.reductions)
+
+    def pool(x_gmem, outs, batch):
+        def load(token):
+            return x_gmem[batch, token, channels].astype(jnp.float32)
+
+        results = _reduce_tile(load, first, stride, rows, columns, plan)
+        for out, name, result in zip(outs, plan.reductions, results, strict=True):
+            if name == "mean":
+                result = result * (1.0 / (rows * columns).astype(jnp.float32))
+            out[batch, tile, channels] = result
+
+    batch = lax.div(item, jnp.int32(2))
+    is_key = lax.rem(item, jnp.int32(2)) == 1
+    pl.when(jnp.logical_not(is_key))(lambda: pool(q_gmem, outs_gmem[:num], batch))
+    pl.when(is_key)(lambda: pool(k_gmem, outs_gmem[num:], batch))
+
+
+def _reduce_tile(load, first, stride, rows, columns, plan: Plan):
+    """Sums or maxima over the tokens of one tile."""
+
+    def add_tokens(state, tokens):
+        values = [load(token) for token in tokens]  # all loads, then all sums
+        for value in values:
+            state = tuple(
+                old + value if name == "mean" else jnp.maximum(old, value)
+                for old, name in zip(state, plan.reductions, strict=True)
+            )
+        return state
+
+    def add_row(row, state):
+        token = first + row * stride
+        for start in range(0, plan.columns, MAX_UNROLLED):
+            stop = min(start + MAX_UNROLLED, plan.columns)
+            state = add_tokens(state, [token + i for i in range(start, stop)])
+        return state
+
+    def add_short_row(row, state):
+        token = first + row * stride
+        return lax.fori_loop(
+            0, columns, lambda i, state: add_tokens(state, [token + i]), state
+        )
+
+    layout = plgpu.Layout.WG_STRIDED((plan.chunk,), vec_size=plan.chunk // THREADS)
+    state = tuple(
+        plgpu.layout_cast(
+            jnp.full((plan.chunk,), 0.0 if name == "mean" else -jnp.inf, jnp.float32),
+            layout,
+        )
+        for name in plan.reductions
+    )
+    if not plan.has_short_rows:
+        return lax.fori_loop(0, rows, add_row, state)
+    return lax.cond(
+        columns == plan.columns,
+        lambda: lax.fori_loop(0, rows, add_row, state),
+        lambda: lax.fori_loop(0, rows, add_short_row, state),
+    )
+
+
+def chunk_of(channels: int, itemsize: int) -> int | None:
+    """Channels of a CTA: the widest loads that divide the channels, or None."""
+    widths = (BYTES_PER_THREAD // itemsize >> i for i in range(5))
+    chunks = [THREADS * width for width in widths if width]
+    return next((chunk for chunk in chunks if channels % chunk == 0), None)
