@@ -10,6 +10,7 @@ and tiled order, edge tiles and text before the video are the same program.
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.interfaces import SUPPORTED_DTYPES, Device
+
+Reduction = Literal["mean", "max"]
 
 THREADS = 128  # of a warpgroup
 BYTES_PER_THREAD = 16  # the widest load
@@ -31,41 +36,103 @@ class Plan:
     columns: int  # of a full tile
     chunk: int  # channels of a CTA
     has_short_rows: bool  # some tile has fewer columns
-    reductions: tuple[str, ...]  # "mean", "max"
+    reductions: tuple[Reduction, ...]
 
 
 def pool_tiles(
-    q: Float[Array, "B T C"],
-    k: Float[Array, "B T C"],
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
     tiles: Int[np.ndarray, "S 4"],
     *,
-    plan: Plan,
+    reductions: tuple[Reduction, ...] = ("mean",),
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "B S C"], ...]:
-    """Launches the kernel.
+) -> tuple[Float[Array, "B S N D"], ...]:
+    """Reduces the tokens of each tile of q and of k.
 
     Args:
-      q: Queries, heads and channels in one axis.
+      q: Queries.
       k: Keys.
-      tiles: First token, distance between rows, rows and columns of each tile.
-      plan: Static sizes and choices.
+      tiles: First token, tokens between two rows, rows and columns of each tile.
+      reductions: What to compute.
       interpret: Run on the CPU in GPU interpret mode.
 
     Returns:
-      float32: the reductions of q in the order of `plan.reductions`, then those of k.
+      float32: the reductions of q in the order of `reductions`, then those of k.
+
+    Raises:
+      ValueError: The kernel cannot take these inputs on any device.
     """
-    batch, _, channels = q.shape
-    num_tiles = len(tiles)
-    out = jax.ShapeDtypeStruct((batch, num_tiles, channels), jnp.float32)
-    return plgpu.kernel(
+    if cause := _why_unsupported_shape(q.shape, q.dtype):
+        raise ValueError(f"the pooling kernel cannot take these inputs: {cause}")
+    num_channels = q.shape[2] * q.shape[3]
+    columns = int(tiles[:, 3].max())
+    plan = Plan(
+        columns=columns,
+        chunk=_chunk_of(num_channels, q.dtype.itemsize),
+        has_short_rows=bool((tiles[:, 3] < columns).any()),
+        reductions=reductions,
+    )
+    return _batchable(q, k, tiles, plan, interpret)
+
+
+def why_unsupported(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, device: Device
+) -> str | None:
+    """Why the kernel cannot pool arrays of this shape on a device, or None."""
+    if device.compute_capability != (9, 0):
+        return f"it needs an NVIDIA Hopper GPU (sm_90), not {device.kind}"
+    return _why_unsupported_shape(shape, dtype)
+
+
+def _why_unsupported_shape(shape, dtype) -> str | None:
+    if jnp.dtype(dtype).name not in SUPPORTED_DTYPES:
+        return f"it takes {', '.join(SUPPORTED_DTYPES)}, not {jnp.dtype(dtype).name}"
+    if shape[2] * shape[3] % THREADS:
+        return f"heads times head dimension must be a multiple of {THREADS}"
+    return None
+
+
+def _batchable(q, k, tiles, plan: Plan, interpret):
+    """Runs the kernel; a mapped axis becomes part of the batch."""
+
+    @jax.custom_batching.custom_vmap
+    def run(q, k):
+        return _run(q, k, tiles, plan, interpret)
+
+    @run.def_vmap
+    def _(axis_size, in_batched, *arrays):
+        arrays = (
+            x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            for x, is_batched in zip(arrays, in_batched, strict=True)
+        )
+        folded = (x.reshape(-1, *x.shape[2:]) for x in arrays)
+        outs = _batchable(*folded, tiles, plan, interpret)
+        return (
+            tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in outs),
+            (True,) * len(outs),
+        )
+
+    return run(q, k)
+
+
+def _run(q, k, tiles, plan: Plan, interpret):
+    batch, num_tokens, *heads = q.shape
+    channels = heads[0] * heads[1]
+    out = jax.ShapeDtypeStruct((batch, len(tiles), channels), jnp.float32)
+    outs = plgpu.kernel(
         functools.partial(_body, plan=plan),
         out_type=(out,) * (2 * len(plan.reductions)),
-        grid=(num_tiles, channels // plan.chunk, 2 * batch),
+        grid=(len(tiles), channels // plan.chunk, 2 * batch),
         grid_names=("tile", "chunk", "item"),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         kernel_name="pool_tiles_sm90",
         interpret=interpret,
-    )(q, k, jnp.asarray(tiles, jnp.int32))
+    )(
+        q.reshape(batch, num_tokens, channels),
+        k.reshape(batch, num_tokens, channels),
+        jnp.asarray(tiles, jnp.int32),
+    )
+    return tuple(x.reshape(batch, len(tiles), *heads) for x in outs)
 
 
 def _body(q_gmem, k_gmem, tiles_gmem, *outs_gmem, plan: Plan):
@@ -133,8 +200,9 @@ def _reduce_tile(load, first, stride, rows, columns, plan: Plan):
     )
 
 
-def chunk_of(channels: int, itemsize: int) -> int | None:
-    """Channels of a CTA: the widest loads that divide the channels, or None."""
-    widths = (BYTES_PER_THREAD // itemsize >> i for i in range(5))
-    chunks = [THREADS * width for width in widths if width]
-    return next((chunk for chunk in chunks if channels % chunk == 0), None)
+def _chunk_of(channels: int, itemsize: int) -> int:
+    """Channels of a CTA: as wide loads as divide the channels evenly."""
+    width = BYTES_PER_THREAD // itemsize
+    while channels % (THREADS * width):
+        width //= 2
+    return THREADS * width
