@@ -21,6 +21,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +35,12 @@ from draft_jax import (
     draft_attention,
     initial_mask,
     pool_tokens,
+    ranking,
     scheduled_attention,
     select_blocks,
 )
 from draft_jax.pooling import pool_queries_and_keys, tile_table
-from pallas_kernels import block_sparse_attention, pool_tiles_sm90
+from pallas_kernels import block_sparse_attention, pool_tiles_sm90, rank_sm90
 
 TINY = Shape(
     grid=VideoGrid(2, 16, 24, tile=(4, 8)), num_heads=2, head_dim=64, dtype="float32"
@@ -102,6 +104,19 @@ def softmax_and_select(logits, *, shape: Shape, config):
     return select_blocks(scores, grid=shape.grid, config=config)
 
 
+def without_kernels(function, digit_bits: int):
+    """The XLA path of a selection, whatever the device."""
+
+    def run(*arguments):
+        with (
+            mock.patch.object(rank_sm90, "why_unsupported", lambda *_: "not wanted"),
+            mock.patch.object(ranking, "DIGIT_BITS", digit_bits),
+        ):
+            return function(*arguments)
+
+    return run
+
+
 def stages(shape: Shape, backend: str, dense: str) -> dict[str, Stage]:
     """Every program by name. Stages of one layer share a prefix."""
     grid = shape.grid
@@ -137,6 +152,9 @@ def stages(shape: Shape, backend: str, dense: str) -> dict[str, Stage]:
         config = DraftConfig(sparsity=0.9, selection=name)
         select = half(select_blocks, grid=grid, config=config)
         table[f"select/{name}"] = Stage(select, ("scores",))
+        for bits in (1, 2, 4) if name == "percentile" else (2,):
+            select_xla = without_kernels(select, bits)
+            table[f"select-xla-{bits}/{name}"] = Stage(select_xla, ("scores",))
         select = half(softmax_and_select, shape=shape, config=config)
         table[f"softmax+select/{name}"] = Stage(select, ("logits",))
     for order in ("tiled", "raster"):
@@ -319,6 +337,15 @@ def measure(options: argparse.Namespace) -> None:
             results[name]["gb_per_s"] = nbytes / median / 1e6
         report(name, results[name])
         write(options.output, shape, options.shape, results)
+    for name in SELECTIONS:
+        pair = [runnable.get(f"{kind}/{name}") for kind in ("select", "select-xla-2")]
+        if None not in pair:
+            first, second = (jax.tree.leaves(p(inputs["scores"])) for p in pair)
+            equal = all(
+                bool((a == b).all()) for a, b in zip(first, second, strict=True)
+            )
+            results[f"select/{name}"]["equals_xla"] = equal
+            print(f"select/{name} equals its XLA path: {equal}", flush=True)
     for name, program in runnable.items() if is_gpu else ():
         arguments = [inputs[key] for key in table[name].inputs]
         try:

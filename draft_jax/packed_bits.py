@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt32
 
+from pallas_kernels import rank_sm90
+from pallas_kernels.interfaces import current_device
+
 BITS = 32  # of a word
 
 
@@ -48,35 +51,70 @@ def lists(
 ) -> tuple[Int[Array, "*lists R+1"], Int[Array, "*lists M"]]:
     """Compressed sparse rows of the set bits.
 
-    Each of the M = `capacity` places looks its word up by binary search, and then its
-    bit: no scatter, and nothing as large as the map but the words.
-
     Args:
       words: Sets of columns.
       first_columns: Column of the lowest bit of each word, ascending.
-      capacity: Most entries of a list. What comes later is dropped.
+      capacity: Most entries of a list, M. What comes later is dropped.
 
     Returns:
       Offsets of the rows, and the columns in ascending order within each row; 0 past
       the last entry.
     """
     *batch, num_rows, num_words = words.shape
-    counts = num_set(words)
-    in_row = jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
+    in_row = jnp.cumsum(num_set(words), axis=-1, dtype=jnp.int32)
     row_ends = jnp.cumsum(in_row[..., -1], axis=-1, dtype=jnp.int32)
     row_starts = row_ends - in_row[..., -1]
-    word_ends = (row_starts[..., None] + in_row).reshape(*batch, -1)
-    place = jnp.arange(capacity, dtype=jnp.int32)
-    word_index = _count_at_most(word_ends, place)
-    found = jnp.minimum(word_index, num_rows * num_words - 1)
-    flat_words = words.reshape(*batch, -1)
-    word = jnp.take_along_axis(flat_words, found, axis=-1)
-    start = jnp.take_along_axis(word_ends, found, axis=-1) - num_set(word)
-    bit = _longest_prefix(word, place - start)
-    column = jnp.asarray(first_columns, jnp.int32)[found % num_words] + bit
-    block_ids = jnp.where(word_index < num_rows * num_words, column, 0)
+    ends = (row_starts[..., None] + in_row).reshape(*batch, -1)
+    flat = words.reshape(*batch, -1)
+    columns = np.tile(first_columns, num_rows)
+    if rank_sm90.why_unsupported(num_words * BITS, current_device(words)) is None:
+        block_ids = _write(flat, ends, columns, capacity)
+    else:
+        block_ids = _look_up(flat, ends, columns, capacity)
     offsets = jnp.pad(row_ends, [(0, 0)] * len(batch) + [(1, 0)])
     return jnp.minimum(offsets, capacity), block_ids
+
+
+def _write(
+    words: UInt32[Array, "*lists K"],
+    ends: Int[Array, "*lists K"],
+    columns: Int[np.ndarray, " K"],
+    capacity: int,
+) -> Int[Array, "*lists M"]:
+    """Each word writes its columns where they belong."""
+    *batch, size = words.shape
+    padding = -size % rank_sm90.THREADS
+
+    def padded(x):
+        return jnp.pad(x.reshape(-1, size), ((0, 0), (0, padding)))
+
+    block_ids = rank_sm90.write_lists(
+        padded(words),
+        padded(ends - num_set(words)),
+        ends[..., -1].reshape(-1),
+        np.pad(columns, (0, padding)),
+        capacity,
+    )
+    return block_ids.reshape(*batch, capacity)
+
+
+def _look_up(
+    words: UInt32[Array, "*lists K"],
+    ends: Int[Array, "*lists K"],
+    columns: Int[np.ndarray, " K"],
+    capacity: int,
+) -> Int[Array, "*lists M"]:
+    """Each place looks its word up by binary search, and then its bit: no scatter."""
+    size = words.shape[-1]
+    place = jnp.arange(capacity, dtype=jnp.int32)
+    index = _count_at_most(ends, place)
+    found = jnp.minimum(index, size - 1)
+    word = jnp.take_along_axis(words, found, axis=-1)
+    start = jnp.take_along_axis(ends, found, axis=-1) - num_set(word)
+    column = jnp.asarray(columns, jnp.int32)[found] + _longest_prefix(
+        word, place - start
+    )
+    return jnp.where(index < size, column, 0)
 
 
 def _longest_prefix(

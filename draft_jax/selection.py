@@ -137,9 +137,11 @@ def _select_percentile(
     """Ranks all pairs of a head together; an empty row then gets its best pair."""
     count = jnp.maximum(budget, int(forced.sum()))
     threshold = ranking.kth_largest_of_map(keys, count)
-    kept = ranking.pack_largest_of_map(keys, threshold, count)
+    of_rows = jnp.broadcast_to(threshold[..., None], keys.shape[:3])
+    packed = ranking.pack_rows(keys, of_rows)
+    kept = packed.largest_of_map(count)
     is_empty = (kept == 0).all(-1, keepdims=True)
-    return jnp.where(is_empty, ranking.pack_best_of_row(keys), kept)
+    return jnp.where(is_empty, packed.best_of_row(), kept)
 
 
 def _select_row_topk(
@@ -150,7 +152,7 @@ def _select_row_topk(
     """Ranks the pairs of each row; every row has the same budget."""
     count = jnp.maximum(budget, forced.sum(-1, dtype=np.int32))
     threshold = ranking.kth_largest_of_row(keys, count)
-    return ranking.pack_largest_of_row(keys, threshold, count)
+    return ranking.pack_rows(keys, threshold).largest_of_row(count)
 
 
 def _select_top_p(
@@ -188,7 +190,7 @@ def _select_top_p(
         -missing.astype(jnp.int32) // jnp.maximum(each, 1).astype(jnp.int32)
     )
     count = jnp.clip(above + num_missing, least, most)
-    return ranking.pack_largest_of_row(keys, threshold, count)
+    return ranking.pack_rows(keys, threshold).largest_of_row(count)
 
 
 def _add_text_words(

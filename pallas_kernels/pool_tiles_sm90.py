@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.batching import fold_mapped_axes
 from pallas_kernels.interfaces import SUPPORTED_DTYPES, Device
 
 Reduction = Literal["mean", "max"]
@@ -72,7 +73,8 @@ def pool_tiles(
         has_short_rows=bool((tiles[:, 3] < columns).any()),
         reductions=reductions,
     )
-    return _batchable(q, k, tiles, plan, interpret)
+    run = functools.partial(_run, tiles=tiles, plan=plan, interpret=interpret)
+    return fold_mapped_axes(run)(q, k)
 
 
 def why_unsupported(
@@ -92,30 +94,7 @@ def _why_unsupported_shape(shape, dtype) -> str | None:
     return None
 
 
-def _batchable(q, k, tiles, plan: Plan, interpret):
-    """Runs the kernel; a mapped axis becomes part of the batch."""
-
-    @jax.custom_batching.custom_vmap
-    def run(q, k):
-        return _run(q, k, tiles, plan, interpret)
-
-    @run.def_vmap
-    def _(axis_size, in_batched, *arrays):
-        arrays = (
-            x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-            for x, is_batched in zip(arrays, in_batched, strict=True)
-        )
-        folded = (x.reshape(-1, *x.shape[2:]) for x in arrays)
-        outs = _batchable(*folded, tiles, plan, interpret)
-        return (
-            tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in outs),
-            (True,) * len(outs),
-        )
-
-    return run(q, k)
-
-
-def _run(q, k, tiles, plan: Plan, interpret):
+def _run(q, k, *, tiles, plan: Plan, interpret):
     batch, num_tokens, *heads = q.shape
     channels = heads[0] * heads[1]
     out = jax.ShapeDtypeStruct((batch, len(tiles), channels), jnp.float32)

@@ -6,9 +6,9 @@ pack_rows      which keys of a row are above or at a threshold, or its largest: 
                for each key, 32 to a word, by the votes of warps
 write_lists    the columns of the set bits, one after another: a thread for each word
 
-Rows are padded with zeros to a multiple of 128 keys; no real key is 0. The first two
-read the keys once each and are bound by that. A warpgroup works on one row at a time,
-thread t on the keys t, t + 128, ... .
+No key is 0: zeros pad the rows in registers. The first two kernels read the keys once
+each and are bound by that. A warpgroup works on one row at a time, thread t on the keys
+t, t + 128, ... .
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -27,7 +28,7 @@ from jaxtyping import Array, Int, UInt32
 from pallas_kernels.batching import fold_mapped_axes
 from pallas_kernels.interfaces import Device
 
-ROW_MULTIPLE = 128  # keys; one for each thread of a warpgroup
+THREADS = 128  # of a warpgroup
 WORD = 32  # bits
 NUM_CTAS = 132 * 8  # of count_digits: what an H100 or H200 holds at a time
 ROWS_IN_FLIGHT = 2  # whose loads are issued together
@@ -64,11 +65,11 @@ def count_digits(
     """Counts the keys of each map by a digit, of those whose higher bits are `prefix`.
 
     Args:
-      keys: Maps; C is a multiple of ROW_MULTIPLE.
+      keys: Maps, without zeros.
       prefix: The bits above the digit, shifted down; 0 where there are none.
       digit: Which bits to count by.
     """
-    (num_lists, num_rows, _) = keys.shape
+    num_lists, num_rows, _ = keys.shape
     num_parts = max(1, min(num_rows, NUM_CTAS // num_lists))
 
     def run(keys, prefix):
@@ -92,7 +93,7 @@ def _count_body(
     keys_gmem, prefix_gmem, out_gmem, *, counts_smem, digit: Digit, num_parts: int
 ):
     part, number = lax.axis_index("part"), lax.axis_index("map")
-    _, num_rows, num_columns = keys_gmem.shape
+    num_rows = keys_gmem.shape[1]
     counts_smem[...] = jnp.zeros(counts_smem.shape, jnp.int32)
     _warpgroup_barrier()
     prefix = prefix_gmem[number]
@@ -134,17 +135,17 @@ def pack_rows(
     """Packs, of each row, the keys above a threshold, those at it, and the largest.
 
     Args:
-      keys: Maps; C is a multiple of ROW_MULTIPLE.
+      keys: Maps, without zeros.
       threshold: Of each row; not 0.
 
     Returns:
-      Words of 32 keys, W = C / 32, the first key in the lowest bit. All keys that are
-      as large as the largest of the row are in the third.
+      Words of 32 keys, the first in the lowest bit; C is rounded up to 128 keys. All
+      keys that are as large as the largest of the row are in the third.
     """
 
     def run(keys, threshold):
         num_lists, num_rows, num_columns = keys.shape
-        shape = (num_lists, num_rows, num_columns // WORD)
+        shape = (num_lists, num_rows, -(-num_columns // THREADS) * THREADS // WORD)
         return plgpu.kernel(
             _pack_body,
             out_type=(jax.ShapeDtypeStruct(shape, jnp.uint32),) * 3,
@@ -175,7 +176,7 @@ def write_lists(
     """Writes the columns of the set bits of each list of words.
 
     Args:
-      words: Sets of columns; K is a multiple of ROW_MULTIPLE.
+      words: Sets of columns; K is a multiple of THREADS.
       starts: Place of the first column of each word.
       totals: Columns of each list; the places after them get 0.
       columns: Column of the lowest bit of each word.
@@ -188,7 +189,7 @@ def write_lists(
             plgpu.kernel(
                 functools.partial(_write_body, capacity=capacity),
                 out_type=jax.ShapeDtypeStruct((num_lists, capacity), jnp.int32),
-                grid=(num_words // ROW_MULTIPLE, num_lists),
+                grid=(num_words // THREADS, num_lists),
                 grid_names=("chunk", "list"),
                 kernel_name="write_lists_sm90",
             )(words, starts, totals, jnp.asarray(columns, jnp.int32)),
@@ -201,18 +202,14 @@ def _write_body(
     words_gmem, starts_gmem, totals_gmem, columns_gmem, ids_gmem, *, capacity: int
 ):
     chunk, number = lax.axis_index("chunk"), lax.axis_index("list")
-    own = plgpu_ds(chunk * ROW_MULTIPLE)
+    own = pl.ds(chunk * THREADS, THREADS)
     words = _load_row(words_gmem.at[number, own])
     starts = _load_row(starts_gmem.at[number, own], jnp.int32)
     columns = _load_row(columns_gmem.at[own], jnp.int32)
     _store_columns(words, starts, columns, ids_gmem.at[number], capacity)
-    first = totals_gmem[number] + chunk * ROW_MULTIPLE
+    first = totals_gmem[number] + chunk * THREADS
     stride = words_gmem.shape[1]
     _store_zeros(first, stride, ids_gmem.at[number], capacity)
-
-
-def plgpu_ds(start):
-    return jax.experimental.pallas.ds(start, ROW_MULTIPLE)
 
 
 # ------------------------------------------------- what Pallas has no operation for
@@ -223,16 +220,43 @@ def _layout(size: int):
 
 
 def _load_row(row_gmem, dtype=jnp.uint32):
-    """Loads a row so that thread t holds the elements t, t + 128, ... ."""
+    """Loads a row, and zeros up to a multiple of 128 elements.
+
+    Thread t holds the elements t, t + 128, ... . Nothing is assumed of the alignment.
+    """
     (size,) = row_gmem.shape
+    padded = -(-size // THREADS) * THREADS
+    layout = _layout(padded)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct((size,), dtype, layout=_layout(size)),
+        return_type=plgpu.ShapeDtypeStruct((padded,), dtype, layout=layout),
     )
     def load(_, ref):
-        is_signed = dtype == jnp.int32
-        return mgpu.FragmentedArray.load_strided(ref, is_signed=is_signed, vec_size=1)
+        pointer = mgpu.utils.memref_ptr(ref)
+        thread = mgpu.utils.thread_idx()
+        register = ir.VectorType.get((1,), _i32())
+        registers = np.empty((padded // THREADS,), dtype=object)
+        for i in range(registers.size):
+            index = arith.addi(thread, _const(i * THREADS))
+            address = mgpu.utils.getelementptr(pointer, [index], _i32())
+            if (i + 1) * THREADS <= size:
+                value = llvm.load(_i32(), address)
+            else:
+                value = llvm.inline_asm(
+                    _i32(),
+                    [llvm.ptrtoint(_i64(), address), index, _const(size)],
+                    "{.reg .pred p; setp.lt.u32 p, $2, $3; mov.u32 $0, 0; "
+                    "@p ld.global.u32 $0, [$1];}",
+                    "=&r,l,r,r",
+                    has_side_effects=True,
+                )
+            registers[i] = mgpu.utils.vector.broadcast(register, value)
+        return mgpu.FragmentedArray(
+            _registers=registers,
+            _layout=mgpu.WGStridedFragLayout((padded,), vec_size=1),
+            _is_signed=dtype == jnp.int32,
+        )
 
     return load(row_gmem)
 
@@ -269,7 +293,7 @@ def _store_votes(flags, words_gmem):
         lane = arith.andi(thread, _const(WORD - 1))
         warp = arith.shrui(thread, _const(5))
         for i, (flag,) in enumerate(_scalars(flags)):
-            index = arith.addi(warp, _const(i * ROW_MULTIPLE // WORD))
+            index = arith.addi(warp, _const(i * THREADS // WORD))
             _asm(
                 "{.reg .pred p; .reg .u32 b; .reg .u64 a; setp.ne.u32 p, $1, 0; "
                 "vote.sync.ballot.b32 b, p, 0xffffffff; mad.wide.u32 a, $2, 4, $0; "

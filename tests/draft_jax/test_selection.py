@@ -262,4 +262,3 @@ def test_sparsity_zero_keeps_every_pair():
         config = DraftConfig(selection=selection, sparsity=0.0)
         scores = jnp.asarray(softmax_scores(GRIDS[1]))
         assert select_blocks(scores, grid=GRIDS[1], config=config).to_dense().all()
-
