@@ -109,7 +109,7 @@ def without_kernels(function, digit_bits: int):
 
     def run(*arguments):
         with (
-            mock.patch.object(rank_sm90, "why_unsupported", lambda *_: "not wanted"),
+            mock.patch.object(rank_sm90, "why_unsupported", return_value="unwanted"),
             mock.patch.object(ranking, "DIGIT_BITS", digit_bits),
         ):
             return function(*arguments)

@@ -30,8 +30,7 @@ def keep(order, count):
 
 
 def percentile(scores, forced, budget):
-    *head, size, _ = scores.shape
-    order = order_of(scores.reshape(*head, -1), forced.ravel())
+    order = order_of(scores.reshape(*scores.shape[:-2], -1), forced.ravel())
     kept = keep(order, max(budget, forced.sum())).reshape(scores.shape)
     best = keep(order_of(scores, forced), 1)
     return kept | (best & ~kept.any(-1, keepdims=True))

@@ -1,4 +1,4 @@
-"""Selection agrees exactly with a sort, on 1,000 maps of every kind and in all modes."""
+"""Selection agrees exactly with a sort, on 1,000 maps of each kind, in all modes."""
 
 import functools
 

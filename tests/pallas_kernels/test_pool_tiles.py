@@ -93,7 +93,7 @@ def test_causes_are_named():
     shape = (1, 64, 2, 64)
     assert pool_tiles_sm90.why_unsupported(shape, jnp.bfloat16, H100) is None
     cpu = pool_tiles_sm90.why_unsupported(shape, "float32", Device(platform="cpu"))
-    assert cpu is not None and "sm_90" in cpu
+    assert "sm_90" in str(cpu)
     odd = jnp.zeros((1, 64, 1, 64))
     with pytest.raises(ValueError, match="must be a multiple of 128"):
         pool_tiles_sm90.pool_tiles(
