@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from draft_jax import packed_bits
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
 
@@ -73,21 +74,16 @@ class BlockMask:
             capacity = num_blocks * num_blocks
         if capacity < 1:
             raise ValueError(f"{capacity=} must be at least 1")
-        counts = dense.sum(-1, dtype=jnp.int32)
-        ends = jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
         if not isinstance(dense, jax.core.Tracer):
-            most_kept = int(ends[..., -1].max(initial=0))
+            most_kept = int(dense.sum((-2, -1), dtype=jnp.int32).max(initial=0))
             if most_kept > capacity:
                 raise ValueError(
                     f"{capacity=} is too small: a head keeps {most_kept} pairs"
                 )
-        row_offsets = jnp.pad(ends, ((0, 0), (0, 0), (1, 0)))
-        compress = jax.vmap(jax.vmap(lambda row: _kept_columns(row, capacity)))
-        return cls(
-            row_offsets=jnp.minimum(row_offsets, capacity),
-            block_ids=compress(dense),
-            grid=grid,
-        )
+        words = packed_bits.pack(dense)
+        first_columns = np.arange(words.shape[-1], dtype=np.int32) * packed_bits.BITS
+        row_offsets, block_ids = packed_bits.lists(words, first_columns, capacity)
+        return cls(row_offsets=row_offsets, block_ids=block_ids, grid=grid)
 
     @classmethod
     def full(cls, *, grid: VideoGrid, batch: int, num_heads: int) -> "BlockMask":
@@ -148,11 +144,3 @@ class BlockMask:
             return per_row.sum() / float(self.grid.num_tokens) ** 2
 
         return jax.vmap(jax.vmap(kept_pairs))(self.row_ids(), self.block_ids)
-
-
-def _kept_columns(dense: Bool[Array, "R R"], capacity: int) -> Int[Array, " M"]:
-    """Column of each True entry in row-major order, 0 past the last one."""
-    kept = dense.ravel()
-    slot = jnp.where(kept, jnp.cumsum(kept, dtype=jnp.int32) - 1, capacity)
-    columns = jnp.tile(jnp.arange(dense.shape[-1], dtype=jnp.int32), dense.shape[-2])
-    return jnp.zeros(capacity, jnp.int32).at[slot].set(columns, mode="drop")

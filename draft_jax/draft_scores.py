@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from draft_jax.config import DraftConfig
 from draft_jax.grid import VideoGrid
-from draft_jax.pooling import Order, Reduction, pool_tokens
+from draft_jax.pooling import Order, Reduction, pool_queries_and_keys
 
 
 def draft_scores(
@@ -55,12 +55,10 @@ def draft_scores(
     reductions: tuple[Reduction, ...] = ("mean",)
     if config.pooling == "mean+max":
         reductions = ("mean", "max")
-    q, k = q[:, grid.visual_tokens], k[:, grid.visual_tokens]
     log_lengths = np.log(grid.block_lengths[grid.visual_blocks].astype(np.float32))
+    pooled = pool_queries_and_keys(q, k, grid, order=order, reductions=reductions)
     maps = []
-    for reduction in reductions:
-        draft_q = pool_tokens(q, grid, order=order, reduction=reduction)
-        draft_k = pool_tokens(k, grid, order=order, reduction=reduction)
+    for draft_q, draft_k in zip(*pooled, strict=True):
         # The map is small, and TF32 would reorder scores that are close together.
         logits = jnp.einsum(
             "bqnd,bknd->bnqk", draft_q, draft_k, precision=jax.lax.Precision.HIGHEST

@@ -6,12 +6,14 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from draft_jax.grid import IntVector, VideoGrid
+from pallas_kernels import pool_tiles_sm90
+from pallas_kernels.interfaces import current_device
+from pallas_kernels.pool_tiles_sm90 import Reduction
 
 Order = Literal["raster", "tiled"]
-Reduction = Literal["mean", "max"]
 
 
 def pool_tokens(
@@ -56,6 +58,71 @@ def pool_tokens(
     sums = tiles.sum(token_axes, dtype=jnp.float32).reshape(draft_shape)
     lengths = grid.block_lengths[grid.visual_blocks].astype(np.float32)
     return sums / lengths[:, None, None]
+
+
+def pool_queries_and_keys(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    grid: VideoGrid,
+    *,
+    order: Order = "raster",
+    reductions: tuple[Reduction, ...] = ("mean",),
+) -> tuple[
+    tuple[Float[Array, "B S N D"], ...],
+    tuple[Float[Array, "B S N D"], ...],
+]:
+    """Pools the visual tokens of q and k, in one pass where a kernel can.
+
+    Args:
+      q: Queries of the whole sequence, T = `grid.num_tokens`.
+      k: Keys, like q.
+      grid: Geometry that defines the tiles.
+      order: How the visual tokens are ordered.
+      reductions: What to compute; see `pool_tokens`.
+
+    Returns:
+      The reductions of q, and those of k: float32.
+
+    Raises:
+      ValueError: order is unknown.
+
+    Source: DraftAttention (arXiv 2505.14708), low-resolution draft.
+    """
+    check_order(order)
+    device = current_device(q)
+    if pool_tiles_sm90.why_unsupported(q.shape, q.dtype, device) is None:
+        tiles = tile_table(grid, order)
+        pooled = pool_tiles_sm90.pool_tiles(q, k, tiles, reductions=reductions)
+        return pooled[: len(reductions)], pooled[len(reductions) :]
+    q_pooled, k_pooled = (
+        tuple(
+            pool_tokens(x[:, grid.visual_tokens], grid, order=order, reduction=name)
+            for name in reductions
+        )
+        for x in (q, k)
+    )
+    return q_pooled, k_pooled
+
+
+@functools.lru_cache(maxsize=64)
+def tile_table(grid: VideoGrid, order: Order) -> Int[np.ndarray, "S 4"]:
+    """First token, tokens between rows, rows and columns of each tile of the video."""
+    rows, columns = grid.tile
+    tile_rows, tile_columns = grid.tiles_per_frame
+    frame, row, column = np.indices((grid.frames, tile_rows, tile_columns))
+    own_rows = np.minimum(rows, grid.height - row * rows)
+    own_columns = np.minimum(columns, grid.width - column * columns)
+    if order == "raster":
+        token = (frame * grid.height + row * rows) * grid.width + column * columns
+        first = (token + grid.visual_tokens.start).ravel()
+        stride = np.full_like(own_columns, grid.width)
+    else:
+        first = grid.block_starts[grid.visual_blocks]
+        stride = own_columns
+    fields = (first, stride.ravel(), own_rows.ravel(), own_columns.ravel())
+    table = np.stack(fields, axis=-1).astype(np.int32)
+    table.flags.writeable = False
+    return table
 
 
 def check_order(order: str) -> None:

@@ -5,13 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from draft_jax import packed_bits, ranking
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, mask_capacity, static_budget
 from draft_jax.draft_scores import draft_scores
 from draft_jax.grid import VideoGrid
 from draft_jax.pooling import Order
+
+MASS_UNITS = 2.0**30  # top_p adds probabilities as integers, in any order alike
 
 
 def select_blocks(
@@ -29,8 +32,8 @@ def select_blocks(
     the budget.
 
     Args:
-      scores: Draft map, larger is more important. For "top_p", probabilities: the
-        rows sum to 1. NaN ranks last.
+      scores: Draft map, larger is more important. NaN ranks last. For "top_p",
+        probabilities: the rows sum to 1; they are added in units of 2^-30.
       grid: Geometry that defines the blocks, S = `grid.num_visual_blocks`.
       config: What is selected.
       budget: Pairs to keep: per head for "percentile", per row otherwise. The one of
@@ -62,20 +65,22 @@ def select_blocks(
             f"at sparsity={config.sparsity}"
         )
     budget = jnp.clip(jnp.asarray(budget, jnp.int32), 1, most)
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    keys = ranking.rank_keys(scores)
     forced = _forced_pairs(grid, config)
+    if forced.any():
+        keys = jnp.where(forced, ranking.FIRST, keys)
     match config.selection:
         case "percentile":
-            kept = _select_percentile(scores, forced, budget)
+            kept = _select_percentile(keys, forced, budget)
         case "row_topk":
-            kept = _select_row_topk(scores, forced, budget)
+            kept = _select_row_topk(keys, forced, budget)
         case "top_p":
-            kept = _select_top_p(scores, forced, budget, mass=config.top_p)
-    return BlockMask.from_dense(
-        add_text_blocks(_fill_empty_rows(kept, scores), grid),
-        grid=grid,
-        capacity=mask_capacity(grid, config),
+            kept = _select_top_p(keys, scores, forced, budget, mass=config.top_p)
+    words, first_columns = _add_text_words(kept, grid)
+    row_offsets, block_ids = packed_bits.lists(
+        words, first_columns, mask_capacity(grid, config)
     )
+    return BlockMask(row_offsets=row_offsets, block_ids=block_ids, grid=grid)
 
 
 def compute_mask(
@@ -124,94 +129,98 @@ def add_text_blocks(
     return jnp.pad(kept, ((0, 0), (0, 0), margin, margin), constant_values=True)
 
 
-def keep_largest(
-    values: Float[Array, "*rows C"], count: Int[Array, "*#rows"]
-) -> Bool[Array, "*rows C"]:
-    """Marks the `count` largest entries of each row; ties go to the lower index.
-
-    Args:
-      values: Entries to rank; none is NaN.
-      count: How many to mark, 1 to C; may be traced.
-
-    Returns:
-      Exactly `count` True entries per row.
-    """
-    threshold = kth_largest(values, count)[..., None]
-    above = values > threshold
-    tied = values == threshold
-    num_above = above.sum(-1, keepdims=True, dtype=jnp.int32)
-    tie_number = jnp.cumsum(tied, axis=-1, dtype=jnp.int32)
-    return above | (tied & (tie_number <= count[..., None] - num_above))
-
-
-def kth_largest(
-    values: Float[Array, "*rows C"], k: Int[Array, "*#rows"]
-) -> Float[Array, "*rows"]:
-    """The k-th largest entry of each row, k from 1.
-
-    Selection needs nothing else from a ranking, so a faster algorithm (a radix
-    select on a GPU) replaces this one function.
-    """
-    ascending = jnp.sort(values, axis=-1)
-    index = jnp.broadcast_to(values.shape[-1] - k, values.shape[:-1])
-    return jnp.take_along_axis(ascending, index[..., None], axis=-1)[..., 0]
-
-
 def _select_percentile(
-    scores: Float[Array, "B N S S"],
+    keys: UInt32[Array, "B N S S"],
     forced: Bool[np.ndarray, "S S"],
     budget: Int[Array, ""],
-) -> Bool[Array, "B N S S"]:
-    """Ranks all pairs of a head together."""
-    flat = _ranked(scores, forced).reshape(*scores.shape[:2], -1)
+) -> UInt32[Array, "B N S W"]:
+    """Ranks all pairs of a head together; an empty row then gets its best pair."""
     count = jnp.maximum(budget, int(forced.sum()))
-    return keep_largest(flat, count[None, None]).reshape(scores.shape)
+    threshold = ranking.kth_largest_of_map(keys, count)
+    of_rows = jnp.broadcast_to(threshold[..., None], keys.shape[:3])
+    packed = ranking.pack_rows(keys, of_rows)
+    kept = packed.largest_of_map(count)
+    is_empty = (kept == 0).all(-1, keepdims=True)
+    return jnp.where(is_empty, packed.best_of_row(), kept)
 
 
 def _select_row_topk(
-    scores: Float[Array, "B N S S"],
+    keys: UInt32[Array, "B N S S"],
     forced: Bool[np.ndarray, "S S"],
     budget: Int[Array, ""],
-) -> Bool[Array, "B N S S"]:
+) -> UInt32[Array, "B N S W"]:
     """Ranks the pairs of each row; every row has the same budget."""
     count = jnp.maximum(budget, forced.sum(-1, dtype=np.int32))
-    return keep_largest(_ranked(scores, forced), count[None, None])
+    threshold = ranking.kth_largest_of_row(keys, count)
+    return ranking.pack_rows(keys, threshold).largest_of_row(count)
 
 
 def _select_top_p(
-    scores: Float[Array, "B N S S"],
+    keys: UInt32[Array, "B N S S"],
+    probabilities: Float[Array, "B N S S"],
     forced: Bool[np.ndarray, "S S"],
     budget: Int[Array, ""],
     *,
     mass: float,
-) -> Bool[Array, "B N S S"]:
+) -> UInt32[Array, "B N S W"]:
     """Keeps pairs of each row, best first, until they hold `mass` or are `budget`."""
-    # A stable sort of the negated scores puts tied pairs in index order.
-    order = jnp.argsort(-_ranked(scores, forced), axis=-1, stable=True)
-    probabilities = jnp.take_along_axis(scores, order, axis=-1)
-    mass_up_to = jnp.cumsum(probabilities, axis=-1)
-    mass_before = jnp.pad(mass_up_to[..., :-1], [(0, 0)] * 3 + [(1, 0)])
-    position = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    num_forced = forced.sum(-1, dtype=np.int32)[:, None]
-    wanted = (mass_before < mass) & (position < budget)
-    kept = wanted | (position < num_forced) | (position == 0)
-    return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+    units = jnp.nan_to_num(probabilities.astype(jnp.float32)) * MASS_UNITS
+    units = jnp.round(jnp.clip(units, 0.0, MASS_UNITS)).astype(jnp.uint32)
+    wanted = np.uint32(round(mass * MASS_UNITS))
+    least = jnp.asarray(np.maximum(forced.sum(-1, dtype=np.int32), 1))
+    most = jnp.maximum(budget, least)
+
+    def at_or_above(key):
+        is_in = keys >= key[..., None]
+        count = is_in.sum(-1, dtype=jnp.int32)
+        return count, jnp.where(is_in, units, 0).sum(-1, dtype=jnp.uint32)
+
+    def reached(key):
+        count, held = at_or_above(key)
+        return (count >= least) & ((held >= wanted) | (count >= most))
+
+    threshold = ranking.largest_key(reached, keys.shape[:3])
+    is_above = keys > threshold[..., None]
+    above = is_above.sum(-1, dtype=jnp.int32)
+    held = jnp.where(is_above, units, 0).sum(-1, dtype=jnp.uint32)
+    missing = wanted - jnp.minimum(held, wanted)
+    # Pairs at the threshold are equal, so they hold the same mass.
+    each = jnp.where(keys == threshold[..., None], units, 0).max(-1)
+    num_missing = -(
+        -missing.astype(jnp.int32) // jnp.maximum(each, 1).astype(jnp.int32)
+    )
+    count = jnp.clip(above + num_missing, least, most)
+    return ranking.pack_rows(keys, threshold).largest_of_row(count)
 
 
-def _ranked(
-    scores: Float[Array, "B N S S"], forced: Bool[np.ndarray, "S S"]
-) -> Float[Array, "B N S S"]:
-    """Puts the forced pairs before all others."""
-    return jnp.where(forced, jnp.inf, scores) if forced.any() else scores
+def _add_text_words(
+    kept: UInt32[Array, "B N S W"], grid: VideoGrid
+) -> tuple[UInt32[Array, "B N R words"], Int[np.ndarray, " words"]]:
+    """Adds rows and columns of text blocks; all their pairs are kept.
 
-
-def _fill_empty_rows(
-    kept: Bool[Array, "B N S S"], scores: Float[Array, "B N S S"]
-) -> Bool[Array, "B N S S"]:
-    """Gives each empty row its best pair; ties go to the lower key block."""
-    best = jnp.argmax(scores, axis=-1)[..., None]
-    is_best = jnp.arange(scores.shape[-1], dtype=best.dtype) == best
-    return kept | (is_best & ~kept.any(-1, keepdims=True))
+    Returns the words and the column of the lowest bit of each. The words of the text
+    stand beside those of the video: nothing is shifted into them.
+    """
+    starts = [
+        np.arange(blocks.start, blocks.stop, packed_bits.BITS, dtype=np.int32)
+        for blocks in (grid.visual_blocks, grid.text_blocks)
+    ]
+    if not grid.num_text_blocks:
+        return kept, starts[0]
+    full = [
+        packed_bits.full(count)
+        for count in (grid.num_visual_blocks, grid.num_text_blocks)
+    ]
+    text_columns = jnp.broadcast_to(full[1], (*kept.shape[:-1], full[1].size))
+    columns = [kept, text_columns]
+    is_before = grid.text_side == "before"
+    if is_before:
+        starts, full, columns = starts[::-1], full[::-1], columns[::-1]
+    visual_rows = jnp.concatenate(columns, axis=-1)
+    row = np.concatenate(full)
+    text_rows = jnp.broadcast_to(row, (*kept.shape[:2], grid.num_text_blocks, row.size))
+    rows = [text_rows, visual_rows] if is_before else [visual_rows, text_rows]
+    return jnp.concatenate(rows, axis=-2), np.concatenate(starts)
 
 
 @functools.lru_cache(maxsize=64)

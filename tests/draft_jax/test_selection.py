@@ -13,7 +13,6 @@ from draft_jax.config import (
     static_budget,
 )
 from draft_jax.grid import VideoGrid
-from draft_jax.selection import keep_largest
 from draft_jax.selection import select_blocks as select_blocks_eagerly
 
 # One program per case: eager calls would compile every operation for itself.
@@ -263,15 +262,3 @@ def test_sparsity_zero_keeps_every_pair():
         config = DraftConfig(selection=selection, sparsity=0.0)
         scores = jnp.asarray(softmax_scores(GRIDS[1]))
         assert select_blocks(scores, grid=GRIDS[1], config=config).to_dense().all()
-
-
-def test_keep_largest_with_infinities():
-    values = jnp.asarray([-np.inf, 1.0, np.inf, np.inf, -np.inf])
-    for count, expected in [
-        (1, [0, 0, 1, 0, 0]),
-        (2, [0, 0, 1, 1, 0]),
-        (4, [1, 1, 1, 1, 0]),
-        (5, [1, 1, 1, 1, 1]),
-    ]:
-        got = keep_largest(values, jnp.asarray(count))
-        np.testing.assert_array_equal(got, np.array(expected, bool))
