@@ -103,13 +103,14 @@ def smooth_inputs(shape: Shape, seed: int = 0) -> tuple[jax.Array, ...]:
     size = (1, grid.num_tokens, shape.num_heads, shape.head_dim)
     signal = jnp.cos(jnp.asarray(place, jnp.float32) @ waves + phase).reshape(size)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def make(key, amplitude):
+    @jax.jit  # the signal is an argument, or it would be a constant of a gigabyte
+    def make(key, signal, amplitude):
         noise = jax.random.normal(key, size, jnp.float32)
         return (noise + amplitude * signal).astype(shape.dtype)
 
     keys = jax.random.split(jax.random.key(seed), 3)
-    return make(keys[0], 1.0), make(keys[1], 1.0), make(keys[2], 0.0)
+    amplitudes = (1.0, 1.0, 0.0)
+    return tuple(make(k, signal, a) for k, a in zip(keys, amplitudes, strict=True))
 
 
 def draft_mask(shape: Shape, q: jax.Array, k: jax.Array, density: float) -> BlockMask:
