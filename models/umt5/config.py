@@ -9,6 +9,8 @@ from typing import Any
 # of the published weights exceed 65504, where the original code clamps.
 _FLOAT_NAMES = ("float32", "bfloat16")
 
+TEXT_LENGTH = 512  # tokens of a prompt that Wan2.1 reads, the end token included
+
 # Published name of each of our fields in a transformers `config.json`.
 _PUBLISHED_FIELDS = {
     "vocab_size": "vocab_size",

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import safetensors.numpy
 from jaxtyping import Array, Float, Int
 
 from models.safetensors_io import CheckpointError
-from models.umt5.config import UMT5Config
+from models.umt5.config import TEXT_LENGTH, UMT5Config
 from models.umt5.text_encoder import UMT5TextEncoder, pad_rows
 from models.umt5.tokenizer import UMT5Tokenizer, clean_prompt
 
@@ -38,14 +38,14 @@ class EmbeddingCache:
       identity: Says which encoder the vectors come from; see `encoder_identity`.
     """
 
-    folder: Path
+    folder: Path | str
     identity: str
 
     def path(self, prompt: str) -> Path:
         """The file of a prompt; prompts that clean to the same text share it."""
         key = json.dumps([_FORMAT, self.identity, clean_prompt(prompt)])
         digest = hashlib.sha256(key.encode()).hexdigest()
-        return self.folder / f"{digest}.safetensors"
+        return Path(self.folder) / f"{digest}.safetensors"
 
     def load(self, prompt: str) -> TokenVectors | None:
         """The vectors of a prompt, or None if they are not there.
@@ -179,7 +179,9 @@ class GivenTextEncoder:
         pad_rows(list(self.embeddings.values()), self.text_length)
 
     @classmethod
-    def load(cls, path: Path | str, *, text_length: int = 512) -> "GivenTextEncoder":
+    def load(
+        cls, path: Path | str, *, text_length: int = TEXT_LENGTH
+    ) -> "GivenTextEncoder":
         """Reads the file that `save` writes.
 
         Raises:
@@ -250,13 +252,12 @@ def _write(
     data = safetensors.numpy.save(
         {key: np.ascontiguousarray(value) for key, value in tensors.items()}, metadata
     )
-    handle, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        partial.write_bytes(data)
         os.replace(partial, path)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _sample_digest(path: Path) -> str:

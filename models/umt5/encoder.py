@@ -83,8 +83,8 @@ def random_umt5_encoder(
 ) -> UMT5Encoder:
     """An encoder with random weights, made on the device in one compiled program.
 
-    For measurements of time and memory at full size. Only the weights themselves
-    are ever held, in `config.param_dtype`.
+    For measurements of time and memory at full size: nothing is drawn on the host,
+    and weights are drawn in `config.param_dtype`.
 
     Args:
       config: Sizes and dtypes.
@@ -92,7 +92,8 @@ def random_umt5_encoder(
       device: Where they are made; the default device if None.
     """
     with jax.default_device(device):
-        return _compiled_random(config, jax.random.key(seed))
+        # "rbg" compiles in half the time of the default generator.
+        return _compiled_random(config, jax.random.key(seed, impl="rbg"))
 
 
 def _random(config: UMT5Config, key: Key[Array, ""]) -> UMT5Encoder:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from models.safetensors_io import CheckpointError
+from models.umt5.config import TEXT_LENGTH
 
 FILE = "tokenizer.json"
 # Where the published checkpoint folders keep it: original Wan, diffusers.
@@ -34,13 +35,13 @@ class UMT5Tokenizer:
       digest: SHA-256 of the file.
     """
 
-    def __init__(self, path: Path | str, *, max_length: int = 512) -> None:
+    def __init__(self, path: Path | str, *, max_length: int = TEXT_LENGTH) -> None:
         """Reads a tokenizer.
 
         Args:
           path: `tokenizer.json`, the folder it is in, or a checkpoint folder in
             the original Wan or the diffusers layout.
-          max_length: Tokens of a prompt that are kept; Wan2.1 keeps 512.
+          max_length: Tokens of a prompt that are kept, the end token included.
 
         Raises:
           CheckpointError: There is no such file, or it is damaged or not a UMT5
@@ -65,10 +66,10 @@ class UMT5Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         padding, end = map(self._tokenizer.token_to_id, (_PADDING, _END))
-        if padding is None or self._tokenizer.encode("").ids != [end]:
+        if padding is None or self._tokenizer.encode("").ids[-1:] != [end]:
             raise CheckpointError(
                 f"{self.file} is not a UMT5 tokenizer: it must have the token "
-                f"{_PADDING!r} and encode an empty prompt as {_END!r} alone"
+                f"{_PADDING!r} and end every prompt with {_END!r}"
             )
         self._padding, self._end = padding, end
 

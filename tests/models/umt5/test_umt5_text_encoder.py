@@ -17,7 +17,7 @@ from models.umt5.embeddings import (
     GivenTextEncoder,
     encoder_identity,
 )
-from models.umt5.text_encoder import UMT5TextEncoder, pad_rows
+from models.umt5.text_encoder import UMT5TextEncoder, default_dtype, pad_rows
 from models.umt5.tokenizer import UMT5Tokenizer
 from models.wan.pipeline import TextEncoder
 from tests.models.umt5.conftest import FIXTURES, copy_of
@@ -55,7 +55,7 @@ def test_long_and_short_prompts_agree_at_any_padded_size(text_encoder):
     """Prompts run at 32, 64, ... tokens; the size must not show."""
     tokenizer = UMT5Tokenizer(FIXTURES / "umt5_tokenizer", max_length=100)
     encoder = dataclasses.replace(text_encoder, tokenizer=tokenizer)
-    prompts = ["a", "cats and dogs " * 4, "cats and dogs " * 8]
+    prompts = ["a", "cats and dogs " * 5, "cats and dogs " * 11]
     ids, lengths = tokenizer.encode(prompts)
     assert [n > 32 for n in lengths] == [False, True, True]
     assert [n > 64 for n in lengths] == [False, False, True]
@@ -106,6 +106,10 @@ def test_load_reads_both_parts(text_encoder, expected, tmp_path):
         device=device,
     )
     np.testing.assert_array_equal(again.encode(PROMPTS)[0], expected[0])
+
+
+def test_cpus_compute_in_float32():
+    assert default_dtype(jax.devices("cpu")[0]) == "float32"
 
 
 def test_a_table_smaller_than_the_tokenizer_is_refused(tokenizer, cases):
