@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from models.safetensors_io import CheckpointError
 from models.umt5.config import TEXT_LENGTH, UMT5Config
 from models.umt5.text_encoder import UMT5TextEncoder, pad_rows
-from models.umt5.tokenizer import UMT5Tokenizer, clean_prompt
+from models.umt5.tokenizer import UMT5Tokenizer, check_prompts, clean_prompt
 
 TokenVectors = Float[np.ndarray, "_ E"]
 _FORMAT = "draft-video-embedding-1"
@@ -127,8 +127,10 @@ class CachedTextEncoder:
         Raises:
           CheckpointError: A stored embedding is damaged.
           LookupError: Prompts are not stored, and there is no encoder.
+          TypeError: `prompts` is a string, not a sequence of them.
           ValueError: There is no prompt.
         """
+        check_prompts(prompts)
         rows = {prompt: self.cache.load(prompt) for prompt in prompts}
         missing = [prompt for prompt, row in rows.items() if row is None]
         if missing and self.load_encoder is None:
@@ -216,8 +218,10 @@ class GivenTextEncoder:
 
         Raises:
           LookupError: Embeddings of a prompt were not given.
+          TypeError: `prompts` is a string, not a sequence of them.
           ValueError: There is no prompt.
         """
+        check_prompts(prompts)
         unknown = [prompt for prompt in prompts if prompt not in self.embeddings]
         if unknown:
             raise LookupError(

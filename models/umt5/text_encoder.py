@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from models.umt5.config import TEXT_LENGTH, UMT5Config
 from models.umt5.convert import load_umt5_encoder
 from models.umt5.encoder import UMT5Encoder
-from models.umt5.tokenizer import UMT5Tokenizer
+from models.umt5.tokenizer import UMT5Tokenizer, check_prompts
 
 # Prompts run padded to a power of two of tokens, at least this many, so that few
 # programs are compiled and a short prompt does not pay for 512 rows.
@@ -94,6 +94,7 @@ class UMT5TextEncoder:
         Raises:
           FloatingPointError: The encoder's result is not finite.
           RuntimeError: `free` was called.
+          TypeError: `prompts` is a string, not a sequence of them.
           ValueError: There is no prompt.
         """
         rows = self.embed(prompts)
@@ -104,16 +105,16 @@ class UMT5TextEncoder:
 
         Takes and raises what `encode` does.
         """
-        ids, lengths = self.tokenizer.encode(list(dict.fromkeys(prompts)))
+        check_prompts(prompts)
+        prompts = list(dict.fromkeys(prompts))
+        ids, lengths = self.tokenizer.encode(prompts)
         leaves = jax.tree.leaves(nnx.state(self.model))
         if any(leaf.is_deleted() for leaf in leaves):
             raise RuntimeError("the text encoder was freed; load it again")
         rows = {}
         # Weights that are not bound to a device would else be moved to the default.
         with jax.default_device(min(leaves[0].devices(), key=lambda d: d.id)):
-            for prompt, tokens, length in zip(
-                dict.fromkeys(prompts), ids, lengths, strict=True
-            ):
+            for prompt, tokens, length in zip(prompts, ids, lengths, strict=True):
                 size = _padded_length(int(length), self.tokenizer.max_length)
                 output = _run(self.model, tokens[None, :size], length[None])
                 rows[prompt] = np.asarray(output)[0, :length]

@@ -94,23 +94,36 @@ class UMT5Tokenizer:
         Raises:
           ImportError: The package `ftfy` is not installed.
           TypeError: `prompts` is a string, not a sequence of them.
+          ValueError: There is no prompt.
         """
-        if isinstance(prompts, str):
-            raise TypeError(f"{prompts=} must be a sequence of strings")
+        check_prompts(prompts)
         ids = np.full((len(prompts), self.max_length), self._padding, np.int32)
         lengths = np.zeros(len(prompts), np.int32)
         for row, prompt in enumerate(prompts):
             tokens = self._tokenizer.encode(clean_prompt(prompt)).ids
             if len(tokens) > self.max_length:
                 warnings.warn(
-                    f"prompt {row} has {len(tokens)} tokens; only the first "
-                    f"{self.max_length - 1} and the end token are read",
+                    f"the prompt {prompt[:60]!r} has {len(tokens)} tokens; only the "
+                    f"first {self.max_length - 1} and the end token are read",
                     stacklevel=2,
                 )
                 tokens = [*tokens[: self.max_length - 1], self._end]
             ids[row, : len(tokens)] = tokens
             lengths[row] = len(tokens)
         return ids, lengths
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuses a single string, which is a sequence of strings too.
+
+    Raises:
+      TypeError: `prompts` is a string.
+      ValueError: There is no prompt.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"{prompts=} must be a sequence of strings")
+    if not prompts:
+        raise ValueError(f"{prompts=} must hold at least one prompt")
 
 
 def clean_prompt(prompt: str) -> str:

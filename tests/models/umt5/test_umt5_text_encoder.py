@@ -78,6 +78,22 @@ def test_all_encoders_follow_the_protocol(text_encoder, tmp_path):
     assert "303 known pieces" in text_encoder.describe_vocabulary()
 
 
+@pytest.mark.usefixtures("without_jaxtyping")
+def test_a_string_and_no_prompt_are_refused(text_encoder, tokenizer, tmp_path):
+    cache = EmbeddingCache(folder=tmp_path, identity="x")
+    rows = {"a": np.zeros((1, 2), np.float32)}
+    for encoder in (
+        tokenizer,
+        text_encoder,
+        CachedTextEncoder(cache=cache, text_length=24),
+        GivenTextEncoder(embeddings=rows, text_length=24),
+    ):
+        with pytest.raises(TypeError, match="prompts='a' must be a sequence of str"):
+            encoder.encode("a")
+        with pytest.raises(ValueError, match=r"prompts=\[\] must hold at least one"):
+            encoder.encode([])
+
+
 def test_a_freed_encoder_says_so(text_encoder):
     encoder = copy_of(text_encoder)
     encoder.free()
