@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# float16 is left out on purpose: the residual stream and the feed-forward products
-# of the published weights exceed 65504, where the original code clamps.
+# float16 is left out on purpose: activations of T5 encoders overflow it, which the
+# original code hides by clamping infinities.
 _FLOAT_NAMES = ("float32", "bfloat16")
 
 TEXT_LENGTH = 512  # tokens of a prompt that Wan2.1 reads, the end token included
@@ -88,7 +88,7 @@ class UMT5Config:
             if getattr(self, name) not in _FLOAT_NAMES:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} must be one of {_FLOAT_NAMES}; "
-                    "the published weights overflow in float16"
+                    "activations of T5 encoders overflow float16"
                 )
 
     @classmethod
