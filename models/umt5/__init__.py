@@ -1,0 +1,1 @@
+"""UMT5, the text encoder of Wan2.1: tokenizer, encoder, and stored embeddings."""

@@ -1,0 +1,181 @@
+"""Layers of a UMT5 encoder block.
+
+Attribute names are those of the original Wan checkpoint. Where a value changes
+dtype: the residual stream, norms, position bias, logits and softmax are float32;
+what enters a matrix product is cast to `config.dtype`, and so is what comes out of
+it. The published code keeps the residual stream in bfloat16 too; ours rounds less.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.umt5.config import UMT5Config
+
+
+def relative_position_buckets(
+    length: int, num_buckets: int, max_distance: int
+) -> Int[np.ndarray, "T T"]:
+    """Row of the position table for each query (first axis) and key.
+
+    Half of the rows are for keys after the query. In each half, the first
+    `num_buckets // 4` distances have rows of their own; farther ones share rows
+    whose width grows geometrically up to `max_distance`.
+
+    Args:
+      length: Tokens, T.
+      num_buckets: Rows of the table.
+      max_distance: Tokens; the last row holds all keys this far away or farther.
+
+    Source: Mesh TensorFlow `_relative_position_bucket`, as in Wan2.1
+    `T5RelativeEmbedding`.
+    """
+    position = np.arange(length)
+    offset = position[None, :] - position[:, None]
+    distance = np.abs(offset)
+    half = num_buckets // 2
+    exact = half // 2
+    # Rounded where the published float32 code rounds, so that no distance changes
+    # its bucket.
+    ratio = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact))
+    ratio = ratio / np.float32(math.log(max_distance / exact))
+    far = exact + (ratio * np.float32(half - exact)).astype(np.int32)
+    bucket = np.where(distance < exact, distance, np.minimum(far, half - 1))
+    return (bucket + half * (offset > 0)).astype(np.int32)
+
+
+class RelativePositionBias(nnx.Module):
+    """A learned number for each head and bucket of distances, added to logits."""
+
+    def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs) -> None:
+        shape = (config.num_buckets, config.num_heads)
+        init = nnx.initializers.normal((2 * math.prod(shape)) ** -0.5)
+        dtype = jnp.dtype(config.param_dtype)
+        self.embedding = nnx.Param(init(rngs.params(), shape, dtype))
+
+    def __call__(self, buckets: Int[Array, "T T"]) -> Float[Array, "1 N T T"]:
+        """The bias of each query (third axis) and key, float32."""
+        table = self.embedding[...].astype(jnp.float32)
+        return table[buckets].transpose(2, 0, 1)[None]
+
+
+class Attention(nnx.Module):
+    """Self-attention with a position bias; its logits are not scaled.
+
+    Source: Wan2.1 `T5Attention`, transformers `UMT5Attention`.
+    """
+
+    def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs) -> None:
+        inner = config.num_heads * config.head_dim
+        self.config = config
+        # Small queries stand in for the scaling that other models apply to logits.
+        q_std = (config.dim * config.head_dim) ** -0.5
+        self.q = linear(config.dim, inner, config, rngs, std=q_std)
+        self.k = linear(config.dim, inner, config, rngs)
+        self.v = linear(config.dim, inner, config, rngs)
+        self.o = linear(inner, config.dim, config, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        bias: Float[Array, "1 N T T"],
+        lengths: Int[Array, " B"],
+    ) -> Float[Array, "B T E"]:
+        """Attends from every row to the first `lengths` rows; in and out in `dtype`.
+
+        The softmax is float32; probabilities are cast to `dtype` before they
+        multiply the values. Logits of size [B, N, T, T] exist at once.
+        """
+        heads = (*x.shape[:2], self.config.num_heads, self.config.head_dim)
+        q, k, v = (layer(x).reshape(heads) for layer in (self.q, self.k, self.v))
+        attended = jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            bias=bias,
+            scale=1.0,
+            key_value_seq_lengths=lengths,
+            implementation="xla",  # cuDNN takes no bias in float32
+        )
+        return self.o(attended.reshape(*x.shape[:2], -1))
+
+
+class FeedForward(nnx.Module):
+    """GELU-gated linear unit; in and out in `dtype`.
+
+    Source: Wan2.1 `T5FeedForward`, transformers `UMT5DenseGatedActDense`.
+    """
+
+    def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs) -> None:
+        self.gate = linear(config.dim, config.ffn_dim, config, rngs)
+        self.fc1 = linear(config.dim, config.ffn_dim, config, rngs)
+        self.fc2 = linear(config.ffn_dim, config.dim, config, rngs)
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        gate = jax.nn.gelu(self.gate(x), approximate=True)
+        return self.fc2(self.fc1(x) * gate)
+
+
+class UMT5Block(nnx.Module):
+    """Self-attention and feed-forward network, each on a normed copy of the stream.
+
+    Source: Wan2.1 `T5SelfAttention` with `shared_pos=False`.
+    """
+
+    def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs) -> None:
+        self.dtype = config.dtype
+        self.pos_embedding = RelativePositionBias(config, rngs=rngs)
+        self.norm1 = rms_norm(config, rngs)
+        self.attn = Attention(config, rngs=rngs)
+        self.norm2 = rms_norm(config, rngs)
+        self.ffn = FeedForward(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        buckets: Int[Array, "T T"],
+        lengths: Int[Array, " B"],
+    ) -> Float[Array, "B T E"]:
+        """Runs the block on the residual stream, float32 in and out."""
+        bias = self.pos_embedding(buckets)
+        hidden = self.attn(self.norm1(x).astype(self.dtype), bias, lengths)
+        x = x + hidden.astype(jnp.float32)
+        hidden = self.ffn(self.norm2(x).astype(self.dtype))
+        return x + hidden.astype(jnp.float32)
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    config: UMT5Config,
+    rngs: nnx.Rngs,
+    *,
+    std: float | None = None,
+) -> nnx.Linear:
+    """A matrix without bias; `std` of its initial values keeps variance if None."""
+    init: Callable = nnx.initializers.normal(std or in_features**-0.5)
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=False,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        kernel_init=init,
+        rngs=rngs,
+    )
+
+
+def rms_norm(config: UMT5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Root mean square norm with a learned scale; computes and returns float32."""
+    return nnx.RMSNorm(
+        config.dim,
+        epsilon=config.eps,
+        dtype=jnp.float32,
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )

@@ -1,0 +1,190 @@
+"""Prompts to the context of cross-attention, by a UMT5 encoder in memory."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.umt5.config import TEXT_LENGTH, UMT5Config
+from models.umt5.convert import load_umt5_encoder
+from models.umt5.encoder import UMT5Encoder
+from models.umt5.tokenizer import UMT5Tokenizer, check_prompts
+
+# Prompts run padded to a power of two of tokens, at least this many, so that few
+# programs are compiled and a short prompt does not pay for 512 rows.
+_SHORTEST = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UMT5TextEncoder:
+    """Tokenizer and encoder; a `TextEncoder` of `models.wan.pipeline`.
+
+    It runs where its weights are; results go to the default device.
+
+    Args:
+      model: The encoder.
+      tokenizer: Its `max_length` is the number of context rows, L.
+
+    Raises:
+      ValueError: The tokenizer has more tokens than the encoder.
+    """
+
+    model: UMT5Encoder
+    tokenizer: UMT5Tokenizer
+
+    def __post_init__(self) -> None:
+        table = self.model.config.vocab_size
+        if self.tokenizer.vocab_size > table:
+            raise ValueError(
+                f"{self.tokenizer.file} has {self.tokenizer.vocab_size} tokens; the "
+                f"encoder has vectors for {table}"
+            )
+
+    @classmethod
+    def load(
+        cls,
+        weights: str | os.PathLike | Mapping[str, Any],
+        tokenizer: Path | str,
+        *,
+        config: UMT5Config | None = None,
+        max_length: int = TEXT_LENGTH,
+        device: jax.Device | None = None,
+    ) -> "UMT5TextEncoder":
+        """Reads both parts.
+
+        Args:
+          weights: See `load_umt5_encoder`.
+          tokenizer: See `UMT5Tokenizer`.
+          config: Sizes of the encoder, and how to run it; `UMT5Config.xxl()` with
+            `default_dtype` of the device if None.
+          max_length: Context rows, L.
+          device: Where the encoder is put and runs, such as `jax.devices("cpu")[0]`;
+            the default device if None.
+
+        Raises:
+          CheckpointError: A file is missing or damaged.
+          ConversionError: Weights and `config` do not fit.
+          ImportError: An optional package is not installed.
+        """
+        # The small file first: what is wrong with it shows at once.
+        parts = UMT5Tokenizer(tokenizer, max_length=max_length)
+        config = config or UMT5Config.xxl(dtype=default_dtype(device))
+        model = load_umt5_encoder(weights, config, device=device)
+        return cls(model=model, tokenizer=parts)
+
+    def encode(
+        self, prompts: Sequence[str]
+    ) -> tuple[Float[Array, "B L E"], Int[Array, " B"]]:
+        """Context of the prompts, and how many of its rows are tokens.
+
+        Args:
+          prompts: At least one; equal ones are computed once. Each runs by itself,
+            so its context does not depend on the others.
+
+        Returns:
+          Context in float32, zero past the end of a prompt; lengths in int32.
+
+        Raises:
+          FloatingPointError: The encoder's result is not finite.
+          RuntimeError: `free` was called.
+          TypeError: `prompts` is a string, not a sequence of them.
+          ValueError: There is no prompt.
+        """
+        rows = self.embed(prompts)
+        return pad_rows([rows[prompt] for prompt in prompts], self.tokenizer.max_length)
+
+    def embed(self, prompts: Sequence[str]) -> dict[str, Float[np.ndarray, "_ E"]]:
+        """Vectors of each prompt's tokens, by prompt, in host memory.
+
+        Takes and raises what `encode` does.
+        """
+        check_prompts(prompts)
+        prompts = list(dict.fromkeys(prompts))
+        ids, lengths = self.tokenizer.encode(prompts)
+        leaves = jax.tree.leaves(nnx.state(self.model))
+        if any(leaf.is_deleted() for leaf in leaves):
+            raise RuntimeError("the text encoder was freed; load it again")
+        rows = {}
+        # Weights that are not bound to a device would else be moved to the default.
+        with jax.default_device(min(leaves[0].devices(), key=lambda d: d.id)):
+            for prompt, tokens, length in zip(prompts, ids, lengths, strict=True):
+                size = _padded_length(int(length), self.tokenizer.max_length)
+                output = _run(self.model, tokens[None, :size], length[None])
+                rows[prompt] = np.asarray(output)[0, :length]
+        for prompt, vectors in rows.items():
+            if not np.isfinite(vectors).all():
+                raise FloatingPointError(f"the context of {prompt!r} is not finite")
+        return rows
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """None: a subword tokenizer writes any word in pieces it knows."""
+        return []
+
+    def describe_vocabulary(self) -> str:
+        """What prompts can be made of."""
+        return f"any text; it is split into {self.tokenizer.vocab_size} known pieces"
+
+    def free(self) -> None:
+        """Deletes the weights from the device, whoever else holds them."""
+        for leaf in jax.tree.leaves(nnx.state(self.model)):
+            leaf.delete()
+
+
+def default_dtype(device: jax.Device | None = None) -> str:
+    """The faster `UMT5Config.dtype` on a device, the default device if None.
+
+    Without bfloat16 instructions, a CPU runs three full-size layers two to three
+    times faster in float32 (measured); weights are widened one layer at a time.
+    """
+    platform = jax.default_backend() if device is None else device.platform
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
+def pad_rows(
+    rows: Sequence[Float[np.ndarray, "_ E"]], length: int
+) -> tuple[Float[Array, "B L E"], Int[Array, " B"]]:
+    """Context of a batch from the token vectors of its prompts.
+
+    Args:
+      rows: At least one; at most `length` vectors each, of equal width.
+      length: Context rows, L.
+
+    Returns:
+      Context in float32, zero past the end of a prompt; lengths in int32. Both are
+      on the default device.
+
+    Raises:
+      ValueError: There is no prompt, or a prompt is too long or of another width.
+    """
+    shapes = [row.shape for row in rows]
+    widths = {shape[-1] for shape in shapes}
+    if len(widths) != 1 or any(
+        len(shape) != 2 or not 1 <= shape[0] <= length for shape in shapes
+    ):
+        raise ValueError(
+            f"token vectors have the shapes {shapes}; expected at least one prompt, "
+            f"1 to {length} vectors each, all of one width"
+        )
+    context = np.zeros((len(rows), length, *widths), np.float32)
+    for item, row in zip(context, rows, strict=True):
+        item[: len(row)] = row
+    lengths = np.array([len(row) for row in rows], np.int32)
+    return jnp.asarray(context), jnp.asarray(lengths)
+
+
+@nnx.jit
+def _run(
+    model: UMT5Encoder, ids: Int[Array, "B T"], lengths: Int[Array, " B"]
+) -> Float[Array, "B T E"]:
+    return model(ids, lengths)
+
+
+def _padded_length(length: int, max_length: int) -> int:
+    return min(max(_SHORTEST, 1 << (length - 1).bit_length()), max_length)
