@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from draft_jax.config import DraftConfig
 from draft_jax.schedule import SparsitySchedule
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
-from models.schedulers import FlowEuler
+from models.schedulers import Solver, SolverName, make_solver
 from models.wan.sampler import (
+    GuidanceBatching,
     LatentShape,
     Sampler,
     SamplerState,
@@ -68,13 +69,15 @@ class Sampling:
       guidance: Classifier-free guidance: the prediction is
         `negative + guidance * (prompt - negative)`. 1.0 turns it off, which halves
         the work.
-      shift: See `FlowEuler`.
+      shift: Of the noise levels; see `FlowEuler`.
+      solver: "euler" or "unipc" with its default grid, or an object with as many
+        steps as `num_steps`, which has its own shift.
       seed: Of the initial noise.
       negative_prompt: What guidance leads away from.
 
     Raises:
       ValueError: A size is not a positive integer, the seed is not an integer in
-        [0, 2**32), or a number is not finite and in range.
+        [0, 2**32), a number is not finite and in range, or there is no such solver.
     """
 
     frames: int = 24
@@ -83,6 +86,7 @@ class Sampling:
     num_steps: int = 16
     guidance: float = 4.0
     shift: float = 3.0
+    solver: SolverName | Solver = "euler"
     seed: int = 0
     negative_prompt: str = ""
 
@@ -97,7 +101,17 @@ class Sampling:
             raise ValueError(
                 f"guidance={self.guidance!r} must be a finite number >= 0; 1 is off"
             )
-        FlowEuler(num_steps=self.num_steps, shift=self.shift)  # validates both
+        solver = self.make_solver()
+        if solver.num_steps != self.num_steps:
+            raise ValueError(
+                f"num_steps={self.num_steps!r} must equal {solver.num_steps=}"
+            )
+
+    def make_solver(self) -> Solver:
+        """The solver that `solver`, `num_steps` and `shift` describe."""
+        if isinstance(self.solver, Solver):
+            return self.solver
+        return make_solver(self.solver, num_steps=self.num_steps, shift=self.shift)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,6 +217,7 @@ class VideoPipeline:
         *,
         draft: DraftConfig | None = None,
         schedule: SparsitySchedule | None = None,
+        guidance_batching: GuidanceBatching = "one_call",
         callback: Callable[[StepReport], None] | None = None,
     ) -> GenerationResult:
         """Generates one video for each prompt.
@@ -217,6 +232,8 @@ class VideoPipeline:
           draft: Draft attention by this configuration; None is dense attention.
           schedule: Which steps and layers stay dense all the same;
             `SparsitySchedule.paper()` by default. Not read if `draft` is None.
+          guidance_batching: Whether a guided step runs prompts and negative prompts
+            in "one_call" or "two_calls"; two need less memory.
           callback: Called after each step.
 
         Returns:
@@ -228,7 +245,11 @@ class VideoPipeline:
         """
         sampling = Sampling() if sampling is None else sampling
         sampler, state, inputs = self.start(
-            prompts, sampling, draft=draft, schedule=schedule
+            prompts,
+            sampling,
+            draft=draft,
+            schedule=schedule,
+            guidance_batching=guidance_batching,
         )
         step_fn, compile_ms = self.compile(sampler, state, inputs)
         reports = []
@@ -257,6 +278,7 @@ class VideoPipeline:
         *,
         draft: DraftConfig | None,
         schedule: SparsitySchedule | None,
+        guidance_batching: GuidanceBatching = "one_call",
     ) -> tuple[Sampler, SamplerState, StepInputs]:
         """What `generate` runs its first step with, for loops of your own.
 
@@ -267,9 +289,10 @@ class VideoPipeline:
         sampler = Sampler.create(
             self.model,
             latent_shape=self.latent_shape(sampling),
-            solver=FlowEuler(num_steps=sampling.num_steps, shift=sampling.shift),
+            solver=sampling.make_solver(),
             draft=draft,
             schedule=schedule,
+            guidance_batching=guidance_batching,
         )
         guided = sampling.guidance != 1.0
         negative = [sampling.negative_prompt] * len(prompts) if guided else []
@@ -286,6 +309,8 @@ class VideoPipeline:
         key = (
             sampler.model.config,
             sampler.latent_shape,
+            type(sampler.solver),
+            sampler.guidance_batching,
             tuple((leaf.shape, leaf.dtype.name) for leaf in leaves),
         )
         if key in self._compiled:

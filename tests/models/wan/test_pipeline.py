@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from draft_jax import DraftConfig, SparsitySchedule
+from models.schedulers import FlowUniPC
 from models.wan.pipeline import Sampling, UnknownWordWarning, VideoPipeline
 from tests import tiny_model
 
@@ -139,6 +140,67 @@ def test_guidance_of_one_does_not_run_the_negative_prompt(pipeline):
     assert np.abs(guided[0].video - guided[1].video).max() > 1e-3
 
 
+def test_unipc_run_follows_its_solver(pipeline):
+    """The loop once more: one model call per prompt, guidance in NumPy."""
+    solver = FlowUniPC(num_steps=4, shift=3.0)
+    by_name = generate(pipeline, sampling={"solver": "unipc"})
+    by_object = generate(pipeline, sampling={"solver": solver, "shift": 1.0})
+    np.testing.assert_array_equal(by_name.latents, by_object.latents)
+    np.testing.assert_array_equal(by_name.timesteps, solver.timesteps)
+    state = pipeline.start(PROMPT, tiny_model.SAMPLING, draft=None, schedule=None)[1]
+    latents = state.latents
+    history = solver.initial_history(latents)
+    contexts = [pipeline.text_encoder.encode([text]) for text in (PROMPT, "")]
+    predict = nnx.jit(
+        lambda model, latents, time, text: model(
+            latents, time, text[0], context_lengths=text[1]
+        )[0]
+    )
+    for index, timestep in enumerate(solver.timesteps):
+        time = jnp.full(1, timestep, jnp.float32)
+        positive, negative = (
+            predict(pipeline.model, latents, time, text) for text in contexts
+        )
+        velocity = negative + tiny_model.SAMPLING.guidance * (positive - negative)
+        latents, history = solver.update(
+            latents, velocity, history, solver.coefficients(index)
+        )
+    np.testing.assert_allclose(
+        by_name.latents, latents, rtol=0, atol=ROUNDING * np.abs(latents).max()
+    )
+
+
+def test_solvers_do_not_share_a_program(pipeline, dense):
+    unipc = generate(pipeline, sampling={"solver": "unipc"})
+    assert np.abs(unipc.latents - dense.latents).max() > 1e-3
+    again = generate(pipeline, sampling={"solver": "euler"})
+    np.testing.assert_array_equal(again.latents, dense.latents)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "solver"),
+    [(None, "euler"), (0.6, "unipc")],
+    ids=["dense-euler", "draft-unipc"],
+)
+def test_guidance_in_two_calls_agrees_with_one(pipeline, sparsity, solver):
+    options = {
+        "draft": None if sparsity is None else DraftConfig(sparsity=sparsity),
+        "sampling": {"solver": solver},
+    }
+    prompts = [PROMPT, "the blue sea"]
+    one = generate(pipeline, prompts, **options)
+    two = generate(pipeline, prompts, **options, guidance_batching="two_calls")
+    scale = np.abs(one.latents).max()
+    np.testing.assert_allclose(two.latents, one.latents, rtol=0, atol=ROUNDING * scale)
+    np.testing.assert_allclose(two.kept_density, one.kept_density, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("without_jaxtyping")
+def test_unknown_guidance_batching_is_named(pipeline):
+    with pytest.raises(ValueError, match="guidance_batching='half' must be one of"):
+        generate(pipeline, guidance_batching="half")
+
+
 def test_callback_sees_every_step_and_may_stop_the_run(pipeline):
     reports = []
     result = generate(pipeline, callback=reports.append)
@@ -198,9 +260,12 @@ def test_empty_prompts_are_refused(pipeline, prompts):
         ({"seed": 2**32}, "seed=4294967296 must be an integer"),
         ({"guidance": float("nan")}, "guidance=nan must be a finite number"),
         ({"shift": 0.0}, "shift=0.0 must be a positive"),
+        ({"solver": "heun"}, "solver='heun' must be one of"),
+        ({"solver": FlowUniPC(num_steps=3)}, r"num_steps=16 must equal .*num_steps=3"),
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("without_jaxtyping")
 def test_bad_sampling_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**changes)
