@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 from draft_jax.config import DraftConfig
 from draft_jax.schedule import SparsitySchedule
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
-from models.schedulers import Solver, SolverName, make_solver
 from models.wan.sampler import (
     GuidanceBatching,
     LatentShape,
@@ -24,11 +23,19 @@ from models.wan.sampler import (
     StepInputs,
     StepReport,
 )
+from models.wan.sampling import Sampling
 from models.wan.transformer import WanTransformer
 
 
 class UnknownWordWarning(UserWarning):
     """A prompt has words that the text encoder was not trained on."""
+
+
+class TextContext(NamedTuple):
+    """What cross-attention sees of some prompts, as a text encoder makes it."""
+
+    embeddings: Float[Array, "B L text_dim"]  # padding included
+    lengths: Int[Array, " B"]  # how many rows are real
 
 
 @runtime_checkable
@@ -40,6 +47,11 @@ class TextEncoder(Protocol):
     ) -> tuple[Float[Array, "B L text_dim"], Int[Array, " B"]]:
         """Context rows, padding included, and how many of them are real."""
 
+
+@runtime_checkable
+class ClosedVocabulary(Protocol):
+    """A text encoder that knows some words only."""
+
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that training did not contain."""
 
@@ -49,69 +61,29 @@ class TextEncoder(Protocol):
 
 @runtime_checkable
 class Codec(Protocol):
-    """Turns latents into pixels."""
+    """Turns pixels into latents and back. Only videos from an image need `encode`."""
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of pixels in one latent position."""
+
+    def latent_shape(self, *, frames: int, height: int, width: int) -> LatentShape:
+        """Frames, rows, columns and channels of the latent of a video.
+
+        Raises:
+          ValueError: Names a side that the codec has no latent for, and what it
+            accepts.
+        """
+
+    def encode(
+        self, video: Float[Array, "B frames height width 3"]
+    ) -> Float[Array, "B F H W C"]:
+        """Latents of pixels in [-1, 1], of the strength the transformer expects."""
 
     def decode(
         self, latents: Float[Array, "B F H W C"]
     ) -> Float[Array, "B frames height width 3"]:
         """Pixels in [-1, 1]."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """What is sampled. Changing a field changes the video.
-
-    Args:
-      frames: Frames of the video.
-      height: Rows of pixels.
-      width: Columns of pixels.
-      num_steps: Steps of the sampler; each is one model call.
-      guidance: Classifier-free guidance: the prediction is
-        `negative + guidance * (prompt - negative)`. 1.0 turns it off, which halves
-        the work.
-      shift: Of the noise levels; see `FlowEuler`.
-      solver: "euler" or "unipc" with its default grid, or an object with as many
-        steps as `num_steps`, which has its own shift.
-      seed: Of the initial noise.
-      negative_prompt: What guidance leads away from.
-
-    Raises:
-      ValueError: A size is not a positive integer, the seed is not an integer in
-        [0, 2**32), a number is not finite and in range, or there is no such solver.
-    """
-
-    frames: int = 24
-    height: int = 96
-    width: int = 128
-    num_steps: int = 16
-    guidance: float = 4.0
-    shift: float = 3.0
-    solver: SolverName | Solver = "euler"
-    seed: int = 0
-    negative_prompt: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("frames", "height", "width"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed!r} must be an integer in [0, 2**32)")
-        if not 0.0 <= self.guidance < float("inf"):
-            raise ValueError(
-                f"guidance={self.guidance!r} must be a finite number >= 0; 1 is off"
-            )
-        solver = self.make_solver()
-        if solver.num_steps != self.num_steps:
-            raise ValueError(
-                f"num_steps={self.num_steps!r} must equal {solver.num_steps=}"
-            )
-
-    def make_solver(self) -> Solver:
-        """The solver that `solver`, `num_steps` and `shift` describe."""
-        if isinstance(self.solver, Solver):
-            return self.solver
-        return make_solver(self.solver, num_steps=self.num_steps, shift=self.shift)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,15 +119,14 @@ class VideoPipeline:
     Args:
       model: The transformer. Its own choice of attention is not used; `generate`
         says which one runs.
-      text_encoder: Makes the context of the prompts.
-      codec: Decodes latents.
-      codec_stride: Frames, rows and columns of pixels in one latent position.
+      text_encoder: Makes the context of the prompts. None if `generate` is always
+        given the context itself, so that a large encoder can be freed first.
+      codec: Decodes latents, and says their shape.
     """
 
     model: WanTransformer
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
     codec: Codec
-    codec_stride: tuple[int, int, int]
     _compiled: dict = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -183,38 +154,56 @@ class VideoPipeline:
                 checkpoint.vocabulary, checkpoint.text_embedding
             ),
             codec=checkpoint.codec,
-            codec_stride=checkpoint.codec.stride,
         )
 
     def latent_shape(self, sampling: Sampling) -> LatentShape:
         """Frames, rows, columns and channels of the latent of a video.
 
         Raises:
-          ValueError: A side of the video is not a multiple of what the codec and
-            the transformer's patches need.
+          ValueError: A side of the video does not suit the codec or the
+            transformer's patches, or codec and transformer differ in channels.
         """
-        sides = []
-        for name, stride, patch in zip(
-            ("frames", "height", "width"),
-            self.codec_stride,
-            self.model.config.patch_size,
-            strict=True,
-        ):
+        config, stride = self.model.config, self.codec.stride
+        for axis, name in ((1, "height"), (2, "width")):
             value = getattr(sampling, name)
-            if value % (stride * patch):
+            multiple = stride[axis] * config.patch_size[axis]
+            if value % multiple:
                 raise ValueError(
-                    f"{name}={value} must be a multiple of {stride * patch} for this "
-                    "model"
+                    f"{name}={value} must be a multiple of {multiple} for this model"
                 )
-            sides.append(value // stride)
-        frames, rows, columns = sides
-        return frames, rows, columns, self.model.config.in_channels
+        shape = self.codec.latent_shape(
+            frames=sampling.frames, height=sampling.height, width=sampling.width
+        )
+        if shape[0] % config.patch_size[0]:
+            raise ValueError(
+                f"frames={sampling.frames} gives {shape[0]} latent frames, which must "
+                f"be a multiple of {config.patch_size[0]} for this model"
+            )
+        if shape[-1] != config.out_channels:
+            raise ValueError(
+                f"the codec has {shape[-1]} latent channels; the transformer makes "
+                f"{config.out_channels}"
+            )
+        return shape
+
+    def encode(self, prompts: str | Sequence[str]) -> TextContext:
+        """The context of prompts, which `generate` takes in their place.
+
+        Raises:
+          ValueError: There is no text encoder, no prompt, or an empty one.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts or not all(prompt.strip() for prompt in prompts):
+            raise ValueError(f"{prompts=} must be at least one prompt, none empty")
+        self._warn_of_unknown_words(prompts)
+        return self._encode(prompts)
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | TextContext,
         sampling: Sampling | None = None,
         *,
+        negative_context: TextContext | None = None,
         draft: DraftConfig | None = None,
         schedule: SparsitySchedule | None = None,
         guidance_batching: GuidanceBatching = "one_call",
@@ -226,9 +215,11 @@ class VideoPipeline:
         one compilation serves dense and sparse steps alike.
 
         Args:
-          prompts: One or more prompts, sampled as one batch. The noise of an item
-            depends on the seed and its position only.
+          prompts: One or more prompts, or their context, sampled as one batch. The
+            noise of an item depends on the seed and its position only.
           sampling: What is sampled; `Sampling()` by default.
+          negative_context: Stands for `sampling.negative_prompt`: one item, or one
+            for each prompt. Not read if the guidance is 1.
           draft: Draft attention by this configuration; None is dense attention.
           schedule: Which steps and layers stay dense all the same;
             `SparsitySchedule.paper()` by default. Not read if `draft` is None.
@@ -240,13 +231,15 @@ class VideoPipeline:
           The videos and their statistics.
 
         Raises:
-          ValueError: There is no prompt, or a size does not suit the model.
+          ValueError: There is no prompt or nothing to encode it with, a context or
+            a size does not suit the model.
           FloatingPointError: A step's result is not finite.
         """
         sampling = Sampling() if sampling is None else sampling
         sampler, state, inputs = self.start(
             prompts,
             sampling,
+            negative_context=negative_context,
             draft=draft,
             schedule=schedule,
             guidance_batching=guidance_batching,
@@ -258,11 +251,13 @@ class VideoPipeline:
             reports.append(report)
             if callback is not None:
                 callback(report)
+        latents = state.latents
+        del state, inputs  # masks can be large, and so is what decoding needs
         start = time.perf_counter()
-        video = np.asarray(self.codec.decode(state.latents), np.float32)
+        video = np.asarray(self.codec.decode(latents), np.float32)
         return GenerationResult(
             video=np.clip(0.5 * (video + 1.0), 0.0, 1.0),
-            latents=np.asarray(state.latents),
+            latents=np.asarray(latents),
             time_ms=np.array([report.time_ms for report in reports]),
             compile_ms=compile_ms,
             decode_ms=1e3 * (time.perf_counter() - start),
@@ -273,9 +268,10 @@ class VideoPipeline:
 
     def start(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | TextContext,
         sampling: Sampling,
         *,
+        negative_context: TextContext | None = None,
         draft: DraftConfig | None,
         schedule: SparsitySchedule | None,
         guidance_batching: GuidanceBatching = "one_call",
@@ -284,21 +280,19 @@ class VideoPipeline:
 
         Takes and raises what `generate` does.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        self._check_prompts(prompts)
+        latent_shape = self.latent_shape(sampling)
+        context = self._context(prompts, sampling, negative_context)
         sampler = Sampler.create(
             self.model,
-            latent_shape=self.latent_shape(sampling),
+            latent_shape=latent_shape,
             solver=sampling.make_solver(),
             draft=draft,
             schedule=schedule,
             guidance_batching=guidance_batching,
         )
-        guided = sampling.guidance != 1.0
-        negative = [sampling.negative_prompt] * len(prompts) if guided else []
-        context, lengths = self.text_encoder.encode(prompts + negative)
-        inputs = StepInputs(context, lengths, jnp.float32(sampling.guidance))
-        state = sampler.initial_state(len(prompts), seed=sampling.seed, guided=guided)
+        batch = len(context.lengths) // (2 if sampling.guided else 1)
+        inputs = StepInputs(*context, jnp.float32(sampling.guidance))
+        state = sampler.initial_state(batch, seed=sampling.seed, guided=sampling.guided)
         return sampler, state, inputs
 
     def compile(
@@ -319,18 +313,66 @@ class VideoPipeline:
         self._compiled[key] = sampler.compile(state, inputs)
         return self._compiled[key], 1e3 * (time.perf_counter() - start)
 
-    def _check_prompts(self, prompts: list[str]) -> None:
-        if not prompts or not all(prompt.strip() for prompt in prompts):
-            raise ValueError(f"{prompts=} must be at least one prompt, none empty")
+    def _context(
+        self,
+        prompts: str | Sequence[str] | TextContext,
+        sampling: Sampling,
+        negative: TextContext | None,
+    ) -> TextContext:
+        """Rows of the prompts and, with guidance, those of negative prompts."""
+        if isinstance(prompts, TextContext):
+            self._check_context("prompts", prompts)
+            positive = prompts
+        else:
+            positive = self.encode(prompts)
+        if not sampling.guided:
+            return positive
+        if negative is None:
+            negative = self._encode([sampling.negative_prompt])
+        self._check_context("negative_context", negative)
+        batch, rows = len(positive.lengths), len(negative.lengths)
+        if rows not in (1, batch):
+            raise ValueError(
+                f"negative_context has {rows} items; expected 1 or {batch}, one for "
+                "each prompt"
+            )
+        return TextContext(
+            *(
+                jnp.concatenate([one, jnp.repeat(other, batch // rows, axis=0)])
+                for one, other in zip(positive, negative, strict=True)
+            )
+        )
+
+    def _encode(self, prompts: list[str]) -> TextContext:
+        if self.text_encoder is None:
+            raise ValueError(
+                f"this pipeline has no text encoder for {prompts=}: pass a "
+                "TextContext, and with guidance a negative_context too"
+            )
+        return TextContext(*self.text_encoder.encode(prompts))
+
+    def _check_context(self, name: str, context: TextContext) -> None:
+        config = self.model.config
+        shape, lengths = context.embeddings.shape, context.lengths.shape
+        expected = (config.text_length, config.text_dim)
+        if shape[1:] != expected or lengths != shape[:1] or not shape[0]:
+            raise ValueError(
+                f"{name} has embeddings of shape {shape} and lengths of shape "
+                f"{lengths}; expected [batch, text_length, text_dim] = [batch, "
+                f"{expected[0]}, {expected[1]}] and [batch]"
+            )
+
+    def _warn_of_unknown_words(self, prompts: list[str]) -> None:
+        encoder = self.text_encoder
+        if not isinstance(encoder, ClosedVocabulary):
+            return
         unknown = dict.fromkeys(
-            word
-            for prompt in prompts
-            for word in self.text_encoder.unknown_words(prompt)
+            word for prompt in prompts for word in encoder.unknown_words(prompt)
         )
         if unknown:
             warnings.warn(
                 f"the model was not trained on {', '.join(map(repr, unknown))}; "
-                f"{self.text_encoder.describe_vocabulary()}",
+                f"{encoder.describe_vocabulary()}",
                 UnknownWordWarning,
-                stacklevel=4,
+                skip_file_prefixes=(__file__,),  # the caller's line
             )

@@ -10,7 +10,13 @@ from flax import nnx
 
 from draft_jax import DraftConfig, SparsitySchedule
 from models.schedulers import FlowUniPC
-from models.wan.pipeline import Sampling, UnknownWordWarning, VideoPipeline
+from models.wan.pipeline import (
+    Sampling,
+    TextContext,
+    UnknownWordWarning,
+    VideoPipeline,
+)
+from models.wan.transformer import WanTransformer
 from tests import tiny_model
 
 PROMPT = "a red ball"
@@ -242,6 +248,107 @@ def test_unknown_words_are_told(pipeline):
 def test_sizes_that_do_not_fit_the_model_are_named(pipeline, changes, message):
     with pytest.raises(ValueError, match=message):
         generate(pipeline, sampling=changes)
+
+
+def test_context_stands_for_prompts(pipeline, dense):
+    context = pipeline.encode([PROMPT])
+    negative = TextContext(*pipeline.text_encoder.encode([""]))
+    freed = dataclasses.replace(pipeline, text_encoder=None)
+    result = generate(freed, context, negative_context=negative)
+    np.testing.assert_array_equal(result.latents, dense.latents)
+    mixed = generate(pipeline, context)  # the negative prompt is encoded
+    np.testing.assert_array_equal(mixed.latents, dense.latents)
+    unguided = generate(freed, context, sampling={"guidance": 1.0})
+    assert np.abs(unguided.latents - dense.latents).max() > 1e-3
+
+
+def test_each_prompt_can_have_its_negative_context(pipeline):
+    texts = ["", "boat"]
+    both = generate(
+        pipeline,
+        [PROMPT, PROMPT],
+        negative_context=TextContext(*pipeline.text_encoder.encode(texts)),
+    )
+    shared = generate(
+        pipeline, [PROMPT, PROMPT], sampling={"negative_prompt": texts[1]}
+    )
+    scale = np.abs(both.latents).max()
+    np.testing.assert_allclose(
+        both.latents[1], shared.latents[1], rtol=0, atol=ROUNDING * scale
+    )
+    assert np.abs(both.latents[0] - shared.latents[0]).max() > 1e-3
+
+
+def test_missing_and_unfit_contexts_are_named(pipeline):
+    freed = dataclasses.replace(pipeline, text_encoder=None)
+    context = pipeline.encode([PROMPT, PROMPT])
+    with pytest.raises(ValueError, match=r"no text encoder for prompts=\['a red ball"):
+        generate(freed, PROMPT)
+    with pytest.raises(ValueError, match=r"no text encoder for prompts=\[''\]"):
+        generate(freed, context)
+    short = TextContext(context.embeddings[:, :5], context.lengths)
+    with pytest.raises(ValueError, match=r"prompts has .* shape \(2, 5, 8\)"):
+        generate(pipeline, short)
+    with pytest.raises(ValueError, match="negative_context has embeddings of shape"):
+        generate(pipeline, context, negative_context=short)
+    three = pipeline.encode([PROMPT] * 3)
+    with pytest.raises(ValueError, match="has 3 items; expected 1 or 2, one"):
+        generate(pipeline, context, negative_context=three)
+
+
+class CausalCodec:
+    """Sizes of Wan's VAE, with pixels that repeat the first three channels."""
+
+    stride = (4, 8, 8)
+
+    def latent_shape(self, *, frames, height, width):
+        if frames % 4 != 1:
+            raise ValueError(f"frames={frames} must be 1 more than a multiple of 4")
+        return 1 + frames // 4, height // 8, width // 8, 16
+
+    def encode(self, video):
+        raise NotImplementedError
+
+    def decode(self, latents):
+        pixels = jnp.clip(latents[..., :3], -1, 1)
+        pixels = pixels.repeat(8, axis=2).repeat(8, axis=3)
+        return jnp.concatenate([pixels[:, :1], pixels[:, 1:].repeat(4, axis=1)], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"), [("480p", (21, 30, 52)), ("720p", (21, 45, 80))]
+)
+def test_token_grids_of_the_published_sizes(pipeline, size, grid):
+    causal = dataclasses.replace(pipeline, codec=CausalCodec())
+    shape = causal.latent_shape(Sampling.wan(size))
+    assert shape == (grid[0], 2 * grid[1], 2 * grid[2], 16)
+    got = WanTransformer.grid(pipeline.model, shape)
+    assert (got.frames, got.height, got.width) == grid
+
+
+def test_a_causal_codec_and_a_grid_that_tiles_do_not_divide(pipeline):
+    causal = dataclasses.replace(pipeline, codec=CausalCodec())
+    sampling = {"frames": 5, "height": 48, "width": 80, "solver": "unipc"}
+    draft = DraftConfig(sparsity=0.5)
+    result = generate(causal, sampling=sampling, draft=draft)
+    assert result.latents.shape == (1, 2, 6, 10, 16)
+    assert result.video.shape == (1, 5, 48, 80, 3)
+    assert np.isfinite(result.video).all()
+    for changes, message in (
+        ({"frames": 6}, "frames=6 must be 1 more than a multiple of 4"),
+        ({"height": 40}, "height=40 must be a multiple of 16 for this model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(causal, sampling=sampling | changes)
+
+
+def test_codec_and_transformer_must_agree_in_channels(pipeline):
+    codec = pipeline.codec
+    narrow = dataclasses.replace(codec, basis=codec.basis[:, :4], scale=codec.scale[:4])
+    with pytest.raises(
+        ValueError, match="has 4 latent channels; the transformer .* 16"
+    ):
+        generate(dataclasses.replace(pipeline, codec=narrow))
 
 
 @pytest.mark.parametrize("prompts", ["", "  ", [], ["a ball", ""]], ids=repr)
