@@ -1,23 +1,32 @@
-"""Text to video: prompts, a sampler around the transformer, and the codec."""
+"""Text, or an image and text, to video: encoders, the sampler around the transformer,
+and the codec."""
 
 import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from draft_jax.config import DraftConfig
 from draft_jax.schedule import SparsitySchedule
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
+from models.wan.image import condition_latents
+from models.wan.interfaces import (
+    ClosedVocabulary,
+    Codec,
+    ImageCondition,
+    ImageEncoder,
+    LatentShape,
+    TextContext,
+    TextEncoder,
+)
 from models.wan.sampler import (
     GuidanceBatching,
-    LatentShape,
     Sampler,
     SamplerState,
     StepInputs,
@@ -26,64 +35,15 @@ from models.wan.sampler import (
 from models.wan.sampling import Sampling
 from models.wan.transformer import WanTransformer
 
+# One image, or one for each prompt.
+Images = (
+    Float[Array | np.ndarray, "height width 3"]
+    | Float[Array | np.ndarray, "B height width 3"]
+)
+
 
 class UnknownWordWarning(UserWarning):
     """A prompt has words that the text encoder was not trained on."""
-
-
-class TextContext(NamedTuple):
-    """What cross-attention sees of some prompts, as a text encoder makes it."""
-
-    embeddings: Float[Array, "B L text_dim"]  # padding included
-    lengths: Int[Array, " B"]  # how many rows are real
-
-
-@runtime_checkable
-class TextEncoder(Protocol):
-    """Turns prompts into the context of cross-attention."""
-
-    def encode(
-        self, prompts: Sequence[str]
-    ) -> tuple[Float[Array, "B L text_dim"], Int[Array, " B"]]:
-        """Context rows, padding included, and how many of them are real."""
-
-
-@runtime_checkable
-class ClosedVocabulary(Protocol):
-    """A text encoder that knows some words only."""
-
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that training did not contain."""
-
-    def describe_vocabulary(self) -> str:
-        """What prompts can be made of, in a few words for a person."""
-
-
-@runtime_checkable
-class Codec(Protocol):
-    """Turns pixels into latents and back. Only videos from an image need `encode`."""
-
-    @property
-    def stride(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of pixels in one latent position."""
-
-    def latent_shape(self, *, frames: int, height: int, width: int) -> LatentShape:
-        """Frames, rows, columns and channels of the latent of a video.
-
-        Raises:
-          ValueError: Names a side that the codec has no latent for, and what it
-            accepts.
-        """
-
-    def encode(
-        self, video: Float[Array, "B frames height width 3"]
-    ) -> Float[Array, "B F H W C"]:
-        """Latents of pixels in [-1, 1], of the strength the transformer expects."""
-
-    def decode(
-        self, latents: Float[Array, "B F H W C"]
-    ) -> Float[Array, "B frames height width 3"]:
-        """Pixels in [-1, 1]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +74,7 @@ class GenerationResult:
 
 @dataclasses.dataclass(frozen=True)
 class VideoPipeline:
-    """A transformer with its text encoder and codec.
+    """A transformer with its encoders and codec.
 
     Args:
       model: The transformer. Its own choice of attention is not used; `generate`
@@ -122,11 +82,14 @@ class VideoPipeline:
       text_encoder: Makes the context of the prompts. None if `generate` is always
         given the context itself, so that a large encoder can be freed first.
       codec: Decodes latents, and says their shape.
+      image_encoder: Makes the image tokens of an image-to-video model. None if there
+        are none, or `generate` is always given the condition itself.
     """
 
     model: WanTransformer
     text_encoder: TextEncoder | None
     codec: Codec
+    image_encoder: ImageEncoder | None = None
     _compiled: dict = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -198,11 +161,42 @@ class VideoPipeline:
         self._warn_of_unknown_words(prompts)
         return self._encode(prompts)
 
+    def encode_images(self, images: Images, sampling: Sampling) -> ImageCondition:
+        """The condition of first frames, which `generate` takes in their place.
+
+        Args:
+          images: First frames in [-1, 1], of the video's size.
+          sampling: Says the size and the number of frames.
+
+        Raises:
+          ValueError: The images are of another size, or there is no encoder for the
+            tokens that the model takes.
+        """
+        config = self.model.config
+        images = jnp.asarray(images, jnp.float32)
+        images = images if images.ndim == 4 else images[None]
+        size = (sampling.height, sampling.width)
+        if images.shape[1:3] != size:
+            raise ValueError(
+                f"image has {images.shape[1]} x {images.shape[2]} pixels; expected "
+                f"height x width = {size[0]} x {size[1]} of the video"
+            )
+        tokens = None
+        if config.image_dim is not None:
+            if self.image_encoder is None:
+                raise ValueError(
+                    "this pipeline has no image encoder: pass an ImageCondition"
+                )
+            tokens = self.image_encoder.encode(images)
+        latents = condition_latents(self.codec, images, frames=sampling.frames)
+        return ImageCondition(latents, tokens)
+
     def generate(
         self,
         prompts: str | Sequence[str] | TextContext,
         sampling: Sampling | None = None,
         *,
+        image: Images | ImageCondition | None = None,
         negative_context: TextContext | None = None,
         draft: DraftConfig | None = None,
         schedule: SparsitySchedule | None = None,
@@ -218,6 +212,8 @@ class VideoPipeline:
           prompts: One or more prompts, or their context, sampled as one batch. The
             noise of an item depends on the seed and its position only.
           sampling: What is sampled; `Sampling()` by default.
+          image: First frame in [-1, 1], one or one for each prompt, or its condition;
+            for an image-to-video model and only there.
           negative_context: Stands for `sampling.negative_prompt`: one item, or one
             for each prompt. Not read if the guidance is 1.
           draft: Draft attention by this configuration; None is dense attention.
@@ -231,14 +227,15 @@ class VideoPipeline:
           The videos and their statistics.
 
         Raises:
-          ValueError: There is no prompt or nothing to encode it with, a context or
-            a size does not suit the model.
+          ValueError: There is no prompt or nothing to encode it with, or a context,
+            an image or a size does not suit the model.
           FloatingPointError: A step's result is not finite.
         """
         sampling = Sampling() if sampling is None else sampling
         sampler, state, inputs = self.start(
             prompts,
             sampling,
+            image=image,
             negative_context=negative_context,
             draft=draft,
             schedule=schedule,
@@ -271,6 +268,7 @@ class VideoPipeline:
         prompts: str | Sequence[str] | TextContext,
         sampling: Sampling,
         *,
+        image: Images | ImageCondition | None = None,
         negative_context: TextContext | None = None,
         draft: DraftConfig | None,
         schedule: SparsitySchedule | None,
@@ -291,7 +289,11 @@ class VideoPipeline:
             guidance_batching=guidance_batching,
         )
         batch = len(context.lengths) // (2 if sampling.guided else 1)
-        inputs = StepInputs(*context, jnp.float32(sampling.guidance))
+        inputs = StepInputs(
+            *context,
+            guidance=jnp.float32(sampling.guidance),
+            image=self._image(image, sampling, (batch, *latent_shape)),
+        )
         state = sampler.initial_state(batch, seed=sampling.seed, guided=sampling.guided)
         return sampler, state, inputs
 
@@ -341,6 +343,34 @@ class VideoPipeline:
                 jnp.concatenate([one, jnp.repeat(other, batch // rows, axis=0)])
                 for one, other in zip(positive, negative, strict=True)
             )
+        )
+
+    def _image(
+        self,
+        image: Images | ImageCondition | None,
+        sampling: Sampling,
+        latent_shape: tuple[int, ...],
+    ) -> ImageCondition | None:
+        """The condition of every item of the batch."""
+        config = self.model.config
+        channels = config.in_channels - config.out_channels
+        if (image is None) != (channels == 0):
+            kind = "an image-to-video" if channels else "a text-to-video"
+            given = "missing" if image is None else "given"
+            raise ValueError(f"image is {given}, but this is {kind} model")
+        if image is None:
+            return None
+        if not isinstance(image, ImageCondition):
+            image = self.encode_images(image, sampling)
+        batch, items = latent_shape[0], len(image.latents)
+        sides = (*latent_shape[1:-1], channels)
+        if items not in (1, batch) or image.latents.shape[1:] != sides:
+            raise ValueError(
+                f"image has {items} items with latents of shape "
+                f"{image.latents.shape[1:]}; expected 1 or {batch} of shape {sides}"
+            )
+        return jax.tree.map(
+            lambda leaf: jnp.repeat(leaf, batch // len(leaf), axis=0), image
         )
 
     def _encode(self, prompts: list[str]) -> TextContext:

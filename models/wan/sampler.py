@@ -16,9 +16,9 @@ from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig
 from draft_jax.schedule import DraftPlan, DraftStep, SparsitySchedule
 from models.schedulers import Solver
+from models.wan.interfaces import ImageCondition, LatentShape
 from models.wan.transformer import WanTransformer
 
-LatentShape = tuple[int, int, int, int]  # frames, rows, columns, channels
 # How a guided step runs the model on prompts and negative prompts: as one batch, or
 # one after the other, which needs less memory.
 GuidanceBatching = Literal["one_call", "two_calls"]
@@ -41,6 +41,7 @@ class StepInputs(NamedTuple):
     context: Float[Array, "rows L text_dim"]
     context_lengths: Int[Array, " rows"]
     guidance: Float[Array, ""]
+    image: ImageCondition | None = None  # B rows; for an image-to-video model
 
 
 class ModelInputs(TypedDict):
@@ -50,6 +51,7 @@ class ModelInputs(TypedDict):
     timesteps: Float[Array, " rows"]
     context: Float[Array, "rows L text_dim"]
     context_lengths: Int[Array, " rows"]
+    image_tokens: Float[Array, "rows I image_dim"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,11 +257,16 @@ def model_inputs(
     """The model's arguments, one row for each of the context."""
     rows = inputs.context.shape[0]
     repeats = rows // latents.shape[0]
+    tokens = None
+    if inputs.image is not None:
+        latents = jnp.concatenate([latents, inputs.image.latents], axis=-1)
+        tokens = inputs.image.tokens
     return {
         "latents": jnp.concatenate([latents] * repeats),
         "timesteps": jnp.full(rows, timestep, jnp.float32),
         "context": inputs.context,
         "context_lengths": inputs.context_lengths,
+        "image_tokens": None if tokens is None else jnp.concatenate([tokens] * repeats),
     }
 
 
