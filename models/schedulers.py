@@ -296,13 +296,16 @@ class FlowUniPC:
         )
 
 
-def make_solver(name: SolverName, *, num_steps: int, shift: float) -> Solver:
-    """A solver with its default grid.
+def make_solver(
+    name: SolverName, *, num_steps: int, shift: float, grid: str | None = None
+) -> Solver:
+    """A solver by its name, as checkpoints and command lines give it.
 
     Args:
       name: "euler" is `FlowEuler`, "unipc" is `FlowUniPC`.
       num_steps: Model evaluations.
       shift: Of the noise levels.
+      grid: Whose noise levels; the solver's default if None.
 
     Raises:
       ValueError: There is no such solver, or as the solver's class.
@@ -310,7 +313,8 @@ def make_solver(name: SolverName, *, num_steps: int, shift: float) -> Solver:
     if name not in get_args(SolverName):
         raise ValueError(f"solver={name!r} must be one of {get_args(SolverName)}")
     solver = FlowEuler if name == "euler" else FlowUniPC
-    return solver(num_steps=num_steps, shift=shift)
+    options: dict[str, Any] = {} if grid is None else {"grid": grid}
+    return solver(num_steps=num_steps, shift=shift, **options)
 
 
 def shift_sigmas[T: (float, np.ndarray)](sigmas: T, shift: float) -> T:

@@ -113,25 +113,23 @@ class ConditionEmbedder(nnx.Module):
         timesteps: Float[Array, " B"],
         context: Float[Array, "B L text"],
         context_lengths: Int[Array, " B"] | None,
-        image_tokens: Float[Array, "B I image"] | None = None,
-    ) -> tuple[
-        Float[Array, "B E"],
-        Float[Array, "B 6 E"],
-        Float[Array, "B L E"],
-        Float[Array, "B I E"] | None,
-    ]:
-        """Time embedding, its projection for the blocks, text and image embedded."""
+    ) -> tuple[Float[Array, "B E"], Float[Array, "B 6 E"], Float[Array, "B L E"]]:
+        """Time embedding, its projection for the blocks, and embedded text."""
         if context_lengths is not None:
             row = jnp.arange(context.shape[1])[:, None]
             context = jnp.where(row < context_lengths[:, None, None], context, 0)
         time = self.time_embedder(timestep_embedding(timesteps, self.freq_dim))
         projected = self.time_proj(jax.nn.silu(time))
         modulation = projected.reshape(len(timesteps), 6, -1)
-        text = self.text_embedder(context.astype(self.dtype))
-        image = None
-        if self.image_embedder is not None and image_tokens is not None:
-            image = self.image_embedder(image_tokens)
-        return time, modulation, text, image
+        return time, modulation, self.text_embedder(context.astype(self.dtype))
+
+    def embed_image(
+        self, image_tokens: Float[Array, "B I image"] | None
+    ) -> Float[Array, "B I E"] | None:
+        """Embedded image tokens; None for a text-to-video model."""
+        if self.image_embedder is None or image_tokens is None:
+            return None
+        return self.image_embedder(image_tokens)
 
 
 def timestep_embedding(
@@ -317,9 +315,10 @@ class WanTransformer(nnx.Module):
         self._check_image_tokens(image_tokens, latents.shape[0])
         grid = self.grid(latents.shape)
         step, masks = self._check_schedule(grid, latents.shape[0], step, masks)
-        time, modulation, context, image = self.condition_embedder(
-            timesteps, context, context_lengths, image_tokens
+        time, modulation, context = self.condition_embedder(
+            timesteps, context, context_lengths
         )
+        image = self.condition_embedder.embed_image(image_tokens)
         rope = rope_table(grid, config.head_dim, config.rope_theta)
         structure, parameters = nnx.split(self.blocks)
 

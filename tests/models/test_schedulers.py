@@ -150,6 +150,8 @@ def test_solvers_by_name(name):
     assert isinstance(solver, Solver)
     assert (solver.num_steps, solver.shift) == (4, 3.0)
     assert hash(solver) == hash(make_solver(name, num_steps=4, shift=3.0))
+    other = make_solver(name, num_steps=4, shift=3.0, grid="diffusers")
+    assert (other.grid, solver.grid) in [("diffusers", "linear"), ("diffusers", "wan")]
 
 
 @pytest.mark.usefixtures("without_jaxtyping")
