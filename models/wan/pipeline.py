@@ -198,6 +198,7 @@ class VideoPipeline:
         *,
         image: Images | ImageCondition | None = None,
         negative_context: TextContext | None = None,
+        noise: Float[Array | np.ndarray, "B F H W C"] | None = None,
         draft: DraftConfig | None = None,
         schedule: SparsitySchedule | None = None,
         guidance_batching: GuidanceBatching = "one_call",
@@ -216,6 +217,7 @@ class VideoPipeline:
             for an image-to-video model and only there.
           negative_context: Stands for `sampling.negative_prompt`: one item, or one
             for each prompt. Not read if the guidance is 1.
+          noise: Stands for the initial latents that `sampling.seed` draws.
           draft: Draft attention by this configuration; None is dense attention.
           schedule: Which steps and layers stay dense all the same;
             `SparsitySchedule.paper()` by default. Not read if `draft` is None.
@@ -228,7 +230,7 @@ class VideoPipeline:
 
         Raises:
           ValueError: There is no prompt or nothing to encode it with, or a context,
-            an image or a size does not suit the model.
+            an image, noise or a size does not suit the model.
           FloatingPointError: A step's result is not finite.
         """
         sampling = Sampling() if sampling is None else sampling
@@ -237,6 +239,7 @@ class VideoPipeline:
             sampling,
             image=image,
             negative_context=negative_context,
+            noise=noise,
             draft=draft,
             schedule=schedule,
             guidance_batching=guidance_batching,
@@ -270,6 +273,7 @@ class VideoPipeline:
         *,
         image: Images | ImageCondition | None = None,
         negative_context: TextContext | None = None,
+        noise: Float[Array | np.ndarray, "B F H W C"] | None = None,
         draft: DraftConfig | None,
         schedule: SparsitySchedule | None,
         guidance_batching: GuidanceBatching = "one_call",
@@ -295,7 +299,15 @@ class VideoPipeline:
             image=self._image(image, sampling, (batch, *latent_shape)),
         )
         state = sampler.initial_state(batch, seed=sampling.seed, guided=sampling.guided)
-        return sampler, state, inputs
+        if noise is None:
+            return sampler, state, inputs
+        if noise.shape != state.latents.shape:
+            raise ValueError(
+                f"noise has shape {noise.shape}; expected {state.latents.shape}"
+            )
+        # A copy, for the first step reuses the memory.
+        latents = jnp.array(noise, jnp.float32, copy=True)
+        return sampler, state._replace(latents=latents), inputs
 
     def compile(
         self, sampler: Sampler, state: SamplerState, inputs: StepInputs

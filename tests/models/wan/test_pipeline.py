@@ -121,6 +121,16 @@ def test_seed_decides_the_video(pipeline, dense):
     assert np.abs(other.video - dense.video).max() > 0.05
 
 
+def test_noise_stands_for_the_seed(pipeline, dense):
+    start = pipeline.start(PROMPT, tiny_model.SAMPLING, draft=None, schedule=None)
+    noise = start[1].latents
+    for _ in range(2):  # it is still there after a run
+        result = generate(pipeline, noise=noise, sampling={"seed": 5})
+        np.testing.assert_array_equal(result.latents, dense.latents)
+    with pytest.raises(ValueError, match=r"noise has shape \(2, 2, 8, 12, 16\); expec"):
+        generate(pipeline, noise=jnp.concatenate([noise, noise]))
+
+
 @pytest.mark.parametrize("sparsity", [None, 0.6], ids=["dense", "draft"])
 def test_batch_items_do_not_influence_each_other(pipeline, sparsity):
     draft = None if sparsity is None else DraftConfig(sparsity=sparsity)
