@@ -42,7 +42,7 @@ CONFIG = WanConfig(
 )
 
 
-IMAGE_CONFIG = dataclasses.replace(CONFIG, in_channels=9, image_dim=6)
+IMAGE_CONFIG = dataclasses.replace(CONFIG, in_channels=12, image_dim=6)
 
 
 def load_published(name):
