@@ -183,14 +183,14 @@ class Sampler:
     def compile(self, state: SamplerState, inputs: StepInputs) -> Callable:
         """Compiles the step for arrays shaped as these."""
         structure, _ = nnx.split(self.model)
-        predict = _in_one_call
+        update, predict = self.solver.update, _in_one_call
         if self.guidance_batching == "two_calls" and _is_guided(state, inputs):
             predict = _in_two_calls
 
         def step_fn(parameters, state, inputs, timestep, coefficients, step):
             model = nnx.merge(structure, parameters)
             velocity, masks = predict(model, state, inputs, timestep, step)
-            latents, history = self.solver.update(
+            latents, history = update(
                 state.latents,
                 _guide(velocity, inputs, len(state.latents)),
                 state.history,

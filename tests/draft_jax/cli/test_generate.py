@@ -240,6 +240,20 @@ def test_the_solver_is_passed_on():
     )
 
 
+def test_guidance_in_two_calls_from_the_command_line(checkpoint, tmp_path, monkeypatch):
+    seen = []
+    original = VideoPipeline.generate
+
+    def generate_and_note(self, *arguments, **options):
+        seen.append(options["guidance_batching"])
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(VideoPipeline, "generate", generate_and_note)
+    chosen = ("--dense", "--guidance-batching", "two_calls", "--steps", "1")
+    assert run(checkpoint, *chosen, "--output", str(tmp_path)) == 0
+    assert seen == ["two_calls"]
+
+
 def test_an_empty_prompt_is_refused(checkpoint, capsys, tmp_path):
     assert run(checkpoint, "--output", str(tmp_path / "out"), prompt=" ") == 2
     assert "at least one prompt, none empty" in capsys.readouterr().err
