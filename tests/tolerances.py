@@ -53,3 +53,19 @@ UMT5_PARITY = {"rtol": 0, "atol": 1e-5}
 # Relative L2 error of the bfloat16 UMT5 encoder against transformers in float32.
 # Measured on CPU: 1.0e-2 (wide_inner); transformers' own bfloat16: 1.1e-2.
 UMT5_BFLOAT16_RELATIVE = 1.5e-2
+# Samples of size 2.5 anywhere in a sampling loop of up to 50 steps, against the
+# published scheduler in float32. Measured on CPU: 1.7e-6 (Euler), 2.1e-6 (UniPC; the
+# published float32 loop itself is 1.4e-6 from its float64 one).
+SCHEDULER_LOOP = {"rtol": 0, "atol": 1e-5}
+# The same in float64, from the same sigmas. Measured: 8.2e-15.
+SCHEDULER_LOOP_FLOAT64 = {"rtol": 0, "atol": 1e-13}
+
+# Mask and latent of an image, with a linear stand-in for the VAE, up to 1.8; measured:
+# 1.2e-7.
+IMAGE_CONDITION = {"rtol": 0, "atol": 1e-6}
+# Latents up to 8.2 after a whole run of a tiny transformer, computed in two ways;
+# measured on CPU: 4.8e-6.
+TINY_RUN = {"rtol": 0, "atol": 2e-5}
+# Latents up to 6.3 after 10 guided steps, against diffusers' pipelines. Measured on
+# CPU: 1.4e-5 (text, UniPC), 5.5e-6 (image, Euler).
+PUBLISHED_RUN = {"rtol": 0, "atol": 5e-5}

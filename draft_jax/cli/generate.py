@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from draft_jax.cli import options
 from draft_jax.cli.progress import progress_bar
@@ -9,6 +10,7 @@ from draft_jax.config import DraftConfig
 from models import metrics, plots, video_io
 from models.comparison import Comparison, run_report
 from models.wan.pipeline import GenerationResult, VideoPipeline
+from models.wan.sampler import GuidanceBatching
 
 FPS = 12.0  # of the videos that the shipped model was trained on
 EXAMPLES = """examples:
@@ -48,6 +50,13 @@ def add_parser(commands) -> None:
         "side too, with PSNR, SSIM, times and kept shares",
     )
     options.add_sampling_options(parser)
+    parser.add_argument(
+        "--guidance-batching",
+        choices=get_args(GuidanceBatching),
+        default="one_call",
+        help="run prompt and negative prompt in one model call, or in two calls, "
+        "which need less memory",
+    )
     options.add_draft_options(parser)
     parser.set_defaults(run=run)
 
@@ -95,6 +104,7 @@ def _generate(
             sampling,
             draft=draft,
             schedule=schedule,
+            guidance_batching=arguments.guidance_batching,
             callback=callback,
         )
 

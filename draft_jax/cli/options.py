@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from draft_jax.config import DraftConfig, Pooling, Selection
 from draft_jax.schedule import SparsitySchedule
+from models.schedulers import SolverName
 from models.wan.pipeline import Sampling
 
 _SAMPLING = Sampling()
@@ -79,6 +80,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=_SAMPLING.shift,
         help="shift of the noise levels; above 1 spends more steps at high noise",
+    )
+    group.add_argument(
+        "--solver",
+        choices=get_args(SolverName),
+        default=_SAMPLING.solver,
+        help="how a step moves the sample; unipc is the solver of Wan",
     )
     group.add_argument(
         "--negative-prompt",
@@ -149,6 +156,7 @@ def sampling_from(arguments: argparse.Namespace) -> Sampling:
         num_steps=arguments.steps,
         guidance=arguments.guidance,
         shift=arguments.shift,
+        solver=arguments.solver,
         seed=arguments.seed,
         negative_prompt=arguments.negative_prompt,
     )

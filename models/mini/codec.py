@@ -83,6 +83,21 @@ class LinearCodec:
         """Latent channels, C."""
         return self.scale.shape[0]
 
+    def latent_shape(
+        self, *, frames: int, height: int, width: int
+    ) -> tuple[int, int, int, int]:
+        """Frames, rows, columns and channels of the latent of a video.
+
+        Raises:
+          ValueError: A side of the video is not a multiple of the stride.
+        """
+        sides = (("frames", frames), ("height", height), ("width", width))
+        for (name, value), step in zip(sides, PATCH, strict=True):
+            if value % step:
+                raise ValueError(f"{name}={value} must be a multiple of {step}")
+        step_t, step_y, step_x = PATCH
+        return frames // step_t, height // step_y, width // step_x, self.channels
+
     @classmethod
     def load(cls, path: Path | str) -> "LinearCodec":
         """Reads `codec.safetensors`."""

@@ -116,9 +116,7 @@ def measure_attention(
     for index, timestep in enumerate(sampler.solver.timesteps):
         if index in steps:
             captured = sampler.model.capture_qk(
-                *model_inputs(state.latents, timestep, inputs),
-                inputs.context,
-                context_lengths=inputs.context_lengths,
+                **model_inputs(state.latents, timestep, inputs)
             )
             # The second half of the rows is the negative prompt's.
             shares = look(*(part[:, : len(prompts)] for part in captured))

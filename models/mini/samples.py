@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Float
 
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
-from models.mini.codec import PATCH
 from models.video_io import atomic_path, to_bytes
 from models.wan.pipeline import Sampling, VideoPipeline
 
@@ -22,7 +21,6 @@ def pipeline_of(checkpoint: MiniCheckpoint) -> VideoPipeline:
         model=checkpoint.transformer,
         text_encoder=MiniTextEncoder(checkpoint.vocabulary, checkpoint.text_embedding),
         codec=checkpoint.codec,
-        codec_stride=PATCH,
     )
 
 

@@ -1,4 +1,4 @@
-"""Sizes of a Wan2.1 text-to-video transformer, and which attention it runs."""
+"""Sizes of a Wan2.1 transformer, and which attention it runs."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ _DIFFUSERS_FIELDS = {
     "num_layers": "num_layers",
     "cross_attn_norm": "cross_attn_norm",
     "eps": "eps",
+    "image_dim": "image_dim",
 }
 _ORIGINAL_FIELDS = {
     "dim": "dim",
@@ -35,8 +36,9 @@ _ORIGINAL_FIELDS = {
     "text_len": "text_length",
     "eps": "eps",
 }
-# Fields of image-to-video models, which this port does not have.
-_IMAGE_FIELDS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+# Model types of the original that this port has, and the width of their CLIP's image
+# tokens, which the original does not write down.
+_IMAGE_DIMS = {"t2v": None, "i2v": 1280}
 _QK_NORM_NAME = "rms_norm_across_heads"
 
 
@@ -55,6 +57,8 @@ class WanConfig:
       text_dim: Width of the text encoder's output.
       text_length: Rows of the text context, padding included. Cross-attention has
         no mask, so the padded rows take part and their number changes the result.
+      image_dim: Width of the image tokens that image-to-video models attend to
+        beside the text; None for text-to-video.
       freq_dim: Size of the sinusoidal timestep embedding; even.
       eps: Added to variances in every norm.
       rope_theta: Base of the rotary frequencies.
@@ -81,6 +85,7 @@ class WanConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     text_dim: int = 4096
     text_length: int = 512
+    image_dim: int | None = None
     freq_dim: int = 256
     eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -93,7 +98,8 @@ class WanConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE_FIELDS:
+        optional = () if self.image_dim is None else ("image_dim",)
+        for name in _POSITIVE_FIELDS + optional:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer")
@@ -159,6 +165,14 @@ class WanConfig:
         return cls(**(sizes | changes))
 
     @classmethod
+    def i2v_14b(cls, **changes: Any) -> "WanConfig":
+        """Wan2.1-I2V-14B, for 480p and 720p alike.
+
+        Channels come in as 16 of noise, 4 of mask and 16 of the image's latent.
+        """
+        return cls.t2v_14b(**({"in_channels": 36, "image_dim": 1280} | changes))
+
+    @classmethod
     def mini(cls, **changes: Any) -> "WanConfig":
         """The small model that ships with this project."""
         sizes: dict[str, Any] = {
@@ -186,8 +200,9 @@ class WanConfig:
           The configuration.
 
         Raises:
-          ValueError: The file is of an image-to-video model, asks for something
-            else this port does not have, or lacks or adds keys; all are named.
+          ValueError: The file is of neither a text-to-video nor an image-to-video
+            model, asks for something this port does not have, or lacks or adds keys;
+            all are named.
         """
         is_diffusers = "num_attention_heads" in published
         fields = _DIFFUSERS_FIELDS if is_diffusers else _ORIGINAL_FIELDS
@@ -197,6 +212,8 @@ class WanConfig:
         }
         if is_diffusers:
             sizes |= _read_diffusers_only(published)
+        else:
+            sizes["image_dim"] = _IMAGE_DIMS[published.get("model_type", "t2v")]
         return cls(**(sizes | changes))
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,6 +225,7 @@ class WanConfig:
         named = {key: getattr(self, ours) for key, ours in _DIFFUSERS_FIELDS.items()}
         return named | {
             "_class_name": "WanTransformer3DModel",
+            "added_kv_proj_dim": None if self.image_dim is None else self.dim,
             "attention_head_dim": self.head_dim,
             "patch_size": list(self.patch_size),
             "qk_norm": _QK_NORM_NAME if self.qk_norm else None,
@@ -225,8 +243,14 @@ _POSITIVE_FIELDS = (
     "text_length",
     "freq_dim",
 )
-_DIFFUSERS_ONLY = ("attention_head_dim", "patch_size", "qk_norm", "rope_max_seq_len")
-# In an original config.json, but without meaning for a text-to-video transformer.
+_DIFFUSERS_ONLY = (
+    "added_kv_proj_dim",
+    "attention_head_dim",
+    "patch_size",
+    "pos_embed_seq_len",
+    "qk_norm",
+    "rope_max_seq_len",
+)
 _ORIGINAL_ONLY = ("model_type",)
 
 
@@ -242,8 +266,16 @@ def _read_diffusers_only(published: Mapping[str, Any]) -> dict[str, Any]:
     qk_norm = published.get("qk_norm", _QK_NORM_NAME)
     if qk_norm not in (_QK_NORM_NAME, None):
         raise ValueError(f"{qk_norm=} must be {_QK_NORM_NAME!r} or null")
+    dim = heads * head_dim
+    added = published.get("added_kv_proj_dim")
+    expected = None if published.get("image_dim") is None else dim
+    if added != expected:
+        raise ValueError(
+            f"added_kv_proj_dim={added!r} must be {expected!r}, for image_dim="
+            f"{published.get('image_dim')!r} and a width of {dim}"
+        )
     return {
-        "dim": heads * head_dim,
+        "dim": dim,
         "patch_size": tuple(published.get("patch_size", (1, 2, 2))),
         "qk_norm": qk_norm is not None,
     }
@@ -252,15 +284,16 @@ def _read_diffusers_only(published: Mapping[str, Any]) -> dict[str, Any]:
 def _check_published_keys(
     published: Mapping[str, Any], fields: Mapping[str, str], is_diffusers: bool
 ) -> None:
-    """Rejects image-to-video models, and keys nothing here would read."""
-    image_keys = [key for key in _IMAGE_FIELDS if published.get(key) is not None]
-    if image_keys or published.get("model_type", "t2v") != "t2v":
+    """Rejects other kinds of models, and keys nothing here would read."""
+    kind = published.get("model_type", "t2v")
+    positions = published.get("pos_embed_seq_len")
+    if kind not in _IMAGE_DIMS or positions is not None:
         raise ValueError(
-            "only text-to-video models are supported; this configuration has "
-            f"model_type={published.get('model_type')!r} and sets {image_keys}"
+            f"model_type={kind!r} must be one of {tuple(_IMAGE_DIMS)} and "
+            f"pos_embed_seq_len={positions!r} null: models between two images and "
+            "editing models are not supported"
         )
-    known = {*fields, *_IMAGE_FIELDS}
-    known |= {*(_DIFFUSERS_ONLY if is_diffusers else _ORIGINAL_ONLY)}
+    known = {*fields, *(_DIFFUSERS_ONLY if is_diffusers else _ORIGINAL_ONLY)}
     unknown = sorted(
         key for key in published if key not in known and not key.startswith("_")
     )

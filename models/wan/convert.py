@@ -30,8 +30,62 @@ _BOTH = (
     Rule(r"patch_embedding\.bias", r"patch_embedding.bias"),
 )
 
+# Only image-to-video models have the parameters that these tables name.
+_DIFFUSERS_IMAGE_RULES = (
+    Rule(
+        r"condition_embedder\.image_embedder\.(norm1|norm2)\.weight",
+        r"condition_embedder.image_embedder.\1.scale",
+    ),
+    Rule(
+        r"condition_embedder\.image_embedder\.(norm1|norm2)\.bias",
+        r"condition_embedder.image_embedder.\1.bias",
+    ),
+    Rule(
+        r"condition_embedder\.image_embedder\.ff\.net\.0\.proj\.weight",
+        r"condition_embedder.image_embedder.ff.linear_1.kernel",
+        transpose,
+    ),
+    Rule(
+        r"condition_embedder\.image_embedder\.ff\.net\.0\.proj\.bias",
+        r"condition_embedder.image_embedder.ff.linear_1.bias",
+    ),
+    Rule(
+        r"condition_embedder\.image_embedder\.ff\.net\.2\.weight",
+        r"condition_embedder.image_embedder.ff.linear_2.kernel",
+        transpose,
+    ),
+    Rule(
+        r"condition_embedder\.image_embedder\.ff\.net\.2\.bias",
+        r"condition_embedder.image_embedder.ff.linear_2.bias",
+    ),
+    Rule(
+        r"blocks\.(\d+)\.attn2\.(add_k_proj|add_v_proj)\.weight",
+        r"blocks.\1.attn2.\2.kernel",
+        transpose,
+    ),
+    Rule(
+        r"blocks\.(\d+)\.attn2\.(add_k_proj|add_v_proj)\.bias",
+        r"blocks.\1.attn2.\2.bias",
+    ),
+    Rule(
+        r"blocks\.(\d+)\.attn2\.norm_added_k\.weight",
+        r"blocks.\1.attn2.norm_added_k.scale",
+    ),
+)
+_ORIGINAL_IMAGE_RULES = (
+    Rule(r"img_emb\.proj\.0\.weight", r"condition_embedder.image_embedder.norm1.scale"),
+    Rule(r"img_emb\.proj\.0\.bias", r"condition_embedder.image_embedder.norm1.bias"),
+    Rule(r"img_emb\.proj\.4\.weight", r"condition_embedder.image_embedder.norm2.scale"),
+    Rule(r"img_emb\.proj\.4\.bias", r"condition_embedder.image_embedder.norm2.bias"),
+    Rule(
+        r"blocks\.(\d+)\.cross_attn\.norm_k_img\.weight",
+        r"blocks.\1.attn2.norm_added_k.scale",
+    ),
+)
+
 DIFFUSERS_RULES = (
     *_BOTH,
+    *_DIFFUSERS_IMAGE_RULES,
     Rule(
         r"condition_embedder\.(time_embedder|text_embedder)\.(linear_1|linear_2)\.weight",
         r"condition_embedder.\1.\2.kernel",
@@ -98,8 +152,12 @@ _ORIGINAL_SEQUENTIALS = (
     (r"text_embedding\.0", r"condition_embedder.text_embedder.linear_1"),
     (r"text_embedding\.2", r"condition_embedder.text_embedder.linear_2"),
     (r"time_projection\.1", r"condition_embedder.time_proj"),
+    (r"img_emb\.proj\.1", r"condition_embedder.image_embedder.ff.linear_1"),
+    (r"img_emb\.proj\.3", r"condition_embedder.image_embedder.ff.linear_2"),
     (r"blocks\.(\d+)\.self_attn\.(q|k|v)", r"blocks.\1.attn1.to_\2"),
     (r"blocks\.(\d+)\.cross_attn\.(q|k|v)", r"blocks.\1.attn2.to_\2"),
+    (r"blocks\.(\d+)\.cross_attn\.k_img", r"blocks.\1.attn2.add_k_proj"),
+    (r"blocks\.(\d+)\.cross_attn\.v_img", r"blocks.\1.attn2.add_v_proj"),
     (r"blocks\.(\d+)\.self_attn\.o", r"blocks.\1.attn1.to_out"),
     (r"blocks\.(\d+)\.cross_attn\.o", r"blocks.\1.attn2.to_out"),
     (r"blocks\.(\d+)\.ffn\.0", r"blocks.\1.ffn.linear_1"),
@@ -109,6 +167,7 @@ _ORIGINAL_SEQUENTIALS = (
 
 ORIGINAL_RULES = (
     *_BOTH,
+    *_ORIGINAL_IMAGE_RULES,
     *(
         Rule(rf"{key}\.weight", rf"{path}.kernel", transpose)
         for key, path in _ORIGINAL_SEQUENTIALS

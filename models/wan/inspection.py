@@ -87,9 +87,7 @@ def inspect_attention(
                 callback(report)
     step_plan, timestep = sampler.step_plan(step), sampler.solver.timesteps[step]
     captured = sampler.model.capture_qk(
-        *model_inputs(state.latents, timestep, inputs),
-        inputs.context,
-        context_lengths=inputs.context_lengths,
+        **model_inputs(state.latents, timestep, inputs),
         step=step_plan,
         masks=state.masks,
     )

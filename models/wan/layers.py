@@ -55,13 +55,23 @@ def layer_norm(x: Float[Array, "*axes E"], eps: float) -> Float[Array, "*axes E"
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm with learned scale and bias; float32 in and out."""
+    """Layer norm with learned scale and bias; float32 in and out.
 
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
-        dtype = jnp.dtype(config.param_dtype)
-        self.eps = config.eps
-        self.scale = nnx.Param(jnp.ones(config.dim, dtype))
-        self.bias = nnx.Param(jnp.zeros(config.dim, dtype))
+    Of width `config.dim` and with `config.eps` unless others are given.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        *,
+        size: int | None = None,
+        eps: float | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        size, dtype = size or config.dim, jnp.dtype(config.param_dtype)
+        self.eps = config.eps if eps is None else eps
+        self.scale = nnx.Param(jnp.ones(size, dtype))
+        self.bias = nnx.Param(jnp.zeros(size, dtype))
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
@@ -108,13 +118,22 @@ def gelu_tanh(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     return jax.nn.gelu(x, approximate=True)
 
 
+def gelu_exact(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """GELU by the error function."""
+    return jax.nn.gelu(x, approximate=False)
+
+
 class Attention(nnx.Module):
     """Projections and norms around an attention; the attention itself is the caller's.
 
-    Source: Wan2.1 `WanSelfAttention` and `WanT2VCrossAttention`.
+    With `image`, a second pair of keys and values that image tokens go through.
+
+    Source: Wan2.1 `WanSelfAttention`, `WanT2VCrossAttention`, `WanI2VCrossAttention`.
     """
 
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: WanConfig, *, image: bool = False, rngs: nnx.Rngs
+    ) -> None:
         dim = config.dim
         self.num_heads = config.num_heads
         self.dtype = config.dtype
@@ -124,6 +143,10 @@ class Attention(nnx.Module):
         self.to_out = linear(dim, dim, config, rngs)
         self.norm_q = RMSNorm(config, rngs=rngs) if config.qk_norm else None
         self.norm_k = RMSNorm(config, rngs=rngs) if config.qk_norm else None
+        self.add_k_proj = linear(dim, dim, config, rngs) if image else None
+        self.add_v_proj = linear(dim, dim, config, rngs) if image else None
+        has_norm = image and config.qk_norm
+        self.norm_added_k = RMSNorm(config, rngs=rngs) if has_norm else None
 
     def project(
         self,
@@ -145,6 +168,20 @@ class Attention(nnx.Module):
         v = self._split_heads(self.to_v(context))
         return q.astype(self.dtype), k.astype(self.dtype), v
 
+    def project_image(
+        self, image: Float[Array, "B I E"]
+    ) -> tuple[Float[Array, "B I N D"], Float[Array, "B I N D"]]:
+        """Keys and values of embedded image tokens, as `project` makes those of text.
+
+        Only for attention that was made with `image`.
+        """
+        assert self.add_k_proj is not None, "made with image"
+        assert self.add_v_proj is not None, "made with image"
+        k = self.add_k_proj(image)
+        if self.norm_added_k is not None:
+            k = self.norm_added_k(k).astype(self.dtype)
+        return self._split_heads(k), self._split_heads(self.add_v_proj(image))
+
     def merge(self, heads: Float[Array, "B T N D"]) -> Float[Array, "B T E"]:
         """The output projection of the heads put side by side."""
         return self.to_out(heads.reshape(*heads.shape[:2], -1))
@@ -162,7 +199,7 @@ class WanBlock(nnx.Module):
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.attn1 = Attention(config, rngs=rngs)
-        self.attn2 = Attention(config, rngs=rngs)
+        self.attn2 = Attention(config, image=config.image_dim is not None, rngs=rngs)
         self.norm2 = LayerNorm(config, rngs=rngs) if config.cross_attn_norm else None
         sizes = (config.dim, config.ffn_dim, config.dim)
         self.ffn = MLP(sizes, gelu_tanh, config, rngs=rngs)
@@ -177,6 +214,7 @@ class WanBlock(nnx.Module):
         grid: VideoGrid,
         step: DraftStep | None,
         mask: BlockMask | None,
+        image: Float[Array, "B I E"] | None = None,
     ) -> tuple[
         Float[Array, "B T E"],
         BlockMask | None,
@@ -193,6 +231,7 @@ class WanBlock(nnx.Module):
           step: This layer's part of the schedule (`dense` is a scalar); None
             when `config.attention` is "dense".
           mask: The layer's mask from the step before; None with a None step.
+          image: Embedded image tokens, for an image-to-video model.
 
         Returns:
           The residual stream, the mask in use, and self-attention's q and k.
@@ -209,8 +248,11 @@ class WanBlock(nnx.Module):
         x = x + self.attn1.merge(attended).astype(jnp.float32) * gate_1
 
         hidden = x if self.norm2 is None else self.norm2(x)
-        heads = self.attn2.project(hidden.astype(config.dtype), context)
-        x = x + self.attn2.merge(cross_attention(*heads)).astype(jnp.float32)
+        q2, k2, v2 = self.attn2.project(hidden.astype(config.dtype), context)
+        attended = cross_attention(q2, k2, v2)
+        if image is not None:
+            attended += cross_attention(q2, *self.attn2.project_image(image))
+        x = x + self.attn2.merge(attended).astype(jnp.float32)
 
         hidden = layer_norm(x, config.eps) * (1 + scale_3) + shift_3
         hidden = self.ffn(hidden.astype(config.dtype))

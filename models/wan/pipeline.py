@@ -1,103 +1,49 @@
-"""Text to video: prompts, a sampler around the transformer, and the codec."""
+"""Text, or an image and text, to video: encoders, the sampler around the transformer,
+and the codec."""
 
 import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from draft_jax.config import DraftConfig
 from draft_jax.schedule import SparsitySchedule
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
-from models.schedulers import FlowEuler
-from models.wan.sampler import (
+from models.wan.image import condition_latents
+from models.wan.interfaces import (
+    ClosedVocabulary,
+    Codec,
+    ImageCondition,
+    ImageEncoder,
     LatentShape,
+    TextContext,
+    TextEncoder,
+)
+from models.wan.sampler import (
+    GuidanceBatching,
     Sampler,
     SamplerState,
     StepInputs,
     StepReport,
 )
+from models.wan.sampling import Sampling
 from models.wan.transformer import WanTransformer
+
+# One image, or one for each prompt.
+Images = (
+    Float[Array | np.ndarray, "height width 3"]
+    | Float[Array | np.ndarray, "B height width 3"]
+)
 
 
 class UnknownWordWarning(UserWarning):
     """A prompt has words that the text encoder was not trained on."""
-
-
-@runtime_checkable
-class TextEncoder(Protocol):
-    """Turns prompts into the context of cross-attention."""
-
-    def encode(
-        self, prompts: Sequence[str]
-    ) -> tuple[Float[Array, "B L text_dim"], Int[Array, " B"]]:
-        """Context rows, padding included, and how many of them are real."""
-
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that training did not contain."""
-
-    def describe_vocabulary(self) -> str:
-        """What prompts can be made of, in a few words for a person."""
-
-
-@runtime_checkable
-class Codec(Protocol):
-    """Turns latents into pixels."""
-
-    def decode(
-        self, latents: Float[Array, "B F H W C"]
-    ) -> Float[Array, "B frames height width 3"]:
-        """Pixels in [-1, 1]."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """What is sampled. Changing a field changes the video.
-
-    Args:
-      frames: Frames of the video.
-      height: Rows of pixels.
-      width: Columns of pixels.
-      num_steps: Steps of the sampler; each is one model call.
-      guidance: Classifier-free guidance: the prediction is
-        `negative + guidance * (prompt - negative)`. 1.0 turns it off, which halves
-        the work.
-      shift: See `FlowEuler`.
-      seed: Of the initial noise.
-      negative_prompt: What guidance leads away from.
-
-    Raises:
-      ValueError: A size is not a positive integer, the seed is not an integer in
-        [0, 2**32), or a number is not finite and in range.
-    """
-
-    frames: int = 24
-    height: int = 96
-    width: int = 128
-    num_steps: int = 16
-    guidance: float = 4.0
-    shift: float = 3.0
-    seed: int = 0
-    negative_prompt: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("frames", "height", "width"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed!r} must be an integer in [0, 2**32)")
-        if not 0.0 <= self.guidance < float("inf"):
-            raise ValueError(
-                f"guidance={self.guidance!r} must be a finite number >= 0; 1 is off"
-            )
-        FlowEuler(num_steps=self.num_steps, shift=self.shift)  # validates both
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,20 +74,22 @@ class GenerationResult:
 
 @dataclasses.dataclass(frozen=True)
 class VideoPipeline:
-    """A transformer with its text encoder and codec.
+    """A transformer with its encoders and codec.
 
     Args:
       model: The transformer. Its own choice of attention is not used; `generate`
         says which one runs.
-      text_encoder: Makes the context of the prompts.
-      codec: Decodes latents.
-      codec_stride: Frames, rows and columns of pixels in one latent position.
+      text_encoder: Makes the context of the prompts. None if `generate` is always
+        given the context itself, so that a large encoder can be freed first.
+      codec: Decodes latents, and says their shape.
+      image_encoder: Makes the image tokens of an image-to-video model. None if there
+        are none, or `generate` is always given the condition itself.
     """
 
     model: WanTransformer
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
     codec: Codec
-    codec_stride: tuple[int, int, int]
+    image_encoder: ImageEncoder | None = None
     _compiled: dict = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -169,40 +117,91 @@ class VideoPipeline:
                 checkpoint.vocabulary, checkpoint.text_embedding
             ),
             codec=checkpoint.codec,
-            codec_stride=checkpoint.codec.stride,
         )
 
     def latent_shape(self, sampling: Sampling) -> LatentShape:
         """Frames, rows, columns and channels of the latent of a video.
 
         Raises:
-          ValueError: A side of the video is not a multiple of what the codec and
-            the transformer's patches need.
+          ValueError: A side of the video does not suit the codec or the
+            transformer's patches, or codec and transformer differ in channels.
         """
-        sides = []
-        for name, stride, patch in zip(
-            ("frames", "height", "width"),
-            self.codec_stride,
-            self.model.config.patch_size,
-            strict=True,
-        ):
+        config, stride = self.model.config, self.codec.stride
+        for axis, name in ((1, "height"), (2, "width")):
             value = getattr(sampling, name)
-            if value % (stride * patch):
+            multiple = stride[axis] * config.patch_size[axis]
+            if value % multiple:
                 raise ValueError(
-                    f"{name}={value} must be a multiple of {stride * patch} for this "
-                    "model"
+                    f"{name}={value} must be a multiple of {multiple} for this model"
                 )
-            sides.append(value // stride)
-        frames, rows, columns = sides
-        return frames, rows, columns, self.model.config.in_channels
+        shape = self.codec.latent_shape(
+            frames=sampling.frames, height=sampling.height, width=sampling.width
+        )
+        if shape[0] % config.patch_size[0]:
+            raise ValueError(
+                f"frames={sampling.frames} gives {shape[0]} latent frames, which must "
+                f"be a multiple of {config.patch_size[0]} for this model"
+            )
+        if shape[-1] != config.out_channels:
+            raise ValueError(
+                f"the codec has {shape[-1]} latent channels; the transformer makes "
+                f"{config.out_channels}"
+            )
+        return shape
+
+    def encode(self, prompts: str | Sequence[str]) -> TextContext:
+        """The context of prompts, which `generate` takes in their place.
+
+        Raises:
+          ValueError: There is no text encoder, no prompt, or an empty one.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts or not all(prompt.strip() for prompt in prompts):
+            raise ValueError(f"{prompts=} must be at least one prompt, none empty")
+        self._warn_of_unknown_words(prompts)
+        return self._encode(prompts)
+
+    def encode_images(self, images: Images, sampling: Sampling) -> ImageCondition:
+        """The condition of first frames, which `generate` takes in their place.
+
+        Args:
+          images: First frames in [-1, 1], of the video's size.
+          sampling: Says the size and the number of frames.
+
+        Raises:
+          ValueError: The images are of another size, or there is no encoder for the
+            tokens that the model takes.
+        """
+        config = self.model.config
+        images = jnp.asarray(images, jnp.float32)
+        images = images if images.ndim == 4 else images[None]
+        size = (sampling.height, sampling.width)
+        if images.shape[1:3] != size:
+            raise ValueError(
+                f"image has {images.shape[1]} x {images.shape[2]} pixels; expected "
+                f"height x width = {size[0]} x {size[1]} of the video"
+            )
+        tokens = None
+        if config.image_dim is not None:
+            if self.image_encoder is None:
+                raise ValueError(
+                    "this pipeline has no image encoder: pass an ImageCondition"
+                )
+            tokens = self.image_encoder.encode(images)
+        latents = condition_latents(self.codec, images, frames=sampling.frames)
+        return ImageCondition(latents, tokens)
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | TextContext,
         sampling: Sampling | None = None,
         *,
+        image: Images | ImageCondition | None = None,
+        negative_context: TextContext | None = None,
+        noise: Float[Array | np.ndarray, "B F H W C"] | None = None,
         draft: DraftConfig | None = None,
         schedule: SparsitySchedule | None = None,
+        guidance_batching: GuidanceBatching = "one_call",
         callback: Callable[[StepReport], None] | None = None,
     ) -> GenerationResult:
         """Generates one video for each prompt.
@@ -211,24 +210,39 @@ class VideoPipeline:
         one compilation serves dense and sparse steps alike.
 
         Args:
-          prompts: One or more prompts, sampled as one batch. The noise of an item
-            depends on the seed and its position only.
+          prompts: One or more prompts, or their context, sampled as one batch. The
+            noise of an item depends on the seed and its position only.
           sampling: What is sampled; `Sampling()` by default.
+          image: First frame in [-1, 1], one or one for each prompt, or its condition;
+            for an image-to-video model and only there.
+          negative_context: Stands for `sampling.negative_prompt`: one item, or one
+            for each prompt. Not read if the guidance is 1.
+          noise: Stands for the initial latents that `sampling.seed` draws.
           draft: Draft attention by this configuration; None is dense attention.
           schedule: Which steps and layers stay dense all the same;
             `SparsitySchedule.paper()` by default. Not read if `draft` is None.
+          guidance_batching: Whether a guided step runs prompts and negative prompts
+            in "one_call" or "two_calls"; two need less memory.
           callback: Called after each step.
 
         Returns:
           The videos and their statistics.
 
         Raises:
-          ValueError: There is no prompt, or a size does not suit the model.
+          ValueError: There is no prompt or nothing to encode it with, or a context,
+            an image, noise or a size does not suit the model.
           FloatingPointError: A step's result is not finite.
         """
         sampling = Sampling() if sampling is None else sampling
         sampler, state, inputs = self.start(
-            prompts, sampling, draft=draft, schedule=schedule
+            prompts,
+            sampling,
+            image=image,
+            negative_context=negative_context,
+            noise=noise,
+            draft=draft,
+            schedule=schedule,
+            guidance_batching=guidance_batching,
         )
         step_fn, compile_ms = self.compile(sampler, state, inputs)
         reports = []
@@ -237,11 +251,13 @@ class VideoPipeline:
             reports.append(report)
             if callback is not None:
                 callback(report)
+        latents = state.latents
+        del state, inputs  # masks can be large, and so is what decoding needs
         start = time.perf_counter()
-        video = np.asarray(self.codec.decode(state.latents), np.float32)
+        video = np.asarray(self.codec.decode(latents), np.float32)
         return GenerationResult(
             video=np.clip(0.5 * (video + 1.0), 0.0, 1.0),
-            latents=np.asarray(state.latents),
+            latents=np.asarray(latents),
             time_ms=np.array([report.time_ms for report in reports]),
             compile_ms=compile_ms,
             decode_ms=1e3 * (time.perf_counter() - start),
@@ -252,31 +268,46 @@ class VideoPipeline:
 
     def start(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | TextContext,
         sampling: Sampling,
         *,
+        image: Images | ImageCondition | None = None,
+        negative_context: TextContext | None = None,
+        noise: Float[Array | np.ndarray, "B F H W C"] | None = None,
         draft: DraftConfig | None,
         schedule: SparsitySchedule | None,
+        guidance_batching: GuidanceBatching = "one_call",
     ) -> tuple[Sampler, SamplerState, StepInputs]:
         """What `generate` runs its first step with, for loops of your own.
 
         Takes and raises what `generate` does.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        self._check_prompts(prompts)
+        latent_shape = self.latent_shape(sampling)
+        context = self._context(prompts, sampling, negative_context)
         sampler = Sampler.create(
             self.model,
-            latent_shape=self.latent_shape(sampling),
-            solver=FlowEuler(num_steps=sampling.num_steps, shift=sampling.shift),
+            latent_shape=latent_shape,
+            solver=sampling.make_solver(),
             draft=draft,
             schedule=schedule,
+            guidance_batching=guidance_batching,
         )
-        guided = sampling.guidance != 1.0
-        negative = [sampling.negative_prompt] * len(prompts) if guided else []
-        context, lengths = self.text_encoder.encode(prompts + negative)
-        inputs = StepInputs(context, lengths, jnp.float32(sampling.guidance))
-        state = sampler.initial_state(len(prompts), seed=sampling.seed, guided=guided)
-        return sampler, state, inputs
+        batch = len(context.lengths) // (2 if sampling.guided else 1)
+        inputs = StepInputs(
+            *context,
+            guidance=jnp.float32(sampling.guidance),
+            image=self._image(image, sampling, (batch, *latent_shape)),
+        )
+        state = sampler.initial_state(batch, seed=sampling.seed, guided=sampling.guided)
+        if noise is None:
+            return sampler, state, inputs
+        if noise.shape != state.latents.shape:
+            raise ValueError(
+                f"noise has shape {noise.shape}; expected {state.latents.shape}"
+            )
+        # A copy, for the first step reuses the memory.
+        latents = jnp.array(noise, jnp.float32, copy=True)
+        return sampler, state._replace(latents=latents), inputs
 
     def compile(
         self, sampler: Sampler, state: SamplerState, inputs: StepInputs
@@ -286,6 +317,8 @@ class VideoPipeline:
         key = (
             sampler.model.config,
             sampler.latent_shape,
+            type(sampler.solver),
+            sampler.guidance_batching,
             tuple((leaf.shape, leaf.dtype.name) for leaf in leaves),
         )
         if key in self._compiled:
@@ -294,18 +327,94 @@ class VideoPipeline:
         self._compiled[key] = sampler.compile(state, inputs)
         return self._compiled[key], 1e3 * (time.perf_counter() - start)
 
-    def _check_prompts(self, prompts: list[str]) -> None:
-        if not prompts or not all(prompt.strip() for prompt in prompts):
-            raise ValueError(f"{prompts=} must be at least one prompt, none empty")
+    def _context(
+        self,
+        prompts: str | Sequence[str] | TextContext,
+        sampling: Sampling,
+        negative: TextContext | None,
+    ) -> TextContext:
+        """Rows of the prompts and, with guidance, those of negative prompts."""
+        if isinstance(prompts, TextContext):
+            self._check_context("prompts", prompts)
+            positive = prompts
+        else:
+            positive = self.encode(prompts)
+        if not sampling.guided:
+            return positive
+        if negative is None:
+            negative = self._encode([sampling.negative_prompt])
+        self._check_context("negative_context", negative)
+        batch, rows = len(positive.lengths), len(negative.lengths)
+        if rows not in (1, batch):
+            raise ValueError(
+                f"negative_context has {rows} items; expected 1 or {batch}, one for "
+                "each prompt"
+            )
+        return TextContext(
+            *(
+                jnp.concatenate([one, jnp.repeat(other, batch // rows, axis=0)])
+                for one, other in zip(positive, negative, strict=True)
+            )
+        )
+
+    def _image(
+        self,
+        image: Images | ImageCondition | None,
+        sampling: Sampling,
+        latent_shape: tuple[int, ...],
+    ) -> ImageCondition | None:
+        """The condition of every item of the batch."""
+        config = self.model.config
+        channels = config.in_channels - config.out_channels
+        if (image is None) != (channels == 0):
+            kind = "an image-to-video" if channels else "a text-to-video"
+            given = "missing" if image is None else "given"
+            raise ValueError(f"image is {given}, but this is {kind} model")
+        if image is None:
+            return None
+        if not isinstance(image, ImageCondition):
+            image = self.encode_images(image, sampling)
+        batch, items = latent_shape[0], len(image.latents)
+        sides = (*latent_shape[1:-1], channels)
+        if items not in (1, batch) or image.latents.shape[1:] != sides:
+            raise ValueError(
+                f"image has {items} items with latents of shape "
+                f"{image.latents.shape[1:]}; expected 1 or {batch} of shape {sides}"
+            )
+        return jax.tree.map(
+            lambda leaf: jnp.repeat(leaf, batch // len(leaf), axis=0), image
+        )
+
+    def _encode(self, prompts: list[str]) -> TextContext:
+        if self.text_encoder is None:
+            raise ValueError(
+                f"this pipeline has no text encoder for {prompts=}: pass a "
+                "TextContext, and with guidance a negative_context too"
+            )
+        return TextContext(*self.text_encoder.encode(prompts))
+
+    def _check_context(self, name: str, context: TextContext) -> None:
+        config = self.model.config
+        shape, lengths = context.embeddings.shape, context.lengths.shape
+        expected = (config.text_length, config.text_dim)
+        if shape[1:] != expected or lengths != shape[:1] or not shape[0]:
+            raise ValueError(
+                f"{name} has embeddings of shape {shape} and lengths of shape "
+                f"{lengths}; expected [batch, text_length, text_dim] = [batch, "
+                f"{expected[0]}, {expected[1]}] and [batch]"
+            )
+
+    def _warn_of_unknown_words(self, prompts: list[str]) -> None:
+        encoder = self.text_encoder
+        if not isinstance(encoder, ClosedVocabulary):
+            return
         unknown = dict.fromkeys(
-            word
-            for prompt in prompts
-            for word in self.text_encoder.unknown_words(prompt)
+            word for prompt in prompts for word in encoder.unknown_words(prompt)
         )
         if unknown:
             warnings.warn(
                 f"the model was not trained on {', '.join(map(repr, unknown))}; "
-                f"{self.text_encoder.describe_vocabulary()}",
+                f"{encoder.describe_vocabulary()}",
                 UnknownWordWarning,
-                stacklevel=4,
+                skip_file_prefixes=(__file__,),  # the caller's line
             )

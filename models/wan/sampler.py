@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,23 @@ from draft_jax.attention import initial_mask
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig
 from draft_jax.schedule import DraftPlan, DraftStep, SparsitySchedule
-from models.schedulers import FlowEuler, euler_step
+from models.schedulers import Solver
+from models.wan.interfaces import ImageCondition, LatentShape
 from models.wan.transformer import WanTransformer
 
-LatentShape = tuple[int, int, int, int]  # frames, rows, columns, channels
+# How a guided step runs the model on prompts and negative prompts: as one batch, or
+# one after the other, which needs less memory.
+GuidanceBatching = Literal["one_call", "two_calls"]
 
 
 class SamplerState(NamedTuple):
     """What one step hands to the next."""
 
     latents: Float[Array, "B F H W C"]  # float32
-    masks: BlockMask | None  # leaves [layers, ...]; None with dense attention
+    # Leaves [layers, rows, ...], or [2, layers, B, ...] with guidance in two calls;
+    # None with dense attention.
+    masks: BlockMask | None
+    history: Any  # the solver's
 
 
 class StepInputs(NamedTuple):
@@ -35,6 +41,17 @@ class StepInputs(NamedTuple):
     context: Float[Array, "rows L text_dim"]
     context_lengths: Int[Array, " rows"]
     guidance: Float[Array, ""]
+    image: ImageCondition | None = None  # B rows; for an image-to-video model
+
+
+class ModelInputs(TypedDict):
+    """What the transformer takes, by argument."""
+
+    latents: Float[Array, "rows F H W C"]
+    timesteps: Float[Array, " rows"]
+    context: Float[Array, "rows L text_dim"]
+    context_lengths: Int[Array, " rows"]
+    image_tokens: Float[Array, "rows I image_dim"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,15 +79,24 @@ class Sampler:
 
     Attributes:
       model: With the attention that the run uses.
-      solver: Noise levels.
+      solver: Noise levels, and the step between them.
       latent_shape: Of one item.
       plan: What each step does; None with dense attention.
+      guidance_batching: How guided steps run the model.
     """
 
     model: WanTransformer
-    solver: FlowEuler
+    solver: Solver
     latent_shape: LatentShape
     plan: DraftPlan | None
+    guidance_batching: GuidanceBatching = "one_call"
+
+    def __post_init__(self) -> None:
+        if self.guidance_batching not in get_args(GuidanceBatching):
+            raise ValueError(
+                f"guidance_batching={self.guidance_batching!r} must be one of "
+                f"{get_args(GuidanceBatching)}"
+            )
 
     @classmethod
     def create(
@@ -78,21 +104,26 @@ class Sampler:
         model: WanTransformer,
         *,
         latent_shape: LatentShape,
-        solver: FlowEuler,
+        solver: Solver,
         draft: DraftConfig | None,
         schedule: SparsitySchedule | None,
+        guidance_batching: GuidanceBatching = "one_call",
     ) -> "Sampler":
         """Sets the model's attention and works the schedule out.
 
         Args:
           model: Transformer with any attention.
           latent_shape: Of one item.
-          solver: Noise levels.
+          solver: Noise levels, and the step between them.
           draft: Options of draft attention; None is dense attention.
           schedule: The paper's by default. Not read if `draft` is None.
+          guidance_batching: Whether a guided step runs prompts and negative prompts
+            in "one_call" or "two_calls". Two need less memory; results agree up to
+            rounding.
 
         Raises:
-          ValueError: The schedule or the latent's shape does not fit the model.
+          ValueError: The schedule or the latent's shape does not fit the model, or
+            there is no such batching.
         """
         plan = None
         if draft is None:
@@ -106,7 +137,13 @@ class Sampler:
                 grid=model.grid(latent_shape),
                 config=draft,
             )
-        return cls(model=model, solver=solver, latent_shape=latent_shape, plan=plan)
+        return cls(
+            model=model,
+            solver=solver,
+            latent_shape=latent_shape,
+            plan=plan,
+            guidance_batching=guidance_batching,
+        )
 
     @property
     def dense(self) -> Bool[np.ndarray, "steps layers"]:
@@ -127,27 +164,41 @@ class Sampler:
         """
         keys = [jax.random.fold_in(jax.random.key(seed), item) for item in range(batch)]
         noise = [jax.random.normal(key, self.latent_shape) for key in keys]
-        masks = None
-        if self.plan is not None:
-            config = self.model.config
-            mask = initial_mask(
-                self.model.grid(self.latent_shape),
-                config.draft,
-                batch=batch * (2 if guided else 1),
-                num_heads=config.num_heads,
-            )
-            masks = jax.tree.map(
-                lambda leaf: jnp.tile(leaf, (config.num_layers, 1, 1, 1)), mask
-            )
-        return SamplerState(jnp.stack(noise), masks)
+        latents = jnp.stack(noise)
+        masks = None if self.plan is None else self._initial_masks(batch, guided)
+        return SamplerState(latents, masks, self.solver.initial_history(latents))
+
+    def _initial_masks(self, batch: int, guided: bool) -> BlockMask:
+        config = self.model.config
+        two_calls = guided and self.guidance_batching == "two_calls"
+        mask = initial_mask(
+            self.model.grid(self.latent_shape),
+            config.draft,
+            batch=batch * (2 if guided and not two_calls else 1),
+            num_heads=config.num_heads,
+        )
+        repeats = (*((2,) if two_calls else ()), config.num_layers, 1, 1, 1)
+        return jax.tree.map(lambda leaf: jnp.tile(leaf, repeats), mask)
 
     def compile(self, state: SamplerState, inputs: StepInputs) -> Callable:
         """Compiles the step for arrays shaped as these."""
         structure, _ = nnx.split(self.model)
+        update, predict = self.solver.update, _in_one_call
+        if self.guidance_batching == "two_calls" and _is_guided(state, inputs):
+            predict = _in_two_calls
 
-        def step_fn(parameters, state, inputs, timestep, step_size, step):
+        def step_fn(parameters, state, inputs, timestep, coefficients, step):
             model = nnx.merge(structure, parameters)
-            return _denoise(model, state, inputs, timestep, step_size, step)
+            velocity, masks = predict(model, state, inputs, timestep, step)
+            latents, history = update(
+                state.latents,
+                _guide(velocity, inputs, len(state.latents)),
+                state.history,
+                coefficients,
+            )
+            kept_density = _density_of_layers(masks, step, model.config.num_layers)
+            finite = jnp.isfinite(latents).all()
+            return SamplerState(latents, masks, history), kept_density, finite
 
         return (
             jax.jit(step_fn, donate_argnums=1)
@@ -190,45 +241,95 @@ class Sampler:
 
     def _arguments(self, state: SamplerState, inputs: StepInputs, index: int) -> tuple:
         timestep = jnp.float32(self.solver.timesteps[index])
-        step_size = jnp.float32(self.solver.step_sizes[index])
+        coefficients = jax.tree.map(
+            lambda value: jnp.asarray(value, jnp.float32),
+            self.solver.coefficients(index),
+        )
         step = self.step_plan(index)
-        return nnx.state(self.model), state, inputs, timestep, step_size, step
+        return nnx.state(self.model), state, inputs, timestep, coefficients, step
 
 
 def model_inputs(
     latents: Float[Array, "B F H W C"],
     timestep: Float[Array, ""] | float,
     inputs: StepInputs,
-) -> tuple[Float[Array, "rows F H W C"], Float[Array, " rows"]]:
-    """Latents and timesteps for each row of the context."""
+) -> ModelInputs:
+    """The model's arguments, one row for each of the context."""
     rows = inputs.context.shape[0]
     repeats = rows // latents.shape[0]
-    return jnp.concatenate([latents] * repeats), jnp.full(rows, timestep, jnp.float32)
+    tokens = None
+    if inputs.image is not None:
+        latents = jnp.concatenate([latents, inputs.image.latents], axis=-1)
+        tokens = inputs.image.tokens
+    return {
+        "latents": jnp.concatenate([latents] * repeats),
+        "timesteps": jnp.full(rows, timestep, jnp.float32),
+        "context": inputs.context,
+        "context_lengths": inputs.context_lengths,
+        "image_tokens": None if tokens is None else jnp.concatenate([tokens] * repeats),
+    }
 
 
-def _denoise(
+def _is_guided(state: SamplerState, inputs: StepInputs) -> bool:
+    return inputs.context.shape[0] > state.latents.shape[0]
+
+
+def _in_one_call(
     model: WanTransformer,
     state: SamplerState,
     inputs: StepInputs,
     timestep: Float[Array, ""],
-    step_size: Float[Array, ""],
     step: DraftStep | None,
-) -> tuple[SamplerState, Float[Array, " layers"], Bool[Array, ""]]:
-    """One Euler step, the density of each layer, and whether all is finite."""
-    velocity, masks = model(
-        *model_inputs(state.latents, timestep, inputs),
-        inputs.context,
-        context_lengths=inputs.context_lengths,
-        step=step,
-        masks=state.masks,
+) -> tuple[Float[Array, "rows F H W C"], BlockMask | None]:
+    """Velocities and masks of all rows as one batch."""
+    rows = model_inputs(state.latents, timestep, inputs)
+    return model(**rows, step=step, masks=state.masks)
+
+
+def _in_two_calls(
+    model: WanTransformer,
+    state: SamplerState,
+    inputs: StepInputs,
+    timestep: Float[Array, ""],
+    step: DraftStep | None,
+) -> tuple[Float[Array, "rows F H W C"], BlockMask | None]:
+    """Velocities and masks of the prompts' rows, then of the negative prompts'.
+
+    A loop, for XLA may run what is unrolled side by side.
+    """
+
+    def call(half):
+        (context, lengths), masks = half
+        part = inputs._replace(context=context, context_lengths=lengths)
+        return _in_one_call(model, state._replace(masks=masks), part, timestep, step)
+
+    halves = jax.tree.map(
+        lambda rows: rows.reshape(2, -1, *rows.shape[1:]),
+        (inputs.context, inputs.context_lengths),
     )
-    batch = state.latents.shape[0]
-    if velocity.shape[0] > batch:
-        positive, negative = velocity[:batch], velocity[batch:]
-        velocity = negative + inputs.guidance * (positive - negative)
-    latents = euler_step(state.latents, velocity, step_size)
-    kept_density = jnp.ones(model.config.num_layers)
-    if step is not None and masks is not None:
-        per_layer = jax.vmap(lambda mask: mask.density.mean())(masks)
-        kept_density = jnp.where(step.dense, 1.0, per_layer)
-    return SamplerState(latents, masks), kept_density, jnp.isfinite(latents).all()
+    velocity, masks = jax.lax.map(call, (halves, state.masks))
+    return velocity.reshape(-1, *velocity.shape[2:]), masks
+
+
+def _guide(
+    velocity: Float[Array, "rows F H W C"], inputs: StepInputs, batch: int
+) -> Float[Array, "B F H W C"]:
+    """Classifier-free guidance where there are rows of negative prompts."""
+    if velocity.shape[0] == batch:
+        return velocity
+    positive, negative = velocity[:batch], velocity[batch:]
+    return negative + inputs.guidance * (positive - negative)
+
+
+def _density_of_layers(
+    masks: BlockMask | None, step: DraftStep | None, num_layers: int
+) -> Float[Array, " layers"]:
+    """Share of token pairs each layer computed, the mean of rows and heads."""
+    if step is None or masks is None:
+        return jnp.ones(num_layers)
+    density = jax.vmap(lambda mask: mask.density.mean())
+    if masks.row_offsets.ndim == 5:  # guidance in two calls
+        per_layer = jax.vmap(density)(masks).mean(0)
+    else:
+        per_layer = density(masks)
+    return jnp.where(step.dense, 1.0, per_layer)

@@ -1,4 +1,4 @@
-"""The Wan2.1 text-to-video diffusion transformer.
+"""The Wan2.1 diffusion transformer, from text or from an image and text.
 
 Tokens and rotary table are put into tiled order once, after patchifying, and the
 output is put back once; no layer reorders tokens. Layers share one traced block:
@@ -27,7 +27,9 @@ from models.wan.config import AttentionName, WanConfig
 from models.wan.layers import (
     MLP,
     XAVIER_UNIFORM,
+    LayerNorm,
     WanBlock,
+    gelu_exact,
     gelu_tanh,
     layer_norm,
     linear,
@@ -36,6 +38,7 @@ from models.wan.layers import (
 from models.wan.rope import rope_table
 
 Velocity = Float[Array, "B F H W C_out"]
+_IMAGE_NORM_EPS = 1e-5  # not the model's own: both published codes take torch's default
 
 
 class PatchEmbedding(nnx.Module):
@@ -68,8 +71,25 @@ class PatchEmbedding(nnx.Module):
         return patches @ kernel + self.bias[...].astype(self.dtype)
 
 
+class ImageEmbedder(nnx.Module):
+    """Embeds the tokens of an image's encoder; `config.dtype` out.
+
+    Source: Wan2.1 `MLPProj`.
+    """
+
+    def __init__(self, config: WanConfig, size: int, *, rngs: nnx.Rngs) -> None:
+        self.dtype = config.dtype
+        self.norm1 = LayerNorm(config, size=size, eps=_IMAGE_NORM_EPS, rngs=rngs)
+        self.ff = MLP((size, size, config.dim), gelu_exact, config, rngs=rngs)
+        self.norm2 = LayerNorm(config, eps=_IMAGE_NORM_EPS, rngs=rngs)
+
+    def __call__(self, tokens: Float[Array, "B I image"]) -> Float[Array, "B I E"]:
+        hidden = self.ff(self.norm1(tokens).astype(self.dtype))
+        return self.norm2(hidden).astype(self.dtype)
+
+
 class ConditionEmbedder(nnx.Module):
-    """Embeds timestep (float32) and text (`config.dtype`)."""
+    """Embeds timestep (float32), text and image tokens (`config.dtype`)."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
         dim = config.dim
@@ -81,6 +101,11 @@ class ConditionEmbedder(nnx.Module):
         self.time_proj = linear(dim, 6 * dim, config, rngs, dtype="float32")
         self.text_embedder = MLP(
             (config.text_dim, dim, dim), gelu_tanh, config, rngs=rngs
+        )
+        self.image_embedder = (
+            ImageEmbedder(config, config.image_dim, rngs=rngs)
+            if config.image_dim is not None
+            else None
         )
 
     def __call__(
@@ -97,6 +122,14 @@ class ConditionEmbedder(nnx.Module):
         projected = self.time_proj(jax.nn.silu(time))
         modulation = projected.reshape(len(timesteps), 6, -1)
         return time, modulation, self.text_embedder(context.astype(self.dtype))
+
+    def embed_image(
+        self, image_tokens: Float[Array, "B I image"] | None
+    ) -> Float[Array, "B I E"] | None:
+        """Embedded image tokens; None for a text-to-video model."""
+        if self.image_embedder is None or image_tokens is None:
+            return None
+        return self.image_embedder(image_tokens)
 
 
 def timestep_embedding(
@@ -116,9 +149,9 @@ def timestep_embedding(
 
 
 class WanTransformer(nnx.Module):
-    """Predicts the velocity of a noisy latent, given time and text.
+    """Predicts the velocity of a noisy latent, given time, text and perhaps an image.
 
-    Source: Wan2.1 `WanModel` and diffusers `WanTransformer3DModel`, text-to-video.
+    Source: Wan2.1 `WanModel` and diffusers `WanTransformer3DModel`.
     """
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
@@ -150,6 +183,7 @@ class WanTransformer(nnx.Module):
         context: Float[Array, "B L text"],
         *,
         context_lengths: Int[Array, " B"] | None = None,
+        image_tokens: Float[Array, "B I image"] | None = None,
         step: DraftStep | None = None,
         masks: BlockMask | None = None,
         remat: bool = False,
@@ -157,12 +191,15 @@ class WanTransformer(nnx.Module):
         """Runs the model.
 
         Args:
-          latents: Noisy latents, channels last. Frames, rows and columns are
-            multiples of `config.patch_size`.
+          latents: Noisy latents, channels last; an image-to-video model takes the
+            condition's channels after them. Frames, rows and columns are multiples
+            of `config.patch_size`.
           timesteps: Noise level of each item, 0 (clean) to 1000 (noise).
           context: Text embeddings, L = `config.text_length` rows, padded.
           context_lengths: Rows of context that are text; later ones are set to
             zero before they are embedded. None if they are zero already.
+          image_tokens: What CLIP says of the image (257 tokens of a layer before its
+            last), for an image-to-video model and only there.
           step: What the schedule says about this step (`DraftPlan.step`), for draft
             attention. None makes all layers sparse, with new masks.
           masks: Block masks that the step before returned, stacked over layers;
@@ -182,6 +219,7 @@ class WanTransformer(nnx.Module):
             timesteps,
             context,
             context_lengths,
+            image_tokens,
             step,
             masks,
             remat=remat,
@@ -196,6 +234,7 @@ class WanTransformer(nnx.Module):
         context: Float[Array, "B L text"],
         *,
         context_lengths: Int[Array, " B"] | None = None,
+        image_tokens: Float[Array, "B I image"] | None = None,
         step: DraftStep | None = None,
         masks: BlockMask | None = None,
     ) -> tuple[Float[Array, "layers B T N D"], Float[Array, "layers B T N D"]]:
@@ -212,6 +251,7 @@ class WanTransformer(nnx.Module):
             timesteps,
             context,
             context_lengths,
+            image_tokens,
             step,
             masks,
             remat=False,
@@ -263,6 +303,7 @@ class WanTransformer(nnx.Module):
         timesteps: Float[Array, " B"],
         context: Float[Array, "B L text"],
         context_lengths: Int[Array, " B"] | None,
+        image_tokens: Float[Array, "B I image"] | None,
         step: DraftStep | None,
         masks: BlockMask | None,
         *,
@@ -271,11 +312,13 @@ class WanTransformer(nnx.Module):
     ):
         config = self.config
         self._check_inputs(latents, timesteps, context, context_lengths)
+        self._check_image_tokens(image_tokens, latents.shape[0])
         grid = self.grid(latents.shape)
         step, masks = self._check_schedule(grid, latents.shape[0], step, masks)
         time, modulation, context = self.condition_embedder(
             timesteps, context, context_lengths
         )
+        image = self.condition_embedder.embed_image(image_tokens)
         rope = rope_table(grid, config.head_dim, config.rope_theta)
         structure, parameters = nnx.split(self.blocks)
 
@@ -285,7 +328,9 @@ class WanTransformer(nnx.Module):
             if step is not None:
                 layer_step = step.for_layer(is_dense)
             block = nnx.merge(structure, layer_parameters)
-            x, mask, qk = block(x, context, modulation, rope, grid, layer_step, mask)
+            x, mask, qk = block(
+                x, context, modulation, rope, grid, layer_step, mask, image
+            )
             return x, (mask, qk if capture else None)
 
         if remat:
@@ -335,6 +380,25 @@ class WanTransformer(nnx.Module):
         ):
             if array is not None and array.shape != (batch,):
                 raise ValueError(f"{name} has shape {array.shape}; expected ({batch},)")
+
+    def _check_image_tokens(
+        self, image_tokens: Float[Array, "B I image"] | None, batch: int
+    ) -> None:
+        size = self.config.image_dim
+        if (image_tokens is None) != (size is None):
+            given = "missing" if image_tokens is None else "given"
+            kind = "a text-to-video" if size is None else "an image-to-video"
+            raise ValueError(
+                f"image_tokens are {given}, but this is {kind} model (image_dim={size})"
+            )
+        if image_tokens is None:
+            return
+        shape = image_tokens.shape
+        if (shape[0], shape[2]) != (batch, size) or not shape[1]:
+            raise ValueError(
+                f"image_tokens has shape {shape}; expected [batch, tokens, image_dim] "
+                f"= [{batch}, 1 or more, {size}]"
+            )
 
     def _check_schedule(
         self,

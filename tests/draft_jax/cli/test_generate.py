@@ -14,9 +14,11 @@ import time
 import numpy as np
 import pytest
 
-from draft_jax.cli import generate, main
+from draft_jax.cli import generate, main, options
+from draft_jax.cli.entry import build_parser
 from models import video_io
 from models.mini import checkpoint as mini_checkpoint
+from models.schedulers import FlowUniPC
 from models.wan.pipeline import VideoPipeline
 from tests import tiny_model
 
@@ -118,6 +120,7 @@ def test_comparison_report(comparison):
         "num_steps": 4,
         "guidance": 4.0,
         "shift": 3.0,
+        "solver": "euler",
         "seed": 0,
         "negative_prompt": "",
     }
@@ -194,6 +197,7 @@ def test_a_seed_gives_the_same_file_and_another_seed_another(
         (("--sparsity", "1.0"), "sparsity=1.0 must be a number in [0, 1)"),
         (("--sparsity", "-0.1"), "sparsity=-0.1 must be a number in [0, 1)"),
         (("--sparsity", "much"), "argument --sparsity: invalid float value: 'much'"),
+        (("--solver", "heun"), "argument --solver: invalid choice: 'heun'"),
         (("--selection", "random"), "argument --selection: invalid choice: 'random'"),
         (("--selection", "top_p", "--top-p", "0"), "top_p=0.0 must be a number in"),
         (("--size", "50x32"), "width=50 must be a multiple of 8"),
@@ -227,6 +231,27 @@ def test_bad_options_are_told_in_one_line(
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert not folder.exists()
+
+
+def test_the_solver_is_passed_on():
+    arguments = build_parser().parse_args(["generate", PROMPT, "--solver", "unipc"])
+    assert options.sampling_from(arguments).make_solver() == FlowUniPC(
+        num_steps=16, shift=3.0
+    )
+
+
+def test_guidance_in_two_calls_from_the_command_line(checkpoint, tmp_path, monkeypatch):
+    seen = []
+    original = VideoPipeline.generate
+
+    def generate_and_note(self, *arguments, **options):
+        seen.append(options["guidance_batching"])
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(VideoPipeline, "generate", generate_and_note)
+    chosen = ("--dense", "--guidance-batching", "two_calls", "--steps", "1")
+    assert run(checkpoint, *chosen, "--output", str(tmp_path)) == 0
+    assert seen == ["two_calls"]
 
 
 def test_an_empty_prompt_is_refused(checkpoint, capsys, tmp_path):

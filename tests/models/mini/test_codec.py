@@ -89,6 +89,17 @@ def test_bad_sizes(videos, shape):
         codec.encode(jnp.zeros(shape))
 
 
+def test_latent_shape(videos):
+    codec = LinearCodec.fit([videos], channels=4)
+    _, frames, height, width, _ = videos.shape
+    shape = codec.latent_shape(frames=frames, height=height, width=width)
+    assert (len(videos), *shape) == codec.encode(jnp.asarray(videos)).shape
+    with pytest.raises(ValueError, match="frames=5 must be a multiple of 2"):
+        codec.latent_shape(frames=5, height=8, width=8)
+    with pytest.raises(ValueError, match="width=10 must be a multiple of 4"):
+        codec.latent_shape(frames=4, height=8, width=10)
+
+
 def test_saved_codec_is_the_same(videos, tmp_path):
     codec = LinearCodec.fit([videos], channels=4)
     codec.save(tmp_path / "codec.safetensors")

@@ -43,6 +43,34 @@ DIFFUSERS_1_3B = {
 }
 
 
+# What differs in the files of Wan-AI/Wan2.1-I2V-14B-480P and its -Diffusers twin.
+ORIGINAL_I2V = ORIGINAL_1_3B | {
+    "dim": 5120,
+    "ffn_dim": 13824,
+    "in_dim": 36,
+    "model_type": "i2v",
+    "num_heads": 40,
+    "num_layers": 40,
+}
+DIFFUSERS_I2V = DIFFUSERS_1_3B | {
+    "added_kv_proj_dim": 5120,
+    "ffn_dim": 13824,
+    "image_dim": 1280,
+    "in_channels": 36,
+    "num_attention_heads": 40,
+    "num_layers": 40,
+    "pos_embed_seq_len": None,
+}
+
+
+@pytest.mark.parametrize("published", [ORIGINAL_I2V, DIFFUSERS_I2V])
+def test_published_image_to_video_files_give_the_preset(published):
+    config = WanConfig.from_dict(published)
+    assert config == WanConfig.i2v_14b()
+    assert (config.in_channels, config.out_channels, config.image_dim) == (36, 16, 1280)
+    assert WanConfig.from_dict(config.to_dict()) == config
+
+
 @pytest.mark.parametrize("published", [ORIGINAL_1_3B, DIFFUSERS_1_3B])
 def test_published_files_give_the_preset(published):
     assert WanConfig.from_dict(published) == WanConfig.t2v_1_3b()
@@ -76,8 +104,10 @@ def test_configurations_are_hashable_and_frozen():
 @pytest.mark.parametrize(
     ("published", "message"),
     [
-        (ORIGINAL_1_3B | {"model_type": "i2v"}, "only text-to-video .*'i2v'"),
-        (DIFFUSERS_1_3B | {"image_dim": 1280}, r"sets \['image_dim'\]"),
+        (ORIGINAL_I2V | {"model_type": "flf2v"}, "model_type='flf2v' must be one of"),
+        (DIFFUSERS_I2V | {"pos_embed_seq_len": 514}, "pos_embed_seq_len=514 null"),
+        (DIFFUSERS_1_3B | {"image_dim": 1280}, "added_kv_proj_dim=None must be 1536"),
+        (DIFFUSERS_1_3B | {"added_kv_proj_dim": 1536}, "=1536 must be None, for image"),
         (DIFFUSERS_1_3B | {"qk_norm": "layer_norm"}, "qk_norm='layer_norm' must be"),
         (ORIGINAL_1_3B | {"window": 4}, r"unknown=\['window'\] and missing=\[\]"),
         (
@@ -90,7 +120,17 @@ def test_configurations_are_hashable_and_frozen():
         ),
         ({}, r"missing=\['ffn_dim', 'num_layers', 'dim', 'num_heads'\]"),
     ],
-    ids=["i2v", "image", "norm", "unknown", "missing", "no-head-dim", "empty"],
+    ids=[
+        "kind",
+        "positions",
+        "image",
+        "added",
+        "norm",
+        "unknown",
+        "missing",
+        "no-head-dim",
+        "empty",
+    ],
 )
 def test_other_published_files_are_refused(published, message):
     with pytest.raises(ValueError, match=message):
@@ -105,6 +145,7 @@ def test_other_published_files_are_refused(published, message):
         ({"text_length": True}, "text_length=True must be a positive integer"),
         ({"num_heads": 5}, r"dim=384 must be a multiple of self\.num_heads=5"),
         ({"dim": 12, "num_heads": 3}, r"head_dim=4 must be even and at least 6"),
+        ({"image_dim": 0}, "image_dim=0 must be a positive integer"),
         ({"freq_dim": 255}, "freq_dim=255 must be even"),
         ({"patch_size": (2, 2)}, r"patch_size=\(2, 2\) must be a tuple of 3"),
         ({"tile": (0, 8)}, r"tile=\(0, 8\) must be a tuple of 2"),

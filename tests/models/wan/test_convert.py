@@ -15,6 +15,7 @@ from models.conversion import ConversionError
 from models.wan.config import WanConfig
 from models.wan.convert import (
     detect_layout,
+    export_wan_transformer,
     load_wan_transformer,
     save_wan_transformer,
 )
@@ -22,7 +23,10 @@ from models.wan.transformer import WanTransformer
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 # Written out by the fixture script, independently of the table under test.
-ORIGINAL_KEYS = json.loads((FIXTURES / "wan_original_keys.json").read_text())
+ORIGINAL_KEYS = {
+    name: json.loads((FIXTURES / f"wan_{prefix}original_keys.json").read_text())
+    for name, prefix in (("divided", ""), ("image", "image_"))
+}
 CONFIG = WanConfig(
     dim=24,
     ffn_dim=40,
@@ -38,18 +42,26 @@ CONFIG = WanConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def published():
+IMAGE_CONFIG = dataclasses.replace(CONFIG, in_channels=12, image_dim=6)
+
+
+def load_published(name):
     """Weights in both layouts; the arrays are the same, the keys are not."""
-    tensors = safetensors.numpy.load_file(FIXTURES / "wan_divided.safetensors")
+    tensors = safetensors.numpy.load_file(FIXTURES / f"wan_{name}.safetensors")
     weights = {
         key.removeprefix("weights/"): value
         for key, value in tensors.items()
         if key.startswith("weights/")
     }
-    assert weights.keys() == ORIGINAL_KEYS.keys()
-    original = {ORIGINAL_KEYS[key]: value for key, value in weights.items()}
+    original_keys = ORIGINAL_KEYS[name]
+    assert weights.keys() == original_keys.keys()
+    original = {original_keys[key]: value for key, value in weights.items()}
     return {"diffusers": weights, "original": original}
+
+
+@pytest.fixture(scope="module")
+def published():
+    return load_published("divided")
 
 
 def assert_same_parameters(one, other):
@@ -67,6 +79,17 @@ def test_layout_is_told_by_the_keys(published, layout):
 def test_both_layouts_give_the_same_model(published):
     one, other = (load_wan_transformer(w, CONFIG) for w in published.values())
     assert_same_parameters(one, other)
+
+
+def test_image_to_video_models_in_both_layouts():
+    weights = load_published("image")
+    one, other = (load_wan_transformer(w, IMAGE_CONFIG) for w in weights.values())
+    assert_same_parameters(one, other)
+    for layout, expected in weights.items():
+        exported = export_wan_transformer(one, layout=layout)
+        assert exported.keys() == expected.keys()
+        for key, value in expected.items():
+            np.testing.assert_array_equal(exported[key], value, err_msg=key)
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
@@ -126,14 +149,17 @@ def test_every_extra_key_is_named(published):
     weights = published["diffusers"] | {
         "blocks.2.norm2.bias": np.zeros(24, np.float32),
         "blocks.0.attn2.add_k_proj.weight": np.zeros((24, 24), np.float32),
+        "blocks.0.attn2.add_q_proj.weight": np.zeros((24, 24), np.float32),
     }
     with pytest.raises(ConversionError) as error:
         load_wan_transformer(weights, CONFIG)
     assert [line.strip() for line in str(error.value).splitlines()] == [
-        f"2 problems in {len(weights)} weights:",
+        f"3 problems in {len(weights)} weights:",
+        "extra: blocks.0.attn2.add_k_proj.weight leads to "
+        "blocks.0.attn2.add_k_proj.kernel, which the model lacks",
         "extra: blocks.2.norm2.bias leads to blocks.2.norm2.bias, which the model "
         "lacks",
-        "unmatched: no rule knows the key blocks.0.attn2.add_k_proj.weight",
+        "unmatched: no rule knows the key blocks.0.attn2.add_q_proj.weight",
     ]
 
 
@@ -148,8 +174,9 @@ def test_unknown_layouts_are_refused(keys):
     [
         (WanConfig.t2v_1_3b(), 1_418_996_800),
         (WanConfig.t2v_14b(), 14_288_491_584),
+        (WanConfig.i2v_14b(), 16_394_878_784),
     ],
-    ids=["1.3B", "14B"],
+    ids=["1.3B", "14B", "I2V-14B"],
 )
 def test_presets_have_the_published_number_of_parameters(config, expected):
     model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))

@@ -9,7 +9,14 @@ import pytest
 from flax import nnx
 
 from draft_jax import DraftConfig, SparsitySchedule
-from models.wan.pipeline import Sampling, UnknownWordWarning, VideoPipeline
+from models.schedulers import FlowUniPC
+from models.wan.pipeline import (
+    Sampling,
+    TextContext,
+    UnknownWordWarning,
+    VideoPipeline,
+)
+from models.wan.transformer import WanTransformer
 from tests import tiny_model
 
 PROMPT = "a red ball"
@@ -114,6 +121,16 @@ def test_seed_decides_the_video(pipeline, dense):
     assert np.abs(other.video - dense.video).max() > 0.05
 
 
+def test_noise_stands_for_the_seed(pipeline, dense):
+    start = pipeline.start(PROMPT, tiny_model.SAMPLING, draft=None, schedule=None)
+    noise = start[1].latents
+    for _ in range(2):  # it is still there after a run
+        result = generate(pipeline, noise=noise, sampling={"seed": 5})
+        np.testing.assert_array_equal(result.latents, dense.latents)
+    with pytest.raises(ValueError, match=r"noise has shape \(2, 2, 8, 12, 16\); expec"):
+        generate(pipeline, noise=jnp.concatenate([noise, noise]))
+
+
 @pytest.mark.parametrize("sparsity", [None, 0.6], ids=["dense", "draft"])
 def test_batch_items_do_not_influence_each_other(pipeline, sparsity):
     draft = None if sparsity is None else DraftConfig(sparsity=sparsity)
@@ -137,6 +154,59 @@ def test_guidance_of_one_does_not_run_the_negative_prompt(pipeline):
         generate(pipeline, sampling={"negative_prompt": text}) for text in ("", "boat")
     ]
     assert np.abs(guided[0].video - guided[1].video).max() > 1e-3
+
+
+def test_unipc_run_follows_its_solver(pipeline):
+    """The loop once more: one model call per prompt, guidance in NumPy."""
+    solver = FlowUniPC(num_steps=4, shift=3.0)
+    by_name = generate(pipeline, sampling={"solver": "unipc"})
+    by_object = generate(pipeline, sampling={"solver": solver, "shift": 1.0})
+    np.testing.assert_array_equal(by_name.latents, by_object.latents)
+    np.testing.assert_array_equal(by_name.timesteps, solver.timesteps)
+    state = pipeline.start(PROMPT, tiny_model.SAMPLING, draft=None, schedule=None)[1]
+    latents = state.latents
+    history = solver.initial_history(latents)
+    contexts = [pipeline.text_encoder.encode([text]) for text in (PROMPT, "")]
+    predict = nnx.jit(
+        lambda model, latents, time, text: model(
+            latents, time, text[0], context_lengths=text[1]
+        )[0]
+    )
+    for index, timestep in enumerate(solver.timesteps):
+        time = jnp.full(1, timestep, jnp.float32)
+        positive, negative = (
+            predict(pipeline.model, latents, time, text) for text in contexts
+        )
+        velocity = negative + tiny_model.SAMPLING.guidance * (positive - negative)
+        latents, history = solver.update(
+            latents, velocity, history, solver.coefficients(index)
+        )
+    np.testing.assert_allclose(
+        by_name.latents, latents, rtol=0, atol=ROUNDING * np.abs(latents).max()
+    )
+
+
+def test_solvers_do_not_share_a_program(pipeline, dense):
+    unipc = generate(pipeline, sampling={"solver": "unipc"})
+    assert np.abs(unipc.latents - dense.latents).max() > 1e-3
+    again = generate(pipeline, sampling={"solver": "euler"})
+    np.testing.assert_array_equal(again.latents, dense.latents)
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.6], ids=["dense", "draft"])
+def test_guidance_in_two_calls_agrees_with_one(pipeline, sparsity):
+    draft = None if sparsity is None else DraftConfig(sparsity=sparsity)
+    one = generate(pipeline, draft=draft)
+    two = generate(pipeline, draft=draft, guidance_batching="two_calls")
+    scale = np.abs(one.latents).max()
+    np.testing.assert_allclose(two.latents, one.latents, rtol=0, atol=ROUNDING * scale)
+    np.testing.assert_allclose(two.kept_density, one.kept_density, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("without_jaxtyping")
+def test_unknown_guidance_batching_is_named(pipeline):
+    with pytest.raises(ValueError, match="guidance_batching='half' must be one of"):
+        generate(pipeline, guidance_batching="half")
 
 
 def test_callback_sees_every_step_and_may_stop_the_run(pipeline):
@@ -182,6 +252,105 @@ def test_sizes_that_do_not_fit_the_model_are_named(pipeline, changes, message):
         generate(pipeline, sampling=changes)
 
 
+def test_context_stands_for_prompts(pipeline, dense):
+    context = pipeline.encode([PROMPT])
+    negative = TextContext(*pipeline.text_encoder.encode([""]))
+    freed = dataclasses.replace(pipeline, text_encoder=None)
+    result = generate(freed, context, negative_context=negative)
+    np.testing.assert_array_equal(result.latents, dense.latents)
+    mixed = generate(pipeline, context)  # the negative prompt is encoded
+    np.testing.assert_array_equal(mixed.latents, dense.latents)
+    unguided = generate(freed, context, sampling={"guidance": 1.0})
+    assert np.abs(unguided.latents - dense.latents).max() > 1e-3
+
+
+def test_each_prompt_can_have_its_negative_context(pipeline):
+    texts = ["", "boat"]
+    both = generate(
+        pipeline,
+        [PROMPT, PROMPT],
+        negative_context=TextContext(*pipeline.text_encoder.encode(texts)),
+    )
+    shared = generate(
+        pipeline, [PROMPT, PROMPT], sampling={"negative_prompt": texts[1]}
+    )
+    scale = np.abs(both.latents).max()
+    np.testing.assert_allclose(
+        both.latents[1], shared.latents[1], rtol=0, atol=ROUNDING * scale
+    )
+    assert np.abs(both.latents[0] - shared.latents[0]).max() > 1e-3
+
+
+def test_missing_and_unfit_contexts_are_named(pipeline):
+    freed = dataclasses.replace(pipeline, text_encoder=None)
+    context = pipeline.encode([PROMPT, PROMPT])
+    with pytest.raises(ValueError, match=r"no text encoder for prompts=\['a red ball"):
+        generate(freed, PROMPT)
+    with pytest.raises(ValueError, match=r"no text encoder for prompts=\[''\]"):
+        generate(freed, context)
+    short = TextContext(context.embeddings[:, :5], context.lengths)
+    with pytest.raises(ValueError, match=r"prompts has .* shape \(2, 5, 8\)"):
+        generate(pipeline, short)
+    with pytest.raises(ValueError, match="negative_context has embeddings of shape"):
+        generate(pipeline, context, negative_context=short)
+    three = pipeline.encode([PROMPT] * 3)
+    with pytest.raises(ValueError, match="has 3 items; expected 1 or 2, one"):
+        generate(pipeline, context, negative_context=three)
+
+
+class CausalCodec:
+    """Sizes of Wan's VAE, with pixels that repeat the first three channels."""
+
+    stride = (4, 8, 8)
+
+    def latent_shape(self, *, frames, height, width):
+        if frames % 4 != 1:
+            raise ValueError(f"frames={frames} must be 1 more than a multiple of 4")
+        return 1 + frames // 4, height // 8, width // 8, 16
+
+    def encode(self, video):
+        raise NotImplementedError
+
+    def decode(self, latents):
+        pixels = jnp.clip(latents[..., :3], -1, 1)
+        pixels = pixels.repeat(8, axis=2).repeat(8, axis=3)
+        return jnp.concatenate([pixels[:, :1], pixels[:, 1:].repeat(4, axis=1)], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"), [("480p", (21, 30, 52)), ("720p", (21, 45, 80))]
+)
+def test_token_grids_of_the_published_sizes(pipeline, size, grid):
+    causal = dataclasses.replace(pipeline, codec=CausalCodec())
+    shape = causal.latent_shape(Sampling.wan(size))
+    assert shape == (grid[0], 2 * grid[1], 2 * grid[2], 16)
+    got = WanTransformer.grid(pipeline.model, shape)
+    assert (got.frames, got.height, got.width) == grid
+
+
+def test_a_causal_codec(pipeline):
+    causal = dataclasses.replace(pipeline, codec=CausalCodec())
+    sampling = {"frames": 5, "height": 48, "width": 80, "solver": "unipc"}
+    result = generate(causal, sampling=sampling)
+    assert result.latents.shape == (1, 2, 6, 10, 16)
+    assert result.video.shape == (1, 5, 48, 80, 3)
+    assert np.isfinite(result.video).all()
+    for changes, message in (
+        ({"frames": 6}, "frames=6 must be 1 more than a multiple of 4"),
+        ({"height": 40}, "height=40 must be a multiple of 16 for this model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(causal, sampling=sampling | changes)
+
+
+def test_codec_and_transformer_must_agree_in_channels(pipeline):
+    codec = pipeline.codec
+    narrow = dataclasses.replace(codec, basis=codec.basis[:, :4], scale=codec.scale[:4])
+    message = r"codec has 4 latent channels; the transformer makes 16"
+    with pytest.raises(ValueError, match=message):
+        generate(dataclasses.replace(pipeline, codec=narrow))
+
+
 @pytest.mark.parametrize("prompts", ["", "  ", [], ["a ball", ""]], ids=repr)
 def test_empty_prompts_are_refused(pipeline, prompts):
     with pytest.raises(ValueError, match="at least one prompt, none empty"):
@@ -198,9 +367,12 @@ def test_empty_prompts_are_refused(pipeline, prompts):
         ({"seed": 2**32}, "seed=4294967296 must be an integer"),
         ({"guidance": float("nan")}, "guidance=nan must be a finite number"),
         ({"shift": 0.0}, "shift=0.0 must be a positive"),
+        ({"solver": "heun"}, "solver='heun' must be one of"),
+        ({"solver": FlowUniPC(num_steps=3)}, r"num_steps=16 must equal .*num_steps=3"),
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("without_jaxtyping")
 def test_bad_sampling_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**changes)
