@@ -4,14 +4,13 @@ import functools
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import safetensors
 from flax import nnx
 
 from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.config import WanVAEConfig
-from models.wan.vae.convert import export_wan_vae, load_wan_vae
+from models.wan.vae.convert import load_wan_vae, make_rules
 from tests.fixtures.seeded_arrays import seeded_uniform, seeded_weight
 
 FIXTURE = Path(__file__).parent / "fixtures" / "vae_wan2_1.safetensors"
@@ -25,13 +24,19 @@ def load_fixture() -> tuple[dict[str, np.ndarray], dict[str, dict]]:
         return tensors, json.loads(file.metadata()["configs"])
 
 
+@functools.cache
 def checkpoint_shapes(config: WanVAEConfig, layout: str) -> dict[str, tuple[int, ...]]:
     """Shape of every weight by key, as our table has them."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0))))
-    # Arrays of strides 0 stand in for the weights of any size.
-    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), state)
-    weights = export_wan_vae(nnx.merge(graph, zeros), layout=layout)
-    return {key: value.shape for key, value in weights.items()}
+    rules = make_rules(config, layout)
+    model = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+    shapes = {}
+    for names, leaf in nnx.to_flat_state(nnx.state(model)):
+        path = ".".join(map(str, names))
+        ((key, rule),) = ((k, r) for r in rules if (k := r.key_of(path)) is not None)
+        # An array of strides 0 stands in for weights of any size.
+        array = np.broadcast_to(np.float32(0), leaf.shape)
+        shapes[key] = rule.layout.save(array).shape
+    return shapes
 
 
 @functools.cache

@@ -47,5 +47,12 @@ GPU_ATTENTION = {
 GPU_RELATIVE = {"bfloat16": 4e-3, "float16": 5e-4}
 
 # Wan's autoencoder against diffusers in float32, largest difference. Measured on CPU:
-# pixels 0.0, latents 0.0.
+# pixels 3.0e-6, latents 1.5e-6.
 VAE_PARITY = {"rtol": 0, "atol": 1e-5}
+
+# Its pixels with bfloat16 convolutions, relative L2 error. Measured on CPU: 0.0073.
+VAE_BFLOAT16 = 0.02
+
+# Its tiled against whole frames, relative L2 error, for random weights, whose attention
+# is strong. Measured on CPU: pixels 0.12, latents 0.021.
+VAE_TILING = {"decode": 0.2, "encode": 0.05}

@@ -231,8 +231,8 @@ def _cut(frames: Latents | Video, start: int, length: int) -> Array | np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames="length")
-def _cut_on_device(frames: Array, start: int, length: int) -> Array:
-    """A slice at a start that is not part of the compiled program."""
+def _cut_on_device(frames: Array, start: int | Array, length: int) -> Array:
+    """A slice whose start is not part of the compiled program."""
     return jax.lax.dynamic_slice_in_dim(frames, start, length, axis=1)
 
 
