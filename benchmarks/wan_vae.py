@@ -100,7 +100,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     )
     rng = np.random.default_rng(1)
     frames, height, width = case["frames"], *case["size"]
-    shape = codec.latent_shape(frames, height, width)
+    shape = codec.latent_shape(frames=frames, height=height, width=width)
     if case["direction"] == "decode":
         source = rng.standard_normal((1, *shape), np.float32)
         whole, split, step = codec.decode_to_host, codec._decode, steps._decode_step

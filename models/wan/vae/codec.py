@@ -63,7 +63,7 @@ class WanVAECodec:
         return self.model.config.latent_channels
 
     def latent_shape(
-        self, frames: int, height: int, width: int
+        self, *, frames: int, height: int, width: int
     ) -> tuple[int, int, int, int]:
         """The shape of one video's latent.
 
@@ -161,10 +161,11 @@ class WanVAECodec:
                 f"video has shape {video.shape}; expected [batch, frames, height, "
                 f"width, {COLOURS}], at least one in the batch"
             )
-        shape = self.latent_shape(*video.shape[1:4])
+        batch, frames, height, width, _ = video.shape
+        shape = self.latent_shape(frames=frames, height=height, width=width)
         if self.tiling is None:
             return jnp.concatenate(list(self._encode(video)), axis=1)
-        latents = np.zeros((video.shape[0], *shape), np.float32)
+        latents = np.zeros((batch, *shape), np.float32)
         self._run_tiles(self._encode, video, latents)
         return jnp.asarray(latents)
 

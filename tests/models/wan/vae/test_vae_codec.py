@@ -110,7 +110,9 @@ def test_later_frames_do_not_influence_earlier_ones(codec, latents, video, decod
 )
 def test_latent_shape_of_wan2_1(size, expected):
     codec = make_abstract_codec()
-    assert codec.latent_shape(*size) == expected
+    frames, height, width = size
+    got = codec.latent_shape(frames=frames, height=height, width=width)
+    assert got == expected
     assert codec.video_shape(*expected[:3]) == (*size, 3)
 
 
@@ -133,8 +135,9 @@ def make_abstract_codec(**options):
     ids=str,
 )
 def test_sizes_that_do_not_fit(size, message):
+    frames, height, width = size
     with pytest.raises(ValueError, match=message):
-        make_abstract_codec().latent_shape(*size)
+        make_abstract_codec().latent_shape(frames=frames, height=height, width=width)
 
 
 @pytest.mark.parametrize(
