@@ -58,7 +58,18 @@ class WanVAE(nnx.Module):
         Returns:
           The mean of the posterior, normalised, float32; and the cache for the
           frames that follow.
+
+        Raises:
+          ValueError: The number of frames, rows or columns is not such.
         """
+        time, side, _ = self.config.stride
+        _, frames, height, width, _ = video.shape
+        start = int(cache is None)
+        if frames < 1 or (frames - start) % time or height % side or width % side:
+            raise ValueError(
+                f"video has shape {video.shape}; expected {'1 + ' if start else ''}a "
+                f"multiple of {time} frames, rows and columns multiples of {side}"
+            )
         x, cache = self.encoder(video, cache)
         mean, _ = jnp.split(self.quant_conv(x).astype(jnp.float32), 2, axis=-1)
         return (mean - self._latents("mean")) / self._latents("std"), cache

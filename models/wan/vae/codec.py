@@ -1,14 +1,15 @@
 """Encodes and decodes whole videos with Wan's autoencoder, a chunk of frames at a time.
 
 The first chunk is the first frame; each other is the `stride` frames of one latent
-frame, as in the original. Two compiled steps serve any number of frames, and memory
-beside the video itself does not grow with it. A step hands the cache of the layers to
-the next, which reuses its buffers.
+frame, as in the original, and videos of a batch run one after the other. Two compiled
+steps serve any number of frames and videos, and memory beside the videos themselves
+does not grow with it. A step hands the cache of the layers to the next, which reuses
+its buffers.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -108,7 +109,8 @@ class WanVAECodec:
         """
         if self.tiling is not None:
             return jnp.asarray(self.decode_to_host(latents))
-        return jnp.concatenate(list(self.decode_chunks(latents)), axis=1)
+        self._check_latents(latents)
+        return _join(self._decode(item) for item in _items(latents))
 
     def decode_to_host(self, latents: Latents) -> Float[np.ndarray, "B T Y X 3"]:
         """`decode` into the host's memory, one chunk on the device at a time."""
@@ -118,15 +120,16 @@ class WanVAECodec:
         if self.tiling is not None:
             self._run_tiles(self._decode, latents, video)
             return np.clip(video, -1.0, 1.0, out=video)
-        for frames, chunk in _place(self._decode(latents)):
-            video[:, frames] = chunk
+        for index, item in enumerate(_items(latents)):
+            for frames, chunk in _place(self._decode(item)):
+                video[index, frames] = chunk[0]
         return video
 
     def decode_chunks(self, latents: Latents) -> Iterator[Float[Array, "B t Y X 3"]]:
         """The video of some latents chunk by chunk, each as soon as it is started.
 
         Args:
-          latents: Normalised latents.
+          latents: Normalised latents. Here a batch runs at once.
 
         Returns:
           Iterator over the first frame, then `stride` frames each.
@@ -164,7 +167,7 @@ class WanVAECodec:
         batch, frames, height, width, _ = video.shape
         shape = self.latent_shape(frames=frames, height=height, width=width)
         if self.tiling is None:
-            return jnp.concatenate(list(self._encode(video)), axis=1)
+            return _join(self._encode(item) for item in _items(video))
         latents = np.zeros((batch, *shape), np.float32)
         self._run_tiles(self._encode, video, latents)
         return jnp.asarray(latents)
@@ -177,7 +180,7 @@ class WanVAECodec:
 
     def _run_tiles(
         self,
-        run: Callable[[np.ndarray], Iterator[Array]],
+        run: Callable[[Any], Iterator[Array]],
         source: Latents | Video,
         result: np.ndarray,
     ) -> None:
@@ -195,8 +198,9 @@ class WanVAECodec:
         scale_in, scale_out = (array.shape[2] // rows for array in (source, result))
         for tile in self.tiling.tiles(rows, columns, side):
             target, weights = tile.cut(result, scale_out), tile.weights(scale_out)
-            for frames, chunk in _place(run(tile.cut(source, scale_in))):
-                target[:, frames] += weights * chunk
+            for index, item in enumerate(_items(tile.cut(source, scale_in))):
+                for frames, chunk in _place(run(item)):
+                    target[index, frames] += weights * chunk[0]
 
     def _check_latents(self, latents: Latents) -> None:
         _check_floating("latents", latents)
@@ -211,6 +215,17 @@ class WanVAECodec:
 def _check_floating(name: str, array: Array | np.ndarray) -> None:
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} are of {array.dtype}; expected floating-point numbers")
+
+
+def _items(batch: Latents | Video) -> Iterator[Array | np.ndarray]:
+    """Batches of one."""
+    return (batch[index : index + 1] for index in range(batch.shape[0]))
+
+
+def _join(videos: Iterable[Iterable[Array]]) -> Array:
+    """One batch of the chunks of each video."""
+    joined = [jnp.concatenate(list(chunks), axis=1) for chunks in videos]
+    return joined[0] if len(joined) == 1 else jnp.concatenate(joined)
 
 
 def _run(
