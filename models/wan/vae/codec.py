@@ -90,7 +90,13 @@ class WanVAECodec:
     def video_shape(
         self, frames: int, rows: int, columns: int
     ) -> tuple[int, int, int, int]:
-        """Frames, height, width and colours of the video of a latent."""
+        """Frames, height, width and colours of the video of a latent.
+
+        Args:
+          frames: Of the latent.
+          rows: Of the latent.
+          columns: Of the latent.
+        """
         time, side, _ = self.stride
         return time * (frames - 1) + 1, rows * side, columns * side, COLOURS
 

@@ -1,10 +1,10 @@
 """Layers of Wan's causal video autoencoder.
 
 Every layer is a function `(x, cache) -> (x, cache)` of the next frames of a video and
-of what it remembers of the frames before. A cache of None starts a video. A video may
-be cut in chunks anywhere: the outputs, joined, do not change, since a layer remembers
-as many frames as its window reaches back. Layers that look at one frame at a time
-remember nothing, `()`.
+of what it remembers of the frames before. A cache of None starts a video. How a video
+is cut in chunks does not change the outputs, joined, since a layer remembers as many
+frames as its window reaches back. Layers that look at one frame at a time remember
+nothing, `()`.
 
 Attribute names are those of the diffusers checkpoint, without the numbers of
 `nn.Sequential`. Norms, activations and softmax are float32; what enters a convolution
@@ -69,7 +69,7 @@ class CausalConv(nnx.Module):
       config: dtypes and form of the convolution.
       side: Rows and columns of the window, odd.
       stride: Frames from one window to the next. The number of frames in a call is a
-        multiple of it, and so many less frames are remembered.
+        multiple of it; `WINDOW - stride` frames are remembered.
       rngs: For the initial weights.
     """
 
