@@ -97,7 +97,7 @@ class Rule:
         filled = _GROUP.sub(lambda _: match[f"g{next(values)}"], self.pattern)
         return filled.replace(r"\.", ".")
 
-    @property
+    @functools.cached_property
     def _path_pattern(self) -> str:
         """Regular expression for our paths, groups named by their number."""
         groups = _GROUP.findall(self.pattern)

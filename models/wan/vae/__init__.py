@@ -1,0 +1,1 @@
+"""Wan2.1's causal video autoencoder."""

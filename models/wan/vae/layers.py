@@ -1,0 +1,286 @@
+"""Layers of Wan's causal video autoencoder.
+
+Every layer is a function `(x, cache) -> (x, cache)` of the next frames of a video and
+of what it remembers of the frames before. A cache of None starts a video. How a video
+is cut in chunks does not change the outputs, joined, since a layer remembers as many
+frames as its window reaches back. Layers that look at one frame at a time remember
+nothing, `()`.
+
+Attribute names are those of the diffusers checkpoint, without the numbers of
+`nn.Sequential`. Norms, activations and softmax are float32; what enters a convolution
+or matrix product is cast to `config.dtype`, and so is what comes out.
+
+Source: Wan2.1 `wan/modules/vae.py`, where a list indexed by a counter is the cache.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from models.wan.vae.config import WanVAEConfig
+from pallas_kernels.dense_attention import dense_attention
+
+WINDOW = 3  # frames that a convolution in time sees
+NORM_EPS = 1e-12  # smallest length of a vector that the norm divides by
+
+Frames = Float[Array, "B T H W C"]
+Cache = Any  # pytree of frames; None at the start of a video
+Step = tuple[Float[Array, "B t h w O"], Cache]  # what a layer makes of frames
+
+
+def run_layers(
+    layers: Sequence[nnx.Module], x: Frames, caches: Sequence[Cache] | None
+) -> Step:
+    """Runs layers one after the other, each with its own cache."""
+    remembered = []
+    for layer, cache in zip(layers, caches or [None] * len(layers), strict=True):
+        x, cache = layer(x, cache)  # type: ignore[operator]
+        remembered.append(cache)
+    return x, tuple(remembered)
+
+
+class RMSNorm(nnx.Module):
+    """Scales each position's channels to a root mean square of one; float32 out."""
+
+    def __init__(self, dim: int, config: WanVAEConfig) -> None:
+        self.gamma = nnx.Param(jnp.ones(dim, config.param_dtype))
+
+    def __call__(self, x: Float[Array, "*axes C"]) -> Float[Array, "*axes C"]:
+        x = x.astype(jnp.float32)
+        length = jnp.sqrt(jnp.square(x).sum(-1, keepdims=True))
+        gamma = self.gamma[...].astype(jnp.float32) * x.shape[-1] ** 0.5
+        return x / jnp.maximum(length, NORM_EPS) * gamma
+
+
+class CausalConv(nnx.Module):
+    """A convolution whose window ends at the current frame, three frames long.
+
+    Before the video come frames of zeros; rows and columns are padded to keep their
+    number.
+
+    Args:
+      in_features: Channels in.
+      out_features: Channels out.
+      config: dtypes and form of the convolution.
+      side: Rows and columns of the window, odd.
+      stride: Frames from one window to the next. The number of frames in a call is a
+        multiple of it; `WINDOW - stride` frames are remembered.
+      rngs: For the initial weights.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: WanVAEConfig,
+        *,
+        side: int = 3,
+        stride: int = 1,
+        rngs: nnx.Rngs,
+    ) -> None:
+        shape = (WINDOW, side, side, in_features, out_features)
+        init = nnx.initializers.lecun_normal()
+        self.config = config
+        self.stride = stride
+        self.kernel = nnx.Param(init(rngs.params(), shape, config.param_dtype))
+        self.bias = nnx.Param(jnp.zeros(out_features, config.param_dtype))
+
+    def __call__(self, x: Frames, cache: Cache) -> Step:
+        dtype = jnp.dtype(self.config.dtype)
+        memory = WINDOW - self.stride
+        x = x.astype(dtype)
+        if cache is None:
+            cache = jnp.zeros((x.shape[0], memory, *x.shape[2:]), dtype)
+        x = jnp.concatenate([cache, x], axis=1)
+        kernel, bias = (p[...].astype(dtype) for p in (self.kernel, self.bias))
+        form = _convolve_2d if self.config.convolution == "2d" else _convolve_3d
+        return form(x, kernel, self.stride) + bias, x[:, x.shape[1] - memory :]
+
+
+def _convolve_3d(
+    x: Frames, kernel: Float[Array, "3 Y X C O"], stride: int
+) -> Float[Array, "B t H W O"]:
+    rows, columns = (side // 2 for side in kernel.shape[1:3])
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, 1, 1),
+        padding=((0, 0), (rows, rows), (columns, columns)),
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+    )
+
+
+def _convolve_2d(
+    x: Frames, kernel: Float[Array, "3 Y X C O"], stride: int
+) -> Float[Array, "B t H W O"]:
+    """`_convolve_3d` with the frames of a window side by side in the channels."""
+    batch, frames, *_ = x.shape
+    windows = (frames - WINDOW) // stride + 1
+    last = (windows - 1) * stride + 1
+    taps = [x[:, tap : tap + last : stride] for tap in range(WINDOW)]
+    images = jnp.concatenate(taps, axis=-1)
+    images = images.reshape(batch * windows, *images.shape[2:])
+    time, rows, columns, channels, out = kernel.shape
+    kernel = kernel.transpose(1, 2, 0, 3, 4)
+    images = lax.conv_general_dilated(
+        images,
+        kernel.reshape(rows, columns, time * channels, out),
+        window_strides=(1, 1),
+        padding=((rows // 2, rows // 2), (columns // 2, columns // 2)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return images.reshape(batch, windows, *images.shape[1:])
+
+
+def pointwise(
+    in_features: int, out_features: int, config: WanVAEConfig, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A convolution of window one, that is a linear layer on each position."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
+
+
+class ResidualBlock(nnx.Module):
+    """Norm, SiLU and convolution, twice, beside a shortcut.
+
+    Source: Wan2.1 `ResidualBlock`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, config: WanVAEConfig, rngs: nnx.Rngs
+    ) -> None:
+        self.norm1 = RMSNorm(in_features, config)
+        self.conv1 = CausalConv(in_features, out_features, config, rngs=rngs)
+        self.norm2 = RMSNorm(out_features, config)
+        self.conv2 = CausalConv(out_features, out_features, config, rngs=rngs)
+        self.conv_shortcut = (
+            pointwise(in_features, out_features, config, rngs)
+            if in_features != out_features
+            else None
+        )
+
+    def __call__(self, x: Frames, cache: Cache) -> Step:
+        first, second = (None, None) if cache is None else cache
+        hidden, first = self.conv1(jax.nn.silu(self.norm1(x)), first)
+        hidden, second = self.conv2(jax.nn.silu(self.norm2(hidden)), second)
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return shortcut + hidden, (first, second)
+
+
+class FrameAttention(nnx.Module):
+    """Self-attention with one head over the positions of each frame.
+
+    Source: Wan2.1 `AttentionBlock`.
+    """
+
+    def __init__(self, dim: int, config: WanVAEConfig, rngs: nnx.Rngs) -> None:
+        self.dtype = config.dtype
+        self.norm = RMSNorm(dim, config)
+        self.to_qkv = pointwise(dim, 3 * dim, config, rngs)
+        self.proj = pointwise(dim, dim, config, rngs)
+
+    def __call__(self, x: Frames, cache: Cache) -> Step:
+        batch, frames, rows, columns, channels = x.shape
+        tokens = x.reshape(batch * frames, rows * columns, 1, channels)
+        q, k, v = jnp.split(self.to_qkv(self.norm(tokens)), 3, axis=-1)
+        return x + self.proj(dense_attention(q, k, v)).reshape(x.shape), ()
+
+
+class Downsample(nnx.Module):
+    """Halves rows and columns, and if asked the frames after the first.
+
+    The first frame of a video stays; each later one that is kept sees itself and the
+    two before it.
+
+    Source: Wan2.1 `Resample`, modes "downsample2d" and "downsample3d".
+    """
+
+    def __init__(
+        self, dim: int, config: WanVAEConfig, *, temporal: bool, rngs: nnx.Rngs
+    ) -> None:
+        self.resample = nnx.Conv(
+            dim,
+            dim,
+            (3, 3),
+            strides=(2, 2),
+            padding=((0, 1), (0, 1)),
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+        )
+        self.time_conv = (
+            CausalConv(dim, dim, config, side=1, stride=2, rngs=rngs)
+            if temporal
+            else None
+        )
+
+    def __call__(self, x: Frames, cache: Cache) -> Step:
+        x = self.resample(x)
+        if self.time_conv is None:
+            return x, ()
+        if cache is not None:
+            return self.time_conv(x, cache)
+        first, later = x[:, :1], x[:, 1:]
+        if not later.shape[1]:
+            return first, first
+        later, cache = self.time_conv(later, first)
+        return jnp.concatenate([first, later], axis=1), cache
+
+
+class Upsample(nnx.Module):
+    """Doubles rows and columns, halves channels, and if asked doubles the frames.
+
+    The first frame of a video stays one frame, and later frames do not see it: to
+    the convolution in time the video begins after it.
+
+    Source: Wan2.1 `Resample`, modes "upsample2d" and "upsample3d"; the first frame
+    is its special case "Rep".
+    """
+
+    def __init__(
+        self, dim: int, config: WanVAEConfig, *, temporal: bool, rngs: nnx.Rngs
+    ) -> None:
+        self.resample = nnx.Conv(
+            dim,
+            dim // 2,
+            (3, 3),
+            padding=((1, 1), (1, 1)),
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+        )
+        self.time_conv = (
+            CausalConv(dim, 2 * dim, config, side=1, rngs=rngs) if temporal else None
+        )
+
+    def __call__(self, x: Frames, cache: Cache) -> Step:
+        if self.time_conv is None:
+            cache = ()
+        elif cache is not None:
+            x, cache = self._double_frames(x, cache)
+        else:
+            first, later = x[:, :1], x[:, 1:]
+            cache = jnp.zeros((x.shape[0], WINDOW - 1, *x.shape[2:]), x.dtype)
+            if later.shape[1]:
+                later, cache = self._double_frames(later, cache)
+            x = jnp.concatenate([first, later], axis=1)
+        return self.resample(x.repeat(2, axis=2).repeat(2, axis=3)), cache
+
+    def _double_frames(self, x: Frames, cache: Cache) -> Step:
+        """Two frames for each: the two halves of the convolution's channels."""
+        assert self.time_conv is not None, "called only if there is one"
+        pairs, cache = self.time_conv(x, cache)
+        batch, frames, rows, columns, channels = x.shape
+        pairs = pairs.reshape(batch, frames, rows, columns, 2, channels)
+        pairs = pairs.transpose(0, 1, 4, 2, 3, 5)
+        return pairs.reshape(batch, 2 * frames, rows, columns, channels), cache

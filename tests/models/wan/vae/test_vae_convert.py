@@ -1,0 +1,103 @@
+"""Both published layouts of the autoencoder; parity is in test_vae_parity."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from models.conversion import ConversionError
+from models.wan.vae.config import WanVAEConfig
+from models.wan.vae.convert import (
+    detect_layout,
+    export_wan_vae,
+    load_wan_vae,
+    make_rules,
+)
+from tests import tiny_vae
+
+CASE = "small"
+# Original key, diffusers key, shape, from the models themselves.
+PUBLISHED = json.loads(tiny_vae.FIXTURE.with_name("vae_wan2_1_keys.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def published():
+    """Weights in both layouts; those of the original by the names written out."""
+    return {
+        "diffusers": tiny_vae.make_weights(CASE),
+        "original": export_wan_vae(tiny_vae.make_model(CASE), layout="original"),
+    }
+
+
+@pytest.mark.parametrize(("layout", "column"), [("original", 0), ("diffusers", 1)])
+def test_keys_and_shapes_are_those_of_wan2_1(layout, column):
+    expected = {row[column]: tuple(row[2]) for row in PUBLISHED}
+    assert tiny_vae.checkpoint_shapes(WanVAEConfig.wan2_1(), layout) == expected
+    assert detect_layout(expected, WanVAEConfig.wan2_1()) == layout
+
+
+def test_each_weight_has_its_own_two_keys():
+    """The pairs of keys, not only both sets: original to ours to diffusers."""
+    config = WanVAEConfig.wan2_1()
+
+    def unique(values):
+        (value,) = (value for value in values if value is not None)
+        return value
+
+    tables = {name: make_rules(config, name) for name in ("original", "diffusers")}
+    for original, diffusers, _ in PUBLISHED:
+        path = unique(rule.path_of(original) for rule in tables["original"])
+        assert unique(r.key_of(path) for r in tables["diffusers"]) == diffusers
+
+
+def test_the_preset_has_the_published_number_of_parameters():
+    shapes = tiny_vae.checkpoint_shapes(WanVAEConfig.wan2_1(), "original")
+    assert sum(map(math.prod, shapes.values())) == 126_892_531
+
+
+def test_both_layouts_give_the_same_model(published):
+    models = [
+        load_wan_vae(weights, tiny_vae.make_config(CASE))
+        for weights in published.values()
+    ]
+    one, other = (dict(nnx.to_flat_state(nnx.state(model))) for model in models)
+    assert one.keys() == other.keys()
+    for path, leaf in one.items():
+        np.testing.assert_array_equal(leaf[...], other[path][...], err_msg=str(path))
+
+
+def test_weights_are_written_as_they_were_read(published, tmp_path):
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    safetensors.numpy.save_file(published["diffusers"], file)
+    for source in (file, tmp_path):
+        model = load_wan_vae(source, tiny_vae.make_config(CASE))
+        written = export_wan_vae(model)
+        assert written.keys() == published["diffusers"].keys()
+        for key, value in published["diffusers"].items():
+            np.testing.assert_array_equal(written[key], value)
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_every_offender_is_named(published, layout):
+    weights = dict(published[layout])
+    missing, short, integer, *_ = sorted(weights)
+    del weights[missing]
+    weights[short] = weights[short][..., :-1]
+    weights[integer] = np.zeros(weights[integer].shape, np.int32)
+    weights["decoder.extra.weight"] = np.zeros(1, np.float32)
+    with pytest.raises(ConversionError) as error:
+        load_wan_vae(weights, tiny_vae.make_config(CASE))
+    first, *lines = str(error.value).splitlines()
+    assert first == f"4 problems in {len(weights)} weights:"
+    problems = dict(line.split()[:2] for line in lines)
+    assert problems.pop("unmatched:") == "no"  # "no rule knows the key ..."
+    assert problems == {"missing:": missing, "shape:": short, "dtype:": integer}
+
+
+@pytest.mark.parametrize("keys", [[], ["x"], ["encoder.conv1.scale"]], ids=repr)
+def test_unknown_layouts_are_refused(keys):
+    with pytest.raises(ConversionError, match=f"cannot tell the layout of {len(keys)}"):
+        detect_layout(keys, WanVAEConfig.wan2_1())
