@@ -30,9 +30,11 @@ FLOAT32 = (
     "time_embedder",
     "time_proj",
     "scale_shift_table",
+    "norm1",
+    "norm2",
     "norm_q",
     "norm_k",
-    "norm2",
+    "norm_added_k",
 )
 _ENDING = re.compile(r"\.(weight|bias)$")
 
