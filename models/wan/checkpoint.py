@@ -31,14 +31,14 @@ LAYOUTS: dict[LayoutName, dict[Part, tuple[str, ...]]] = {
     "original": {
         "transformer": ("config.json", "diffusion_pytorch_model*.safetensors"),
         "text_encoder": ("models_t5_umt5-xxl-enc-bf16.pth",),
-        "tokenizer": ("google/umt5-xxl/*",),
+        "tokenizer": ("google/umt5-xxl/tokenizer.json",),
         "vae": ("Wan2.1_VAE.pth",),
         "image_encoder": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
     },
     "diffusers": {
         "transformer": ("transformer/config.json", "transformer/*.safetensors"),
         "text_encoder": ("text_encoder/config.json", "text_encoder/*.safetensors"),
-        "tokenizer": ("tokenizer/*",),
+        "tokenizer": ("tokenizer/tokenizer.json",),
         "vae": ("vae/config.json", "vae/*.safetensors"),
         "image_encoder": ("image_encoder/config.json", "image_encoder/*.safetensors"),
         "scheduler": ("scheduler/scheduler_config.json",),

@@ -286,7 +286,7 @@ def test_all_missing_files_are_named_at_once(copies):
         WanFolder.open(copies / "diffusers")
     assert (
         "lacks text_encoder/config.json (text_encoder), text_encoder/*.safetensors "
-        "(text_encoder), tokenizer/* (tokenizer), vae/config.json (vae), "
+        "(text_encoder), tokenizer/tokenizer.json (tokenizer), vae/config.json (vae), "
         "vae/*.safetensors (vae); expected the diffusers layout (transformer/config"
     ) in str(error.value)
 
