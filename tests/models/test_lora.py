@@ -61,11 +61,11 @@ def test_file_of_diffusers_merges_as_peft_does(weights, layout):
     """Ranks, alphas and their exceptions stand in the file's metadata."""
     merged = merge_lora(
         weights[layout],
-        FIXTURES / "wan_lora.safetensors",
+        FIXTURES / "lora_peft.safetensors",
         lora_names(weights[layout]),
         scale=0.75,
     )
-    expected = load_safetensors(FIXTURES / "wan_lora_merged.safetensors")
+    expected = load_safetensors(FIXTURES / "lora_peft_merged.safetensors")
     changed = {key for key in merged if isinstance(merged[key], MergedArray)}
     names = {
         key: ORIGINAL_KEYS[key] if layout == "original" else key for key in expected
@@ -80,10 +80,12 @@ def test_file_of_diffusers_merges_as_peft_does(weights, layout):
 
 def test_adapters_are_merged_at_load(weights):
     source = weights["diffusers"]
-    lora = FIXTURES / "wan_lora.safetensors"
+    lora = FIXTURES / "lora_peft.safetensors"
     merged = merge_lora(source, lora, lora_names(source), scale=0.75)
     saved = export_wan_transformer(load_wan_transformer(merged, CONFIG))
-    expected = source | dict(load_safetensors(FIXTURES / "wan_lora_merged.safetensors"))
+    expected = source | dict(
+        load_safetensors(FIXTURES / "lora_peft_merged.safetensors")
+    )
     assert saved.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_allclose(saved[key], value, **MERGED, err_msg=key)

@@ -233,18 +233,20 @@ def test_narrow_weights_keep_what_is_computed_in_float32(published):
 
 def test_adapters_are_merged(published):
     """Values are checked in tests/models/test_lora.py."""
-    lora = FIXTURES / "wan_lora.safetensors"
+    lora = FIXTURES / "lora_peft.safetensors"
     merged = load_wan_pipeline_parts(
         published["original"], dtype="float32", loras=[(lora, 0.75)], **CHANGES
     ).transformer
-    expected = safetensors.numpy.load_file(FIXTURES / "wan_lora_merged.safetensors")
+    expected = safetensors.numpy.load_file(FIXTURES / "lora_peft_merged.safetensors")
     np.testing.assert_allclose(
         merged.blocks.attn2.to_q.kernel[1].T,
         expected["blocks.1.attn2.to_q.weight"],
         atol=1e-6,
     )
-    wrong = FIXTURES / "wan_lora_merged.safetensors"
-    with pytest.raises(ConversionError, match=r"wan_lora_merged\.safetensors does not"):
+    wrong = FIXTURES / "lora_peft_merged.safetensors"
+    with pytest.raises(
+        ConversionError, match=r"lora_peft_merged\.safetensors does not"
+    ):
         load_wan_pipeline_parts(published["original"], loras=[(wrong, 1.0)], **CHANGES)
 
 
