@@ -52,7 +52,15 @@ _PREFIXES = (
 _METADATA_KEY = "lora_adapter_metadata"  # diffusers writes PEFT's settings there
 
 
-_Parts = Mapping[str, tuple[str, Any]]  # key and tensor of one module by role
+class _Part(NamedTuple):
+    """One tensor of an adapter."""
+
+    key: str
+    module: str  # as the key spells it
+    value: Any
+
+
+_Parts = Mapping[str, _Part]  # of one module of the model, by role
 
 
 class _Delta(NamedTuple):
@@ -105,10 +113,15 @@ class _Settings:
 
 @dataclasses.dataclass(frozen=True)
 class MergedWeights(Mapping[str, Any]):
-    """A checkpoint's weights with adapters; see `merge_lora`."""
+    """A checkpoint's weights with adapters; see `merge_lora`.
+
+    Attributes:
+      weights: Before the adapters.
+      deltas: What they add, by key of `weights`.
+    """
 
     weights: Mapping[str, Any]
-    deltas: Mapping[str, Sequence[_Delta]]  # by key of `weights`
+    deltas: Mapping[str, Sequence[_Delta]]
 
     def __getitem__(self, key: str) -> Any:
         weight = self.weights[key]
@@ -159,11 +172,10 @@ def merge_lora(
     modules, problems = _group(lora, names)
     settings = _read_settings(metadata, origin)
     deltas: dict[str, list[_Delta]] = {}
-    for module, parts in modules.items():
-        base = names[module]
+    for base, parts in modules.items():
         for found, wrong in (
             _differences(base, parts, weights),
-            _low_rank(base, module, parts, weights, settings),
+            _low_rank(base, parts, weights, settings),
         ):
             problems += wrong
             for key, delta in found:
@@ -182,9 +194,9 @@ def merge_lora(
 
 def _group(
     lora: Mapping[str, Any], names: Mapping[str, str]
-) -> tuple[dict[str, dict[str, tuple[str, Any]]], list[str]]:
-    """Keys and tensors by spelled module and role, and the keys that have none."""
-    modules: dict[str, dict[str, tuple[str, Any]]] = {}
+) -> tuple[dict[str, dict[str, _Part]], list[str]]:
+    """Tensors by the model's module and their role, and the keys that have none."""
+    modules: dict[str, dict[str, _Part]] = {}
     problems = []
     for key, value in lora.items():
         suffix = max(filter(key.endswith, _ROLES), key=len, default=None)
@@ -204,11 +216,11 @@ def _group(
         if module is None:
             problems.append(f"unmatched: {key} belongs to no weight of the model")
             continue
-        parts = modules.setdefault(module, {})
-        if _ROLES[suffix] in parts:
-            other = parts[_ROLES[suffix]][0]
-            problems.append(f"twice: {other} and {key} mean the same")
-        parts[_ROLES[suffix]] = key, value
+        parts = modules.setdefault(names[module], {})
+        role = _ROLES[suffix]
+        if role in parts:
+            problems.append(f"twice: {parts[role].key} and {key} mean the same")
+        parts[role] = _Part(key, module, value)
     return modules, problems
 
 
@@ -223,7 +235,7 @@ def _differences(
     ):
         if role not in parts:
             continue
-        key, value = parts[role]
+        key, _, value = parts[role]
         if target not in weights:
             problems.append(f"unmatched: {key} belongs to no weight of the model")
         elif problem := _misfit(key, value, weights[target].shape):
@@ -234,11 +246,7 @@ def _differences(
 
 
 def _low_rank(
-    base: str,
-    module: str,
-    parts: _Parts,
-    weights: Mapping[str, Any],
-    settings: _Settings,
+    base: str, parts: _Parts, weights: Mapping[str, Any], settings: _Settings
 ) -> tuple[list[tuple[str, _Delta]], list[str]]:
     """The product of a module's two matrices, and what is wrong with them."""
     halves = [role for role in ("down", "up", "alpha") if role in parts]
@@ -246,12 +254,13 @@ def _low_rank(
         return [], []
     if not {"down", "up"} <= parts.keys():
         matrices = "matrices" if halves == ["alpha"] else "other matrix"
-        return [], [f"half: {parts[halves[0]][0]} stands without its {matrices}"]
-    (down_key, down), (up_key, up) = parts["down"], parts["up"]
+        return [], [f"half: {parts[halves[0]].key} stands without its {matrices}"]
+    (down_key, module, down), (up_key, _, up) = parts["down"], parts["up"]
     target = _weight_key(base, weights)
-    if target not in weights or len(weights[target].shape) < 2 or not down.size:
+    if target not in weights or len(weights[target].shape) < 2:
         return [], [f"unmatched: {down_key} belongs to no matrix of the model"]
-    rank, (rows, *columns) = down.shape[0], weights[target].shape
+    rows, *columns = weights[target].shape
+    rank = max((1, *down.shape[:1]))
     # The second of two convolutions has size 1 in every direction.
     ones = (1,) * (len(columns) - 1)
     misfits = (
@@ -261,7 +270,7 @@ def _low_rank(
     problems = [problem for problem in misfits if problem is not None]
     alpha = settings.alpha_of(module, rank)
     if "alpha" in parts:
-        key, value = parts["alpha"]
+        key, _, value = parts["alpha"]
         if np.size(value) != 1 or not np.isfinite(alpha := float(np.ravel(value)[0])):
             problems.append(f"alpha: {key} must be one finite number")
     if problems:

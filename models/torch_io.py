@@ -156,6 +156,7 @@ def _read_records(file: Path) -> dict[str, zipfile.ZipInfo]:
         with zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
             records = {info.filename.partition("/")[2]: info for info in infos}
+            _check_records(file, records)
             if "byteorder" in records:
                 byteorder = archive.read(records["byteorder"])
                 if byteorder != b"little":
@@ -166,6 +167,10 @@ def _read_records(file: Path) -> dict[str, zipfile.ZipInfo]:
         raise CheckpointError(
             f"{file} is missing, truncated or not a PyTorch checkpoint: {error}"
         ) from error
+    return records
+
+
+def _check_records(file: Path, records: Mapping[str, zipfile.ZipInfo]) -> None:
     if "data.pkl" not in records or "constants.pkl" in records:
         raise CheckpointError(
             f"{file} is a zip archive, but not one of torch.save: it holds "
@@ -176,7 +181,6 @@ def _read_records(file: Path) -> dict[str, zipfile.ZipInfo]:
             raise CheckpointError(
                 f"{file}: {name} is compressed or encrypted; torch.save does neither"
             )
-    return records
 
 
 class _Unpickler(pickle.Unpickler):

@@ -244,7 +244,11 @@ def test_every_wrong_key_is_listed(weights):
         f"{block}.o.lora_A.weight": random_array((4, 24)),
         f"{block}.o.lora_B.weight": random_array((24, 4)),
         f"{block}.o.lora_down.weight": random_array((4, 24)),
+        "transformer.blocks.0.attn1.to_out.0.alpha": np.float32(1),
+        f"{block}.o.alpha": np.float32(1),
         f"{block}.o.dora_scale": random_array(24),
+        "diffusion_model.head.head.lora_A.weight": np.float32(1),
+        "diffusion_model.head.head.lora_B.weight": np.zeros((16, 0), np.float32),
         "text_encoder.layers.0.q.lora_A.weight": random_array((4, 24)),
         "diffusion_model.blocks.0.norm3.lora_A.weight": random_array((4, 24)),
         "diffusion_model.blocks.0.norm3.lora_B.weight": random_array((24, 4)),
@@ -255,7 +259,7 @@ def test_every_wrong_key_is_listed(weights):
     with pytest.raises(ConversionError) as error:
         merge_lora(source, lora, lora_names(source))
     head, *lines = str(error.value).splitlines()
-    assert head == ("the adapter does not fit the weights; 11 problems in 14 keys:")
+    assert head == ("the adapter does not fit the weights; 14 problems in 18 keys:")
     kinds = [line.strip().partition(" ends with")[0] for line in lines]
     expected = [
         "dtype: diffusion_model.head.modulation.diff is int32; expected "
@@ -266,6 +270,10 @@ def test_every_wrong_key_is_listed(weights):
         f"shape: {block}.q.lora_up.weight is (24, 5); expected (24, 4)",
         "shape: diffusion_model.blocks.0.norm3.diff_b is (23,); expected (24,)",
         f"twice: {block}.o.lora_A.weight and {block}.o.lora_down.weight mean the same",
+        f"twice: transformer.blocks.0.attn1.to_out.0.alpha and {block}.o.alpha mean "
+        "the same",
+        "shape: diffusion_model.head.head.lora_A.weight is (); expected (1, 24)",
+        "shape: diffusion_model.head.head.lora_B.weight is (16, 0); expected (16, 1)",
         f"unknown kind: {block}.o.dora_scale",
         "unmatched: diffusion_model.blocks.0.modulation.diff_b belongs to no weight "
         "of the model",
