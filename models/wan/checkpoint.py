@@ -76,6 +76,14 @@ _SCHEDULER_FIXED: dict[str, dict[str, Any]] = {
     "FlowMatchEulerDiscreteScheduler": _SCHEDULER_ALWAYS
     | {"invert_sigmas": False, "stochastic_sampling": False},
 }
+# What diffusers takes for settings that a file leaves out, where that is another.
+_SCHEDULER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "UniPCMultistepScheduler": {
+        "prediction_type": "epsilon",
+        "use_flow_sigmas": False,
+    },
+    "FlowMatchEulerDiscreteScheduler": {},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +133,7 @@ class WanFolder:
 
         Raises:
           CheckpointError: The path is no folder of a Wan model, files are missing
-            (all are named), or its `config.json` is of a model this port lacks.
+            (all are named), or its `config.json` is damaged.
           ValueError: There is no such part.
         """
         if unknown := sorted(set(parts) - set(ALL_PARTS)):
@@ -226,7 +234,7 @@ class WanFolder:
                 f"{file} has _class_name={name!r}; expected one of "
                 f"{list(_SCHEDULER_FIXED)}"
             )
-        fixed = _SCHEDULER_FIXED[name]
+        fixed, stored = _SCHEDULER_FIXED[name], _SCHEDULER_DEFAULTS[name] | stored
         if other := {
             key: stored[key]
             for key in fixed

@@ -396,7 +396,12 @@ def test_damaged_weights_are_named_before_the_transformer_is_loaded(
         (UNIPC, SchedulerSettings(solver="unipc", grid="diffusers", shift=3.0)),
         (EULER, SchedulerSettings(solver="euler", grid="diffusers", shift=5.0)),
         (
-            {"_class_name": "UniPCMultistepScheduler", "flow_shift": 8},
+            {
+                "_class_name": "UniPCMultistepScheduler",
+                "flow_shift": 8,
+                "prediction_type": "flow_prediction",
+                "use_flow_sigmas": True,
+            },
             SchedulerSettings(solver="unipc", grid="diffusers", shift=8.0),
         ),
     ],
@@ -418,10 +423,14 @@ def test_schedulers_are_read(copies, stored, expected):
             r"{'use_karras_sigmas': False, 'solver_order': 2}",
         ),
         (EULER | {"stochastic_sampling": True}, "asks for {'stochastic_sampling'"),
+        (
+            {"_class_name": "UniPCMultistepScheduler"},
+            "asks for {'prediction_type': 'epsilon', 'use_flow_sigmas': False}",
+        ),
         (UNIPC | {"flow_shift": 0}, "has shift=0; expected a positive number"),
         (EULER | {"shift": "x"}, "has shift='x'; expected a positive number"),
     ],
-    ids=["empty", "other", "unipc", "euler", "zero", "text"],
+    ids=["empty", "other", "unipc", "euler", "defaults", "zero", "text"],
 )
 def test_other_schedulers_are_refused(copies, stored, message):
     write_json(copies / "diffusers" / "scheduler" / "scheduler_config.json", stored)
