@@ -162,26 +162,40 @@ def load_parameters[M: nnx.Module](
     slots = _slots(flat, stacked)
     filled = _checked_assignment(source, rules, slots)
     wide = set(float32)
-    dtypes = {
-        _name(path): jnp.dtype("float32" if wide.intersection(path) else leaf.dtype)
+    shapes = {
+        _name(path): jax.ShapeDtypeStruct(
+            leaf.shape, jnp.float32 if wide.intersection(path) else leaf.dtype
+        )
         for path, leaf in flat.items()
     }
-    shapes = {_name(path): leaf.shape for path, leaf in flat.items()}
+    arrays = _read_arrays(source, filled, slots, shapes)
+    for keys, leaf in flat.items():
+        flat[keys] = leaf.replace(arrays[_name(keys)])
+    return nnx.merge(structure, nnx.from_flat_state(flat))
+
+
+def _read_arrays(
+    source: Mapping[str, Any],
+    filled: Mapping[str, tuple[str, Rule]],
+    slots: Mapping[str, _Slot],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """The parameters by name; one checkpoint array at a time is on the host."""
     arrays: dict[str, jax.Array] = {}
     for path, (key, rule) in filled.items():
-        slot = slots[path]
-        value, load = jnp.asarray(source[key]), rule.layout.load
+        slot, load = slots[path], rule.layout.load
+        shape = shapes[slot.name]
+        # Arrays that are read are given no name, which would keep them.
         if slot.layer is None:
-            array = _convert(value, load, dtypes[slot.name])
+            array = _convert(jnp.asarray(source[key]), load, shape.dtype)
         else:
-            if slot.name not in arrays:
-                arrays[slot.name] = jnp.zeros(shapes[slot.name], dtypes[slot.name])
-            array = _insert(arrays.pop(slot.name), value, slot.layer, load)
+            stack = arrays.pop(slot.name, None)
+            if stack is None:
+                stack = jnp.zeros(shape.shape, shape.dtype)
+            array = _insert(stack, jnp.asarray(source[key]), slot.layer, load)
         # Without waiting, the arrays of many transfers would be held at once.
         arrays[slot.name] = jax.block_until_ready(array)
-    for keys, leaf in flat.items():
-        flat[keys] = leaf.replace(arrays.pop(_name(keys)))
-    return nnx.merge(structure, nnx.from_flat_state(flat))
+    return arrays
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

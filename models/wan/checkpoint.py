@@ -330,19 +330,24 @@ def load_wan_pipeline_parts(
     weights = folder.weights("transformer")
     for lora, scale in loras:
         weights = merge_lora(weights, lora, lora_names(weights), scale=scale)
-    try:
-        transformer = load_wan_transformer(weights, config)
-    except ConversionError as error:
-        raise CheckpointError(
-            f"the transformer of {path} does not fit its config.json: {error}"
-        ) from error
     return WanParts(
         folder=folder,
-        transformer=transformer,
+        transformer=_load_transformer(weights, config, path),
         scheduler=scheduler,
         tokenizer=folder.tokenizer if "tokenizer" in parts else None,
         **others,
     )
+
+
+def _load_transformer(
+    weights: Mapping[str, Any], config: WanConfig, path: Path
+) -> WanTransformer:
+    try:
+        return load_wan_transformer(weights, config)
+    except ConversionError as error:
+        raise CheckpointError(
+            f"the transformer of {path} does not fit its config.json: {error}"
+        ) from error
 
 
 def find_layout(path: str | os.PathLike) -> LayoutName | None:
