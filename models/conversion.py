@@ -29,13 +29,13 @@ class Layout:
 
     Attributes:
       name: For messages.
-      load: Checkpoint's array to ours.
+      load: Checkpoint's array to ours, of NumPy or traced by JAX: only moves axes.
       save: Ours to the checkpoint's; undoes `load`.
     """
 
     name: str
-    load: Callable[[np.ndarray], np.ndarray]
-    save: Callable[[np.ndarray], np.ndarray]
+    load: Callable[[Any], Any]
+    save: Callable[[Any], Any]
 
 
 keep = Layout("keep", lambda x: x, lambda x: x)
@@ -127,18 +127,27 @@ def load_parameters[M: nnx.Module](
     rules: Sequence[Rule],
     *,
     stacked: Iterable[str] = (),
+    float32: Iterable[str] = (),
 ) -> M:
     """Builds a model with the weights of a checkpoint.
 
-    The model is built abstractly, so random parameters are never made. Arrays are
-    read from `source` one at a time.
+    The model is built abstractly, so random parameters are never made. Everything is
+    checked by shapes and dtypes alone; then arrays are read one at a time, in the
+    order of `source`, and each goes to its place on the device before the next is
+    read. The host never holds a whole model or stack: with a reader that maps its
+    files, it holds one array.
+
+    Arrays go to JAX's default device; `jax.default_device` names another.
 
     Args:
       make_model: Makes the model; run under `nnx.eval_shape`.
-      source: Array-like values by checkpoint key.
+      source: Values by checkpoint key, each with `shape` and `dtype` that cost no
+        reading; `jnp.asarray` reads it.
       rules: The table. Each key must match exactly one rule, and each parameter
         must be filled exactly once.
       stacked: Attributes whose parameters are stacked over layers.
+      float32: Attributes, at any depth, whose parameters are stored in float32
+        whatever dtype the model gives them.
 
     Returns:
       The model. Floating-point weights are cast to the parameters' dtypes.
@@ -151,28 +160,56 @@ def load_parameters[M: nnx.Module](
     structure, state = nnx.split(nnx.eval_shape(make_model))
     flat = dict(nnx.to_flat_state(state))
     slots = _slots(flat, stacked)
-    filled, problems = _assign(source, rules, slots)
-    problems += [
-        f"missing: {_keys_for(path, rules)} for parameter {path}, "
-        f"shape {slots[path].shape}"
-        for path in slots.keys() - filled.keys()
-    ]
-    arrays = {
-        ".".join(map(str, path)): np.empty(leaf.shape, leaf.dtype)
+    filled = _checked_assignment(source, rules, slots)
+    wide = set(float32)
+    shapes = {
+        _name(path): jax.ShapeDtypeStruct(
+            leaf.shape, jnp.float32 if wide.intersection(path) else leaf.dtype
+        )
         for path, leaf in flat.items()
-        if not problems
     }
-    for path, (key, rule) in filled.items():
-        problem = _fill(arrays, slots[path], key, rule, source[key])
-        if problem is not None:
-            problems.append(problem)
-    if problems:
-        raise _conversion_error(problems, len(source))
+    arrays = _read_arrays(source, filled, slots, shapes)
     for keys, leaf in flat.items():
-        # Popping frees the host copy of each parameter once it is on the device.
-        array = jnp.asarray(arrays.pop(".".join(map(str, keys))))
-        flat[keys] = leaf.replace(array)
+        flat[keys] = leaf.replace(arrays[_name(keys)])
     return nnx.merge(structure, nnx.from_flat_state(flat))
+
+
+def _read_arrays(
+    source: Mapping[str, Any],
+    filled: Mapping[str, tuple[str, Rule]],
+    slots: Mapping[str, _Slot],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """The parameters by name; one checkpoint array at a time is on the host."""
+    arrays: dict[str, jax.Array] = {}
+    for path, (key, rule) in filled.items():
+        slot, load = slots[path], rule.layout.load
+        shape = shapes[slot.name]
+        # Arrays that are read are given no name, which would keep them.
+        if slot.layer is None:
+            array = _convert(jnp.asarray(source[key]), load, shape.dtype)
+        else:
+            stack = arrays.pop(slot.name, None)
+            if stack is None:
+                stack = jnp.zeros(shape.shape, shape.dtype)
+            array = _insert(stack, jnp.asarray(source[key]), slot.layer, load)
+        # Without waiting, the arrays of many transfers would be held at once.
+        arrays[slot.name] = jax.block_until_ready(array)
+    return arrays
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _convert(value: jax.Array, load: Callable[[Any], Any], dtype: Any) -> jax.Array:
+    # On CPU the argument may be the mapped file itself, hence the copy.
+    return jnp.copy(load(value).astype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _insert(
+    stack: jax.Array, value: jax.Array, layer: Any, load: Callable[[Any], Any]
+) -> jax.Array:
+    """Overwrites one layer of a stack, in the stack's own memory."""
+    return stack.at[layer].set(load(value).astype(stack.dtype))
 
 
 def save_parameters(
@@ -197,7 +234,7 @@ def save_parameters(
       ConversionError: A parameter is named by no rule or by several.
     """
     flat = dict(nnx.to_flat_state(nnx.state(model)))
-    values = {".".join(map(str, path)): leaf for path, leaf in flat.items()}
+    values = {_name(path): leaf for path, leaf in flat.items()}
     arrays, problems = {}, []
     host: dict[str, np.ndarray] = {}
     for path, slot in _slots(flat, stacked).items():
@@ -221,6 +258,10 @@ def save_parameters(
     return dict(sorted(arrays.items()))
 
 
+def _name(path: Sequence[Any]) -> str:
+    return ".".join(map(str, path))
+
+
 def _slots(
     flat: Mapping[tuple, nnx.Variable], stacked: Iterable[str]
 ) -> dict[str, _Slot]:
@@ -228,15 +269,35 @@ def _slots(
     stacked = set(stacked)
     slots = {}
     for path, leaf in flat.items():
-        name = ".".join(map(str, path))
+        name = _name(path)
         if path[0] not in stacked:
             slots[name] = _Slot(name, None, leaf.shape)
             continue
-        rest = ".".join(map(str, path[1:]))
+        rest = _name(path[1:])
         for layer in range(leaf.shape[0]):
             layer_path = f"{path[0]}.{layer}.{rest}"
             slots[layer_path] = _Slot(name, layer, leaf.shape[1:])
     return slots
+
+
+def _checked_assignment(
+    source: Mapping[str, Any], rules: Sequence[Rule], slots: Mapping[str, _Slot]
+) -> dict[str, tuple[str, Rule]]:
+    """Key and rule of each path; raises for everything that does not fit."""
+    filled, problems = _assign(source, rules, slots)
+    problems += [
+        f"missing: {_keys_for(path, rules)} for parameter {path}, "
+        f"shape {slots[path].shape}"
+        for path in slots.keys() - filled.keys()
+    ]
+    problems += [
+        problem
+        for path, (key, rule) in filled.items()
+        if (problem := _misfit(slots[path], key, rule, source[key])) is not None
+    ]
+    if problems:
+        raise _conversion_error(problems, len(source))
+    return filled
 
 
 def _assign(
@@ -265,20 +326,14 @@ def _assign(
     return filled, problems
 
 
-def _fill(
-    arrays: Mapping[str, np.ndarray], slot: _Slot, key: str, rule: Rule, value: Any
-) -> str | None:
-    """Copies one array into its place; returns what is wrong with it instead."""
-    value = np.asarray(value)
+def _misfit(slot: _Slot, key: str, rule: Rule, value: Any) -> str | None:
+    """What is wrong with an array, told by its shape and dtype."""
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return f"dtype: {key} is {value.dtype}; expected floating-point numbers"
     # `save` only moves axes, so an array of strides 0 stands in for the parameter.
     expected = rule.layout.save(np.broadcast_to(np.float32(0), slot.shape)).shape
-    if value.shape != expected:
-        return f"shape: {key} is {value.shape}; expected {expected}"
-    if slot.name in arrays:
-        index = ... if slot.layer is None else slot.layer
-        arrays[slot.name][index] = rule.layout.load(value)
+    if tuple(value.shape) != expected:
+        return f"shape: {key} is {tuple(value.shape)}; expected {expected}"
     return None
 
 

@@ -1,25 +1,59 @@
-"""Reads and writes safetensors checkpoints, whole or in shards."""
+"""Reads and writes safetensors checkpoints, whole or in shards.
+
+Tensors are mapped into memory one by one: opening a checkpoint reads its headers.
+"""
 
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from models.memory_map import CheckpointError, map_array
+
 INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 
+_DTYPES = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "C64": np.complex64,
+}
 
-class CheckpointError(ValueError):
-    """A checkpoint file is missing, damaged, or not what it should be."""
+
+class _Entry(NamedTuple):
+    """Where a tensor lies."""
+
+    file: Path
+    offset: int  # bytes, from the start of the file
+    dtype: str  # as the format calls it
+    shape: tuple[int, ...]
 
 
 class SafetensorsReader(Mapping[str, np.ndarray]):
-    """Tensors of one checkpoint by key, each read from disk when asked for.
+    """Tensors of one checkpoint by key, each read from disk when it is used.
+
+    A tensor is a read-only view of its file: shape and dtype cost no reading, and
+    memory is taken by the tensors that are held, not by those that were.
 
     Args:
       path: A `.safetensors` file, or a directory with one checkpoint: a single
@@ -27,35 +61,48 @@ class SafetensorsReader(Mapping[str, np.ndarray]):
       stem: In a directory with several checkpoints, the name of the one to read,
         up to ".safetensors" or "-00001-of-...".
 
+    Attributes:
+      files: The files that were opened, in order.
+      metadata: Texts by name, which the files carry beside their tensors.
+
     Raises:
       CheckpointError: Nothing is there, several checkpoints are and no stem tells
-        which, a shard is missing, or a file is damaged. The file is named.
+        which, a shard is missing or lacks a key that the index promises, or a file
+        is damaged. The file is named, and the key where one is concerned.
     """
 
     def __init__(self, path: str | os.PathLike, *, stem: str | None = None) -> None:
         self.files = find_files(Path(path), stem)
-        self._file_of: dict[str, Path] = {}
-        self._open = {file: _open(file) for file in self.files}
-        for file, handle in self._open.items():
-            for key in handle.keys():  # noqa: SIM118  a handle cannot be iterated
-                if key in self._file_of:
+        self.metadata: dict[str, str] = {}
+        self._entries: dict[str, _Entry] = {}
+        for file in self.files:
+            entries, metadata = _read_header(file)
+            self.metadata |= metadata
+            for key, entry in entries.items():
+                if key in self._entries:
                     raise CheckpointError(
-                        f"key {key} is both in {self._file_of[key]} and in {file}"
+                        f"key {key} is both in {self._entries[key].file} and in {file}"
                     )
-                self._file_of[key] = file
+                self._entries[key] = entry
+        if Path(path).is_dir():
+            _check_against_index(self.files[0], self._entries)
 
     def __getitem__(self, key: str) -> np.ndarray:
-        file = self._file_of[key]
+        file, offset, dtype, shape = self._entries[key]
+        if dtype not in _DTYPES:
+            raise CheckpointError(
+                f"cannot read {key} from {file}: {dtype=} is none of {list(_DTYPES)}"
+            )
         try:
-            return self._open[file].get_tensor(key)
-        except safetensors.SafetensorError as error:
+            return map_array(file, offset=offset, dtype=_DTYPES[dtype], shape=shape)
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read {key} from {file}: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._file_of)
+        return len(self._entries)
 
 
 def load_safetensors(
@@ -131,7 +178,8 @@ def find_files(path: Path, stem: str | None = None) -> list[Path]:
             + ("exactly one" if stem is None else f"one called {stem!r}")
         )
     if f"{stem}{INDEX_SUFFIX}" in names:
-        wanted = _read_index(path / f"{stem}{INDEX_SUFFIX}")
+        weight_map = _read_index(path / f"{stem}{INDEX_SUFFIX}")
+        wanted = sorted(set(weight_map.values()))
     else:
         wanted = _names_without_index(names, stem)
     if missing := [name for name in wanted if name not in names]:
@@ -149,14 +197,34 @@ def _stem_of(name: str) -> str | None:
     return shard["stem"] if shard else name.removesuffix(".safetensors")
 
 
-def _read_index(file: Path) -> list[str]:
+def _read_index(file: Path) -> dict[str, str]:
+    """Name of the file of each key."""
     try:
         weight_map = json.loads(file.read_text())["weight_map"]
-        return sorted(set(weight_map.values()))
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise TypeError("weight_map must hold file names")
+        return weight_map
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file} is not a safetensors index: {error!r}"
         ) from error
+
+
+def _check_against_index(first: Path, entries: Mapping[str, _Entry]) -> None:
+    """Finds keys that are not in the shard which the index names."""
+    file = first.with_name(f"{_stem_of(first.name)}{INDEX_SUFFIX}")
+    if not file.is_file():
+        return
+    wrong = [
+        f"{key} ({name})"
+        for key, name in _read_index(file).items()
+        if key not in entries or entries[key].file.name != name
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{file} promises {len(wrong)} keys that are not in their files: "
+            + ", ".join(sorted(wrong))
+        )
 
 
 def _names_without_index(names: list[str], stem: str | None) -> list[str]:
@@ -172,13 +240,31 @@ def _names_without_index(names: list[str], stem: str | None) -> list[str]:
     return [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
-def _open(file: Path):
+def _read_header(file: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """Entries by key, and the metadata."""
     try:
-        return safetensors.safe_open(file, framework="np")
-    except (safetensors.SafetensorError, OSError) as error:
+        # Checks the header: every offset, and that the file ends with the last one.
+        with safetensors.safe_open(file, framework="np"):
+            pass
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{file} is damaged or not a safetensors file: {error}"
         ) from error
+    metadata = header.pop("__metadata__", {})
+    entries = {
+        key: _Entry(
+            file,
+            8 + size + value["data_offsets"][0],
+            value["dtype"],
+            (*value["shape"],),
+        )
+        for key, value in header.items()
+    }
+    # In the order of the file, so that reading all of them reads it front to back.
+    return dict(sorted(entries.items(), key=lambda item: item[1].offset)), metadata
 
 
 def _split(

@@ -23,6 +23,7 @@ from models.conversion import ConversionError
 from models.mini.codec import PATCH_NUMBERS, LinearCodec
 from models.mini.text import TextEmbedding, Vocabulary
 from models.safetensors_io import CheckpointError
+from models.wan.checkpoint import find_layout
 from models.wan.config import WanConfig
 from models.wan.convert import load_wan_transformer, save_wan_transformer
 from models.wan.transformer import WanTransformer
@@ -40,9 +41,6 @@ ACCEPTED = (
     + ", ".join(FILES)
     + " and transformer*.safetensors, as training writes it (models/mini/weights)"
 )
-# Files and folders that only published Wan checkpoints have.
-_DIFFUSERS_SIGNS = ("model_index.json", "text_encoder", "vae", "transformer")
-_ORIGINAL_SIGNS = ("*VAE.pth", "models_t5*.pth", "google", "diffusion_pytorch_model*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +169,11 @@ def _check_folder(folder: Path) -> None:
         missing.append("transformer*.safetensors")
     if not missing:
         return
-    layout = _published_layout(folder)
+    layout = find_layout(folder)
     if layout is not None:
         raise CheckpointError(
-            f"checkpoint {folder} looks like a published Wan model in the {layout} "
-            "layout, which is not supported yet (its text encoder and VAE are not "
-            f"ported); expected {ACCEPTED}"
+            f"checkpoint {folder} is a published Wan model in the {layout} layout, "
+            f"which models.wan.checkpoint loads; expected {ACCEPTED}"
         )
     raise CheckpointError(f"checkpoint {folder} lacks {missing}; expected {ACCEPTED}")
 
@@ -190,14 +187,6 @@ def _check_codec(folder: Path, codec: LinearCodec, config: WanConfig) -> None:
             f"{folder / 'codec.safetensors'} holds mean, basis and scale of shapes "
             f"{found}; {channels} latent channels need {expected}"
         )
-
-
-def _published_layout(folder: Path) -> str | None:
-    if any((folder / sign).exists() for sign in _DIFFUSERS_SIGNS):
-        return "diffusers"
-    if any(any(folder.glob(sign)) for sign in _ORIGINAL_SIGNS):
-        return "original"
-    return None
 
 
 def _load_embedding(

@@ -1,6 +1,7 @@
 """Reads and writes Wan transformer checkpoints, original and diffusers layout."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,18 @@ from models.wan.transformer import WanTransformer
 
 LayoutName = Literal["original", "diffusers"]
 STACKED = ("blocks",)
+# What the model computes in float32 is stored in it too: few numbers, read often.
+FLOAT32 = (
+    "time_embedder",
+    "time_proj",
+    "scale_shift_table",
+    "norm1",
+    "norm2",
+    "norm_q",
+    "norm_k",
+    "norm_added_k",
+)
+_ENDING = re.compile(r"\.(weight|bias)$")
 
 _BOTH = (
     Rule(r"patch_embedding\.weight", r"patch_embedding.kernel", conv_3d),
@@ -212,6 +225,33 @@ def detect_layout(keys: Iterable[str]) -> LayoutName:
     return max(RULES, key=lambda name: known[name])
 
 
+def lora_names(keys: Iterable[str]) -> dict[str, str]:
+    """How adapters may spell the modules of a checkpoint, for `merge_lora`.
+
+    Args:
+      keys: Of a Wan transformer's weights, in either layout.
+
+    Returns:
+      The spellings of both layouts, with dots and with underscores, and the name
+      that the checkpoint itself uses.
+
+    Raises:
+      ConversionError: The layout of the keys is unknown.
+    """
+    keys = list(keys)
+    rules, names = RULES[detect_layout(keys)], {}
+    for key in keys:
+        base = _ENDING.sub("", key)
+        for rule in rules:
+            if (path := rule.path_of(key)) is None:
+                continue
+            for other in (*ORIGINAL_RULES, *DIFFUSERS_RULES):
+                if (spelled := other.key_of(path)) is not None:
+                    module = _ENDING.sub("", spelled)
+                    names[module] = names[module.replace(".", "_")] = base
+    return names
+
+
 def load_wan_transformer(
     source: str | os.PathLike | Mapping[str, Any],
     config: WanConfig,
@@ -222,9 +262,10 @@ def load_wan_transformer(
 
     Args:
       source: A `.safetensors` file, a directory with one, whole or in shards, or
-        arrays by key. Layout original or diffusers, told by the keys.
+        arrays by key, such as `merge_lora` returns. Layout original or diffusers,
+        told by the keys.
       config: Sizes of the model, and how to run it. Weights are cast to its
-        `param_dtype`.
+        `param_dtype`, but for the few of `FLOAT32`.
       stem: Start of the file names, for a directory with several checkpoints.
 
     Returns:
@@ -241,6 +282,7 @@ def load_wan_transformer(
         source,
         RULES[detect_layout(source)],
         stacked=STACKED,
+        float32=FLOAT32,
     )
 
 

@@ -92,6 +92,52 @@ def test_every_array_lands_in_its_place():
         assert got == float(expected.astype(ml_dtypes.bfloat16))
 
 
+class Unread:
+    """Has a shape and a dtype, and fails when it is read."""
+
+    def __init__(self, value):
+        self.shape, self.dtype = value.shape, value.dtype
+
+    def __jax_array__(self):
+        raise AssertionError("read before everything was checked")
+
+    __array__ = __jax_array__
+
+
+def test_nothing_is_read_before_everything_is_checked():
+    source = {key: Unread(value) for key, value in make_source().items()}
+    with pytest.raises(AssertionError, match="read before"):
+        load(source)
+    del source["layer2.b"]
+    source["table"].shape = (1, 6, 5)
+    assert problems(source) == [
+        "missing: layer2.b for parameter layers.2.linear.bias, shape (5,)",
+        "shape: table is (1, 6, 5); expected (1, 6, 4)",
+    ]
+
+
+def test_chosen_parameters_stay_in_float32():
+    source = make_source()
+    model = load_parameters(
+        make_model, source, RULES, stacked=("layers",), float32=("patch",)
+    )
+    assert model.patch.dtype == jnp.float32
+    expected = source["patch.weight"].transpose(2, 3, 4, 1, 0)
+    np.testing.assert_array_equal(model.patch[...], expected)
+
+
+def test_weights_do_not_alias_the_source(tmp_path):
+    """On CPU a device's memory is the host's: a file may change after loading."""
+    source = make_source()
+    before = {key: value.copy() for key, value in source.items()}
+    reader = {key: np.broadcast_to(value, value.shape) for key, value in source.items()}
+    model = load(reader)
+    for value in source.values():
+        value[...] = 0
+    np.testing.assert_array_equal(model.table[...], before["table"][0])
+    np.testing.assert_array_equal(model.layers.linear.bias[1], before["layer1.b"])
+
+
 def test_save_gives_back_what_was_loaded():
     source = make_source()
     source["patch.weight"] = source["patch.weight"].astype(ml_dtypes.bfloat16)

@@ -132,7 +132,9 @@ def test_missing_transformer_and_missing_shard(folder):
 )
 def test_published_layout(tmp_path, sign, layout):
     (tmp_path / sign).write_text("{}")
-    with pytest.raises(CheckpointError, match=f"in the {layout} layout.*not ported"):
+    with pytest.raises(
+        CheckpointError, match=f"in the {layout} layout, which models.wan"
+    ):
         MiniCheckpoint.load(tmp_path)
 
 

@@ -1,0 +1,399 @@
+"""Folders of published Wan2.1 models: what they hold, and loading it.
+
+Two layouts are published: the original's (Wan-AI/Wan2.1-T2V-1.3B, -14B, ...) and that
+of diffusers (the same names with -Diffusers); `LAYOUTS` lists their files.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from models.conversion import ConversionError
+from models.hub import find_checkpoint
+from models.lora import merge_lora
+from models.memory_map import CheckpointError
+from models.safetensors_io import load_safetensors
+from models.torch_io import load_torch
+from models.wan.config import WanConfig
+from models.wan.convert import LayoutName, load_wan_transformer, lora_names
+from models.wan.transformer import WanTransformer
+
+Part = Literal[
+    "transformer", "text_encoder", "tokenizer", "vae", "image_encoder", "scheduler"
+]
+ALL_PARTS: tuple[Part, ...] = get_args(Part)
+
+# Files of each part. Only models that start from an image have an image encoder.
+LAYOUTS: dict[LayoutName, dict[Part, tuple[str, ...]]] = {
+    "original": {
+        "transformer": ("config.json", "diffusion_pytorch_model*.safetensors"),
+        "text_encoder": ("models_t5_umt5-xxl-enc-bf16.pth",),
+        "tokenizer": ("google/umt5-xxl/tokenizer.json",),
+        "vae": ("Wan2.1_VAE.pth",),
+        "image_encoder": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
+    },
+    "diffusers": {
+        "transformer": ("transformer/config.json", "transformer/*.safetensors"),
+        "text_encoder": ("text_encoder/config.json", "text_encoder/*.safetensors"),
+        "tokenizer": ("tokenizer/tokenizer.json",),
+        "vae": ("vae/config.json", "vae/*.safetensors"),
+        "image_encoder": ("image_encoder/config.json", "image_encoder/*.safetensors"),
+        "scheduler": ("scheduler/scheduler_config.json",),
+    },
+}
+# Any one of these shows a layout, even in a folder that is incomplete.
+_SIGNS: dict[LayoutName, tuple[str, ...]] = {
+    "diffusers": ("model_index.json", "transformer/config.json"),
+    "original": ("diffusion_pytorch_model*", "*VAE.pth", "models_t5*.pth"),
+}
+
+# What the solvers here compute; other values in a scheduler's file are refused.
+_SCHEDULER_ALWAYS = {
+    "num_train_timesteps": 1000,
+    "shift_terminal": None,
+    "use_beta_sigmas": False,
+    "use_dynamic_shifting": False,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
+_SCHEDULER_FIXED: dict[str, dict[str, Any]] = {
+    "UniPCMultistepScheduler": _SCHEDULER_ALWAYS
+    | {
+        "disable_corrector": [],
+        "final_sigmas_type": "zero",
+        "lower_order_final": True,
+        "predict_x0": True,
+        "prediction_type": "flow_prediction",
+        "solver_order": 2,
+        "solver_p": None,
+        "solver_type": "bh2",
+        "thresholding": False,
+        "use_flow_sigmas": True,
+    },
+    "FlowMatchEulerDiscreteScheduler": _SCHEDULER_ALWAYS
+    | {"invert_sigmas": False, "stochastic_sampling": False},
+}
+# What diffusers takes for settings that a file leaves out, where that is another.
+_SCHEDULER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "UniPCMultistepScheduler": {
+        "prediction_type": "epsilon",
+        "use_flow_sigmas": False,
+    },
+    "FlowMatchEulerDiscreteScheduler": {},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SchedulerSettings:
+    """How a folder says that its model is sampled.
+
+    Attributes:
+      solver: UniPC of order 2, or Euler steps.
+      grid: Whose noise levels: those of Wan's own code, or of diffusers.
+      shift: Of the noise levels. The original says 5, or 3 for videos from an image
+        at 480p; its folders hold no such number, which is 5 then.
+    """
+
+    solver: Literal["unipc", "euler"] = "unipc"
+    grid: Literal["wan", "diffusers"] = "wan"
+    shift: float = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WanFolder:
+    """A folder of a published model, checked for being complete.
+
+    Attributes:
+      path: The folder.
+      layout: How it is laid out.
+      task: What videos are made from: text ("t2v"), or text and an image ("i2v").
+      parts: The parts that it was checked for.
+      transformer_config: The transformer's `config.json` as it is.
+    """
+
+    path: Path
+    layout: LayoutName
+    task: Literal["t2v", "i2v"]
+    parts: frozenset[Part]
+    transformer_config: Mapping[str, Any]
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike, *, parts: Collection[Part] = ALL_PARTS
+    ) -> "WanFolder":
+        """Looks at a folder without reading weights.
+
+        Args:
+          path: The folder.
+          parts: What must be there. An image encoder is not asked for in a
+            text-to-video model, nor a scheduler in the original layout.
+
+        Raises:
+          CheckpointError: The path is no folder of a Wan model, files are missing
+            (all are named), or its `config.json` is damaged.
+          ValueError: There is no such part.
+        """
+        if unknown := sorted(set(parts) - set(ALL_PARTS)):
+            raise ValueError(f"parts={unknown} must be among {ALL_PARTS}")
+        path = Path(path)
+        layout = find_layout(path)
+        if layout is None:
+            raise CheckpointError(
+                f"{path} is no folder of a Wan model; expected {describe_layouts()}"
+            )
+        config: dict[str, Any] = {}
+        file = path / LAYOUTS[layout]["transformer"][0]
+        if file.is_file():
+            config = _read_json(file)
+        task = _task_of(config)
+        wanted = {part for part in parts if part in LAYOUTS[layout]}
+        if task == "t2v":
+            wanted.discard("image_encoder")
+        needed = {part: LAYOUTS[layout][part] for part in ALL_PARTS if part in wanted}
+        # The transformer's configuration tells what the model is.
+        needed.setdefault("transformer", LAYOUTS[layout]["transformer"][:1])
+        missing = [
+            f"{pattern} ({part})"
+            for part, patterns in needed.items()
+            for pattern in patterns
+            if not any(path.glob(pattern))
+        ]
+        if missing:
+            raise CheckpointError(
+                f"{path}, a Wan model in the {layout} layout, lacks "
+                f"{', '.join(missing)}; expected {describe_layouts(layout)}"
+            )
+        return cls(
+            path=path,
+            layout=layout,
+            task=task,
+            parts=frozenset(wanted),
+            transformer_config=config,
+        )
+
+    def config(self, **changes: Any) -> WanConfig:
+        """The transformer's sizes; `changes` as in `WanConfig.from_dict`.
+
+        Raises:
+          CheckpointError: This port lacks what `config.json` asks for.
+        """
+        try:
+            return WanConfig.from_dict(self.transformer_config, **changes)
+        except (ValueError, TypeError) as error:
+            file = self.path / LAYOUTS[self.layout]["transformer"][0]
+            raise CheckpointError(f"{file}: {error}") from error
+
+    def weights(self, part: Part) -> Mapping[str, Any]:
+        """A part's arrays by key, each read from disk when it is used.
+
+        Raises:
+          CheckpointError: A file is missing or damaged, or the part has no weights.
+        """
+        if part not in LAYOUTS[self.layout] or part in ("tokenizer", "scheduler"):
+            raise CheckpointError(f"{part=} has no weights in the {self.layout} layout")
+        if self.layout == "original" and part == "transformer":
+            return load_safetensors(self.path, stem="diffusion_pytorch_model")
+        if self.layout == "original":
+            return load_torch(self.path / LAYOUTS["original"][part][0])
+        return load_safetensors(self.path / part)
+
+    def part_config(self, part: Part) -> dict[str, Any] | None:
+        """A part's `config.json`; None in the original layout, which has one for the
+        transformer only: its other parts are of one size in every Wan2.1 model.
+
+        Raises:
+          CheckpointError: The file is missing or damaged.
+        """
+        patterns = LAYOUTS[self.layout].get(part, ("",))
+        if not patterns[0].endswith(".json"):
+            return None
+        return _read_json(self.path / patterns[0])
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the text encoder's tokenizer."""
+        return (self.path / LAYOUTS[self.layout]["tokenizer"][0]).parent
+
+    def scheduler(self) -> SchedulerSettings:
+        """How the model is sampled.
+
+        Raises:
+          CheckpointError: The file is missing or damaged, or asks for what no solver
+            here computes; all such settings are named.
+        """
+        stored = self.part_config("scheduler")
+        if stored is None:
+            return SchedulerSettings()
+        file = self.path / LAYOUTS[self.layout]["scheduler"][0]
+        name = stored.get("_class_name")
+        if name not in _SCHEDULER_FIXED:
+            raise CheckpointError(
+                f"{file} has _class_name={name!r}; expected one of "
+                f"{list(_SCHEDULER_FIXED)}"
+            )
+        fixed, stored = _SCHEDULER_FIXED[name], _SCHEDULER_DEFAULTS[name] | stored
+        if other := {
+            key: stored[key]
+            for key in fixed
+            if stored.get(key, fixed[key]) != fixed[key]
+        }:
+            needed = {key: fixed[key] for key in other}
+            raise CheckpointError(f"{file} asks for {other}; this port has {needed}")
+        is_unipc = name == "UniPCMultistepScheduler"
+        shift = stored.get("flow_shift" if is_unipc else "shift", 1.0)
+        if not isinstance(shift, int | float) or not 0.0 < shift < float("inf"):
+            raise CheckpointError(f"{file} has {shift=}; expected a positive number")
+        return SchedulerSettings(
+            solver="unipc" if is_unipc else "euler",
+            grid="diffusers",
+            shift=float(shift),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WanParts:
+    """What a pipeline is made of.
+
+    The text encoder and autoencoders are left on disk, as arrays by key that are read
+    when they are used: they may be loaded to another device, or not at all.
+
+    Attributes:
+      folder: Where everything comes from.
+      transformer: In memory, on JAX's default device.
+      scheduler: How the model is sampled.
+      text_encoder: UMT5's weights; None if they were not asked for.
+      vae: The video autoencoder's weights; None if they were not asked for.
+      image_encoder: CLIP's weights; None if they were not asked for, or the model
+        takes no image.
+      tokenizer: Folder of the text encoder's tokenizer; None if not asked for.
+    """
+
+    folder: WanFolder
+    transformer: WanTransformer
+    scheduler: SchedulerSettings
+    text_encoder: Mapping[str, Any] | None
+    vae: Mapping[str, Any] | None
+    image_encoder: Mapping[str, Any] | None
+    tokenizer: Path | None
+
+
+def load_wan_pipeline_parts(
+    name: str | os.PathLike,
+    *,
+    dtype: str = "bfloat16",
+    param_dtype: str | None = None,
+    parts: Collection[Part] = ALL_PARTS,
+    loras: Iterable[tuple[str | os.PathLike, float]] = (),
+    revision: str | None = None,
+    **changes: Any,
+) -> WanParts:
+    """Loads the transformer of a published model, and opens its other parts.
+
+    Args:
+      name: The model's folder, or its repository on the hub, such as
+        "Wan-AI/Wan2.1-T2V-14B"; of a repository only `parts` are fetched.
+      dtype: The transformer computes in it.
+      param_dtype: Its weights are stored in it, but for the few that it computes
+        with in float32 (`models.wan.convert.FLOAT32`); `dtype` if None.
+      parts: What is needed; without the text encoder, say, where embeddings have
+        been made before. The transformer always is.
+      loras: Adapters to merge, each a `.safetensors` file and its strength.
+      revision: Branch, tag or commit of a repository.
+      **changes: Other fields of `WanConfig` to set, such as `tile`.
+
+    Returns:
+      The parts; those with weights of their own not yet in memory.
+
+    Raises:
+      CheckpointError: The model cannot be found, is incomplete, damaged, or of a
+        kind this port lacks; or an adapter is damaged.
+      ConversionError: An adapter does not fit; every key at fault is listed.
+      ImportError: The model is on the hub, and `huggingface_hub` is not installed.
+    """
+    parts = {*parts, "transformer"}
+    path = find_checkpoint(name, patterns=hub_patterns(parts), revision=revision)
+    folder = WanFolder.open(path, parts=parts)
+    changes |= {"dtype": dtype, "param_dtype": param_dtype or dtype}
+    config = folder.config(**changes)
+
+    def weights_of(part: Part) -> Mapping[str, Any] | None:
+        return folder.weights(part) if part in folder.parts else None
+
+    # Opened before the transformer is loaded, which takes minutes: errors come first.
+    others = {
+        part: weights_of(part) for part in ("text_encoder", "vae", "image_encoder")
+    }
+    scheduler = folder.scheduler() if "scheduler" in parts else SchedulerSettings()
+    weights = folder.weights("transformer")
+    for lora, scale in loras:
+        weights = merge_lora(weights, lora, lora_names(weights), scale=scale)
+    return WanParts(
+        folder=folder,
+        transformer=_load_transformer(weights, config, path),
+        scheduler=scheduler,
+        tokenizer=folder.tokenizer if "tokenizer" in parts else None,
+        **others,
+    )
+
+
+def _load_transformer(
+    weights: Mapping[str, Any], config: WanConfig, path: Path
+) -> WanTransformer:
+    try:
+        return load_wan_transformer(weights, config)
+    except ConversionError as error:
+        raise CheckpointError(
+            f"the transformer of {path} does not fit its config.json: {error}"
+        ) from error
+
+
+def find_layout(path: str | os.PathLike) -> LayoutName | None:
+    """The layout of a folder of a Wan model, complete or not; None if it is none."""
+    for layout, signs in _SIGNS.items():
+        if any(any(Path(path).glob(sign)) for sign in signs):
+            return layout
+    return None
+
+
+def hub_patterns(parts: Collection[Part] = ALL_PARTS) -> list[str]:
+    """Files to fetch for some parts, whichever layout a repository has."""
+    wanted = [
+        pattern
+        for layout in LAYOUTS.values()
+        for part, patterns in layout.items()
+        for pattern in patterns
+        if part in parts
+    ]
+    indices = [f"{name}.index.json" for name in wanted if name.endswith(".safetensors")]
+    return ["model_index.json", *wanted, *indices]
+
+
+def describe_layouts(layout: LayoutName | None = None) -> str:
+    """What a folder of a model holds, in words."""
+    return " or ".join(
+        f"the {name} layout ("
+        + ", ".join(pattern for patterns in parts.values() for pattern in patterns)
+        + ")"
+        for name, parts in LAYOUTS.items()
+        if layout in (name, None)
+    )
+
+
+def _task_of(config: Mapping[str, Any]) -> Literal["t2v", "i2v"]:
+    from_image = (
+        config.get("model_type") == "i2v" or config.get("image_dim") is not None
+    )
+    return "i2v" if from_image else "t2v"
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is missing or not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object")
+    return content
