@@ -41,8 +41,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=Path,
         metavar="DIR",
-        help="folder of a model in the format of models/mini/weights; the model that "
-        "ships with the project if left out",
+        help="folder of a published Wan model in the original or diffusers layout, or "
+        "its repository on the hub, such as Wan-AI/Wan2.1-T2V-1.3B; or a folder in the "
+        "format of models/mini/weights; the model that ships with the project if left "
+        "out",
     )
     parser.add_argument(
         "--debug", action="store_true", help="show where an error came from"

@@ -4,7 +4,7 @@ and the codec."""
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -15,6 +15,15 @@ from jaxtyping import Array, Bool, Float
 from draft_jax.config import DraftConfig
 from draft_jax.schedule import SparsitySchedule
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
+from models.umt5.config import UMT5Config
+from models.umt5.text_encoder import UMT5TextEncoder
+from models.wan.checkpoint import (
+    ALL_PARTS,
+    Part,
+    WanParts,
+    find_layout,
+    load_wan_pipeline_parts,
+)
 from models.wan.image import condition_latents
 from models.wan.interfaces import (
     ClosedVocabulary,
@@ -34,6 +43,9 @@ from models.wan.sampler import (
 )
 from models.wan.sampling import Sampling
 from models.wan.transformer import WanTransformer
+from models.wan.vae.codec import WanVAECodec
+from models.wan.vae.config import WanVAEConfig
+from models.wan.vae.convert import load_wan_vae
 
 # One image, or one for each prompt.
 Images = (
@@ -95,21 +107,36 @@ class VideoPipeline:
     )
 
     @classmethod
-    def from_checkpoint(cls, path: Path | str | None = None) -> "VideoPipeline":
-        """Loads a checkpoint folder, by default the model that ships.
+    def from_checkpoint(
+        cls,
+        path: Path | str | None = None,
+        *,
+        parts: Collection[Part] = ALL_PARTS,
+        loras: Iterable[tuple[Path | str, float]] = (),
+    ) -> "VideoPipeline":
+        """Loads a checkpoint, by default the model that ships.
 
-        Computes in float32 on CPU and in bfloat16 elsewhere.
+        Computes in float32 on CPU and in bfloat16 elsewhere, Wan's codec in float32.
 
         Args:
-          path: A folder in the format of `models/mini/weights`.
+          path: A folder in the format of `models/mini/weights`, or a published Wan
+            model: its folder, or its repository on the hub.
+          parts: What to load of a Wan model; see `load_wan_pipeline_parts`.
+          loras: Adapters to merge into a Wan model, each with its strength.
 
         Returns:
           A pipeline with the weights in memory.
 
         Raises:
           CheckpointError: The folder is missing, incomplete, or of another format.
+          ConversionError: An adapter does not fit.
+          ImportError: An optional package is needed and not installed.
+          ValueError: `parts` lacks the VAE.
         """
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        if path is not None and (find_layout(path) or not Path(path).exists()):
+            wan = load_wan_pipeline_parts(path, dtype=dtype, parts=parts, loras=loras)
+            return cls._from_wan(wan, dtype)
         checkpoint = MiniCheckpoint.load(path, dtype=dtype)
         return cls(
             model=checkpoint.transformer,
@@ -117,6 +144,30 @@ class VideoPipeline:
                 checkpoint.vocabulary, checkpoint.text_embedding
             ),
             codec=checkpoint.codec,
+        )
+
+    @classmethod
+    def _from_wan(cls, wan: WanParts, dtype: str) -> "VideoPipeline":
+        if wan.vae is None:
+            raise ValueError("parts must hold 'vae', which decodes the latents")
+        stored = wan.folder.part_config("vae")
+        vae = WanVAEConfig.from_dict(stored) if stored else WanVAEConfig.wan2_1()
+        text_encoder = None
+        if wan.text_encoder is not None and wan.tokenizer is not None:
+            stored = wan.folder.part_config("text_encoder")
+            dtypes = {"dtype": dtype, "param_dtype": dtype}
+            text_encoder = UMT5TextEncoder.load(
+                wan.text_encoder,
+                wan.tokenizer,
+                config=UMT5Config.from_dict(stored, **dtypes)
+                if stored
+                else UMT5Config.xxl(**dtypes),
+                max_length=wan.transformer.config.text_length,
+            )
+        return cls(
+            model=wan.transformer,
+            text_encoder=text_encoder,
+            codec=WanVAECodec(model=load_wan_vae(wan.vae, vae)),
         )
 
     def latent_shape(self, sampling: Sampling) -> LatentShape:

@@ -262,7 +262,7 @@ def test_an_empty_prompt_is_refused(checkpoint, capsys, tmp_path):
 def test_missing_checkpoint_is_named(tmp_path, capsys):
     assert run(str(tmp_path / "absent"), "--output", str(tmp_path / "out")) == 2
     error = capsys.readouterr().err
-    assert f"checkpoint {tmp_path / 'absent'} is not a folder; expected" in error
+    assert f"{tmp_path / 'absent'} does not exist; expected a folder, or" in error
     assert error.count("\n") == 1
 
 

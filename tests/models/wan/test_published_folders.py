@@ -1,0 +1,85 @@
+"""Whole published models, all parts, against what `WanPipeline` generated.
+
+The folders are those of tests/fixtures/make_wan_folder_fixtures.py.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from models.schedulers import make_solver
+from models.umt5.config import UMT5Config
+from models.wan.checkpoint import WanFolder
+from models.wan.pipeline import VideoPipeline
+from models.wan.sampling import Sampling
+from models.wan.vae.config import WanVAEConfig
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+FOLDERS = FIXTURES / "wan_folders"
+# Float32 over five guided steps. Measured: latents 2.4e-5 of at most 7.6, in both
+# layouts alike; video 2.6e-6 of 1.
+LATENTS = {"rtol": 0, "atol": 1e-4}
+VIDEO = {"rtol": 0, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Arrays with channels last, and the settings."""
+    file = FOLDERS / "expected.safetensors"
+    with safetensors.safe_open(file, "np") as stored:
+        settings = json.loads(stored.metadata()["settings"])
+    arrays = safetensors.numpy.load_file(file)
+    noise, latents = (
+        arrays[name].transpose(0, 2, 3, 4, 1) for name in ("noise", "latents")
+    )
+    video = arrays["video"].transpose(0, 1, 3, 4, 2)
+    return {"noise": noise, "latents": latents, "video": video, "settings": settings}
+
+
+@pytest.fixture(params=["diffusers", "original"])
+def folder(request, tmp_path, monkeypatch):
+    """A folder; sizes that the original's code fixes are set to the tiny ones."""
+    if request.param == "diffusers":
+        return FOLDERS / "diffusers"
+    shutil.copytree(FOLDERS / "original", tmp_path / "original")
+    tokenizer = tmp_path / "original" / "google" / "umt5-xxl"
+    shutil.copytree(FOLDERS / "diffusers" / "tokenizer", tokenizer)
+    for config, name, part in (
+        (UMT5Config, "xxl", "text_encoder"),
+        (WanVAEConfig, "wan2_1", "vae"),
+    ):
+        stored = json.loads((FOLDERS / "diffusers" / part / "config.json").read_text())
+
+        def tiny(cls, stored=stored, **changes):
+            return cls.from_dict(stored, **changes)
+
+        monkeypatch.setattr(config, name, classmethod(tiny))
+    return tmp_path / "original"
+
+
+def test_video_of_a_prompt_is_that_of_diffusers(folder, expected):
+    settings = expected["settings"]
+    scheduler = WanFolder.open(FOLDERS / "diffusers").scheduler()
+    steps = settings["num_inference_steps"]
+    solver = make_solver(
+        scheduler.solver, num_steps=steps, shift=scheduler.shift, grid=scheduler.grid
+    )
+    sampling = Sampling(
+        frames=settings["num_frames"],
+        height=settings["height"],
+        width=settings["width"],
+        num_steps=steps,
+        guidance=settings["guidance_scale"],
+        negative_prompt=settings["negative_prompt"],
+        shift=scheduler.shift,
+        solver=solver,
+    )
+    pipeline = VideoPipeline.from_checkpoint(folder)
+    result = pipeline.generate(settings["prompt"], sampling, noise=expected["noise"])
+    np.testing.assert_allclose(result.latents, expected["latents"], **LATENTS)
+    np.testing.assert_allclose(result.video, expected["video"], **VIDEO)
