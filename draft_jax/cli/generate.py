@@ -9,10 +9,9 @@ from draft_jax.cli.progress import progress_bar
 from draft_jax.config import DraftConfig
 from models import metrics, plots, video_io
 from models.comparison import Comparison, run_report
-from models.wan.pipeline import GenerationResult, VideoPipeline
+from models.wan.pipeline import GenerationResult, Sampling, VideoPipeline
 from models.wan.sampler import GuidanceBatching
 
-FPS = 12.0  # of the videos that the shipped model was trained on
 EXAMPLES = """examples:
   draft-video generate "a red ball bounces over a blue sea"
   draft-video generate "a red ball bounces" --compare --sparsity 0.9
@@ -38,7 +37,11 @@ def add_parser(commands) -> None:
         default=argparse.SUPPRESS,
         help="folder to write to (default: outputs/<prompt>-<seed>)",
     )
-    parser.add_argument("--fps", type=float, default=FPS, help="frames per second")
+    parser.add_argument(
+        "--fps",
+        type=float,
+        help="frames per second (default: those the model was trained on)",
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--dense", action="store_true", help="full attention on every step"
@@ -64,10 +67,11 @@ def add_parser(commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Generates and writes; everything that can be wrong is checked first."""
     video_io.check_video_extra()
-    sampling = options.sampling_from(arguments)
+    sampling = options.sampling_from(arguments)  # another model's may differ in size
     draft, _ = options.draft_from(arguments)
-    if not 0 < arguments.fps < float("inf"):
-        raise ValueError(f"--fps {arguments.fps} must be a positive, finite number")
+    fps = arguments.fps
+    if fps is not None and not 0 < fps < float("inf"):
+        raise ValueError(f"--fps {fps} must be a positive, finite number")
     folder = getattr(arguments, "output", None)
     if folder is None:
         name = f"{options.slug(arguments.prompt)}-{sampling.seed}"
@@ -75,27 +79,32 @@ def run(arguments: argparse.Namespace) -> None:
     options.check_writable(folder)
     if arguments.compare:
         metrics.check_ssim_size(sampling.height, sampling.width)
-    pipeline = VideoPipeline.from_checkpoint(arguments.checkpoint)
-    details = options.run_details(arguments)
+    pipeline = options.load_pipeline(arguments)
+    sampling = options.sampling_from(arguments, pipeline.sampling)
+    fps = pipeline.fps if fps is None else fps
+    details = options.run_details(arguments, sampling)
     if arguments.compare:
         comparison = Comparison(
-            dense=_generate(pipeline, arguments, None),
-            sparse=_generate(pipeline, arguments, draft),
+            dense=_generate(pipeline, arguments, sampling, None),
+            sparse=_generate(pipeline, arguments, sampling, draft),
         )
-        files = comparison.write(folder, fps=arguments.fps, details=details)
+        files = comparison.write(folder, fps=fps, details=details)
         print(_compare_summary(comparison))
     else:
-        result = _generate(pipeline, arguments, None if arguments.dense else draft)
-        files = _write_single(folder, result, arguments, details)
+        attention = None if arguments.dense else draft
+        result = _generate(pipeline, arguments, sampling, attention)
+        files = _write_single(folder, result, arguments, fps, details)
         print(_times("video", result))
     for file in files:
         print(file)
 
 
 def _generate(
-    pipeline: VideoPipeline, arguments: argparse.Namespace, draft: DraftConfig | None
+    pipeline: VideoPipeline,
+    arguments: argparse.Namespace,
+    sampling: Sampling,
+    draft: DraftConfig | None,
 ) -> GenerationResult:
-    sampling = options.sampling_from(arguments)
     _, schedule = options.draft_from(arguments)
     name = "dense" if draft is None else "sparse"
     with progress_bar(name, sampling.num_steps) as callback:
@@ -110,11 +119,15 @@ def _generate(
 
 
 def _write_single(
-    folder: Path, result: GenerationResult, arguments: argparse.Namespace, details: dict
+    folder: Path,
+    result: GenerationResult,
+    arguments: argparse.Namespace,
+    fps: float,
+    details: dict,
 ) -> list[Path]:
     (folder / "report.json").unlink(missing_ok=True)  # it tells of the files beside it
     files = [folder / "video.mp4"]
-    video_io.write_mp4(files[0], result.video[0], fps=arguments.fps)
+    video_io.write_mp4(files[0], result.video[0], fps=fps)
     if not arguments.dense:
         files.append(folder / "kept_share.png")
         plots.plot_kept_share(

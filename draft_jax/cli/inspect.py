@@ -7,7 +7,6 @@ from draft_jax.cli import options
 from draft_jax.cli.progress import progress_bar
 from models import plots, video_io
 from models.wan.inspection import AttentionView, inspect_attention
-from models.wan.pipeline import VideoPipeline
 
 EXAMPLES = """examples:
   draft-video inspect "a red ball bounces over a blue sea"
@@ -62,19 +61,20 @@ def add_parser(commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the model and draws."""
     video_io.check_video_extra()
-    sampling = options.sampling_from(arguments)
+    options.sampling_from(arguments)  # raises before anything is loaded
     draft, schedule = options.draft_from(arguments)
-    step = getattr(arguments, "step", sampling.num_steps // 2)
     path = getattr(arguments, "output", None)
+    if path is not None and path.suffix.lower() != ".png":
+        raise ValueError(f"--output {path} must end in .png")
+    if path is not None and path.is_dir():
+        raise IsADirectoryError(f"--output {path} is a folder")
+    options.check_writable(Path("outputs") if path is None else path.parent)
+    pipeline = options.load_pipeline(arguments)
+    sampling = options.sampling_from(arguments, pipeline.sampling)
+    step = getattr(arguments, "step", sampling.num_steps // 2)
     if path is None:
         name = f"{options.slug(arguments.prompt)}-{sampling.seed}-step{step}.png"
         path = Path("outputs") / name
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--output {path} must end in .png")
-    if path.is_dir():
-        raise IsADirectoryError(f"--output {path} is a folder")
-    options.check_writable(path.parent)
-    pipeline = VideoPipeline.from_checkpoint(arguments.checkpoint)
     config = pipeline.model.config
     layers = getattr(arguments, "layers", _spread(config.num_layers))
     heads = getattr(arguments, "heads", tuple(range(min(4, config.num_heads))))

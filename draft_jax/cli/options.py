@@ -16,7 +16,7 @@ from typing import Any, get_args
 from draft_jax.config import DraftConfig, Pooling, Selection
 from draft_jax.schedule import SparsitySchedule
 from models.schedulers import SolverName
-from models.wan.pipeline import Sampling
+from models.wan.pipeline import Sampling, VideoPipeline
 
 _SAMPLING = Sampling()
 _DRAFT = DraftConfig()
@@ -47,53 +47,70 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "out",
     )
     parser.add_argument(
+        "--lora",
+        type=parse_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="adapter (safetensors) to merge into a Wan model; may be repeated",
+    )
+    parser.add_argument(
         "--debug", action="store_true", help="show where an error came from"
     )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """What is sampled: `Sampling`."""
-    group = parser.add_argument_group("video")
-    group.add_argument("--seed", type=int, default=_SAMPLING.seed, help="of the noise")
-    group.add_argument(
-        "--steps", type=int, default=_SAMPLING.num_steps, help="sampler steps"
+    """What is sampled: `Sampling`. What is not given is the checkpoint's."""
+    group = parser.add_argument_group(
+        "video",
+        "Defaults are the checkpoint's own settings; those of the shipped model are "
+        "in brackets.",
     )
-    group.add_argument(
+
+    def add(name: str, shipped: object, help: str, **options: Any) -> None:
+        note = "" if shipped == "" else f" [{shipped}]"
+        options.setdefault("default", argparse.SUPPRESS)
+        group.add_argument(name, help=help + note, **options)
+
+    size = f"{_SAMPLING.width}x{_SAMPLING.height}"
+    add("--seed", _SAMPLING.seed, "of the noise", type=int)
+    add("--steps", _SAMPLING.num_steps, "sampler steps", type=int, dest="num_steps")
+    add(
         "--size",
+        size,
+        "width x height in pixels, multiples of 8 for the shipped model, of 16 for Wan",
         type=parse_size,
-        default=f"{_SAMPLING.width}x{_SAMPLING.height}",
         metavar="WxH",
-        help="width x height in pixels, multiples of 8 for the shipped model",
     )
-    group.add_argument(
+    add(
         "--frames",
+        _SAMPLING.frames,
+        "frames, a multiple of 2 for the shipped model, 4 n + 1 for Wan",
         type=int,
-        default=_SAMPLING.frames,
-        help="frames, a multiple of 2 for the shipped model",
     )
-    group.add_argument(
+    add(
         "--guidance",
+        _SAMPLING.guidance,
+        "strength of classifier-free guidance; 1 turns it off",
         type=float,
-        default=_SAMPLING.guidance,
-        help="strength of classifier-free guidance; 1 turns it off",
     )
-    group.add_argument(
+    add(
         "--shift",
+        _SAMPLING.shift,
+        "shift of the noise levels; above 1 spends more steps at high noise",
         type=float,
-        default=_SAMPLING.shift,
-        help="shift of the noise levels; above 1 spends more steps at high noise",
     )
-    group.add_argument(
+    add(
         "--solver",
+        _SAMPLING.solver,
+        "how a step moves the sample; unipc is the solver of Wan",
         choices=get_args(SolverName),
-        default=_SAMPLING.solver,
-        help="how a step moves the sample; unipc is the solver of Wan",
     )
-    group.add_argument(
+    add(
         "--negative-prompt",
-        default=_SAMPLING.negative_prompt,
+        _SAMPLING.negative_prompt,
+        "what guidance leads away from",
         metavar="TEXT",
-        help="what guidance leads away from",
     )
 
 
@@ -148,20 +165,20 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def sampling_from(arguments: argparse.Namespace) -> Sampling:
-    """The `Sampling` that the options describe."""
-    width, height = arguments.size
-    return Sampling(
-        frames=arguments.frames,
-        height=height,
-        width=width,
-        num_steps=arguments.steps,
-        guidance=arguments.guidance,
-        shift=arguments.shift,
-        solver=arguments.solver,
-        seed=arguments.seed,
-        negative_prompt=arguments.negative_prompt,
-    )
+def sampling_from(
+    arguments: argparse.Namespace, default: Sampling = _SAMPLING
+) -> Sampling:
+    """The `Sampling` that the options describe, and the default where they are silent.
+
+    A solver that is given takes its own noise levels.
+    """
+    fields = {field.name for field in dataclasses.fields(Sampling)}
+    given = {name: value for name, value in vars(arguments).items() if name in fields}
+    if "size" in arguments:
+        given["width"], given["height"] = arguments.size
+    if "solver" in given:
+        given["grid"] = None
+    return dataclasses.replace(default, **given)
 
 
 def draft_from(arguments: argparse.Namespace) -> tuple[DraftConfig, SparsitySchedule]:
@@ -188,6 +205,15 @@ def parse_size(text: str) -> tuple[int, int]:
             f"{text!r} must be WIDTHxHEIGHT in pixels, such as 128x96"
         )
     return int(match[1]), int(match[2])
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """File and strength of "FILE:STRENGTH"; the strength is 1 if left out."""
+    name, _, strength = text.rpartition(":")
+    try:
+        return (Path(name), float(strength)) if name else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
 
 
 def parse_indices(text: str) -> tuple[int, ...]:
@@ -222,7 +248,12 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def run_details(arguments: argparse.Namespace) -> dict[str, Any]:
+def load_pipeline(arguments: argparse.Namespace) -> VideoPipeline:
+    """The pipeline that the options name."""
+    return VideoPipeline.from_checkpoint(arguments.checkpoint, loras=arguments.lora)
+
+
+def run_details(arguments: argparse.Namespace, sampling: Sampling) -> dict[str, Any]:
     """What a reader of a report needs to repeat the run."""
     import jax
 
@@ -236,7 +267,8 @@ def run_details(arguments: argparse.Namespace) -> dict[str, Any]:
         "command": command_line(arguments.argv),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": "shipped" if checkpoint is None else str(checkpoint),
-        "sampling": dataclasses.asdict(sampling_from(arguments)),
+        "sampling": dataclasses.asdict(sampling),
+        "loras": [[str(path), strength] for path, strength in arguments.lora],
         "draft": dataclasses.asdict(config),
         "schedule": dataclasses.asdict(schedule),
         "hardware": {

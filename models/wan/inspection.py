@@ -72,7 +72,7 @@ def inspect_attention(
     Raises:
       ValueError: As `VideoPipeline.generate`, or there is no such step.
     """
-    sampling = Sampling() if sampling is None else sampling
+    sampling = pipeline.sampling if sampling is None else sampling
     draft = DraftConfig() if draft is None else draft
     if not 0 <= step < sampling.num_steps:
         raise ValueError(f"{step=} must be in 0 .. {sampling.num_steps - 1}")

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from models.wan.checkpoint import (
     find_layout,
     load_wan_pipeline_parts,
 )
+from models.wan.config import WanConfig
 from models.wan.image import condition_latents
 from models.wan.interfaces import (
     ClosedVocabulary,
@@ -41,12 +43,13 @@ from models.wan.sampler import (
     StepInputs,
     StepReport,
 )
-from models.wan.sampling import Sampling
+from models.wan.sampling import Sampling, WanSize, WanTask
 from models.wan.transformer import WanTransformer
 from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.config import WanVAEConfig
 from models.wan.vae.convert import load_wan_vae
 
+WAN_FPS = 16.0  # of the videos that Wan was trained on
 # One image, or one for each prompt.
 Images = (
     Float[Array | np.ndarray, "height width 3"]
@@ -96,12 +99,16 @@ class VideoPipeline:
       codec: Decodes latents, and says their shape.
       image_encoder: Makes the image tokens of an image-to-video model. None if there
         are none, or `generate` is always given the condition itself.
+      sampling: What is sampled if `generate` is not told: the checkpoint's settings.
+      fps: Frames per second of the videos that the model was trained on.
     """
 
     model: WanTransformer
     text_encoder: TextEncoder | None
     codec: Codec
     image_encoder: ImageEncoder | None = None
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    fps: float = 12.0
     _compiled: dict = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -131,12 +138,14 @@ class VideoPipeline:
           CheckpointError: The folder is missing, incomplete, or of another format.
           ConversionError: An adapter does not fit.
           ImportError: An optional package is needed and not installed.
-          ValueError: `parts` lacks the VAE.
+          ValueError: `parts` lacks the VAE, or adapters are given without a Wan model.
         """
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         if path is not None and (find_layout(path) or not Path(path).exists()):
             wan = load_wan_pipeline_parts(path, dtype=dtype, parts=parts, loras=loras)
             return cls._from_wan(wan, dtype)
+        if adapters := [str(file) for file, _ in loras]:
+            raise ValueError(f"loras={adapters} fit Wan models only")
         checkpoint = MiniCheckpoint.load(path, dtype=dtype)
         return cls(
             model=checkpoint.transformer,
@@ -168,6 +177,8 @@ class VideoPipeline:
             model=wan.transformer,
             text_encoder=text_encoder,
             codec=WanVAECodec(model=load_wan_vae(wan.vae, vae)),
+            sampling=_wan_sampling(wan),
+            fps=WAN_FPS,
         )
 
     def latent_shape(self, sampling: Sampling) -> LatentShape:
@@ -263,7 +274,7 @@ class VideoPipeline:
         Args:
           prompts: One or more prompts, or their context, sampled as one batch. The
             noise of an item depends on the seed and its position only.
-          sampling: What is sampled; `Sampling()` by default.
+          sampling: What is sampled; `self.sampling` by default.
           image: First frame in [-1, 1], one or one for each prompt, or its condition;
             for an image-to-video model and only there.
           negative_context: Stands for `sampling.negative_prompt`: one item, or one
@@ -284,7 +295,7 @@ class VideoPipeline:
             an image, noise or a size does not suit the model.
           FloatingPointError: A step's result is not finite.
         """
-        sampling = Sampling() if sampling is None else sampling
+        sampling = self.sampling if sampling is None else sampling
         sampler, state, inputs = self.start(
             prompts,
             sampling,
@@ -469,3 +480,18 @@ class VideoPipeline:
                 UnknownWordWarning,
                 skip_file_prefixes=(__file__,),  # the caller's line
             )
+
+
+def _wan_sampling(wan: WanParts) -> Sampling:
+    """Wan's own settings for this model; a folder of diffusers has its scheduler's.
+
+    The 1.3B model was trained at 480p only.
+    """
+    settings: dict[str, Any] = {"solver": wan.scheduler.solver}
+    if wan.folder.layout == "diffusers":
+        settings["shift"] = wan.scheduler.shift
+        settings["grid"] = wan.scheduler.grid if wan.scheduler.grid != "wan" else None
+    config = wan.transformer.config
+    size: WanSize = "720p" if config.dim >= WanConfig.t2v_14b().dim else "480p"
+    task: WanTask = "text" if config.image_dim is None else "image"
+    return Sampling.wan(size, task=task, **settings)

@@ -38,6 +38,8 @@ class Sampling:
       shift: Of the noise levels; see `FlowEuler`.
       solver: "euler" or "unipc" with its default grid, or an object with as many
         steps as `num_steps`, which has its own shift.
+      grid: Whose noise levels a solver given by name takes, see `make_solver`; the
+        solver's default if None.
       seed: Of the initial noise.
       negative_prompt: What guidance leads away from.
 
@@ -53,6 +55,7 @@ class Sampling:
     guidance: float = 4.0
     shift: float = 3.0
     solver: SolverName | Solver = "euler"
+    grid: str | None = None
     seed: int = 0
     negative_prompt: str = ""
 
@@ -121,4 +124,6 @@ class Sampling:
         """The solver that `solver`, `num_steps` and `shift` describe."""
         if isinstance(self.solver, Solver):
             return self.solver
-        return make_solver(self.solver, num_steps=self.num_steps, shift=self.shift)
+        return make_solver(
+            self.solver, num_steps=self.num_steps, shift=self.shift, grid=self.grid
+        )

@@ -1,5 +1,6 @@
 """`draft-video generate` on a tiny random model, from arguments to files."""
 
+import dataclasses
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from models import video_io
 from models.mini import checkpoint as mini_checkpoint
 from models.schedulers import FlowUniPC
 from models.wan.pipeline import VideoPipeline
+from models.wan.sampling import Sampling
 from tests import tiny_model
 
 PROMPT = "a red ball"
@@ -44,6 +47,7 @@ RUN_KEYS = {
     "kept_share_per_step_and_layer",
 }
 DETAIL_KEYS = {
+    "loras",
     "prompt",
     "command",
     "date",
@@ -121,6 +125,7 @@ def test_comparison_report(comparison):
         "guidance": 4.0,
         "shift": 3.0,
         "solver": "euler",
+        "grid": None,
         "seed": 0,
         "negative_prompt": "",
     }
@@ -168,7 +173,7 @@ def test_a_seed_gives_the_same_file_and_another_seed_another(
 ):
     monkeypatch.chdir(tmp_path)
     pipeline = VideoPipeline.from_checkpoint(checkpoint)  # compiled only once
-    monkeypatch.setattr(VideoPipeline, "from_checkpoint", lambda path: pipeline)
+    monkeypatch.setattr(VideoPipeline, "from_checkpoint", lambda *_, **__: pipeline)
     for folder, seed in (("one", "5"), ("same", "5"), ("other", "6")):
         assert run(checkpoint, "--seed", seed, "--output", folder) == 0
     one, same, other = (
@@ -331,7 +336,7 @@ def test_help(capsys, arguments):
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "usage: draft-video" in shown
-    assert "of the noise (default: 0)" in shown or len(arguments) == 1
+    assert "of the noise [0]" in shown or len(arguments) == 1
     for nothing in ("None", "False", "()", ")"):
         assert f"(default: {nothing})" not in shown
 
@@ -415,3 +420,29 @@ def read_until(terminal, text, seconds=120):
             except OSError:  # the program has gone, and the terminal with it
                 break
     return shown
+
+
+# ------------------------------------------------- settings that a checkpoint has
+
+
+def test_what_is_not_given_is_the_checkpoints():
+    parser = build_parser()
+    arguments = parser.parse_args(["generate", "a cat", "--size", "64x32"])
+    default = Sampling.wan("480p", grid="diffusers", seed=3)
+    sampling = options.sampling_from(arguments, default)
+    assert sampling == dataclasses.replace(default, width=64, height=32)
+    arguments = parser.parse_args(["generate", "a cat", "--solver", "unipc"])
+    assert options.sampling_from(arguments, default).grid is None
+
+
+@pytest.mark.parametrize(
+    ("text", "file", "strength"),
+    [("a.safetensors", "a.safetensors", 1.0), ("b:0.5", "b", 0.5), ("c:d", "c:d", 1.0)],
+)
+def test_adapters(text, file, strength):
+    assert options.parse_lora(text) == (Path(file), strength)
+
+
+def test_adapters_need_a_wan_model(checkpoint, capsys):
+    assert run(checkpoint, "--lora", "style.safetensors:0.7") == 2
+    assert "style.safetensors" in capsys.readouterr().err

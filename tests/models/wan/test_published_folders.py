@@ -3,6 +3,7 @@
 The folders are those of tests/fixtures/make_wan_folder_fixtures.py.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -80,6 +81,12 @@ def test_video_of_a_prompt_is_that_of_diffusers(folder, expected):
         solver=solver,
     )
     pipeline = VideoPipeline.from_checkpoint(folder)
+    own = Sampling.wan("480p", solver="unipc", shift=scheduler.shift)
+    if folder.name == "diffusers":
+        own = dataclasses.replace(own, grid=scheduler.grid)
+    else:  # whose folder says nothing: the settings of its code
+        own = dataclasses.replace(own, shift=5.0)
+    assert (pipeline.sampling, pipeline.fps) == (own, 16.0)
     result = pipeline.generate(settings["prompt"], sampling, noise=expected["noise"])
     np.testing.assert_allclose(result.latents, expected["latents"], **LATENTS)
     np.testing.assert_allclose(result.video, expected["video"], **VIDEO)
