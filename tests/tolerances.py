@@ -69,3 +69,13 @@ TINY_RUN = {"rtol": 0, "atol": 2e-5}
 # Latents up to 6.3 after 10 guided steps, against diffusers' pipelines. Measured on
 # CPU: 1.4e-5 (text, UniPC), 5.5e-6 (image, Euler).
 PUBLISHED_RUN = {"rtol": 0, "atol": 5e-5}
+
+# CLIP vision tower in float32 against transformers, outputs up to 7.2. Measured on
+# CPU: 1.9e-6; from an image, with the resize: 6.1e-6.
+CLIP_PARITY = {"rtol": 0, "atol": 1e-5}
+# Relative L2 error of the tower with narrow products against transformers in float32.
+# Measured on CPU: bfloat16 6.8e-3, float16 7.2e-4.
+CLIP_NARROW_RELATIVE = {"bfloat16": 1e-2, "float16": 1.2e-3}
+# Bicubic resize of noise in [-1, 1] against torch, and the pixels normalised from it.
+# Measured on CPU: 1.7e-6 (61x45), 5.1e-7 (720x1280).
+BICUBIC = {"rtol": 0, "atol": 5e-6}
