@@ -84,3 +84,13 @@ VAE_TILING = {"decode": 0.2, "encode": 0.05}
 # be ten times the CPU's; TF32 rounds to 11 bits where bfloat16 rounds to 8.
 GPU_VAE_PARITY = {"rtol": 0, "atol": 1e-4}
 GPU_VAE_RELATIVE = {"float32": 5e-3, "bfloat16": 3e-2}
+
+# CLIP vision tower in float32 against transformers, outputs up to 7.2. Measured on
+# CPU: 1.9e-6; from an image, with the resize: 6.1e-6.
+CLIP_PARITY = {"rtol": 0, "atol": 1e-5}
+# Relative L2 error of the tower with narrow products against transformers in float32.
+# Measured on CPU: bfloat16 6.8e-3, float16 7.2e-4.
+CLIP_NARROW_RELATIVE = {"bfloat16": 1e-2, "float16": 1.2e-3}
+# Bicubic resize of noise in [-1, 1] against torch, and the pixels normalised from it.
+# Measured on CPU: 1.7e-6 (61x45), 5.1e-7 (720x1280).
+BICUBIC = {"rtol": 0, "atol": 5e-6}

@@ -1,0 +1,176 @@
+"""Images to the image tokens of cross-attention, by a CLIP tower in memory."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from models.clip.config import CLIPVisionConfig
+from models.clip.convert import load_clip_vision_encoder
+from models.clip.encoder import CLIPVisionEncoder
+
+# Of red, green and blue in [0, 1] over CLIP's training images.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+_CUBIC = -0.75  # slope of PyTorch's bicubic kernel at distance 1; Pillow has -0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CLIPImageEncoder:
+    """Preprocessing and tower; an `ImageEncoder` of `models.wan.interfaces`.
+
+    It runs where its weights are; results go to the default device.
+
+    Args:
+      model: The tower.
+    """
+
+    model: CLIPVisionEncoder
+
+    @classmethod
+    def load(
+        cls,
+        weights: str | os.PathLike | Mapping[str, Any],
+        *,
+        config: CLIPVisionConfig | None = None,
+        device: jax.Device | None = None,
+    ) -> "CLIPImageEncoder":
+        """Reads the tower.
+
+        Args:
+          weights: See `load_clip_vision_encoder`.
+          config: Sizes of the tower, and how to run it; `vit_h_14()` if None.
+          device: Where it is put and runs; the default device if None.
+
+        Raises:
+          CheckpointError: A file is missing or damaged.
+          ConversionError: Weights and `config` do not fit.
+        """
+        config = config or CLIPVisionConfig.vit_h_14()
+        return cls(model=load_clip_vision_encoder(weights, config, device=device))
+
+    def encode(
+        self, images: Float[Array, "B height width 3"]
+    ) -> Float[Array, "B I image_dim"]:
+        """Tokens of some images.
+
+        The published pipelines give it the image as it came, before it is resized
+        to the size of the video.
+
+        Args:
+          images: At least one, in [-1, 1], of any size; see `clip_pixels`.
+
+        Returns:
+          float32; I = `config.num_tokens`, 257 of 1280 channels for ViT-H/14.
+
+        Raises:
+          FloatingPointError: The result is not finite.
+          RuntimeError: `free` was called.
+          ValueError: `images` is not a batch of colour images in floating point.
+        """
+        given = np.asarray(images)
+        if (
+            given.ndim != 4
+            or given.shape[-1] != 3
+            or 0 in given.shape
+            or not jnp.issubdtype(given.dtype, jnp.floating)
+        ):
+            raise ValueError(
+                f"images of shape {given.shape} and dtype {given.dtype} must be "
+                "[batch, height, width, 3], none of them 0, floating-point"
+            )
+        leaves = jax.tree.leaves(nnx.state(self.model))
+        if any(leaf.is_deleted() for leaf in leaves):
+            raise RuntimeError("the image encoder was freed; load it again")
+        # Weights that are not bound to a device would else be moved to the default.
+        with jax.default_device(min(leaves[0].devices(), key=lambda d: d.id)):
+            pixels = clip_pixels(jnp.asarray(given), self.model.config.image_size)
+            tokens = np.asarray(_run(self.model, pixels))
+        if not np.isfinite(tokens).all():
+            raise FloatingPointError("the image tokens are not finite")
+        return jnp.asarray(tokens)
+
+    def free(self) -> None:
+        """Deletes the weights from the device, whoever else holds them."""
+        for leaf in jax.tree.leaves(nnx.state(self.model)):
+            leaf.delete()
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def clip_pixels(
+    images: Float[Array, "B height width 3"], size: int
+) -> Float[Array, "B size size 3"]:
+    """Resizes images to a square and normalises them, as Wan2.1's own code does.
+
+    The whole image is squeezed into the square, by bicubic interpolation without a
+    low-pass filter, and overshoot is kept. transformers' `CLIPImageProcessor`, which
+    diffusers uses, resizes the shorter side with Pillow's filter on 8-bit pixels and
+    cuts the square out of the middle; so its tokens of the same image differ, and
+    those of a wide image miss both ends.
+
+    Args:
+      images: In [-1, 1].
+      size: Rows and columns of the result.
+
+    Returns:
+      float32.
+
+    Source: Wan2.1 `CLIPModel.visual`, which calls `torch.nn.functional.interpolate`
+    with mode="bicubic" and align_corners=False.
+    """
+    rows, columns = (bicubic_weights(n, size) for n in images.shape[1:3])
+    pixels = jnp.einsum(
+        "Hh,bhwc,Ww->bHWc",
+        rows,
+        images.astype(jnp.float32),
+        columns,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    mean, std = jnp.array(MEAN, jnp.float32), jnp.array(STD, jnp.float32)
+    return (0.5 * pixels + 0.5 - mean) / std
+
+
+def bicubic_weights(length: int, size: int) -> Float[np.ndarray, "size length"]:
+    """Share of every old sample (second axis) in each new one; rows sum to 1.
+
+    Args:
+      length: Old samples along one axis.
+      size: New samples; their centres are spread evenly over the same extent.
+
+    Source: PyTorch `upsample_bicubic2d`.
+    """
+    # Rounded where the published float32 code rounds, so that large images agree.
+    scale = np.float32(length) / np.float32(size)
+    centres = scale * (np.arange(size, dtype=np.float32) + np.float32(0.5))
+    centres = centres - np.float32(0.5)
+    left = np.floor(centres)
+    t = (centres - left).astype(np.float64)
+    weights = np.zeros((size, length))
+    for tap in range(-1, 3):
+        # Beyond the border, the outermost sample is repeated.
+        column = np.clip(left.astype(np.int64) + tap, 0, length - 1)
+        np.add.at(weights, (np.arange(size), column), _cubic_kernel(t - tap))
+    return weights.astype(np.float32)
+
+
+def _cubic_kernel(distance: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Keys' cubic convolution kernel."""
+    a, x = _CUBIC, np.abs(distance)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+@nnx.jit
+def _run(
+    model: CLIPVisionEncoder, pixels: Float[Array, "B height width 3"]
+) -> Float[Array, "B T E"]:
+    return model(pixels)
