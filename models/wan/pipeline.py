@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float
 
 from draft_jax.config import DraftConfig
 from draft_jax.schedule import SparsitySchedule
+from models.clip.config import CLIPVisionConfig
+from models.clip.image_encoder import CLIPImageEncoder
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
 from models.umt5.config import UMT5Config
 from models.umt5.text_encoder import UMT5TextEncoder
@@ -177,6 +179,7 @@ class VideoPipeline:
             model=wan.transformer,
             text_encoder=text_encoder,
             codec=WanVAECodec(model=load_wan_vae(wan.vae, vae)),
+            image_encoder=_image_encoder(wan, dtype),
             sampling=_wan_sampling(wan),
             fps=WAN_FPS,
         )
@@ -482,6 +485,19 @@ class VideoPipeline:
                 UnknownWordWarning,
                 skip_file_prefixes=(__file__,),  # the caller's line
             )
+
+
+def _image_encoder(wan: WanParts, dtype: str) -> CLIPImageEncoder | None:
+    if wan.image_encoder is None:
+        return None
+    stored = wan.folder.part_config("image_encoder")
+    dtypes = {"dtype": dtype, "param_dtype": dtype}
+    config = (
+        CLIPVisionConfig.from_dict(stored, **dtypes)
+        if stored
+        else CLIPVisionConfig.vit_h_14(**dtypes)
+    )
+    return CLIPImageEncoder.load(wan.image_encoder, config=config)
 
 
 def _wan_sampling(wan: WanParts) -> Sampling:
