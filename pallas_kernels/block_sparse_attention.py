@@ -35,12 +35,6 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "tpu": ("xla",),
 }
 
-# Backends that "auto" passes over for now although they run, and why.
-WITHHELD: dict[str, str] = {
-    "hopper": "it takes these inputs and is faster, but its tests have not all been "
-    "run on a GPU yet (docs/kernel.md); pass backend='hopper' to use it",
-}
-
 _logger = logging.getLogger(__name__)
 
 
@@ -191,7 +185,7 @@ def choose(problem: Problem, backend: str) -> BackendChoice:
     platform, kind = problem.device.platform, problem.device.kind
     passed_over = []
     for name in PREFERENCE.get(platform, ("xla",)):
-        cause = BACKENDS[name].why_unsupported(problem) or WITHHELD.get(name)
+        cause = BACKENDS[name].why_unsupported(problem)
         if cause is not None:
             passed_over.append(f"{name!r}: {cause}")
             continue

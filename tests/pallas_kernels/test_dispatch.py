@@ -161,15 +161,7 @@ def test_hopper_runs_when_it_is_named():
     assert choice.slower_because is None
 
 
-def test_auto_withholds_hopper_and_says_how_to_get_it():
-    problem = dataclasses.replace(problem_on(HOPPER), **HOPPER_TAKES)
-    choice = dispatch.choose(problem, "auto")
-    assert choice.name == "xla"
-    assert "pass backend='hopper' to use it" in choice.slower_because
-
-
-def test_auto_takes_hopper_once_it_is_not_withheld(monkeypatch):
-    monkeypatch.delitem(dispatch.WITHHELD, "hopper")
+def test_auto_takes_hopper():
     problem = dataclasses.replace(problem_on(HOPPER), **HOPPER_TAKES)
     choice = dispatch.choose(problem, "auto")
     assert choice.name == "hopper"
