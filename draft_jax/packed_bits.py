@@ -142,11 +142,15 @@ def _count_at_most(
 ) -> Int[Array, "*lists M"]:
     """How many entries of each list are at most each value: a binary search."""
     *batch, length = ascending.shape
-    count = jnp.zeros((*batch, values.size), jnp.int32)
-    for step in reversed([1 << i for i in range(length.bit_length())]):
-        candidate = count + step
+    num_steps = length.bit_length()
+
+    # A loop, because XLA takes seconds to compile that many gathers in a chain.
+    def add_bit(i, count):
+        candidate = count + (1 << (num_steps - 1 - i))
         entry = jnp.take_along_axis(
             ascending, jnp.minimum(candidate, length) - 1, axis=-1
         )
-        count = jnp.where((candidate <= length) & (entry <= values), candidate, count)
-    return count
+        return jnp.where((candidate <= length) & (entry <= values), candidate, count)
+
+    count = jnp.zeros((*batch, values.size), jnp.int32)
+    return jax.lax.fori_loop(0, num_steps, add_bit, count)

@@ -18,7 +18,10 @@ from pallas_kernels import rank_sm90
 from pallas_kernels.interfaces import current_device
 
 KEY_BITS = 32
-DIGIT_BITS = 2  # of a key found in one pass over the scores: 3 comparisons each
+# Of a key, found in one pass over the scores: b bits take 2^b - 1 comparisons each, of
+# which a CPU wants few; a GPU wants few passes.
+CPU_DIGIT_BITS = 1
+DIGIT_BITS = 2
 FIRST = np.uint32(0xFFFFFFFF)  # ranks before every score
 _LAST = np.uint32(0x007FFFFF)  # of minus infinity
 
@@ -53,15 +56,16 @@ def largest_key(
         key and false for a smaller one.
       groups: Shape of the groups.
     """
-    num_passes = KEY_BITS // DIGIT_BITS
+    bits = CPU_DIGIT_BITS if current_device().platform == "cpu" else DIGIT_BITS
 
     def find_digit(i, key):
-        shift = (KEY_BITS - DIGIT_BITS * (i + 1)).astype(jnp.uint32)
-        candidates = [key | (jnp.uint32(n) << shift) for n in range(1, 1 << DIGIT_BITS)]
+        shift = (KEY_BITS - bits * (i + 1)).astype(jnp.uint32)
+        candidates = [key | (jnp.uint32(n) << shift) for n in range(1, 1 << bits)]
         digit = sum(reached(candidate).astype(jnp.uint32) for candidate in candidates)
         return key | (digit << shift)
 
-    return jax.lax.fori_loop(0, num_passes, find_digit, jnp.zeros(groups, jnp.uint32))
+    first = jnp.zeros(groups, jnp.uint32)
+    return jax.lax.fori_loop(0, KEY_BITS // bits, find_digit, first)
 
 
 def kth_largest_of_map(
