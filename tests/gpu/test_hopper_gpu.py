@@ -213,7 +213,9 @@ def test_logits_that_grow_from_block_to_block(growth, dtype):
     options = {"grid": grid, "scale": 1.0, "has_lengths": False}
     out, lse = attend(q, k, v, mask, lengths, **options)
     want, want_lse = reference(q, k, v, mask, lengths, **options)
-    assert relative_error(out, want) < GPU_RELATIVE[dtype]
+    # Float32 rounds logits of this size, on both sides, and so the weights.
+    rounding = 2.0**-23 * float(jnp.abs(want_lse).max())
+    assert relative_error(out, want) < GPU_RELATIVE[dtype] + rounding
     np.testing.assert_allclose(lse, want_lse, **GPU_LSE)
 
 
