@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-# Callbacks, of which Pallas' interpret mode is made, may wait for ever for a program that
-# the CPU backend runs in the background (jax-ml/jax#25861).
+# Callbacks, of which Pallas' interpret mode is made, may wait for ever for a program
+# that the CPU backend runs in the background (jax-ml/jax#25861).
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
