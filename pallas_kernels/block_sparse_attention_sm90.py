@@ -15,8 +15,8 @@ turn      one consumer  the other  one for each step after a query block's first
 
 PRODUCER waits for the arrivals that no later copy needs before it ends ("drains"), so
 that every barrier completion is observed. The output leaves through the shared memory
-of Q, so q_free comes after it has been read. Consumers call commit_smem before each copy
-to global memory.
+of Q, so q_free comes after it has been read. Consumers call commit_smem before each
+copy to global memory.
 
 A short block (edge tile or text) is copied whole: the rows past its end belong to the
 next block, or are filled with zeros past the end of the array. As keys they are masked;

@@ -1,11 +1,14 @@
 """Markers and options shared by every test."""
 
+import os
+
 import jax
 import pytest
 
-# Callbacks, of which Pallas' interpret mode is made, may wait for ever for a program
-# that the CPU backend runs in the background (jax-ml/jax#25861).
-jax.config.update("jax_cpu_enable_async_dispatch", False)
+# Pallas' interpret mode blocks one thread of XLA's pool for each warpgroup, and one
+# more. The pool has a thread per core: on a machine with two cores tests would wait for
+# ever now and then. Read when the CPU backend starts.
+os.environ.setdefault("PJRT_NPROC", "8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
