@@ -121,6 +121,32 @@ class _Slot:
     shape: tuple[int, ...]
 
 
+def best_layout[Name: str](
+    keys: Iterable[str], tables: Mapping[Name, Sequence[Rule]]
+) -> Name:
+    """The layout whose table knows most of a checkpoint's keys.
+
+    Args:
+      keys: Of the checkpoint.
+      tables: Rules of each layout, two or more.
+
+    Raises:
+      ConversionError: No key is known, or two tables know equally many.
+    """
+    keys = list(keys)
+    known = {
+        name: sum(any(rule.path_of(key) for rule in rules) for key in keys)
+        for name, rules in tables.items()
+    }
+    second, first = sorted(known.values())[-2:]
+    if first == second:
+        raise ConversionError(
+            f"cannot tell the layout of {len(keys)} keys, e.g. {sorted(keys)[:5]}: "
+            f"keys known to each table: {known}"
+        )
+    return max(known, key=lambda name: known[name])
+
+
 def load_parameters[M: nnx.Module](
     make_model: Callable[[], M],
     source: Mapping[str, Any],

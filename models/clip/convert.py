@@ -16,6 +16,7 @@ from models.conversion import (
     ConversionError,
     Layout,
     Rule,
+    best_layout,
     drop_batch_axis,
     load_parameters,
     transpose,
@@ -154,18 +155,7 @@ def detect_layout(keys: Iterable[str]) -> LayoutName:
     Raises:
       ConversionError: No key is known, or two tables know equally many.
     """
-    keys = list(keys)
-    known = {
-        name: sum(any(rule.path_of(key) for rule in layout.rules) for key in keys)
-        for name, layout in LAYOUTS.items()
-    }
-    second, first = sorted(known.values())[-2:]
-    if first == second:
-        raise ConversionError(
-            f"cannot tell the layout of {len(keys)} keys, e.g. {sorted(keys)[:5]}: "
-            f"keys known to each table: {known}"
-        )
-    return max(LAYOUTS, key=lambda name: known[name])
+    return best_layout(keys, {name: layout.rules for name, layout in LAYOUTS.items()})
 
 
 def load_clip_vision_encoder(

@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 
 from models.conversion import (
-    ConversionError,
     Rule,
+    best_layout,
     conv_3d,
     drop_batch_axis,
     load_parameters,
@@ -212,17 +212,7 @@ def detect_layout(keys: Iterable[str]) -> LayoutName:
     Raises:
       ConversionError: Both know equally many, as when no key is known.
     """
-    keys = list(keys)
-    known = {
-        name: sum(any(rule.path_of(key) for rule in rules) for key in keys)
-        for name, rules in RULES.items()
-    }
-    if known["original"] == known["diffusers"]:
-        raise ConversionError(
-            f"cannot tell the layout of {len(keys)} keys, e.g. {sorted(keys)[:5]}: "
-            f"keys known to each table: {known}"
-        )
-    return max(RULES, key=lambda name: known[name])
+    return best_layout(keys, RULES)
 
 
 def lora_names(keys: Iterable[str]) -> dict[str, str]:

@@ -8,9 +8,9 @@ import numpy as np
 from flax import nnx
 
 from models.conversion import (
-    ConversionError,
     Layout,
     Rule,
+    best_layout,
     conv_3d,
     load_parameters,
     save_parameters,
@@ -111,18 +111,9 @@ def detect_layout(keys: Iterable[str], config: WanVAEConfig) -> LayoutName:
     Raises:
       ConversionError: Both know equally many, as when no key is known.
     """
-    keys = list(keys)
-    tables = {name: make_rules(config, name) for name in get_args(LayoutName)}
-    known = {
-        name: sum(any(rule.path_of(key) for rule in rules) for key in keys)
-        for name, rules in tables.items()
-    }
-    if known["original"] == known["diffusers"]:
-        raise ConversionError(
-            f"cannot tell the layout of {len(keys)} keys, e.g. {sorted(keys)[:5]}: "
-            f"keys known to each table: {known}"
-        )
-    return max(known, key=lambda name: known[name])
+    return best_layout(
+        keys, {name: make_rules(config, name) for name in get_args(LayoutName)}
+    )
 
 
 def load_wan_vae(
