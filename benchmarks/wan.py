@@ -48,6 +48,7 @@ from flax import nnx
 from benchmarks import wan_account, wan_vae, wan_weights
 from benchmarks.attention import environment
 from benchmarks.gpu_state import GpuState
+from benchmarks.machine import GB, device_memory, host_peak_bytes, matmul_rate
 from draft_jax import DraftConfig, SparsitySchedule
 from models.schedulers import make_solver
 from models.wan.checkpoint import load_wan_pipeline_parts
@@ -58,7 +59,6 @@ from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.config import WanVAEConfig
 
-GB = 1e9
 TINY = WanConfig(
     dim=48,
     ffn_dim=64,
@@ -71,7 +71,6 @@ TINY = WanConfig(
 )
 MODELS = {"tiny": TINY, "1.3b": WanConfig.t2v_1_3b(), "14b": WanConfig.t2v_14b()}
 GUIDANCE = ("two_calls", "one_call", "off")
-MATMUL_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,22 +94,7 @@ class Mode:
         return cls(name, sparsity, match[2] is not None, match[3] is not None)
 
 
-# ------------------------------------------------------------------ the memory
-
-
-def device_memory() -> dict[str, float]:
-    """Gigabytes in use on the device, and the most so far; nothing on a CPU."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    names = {"in_use_gb": "bytes_in_use", "peak_gb": "peak_bytes_in_use"}
-    return {ours: stats[name] / GB for ours, name in names.items() if name in stats}
-
-
-def host_peak_bytes(*, reset: bool = False) -> int:
-    """Most memory of this process so far, or since it was reset to what it is now."""
-    if reset:
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
+# ----------------------------------------------------------------- the loading
 
 
 def load(folder: pathlib.Path) -> tuple[WanTransformer, dict[str, Any]]:
@@ -139,9 +123,6 @@ def load(folder: pathlib.Path) -> tuple[WanTransformer, dict[str, Any]]:
     }
 
 
-# -------------------------------------------------------------------- the rate
-
-
 def matmul_rates(config: WanConfig, num_tokens: int) -> dict[str, dict[str, Any]]:
     """TFLOP/s of bfloat16 products: a large square one, and the model's own."""
     dim, hidden = config.dim, config.ffn_dim
@@ -152,36 +133,7 @@ def matmul_rates(config: WanConfig, num_tokens: int) -> dict[str, dict[str, Any]
         "ffn.linear_1": (num_tokens, dim, hidden),
         "ffn.linear_2": (num_tokens, hidden, dim),
     }
-    return {name: _matmul_rate(*shape) for name, shape in shapes.items()}
-
-
-def _matmul_rate(rows: int, inner: int, columns: int) -> dict[str, Any]:
-    keys = jax.random.split(jax.random.key(0))
-    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
-    a = normal(keys[0], (rows, inner), jnp.bfloat16)
-    b = normal(keys[1], (inner, columns), jnp.bfloat16)
-    product = jax.jit(jnp.dot)
-    for _ in range(3):
-        jax.block_until_ready(product(a, b))
-    start = time.perf_counter()
-    jax.block_until_ready(product(a, b))
-    once = time.perf_counter() - start
-    in_a_row = max(1, min(1000, int(MATMUL_SECONDS / 5 / once)))
-    samples = []
-    with GpuState() as state:
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(in_a_row):
-                out = product(a, b)
-            jax.block_until_ready(out)
-            samples.append((time.perf_counter() - start) / in_a_row)
-    seconds = statistics.median(samples)
-    return {
-        "shape": [rows, inner, columns],
-        "median_ms": 1e3 * seconds,
-        "tflops": 2e-12 * rows * inner * columns / seconds,
-        **state.summary,
-    }
+    return {name: matmul_rate(*shape) for name, shape in shapes.items()}
 
 
 # ------------------------------------------------------------------- the steps
@@ -321,8 +273,11 @@ def profile_step(
         return {"profile": {"error": f"{type(error).__name__}: {error}"[:500]}}
     if not launches:
         return {"profile": {"error": "no GPU kernel was seen"}}
-    num_blocks = config.num_layers * steps.calls
-    profile = wan_account.account(launches, num_blocks)
+    profile = wan_account.account(
+        launches,
+        num_blocks=config.num_layers * steps.calls,
+        projection_flops=2.0 * steps.num_tokens * config.dim**2,
+    )
     profile["step_ms"] = report.time_ms
     by_class = profile["by_class_ms"]
     attention = by_class.get("self-attention", 0.0) + by_class.get("draft", 0.0)

@@ -11,16 +11,25 @@ from models.wan.config import WanConfig
 Launch = tuple[str, float]  # name of a kernel and its milliseconds
 
 # The kernel that self-attention ends with, and the one that a draft begins with. What
-# runs between the two is the draft: pooling, its logits, the selection, the lists.
+# runs between the two is the draft: pooling, its logits, the selection, the lists. A
+# kernel that also normalises and rotates begins it, but has work that is not its own.
 SPARSE_KERNEL = re.compile("block_sparse_attention")
-DRAFT_START = re.compile("pool_tiles")
+DRAFT_START = re.compile("pool")
+NORM_AND_ROPE = re.compile("norm_rope")
+MATMUL = re.compile("gemm|nvjet|cutlass|cublas|_dot", re.I)
+# No GPU here multiplies faster: what took less than this rate allows a projection of
+# all tokens is a product of the draft.
+MOST_FLOPS_PER_MS = 1e12
+WEIGHTS = "weights of a layer"  # copied out of the stack
 # Classes of the other kernels; the first that fits counts.
 CLASSES = (
     ("cross-attention", re.compile("cudnn|fmha|sdpa|flash", re.I)),
-    ("matmul", re.compile("gemm|nvjet|cutlass|cublas|_dot", re.I)),
+    ("matmul", MATMUL),
+    # Beside the products, on a stream of their own.
+    (WEIGHTS, re.compile("dynamic_slice", re.I)),
     ("copy", re.compile("^(wrapped_)?(copy|transpose|slice|concatenate)|memcpy", re.I)),
     ("reduction", re.compile("reduce|softmax|norm", re.I)),
-    ("elementwise", re.compile("fusion|loop|wrapped|broadcast|convert", re.I)),
+    ("fusion", re.compile("fusion|loop|wrapped|broadcast|convert", re.I)),
 )
 
 
@@ -84,30 +93,43 @@ def profile(run: Callable[[], Any]) -> tuple[Any, list[Launch]]:
     return result, list(launches or [])
 
 
-def classify(launches: Sequence[Launch]) -> list[str]:
-    """The class of each kernel of a step whose layers are all sparse."""
+def classify(launches: Sequence[Launch], projection_flops: float = 0.0) -> list[str]:
+    """The class of each kernel of a step whose layers are all sparse.
+
+    Args:
+      launches: Kernels in the order of their launch.
+      projection_flops: Of one square projection of all tokens. The values' may run
+        while the draft does, and is told from the draft's products by its duration.
+    """
+    shortest = 0.5 * projection_flops / MOST_FLOPS_PER_MS
     classes, in_draft = [], False
-    for name, _ in launches:
+    for name, time_ms in launches:
+        fitting = (kind for kind, pattern in CLASSES if pattern.search(name))
+        kind = next(fitting, "other")
         if SPARSE_KERNEL.search(name):
-            in_draft = False
-            classes.append("self-attention")
-        elif in_draft or DRAFT_START.search(name):
-            in_draft = True
-            classes.append("draft")
-        else:
-            fitting = (kind for kind, pattern in CLASSES if pattern.search(name))
-            classes.append(next(fitting, "other"))
+            kind, in_draft = "self-attention", False
+        elif NORM_AND_ROPE.search(name):
+            kind, in_draft = "norm and rotation", True
+        elif DRAFT_START.search(name):
+            kind, in_draft = "draft", True
+        elif in_draft and kind != WEIGHTS:
+            is_projection = kind == "matmul" and time_ms > shortest
+            kind = kind if is_projection else "draft"
+        classes.append(kind)
     return classes
 
 
-def account(launches: Sequence[Launch], num_blocks: int) -> dict[str, Any]:
+def account(
+    launches: Sequence[Launch], *, num_blocks: int, projection_flops: float
+) -> dict[str, Any]:
     """Milliseconds by class, the costliest kernels, and one block in order.
 
     Args:
       launches: Of a step whose layers are all sparse.
       num_blocks: Transformer blocks that the step ran: layers times model calls.
+      projection_flops: See `classify`.
     """
-    classes = classify(launches)
+    classes = classify(launches, projection_flops)
     by_class: dict[str, float] = {}
     by_name: dict[str, list[float]] = {}
     for kind, (name, time_ms) in zip(classes, launches, strict=True):
@@ -142,7 +164,7 @@ def one_block(
 ) -> list[dict[str, Any]]:
     """Kernels from one self-attention to the next, in the middle of the step.
 
-    Kernels below a microsecond times five are left out: they are the schedule's.
+    Kernels of less than five microseconds are left out.
     """
     # The same name may run again for a few microseconds, to merge parts.
     large = max(
