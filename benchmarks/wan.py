@@ -25,6 +25,7 @@ Modes: "dense", or a sparsity such as "0.9"; with "+layer0" layer 0 stays dense,
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -51,7 +52,7 @@ from benchmarks.gpu_state import GpuState
 from benchmarks.machine import GB, device_memory, host_peak_bytes, matmul_rate
 from draft_jax import DraftConfig, SparsitySchedule
 from models.schedulers import make_solver
-from models.wan.checkpoint import load_wan_pipeline_parts
+from models.wan.checkpoint import Part, load_wan_pipeline_parts
 from models.wan.config import WanConfig
 from models.wan.sampler import Sampler, SamplerState, StepInputs
 from models.wan.transformer import WanTransformer
@@ -70,6 +71,10 @@ TINY = WanConfig(
     tile=(2, 4),
 )
 MODELS = {"tiny": TINY, "1.3b": WanConfig.t2v_1_3b(), "14b": WanConfig.t2v_14b()}
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "jax-cuda13-plugin", "jax-cuda12-plugin"),
+    *("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "nvidia-cublas"),
+)
 GUIDANCE = ("two_calls", "one_call", "off")
 
 
@@ -105,7 +110,8 @@ def load(folder: pathlib.Path) -> tuple[WanTransformer, dict[str, Any]]:
     jax.block_until_ready(jnp.zeros(8) + 1)  # what JAX loads when it is first used
     before = host_peak_bytes(reset=True)
     start = time.perf_counter()
-    model = load_wan_pipeline_parts(folder, parts=("transformer",)).transformer
+    parts: tuple[Part, ...] = ("transformer",)
+    model = load_wan_pipeline_parts(folder, parts=parts).transformer
     state = jax.block_until_ready(nnx.state(model))
     seconds = time.perf_counter() - start
     growth = host_peak_bytes() - before
@@ -193,7 +199,7 @@ class Steps:
         self.inputs = make_inputs(model.config, guided)
         self.state: SamplerState = self.sampler.initial_state(1, seed=0, guided=guided)
         start = time.perf_counter()
-        self.step = self.sampler.compile(self.state, self.inputs)
+        self.step: Any = self.sampler.compile(self.state, self.inputs)
         self.compile_s = time.perf_counter() - start
         self.index = 0
         self.calls = 2 if guided else 1
@@ -259,7 +265,9 @@ def measure_size(model, size, options, report) -> None:
 
 def _compare(modes: dict[str, dict[str, Any]]) -> None:
     dense = modes.get("dense")
-    for result in modes.values() if dense else ():
+    if dense is None:
+        return
+    for result in modes.values():
         result["speedup"] = dense["median_ms"] / result["median_ms"]
 
 
@@ -346,12 +354,11 @@ def attempt(function, *arguments) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    packages = ("jax", "jaxlib", "flax", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
-    installed = {
-        d.metadata["Name"].lower(): d for d in importlib.metadata.distributions()
-    }
-    packages += ("nvidia-cublas", "numpy")
-    return {name: installed[name].version for name in packages if name in installed}
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def write(options: argparse.Namespace) -> None:
