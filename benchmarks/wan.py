@@ -378,8 +378,9 @@ def write(options: argparse.Namespace) -> None:
 def measure(options: argparse.Namespace) -> None:
     """Loads, times, and writes the JSON file after each part."""
     start = time.perf_counter()
+    commit = {"commit": options.commit} if options.commit else {}
     results: dict[str, Any] = {
-        "environment": {**environment(), "versions": versions()},
+        "environment": {**environment(), **commit, "versions": versions()},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "model": options.model,
         "guidance": options.guidance,
@@ -443,6 +444,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--profile", action="store_true", help="one more step, by kernels")
     add("--decode", action="store_true", help="decode a video of each size, too")
     add("--vae-dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--commit", help="of the code, where there is no .git")
     add("--output", type=pathlib.Path, help="JSON file")
     options = parser.parse_args(arguments)
     options.folder = options.folder or pathlib.Path(f"/tmp/wan_{options.model}")
