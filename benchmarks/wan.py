@@ -454,6 +454,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.sizes = options.sizes or default_sizes
         options.frames = options.frames or (9 if is_tiny else 81)
         options.dense_samples = options.dense_samples or options.samples
+        last = options.modes[-1]
+        if options.profile and (last.sparsity is None or last.layer_0_dense):
+            parser.error(
+                f"--profile needs a last mode whose layers are all sparse, not "
+                f"{last.name}: cuDNN's kernels count as cross-attention"
+            )
     return options
 
 
