@@ -73,7 +73,7 @@ def hopper_attention(
       ValueError: The dtype, head dimension or block size is not supported, or the
         config needs too much shared memory.
     """
-    if cause := _why_unsupported_shape(q.dtype.name, q.shape[-1], layout.block_size):
+    if cause := why_unsupported_shape(q.dtype.name, q.shape[-1], layout.block_size):
         raise ValueError(f"the Hopper kernel cannot take these inputs: {cause}")
     if config is None:
         config = sm90.KernelConfig.for_head_dim(q.shape[-1])
@@ -191,7 +191,7 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
     )
     out, lse = attend_blocks(q, k, v, work, plan=plan, interpret=static.interpret)
     if plan.config.lazy:
-        out, lse = _repair(q, k, v, work, out, lse, plan, static.interpret)
+        out, lse = repair(q, k, v, work, out, lse, plan, static.interpret)
     if places.gather is not None:
         out = out[:, places.scatter]
     lse = lse.reshape(batch, num_heads, num_blocks * sm90.BLOCK)
@@ -212,6 +212,7 @@ def _plan(static: _Static, places: Geometry, shape, dtype) -> sm90.Plan:
         num_ctas=num_tiles,
         persistent=False,
         pairs=static.config.pairs and num_tiles % 2 == 0,
+        is_dense=False,
         scale=static.scale,
         starts_are_multiples=places.starts_are_multiples,
         run=places.run,
@@ -223,7 +224,7 @@ def _plan(static: _Static, places: Geometry, shape, dtype) -> sm90.Plan:
     )
 
 
-def _repair(q, k, v, work: Work, out, lse, plan: sm90.Plan, interpret):
+def repair(q, k, v, work: Work, out, lse, plan: sm90.Plan, interpret):
     """Computes query blocks whose sums overflowed again, with exact maxima.
 
     That takes logits 44 nats above all of the first kept block, or a first block
@@ -263,7 +264,8 @@ def _num_multiprocessors() -> int:
     return jax.local_devices()[0].core_count
 
 
-def _why_unsupported_shape(dtype: str, head_dim: int, block_size: int) -> str | None:
+def why_unsupported_shape(dtype: str, head_dim: int, block_size: int) -> str | None:
+    """Why the kernel cannot take such inputs on any device, or None if it can."""
     if dtype not in SUPPORTED_DTYPES:
         return f"it takes {' and '.join(SUPPORTED_DTYPES)}, not {dtype}"
     if head_dim not in SUPPORTED_HEAD_DIMS:
@@ -286,7 +288,7 @@ def _why_unsupported(problem: Problem) -> str | None:
             f"it needs an NVIDIA Hopper GPU (sm_90), not {device.platform} "
             f"{device.kind}{found}"
         )
-    return _why_unsupported_shape(
+    return why_unsupported_shape(
         problem.dtype, problem.head_dim, problem.layout.block_size
     )
 

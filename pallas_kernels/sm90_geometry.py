@@ -137,8 +137,9 @@ def _widths(layout: BlockLayout, *, has_text_lengths: bool):
     is_masked = lengths < tokens[width_of_block]
     if has_text_lengths:
         is_masked[layout.text_blocks] = True
+    classes = [width_of_block == number for number in range(len(tokens))]
     widths = tuple(
-        Width(int(size), bool(is_masked[width_of_block == number].any()))
-        for number, size in enumerate(tokens)
+        Width(int(size), int(own.sum()), bool(is_masked[own].any()))
+        for size, own in zip(tokens, classes, strict=True)
     )
     return widths, width_of_block.astype(np.int32)

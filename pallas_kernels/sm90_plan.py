@@ -61,6 +61,7 @@ class Plan:
     num_ctas: int
     persistent: bool  # each CTA walks any number of tiles, else one
     pairs: bool  # two CTAs are a cluster and share the keys of full rows
+    is_dense: bool  # every list is full, and none is read
     scale: float
     starts_are_multiples: bool  # block r starts at token r * BLOCK
     run: int  # tokens of a block that lie together in memory; BLOCK if all do
@@ -85,6 +86,7 @@ class Width:
     """A class of key blocks, whose products are computed over this many keys."""
 
     tokens: int
+    blocks: int  # how many the sequence has
     masks: bool  # some block of the class has fewer valid tokens
 
 
@@ -184,14 +186,18 @@ def _tile(gmem: GlobalRefs, plan: Plan, position) -> Tile:
     number = gmem.order[position]
     list_row = lax.div(number, jnp.int32(plan.num_blocks))
     block = lax.rem(number, jnp.int32(plan.num_blocks))
-    first = gmem.row_offsets[list_row, block]
+    if plan.is_dense:
+        first, last = jnp.int32(0), jnp.int32(plan.num_blocks)
+    else:
+        first = gmem.row_offsets[list_row, block]
+        last = gmem.row_offsets[list_row, block + 1]
     return Tile(
         batch=lax.div(list_row, jnp.int32(plan.num_heads)),
         head=lax.rem(list_row, jnp.int32(plan.num_heads)),
         list_row=list_row,
         block=block,
         first=first,
-        count=gmem.row_offsets[list_row, block + 1] - first,
+        count=last - first,
         is_shared=False,
     )
 
@@ -217,6 +223,8 @@ def block_of(gmem: GlobalRefs, plan: Plan, tile: Tile, step):
     A full row's list may have any order; both CTAs of a pair must take the same one.
     """
     step = jnp.minimum(step, tile.count - 1)
+    if plan.is_dense:
+        return gmem.full_list[step]
     block = gmem.block_ids[tile.list_row, tile.first + step]
     if not plan.pairs:
         return block
@@ -227,6 +235,9 @@ def bounds_of_width(gmem: GlobalRefs, plan: Plan, tile: Tile, index: int):
     """First step, and the one after the last, with blocks of a width."""
     if len(plan.widths) == 1:
         return jnp.int32(0), tile.count
+    if plan.is_dense:
+        before = sum(width.blocks for width in plan.widths[:index])
+        return jnp.int32(before), jnp.int32(before + plan.widths[index].blocks)
     ends = gmem.width_ends
     begin = ends[tile.list_row, tile.block, index - 1] if index else jnp.int32(0)
     return begin, ends[tile.list_row, tile.block, index]

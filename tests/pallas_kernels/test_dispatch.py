@@ -176,7 +176,11 @@ def test_auto_takes_hopper():
         (VideoGrid(1, 45, 80), "raster", None),
         (VideoGrid(1, 30, 52), "tiled", None),
         (VideoGrid(1, 30, 52), "raster", 'tiles 16 tokens wide; order="tiled" needs'),
-        (VideoGrid(1, 15, 26), "tiled", "not all start and end at multiples of 8 tokens"),
+        (
+            VideoGrid(1, 15, 26),
+            "tiled",
+            "start and end at multiples of 8 tokens",
+        ),
         (VideoGrid(1, 5, 16), "tiled", "fewer than 128 tokens"),
     ],
     ids=str,

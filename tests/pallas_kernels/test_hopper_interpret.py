@@ -145,7 +145,7 @@ def test_huge_logits(scale):
 
 def test_huge_logits_need_the_repair(monkeypatch):
     """Or the test above would say nothing about it."""
-    monkeypatch.setattr(hopper, "_repair", lambda q, k, v, work, *rest: rest[:2])
+    monkeypatch.setattr(hopper, "repair", lambda q, k, v, work, *rest: rest[:2])
     qkv, dense = huge_inputs()
     mask = compress(dense, HUGE_GRID)
     # Other options than those of any test before: compiled programs are kept.
