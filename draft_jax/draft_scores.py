@@ -11,6 +11,11 @@ from draft_jax.config import DraftConfig
 from draft_jax.grid import VideoGrid
 from draft_jax.pooling import Order, Reduction, pool_queries_and_keys
 
+Pooled = tuple[
+    tuple[Float[Array, "B S N D"], ...],  # of queries
+    tuple[Float[Array, "B S N D"], ...],  # of keys
+]
+
 
 def draft_scores(
     q: Float[Array, "B T N D"],
@@ -44,19 +49,48 @@ def draft_scores(
 
     Source: DraftAttention (arXiv 2505.14708), draft attention map.
     """
+    pooled = pool_draft(q, k, grid=grid, config=config, order=order)
+    return scores_of_pooled(pooled, grid=grid, scale=scale)
+
+
+def pool_draft(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    order: Order = "raster",
+) -> Pooled:
+    """Pools queries and keys as `config.pooling` says; see `draft_scores`.
+
+    Raises:
+      ValueError: As `draft_scores`.
+    """
     if q.shape != k.shape:
         raise ValueError(f"q and k must have one shape; got {q.shape} and {k.shape}")
     if q.shape[1] != grid.num_tokens:
         raise ValueError(
             f"q has {q.shape[1]} tokens; {grid} has {grid.num_tokens}, text included"
         )
-    if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[-1])
     reductions: tuple[Reduction, ...] = ("mean",)
     if config.pooling == "mean+max":
         reductions = ("mean", "max")
+    return pool_queries_and_keys(q, k, grid, order=order, reductions=reductions)
+
+
+def scores_of_pooled(
+    pooled: Pooled, *, grid: VideoGrid, scale: float | None = None
+) -> Float[Array, "B N S S"]:
+    """The map of pooled queries and keys; see `draft_scores`.
+
+    Args:
+      pooled: Pooled queries and pooled keys, one of each for every reduction.
+      grid: Geometry that defines the tiles.
+      scale: Factor of the logits; 1 / sqrt(D) by default.
+    """
+    if scale is None:
+        scale = 1.0 / math.sqrt(pooled[0][0].shape[-1])
     log_lengths = np.log(grid.block_lengths[grid.visual_blocks].astype(np.float32))
-    pooled = pool_queries_and_keys(q, k, grid, order=order, reductions=reductions)
     maps = []
     for draft_q, draft_k in zip(*pooled, strict=True):
         # The map is small, and TF32 would reorder scores that are close together.

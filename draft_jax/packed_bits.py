@@ -67,7 +67,8 @@ def lists(
     ends = (row_starts[..., None] + in_row).reshape(*batch, -1)
     flat = words.reshape(*batch, -1)
     columns = np.tile(first_columns, num_rows)
-    if rank_sm90.why_unsupported(num_words * BITS, current_device(words)) is None:
+    # A word at a time: rows may have any number of them.
+    if rank_sm90.why_unsupported(BITS, current_device(words)) is None:
         block_ids = _write(flat, ends, columns, capacity)
     else:
         block_ids = _look_up(flat, ends, columns, capacity)
