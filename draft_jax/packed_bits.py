@@ -60,7 +60,7 @@ def lists(
       Offsets of the rows, and the columns in ascending order within each row; 0 past
       the last entry.
     """
-    *batch, num_rows, num_words = words.shape
+    *batch, num_rows, _ = words.shape
     in_row = jnp.cumsum(num_set(words), axis=-1, dtype=jnp.int32)
     row_ends = jnp.cumsum(in_row[..., -1], axis=-1, dtype=jnp.int32)
     row_starts = row_ends - in_row[..., -1]

@@ -2,10 +2,10 @@
 
 A row is read once and stays in the registers of its team: one warp for short rows, so
 that counting needs no barrier, or a warpgroup. Scores become integers of the same
-order, and the team finds by bisection on their bits what to keep: a step is a count, and
-for "top_p" a sum, of what is at least a candidate. Bits that all keys of the row share
-are not searched, and a row whose set is determined needs no further steps: on softmax
-maps of 990 columns it takes about half of the 32.
+order, and the team finds by bisection on their bits what to keep: a step is a count,
+and for a mass also a sum, of what is at least a candidate. Bits that all keys share are
+not searched, and the search ends when all rows are determined: after 9 to 17 of 32
+steps on softmax maps of 990 columns.
 
 What is written in PTX comes from `rank_teams_sm90`, or from `rank_emulated` in
 interpret mode.
