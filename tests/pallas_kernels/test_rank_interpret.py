@@ -17,6 +17,16 @@ from draft_jax import DraftConfig, VideoGrid, select_blocks
 from draft_jax.config import static_budget
 from pallas_kernels import rank_rows_sm90, rank_sm90
 from tests.draft_jax import naive_draft, sorted_selection
+from tests.pallas_kernels.row_selection import (
+    any_bits,
+    check_mask,
+    check_rows,
+    equal,
+    few_values,
+    minus_infinity,
+    softmax,
+    unpack,
+)
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 CONFIGS = {
@@ -30,21 +40,6 @@ CONFIGS = {
 def no_races():
     yield
     assert not gpu_callbacks.get_races().races_found
-
-
-def unpack(words, columns):
-    bits = np.asarray(words)[..., None] >> np.arange(32, dtype=np.uint32) & 1
-    return bits.reshape(*words.shape[:-1], -1)[..., :columns].astype(bool)
-
-
-def pack(flags):
-    padded = np.pad(flags, ((0, 0), (0, -flags.shape[1] % 32)))
-    return np.packbits(padded, axis=-1, bitorder="little").view("<u4")
-
-
-def softmax(rng, shape, sharpness=2.0):
-    weights = np.exp(sharpness * rng.normal(size=shape))
-    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
 
 
 @pytest.mark.parametrize("digit", rank_sm90.DIGITS, ids=str)
@@ -111,20 +106,12 @@ def test_write_lists(capacity):
         np.testing.assert_array_equal(got[i], want)
 
 
-def few_values(rng, shape):
-    """Ties everywhere, both zeros, both infinities, NaN, denormals."""
-    values = [-np.inf, -1.5, -0.0, 0.0, 1e-45, 3e-45, 0.25, 3e38, np.inf, np.nan]
-    return np.array(values, np.float32)[rng.integers(0, 10, shape)]
-
-
 MAPS = {
     "softmax": softmax,
     "few-values": few_values,
-    "equal": lambda rng, shape: np.full(shape, 1 / shape[-1], np.float32),
-    "minus-infinity": lambda rng, shape: np.full(shape, -np.inf, np.float32),
-    "any-bits": lambda rng, shape: rng.integers(0, 2**32, shape, dtype=np.uint32).view(
-        np.float32
-    ),
+    "equal": equal,
+    "minus-infinity": minus_infinity,
+    "any-bits": any_bits,
 }
 
 
@@ -140,7 +127,7 @@ def test_select_in_rows_by_count(monkeypatch, name, team, has_forced):
     budget = rng.integers(1, 71, 5).astype(np.int32)
     count = np.maximum(budget, forced.sum(-1)).astype(np.int32)
     want = sorted_selection.row_topk(scores, forced, budget)
-    check_rows(scores, count, count, forced, want, None)
+    check_rows(scores, count, count, forced, want, None, INTERPRET)
 
 
 @pytest.mark.parametrize("has_forced", [False, True], ids=["free", "forced"])
@@ -157,27 +144,7 @@ def test_select_in_rows_by_mass(monkeypatch, name, team, has_forced):
     least = np.maximum(forced.sum(-1), 1).astype(np.int32)
     most = np.maximum(40, least)
     want = sorted_selection.top_p(scores, forced, 40, 0.7)
-    check_rows(scores, least, most, forced, want, round(0.7 * 2**30))
-
-
-def check_rows(scores, least, most, forced, want, wanted):
-    rows = scores.shape[:2]
-    above, tied, count = rank_rows_sm90.select_in_rows(
-        jnp.asarray(scores),
-        *(jnp.broadcast_to(jnp.asarray(x), rows) for x in (least, most)),
-        pack(forced) if forced.any() else None,
-        wanted=wanted,
-        interpret=INTERPRET,
-    )
-    columns = scores.shape[-1]
-    for words in (above, tied):
-        assert not unpack(words, words.shape[-1] * 32)[..., columns:].any()
-    above, tied = unpack(above, columns), unpack(tied, columns)
-    assert not (above & tied).any()
-    place = np.cumsum(tied, -1) + above.sum(-1, keepdims=True)
-    kept = above | (tied & (place <= np.asarray(count)[..., None]))
-    np.testing.assert_array_equal(kept, want)
-    np.testing.assert_array_equal(count, want.sum(-1))
+    check_rows(scores, least, most, forced, want, round(0.7 * 2**30), INTERPRET)
 
 
 @pytest.fixture
@@ -213,9 +180,5 @@ def test_selection_by_kernels(name, side):
     mass = (config.top_p,) if name == "top_p" else ()
     for i in range(2):
         kept = reference(scores[i], forced, budget, *mass)
-        want = naive_draft.add_text(kept, grid)
-        offsets, ids = np.asarray(mask.row_offsets[i]), np.asarray(mask.block_ids[i])
-        np.testing.assert_array_equal(np.diff(offsets, axis=-1), want.sum(-1))
-        used = np.arange(ids.shape[-1]) < offsets[..., -1:]
-        np.testing.assert_array_equal(ids[used], np.nonzero(want)[-1])
-        assert not ids[~used].any()
+        item = jax.tree.map(lambda x: x[i], mask)  # noqa: B023
+        check_mask(item, naive_draft.add_text(kept, grid))
