@@ -2,6 +2,7 @@
 
     python -m benchmarks.layer measure --output benchmarks/results/layer_h200.json
     python -m benchmarks.layer plot benchmarks/results/layer_h200.json
+    python -m benchmarks.layer measure --shape long --only softmax --skip xla
 
 All programs are compiled before the first is timed, and run on the same random normal
 inputs. A sample is the mean of a few calls in a row, so that waiting for the GPU counts
@@ -45,6 +46,13 @@ from pallas_kernels import block_sparse_attention, pool_tiles_sm90, rank_sm90
 TINY = Shape(
     grid=VideoGrid(2, 16, 24, tile=(4, 8)), num_heads=2, head_dim=64, dtype="float32"
 )
+LONG = Shape(  # the longest rows that the selection kernels take: S = 8,192
+    grid=VideoGrid(32, 128, 256, tile=(8, 16)),
+    num_heads=2,
+    head_dim=64,
+    dtype="bfloat16",
+)
+OWN_SHAPES = {"tiny": TINY, "long": LONG}
 SELECTIONS = ("percentile", "row_topk", "top_p")
 MIN_SAMPLE_S = 2e-3  # of calls in a row
 MOVES = (
@@ -296,7 +304,7 @@ def token_sized_moves(text: str, num_elements: int) -> list[str]:
 
 def measure(options: argparse.Namespace) -> None:
     """Runs every stage and writes the JSON file after each."""
-    shape = TINY if options.shape == "tiny" else SHAPES[options.shape]
+    shape = (OWN_SHAPES | SHAPES)[options.shape]
     is_gpu = jax.default_backend() == "gpu"
     table = stages(shape, "hopper" if is_gpu else "xla", "cudnn" if is_gpu else "xla")
     table = {
@@ -454,7 +462,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("measure", help="time all stages on this device")
-    command.add_argument("--shape", choices=["tiny", *SHAPES], default="hunyuan")
+    command.add_argument("--shape", choices=[*OWN_SHAPES, *SHAPES], default="hunyuan")
     command.add_argument("--samples", type=int, default=20)
     command.add_argument("--only", default="", help="regular expression of stages")
     command.add_argument("--skip", default="^$", help="regular expression of stages")

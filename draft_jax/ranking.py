@@ -180,10 +180,10 @@ def select_in_rows(
         least and most. None keeps `most`.
     """
     maps = scores.astype(jnp.float32).reshape(-1, *scores.shape[2:])
-    bounds = (jnp.broadcast_to(x, maps.shape[:2]) for x in (least, most))
+    least, most = (jnp.broadcast_to(x, maps.shape[:2]) for x in (least, most))
     above, tied, count = (
         x.reshape(*scores.shape[:3], *x.shape[2:])
-        for x in rank_rows_sm90.select_in_rows(maps, *bounds, forced, wanted=wanted)
+        for x in rank_rows_sm90.select_in_rows(maps, least, most, forced, wanted=wanted)
     )
     return _with_first_ties(above, tied, count)
 

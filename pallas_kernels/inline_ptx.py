@@ -3,6 +3,7 @@
 Element i * 128 + t of such an array is in register i of thread t of the warpgroup.
 """
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -15,6 +16,11 @@ WORD = 32  # bits, and threads of a warp
 
 def strided(size: int):
     return plgpu.Layout.WG_STRIDED((size,), vec_size=1)
+
+
+def shaped(size: int, dtype) -> plgpu.ShapeDtypeStruct:
+    """Type of an array that inline code returns."""
+    return plgpu.ShapeDtypeStruct((size,), jnp.dtype(dtype), layout=strided(size))
 
 
 def array_of(values, is_signed: bool = False):
@@ -51,8 +57,8 @@ def asm(code: str, constraints: str, *arguments, result=None, is_pure=False):
     )
 
 
-def const(value: int):
-    return mgpu.utils.c(value, i32())
+def const(value: int, type_=None):
+    return mgpu.utils.c(value, i32() if type_ is None else type_)
 
 
 def i32():

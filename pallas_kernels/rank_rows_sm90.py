@@ -13,6 +13,7 @@ interpret mode.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,41 +72,36 @@ def select_in_rows(
       as many as both.
     """
 
-    def run(scores, least, most):
-        num_maps, num_rows, columns = scores.shape
-        rows = Rows(
-            num_rows=num_maps * num_rows,
-            columns=columns,
-            team=1 if columns <= WARP_COLUMNS else WARPS,
-        )
-        plan = Plan(rows=rows, wanted=wanted, has_forced=forced is not None)
-        words = jax.ShapeDtypeStruct((rows.num_rows, rows.num_words), jnp.uint32)
-        outs = plgpu.kernel(
-            functools.partial(
-                _body,
-                plan=plan,
-                ops=rank_teams_sm90 if interpret is None else rank_emulated,
-            ),
-            out_type=(
-                words,
-                words,
-                jax.ShapeDtypeStruct((rows.num_rows,), jnp.int32),
-            ),
-            scratch_types={"scratch_smem": plgpu.SMEM((SCRATCH_WORDS,), jnp.uint32)},
-            grid=(-(-rows.num_rows // rows.per_cta),),
-            grid_names=("step",),
-            compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-            kernel_name="select_in_rows_sm90",
-            interpret=interpret,
-        )(
-            lax.bitcast_convert_type(scores, jnp.uint32).reshape(-1, columns),
-            least.reshape(-1),
-            most.reshape(-1),
-            *(() if forced is None else (jnp.asarray(forced),)),
-        )
-        return tuple(x.reshape(num_maps, num_rows, *x.shape[1:]) for x in outs)
-
+    run = functools.partial(_run, forced=forced, wanted=wanted, interpret=interpret)
     return fold_mapped_axes(run)(scores, least, most)
+
+
+def _run(scores, least, most, *, forced, wanted, interpret):
+    num_maps, num_rows, columns = scores.shape
+    rows = Rows(
+        num_rows=num_maps * num_rows,
+        columns=columns,
+        team=1 if columns <= WARP_COLUMNS else WARPS,
+    )
+    plan = Plan(rows=rows, wanted=wanted, has_forced=forced is not None)
+    ops = rank_teams_sm90 if interpret is None else rank_emulated
+    words = jax.ShapeDtypeStruct((rows.num_rows, rows.num_words), jnp.uint32)
+    outs = plgpu.kernel(
+        functools.partial(_body, plan=plan, ops=ops),
+        out_type=(words, words, jax.ShapeDtypeStruct((rows.num_rows,), jnp.int32)),
+        scratch_types={"scratch_smem": plgpu.SMEM((SCRATCH_WORDS,), jnp.uint32)},
+        grid=(-(-rows.num_rows // rows.per_cta),),
+        grid_names=("step",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        kernel_name="select_in_rows_sm90",
+        interpret=interpret,
+    )(
+        lax.bitcast_convert_type(scores, jnp.uint32).reshape(-1, columns),
+        least.reshape(-1),
+        most.reshape(-1),
+        *(() if forced is None else (jnp.asarray(forced),)),
+    )
+    return tuple(x.reshape(num_maps, num_rows, *x.shape[1:]) for x in outs)
 
 
 def _body(scores_gmem, least_gmem, most_gmem, *refs, scratch_smem, plan: Plan, ops):
@@ -119,7 +115,7 @@ def _body(scores_gmem, least_gmem, most_gmem, *refs, scratch_smem, plan: Plan, o
     if plan.has_forced:
         keys = jnp.where(ops.load_flags(forced_gmem[0], first, rows), FIRST, keys)
     keys = jnp.where(is_column, keys, jnp.uint32(0))
-    units = None if plan.wanted is None else ops.units_of(bits, MASS_UNITS)
+    units: Any = None if plan.wanted is None else ops.units_of(bits, MASS_UNITS)
 
     reduce = functools.partial(ops.reduce_rows, scratch_smem=scratch_smem, rows=rows)
     largest = reduce(keys, "max")

@@ -23,6 +23,7 @@ from pallas_kernels.inline_ptx import (
     i32,
     i64,
     scalars,
+    shaped,
     strided,
 )
 
@@ -77,13 +78,12 @@ def load_rows(matrix_gmem, first, rows: Rows):
 
     Returns the words, 0 past the last column, and which of them are columns.
     """
-    layout = strided(rows.size)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT),
         return_type=(
-            plgpu.ShapeDtypeStruct((rows.size,), jnp.uint32, layout=layout),
-            plgpu.ShapeDtypeStruct((rows.size,), jnp.bool_, layout=layout),
+            shaped(rows.size, jnp.uint32),
+            shaped(rows.size, jnp.bool_),
         ),
     )
     def load(_, matrix, first):
@@ -114,11 +114,10 @@ def load_rows(matrix_gmem, first, rows: Rows):
 def load_flags(words_gmem, first, rows: Rows):
     """Loads a bit for each column of each team's row, of row % R of packed rows."""
     num_flag_rows = words_gmem.shape[0]
-    layout = strided(rows.size)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((rows.size,), jnp.bool_, layout=layout),
+        return_type=shaped(rows.size, jnp.bool_),
     )
     def load(_, words, first):
         row, _, rank = _place(first, rows)
@@ -151,9 +150,7 @@ def load_values(values_gmem, first, rows: Rows):
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT),
-        return_type=plgpu.ShapeDtypeStruct(
-            (THREADS,), jnp.int32, layout=strided(THREADS)
-        ),
+        return_type=shaped(THREADS, jnp.int32),
     )
     def load(_, values, first):
         row, _, _ = _place(first, rows)
@@ -168,11 +165,10 @@ def load_values(values_gmem, first, rows: Rows):
 def spread(values, rows: Rows):
     """Gives each element of a row the value of the row: costs nothing."""
     dtype = values.dtype
-    layout = strided(rows.size)
 
     @plgpu.inline_mgpu(
         arg_types=(strided(THREADS),),
-        return_type=plgpu.ShapeDtypeStruct((rows.size,), dtype, layout=layout),
+        return_type=shaped(rows.size, dtype),
     )
     def repeat(_, values):
         ((value,),) = scalars(values)
@@ -191,7 +187,7 @@ def units_of(words, units: int):
 
     @plgpu.inline_mgpu(
         arg_types=(layout,),
-        return_type=plgpu.ShapeDtypeStruct(words.shape, jnp.uint32, layout=layout),
+        return_type=shaped(words.shape[0], jnp.uint32),
     )
     def convert(_, words):
         scale = np.float32(units).view(np.uint32)
@@ -231,10 +227,7 @@ def totals_from(keys, value, units, scratch_smem, rows: Rows):
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), row_layout, *(layout for _ in arrays)),
-        return_type=tuple(
-            plgpu.ShapeDtypeStruct((THREADS,), dtype, layout=row_layout)
-            for dtype in types
-        ),
+        return_type=tuple(shaped(THREADS, dtype) for dtype in types),
     )
     def total(_, scratch, value, *arrays):
         ((value,),) = scalars(value)
@@ -289,12 +282,11 @@ def _add_if_at_least(value, elements, has_units: bool):
 
 def reduce_rows(values, operation: str, scratch_smem, rows: Rows):
     """The "add", "min" or "max" of the elements of each row, uint32."""
-    row_layout = strided(THREADS)
     combine = {"add": arith.addi, "min": arith.minui, "max": arith.maxui}[operation]
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), strided(rows.size)),
-        return_type=plgpu.ShapeDtypeStruct((THREADS,), jnp.uint32, layout=row_layout),
+        return_type=shaped(THREADS, jnp.uint32),
     )
     def reduce(_, scratch, values):
         own = functools.reduce(combine, (x for (x,) in scalars(values)))
@@ -321,7 +313,7 @@ def or_of_all(values, scratch_smem, rows: Rows):
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), strided(THREADS)),
         return_type=plgpu.ShapeDtypeStruct(
-            (), jnp.uint32, layout=plgpu.Layout.WG_SPLAT
+            (), jnp.dtype(jnp.uint32), layout=plgpu.Layout.WG_SPLAT
         ),
     )
     def reduce(_, scratch, values):
@@ -440,10 +432,10 @@ def _place(first, rows: Rows):
 
 def _wide_mul(row, columns: int):
     """Words before a row, in 64 bits: a matrix may have more than 2^32."""
-    return arith.muli(arith.extui(i64(), row), arith.constant(i64(), columns))
+    return arith.muli(arith.extui(i64(), row), const(columns, i64()))
 
 
 def _address(ref, index):
     """Address of a word, as an integer."""
     pointer = llvm.ptrtoint(i64(), mgpu.utils.memref_ptr(ref))
-    return arith.addi(pointer, arith.muli(index, arith.constant(i64(), 4)))
+    return arith.addi(pointer, arith.muli(index, const(4, i64())))
