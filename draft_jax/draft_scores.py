@@ -9,7 +9,13 @@ from jaxtyping import Array, Float
 
 from draft_jax.config import DraftConfig
 from draft_jax.grid import VideoGrid
-from draft_jax.pooling import Order, Reduction, pool_queries_and_keys
+from draft_jax.pooling import (
+    Order,
+    PooledTokens,
+    check_pooled,
+    pool_queries_and_keys,
+    reductions_of,
+)
 
 
 def draft_scores(
@@ -20,6 +26,7 @@ def draft_scores(
     config: DraftConfig,
     scale: float | None = None,
     order: Order = "raster",
+    pooled: PooledTokens | None = None,
 ) -> Float[Array, "B N S S"]:
     """Attention probabilities between the tiles of a video.
 
@@ -34,13 +41,15 @@ def draft_scores(
       config: `config.pooling` is read.
       scale: Factor of the logits; 1 / sqrt(D) by default.
       order: How the visual tokens of q and k are ordered.
+      pooled: q and k pooled before, such as by `norm_rope_pool`; q and k are then not
+        read. None pools them here.
 
     Returns:
       float32 probabilities; each row sums to 1.
 
     Raises:
       ValueError: q or k does not have `grid.num_tokens` tokens, their shapes
-        differ, or order is unknown.
+        differ, order is unknown, or pooled does not fit q, grid or config.
 
     Source: DraftAttention (arXiv 2505.14708), draft attention map.
     """
@@ -52,13 +61,14 @@ def draft_scores(
         )
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    reductions: tuple[Reduction, ...] = ("mean",)
-    if config.pooling == "mean+max":
-        reductions = ("mean", "max")
+    if pooled is None:
+        pooled = pool_queries_and_keys(
+            q, k, grid, order=order, reductions=reductions_of(config)
+        )
+    check_pooled(pooled, q, grid, config)
     log_lengths = np.log(grid.block_lengths[grid.visual_blocks].astype(np.float32))
-    pooled = pool_queries_and_keys(q, k, grid, order=order, reductions=reductions)
     maps = []
-    for draft_q, draft_k in zip(*pooled, strict=True):
+    for draft_q, draft_k in pooled.pairs(config):
         # The map is small, and TF32 would reorder scores that are close together.
         logits = jnp.einsum(
             "bqnd,bknd->bnqk", draft_q, draft_k, precision=jax.lax.Precision.HIGHEST

@@ -12,7 +12,7 @@ from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, mask_capacity, static_budget
 from draft_jax.draft_scores import draft_scores
 from draft_jax.grid import VideoGrid
-from draft_jax.pooling import Order
+from draft_jax.pooling import Order, PooledTokens
 
 MASS_UNITS = 2.0**30  # top_p adds probabilities as integers, in any order alike
 
@@ -92,6 +92,7 @@ def compute_mask(
     budget: int | Int[Array, ""] | None = None,
     scale: float | None = None,
     order: Order = "raster",
+    pooled: PooledTokens | None = None,
 ) -> BlockMask:
     """Drafts the attention map of a video and selects its block pairs.
 
@@ -105,6 +106,7 @@ def compute_mask(
       budget: See `select_blocks`.
       scale: Factor of the logits; 1 / sqrt(D) by default.
       order: How the visual tokens of q and k are ordered.
+      pooled: See `draft_scores`.
 
     Returns:
       A mask with capacity `mask_capacity(grid, config)`.
@@ -114,8 +116,10 @@ def compute_mask(
 
     Source: DraftAttention (arXiv 2505.14708).
     """
-    q, k = jax.lax.stop_gradient((q, k))
-    scores = draft_scores(q, k, grid=grid, config=config, scale=scale, order=order)
+    q, k, pooled = jax.lax.stop_gradient((q, k, pooled))
+    scores = draft_scores(
+        q, k, grid=grid, config=config, scale=scale, order=order, pooled=pooled
+    )
     return select_blocks(scores, grid=grid, config=config, budget=budget)
 
 

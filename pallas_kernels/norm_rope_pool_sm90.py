@@ -7,10 +7,10 @@ written once. Text is neither rotated nor pooled.
 
 A thread owns `vec` neighbouring channels of every `heads_at_once`-th head, as two
 arrays of its even and odd channels: a rotation is then elementwise, and the cosines and
-sines of a token serve all heads of a thread. The lanes of a head are in one warp: a norm
-per head takes shuffles; one over all heads also goes through shared memory, for each
-token. That is about 200 of the 1,400 cycles that the memory needs for a token of 5,120
-channels, and several CTAs of a multiprocessor overlap.
+sines of a token serve all heads of a thread. The lanes of a head are in one warp: a
+norm per head takes shuffles; one over all heads also goes through shared memory, for
+each token. That is about 200 of the 1,400 cycles that the memory needs for a token of
+5,120 channels, and the CTAs of a multiprocessor overlap.
 
 Loads run `ahead` tokens before their use; registers are spent on them and on the sums.
 ptxas, sm_90a, jax 0.11.2, bfloat16, means, no spills:
@@ -20,7 +20,7 @@ heads x head_dim, norm        channels of a thread, ahead    registers  CTAs  in
 40 x 128 (Wan 14B), all       40, 1                          REGS_B       2    20 KiB
 12 x 128 (Wan 1.3B), all      12, 4                          REGS_C       CTA_C    KIB_C
 
-Half of 3.35 TB/s are reads; with 1 us of latency a multiprocessor needs 13 KiB in flight.
+Half of 3.35 TB/s is read; at 1 us of latency a multiprocessor needs 13 KB in flight.
 """
 
 import dataclasses
@@ -147,7 +147,7 @@ def norm_rope_pool(
     Raises:
       ValueError: The kernel cannot take these inputs on any device.
     """
-    batch, num_tokens, num_heads, head_dim = q.shape
+    _, num_tokens, num_heads, head_dim = q.shape
     if cause := _why_unsupported_shape(q.shape, q.dtype, norm):
         raise ValueError(f"the norm-rope-pool kernel cannot take these inputs: {cause}")
     units = np.concatenate([tiles, _text_units(num_tokens, visual_tokens)])
@@ -282,7 +282,7 @@ def _body(q_gmem, k_gmem, units_gmem, *refs, plan: Plan):
     def prepare(x_gmem, scale_gmem, out_gmem, pooled):
         tokens = (x_gmem.at[batch, :, heads], out_gmem.at[batch, :, heads])
         scale = scale_gmem
-        if scale is not None and plan.norm.over == "heads":
+        if plan.norm is not None and plan.norm.over == "heads":
             scale = scale_gmem.at[:, heads]
 
         @pl.when(unit < plan.num_tiles)
@@ -330,7 +330,7 @@ def _walk_tile(x_gmem, out_gmem, scale_gmem, tables, walk, reductions, plan: Pla
         (token, x, *angles), *fetched = fetched
         halves = tuple(half.astype(jnp.float32) for half in _split(x, plan))
         if plan.norm is not None:
-            halves = _normalize(halves, scale_gmem, plan)
+            halves = _normalize(halves, scale_gmem, plan.norm, plan)
         if angles:
             halves = _rotate(halves, *angles)
         halves = tuple(half.astype(out_gmem.dtype) for half in halves)
@@ -357,17 +357,17 @@ def _walk_tile(x_gmem, out_gmem, scale_gmem, tables, walk, reductions, plan: Pla
     ]
 
 
-def _normalize(halves, scale_gmem, plan: Plan):
+def _normalize(halves, scale_gmem, norm: QKNorm, plan: Plan):
     even, odd = halves
     shape = even.shape
     squares = jnp.sum(even * even + odd * odd, axis=1)  # of each head
     layout = plan.half_layout
-    if plan.norm.over == "heads":
+    if norm.over == "heads":
         squares = jnp.sum(squares)
-        inverse = lax.rsqrt(squares / (2 * even.size) + plan.norm.eps)
+        inverse = lax.rsqrt(squares / (2 * even.size) + norm.eps)
         scales = [_load(scale_gmem.at[parity], layout) for parity in range(2)]
     else:
-        inverse = lax.rsqrt(squares / plan.head_dim + plan.norm.eps)
+        inverse = lax.rsqrt(squares / plan.head_dim + norm.eps)
         inverse = lax.broadcast_in_dim(inverse, shape, (0,))
         scales = [
             lax.broadcast_in_dim(
