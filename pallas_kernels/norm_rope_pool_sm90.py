@@ -16,16 +16,14 @@ Loads run `ahead` tokens before their use; registers are spent on them and on th
 ptxas, sm_90a, jax 0.11.2, bfloat16, means, no spills:
 
 heads x head_dim, norm        channels of a thread, ahead    registers  CTAs  in flight
-24 x 128 (Hunyuan), per head  24, 2                          REGS_A       3    36 KiB
-40 x 128 (Wan 14B), all       40, 1                          REGS_B       2    20 KiB
-12 x 128 (Wan 1.3B), all      12, 4                          REGS_C       CTA_C    KIB_C
+24 x 128 (Hunyuan), per head  24, 2                          141         3    36 KiB
+40 x 128 (Wan 14B), all       40, 1                          164         3    30 KiB
+12 x 128 (Wan 1.3B), all      12, 4                          114         4    48 KiB
 
 Half of 3.35 TB/s is read; at 1 us of latency a multiprocessor needs 13 KB in flight.
 """
 
-import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,77 +36,22 @@ from jaxlib.mlir.dialects import vector
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.batching import fold_mapped_axes
-from pallas_kernels.interfaces import SUPPORTED_DTYPES, Device
+from pallas_kernels.interfaces import Device
+from pallas_kernels.norm_rope_pool_plan import (
+    CHANNELS_AHEAD,
+    LOAD_BYTES,
+    MAX_AHEAD,
+    Plan,
+    QKNorm,
+    heads_at_once,
+    heads_of_cta,
+    text_units,
+    vec_of,
+    why_unsupported_shape,
+)
 from pallas_kernels.pool_tiles_sm90 import Reduction
 
-WARPS, LANES = 4, 32  # of a warpgroup, of a warp
-LOAD_BYTES = (16, 8, 4)  # of a thread, widest first
-TEXT_TOKENS = 128  # of a CTA
-MAX_CHANNELS = 48  # of a token that a thread holds in registers
-CHUNK_CHANNELS = 24  # that a thread should hold where heads can be divided
-CHANNELS_AHEAD, MAX_AHEAD = 48, 4  # of a thread, tokens
-
 Rope = tuple[Float[Array, "V half"], Float[Array, "V half"]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QKNorm:
-    """Which RMS norm queries and keys go through; statistics are float32.
-
-    Attributes:
-      over: "heads" for one root mean square of all channels of a token (Wan), "head"
-        for one of each head (HunyuanVideo).
-      eps: Added to the mean square.
-    """
-
-    over: Literal["heads", "head"]
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.over not in ("heads", "head"):
-            raise ValueError(f"{self.over=} must be 'heads' or 'head'")
-        if not self.eps >= 0.0:
-            raise ValueError(f"{self.eps=} must not be negative")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Everything static about one launch."""
-
-    norm: QKNorm | None
-    has_rope: bool
-    reductions: tuple[Reduction, ...]
-    num_tiles: int
-    num_units: int  # tiles and runs of text tokens
-    visual_start: int  # token of the first row of the rotary table
-    heads: int  # of a CTA
-    head_dim: int
-    vec: int  # channels of one load of a thread
-    ahead: int  # tokens
-    emulate: bool  # interpret mode has no operations on registers
-
-    def layout(self, vec: int, *, is_half: bool = False):
-        """Thread t holds the same channels in all layouts, in registers of `vec`."""
-        heads = _heads_at_once(self.head_dim, self.vec)
-        head_dim, own = self.head_dim, self.vec
-        if is_half:
-            head_dim, own = head_dim // 2, own // 2
-        tiles = ((heads, head_dim), (heads // WARPS, head_dim), (1, own), (1, vec))
-        layout = mgpu.TiledLayout(
-            mgpu.fragmented_array.Tiling(tiles),
-            (-8,),
-            (-6, -5),
-            -1,
-            _check_canonical=False,
-        ).canonicalize()
-        return plgpu.Layout.TILED(
-            layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
-        )
-
-    @property
-    def half_layout(self):
-        """Of the even or the odd channels of all heads."""
-        return self.layout(self.vec // 2, is_half=True)
 
 
 def norm_rope_pool(
@@ -148,13 +91,13 @@ def norm_rope_pool(
       ValueError: The kernel cannot take these inputs on any device.
     """
     _, num_tokens, num_heads, head_dim = q.shape
-    if cause := _why_unsupported_shape(q.shape, q.dtype, norm):
+    if cause := why_unsupported_shape(q.shape, q.dtype, norm):
         raise ValueError(f"the norm-rope-pool kernel cannot take these inputs: {cause}")
-    units = np.concatenate([tiles, _text_units(num_tokens, visual_tokens)])
-    vec = _vec_of(num_heads, head_dim, q.dtype)
+    units = np.concatenate([tiles, text_units(num_tokens, visual_tokens)])
+    vec = vec_of(num_heads, head_dim, q.dtype)
     assert vec is not None, "checked above"
-    heads = _heads_of_cta(num_heads, head_dim, vec, norm)
-    own = heads // _heads_at_once(head_dim, vec) * vec
+    heads = heads_of_cta(num_heads, head_dim, vec, norm)
+    own = heads // heads_at_once(head_dim, vec) * vec
     plan = Plan(
         norm=norm,
         has_rope=rope is not None,
@@ -182,63 +125,7 @@ def why_unsupported(
     """Why the kernel cannot take arrays of this shape on a device, or None."""
     if device.compute_capability != (9, 0):
         return f"it needs an NVIDIA Hopper GPU (sm_90), not {device.kind}"
-    return _why_unsupported_shape(shape, dtype, norm)
-
-
-def _why_unsupported_shape(shape, dtype, norm: QKNorm | None) -> str | None:
-    if jnp.dtype(dtype).name not in SUPPORTED_DTYPES:
-        return f"it takes {', '.join(SUPPORTED_DTYPES)}, not {jnp.dtype(dtype).name}"
-    num_heads, head_dim = shape[2:]
-    vec = _vec_of(num_heads, head_dim, dtype)
-    if vec is None:
-        return (
-            f"{num_heads} heads of {head_dim} channels cannot be divided evenly among "
-            f"{WARPS} warps, a head within one warp"
-        )
-    heads = _heads_of_cta(num_heads, head_dim, vec, norm)
-    if heads // _heads_at_once(head_dim, vec) * vec > MAX_CHANNELS:
-        most = MAX_CHANNELS * WARPS * LANES
-        return (
-            f"a norm over {num_heads} heads of {head_dim} channels does not fit in "
-            f"registers (at most {most} channels)"
-        )
-    return None
-
-
-def _vec_of(num_heads: int, head_dim: int, dtype) -> int | None:
-    """Channels of a load: the widest that divides heads among warps and lanes."""
-    for nbytes in LOAD_BYTES:
-        vec = nbytes // jnp.dtype(dtype).itemsize
-        if vec < 2 or head_dim % vec or LANES * vec % head_dim:
-            continue
-        if num_heads % _heads_at_once(head_dim, vec) == 0:
-            return vec
-    return None
-
-
-def _heads_at_once(head_dim: int, vec: int) -> int:
-    """Heads that the warpgroup loads with one load of each thread."""
-    return WARPS * LANES * vec // head_dim
-
-
-def _heads_of_cta(num_heads, head_dim: int, vec: int, norm: QKNorm | None) -> int:
-    """All heads where the norm needs them together, else as many as fit well."""
-    if norm is not None and norm.over == "heads":
-        return num_heads
-    at_once = _heads_at_once(head_dim, vec)
-    num_loads = num_heads // at_once
-    fitting = max(1, CHUNK_CHANNELS // vec)
-    return at_once * max(n for n in range(1, fitting + 1) if num_loads % n == 0)
-
-
-def _text_units(num_tokens: int, visual_tokens: slice) -> Int[np.ndarray, "X 4"]:
-    """Runs of text tokens in the form of tiles of one row."""
-    units = []
-    for start, stop in ((0, visual_tokens.start), (visual_tokens.stop, num_tokens)):
-        for first in range(start, stop, TEXT_TOKENS):
-            length = min(TEXT_TOKENS, stop - first)
-            units.append((first, length, 1, length))
-    return np.array(units, np.int32).reshape(-1, 4)
+    return why_unsupported_shape(shape, dtype, norm)
 
 
 def _by_parity(scale: Float[Array, " C"]) -> Float[Array, "2 half"]:
@@ -288,8 +175,9 @@ def _body(q_gmem, k_gmem, units_gmem, *refs, plan: Plan):
         @pl.when(unit < plan.num_tiles)
         def _():
             results = _walk_tile(*tokens, scale, tables, walk, plan.reductions, plan)
-            for ref, result in zip(pooled, results, strict=True):
-                _store(ref.at[batch, unit, heads], result, plan)
+            for ref, groups in zip(pooled, results, strict=True):
+                for own, result in zip(plan.groups, groups, strict=True):
+                    _store(ref.at[batch, unit, heads].at[own], result, plan)
 
         if plan.num_units > plan.num_tiles:
 
@@ -306,16 +194,19 @@ def _body(q_gmem, k_gmem, units_gmem, *refs, plan: Plan):
 
 
 def _walk_tile(x_gmem, out_gmem, scale_gmem, tables, walk, reductions, plan: Plan):
-    """Writes the tokens of one tile and returns their reductions."""
+    """Writes the tokens of one tile and returns their reductions, by groups."""
     first, stride, rows, columns = walk
     count = rows * columns
 
     def fetch(step, token):
         token = jnp.where(step < count, token, first)  # the last ones are not used
-        x = _load(x_gmem.at[token], plan.layout(plan.vec))
+        groups = tuple(
+            _load(x_gmem.at[token, heads], plan.layout(plan.vec))
+            for heads in plan.groups
+        )
         row = token - plan.visual_start
-        angles = (_load(t.at[row], plan.half_layout.reduce(0)) for t in tables)
-        return token, x, *angles
+        angles = tuple(_load(t.at[row], plan.half_layout.reduce(0)) for t in tables)
+        return token, groups, angles
 
     def advance(token, column):
         ends_row = column + 1 == columns
@@ -327,18 +218,14 @@ def _walk_tile(x_gmem, out_gmem, scale_gmem, tables, walk, reductions, plan: Pla
     def take(step, state):
         fetched, place, sums = state
         fetched = (*fetched, fetch(step + plan.ahead, place[0]))
-        (token, x, *angles), *fetched = fetched
-        halves = tuple(half.astype(jnp.float32) for half in _split(x, plan))
-        if plan.norm is not None:
-            halves = _normalize(halves, scale_gmem, plan.norm, plan)
-        if angles:
-            halves = _rotate(halves, *angles)
-        halves = tuple(half.astype(out_gmem.dtype) for half in halves)
-        out_gmem[token] = _join(halves, plan)
-        values = tuple(half.astype(jnp.float32) for half in halves)
+        (token, groups, angles), *fetched = fetched
+        written = _prepare_token(groups, angles, scale_gmem, out_gmem.at[token], plan)
         sums = tuple(
-            _accumulate(name, own, values)
-            for name, own in zip(reductions, sums, strict=True)
+            tuple(
+                _accumulate(name, own, values)
+                for name, own in zip(reductions, sums_of_group, strict=True)
+            )
+            for sums_of_group, values in zip(sums, written, strict=True)
         )
         return tuple(fetched), advance(*place), sums
 
@@ -346,36 +233,75 @@ def _walk_tile(x_gmem, out_gmem, scale_gmem, tables, walk, reductions, plan: Pla
     for step in range(plan.ahead):
         fetched.append(fetch(step, place[0]))
         place = advance(*place)
-    sums = tuple(
+    start = tuple(
         (_full(0.0 if name == "mean" else -jnp.inf, plan),) * 2 for name in reductions
     )
+    sums = (start,) * len(plan.groups)
     *_, sums = lax.fori_loop(0, count, take, (tuple(fetched), place, sums))
     share = 1.0 / count.astype(jnp.float32)
     return [
-        _join(tuple(x * share for x in own) if name == "mean" else own, plan)
-        for name, own in zip(reductions, sums, strict=True)
+        [
+            _join(tuple(x * share for x in own[j]) if name == "mean" else own[j], plan)
+            for own in sums
+        ]
+        for j, name in enumerate(reductions)
     ]
 
 
-def _normalize(halves, scale_gmem, norm: QKNorm, plan: Plan):
-    even, odd = halves
-    shape = even.shape
-    squares = jnp.sum(even * even + odd * odd, axis=1)  # of each head
-    layout = plan.half_layout
-    if norm.over == "heads":
-        squares = jnp.sum(squares)
-        inverse = lax.rsqrt(squares / (2 * even.size) + norm.eps)
-        scales = [_load(scale_gmem.at[parity], layout) for parity in range(2)]
-    else:
-        inverse = lax.rsqrt(squares / plan.head_dim + norm.eps)
-        inverse = lax.broadcast_in_dim(inverse, shape, (0,))
-        scales = [
-            lax.broadcast_in_dim(
-                _load(scale_gmem.at[parity], layout.reduce(0)), shape, (1,)
+def _prepare_token(groups, angles, scale_gmem, out_gmem, plan: Plan):
+    """Norms, rotates and stores one token; returns what was stored, in float32."""
+    inverses = _inverse_rms(groups, plan)
+    written = []
+    for i, heads in enumerate(plan.groups):
+        halves = _floats(groups[i], plan)
+        if plan.norm is not None:
+            scale = _load_scale(scale_gmem, heads, plan)
+            halves = tuple(
+                x * inverses[i] * s for x, s in zip(halves, scale, strict=True)
             )
-            for parity in range(2)
+        if angles:
+            halves = _rotate(halves, *angles)
+        halves = tuple(half.astype(out_gmem.dtype) for half in halves)
+        out_gmem[heads] = _join(halves, plan)
+        written.append(tuple(half.astype(jnp.float32) for half in halves))
+    return written
+
+
+def _inverse_rms(groups, plan: Plan):
+    """One over the root mean square of the channels, to multiply each group with."""
+    if plan.norm is None:
+        return ()
+    squares = [sum(half * half for half in _floats(x, plan)) for x in groups]
+    shape = squares[0].shape
+    if plan.norm.over == "heads":
+        total = jnp.sum(jnp.sum(sum(squares), axis=1))
+        inverse = lax.rsqrt(total / (plan.heads * plan.head_dim) + plan.norm.eps)
+        inverses = [inverse] * len(groups)
+    else:
+        means = [jnp.sum(x, axis=1) / plan.head_dim for x in squares]
+        inverses = [
+            lax.broadcast_in_dim(lax.rsqrt(mean + plan.norm.eps), shape, (0,))
+            for mean in means
         ]
-    return tuple(x * inverse * scale for x, scale in zip(halves, scales, strict=True))
+    return inverses
+
+
+def _load_scale(scale_gmem, heads, plan: Plan):
+    assert plan.norm is not None, "else there are no scales"
+    layout = plan.half_layout
+    if plan.norm.over == "heads":
+        return [_load(scale_gmem.at[parity, heads], layout) for parity in range(2)]
+    shape = (plan.heads_at_once, plan.head_dim // 2)
+    return [
+        lax.broadcast_in_dim(
+            _load(scale_gmem.at[parity], layout.reduce(0)), shape, (1,)
+        )
+        for parity in range(2)
+    ]
+
+
+def _floats(x, plan: Plan):
+    return tuple(half.astype(jnp.float32) for half in _split(x, plan))
 
 
 def _rotate(halves, cos, sin):
@@ -410,13 +336,13 @@ def _store(ref, x, plan: Plan):
 
 
 def _full(value: float, plan: Plan):
-    shape = (plan.heads, plan.head_dim // 2)
+    shape = (plan.heads_at_once, plan.head_dim // 2)
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), plan.half_layout)
 
 
 def _split(x, plan: Plan):
     """The even and the odd channels; no data moves between threads."""
-    shape = (plan.heads, plan.head_dim // 2)
+    shape = (plan.heads_at_once, plan.head_dim // 2)
     if plan.emulate:
         pairs = x.reshape(*shape, 2)
         return pairs[..., 0], pairs[..., 1]
@@ -437,7 +363,7 @@ def _split(x, plan: Plan):
 def _join(halves, plan: Plan):
     """The inverse of `_split`, in registers of at most 16 bytes."""
     even, odd = halves
-    shape = (plan.heads, plan.head_dim)
+    shape = (plan.heads_at_once, plan.head_dim)
     if plan.emulate:
         return jnp.stack([even, odd], axis=-1).reshape(shape)
     vec = min(plan.vec, LOAD_BYTES[0] // even.dtype.itemsize)
