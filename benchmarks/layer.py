@@ -27,6 +27,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
+from benchmarks import qk_stages
 from benchmarks.attention import SHAPES, Shape, environment, random_inputs
 from draft_jax import (
     DraftConfig,
@@ -151,6 +152,8 @@ def stages(shape: Shape, backend: str, dense: str) -> dict[str, Stage]:
     if not grid.has_short_blocks:
         pool = half(pool_matmul, grid=grid)
         table["pool/matmul/tiled"] = Stage(pool, qk, 2 * tensor)
+    prepared = qk_stages.entries(shape, backend == "hopper")
+    table |= {name: Stage(*entry) for name, entry in prepared.items()}
     pooled = ("q_pooled", "k_pooled")
     for precision in ("highest", "high", "default"):
         logits = half(logits_of, precision=jax.lax.Precision(precision))
@@ -210,6 +213,7 @@ def make_inputs(shape: Shape) -> dict[str, object]:
     inputs = {"q": q, "k": k, "v": v, "q_pooled": pooled[0], "k_pooled": pooled[1]}
     inputs |= {"logits": logits, "scores": scores}
     inputs |= {"step_refresh": refresh, "step_reuse": reuse}
+    inputs |= qk_stages.make_inputs(shape)
     for sparsity in (0.75, 0.9):
         config = DraftConfig(sparsity=sparsity)
         select = functools.partial(select_blocks, grid=grid, config=config)
@@ -343,6 +347,9 @@ def measure(options: argparse.Namespace) -> None:
         }
         if nbytes := table[name].nbytes:
             results[name]["gb_per_s"] = nbytes / median / 1e6
+            if "gb_per_s" in (copy := results.get("copy", {})):
+                rate = results[name]["gb_per_s"] / copy["gb_per_s"]
+                results[name]["share_of_copy"] = rate
         report(name, results[name])
         write(options.output, shape, options.shape, results)
     for name in SELECTIONS:
@@ -370,6 +377,7 @@ def report(name: str, result: dict[str, object]) -> None:
         f"{name:32s}{result.get('median_ms', math.nan):9.3f} ms"
         f"{result.get('kernels_ms', math.nan):9.3f} ms in "
         f"{result.get('num_kernels', 0):3d} kernels{rate:8.0f} GB/s"
+        f"{result.get('share_of_copy', math.nan):6.2f} of copy"
         f"{result.get('temp_mb', math.nan):8.0f} MB  "
         f"{result.get('error', '')}{result.get('cupti_error', '')}",
         flush=True,

@@ -14,7 +14,7 @@ from draft_jax.config import DraftConfig, mask_capacity, static_budget
 from draft_jax.draft_scores import pool_draft, scores_of_pooled
 from draft_jax.grid import VideoGrid
 from draft_jax.head_chunks import map_heads
-from draft_jax.pooling import Order
+from draft_jax.pooling import Order, PooledTokens
 
 
 def select_blocks(
@@ -101,6 +101,7 @@ def compute_mask(
     budget: int | Int[Array, ""] | None = None,
     scale: float | None = None,
     order: Order = "raster",
+    pooled: PooledTokens | None = None,
 ) -> BlockMask:
     """Drafts the attention map of a video and selects its block pairs.
 
@@ -115,6 +116,7 @@ def compute_mask(
       budget: See `select_blocks`.
       scale: Factor of the logits; 1 / sqrt(D) by default.
       order: How the visual tokens of q and k are ordered.
+      pooled: See `draft_scores`.
 
     Returns:
       A mask with capacity `mask_capacity(grid, config)`.
@@ -124,12 +126,12 @@ def compute_mask(
 
     Source: DraftAttention (arXiv 2505.14708).
     """
-    q, k = jax.lax.stop_gradient((q, k))
-    pooled = pool_draft(q, k, grid=grid, config=config, order=order)
+    q, k, pooled = jax.lax.stop_gradient((q, k, pooled))
+    pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
 
-    def of_heads(pooled: Any) -> BlockMask:
-        pooled = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), pooled)
-        scores = scores_of_pooled(pooled, grid=grid, scale=scale)
+    def of_heads(by_heads: Any) -> BlockMask:
+        own = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), by_heads)
+        scores = scores_of_pooled(own, grid=grid, config=config, scale=scale)
         return select_blocks(scores, grid=grid, config=config, budget=budget)
 
     by_heads = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), pooled)
