@@ -1,4 +1,4 @@
-"""Compiles the Hopper kernel to machine code on a machine without a GPU.
+"""Compiles Hopper kernels to machine code on a machine without a GPU.
 
     pip install --no-deps --target cuda jax-cuda13-plugin==J jax-cuda13-pjrt==J \
         nvidia-cuda-nvcc     # J: the version of the installed jax
@@ -88,10 +88,43 @@ def compile_variant(shape, options, device) -> None:
     run.trace(q, q, q, mask).lower(lowering_platforms=("cuda",)).compile()
 
 
+def compile_prepare(shape, over, device) -> None:
+    """Compiles the kernel that norms, rotates and pools, for one norm."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from draft_jax.pooling import tile_table
+    from pallas_kernels.norm_rope_pool_sm90 import QKNorm, norm_rope_pool
+
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    grid, heads = shape.grid, (shape.num_heads, shape.head_dim)
+    q = struct((1, grid.num_tokens, *heads), jnp.dtype(shape.dtype))
+    width = heads[1] if over == "head" else heads[0] * heads[1]
+    scale = struct((width,), jnp.float32)
+    angles = struct((grid.num_visual_tokens, heads[1] // 2), jnp.float32)
+    run = functools.partial(
+        norm_rope_pool,
+        tiles=tile_table(grid, "tiled"),
+        visual_tokens=grid.visual_tokens,
+        norm=QKNorm(over=over),
+    )
+    traced = jax.jit(run).trace(q, q, (scale, scale), (angles, angles))
+    traced.lower(lowering_platforms=("cuda",)).compile()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["hunyuan", "hunyuan-edges"])
     parser.add_argument("--variants", nargs="+", default=["default"])
+    parser.add_argument(
+        "--norms",
+        nargs="*",
+        choices=["head", "heads"],
+        help="compile the kernel for norm, rotation and pooling with these instead",
+    )
     parser.add_argument("--output", type=pathlib.Path, help="folder for PTX")
     arguments = parser.parse_args()
     folder = arguments.output or pathlib.Path(tempfile.mkdtemp())
@@ -108,8 +141,11 @@ def main() -> None:
     )
     seen: set[pathlib.Path] = set()
     for name in arguments.shapes:
-        for variant in arguments.variants:
-            compile_variant(SHAPES[name], VARIANTS[variant], topology.devices[0])
+        for variant in arguments.norms or arguments.variants:
+            if arguments.norms:
+                compile_prepare(SHAPES[name], variant, topology.devices[0])
+            else:
+                compile_variant(SHAPES[name], VARIANTS[variant], topology.devices[0])
             for report in sorted({*folder.glob("*.ptxas")} - seen):
                 seen.add(report)
                 print(f"== {name}, {variant}: {report}")

@@ -2,6 +2,7 @@
 
     python -m benchmarks.layer measure --output benchmarks/results/layer_h200.json
     python -m benchmarks.layer plot benchmarks/results/layer_h200.json
+    python -m benchmarks.layer measure --shape long --only softmax --skip xla
 
 All programs are compiled before the first is timed, and run on the same random normal
 inputs. A sample is the mean of a few calls in a row, so that waiting for the GPU counts
@@ -26,6 +27,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
+from benchmarks import qk_stages
 from benchmarks.attention import SHAPES, Shape, environment, random_inputs
 from draft_jax import (
     DraftConfig,
@@ -45,6 +47,13 @@ from pallas_kernels import block_sparse_attention, pool_tiles_sm90, rank_sm90
 TINY = Shape(
     grid=VideoGrid(2, 16, 24, tile=(4, 8)), num_heads=2, head_dim=64, dtype="float32"
 )
+LONG = Shape(  # the longest rows that the selection kernels take: S = 8,192
+    grid=VideoGrid(32, 128, 256, tile=(8, 16)),
+    num_heads=2,
+    head_dim=64,
+    dtype="bfloat16",
+)
+OWN_SHAPES = {"tiny": TINY, "long": LONG}
 SELECTIONS = ("percentile", "row_topk", "top_p")
 MIN_SAMPLE_S = 2e-3  # of calls in a row
 MOVES = (
@@ -143,6 +152,8 @@ def stages(shape: Shape, backend: str, dense: str) -> dict[str, Stage]:
     if not grid.has_short_blocks:
         pool = half(pool_matmul, grid=grid)
         table["pool/matmul/tiled"] = Stage(pool, qk, 2 * tensor)
+    prepared = qk_stages.entries(shape, backend == "hopper")
+    table |= {name: Stage(*entry) for name, entry in prepared.items()}
     pooled = ("q_pooled", "k_pooled")
     for precision in ("highest", "high", "default"):
         logits = half(logits_of, precision=jax.lax.Precision(precision))
@@ -202,6 +213,7 @@ def make_inputs(shape: Shape) -> dict[str, object]:
     inputs = {"q": q, "k": k, "v": v, "q_pooled": pooled[0], "k_pooled": pooled[1]}
     inputs |= {"logits": logits, "scores": scores}
     inputs |= {"step_refresh": refresh, "step_reuse": reuse}
+    inputs |= qk_stages.make_inputs(shape)
     for sparsity in (0.75, 0.9):
         config = DraftConfig(sparsity=sparsity)
         select = functools.partial(select_blocks, grid=grid, config=config)
@@ -296,7 +308,7 @@ def token_sized_moves(text: str, num_elements: int) -> list[str]:
 
 def measure(options: argparse.Namespace) -> None:
     """Runs every stage and writes the JSON file after each."""
-    shape = TINY if options.shape == "tiny" else SHAPES[options.shape]
+    shape = (OWN_SHAPES | SHAPES)[options.shape]
     is_gpu = jax.default_backend() == "gpu"
     table = stages(shape, "hopper" if is_gpu else "xla", "cudnn" if is_gpu else "xla")
     table = {
@@ -335,6 +347,9 @@ def measure(options: argparse.Namespace) -> None:
         }
         if nbytes := table[name].nbytes:
             results[name]["gb_per_s"] = nbytes / median / 1e6
+            if "gb_per_s" in (copy := results.get("copy", {})):
+                rate = results[name]["gb_per_s"] / copy["gb_per_s"]
+                results[name]["share_of_copy"] = rate
         report(name, results[name])
         write(options.output, shape, options.shape, results)
     for name in SELECTIONS:
@@ -362,6 +377,7 @@ def report(name: str, result: dict[str, object]) -> None:
         f"{name:32s}{result.get('median_ms', math.nan):9.3f} ms"
         f"{result.get('kernels_ms', math.nan):9.3f} ms in "
         f"{result.get('num_kernels', 0):3d} kernels{rate:8.0f} GB/s"
+        f"{result.get('share_of_copy', math.nan):6.2f} of copy"
         f"{result.get('temp_mb', math.nan):8.0f} MB  "
         f"{result.get('error', '')}{result.get('cupti_error', '')}",
         flush=True,
@@ -454,7 +470,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("measure", help="time all stages on this device")
-    command.add_argument("--shape", choices=["tiny", *SHAPES], default="hunyuan")
+    command.add_argument("--shape", choices=[*OWN_SHAPES, *SHAPES], default="hunyuan")
     command.add_argument("--samples", type=int, default=20)
     command.add_argument("--only", default="", help="regular expression of stages")
     command.add_argument("--skip", default="^$", help="regular expression of stages")

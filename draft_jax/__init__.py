@@ -29,7 +29,8 @@ from draft_jax.flax_layers import (
     draft_attention_fn,
 )
 from draft_jax.grid import VideoGrid
-from draft_jax.pooling import pool_tokens
+from draft_jax.pooling import PooledTokens, pool_tokens
+from draft_jax.qk_prepare import QKNorm, norm_rope_pool
 from draft_jax.schedule import DraftPlan, DraftStep, SparsitySchedule, constant_step
 from draft_jax.selection import compute_mask, select_blocks
 
@@ -40,6 +41,8 @@ __all__ = [
     "DraftConfig",
     "DraftPlan",
     "DraftStep",
+    "PooledTokens",
+    "QKNorm",
     "SparsitySchedule",
     "VideoGrid",
     "compute_mask",
@@ -50,6 +53,7 @@ __all__ = [
     "initial_mask",
     "kept_pairs_budget",
     "mask_capacity",
+    "norm_rope_pool",
     "pool_tokens",
     "scheduled_attention",
     "select_blocks",

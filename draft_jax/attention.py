@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, mask_capacity
 from draft_jax.grid import VideoGrid
+from draft_jax.pooling import PooledTokens
 from draft_jax.schedule import DraftStep
 from draft_jax.selection import add_text_blocks, compute_mask
 from pallas_kernels import (
@@ -33,6 +34,7 @@ def draft_attention(
     order: Order = "raster",
     mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
     budget: int | Int[Array, ""] | None = None,
+    pooled: PooledTokens | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
     return_mask: Literal[False] = False,
@@ -52,6 +54,7 @@ def draft_attention(
     order: Order = "raster",
     mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
     budget: int | Int[Array, ""] | None = None,
+    pooled: PooledTokens | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
     return_mask: Literal[True],
@@ -70,6 +73,7 @@ def draft_attention(
     order: Order = "raster",
     mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
     budget: int | Int[Array, ""] | None = None,
+    pooled: PooledTokens | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
     return_mask: bool = False,
@@ -97,6 +101,7 @@ def draft_attention(
         with everything) or over all blocks, in tiled order. A query block that keeps
         nothing returns zeros.
       budget: See `select_blocks`.
+      pooled: q and k pooled before, such as by `norm_rope_pool`, instead of here.
       scale: Factor of the logits; 1 / sqrt(D) by default.
       backend: See `pallas_kernels.block_sparse_attention`.
       return_mask: Also return the mask that was used.
@@ -118,9 +123,18 @@ def draft_attention(
     _check_inputs(q, k, v, grid, order, check_finite)
     if mask is not None and budget is not None:
         raise ValueError(f"{budget=} has no effect when mask is given; leave it out")
+    if mask is not None and pooled is not None:
+        raise ValueError("pooled has no effect when mask is given; leave it out")
     if mask is None:
         used_mask = compute_mask(
-            q, k, grid=grid, config=config, budget=budget, scale=scale, order=order
+            q,
+            k,
+            grid=grid,
+            config=config,
+            budget=budget,
+            scale=scale,
+            order=order,
+            pooled=pooled,
         )
     else:
         used_mask = _as_block_mask(mask, grid, batch=q.shape[0], num_heads=q.shape[2])
@@ -149,6 +163,7 @@ def scheduled_attention(
     mask: BlockMask,
     text_lengths: Int[Array, " B"] | None = None,
     order: Order = "raster",
+    pooled: PooledTokens | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Float[Array, "B T N D"], BlockMask]:
@@ -168,6 +183,7 @@ def scheduled_attention(
       mask: This layer's mask from the step before, or `initial_mask`.
       text_lengths: See `draft_attention`.
       order: See `draft_attention`.
+      pooled: See `draft_attention`; used only where a new mask is made.
       scale: Factor of the logits; 1 / sqrt(D) by default.
       backend: See `pallas_kernels.block_sparse_attention`.
 
@@ -211,6 +227,7 @@ def scheduled_attention(
                 budget=step.budget,
                 scale=scale,
                 order=order,
+                pooled=pooled,
             ),
             lambda mask: mask,
             mask,

@@ -9,7 +9,12 @@ from jaxtyping import Array, Float
 
 from draft_jax.config import DraftConfig
 from draft_jax.grid import VideoGrid
-from draft_jax.pooling import Reduction, pool_queries_and_keys
+from draft_jax.pooling import (
+    PooledTokens,
+    check_pooled,
+    pool_queries_and_keys,
+    reductions_of,
+)
 from pallas_kernels.interfaces import Order
 
 
@@ -21,6 +26,7 @@ def draft_scores(
     config: DraftConfig,
     scale: float | None = None,
     order: Order = "raster",
+    pooled: PooledTokens | None = None,
 ) -> Float[Array, "B N S S"]:
     """Attention probabilities between the tiles of a video.
 
@@ -35,15 +41,35 @@ def draft_scores(
       config: `config.pooling` is read.
       scale: Factor of the logits; 1 / sqrt(D) by default.
       order: How the visual tokens of q and k are ordered.
+      pooled: q and k pooled before, such as by `norm_rope_pool`; q and k are then not
+        read. None pools them here.
 
     Returns:
       float32 probabilities; each row sums to 1.
 
     Raises:
       ValueError: q or k does not have `grid.num_tokens` tokens, their shapes
-        differ, or order is unknown.
+        differ, order is unknown, or pooled does not fit q, grid or config.
 
     Source: DraftAttention (arXiv 2505.14708), draft attention map.
+    """
+    pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
+    return scores_of_pooled(pooled, grid=grid, config=config, scale=scale)
+
+
+def pool_draft(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    order: Order = "raster",
+    pooled: PooledTokens | None = None,
+) -> PooledTokens:
+    """Pools queries and keys as `config.pooling` says; see `draft_scores`.
+
+    Raises:
+      ValueError: As `draft_scores`.
     """
     if q.shape != k.shape:
         raise ValueError(f"q and k must have one shape; got {q.shape} and {k.shape}")
@@ -51,15 +77,34 @@ def draft_scores(
         raise ValueError(
             f"q has {q.shape[1]} tokens; {grid} has {grid.num_tokens}, text included"
         )
+    if pooled is None:
+        pooled = pool_queries_and_keys(
+            q, k, grid, order=order, reductions=reductions_of(config)
+        )
+    check_pooled(pooled, q, grid, config)
+    return pooled
+
+
+def scores_of_pooled(
+    pooled: PooledTokens,
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    scale: float | None = None,
+) -> Float[Array, "B N S S"]:
+    """The map of pooled queries and keys; see `draft_scores`.
+
+    Args:
+      pooled: Pooled queries and keys, of any heads.
+      grid: Geometry that defines the tiles.
+      config: `config.pooling` is read.
+      scale: Factor of the logits; 1 / sqrt(D) by default.
+    """
     if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[-1])
-    reductions: tuple[Reduction, ...] = ("mean",)
-    if config.pooling == "mean+max":
-        reductions = ("mean", "max")
+        scale = 1.0 / math.sqrt(pooled.q_mean.shape[-1])
     log_lengths = np.log(grid.block_lengths[grid.visual_blocks].astype(np.float32))
-    pooled = pool_queries_and_keys(q, k, grid, order=order, reductions=reductions)
     maps = []
-    for draft_q, draft_k in zip(*pooled, strict=True):
+    for draft_q, draft_k in pooled.pairs(config):
         # The map is small, and TF32 would reorder scores that are close together.
         logits = jnp.einsum(
             "bqnd,bknd->bnqk", draft_q, draft_k, precision=jax.lax.Precision.HIGHEST

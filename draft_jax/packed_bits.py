@@ -60,14 +60,15 @@ def lists(
       Offsets of the rows, and the columns in ascending order within each row; 0 past
       the last entry.
     """
-    *batch, num_rows, num_words = words.shape
+    *batch, num_rows, _ = words.shape
     in_row = jnp.cumsum(num_set(words), axis=-1, dtype=jnp.int32)
     row_ends = jnp.cumsum(in_row[..., -1], axis=-1, dtype=jnp.int32)
     row_starts = row_ends - in_row[..., -1]
     ends = (row_starts[..., None] + in_row).reshape(*batch, -1)
     flat = words.reshape(*batch, -1)
     columns = np.tile(first_columns, num_rows)
-    if rank_sm90.why_unsupported(num_words * BITS, current_device(words)) is None:
+    # A word at a time: rows may have any number of them.
+    if rank_sm90.why_unsupported(BITS, current_device(words)) is None:
         block_ids = _write(flat, ends, columns, capacity)
     else:
         block_ids = _look_up(flat, ends, columns, capacity)

@@ -1,5 +1,6 @@
 """Pools each tile of each frame into one draft token."""
 
+import dataclasses
 import functools
 import math
 from typing import get_args
@@ -8,11 +9,76 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from draft_jax.config import DraftConfig
 from draft_jax.grid import IntVector, VideoGrid
+from draft_jax.pytree import register_dataclass
 from pallas_kernels import pool_tiles_sm90
 from pallas_kernels.interfaces import Order, current_device
 from pallas_kernels.pool_tiles_sm90 import Reduction
 from pallas_kernels.validation import check_order
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PooledTokens:
+    """Queries and keys pooled over the tiles of a video, float32.
+
+    Attributes:
+      q_mean: Mean of the queries of each tile.
+      k_mean: Mean of the keys.
+      q_max: Largest query of each channel, for `DraftConfig.pooling` "mean+max".
+      k_max: Largest key of each channel.
+    """
+
+    q_mean: Float[Array, "B S N D"]
+    k_mean: Float[Array, "B S N D"]
+    q_max: Float[Array, "B S N D"] | None = None
+    k_max: Float[Array, "B S N D"] | None = None
+
+    @classmethod
+    def from_reductions(
+        cls, names: tuple[Reduction, ...], values: tuple[Array, ...]
+    ) -> "PooledTokens":
+        """From the reductions of q in the order of `names`, then those of k."""
+        num = len(names)
+        q, k = (dict(zip(names, values[i : i + num], strict=True)) for i in (0, num))
+        return cls(
+            q_mean=q["mean"], k_mean=k["mean"], q_max=q.get("max"), k_max=k.get("max")
+        )
+
+    def pairs(self, config: DraftConfig) -> list[tuple[Array, Array]]:
+        """Pooled queries and keys of each map that a draft is made of."""
+        pairs = [(self.q_mean, self.k_mean)]
+        if "max" in reductions_of(config):
+            assert self.q_max is not None, "see check_pooled"
+            assert self.k_max is not None, "see check_pooled"
+            pairs.append((self.q_max, self.k_max))
+        return pairs
+
+
+def reductions_of(config: DraftConfig) -> tuple[Reduction, ...]:
+    """What `config.pooling` computes of each tile."""
+    return ("mean", "max") if config.pooling == "mean+max" else ("mean",)
+
+
+def check_pooled(
+    pooled: PooledTokens, q: Array, grid: VideoGrid, config: DraftConfig
+) -> None:
+    """Raises ValueError unless `pooled` can stand for q and k on this grid."""
+    expected = (q.shape[0], grid.num_visual_blocks, *q.shape[2:])
+    for reduction in reductions_of(config):
+        for name in (f"q_{reduction}", f"k_{reduction}"):
+            value = getattr(pooled, name)
+            if value is None:
+                raise ValueError(
+                    f"pooled.{name} is None, but {config.pooling=} needs it: pool "
+                    "with the same config"
+                )
+            if value.shape != expected:
+                raise ValueError(
+                    f"pooled.{name} has shape {value.shape}; expected [batch, tiles, "
+                    f"heads, head_dim] = {expected}"
+                )
 
 
 def pool_tokens(
@@ -66,10 +132,7 @@ def pool_queries_and_keys(
     *,
     order: Order = "raster",
     reductions: tuple[Reduction, ...] = ("mean",),
-) -> tuple[
-    tuple[Float[Array, "B S N D"], ...],
-    tuple[Float[Array, "B S N D"], ...],
-]:
+) -> PooledTokens:
     """Pools the visual tokens of q and k, in one pass where a kernel can.
 
     Args:
@@ -77,10 +140,10 @@ def pool_queries_and_keys(
       k: Keys, like q.
       grid: Geometry that defines the tiles.
       order: How the visual tokens are ordered.
-      reductions: What to compute; see `pool_tokens`.
+      reductions: What to compute, with "mean" among it; see `pool_tokens`.
 
     Returns:
-      The reductions of q, and those of k: float32.
+      The reductions of q and of k.
 
     Raises:
       ValueError: order is unknown.
@@ -92,15 +155,13 @@ def pool_queries_and_keys(
     if pool_tiles_sm90.why_unsupported(q.shape, q.dtype, device) is None:
         tiles = tile_table(grid, order)
         pooled = pool_tiles_sm90.pool_tiles(q, k, tiles, reductions=reductions)
-        return pooled[: len(reductions)], pooled[len(reductions) :]
-    q_pooled, k_pooled = (
-        tuple(
+    else:
+        pooled = tuple(
             pool_tokens(x[:, grid.visual_tokens], grid, order=order, reduction=name)
+            for x in (q, k)
             for name in reductions
         )
-        for x in (q, k)
-    )
-    return q_pooled, k_pooled
+    return PooledTokens.from_reductions(reductions, pooled)
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,10 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
 from draft_jax import packed_bits
-from pallas_kernels import rank_sm90
+from pallas_kernels import rank_rows_sm90, rank_sm90
+from pallas_kernels.block_sparse_attention import warn_once
 from pallas_kernels.interfaces import current_device
 
 KEY_BITS = 32
@@ -24,6 +25,7 @@ CPU_DIGIT_BITS = 1
 DIGIT_BITS = 2
 FIRST = np.uint32(0xFFFFFFFF)  # ranks before every score
 _LAST = np.uint32(0x007FFFFF)  # of minus infinity
+MASS_UNITS = rank_rows_sm90.MASS_UNITS  # of a probability of 1
 
 
 def rank_keys(scores: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
@@ -39,9 +41,15 @@ def rank_keys(scores: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     return jnp.where(is_nan, _LAST, keys)
 
 
-def has_kernels(keys: UInt32[Array, "B N R C"]) -> bool:
-    """Whether the device has kernels for these keys."""
-    cause = rank_sm90.why_unsupported(keys.shape[-1], current_device(keys))
+def has_kernels(keys: Num[Array, "B N R C"]) -> bool:
+    """Whether the device has kernels for maps of keys, or of scores, of this shape.
+
+    On a GPU without them XLA takes over, many times slower: that warns once.
+    """
+    device = current_device(keys)
+    cause = rank_sm90.why_unsupported(keys.shape[-1], device)
+    if cause is not None and device.platform == "gpu":
+        warn_once(f"selection runs on XLA instead of its kernels: {cause}")
     return cause is None
 
 
@@ -127,8 +135,7 @@ class PackedRows:
 
     def largest_of_row(self, k: Int[Array, "*#rows"]) -> UInt32[Array, "B N R W"]:
         """The k largest of each row; ties at the threshold go to the first ones."""
-        num_above = packed_bits.num_set(self.above).sum(-1, dtype=jnp.int32)
-        return self.above | _first_of_rows(self.tied, k - num_above)
+        return _with_first_ties(self.above, self.tied, k)
 
     def best_of_row(self) -> UInt32[Array, "B N R W"]:
         """The first of the largest keys of each row."""
@@ -152,6 +159,43 @@ def pack_rows(
     )
     shape = (*keys.shape[:3], -1)
     return PackedRows(*(x.reshape(shape)[..., :num_words] for x in packed))
+
+
+def select_in_rows(
+    scores: Float[Array, "B N R C"],
+    least: Int[Array, " R"],
+    most: Int[Array, " R"],
+    forced: UInt32[np.ndarray, "R W"] | None,
+    *,
+    wanted: int | None,
+) -> UInt32[Array, "B N R W"]:
+    """Bits of the best scores of each row, by a kernel: `has_kernels` must hold.
+
+    Args:
+      scores: Larger is better.
+      least: Scores to keep at least: 1 or more, and all that are forced.
+      most: Scores to keep at most.
+      forced: Bits of scores that rank before all others, or None.
+      wanted: Keeps the fewest whose units of 1 / MASS_UNITS reach this number, between
+        least and most. None keeps `most`.
+    """
+    maps = scores.astype(jnp.float32).reshape(-1, *scores.shape[2:])
+    least, most = (jnp.broadcast_to(x, maps.shape[:2]) for x in (least, most))
+    above, tied, count = (
+        x.reshape(*scores.shape[:3], *x.shape[2:])
+        for x in rank_rows_sm90.select_in_rows(maps, least, most, forced, wanted=wanted)
+    )
+    return _with_first_ties(above, tied, count)
+
+
+def _with_first_ties(
+    above: UInt32[Array, "B N R W"],
+    tied: UInt32[Array, "B N R W"],
+    count: Int[Array, "*#rows"],
+) -> UInt32[Array, "B N R W"]:
+    """What is above a threshold and the first ties: `count` in each row."""
+    num_above = packed_bits.num_set(above).sum(-1, dtype=jnp.int32)
+    return above | _first_of_rows(tied, count - num_above)
 
 
 def _first_of_rows(

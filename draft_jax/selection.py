@@ -1,6 +1,7 @@
 """Turns draft maps into block masks of static size."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from draft_jax import packed_bits, ranking
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, mask_capacity, static_budget
-from draft_jax.draft_scores import draft_scores
+from draft_jax.draft_scores import pool_draft, scores_of_pooled
 from draft_jax.grid import VideoGrid
+from draft_jax.head_chunks import map_heads
+from draft_jax.pooling import PooledTokens
 from pallas_kernels.interfaces import Order
-
-MASS_UNITS = 2.0**30  # top_p adds probabilities as integers, in any order alike
 
 
 def select_blocks(
@@ -65,17 +66,26 @@ def select_blocks(
             f"at sparsity={config.sparsity}"
         )
     budget = jnp.clip(jnp.asarray(budget, jnp.int32), 1, most)
-    keys = ranking.rank_keys(scores)
+    select = functools.partial(_select, grid=grid, config=config, budget=budget)
+    return map_heads(select, scores, map_size=num_visual**2)
+
+
+def _select(
+    scores: Float[Array, "B N S S"],
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    budget: Int[Array, ""],
+) -> BlockMask:
+    """`select_blocks` for some heads."""
     forced = _forced_pairs(grid, config)
-    if forced.any():
-        keys = jnp.where(forced, ranking.FIRST, keys)
     match config.selection:
         case "percentile":
-            kept = _select_percentile(keys, forced, budget)
+            kept = _select_percentile(_rank_keys(scores, forced), forced, budget)
         case "row_topk":
-            kept = _select_row_topk(keys, forced, budget)
+            kept = _select_row_topk(scores, forced, budget)
         case "top_p":
-            kept = _select_top_p(keys, scores, forced, budget, mass=config.top_p)
+            kept = _select_top_p(scores, forced, budget, mass=config.top_p)
     words, first_columns = _add_text_words(kept, grid)
     row_offsets, block_ids = packed_bits.lists(
         words, first_columns, mask_capacity(grid, config)
@@ -92,10 +102,12 @@ def compute_mask(
     budget: int | Int[Array, ""] | None = None,
     scale: float | None = None,
     order: Order = "raster",
+    pooled: PooledTokens | None = None,
 ) -> BlockMask:
     """Drafts the attention map of a video and selects its block pairs.
 
-    No gradient flows through the selection.
+    No gradient flows through the selection. Where the maps of all heads are large, few
+    heads are drafted at a time: see `head_chunks`.
 
     Args:
       q: Queries of the whole sequence, T = `grid.num_tokens`.
@@ -105,6 +117,7 @@ def compute_mask(
       budget: See `select_blocks`.
       scale: Factor of the logits; 1 / sqrt(D) by default.
       order: How the visual tokens of q and k are ordered.
+      pooled: See `draft_scores`.
 
     Returns:
       A mask with capacity `mask_capacity(grid, config)`.
@@ -114,9 +127,16 @@ def compute_mask(
 
     Source: DraftAttention (arXiv 2505.14708).
     """
-    q, k = jax.lax.stop_gradient((q, k))
-    scores = draft_scores(q, k, grid=grid, config=config, scale=scale, order=order)
-    return select_blocks(scores, grid=grid, config=config, budget=budget)
+    q, k, pooled = jax.lax.stop_gradient((q, k, pooled))
+    pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
+
+    def of_heads(by_heads: Any) -> BlockMask:
+        own = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), by_heads)
+        scores = scores_of_pooled(own, grid=grid, config=config, scale=scale)
+        return select_blocks(scores, grid=grid, config=config, budget=budget)
+
+    by_heads = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), pooled)
+    return map_heads(of_heads, by_heads, map_size=grid.num_visual_blocks**2)
 
 
 def add_text_blocks(
@@ -145,18 +165,22 @@ def _select_percentile(
 
 
 def _select_row_topk(
-    keys: UInt32[Array, "B N S S"],
+    scores: Float[Array, "B N S S"],
     forced: Bool[np.ndarray, "S S"],
     budget: Int[Array, ""],
 ) -> UInt32[Array, "B N S W"]:
     """Ranks the pairs of each row; every row has the same budget."""
     count = jnp.maximum(budget, forced.sum(-1, dtype=np.int32))
+    if ranking.has_kernels(scores):
+        return ranking.select_in_rows(
+            scores, count, count, _words_of(forced), wanted=None
+        )
+    keys = _rank_keys(scores, forced)
     threshold = ranking.kth_largest_of_row(keys, count)
     return ranking.pack_rows(keys, threshold).largest_of_row(count)
 
 
 def _select_top_p(
-    keys: UInt32[Array, "B N S S"],
     probabilities: Float[Array, "B N S S"],
     forced: Bool[np.ndarray, "S S"],
     budget: Int[Array, ""],
@@ -164,11 +188,27 @@ def _select_top_p(
     mass: float,
 ) -> UInt32[Array, "B N S W"]:
     """Keeps pairs of each row, best first, until they hold `mass` or are `budget`."""
-    units = jnp.nan_to_num(probabilities.astype(jnp.float32)) * MASS_UNITS
-    units = jnp.round(jnp.clip(units, 0.0, MASS_UNITS)).astype(jnp.uint32)
-    wanted = np.uint32(round(mass * MASS_UNITS))
+    wanted = round(mass * ranking.MASS_UNITS)
     least = jnp.asarray(np.maximum(forced.sum(-1, dtype=np.int32), 1))
     most = jnp.maximum(budget, least)
+    if ranking.has_kernels(probabilities):
+        return ranking.select_in_rows(
+            probabilities, least, most, _words_of(forced), wanted=wanted
+        )
+    return _select_top_p_xla(probabilities, forced, least, most, np.uint32(wanted))
+
+
+def _select_top_p_xla(
+    probabilities: Float[Array, "B N S S"],
+    forced: Bool[np.ndarray, "S S"],
+    least: Int[Array, " S"],
+    most: Int[Array, " S"],
+    wanted: np.uint32,
+) -> UInt32[Array, "B N S W"]:
+    """`_select_top_p` on any device."""
+    keys = _rank_keys(probabilities, forced)
+    units = jnp.nan_to_num(probabilities.astype(jnp.float32)) * ranking.MASS_UNITS
+    units = jnp.round(jnp.clip(units, 0.0, ranking.MASS_UNITS)).astype(jnp.uint32)
 
     def at_or_above(key):
         is_in = keys >= key[..., None]
@@ -221,6 +261,24 @@ def _add_text_words(
     text_rows = jnp.broadcast_to(row, (*kept.shape[:2], grid.num_text_blocks, row.size))
     rows = [text_rows, visual_rows] if is_before else [visual_rows, text_rows]
     return jnp.concatenate(rows, axis=-2), np.concatenate(starts)
+
+
+def _rank_keys(
+    scores: Float[Array, "B N S S"], forced: Bool[np.ndarray, "S S"]
+) -> UInt32[Array, "B N S S"]:
+    """Keys of the scores; forced pairs rank before all others."""
+    keys = ranking.rank_keys(scores)
+    return jnp.where(forced, ranking.FIRST, keys) if forced.any() else keys
+
+
+def _words_of(forced: Bool[np.ndarray, "S S"]) -> UInt32[np.ndarray, "S W"] | None:
+    """Bits of the forced pairs, or None if there are none."""
+    if not forced.any():
+        return None
+    size = forced.shape[-1]
+    padded = np.pad(forced, ((0, 0), (0, -size % packed_bits.BITS)))
+    octets = np.packbits(padded, axis=-1, bitorder="little")
+    return octets.view("<u4").astype(np.uint32)
 
 
 @functools.lru_cache(maxsize=64)

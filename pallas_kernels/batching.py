@@ -1,4 +1,4 @@
-"""vmap for functions whose arrays all have a batch axis first."""
+"""vmap for functions whose arrays have a batch axis first."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 
 
-def fold_mapped_axes(run: Callable) -> Callable:
+def fold_mapped_axes(run: Callable, num_shared: int = 0) -> Callable:
     """Makes a function of batched arrays mappable: mapped axes join the batch.
 
     Args:
-      run: Takes arrays and returns a tuple of arrays, all with the batch first.
+      run: Takes arrays and returns a tuple of arrays, with the batch first.
+      num_shared: How many arrays, the last ones, have no batch axis. If one of them is
+        mapped, `run` is called for each value of the mapped axis.
 
     Returns:
       The same function; under vmap it runs once, with a larger batch.
@@ -22,13 +24,20 @@ def fold_mapped_axes(run: Callable) -> Callable:
 
     @mappable.def_vmap
     def _(axis_size, in_batched, *arrays):
-        def fold(x, is_batched):
-            if not is_batched:
-                x = jnp.broadcast_to(x, (axis_size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
+        def spread(x, is_batched):
+            return x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
 
-        folded = (fold(x, b) for x, b in zip(arrays, in_batched, strict=True))
-        outs = fold_mapped_axes(run)(*folded)
+        call = fold_mapped_axes(run, num_shared)
+        num_batched = len(arrays) - num_shared
+        if any(in_batched[num_batched:]):
+            stacked = tuple(map(spread, arrays, in_batched))
+            outs = jax.lax.map(lambda own: call(*own), stacked)
+            return outs, (True,) * len(outs)
+        folded = (
+            spread(x, b).reshape(-1, *x.shape[1 + b :])
+            for x, b in zip(arrays[:num_batched], in_batched[:num_batched], strict=True)
+        )
+        outs = call(*folded, *arrays[num_batched:])
         unfolded = tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in outs)
         return unfolded, (True,) * len(outs)
 

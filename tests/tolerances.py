@@ -97,3 +97,15 @@ CLIP_NARROW_RELATIVE = {"bfloat16": 1e-2, "float16": 1.2e-3}
 # Bicubic resize of noise in [-1, 1] against torch, and the pixels normalised from it.
 # Measured on CPU: 1.7e-6 (61x45), 5.1e-7 (720x1280).
 BICUBIC = {"rtol": 0, "atol": 5e-6}
+
+# Norm and rotation in float32 of values up to 14, rounded to the dtype once, against
+# float64 loops. rtol is a unit in the last place, where half a unit would do but for
+# ties. Measured on CPU: float32 1.2e-6; beyond rtol, bfloat16 3.1e-8, float16 7.4e-8.
+NORM_ROPE = {
+    "float32": {"rtol": 1e-6, "atol": 3e-6},
+    "bfloat16": {"rtol": 2**-8, "atol": 3e-6},
+    "float16": {"rtol": 2**-11, "atol": 3e-6},
+}
+# Means of a tile in float32 against float64 of the same values. Measured on CPU:
+# 1.8e-7. The kernel adds tokens one after another: 128 roundings.
+POOLED = {"rtol": 1e-5, "atol": 2e-6}

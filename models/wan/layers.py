@@ -14,9 +14,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from draft_jax import BlockMask, DraftStep, VideoGrid, scheduled_attention
+from draft_jax import (
+    BlockMask,
+    DraftConfig,
+    DraftStep,
+    PooledTokens,
+    QKNorm,
+    VideoGrid,
+    norm_rope_pool,
+    scheduled_attention,
+)
 from models.wan.config import WanConfig
-from models.wan.rope import apply_rope
 from pallas_kernels.dense_attention import dense_attention, why_no_cudnn
 from pallas_kernels.interfaces import current_device
 
@@ -152,21 +160,52 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T E"],
         context: Float[Array, "B L E"],
-        rope: RopeTable | None = None,
     ) -> tuple[
         Float[Array, "B T N D"], Float[Array, "B L N D"], Float[Array, "B L N D"]
     ]:
         """Queries from x, keys and values from context, per head, in `dtype`.
 
-        Norm and rotation are float32; the RMS is over all heads together.
+        Norms are float32; the RMS is over all heads together.
         """
         q, k = self.to_q(x), self.to_k(context)
         q = self._split_heads(q if self.norm_q is None else self.norm_q(q))
         k = self._split_heads(k if self.norm_k is None else self.norm_k(k))
-        if rope is not None:
-            q, k = (apply_rope(part.astype(jnp.float32), *rope) for part in (q, k))
         v = self._split_heads(self.to_v(context))
         return q.astype(self.dtype), k.astype(self.dtype), v
+
+    def project_video(
+        self,
+        x: Float[Array, "B T E"],
+        rope: RopeTable,
+        grid: VideoGrid,
+        draft: DraftConfig | None,
+    ) -> tuple[
+        Float[Array, "B T N D"],
+        Float[Array, "B T N D"],
+        Float[Array, "B T N D"],
+        PooledTokens | None,
+    ]:
+        """Queries, keys and values of video tokens in tiled order, in `dtype`.
+
+        Norm and rotation are float32; the RMS is over all heads together. Pooled as
+        `draft` says where that comes with them for free.
+        """
+        norm, scales = None, None
+        if self.norm_q is not None and self.norm_k is not None:
+            norm = QKNorm(over="heads", eps=self.norm_q.eps)
+            scales = (self.norm_q.scale[...], self.norm_k.scale[...])
+        q, k, pooled = norm_rope_pool(
+            self._split_heads(self.to_q(x)),
+            self._split_heads(self.to_k(x)),
+            grid=grid,
+            config=draft,
+            norm=norm,
+            scales=scales,
+            rope=rope,
+            order="tiled",
+            pool_anyway=False,
+        )
+        return q, k, self._split_heads(self.to_v(x)), pooled
 
     def project_image(
         self, image: Float[Array, "B I E"]
@@ -243,8 +282,9 @@ class WanBlock(nnx.Module):
         )
         hidden = layer_norm(x, config.eps) * (1 + scale_1) + shift_1
         hidden = hidden.astype(config.dtype)
-        q, k, v = self.attn1.project(hidden, hidden, rope)
-        attended, mask = self._self_attention(q, k, v, grid, step, mask)
+        draft = None if config.attention == "dense" else config.draft
+        q, k, v, pooled = self.attn1.project_video(hidden, rope, grid, draft)
+        attended, mask = self._self_attention(q, k, v, pooled, grid, step, mask)
         x = x + self.attn1.merge(attended).astype(jnp.float32) * gate_1
 
         hidden = x if self.norm2 is None else self.norm2(x)
@@ -263,6 +303,7 @@ class WanBlock(nnx.Module):
         q: Float[Array, "B T N D"],
         k: Float[Array, "B T N D"],
         v: Float[Array, "B T N D"],
+        pooled: PooledTokens | None,
         grid: VideoGrid,
         step: DraftStep | None,
         mask: BlockMask | None,
@@ -280,6 +321,7 @@ class WanBlock(nnx.Module):
             step=step,
             mask=mask,
             order="tiled",
+            pooled=pooled,
         )
 
 

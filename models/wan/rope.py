@@ -58,25 +58,3 @@ def rope_table(
         return raster.reshape(grid.num_tokens, head_dim // 2)[visual_order]
 
     return assemble(np.cos), assemble(np.sin)
-
-
-def apply_rope(
-    x: Float[Array, "B T N D"],
-    cos: Float[Array, "T half"],
-    sin: Float[Array, "T half"],
-) -> Float[Array, "B T N D"]:
-    """Rotates the channel pairs (2i, 2i + 1) of each token.
-
-    Args:
-      x: Queries or keys; float32 keeps the rotation in float32.
-      cos: Cosines in the token order of x.
-      sin: Sines in the token order of x.
-
-    Returns:
-      The rotated x, in its dtype.
-    """
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)

@@ -1,10 +1,15 @@
-"""Bisection on the bits of keys, by digits of either width."""
+"""Bisection on the bits of keys, by digits of either width, and who needs it."""
+
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from draft_jax import ranking
+from pallas_kernels import SlowBackendWarning
+from pallas_kernels.block_sparse_attention import forget_warnings
+from pallas_kernels.interfaces import Device
 
 
 @pytest.mark.parametrize("bits", [1, 2])
@@ -21,3 +26,34 @@ def test_kth_largest_by_digits(monkeypatch, bits):
     for k in (1, 4, 7):
         got = ranking.kth_largest_of_row(jnp.asarray(keys), jnp.full(5, k))
         np.testing.assert_array_equal(got, np.sort(keys, axis=-1)[..., -k])
+
+
+@pytest.mark.parametrize(
+    ("columns", "capability", "cause"),
+    [
+        (8192, (9, 0), None),
+        (8193, (9, 0), "rows of at most 8192 keys, not 8193"),
+        (90, (8, 0), r"Hopper GPU \(sm_90\), not X100"),
+        (90, None, "Hopper"),
+    ],
+    ids=str,
+)
+def test_a_gpu_without_kernels_warns_once(monkeypatch, columns, capability, cause):
+    device = Device(platform="gpu", kind="X100", compute_capability=capability)
+    monkeypatch.setattr(ranking, "current_device", lambda *arrays: device)
+    keys = jnp.zeros((1, 1, 1, columns), jnp.uint32)
+    forget_warnings()
+    if cause is None:
+        assert ranking.has_kernels(keys)
+        return
+    with pytest.warns(SlowBackendWarning, match=f"selection runs on XLA.*{cause}"):
+        assert not ranking.has_kernels(keys)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not ranking.has_kernels(keys)
+
+
+def test_a_cpu_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not ranking.has_kernels(jnp.zeros((1, 1, 1, 9), jnp.uint32))

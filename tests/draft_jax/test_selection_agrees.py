@@ -120,7 +120,24 @@ def test_rows_of_several_words(config):
     check(scores, WIDE, config, static_budget(config.sparsity, WIDE, config))
 
 
+@pytest.mark.parametrize("config", CONFIGS[::2], ids=lambda c: c.selection)
 @pytest.mark.parametrize("value", [0.0, -np.inf, np.nan, 1e-45, 3e38])
-def test_equal_scores_keep_the_first_pairs(value):
+def test_equal_scores_keep_the_first_pairs(value, config):
+    if config.selection == "top_p" and value > 1:
+        pytest.skip("top_p takes probabilities")
     scores = np.full((BATCH, HEADS, 30, 30), value, np.float32)
-    check(scores, GRID, CONFIGS[0], 37)
+    budget = 37 if config.selection == "percentile" else 3
+    check(scores, GRID, config, budget)
+
+
+@pytest.mark.parametrize("config", CONFIGS[4:], ids=["free", "forced"])
+def test_top_p_of_rows_that_are_not_plain_probabilities(config):
+    """NaN and negative scores hold nothing; one pair may hold everything."""
+    rng = np.random.default_rng(2)
+    scores = random_maps((BATCH, HEADS, 30, 30), rng)
+    scores[rng.random(scores.shape) < 0.1] = np.nan
+    scores[rng.random(scores.shape) < 0.1] = -np.inf
+    scores[rng.random(scores.shape) < 0.1] = -0.0
+    scores[:, ::3, ::2] = 0
+    scores[:, ::3, ::2, 17] = 1
+    check(scores, GRID, config, static_budget(config.sparsity, GRID, config))

@@ -1,6 +1,6 @@
 """The selection kernels lower for CUDA without a GPU; tests/gpu checks their results.
 
-They are written in PTX, which interpret mode cannot run.
+They are written in PTX, which interpret mode cannot run: see test_rank_interpret.py.
 """
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import rank_sm90
+from pallas_kernels import rank_rows_sm90, rank_sm90
 
 LISTS, SIZE = 24, 990
 WORDS = -(-SIZE // 32)
@@ -46,5 +46,23 @@ def test_write_lists_lowers():
         ((LISTS, total), U32),
         ((LISTS, total), jnp.int32),
         ((LISTS,), jnp.int32),
+    )
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("has_forced", [False, True], ids=["free", "forced"])
+@pytest.mark.parametrize("wanted", [None, 9 << 26], ids=["count", "mass"])
+@pytest.mark.parametrize("columns", [1, 990, 1025, 8192])
+def test_select_in_rows_lowers(columns, wanted, has_forced):
+    """One warp for a row, and a warpgroup for a row."""
+    rows = 5
+    forced = np.zeros((rows, -(-columns // 32)), np.uint32) if has_forced else None
+    text = lower(
+        lambda scores, least, most: rank_rows_sm90.select_in_rows(
+            scores, least, most, forced, wanted=wanted
+        ),
+        ((LISTS, rows, columns), jnp.float32),
+        ((LISTS, rows), jnp.int32),
+        ((LISTS, rows), jnp.int32),
     )
     assert "mosaic_gpu" in text

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from draft_jax import VideoGrid
+from draft_jax.qk_prepare import rotate_pairs
 from models.wan.layers import (
     LayerNorm,
     RMSNorm,
@@ -16,7 +17,7 @@ from models.wan.layers import (
     cross_attention,
     layer_norm,
 )
-from models.wan.rope import apply_rope, rope_table, split_head_dim
+from models.wan.rope import rope_table, split_head_dim
 from models.wan.transformer import ConditionEmbedder, timestep_embedding
 from tests import tiny_model
 
@@ -73,7 +74,7 @@ def test_rope_matches_complex_rotation():
     cos, sin = rope_table(grid, dim)
     assert cos.dtype == sin.dtype == jnp.float32
     tiled = jnp.float32(x[:, grid.tile_order])
-    got = apply_rope(tiled, cos, sin)[:, grid.raster_order]
+    got = rotate_pairs(tiled, cos, sin)[:, grid.raster_order]
     np.testing.assert_allclose(got, expected, **F32)
 
 

@@ -1,0 +1,181 @@
+"""Norm, rotation and pooling in one pass, on a Hopper GPU, against float64 loops."""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from draft_jax import DraftConfig, QKNorm, VideoGrid, compute_mask, norm_rope_pool
+from draft_jax.pooling import pool_queries_and_keys
+from pallas_kernels import norm_rope_pool_sm90
+from pallas_kernels.block_sparse_attention import forget_warnings
+from pallas_kernels.interfaces import current_device
+from tests import tolerances
+from tests.draft_jax import naive_draft
+from tests.pallas_kernels import naive_norm_rope
+
+pytestmark = pytest.mark.gpu
+
+NORMS = {"heads": QKNorm(over="heads"), "head": QKNorm(over="head"), "none": None}
+BOTH = DraftConfig(pooling="mean+max")
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    good = ((1, 128, 4, 128), "bfloat16", None)
+    if cause := norm_rope_pool_sm90.why_unsupported(*good, current_device()):
+        pytest.skip(cause)
+
+
+def random_case(grid, heads, norm, dtype, batch=1, seed=0):
+    """Tokens and rotary table in raster order."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, grid.num_tokens, *heads)
+    q, k = (jnp.asarray(3 * rng.normal(size=shape), dtype) for _ in range(2))
+    width = heads[1] if norm is None or norm.over == "head" else heads[0] * heads[1]
+    scales = tuple(
+        jnp.asarray(rng.uniform(0.5, 2, width), jnp.float32) for _ in range(2)
+    )
+    angles = rng.uniform(0, 7, (grid.num_visual_tokens, heads[1] // 2))
+    rope = tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
+    return q, k, None if norm is None else scales, rope
+
+
+def run(given, grid, norm, order):
+    """The public function under jit, on tokens put into `order`."""
+    q, k, scales, rope = given
+    if order == "tiled":
+        q, k = (x[:, grid.tile_order] for x in (q, k))
+        tiled = grid.tile_order[grid.visual_tokens] - grid.visual_tokens.start
+        rope = tuple(x[tiled] for x in rope)
+    prepare = functools.partial(
+        norm_rope_pool, grid=grid, config=BOTH, norm=norm, order=order
+    )
+    call = jax.jit(lambda q, k, scales, rope: prepare(q, k, scales=scales, rope=rope))
+    lowered = call.lower(q, k, scales, rope)
+    assert "norm_rope_pool_sm90" in lowered.as_text()
+    program = lowered.compile()
+    first, second = program(q, k, scales, rope), program(q, k, scales, rope)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert (a == b).all()
+    return first
+
+
+def check(given, grid, norm, order):
+    q_out, k_out, pooled = run(given, grid, norm, order)
+    q, k, scales, (cos, sin) = given
+    for i, (x, out, mean, largest) in enumerate(
+        (
+            (q, q_out, pooled.q_mean, pooled.q_max),
+            (k, k_out, pooled.k_mean, pooled.k_max),
+        )
+    ):
+        expected = naive_norm_rope.norm_rope(
+            np.asarray(x.astype(jnp.float32), np.float64),
+            over=None if norm is None else norm.over,
+            eps=0.0 if norm is None else norm.eps,
+            scale=None if scales is None else scales[i],
+            cos=np.asarray(cos),
+            sin=np.asarray(sin),
+            visual=grid.visual_tokens,
+        )
+        written = np.asarray(out.astype(jnp.float32), np.float64)
+        if order == "tiled":
+            written = written[:, grid.raster_order]
+        bound = tolerances.NORM_ROPE[x.dtype.name]
+        np.testing.assert_allclose(written, expected, **bound)
+        visual = written[:, grid.visual_tokens]
+        means = naive_draft.pool(visual, grid)
+        np.testing.assert_allclose(mean, means, **tolerances.POOLED)
+        np.testing.assert_array_equal(largest, naive_draft.pool(visual, grid, np.max))
+
+
+@pytest.mark.parametrize("order", ["raster", "tiled"])
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(
+    ("dtype", "heads"),
+    [
+        ("bfloat16", (24, 128)),
+        ("bfloat16", (40, 128)),
+        ("float16", (12, 128)),
+        ("bfloat16", (16, 64)),
+        ("float32", (4, 128)),
+    ],
+    ids=str,
+)
+def test_matches_loops(dtype, heads, name, order):
+    grid = VideoGrid(1, 15, 26, text_length=139)
+    check(random_case(grid, heads, NORMS[name], dtype), grid, NORMS[name], order)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_grids_match_loops(seed):
+    rng = np.random.default_rng(seed)
+    frames, height, width = (int(rng.integers(1, most)) for most in (4, 20, 30))
+    text = int(rng.integers(0, 300)) if seed % 2 else 0
+    grid = VideoGrid(
+        frames,
+        height,
+        width,
+        tile=[(8, 16), (16, 8), (4, 4)][seed % 3],
+        text_length=text,
+        text_side=["before", "after"][seed // 2 % 2],
+    )
+    norm = NORMS[["heads", "head", "none"][int(rng.integers(3))]]
+    dtype = ["bfloat16", "float16"][int(rng.integers(2))]
+    heads = [(8, 128), (20, 128), (32, 64)][int(rng.integers(3))]
+    given = random_case(grid, heads, norm, dtype, batch=2, seed=seed)
+    check(given, grid, norm, ["raster", "tiled"][int(rng.integers(2))])
+
+
+@pytest.mark.parametrize(
+    ("grid", "heads", "name"),
+    [
+        (VideoGrid(33, 48, 80, text_length=256), (24, 128), "head"),
+        (VideoGrid(21, 48, 80), (40, 128), "heads"),
+        (VideoGrid(21, 30, 52), (12, 128), "heads"),
+    ],
+    ids=["hunyuan", "wan-14b", "wan-1.3b"],
+)
+def test_full_size_agrees_with_xla(grid, heads, name):
+    norm, config = NORMS[name], DraftConfig(sparsity=0.9)
+    keys = jax.random.split(jax.random.key(0), 5)
+    shape = (1, grid.num_tokens, *heads)
+    q, k = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:2])
+    width = heads[1] if name == "head" else heads[0] * heads[1]
+    scales = tuple(jax.random.uniform(key, (width,)) + 0.5 for key in keys[2:4])
+    angles = jax.random.uniform(keys[4], (grid.num_visual_tokens, heads[1] // 2)) * 7
+
+    def prepare(q, k):
+        return norm_rope_pool(
+            q,
+            k,
+            grid=grid,
+            config=config,
+            norm=norm,
+            scales=scales,
+            rope=(jnp.cos(angles), jnp.sin(angles)),
+            order="tiled",
+        )
+
+    fused = jax.jit(prepare)(q, k)
+    forget_warnings()
+    unwanted = mock.patch.object(
+        norm_rope_pool_sm90, "why_unsupported", return_value="unwanted"
+    )
+    with unwanted, pytest.warns(UserWarning, match="unwanted"):
+        plain = jax.jit(lambda q, k: prepare(q, k))(q, k)
+    for a, b in zip(fused[:2], plain[:2], strict=True):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        # Another rounding of a value moves it by one unit in the last place.
+        assert (jnp.abs(a - b) <= 2**-7 * jnp.abs(b) + 1e-5).all()
+        assert (a == b).mean() > 0.99
+    again = pool_queries_and_keys(*fused[:2], grid, order="tiled")
+    for a, b in zip(jax.tree.leaves(fused[2]), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, **tolerances.POOLED)
+    mask = functools.partial(compute_mask, grid=grid, config=config, order="tiled")
+    given = jax.jit(lambda q, k, pooled: mask(q, k, pooled=pooled))(*fused)
+    assert int(given.row_offsets[0, 0, -1]) > 0
