@@ -88,11 +88,14 @@ def norm_rope_pool(
       those of k, [B, S, N, D].
 
     Raises:
-      ValueError: The kernel cannot take these inputs on any device.
+      ValueError: The kernel cannot take these inputs on any device, or ahead is not
+        positive.
     """
     _, num_tokens, num_heads, head_dim = q.shape
     if cause := why_unsupported_shape(q.shape, q.dtype, norm):
         raise ValueError(f"the norm-rope-pool kernel cannot take these inputs: {cause}")
+    if ahead is not None and ahead < 1:
+        raise ValueError(f"{ahead=} must be at least 1")
     units = np.concatenate([tiles, text_units(num_tokens, visual_tokens)])
     vec = vec_of(num_heads, head_dim, q.dtype)
     assert vec is not None, "checked above"

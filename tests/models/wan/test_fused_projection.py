@@ -1,0 +1,77 @@
+"""The Wan transformer where norm, rotation and pooling are one kernel."""
+
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from draft_jax import DraftConfig, VideoGrid, constant_step, qk_prepare
+from models.wan.transformer import WanTransformer
+from pallas_kernels import norm_rope_pool_sm90
+from pallas_kernels.interfaces import Device
+from tests import tiny_model, tolerances
+
+H100 = Device(platform="gpu", kind="H100", compute_capability=(9, 0))
+
+
+@functools.cache
+def make_model(attention):
+    """Heads as the kernel takes them, and an output layer that is not zero."""
+    config = dataclasses.replace(
+        tiny_model.CONFIG,
+        dim=256,
+        num_heads=4,
+        num_layers=1,
+        tile=(2, 2),
+        attention=attention,
+        draft=DraftConfig(sparsity=0.5),
+    )
+    model = WanTransformer(config, rngs=nnx.Rngs(0))
+    kernel = model.proj_out.kernel
+    kernel[...] = jax.random.normal(jax.random.key(1), kernel.shape) / 16
+    return model
+
+
+@pytest.mark.parametrize("state", ["refresh", "reuse", "dense-step", "dense-model"])
+def test_the_kernel_changes_nothing(state):
+    model = make_model("dense" if state == "dense-model" else "draft")
+    grid, config = VideoGrid(1, 3, 4, tile=(2, 2)), model.config
+    rng = np.random.default_rng(0)
+    latents = jnp.asarray(rng.normal(size=(1, 1, 6, 8, 16)), jnp.float32)
+    shape = (1, config.text_length, config.text_dim)
+    context = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    step = None
+    if state != "dense-model":
+        step = dataclasses.replace(
+            constant_step(grid, config.draft),
+            dense=jnp.full(config.num_layers, state == "dense-step"),
+            refresh=jnp.asarray(state == "refresh"),
+        )
+    structure, parameters = nnx.split(model)
+
+    def run(parameters):
+        merged = nnx.merge(structure, parameters)
+        return merged(latents, jnp.ones(1) * 500, context, step=step)
+
+    plain = jax.jit(run)(parameters)
+    interpret = plgpu.InterpretGPUParams()
+    kernel = mock.Mock(
+        side_effect=functools.partial(
+            norm_rope_pool_sm90.norm_rope_pool, interpret=interpret
+        )
+    )
+    with (
+        mock.patch.object(qk_prepare, "current_device", return_value=H100),
+        mock.patch.object(norm_rope_pool_sm90, "norm_rope_pool", kernel),
+    ):
+        fused = jax.jit(lambda parameters: run(parameters))(parameters)
+    assert kernel.called
+    np.testing.assert_allclose(fused[0], plain[0], **tolerances.FUSED_MODEL)
+    for a, b in zip(jax.tree.leaves(fused[1]), jax.tree.leaves(plain[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
