@@ -79,13 +79,7 @@ class WanVAECodec:
         Raises:
           ValueError: A size is not such.
         """
-        time, side, _ = self.stride
-        if frames < 1 or (frames - 1) % time:
-            raise ValueError(f"{frames=} must be 1 more than a multiple of {time}")
-        for name, value in (("height", height), ("width", width)):
-            if value < 1 or value % side:
-                raise ValueError(f"{name}={value} must be a multiple of {side}, not 0")
-        return (frames - 1) // time + 1, height // side, width // side, self.channels
+        return self.model.config.latent_shape(frames=frames, height=height, width=width)
 
     def video_shape(
         self, frames: int, rows: int, columns: int

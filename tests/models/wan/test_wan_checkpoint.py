@@ -19,7 +19,7 @@ from models.wan.checkpoint import (
     WanFolder,
     find_layout,
     hub_patterns,
-    load_wan_pipeline_parts,
+    open_wan_parts,
 )
 from models.wan.config import WanConfig
 from models.wan.convert import load_wan_transformer
@@ -172,8 +172,22 @@ def test_whole_folders_are_described(published, layout):
     )
     tokenizer = {"original": "google/umt5-xxl", "diffusers": "tokenizer"}[layout]
     assert folder.tokenizer == published[layout] / tokenizer
+    files = {
+        "original": {
+            "text_encoder": ["models_t5_umt5-xxl-enc-bf16.pth"],
+            "vae": ["Wan2.1_VAE.pth"],
+        },
+        "diffusers": {
+            "text_encoder": ["text_encoder/model.safetensors"],
+            "vae": ["vae/diffusion_pytorch_model.safetensors"],
+        },
+    }[layout]
+    assert len(folder.weight_files("transformer")) == 3
+    assert folder.weight_files("tokenizer") == []
     for part in ("text_encoder", "vae"):
         assert folder.weights(part)["0.bias"].shape == (2,)
+        named = [published[layout] / name for name in files[part]]
+        assert folder.weight_files(part) == named
         config = None if layout == "original" else {"part": part}
         assert folder.part_config(part) == config
 
@@ -188,14 +202,14 @@ def assert_same_parameters(one, other):
 
 def test_both_layouts_load_to_the_same_model(published):
     original, diffusers = (
-        load_wan_pipeline_parts(published[layout], dtype="float32", **CHANGES)
+        open_wan_parts(published[layout], dtype="float32", **CHANGES)
         for layout in ("original", "diffusers")
     )
-    config = original.transformer.config
+    config = original.config
     assert (config.dtype, config.param_dtype) == ("float32", "float32")
     expected = load_wan_transformer(published["weights"], config)
-    assert_same_parameters(original.transformer, expected)
-    assert_same_parameters(diffusers.transformer, expected)
+    assert_same_parameters(original.load_transformer(), expected)
+    assert_same_parameters(diffusers.load_transformer(), expected)
     assert original.scheduler == SchedulerSettings()
     assert diffusers.scheduler == SchedulerSettings(grid="diffusers", shift=3.0)
     np.testing.assert_array_equal(diffusers.vae["0.bias"], [0, 1])
@@ -204,10 +218,10 @@ def test_both_layouts_load_to_the_same_model(published):
 
 
 def test_narrow_weights_keep_what_is_computed_in_float32(published):
-    parts = load_wan_pipeline_parts(published["original"], **CHANGES)
+    parts = open_wan_parts(published["original"], **CHANGES)
     dtypes = {
         ".".join(map(str, path)): leaf.dtype.name
-        for path, leaf in nnx.to_flat_state(nnx.state(parts.transformer))
+        for path, leaf in nnx.to_flat_state(nnx.state(parts.load_transformer()))
     }
     wide = {name for name, dtype in dtypes.items() if dtype == "float32"}
     embedder = "condition_embedder"
@@ -234,9 +248,10 @@ def test_narrow_weights_keep_what_is_computed_in_float32(published):
 def test_adapters_are_merged(published):
     """Values are checked in tests/models/test_lora.py."""
     lora = FIXTURES / "lora_peft.safetensors"
-    merged = load_wan_pipeline_parts(
+    parts = open_wan_parts(
         published["original"], dtype="float32", loras=[(lora, 0.75)], **CHANGES
-    ).transformer
+    )
+    merged = parts.load_transformer()
     expected = safetensors.numpy.load_file(FIXTURES / "lora_peft_merged.safetensors")
     np.testing.assert_allclose(
         merged.blocks.attn2.to_q.kernel[1].T,
@@ -247,7 +262,7 @@ def test_adapters_are_merged(published):
     with pytest.raises(
         ConversionError, match=r"lora_peft_merged\.safetensors does not"
     ):
-        load_wan_pipeline_parts(published["original"], loras=[(wrong, 1.0)], **CHANGES)
+        open_wan_parts(published["original"], loras=[(wrong, 1.0)], **CHANGES)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +312,7 @@ def test_parts_that_are_not_needed_need_not_be_there(copies):
     for name in ("models_t5_umt5-xxl-enc-bf16.pth", "google"):
         path = copies / "original" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    parts = load_wan_pipeline_parts(copies / "original", parts=["vae"], **CHANGES)
+    parts = open_wan_parts(copies / "original", parts=["vae"], **CHANGES)
     assert parts.text_encoder is None
     assert parts.tokenizer is None
     assert parts.vae is not None
@@ -363,14 +378,12 @@ def test_layout_of_incomplete_folders(copies, layout):
 def test_wrong_configurations_are_named(copies, config, message):
     (copies / "original" / "config.json").write_text(config)
     with pytest.raises(CheckpointError, match=message):
-        load_wan_pipeline_parts(copies / "original", **CHANGES)
+        open_wan_parts(copies / "original", **CHANGES).load_transformer()
 
 
 @LAYOUTS
 @pytest.mark.parametrize("part", ["text_encoder", "vae", "transformer"])
-def test_damaged_weights_are_named_before_the_transformer_is_loaded(
-    copies, layout, part
-):
+def test_damaged_weights_are_named_before_anything_is_loaded(copies, layout, part):
     names = {
         "original": {
             "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
@@ -387,7 +400,7 @@ def test_damaged_weights_are_named_before_the_transformer_is_loaded(
     file = copies / layout / names[layout][part]
     file.write_bytes(file.read_bytes()[:60])
     with pytest.raises(CheckpointError, match=file.name):
-        load_wan_pipeline_parts(copies / layout, **CHANGES)
+        open_wan_parts(copies / layout, **CHANGES)
 
 
 @pytest.mark.parametrize(
