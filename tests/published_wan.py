@@ -1,4 +1,4 @@
-"""Weights of tiny transformers as published, from tests/fixtures/make_wan_fixtures.py."""
+"""Weights of tiny transformers as published; see fixtures/make_wan_fixtures.py."""
 
 import json
 from pathlib import Path

@@ -12,10 +12,13 @@ from draft_jax.cli import options
 from models.image_io import read_image
 from models.wan.conditions import as_prompts, check_image_is_wanted
 from models.wan.image import kept_part
-from models.wan.loading import TextOptions, WanInfo, describe_wan, is_wan
+from models.wan.loading import WanInfo, describe_wan, is_wan
 from models.wan.pipeline import VideoPipeline
 from models.wan.sampling import Sampling
 from models.wan.sizes import latent_shape, side_multiples, size_like_image
+from models.wan.text import TextOptions
+from models.wan.vae.codec import WanVAECodec
+from models.wan.vae.tiling import Tiling
 
 ImageFit = Literal["aspect", "crop"]
 TextDevice = Literal["default", "cpu"]
@@ -44,9 +47,16 @@ class Request:
         if arguments.checkpoint is not None and is_wan(arguments.checkpoint):
             negative = (sampling.negative_prompt,) if sampling.guided else ()
             text = dataclasses.replace(text, prompts=(arguments.prompt, *negative))
-        return VideoPipeline.from_checkpoint(
+        pipeline = VideoPipeline.from_checkpoint(
             arguments.checkpoint, loras=arguments.lora, text=text
         )
+        if arguments.vae_tile is None:
+            return pipeline
+        tiling = _tiling(arguments.vae_tile)
+        if not isinstance(pipeline.codec, WanVAECodec):
+            raise ValueError(f"--vae-tile {arguments.vae_tile} fits Wan models only")
+        codec = dataclasses.replace(pipeline.codec, tiling=tiling)
+        return dataclasses.replace(pipeline, codec=codec)
 
     def details(self) -> dict[str, Any]:
         """What a reader of a report needs to repeat the run."""
@@ -126,6 +136,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "loaded",
     )
     parser.add_argument(
+        "--vae-tile",
+        type=int,
+        metavar="PIXELS",
+        help="run the autoencoder of a Wan model on tiles of this many rows and "
+        "columns, a multiple of 32; saves memory and changes the video a little",
+    )
+    parser.add_argument(
         "--debug", action="store_true", help="show where an error came from"
     )
 
@@ -141,6 +158,8 @@ def read_request(arguments: argparse.Namespace) -> Request:
       ValueError: An option, the image or the size does not suit the model.
     """
     as_prompts(arguments.prompt)
+    if arguments.vae_tile is not None:
+        _tiling(arguments.vae_tile)
     default = options.sampling_from(arguments)  # what is wrong with any model
     image = None if arguments.image is None else read_image(arguments.image)
     path = arguments.checkpoint
@@ -179,6 +198,13 @@ def _wan_sampling(arguments: argparse.Namespace, info: WanInfo) -> Sampling:
         arguments, "size", (info.sampling.width, info.sampling.height)
     )
     return options.sampling_from(arguments, info.sampling_at(height, width))
+
+
+def _tiling(pixels: int) -> Tiling:
+    """Tiles that share a quarter of their sides, as in diffusers."""
+    if pixels < 32 or pixels % 32:
+        raise ValueError(f"--vae-tile {pixels} must be a positive multiple of 32")
+    return Tiling(size=(pixels, pixels), overlap=(pixels // 4, pixels // 4))
 
 
 def _text_options(arguments: argparse.Namespace) -> TextOptions:

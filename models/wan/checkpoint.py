@@ -7,7 +7,7 @@ of diffusers (the same names with -Diffusers); `LAYOUTS` lists their files.
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -221,6 +221,35 @@ class WanFolder:
         if not patterns[0].endswith(".json"):
             return None
         return _read_json(self.path / patterns[0])
+
+    def read_config[Config](
+        self,
+        part: Part,
+        read: Callable[..., Config],
+        default: Callable[..., Config],
+        **changes: Any,
+    ) -> Config:
+        """A part's sizes.
+
+        Args:
+          part: Any but the transformer, which has `config`.
+          read: Makes them from the part's `config.json`.
+          default: Makes them where the layout has no such file, or the part was not
+            checked for.
+          **changes: What both are given, such as `dtype`.
+
+        Raises:
+          CheckpointError: The file is missing or damaged, or of another model; it is
+            named.
+        """
+        stored = self.part_config(part) if part in self.parts else None
+        if stored is None:
+            return default(**changes)
+        try:
+            return read(stored, **changes)
+        except (ValueError, TypeError) as error:
+            file = self.path / LAYOUTS[self.layout][part][0]
+            raise CheckpointError(f"{file}: {error}") from error
 
     @property
     def tokenizer(self) -> Path:

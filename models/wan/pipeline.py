@@ -34,7 +34,7 @@ from models.wan.interfaces import (
     TextContext,
     TextEncoder,
 )
-from models.wan.loading import TextOptions, is_wan, load_wan
+from models.wan.loading import is_wan, load_wan
 from models.wan.sampler import (
     GuidanceBatching,
     Sampler,
@@ -44,6 +44,7 @@ from models.wan.sampler import (
 )
 from models.wan.sampling import Sampling
 from models.wan.sizes import latent_shape, side_multiples
+from models.wan.text import TextOptions
 from models.wan.transformer import WanTransformer
 
 # One image, or one for each prompt.

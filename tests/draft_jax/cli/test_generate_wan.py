@@ -13,6 +13,7 @@ from models.umt5.embeddings import GivenTextEncoder
 from models.umt5.text_encoder import UMT5TextEncoder
 from models.wan.checkpoint import WanParts
 from models.wan.pipeline import VideoPipeline
+from models.wan.vae.tiling import Tiling
 from tests.wan_folders import TEXT_TO_VIDEO, save_image_to_video
 
 PROMPT = "a cat"
@@ -146,6 +147,24 @@ def test_images_and_models_must_fit(image_model, image, tmp_path, capsys):
     assert "is too long for a video of its shape" in error_of(image_model, *given)
 
 
+def test_the_autoencoder_can_run_on_tiles(tmp_path, monkeypatch):
+    seen = []
+
+    def note(self, *arguments, **options):
+        seen.append(self.codec.tiling)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoPipeline, "generate", note)
+    assert run(TEXT_TO_VIDEO, tmp_path / "out", "--vae-tile", "64") == 130
+    assert seen == [Tiling(size=(64, 64), overlap=(16, 16))]
+
+
+def test_the_shipped_model_takes_no_tiles(tmp_path, capsys):
+    command = ["generate", PROMPT, "--vae-tile", "64"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 2
+    assert "--vae-tile 64 fits Wan models only" in capsys.readouterr().err
+
+
 def test_the_shipped_model_takes_no_image(image, tmp_path, capsys):
     command = ["generate", PROMPT, "--image", str(image)]
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
@@ -160,6 +179,7 @@ def test_the_shipped_model_takes_no_image(image, tmp_path, capsys):
         (("--size", "48x40"), "height=40 must be a multiple of 16 for this model, su"),
         (("--frames", "8"), "frames=8 must be 1 more than a multiple of 4"),
         (("--steps", "0"), "num_steps=0 must be a positive integer"),
+        (("--vae-tile", "40"), "--vae-tile 40 must be a positive multiple of 32"),
         (("--embeddings", "no.safetensors"), "'no.safetensors' does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

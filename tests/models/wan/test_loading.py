@@ -1,6 +1,7 @@
 """Order and options of loading a Wan folder; values are in test_published_folders."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -17,9 +18,10 @@ from models.umt5.embeddings import (
 from models.umt5.text_encoder import UMT5TextEncoder
 from models.wan.checkpoint import ALL_PARTS, WanParts
 from models.wan.conditions import takes_image
-from models.wan.loading import TextOptions, describe_wan, load_wan
+from models.wan.loading import describe_wan, load_wan
 from models.wan.pipeline import VideoPipeline
 from models.wan.sampling import Sampling
+from models.wan.text import TextOptions
 from tests import tiny_model
 from tests.wan_folders import TEXT_TO_VIDEO, save_image_to_video
 
@@ -140,6 +142,25 @@ def test_parts_that_are_left_out(tmp_path):
     assert load_wan(TEXT_TO_VIDEO, parts=parts).text_encoder is None
     with pytest.raises(ValueError, match="parts must hold 'vae'"):
         load_wan(TEXT_TO_VIDEO, parts=["text_encoder", "tokenizer"])
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "image_encoder"])
+def test_wrong_parts_are_named_before_the_transformer_is_loaded(
+    tmp_path, monkeypatch, part
+):
+    monkeypatch.delattr(WanParts, "load_transformer")
+    folder = save_image_to_video(tmp_path / "image")
+    file = folder / part / "config.json"
+    config = json.loads(file.read_text())
+    sizes = {"text_encoder": "d_ff", "vae": "base_dim", "image_encoder": "hidden_size"}
+    key = sizes[part]
+    file.write_text(json.dumps(config | {key: 2 * config[key]}))
+    message = rf"the {part} in .*{part}/.*safetensors.* does not fit: .* problems"
+    with pytest.raises(CheckpointError, match=message):
+        load_wan(folder)
+    file.write_text(json.dumps(config | {key: -1}))
+    with pytest.raises(CheckpointError, match=rf"{file}: .*=-1 must be a positive int"):
+        load_wan(folder)
 
 
 def test_what_a_folder_says_without_its_weights(tmp_path, monkeypatch):
