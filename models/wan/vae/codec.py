@@ -66,19 +66,7 @@ class WanVAECodec:
     def latent_shape(
         self, *, frames: int, height: int, width: int
     ) -> tuple[int, int, int, int]:
-        """The shape of one video's latent.
-
-        Args:
-          frames: Of the video: one more than a multiple of the stride.
-          height: Rows of pixels, a multiple of the stride.
-          width: Columns of pixels, likewise.
-
-        Returns:
-          Frames, rows, columns and channels.
-
-        Raises:
-          ValueError: A size is not such.
-        """
+        """The shape of one video's latent; see `WanVAEConfig.latent_shape`."""
         return self.model.config.latent_shape(frames=frames, height=height, width=width)
 
     def video_shape(
