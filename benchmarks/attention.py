@@ -125,14 +125,14 @@ def draft_mask(shape: Shape, q: jax.Array, k: jax.Array, density: float) -> Bloc
 def time_calls(
     call: Callable[[], object], wait: Callable[[object], None], budget_s: float
 ):
-    """Milliseconds of single calls: two to warm up, then three to fifty."""
+    """Milliseconds of single calls: two to warm up, then five to fifty."""
     for _ in range(2):
         wait(call())
     start = time.perf_counter()
     wait(call())
     once = time.perf_counter() - start
     samples = []
-    for _ in range(min(max(int(budget_s / max(once, 1e-6)), 3), 50)):
+    for _ in range(min(max(int(budget_s / max(once, 1e-6)), 5), 50)):
         start = time.perf_counter()
         wait(call())
         samples.append(1e3 * (time.perf_counter() - start))

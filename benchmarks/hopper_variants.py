@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "no-ping-pong": {"ping_pong": False},
     "shared-memory-barriers": {"named_barriers": False},
     "no-overlap": {"overlap": False},
+    "no-pairs": {"pairs": False},
     "five-slots": {"num_slots": 5},
     "four-slots": {"num_slots": 4},
 }

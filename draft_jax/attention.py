@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, mask_capacity
 from draft_jax.grid import VideoGrid
-from draft_jax.pooling import Order, check_order
 from draft_jax.schedule import DraftStep
 from draft_jax.selection import add_text_blocks, compute_mask
 from pallas_kernels import (
@@ -19,6 +18,7 @@ from pallas_kernels import (
     dense_attention,
     validation,
 )
+from pallas_kernels.interfaces import Order
 
 
 @overload
@@ -89,8 +89,9 @@ def draft_attention(
         Keys past them are not attended to; outputs of queries past them are zero.
         None means all.
       order: "raster" if the visual tokens of q, k, v and of the result are in frame,
-        row, column order; "tiled" if they are permuted by `grid.tile_order`, which
-        saves a permutation per call.
+        row, column order; "tiled" if they are permuted by `grid.tile_order`. The
+        Hopper kernel reads both in place where the tile's width divides that of the
+        frame; elsewhere raster order costs a permutation of q, k, v and the output.
       mask: Attend to these pairs instead of drafting. A `BlockMask`, or a boolean map
         per batch item and head (either may be 1) over the visual blocks (text is kept
         with everything) or over all blocks, in tiled order. A query block that keeps
@@ -117,11 +118,9 @@ def draft_attention(
     _check_inputs(q, k, v, grid, order, check_finite)
     if mask is not None and budget is not None:
         raise ValueError(f"{budget=} has no effect when mask is given; leave it out")
-    if order == "raster":
-        q, k, v = (_to_tiled(x, grid) for x in (q, k, v))
     if mask is None:
         used_mask = compute_mask(
-            q, k, grid=grid, config=config, budget=budget, scale=scale, order="tiled"
+            q, k, grid=grid, config=config, budget=budget, scale=scale, order=order
         )
     else:
         used_mask = _as_block_mask(mask, grid, batch=q.shape[0], num_heads=q.shape[2])
@@ -133,10 +132,9 @@ def draft_attention(
         grid=grid,
         scale=scale,
         text_lengths=text_lengths,
+        order=order,
         backend=backend,
     )
-    if order == "raster":
-        out = _to_raster(out, grid)
     return (out, used_mask) if return_mask else out
 
 
@@ -203,34 +201,32 @@ def scheduled_attention(
         return out, mask
 
     def run_sparse(mask: BlockMask):
-        tiled_q, tiled_k, tiled_v = q, k, v
-        if order == "raster":
-            tiled_q, tiled_k, tiled_v = (_to_tiled(x, grid) for x in (q, k, v))
         mask = jax.lax.cond(
             step.refresh,
             lambda mask: compute_mask(
-                tiled_q,
-                tiled_k,
+                q,
+                k,
                 grid=grid,
                 config=config,
                 budget=step.budget,
                 scale=scale,
-                order="tiled",
+                order=order,
             ),
             lambda mask: mask,
             mask,
         )
         out = block_sparse_attention(
-            tiled_q,
-            tiled_k,
-            tiled_v,
+            q,
+            k,
+            v,
             mask,
             grid=grid,
             scale=scale,
             text_lengths=text_lengths,
+            order=order,
             backend=backend,
         )
-        return (_to_raster(out, grid) if order == "raster" else out), mask
+        return out, mask
 
     return jax.lax.cond(step.dense, run_dense, run_sparse, mask)
 
@@ -264,7 +260,7 @@ def _check_inputs(
 ) -> None:
     validation.check_qkv(q, k, v)
     validation.check_tokens(q, grid)
-    check_order(order)
+    validation.check_order(order)
     if not check_finite:
         return
     for name, array in (("q", q), ("k", k), ("v", v)):
@@ -309,11 +305,3 @@ def _as_block_mask(
         mask = add_text_blocks(mask, grid)
     dense = jnp.broadcast_to(mask, (batch, num_heads, num_blocks, num_blocks))
     return BlockMask.from_dense(dense, grid=grid)
-
-
-def _to_tiled(x: Float[Array, "B T N D"], grid: VideoGrid) -> Float[Array, "B T N D"]:
-    return jnp.take(x, grid.tile_order, axis=1, unique_indices=True, mode="clip")
-
-
-def _to_raster(x: Float[Array, "B T N D"], grid: VideoGrid) -> Float[Array, "B T N D"]:
-    return jnp.take(x, grid.raster_order, axis=1, unique_indices=True, mode="clip")

@@ -127,20 +127,19 @@ class BlockMask:
         return jax.vmap(jax.vmap(scatter))(self.row_ids(), self.block_ids)
 
     @property
-    def density(self) -> Float[Array, "B N"]:
+    def density(self) -> Float[Array, "*layers B N"]:
         """Share of token pairs kept, weighting each block pair by its real tokens.
 
         1.0 is dense attention. The cost of a block-sparse kernel is proportional
         to it; with short blocks or text it differs from the share of block pairs.
         """
-        lengths = jnp.asarray(self.grid.block_lengths, jnp.float32)
-        num_blocks = self.grid.num_blocks
-
-        def kept_pairs(rows, columns):
-            weights = lengths.at[rows].get(mode="fill", fill_value=0.0)
-            per_row = jax.ops.segment_sum(
-                weights * lengths[columns], rows, num_segments=num_blocks
-            )
-            return per_row.sum() / float(self.grid.num_tokens) ** 2
-
-        return jax.vmap(jax.vmap(kept_pairs))(self.row_ids(), self.block_ids)
+        lengths = np.asarray(self.grid.block_lengths, np.int32)
+        if (lengths == lengths[0]).all():
+            kept_tokens = self.counts * lengths[0]
+        else:
+            # Sums may pass 2**31 and wrap round: differences within a row do not.
+            sums = jnp.cumsum(jnp.asarray(lengths)[self.block_ids], -1, dtype=jnp.int32)
+            sums = jnp.concatenate([jnp.zeros_like(sums[..., :1]), sums], axis=-1)
+            kept_tokens = jnp.diff(jnp.take_along_axis(sums, self.row_offsets, -1))
+        pairs = kept_tokens.astype(jnp.float32) * lengths.astype(np.float32)
+        return pairs.sum(-1) / float(self.grid.num_tokens) ** 2

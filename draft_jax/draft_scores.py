@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from draft_jax.config import DraftConfig
 from draft_jax.grid import VideoGrid
-from draft_jax.pooling import Order, Reduction, pool_queries_and_keys
+from draft_jax.pooling import Reduction, pool_queries_and_keys
+from pallas_kernels.interfaces import Order
 
 
 def draft_scores(

@@ -15,9 +15,10 @@ from draft_jax.attention import draft_attention, scheduled_attention
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig
 from draft_jax.grid import VideoGrid
-from draft_jax.pooling import Order, check_order
 from draft_jax.schedule import DraftStep
 from pallas_kernels import BackendName
+from pallas_kernels.interfaces import Order
+from pallas_kernels.validation import check_order
 
 # Turns the tokens of q or k, e.g. by a rotary embedding: [B, T, N, D] to the same.
 TokenTransform = Callable[[jax.Array], jax.Array]

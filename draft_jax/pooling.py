@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from draft_jax.grid import IntVector, VideoGrid
 from pallas_kernels import pool_tiles_sm90
-from pallas_kernels.interfaces import current_device
+from pallas_kernels.interfaces import Order, current_device
 from pallas_kernels.pool_tiles_sm90 import Reduction
-
-Order = Literal["raster", "tiled"]
+from pallas_kernels.validation import check_order
 
 
 def pool_tokens(
@@ -123,12 +122,6 @@ def tile_table(grid: VideoGrid, order: Order) -> Int[np.ndarray, "S 4"]:
     table = np.stack(fields, axis=-1).astype(np.int32)
     table.flags.writeable = False
     return table
-
-
-def check_order(order: str) -> None:
-    """Raises ValueError unless `order` names an order of tokens."""
-    if order not in get_args(Order):
-        raise ValueError(f"{order=} must be one of {get_args(Order)}")
 
 
 def _tiles_of_raster(

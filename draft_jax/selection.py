@@ -12,7 +12,7 @@ from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, mask_capacity, static_budget
 from draft_jax.draft_scores import draft_scores
 from draft_jax.grid import VideoGrid
-from draft_jax.pooling import Order
+from pallas_kernels.interfaces import Order
 
 MASS_UNITS = 2.0**30  # top_p adds probabilities as integers, in any order alike
 

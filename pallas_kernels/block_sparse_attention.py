@@ -10,6 +10,8 @@ import warnings
 from typing import Literal, overload
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import hopper, oracle, validation, xla
@@ -17,6 +19,7 @@ from pallas_kernels.interfaces import (
     Backend,
     BlockLayout,
     BlockLists,
+    Order,
     Problem,
     current_device,
 )
@@ -67,6 +70,7 @@ def block_sparse_attention(
     grid: BlockLayout,
     scale: float | None = None,
     text_lengths: Int[Array, " B"] | None = None,
+    order: Order = "tiled",
     backend: BackendName = "auto",
     return_lse: Literal[False] = False,
 ) -> Float[Array, "B T N D"]: ...
@@ -82,6 +86,7 @@ def block_sparse_attention(
     grid: BlockLayout,
     scale: float | None = None,
     text_lengths: Int[Array, " B"] | None = None,
+    order: Order = "tiled",
     backend: BackendName = "auto",
     return_lse: Literal[True],
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]: ...
@@ -96,13 +101,14 @@ def block_sparse_attention(
     grid,
     scale=None,
     text_lengths=None,
+    order="tiled",
     backend="auto",
     return_lse=False,
 ):
     """Softmax attention of each query block over the key blocks it keeps.
 
     Args:
-      q: Queries in tiled order, text included, T = grid.num_tokens. float32,
+      q: Queries, text included, T = grid.num_tokens. float32,
         bfloat16 or float16; softmax and sums are float32 in every case. Products of
         float32 inputs follow `jax.default_matmul_precision`: TF32 on NVIDIA GPUs
         unless it says otherwise.
@@ -113,6 +119,9 @@ def block_sparse_attention(
       scale: Factor on the logits, a Python number; 1 / sqrt(D) by default.
       text_lengths: Valid text tokens of each batch item, the first ones of the
         text; None means all. Keys past them are not attended to.
+      order: How the tokens of q, k, v and of the results are ordered: "tiled", or
+        "raster", which is frame, row, column (and which the Hopper kernel reads in
+        place where the tile's width divides that of the frame).
       backend: A backend by name, or "auto" for the fastest one that supports the
         inputs on this device; see `chosen_backend`.
       return_lse: Also return the log-sum-exp of the logits.
@@ -133,7 +142,8 @@ def block_sparse_attention(
     validation.check_mask(q, mask, grid)
     scale = validation.check_scale(scale, q.shape[-1])
     text_lengths = validation.check_text_lengths(text_lengths, q, grid)
-    problem = _describe(q, mask, grid, text_lengths is not None)
+    validation.check_order(order)
+    problem = _describe(q, mask, grid, text_lengths is not None, order)
     choice = choose(problem, backend)
     if choice.slower_because is not None:
         warn_once(
@@ -141,9 +151,17 @@ def block_sparse_attention(
             f"{choice.slower_because}"
         )
     _logger.debug("%s: %s", choice.name, choice.reason)
-    out, lse = BACKENDS[choice.name].function(
-        q, k, v, mask, layout=grid, scale=scale, text_lengths=text_lengths
-    )
+    chosen = BACKENDS[choice.name]
+    options = {"layout": grid, "scale": scale, "text_lengths": text_lengths}
+    if chosen.takes_raster:
+        out, lse = chosen.function(q, k, v, mask, order=order, **options)
+    elif order == "raster":
+        q, k, v = (_take(x, grid.tile_order, axis=1) for x in (q, k, v))
+        out, lse = chosen.function(q, k, v, mask, **options)
+        out = _take(out, grid.raster_order, axis=1)
+        lse = _take(lse, grid.raster_order, axis=2)
+    else:
+        out, lse = chosen.function(q, k, v, mask, **options)
     return (out, lse) if return_lse else out
 
 
@@ -153,6 +171,7 @@ def chosen_backend(
     *,
     grid: BlockLayout,
     text_lengths: Int[Array, " B"] | None = None,
+    order: Order = "tiled",
     backend: BackendName = "auto",
 ) -> BackendChoice:
     """Says which backend a call with these inputs runs on, and why.
@@ -162,6 +181,7 @@ def chosen_backend(
       mask: As passed to `block_sparse_attention`; its leaves may be shapes.
       grid: As passed to `block_sparse_attention`.
       text_lengths: As passed to `block_sparse_attention`.
+      order: As passed to `block_sparse_attention`.
       backend: As passed to `block_sparse_attention`.
 
     Returns:
@@ -170,7 +190,8 @@ def chosen_backend(
     Raises:
       ValueError: As `block_sparse_attention` would for the backend.
     """
-    return choose(_describe(q, mask, grid, text_lengths is not None), backend)
+    problem = _describe(q, mask, grid, text_lengths is not None, order)
+    return choose(problem, backend)
 
 
 def choose(problem: Problem, backend: str) -> BackendChoice:
@@ -199,6 +220,10 @@ def choose(problem: Problem, backend: str) -> BackendChoice:
     raise ValueError(f"no backend supports these inputs: {'; '.join(passed_over)}")
 
 
+def _take(x: jax.Array, indices: np.ndarray, *, axis: int) -> jax.Array:
+    return jnp.take(x, indices, axis=axis, unique_indices=True, mode="clip")
+
+
 _warned: set[str] = set()
 
 
@@ -219,6 +244,7 @@ def _describe(
     mask: BlockLists,
     grid: BlockLayout,
     has_text_lengths: bool,
+    order: Order,
 ) -> Problem:
     batch, _, num_heads, head_dim = q.shape
     return Problem(
@@ -229,5 +255,6 @@ def _describe(
         layout=grid,
         capacity=mask.block_ids.shape[-1],
         has_text_lengths=has_text_lengths,
+        order=order,
         device=current_device(q),
     )

@@ -6,23 +6,36 @@ each. K and V blocks share one ring, in the order in which the consumers need th
 K0 K1 V0 K2 V1 ... K(n-1) V(n-2) V(n-1), because the logits of step i + 1 are issued
 before step i is multiplied with V, so that softmax runs while the tensor cores do.
 
-Barrier   arrives       waits      count
-q_full    TMA           consumers  one for each query block
-q_free    consumers     PRODUCER   one for each query block
-kv_full   TMA           consumers  two for each kept key block
-kv_free   consumers     PRODUCER   two for each kept key block
-turn      one consumer  the other  one for each step after a query block's first
+Barrier    arrives        waits      count
+q_full     TMA            consumers  one for each query block
+q_free     consumers      PRODUCER   one for each query block
+kv_full    TMA            consumers  two for each kept key block
+kv_free    consumers      PRODUCER   two for each kept key block
+turn       one consumer   the other  one for each step after the first of a width
+pair_free  both PRODUCERs PRODUCER   two for each key block of a shared row
+
+Two CTAs are a cluster. Where both have full rows of one head, which read the same keys
+in the same order, each copies half of every block to both: L2 is read half as often,
+and its wires are what a dense call has left to save. A slot of both is then written by
+both PRODUCERs, so each tells the other, on pair_free, when its own consumers are done
+with it. Other rows take no notice of their neighbour.
+
+Lists have their short blocks last, by classes of width (`partition_lists_sm90.py`). A
+class is walked like a list of its own, with products over as many keys as it has.
 
 PRODUCER waits for the arrivals that no later copy needs before it ends ("drains"), so
 that every barrier completion is observed. The output leaves through the shared memory
 of Q, so q_free comes after it has been read. Consumers call commit_smem before each
 copy to global memory.
 
-A short block (edge tile or text) is copied whole: the rows past its end belong to the
-next block, or are filled with zeros past the end of the array. As keys they are masked;
-as queries they are computed and not stored.
+A block lies in one piece in tiled order. In raster order it is rows of a tile, runs of
+tokens at equal distances, which are copied one by one to the same place in shared
+memory. A short block (edge tile or text) is copied up to its width, a query block
+whole: the rows past its end are other tokens, or zeros past the end of the array. As
+keys they are masked; as queries they are computed and not stored.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -35,6 +48,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.sm90_consumer import consume
 from pallas_kernels.sm90_plan import (
+    ALIGNMENT,
     BLOCK,
     NUM_CONSUMERS,
     PRODUCER,
@@ -42,13 +56,16 @@ from pallas_kernels.sm90_plan import (
     GlobalRefs,
     Plan,
     Signals,
-    entry_of,
+    Tile,
+    Width,
+    block_of,
+    bounds_of_width,
     for_each_tile,
     num_own_tiles,
     scratch_types,
+    shares_keys,
     slot_of,
-    start_of,
-    unit_of,
+    token_of_row,
 )
 
 
@@ -57,19 +74,25 @@ class Work(NamedTuple):
 
     Attributes:
       row_offsets: Start of each query block's list.
-      block_ids: Key blocks of the lists.
+      block_ids: Key blocks of the lists, by width.
+      width_ends: Where each width ends in each list, counted from its start.
+      full_list: The list of a query block that keeps every block.
       order: Query blocks, numbered row by row, as CTAs take them.
       num_tiles: How many entries of `order` there are.
       starts: First token of each block, divided by ALIGNMENT.
+      strides: Tokens from one run of each block to the next, divided by ALIGNMENT.
       lengths: Tokens of each block.
       valid: Tokens of each block of each batch item that are not padding.
     """
 
     row_offsets: Int[Array, "L R+1"]
     block_ids: Int[Array, "L M"]
+    width_ends: Int[Array, "L R widths"]
+    full_list: Int[Array, " R"]
     order: Int[Array, " L*R"]
     num_tiles: Int[Array, " 1"]
     starts: Int[Array, " R"]
+    strides: Int[Array, " R"]
     lengths: Int[Array, " R"]
     valid: Int[Array, "B R"]
 
@@ -131,8 +154,10 @@ def _kernel(dtype, plan: Plan, outputs, interpret):
         functools.partial(_body, plan=plan),
         out_type=outputs,
         scratch_types=scratch_types(plan, dtype),
-        grid=(plan.num_ctas,),
+        grid=(plan.num_ctas // 2 if plan.pairs else plan.num_ctas,),
         grid_names=("cta",),
+        cluster=(2,) if plan.pairs else (),
+        cluster_names=("pair",) if plan.pairs else (),
         num_threads=NUM_CONSUMERS + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
@@ -145,9 +170,9 @@ def _kernel(dtype, plan: Plan, outputs, interpret):
     )
 
 
-def _body(*refs, plan: Plan, q_free, kv_free, turn, lse_smem, **inputs):
+def _body(*refs, plan: Plan, q_free, kv_free, turn, lse_smem, pair_free=None, **inputs):
     gmem = GlobalRefs(*refs)
-    signals = Signals(plan, q_free, kv_free, turn)
+    signals = Signals(plan, q_free, kv_free, turn, pair_free)
     wg = lax.axis_index("wg")
 
     @pl.when(wg == PRODUCER)
@@ -164,51 +189,20 @@ def _body(*refs, plan: Plan, q_free, kv_free, turn, lse_smem, **inputs):
 def _produce(gmem, plan: Plan, signals: Signals, *, q_smem, kv_smem, q_full, kv_full):
     """Copies Q, then K and V of every kept block, as far ahead as the ring allows."""
     num_slots = plan.config.num_slots
-    unit = unit_of(plan)
-
-    def copy(source, tile, start, fill):
-        @pl.when(fill >= num_slots)
-        def _():
-            signals.wait_kv_free(slot_of(plan, fill))
-
-        slot = slot_of(plan, fill)
-        rows = source.at[tile.batch, pl.ds(start * unit, BLOCK), tile.head]
-        plgpu.copy_gmem_to_smem(rows, kv_smem.at[slot], kv_full.at[slot])
 
     def load_tile(tile, index, fill):
         @pl.when(index > 0)
         def _():
             signals.wait_q_free()
 
-        token = start_of(gmem, plan, tile.block) * unit
-        for wg in range(NUM_CONSUMERS):
-            rows = gmem.q.at[tile.batch, pl.ds(token + wg * ROWS, ROWS), tile.head]
-            plgpu.copy_gmem_to_smem(rows, q_smem.at[wg], q_full)
+        _load_queries(gmem, plan, tile, q_smem, q_full)
+        for number, width in enumerate(plan.widths):
+            begin, end = bounds_of_width(gmem, plan, tile, number)
+            loader = _Loader(gmem, plan, signals, tile, width, kv_smem, kv_full)
+            loader.load(begin, end, fill)
+            fill += 2 * (end - begin)
 
-        def start_of_step(step):
-            entry = entry_of(tile, step)
-            return start_of(gmem, plan, gmem.block_ids[tile.list_row, entry])
-
-        def load_step(step, starts):
-            # K of this step, then V of the one before. The next start is read before
-            # the copies wait for a free slot.
-            start_v, start_k = starts
-            next_start = start_of_step(step + 1)
-            copy(gmem.k, tile, start_k, fill + 2 * step - jnp.minimum(step, 1))
-
-            @pl.when(step > 0)
-            def _():
-                copy(gmem.v, tile, start_v, fill + 2 * step)
-
-            return start_k, next_start
-
-        @pl.when(tile.count > 0)
-        def _():
-            first = start_of_step(jnp.int32(0))
-            last, _ = lax.fori_loop(0, tile.count, load_step, (first, first))
-            copy(gmem.v, tile, last, fill + 2 * tile.count - 1)
-
-        return fill + 2 * tile.count
+        return fill
 
     fill = for_each_tile(gmem, plan, load_tile, jnp.int32(0))
 
@@ -216,6 +210,77 @@ def _produce(gmem, plan: Plan, signals: Signals, *, q_smem, kv_smem, q_full, kv_
     def _():
         signals.wait_q_free()
 
+    is_shared = shares_keys(gmem, plan)
+
     @pl.loop(jnp.maximum(fill - num_slots, 0), fill)
     def _drain(last_fill):
-        signals.wait_kv_free(slot_of(plan, last_fill))
+        # A CTA of a pair stays until the other has what is copied to it.
+        signals.wait_kv_free(slot_of(plan, last_fill), is_shared)
+
+
+def _load_queries(gmem, plan: Plan, tile: Tile, q_smem, q_full):
+    run = min(plan.run, ROWS)
+    for row in range(0, BLOCK, run):
+        token = token_of_row(gmem, plan, tile.block, row)
+        rows = gmem.q.at[tile.batch, pl.ds(token, run), tile.head]
+        target = q_smem.at[row // ROWS, pl.ds(row % ROWS, run)]
+        plgpu.copy_gmem_to_smem(rows, target, q_full)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loader:
+    """Copies of the key blocks of one width of one list."""
+
+    gmem: GlobalRefs
+    plan: Plan
+    signals: Signals
+    tile: Tile
+    width: Width
+    kv_smem: jax.Ref
+    kv_full: jax.Ref
+
+    def load(self, begin, end, fill):
+        """Copies K of each step, then V of the one before; `fill` counts copies."""
+
+        def load_step(step, blocks):
+            # The next block's number is read before the copies wait for a free slot.
+            block_v, block_k = blocks
+            next_block = block_of(self.gmem, self.plan, self.tile, step + 1)
+            place = fill + 2 * (step - begin)
+            self._copy(self.gmem.k, block_k, place - jnp.minimum(step - begin, 1))
+
+            @pl.when(step > begin)
+            def _():
+                self._copy(self.gmem.v, block_v, place)
+
+            return block_k, next_block
+
+        @pl.when(end > begin)
+        def _():
+            first = block_of(self.gmem, self.plan, self.tile, begin)
+            last, _ = lax.fori_loop(begin, end, load_step, (first, first))
+            self._copy(self.gmem.v, last, fill + 2 * (end - begin) - 1)
+
+    def _copy(self, source, block, fill):
+        plan, tile = self.plan, self.tile
+        slot = slot_of(plan, fill)
+
+        @pl.when(fill >= plan.config.num_slots)
+        def _():
+            self.signals.wait_kv_free(slot, tile.is_shared)
+
+        def copy(**options):
+            for row in range(0, BLOCK, plan.run):
+                # Runs past the width are copied too: kv_full counts all of them.
+                size = min(plan.run, max(self.width.tokens - row, ALIGNMENT))
+                token = token_of_row(self.gmem, plan, block, row)
+                rows = source.at[tile.batch, pl.ds(token, size), tile.head]
+                target = self.kv_smem.at[slot, pl.ds(row, size)]
+                plgpu.copy_gmem_to_smem(rows, target, self.kv_full.at[slot], **options)
+
+        if plan.pairs and not plan.emulate_wgmma:
+            lax.cond(
+                tile.is_shared, lambda: copy(collective_axes="pair"), lambda: copy()
+            )
+        else:
+            copy()  # interpret mode has no copies to both, so each CTA makes its own

@@ -1,7 +1,8 @@
 """Exact dense attention with bounded memory: what sparse attention is compared to.
 
-cuDNN's fused kernel on NVIDIA GPUs, otherwise XLA over chunks of queries, so that
-N x T x T logits never exist at once.
+Long sequences on Hopper run the block-sparse kernel with full lists, which is faster
+than cuDNN; else cuDNN's fused kernel on NVIDIA GPUs, or XLA over chunks of queries, so
+that N x T x T logits never exist at once.
 """
 
 import functools
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import validation
+from pallas_kernels import hopper_dense, validation
 from pallas_kernels.interfaces import BlockLayout, Device, current_device
 
 # Logits held at once by the chunked path. On two CPU cores, 2304 tokens and head_dim
@@ -62,6 +63,8 @@ def dense_attention(
     valid = None
     if grid is not None and text_lengths is not None:
         valid = _valid_tokens(grid, text_lengths)
+    if _why_no_hopper(q, grid, text_lengths, device) is None:
+        return _hopper_attention(grid, scale, q, k, v, text_lengths)
     if why_no_cudnn(q.dtype.name, q.shape[-1], device) is None:
         out = _cudnn_attention(q, k, v, grid, scale, text_lengths)
     else:
@@ -91,6 +94,39 @@ def why_no_cudnn(dtype: str, head_dim: int, device: Device) -> str | None:
     if head_dim > 128 or head_dim % 8:
         return f"{head_dim=} must be a multiple of 8 up to 128"
     return None
+
+
+def _why_no_hopper(q, grid, text_lengths, device: Device) -> str | None:
+    if text_lengths is not None and grid.text_tokens.start == 0:
+        return "padding between text and video is no end of the keys"
+    return hopper_dense.why_unsupported(q.shape, q.dtype.name, device)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _hopper_attention(grid, scale, q, k, v, text_lengths):
+    lengths = None
+    if text_lengths is not None:
+        lengths = grid.num_tokens - grid.text_length + text_lengths
+    return hopper_dense.hopper_dense_attention(q, k, v, scale=scale, lengths=lengths)
+
+
+def _cudnn_forward(grid, scale, q, k, v, text_lengths):
+    """With gradients all of it is cuDNN's, whose backward pass is the fast one."""
+
+    def attend(q, k, v):
+        out = _cudnn_attention(q, k, v, grid, scale, text_lengths)
+        if text_lengths is None:
+            return out
+        return jnp.where(_valid_tokens(grid, text_lengths)[:, :, None, None], out, 0)
+
+    return jax.vjp(attend, q, k, v)
+
+
+def _cudnn_backward(grid, scale, pullback, cotangent):
+    return *pullback(cotangent), None
+
+
+_hopper_attention.defvjp(_cudnn_forward, _cudnn_backward)
 
 
 def _cudnn_attention(q, k, v, grid, scale, text_lengths):

@@ -25,9 +25,12 @@ from pallas_kernels.interfaces import (
     Backend,
     BlockLayout,
     BlockLists,
+    Order,
     Problem,
     valid_lengths,
 )
+from pallas_kernels.partition_lists_sm90 import partition_lists
+from pallas_kernels.sm90_geometry import Geometry, geometry
 
 SUPPORTED_DTYPES = ("bfloat16", "float16")
 SUPPORTED_HEAD_DIMS = (64, 128)
@@ -43,19 +46,22 @@ def hopper_attention(
     layout: BlockLayout,
     scale: float,
     text_lengths: Int[Array, " B"] | None,
+    order: Order = "tiled",
     config: sm90.KernelConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
     """Attention over kept blocks on a Hopper GPU, differentiable in reverse mode.
 
     Args:
-      q: Queries in tiled order, bfloat16 or float16.
+      q: Queries, bfloat16 or float16.
       k: Keys.
       v: Values.
       mask: Kept block pairs.
       layout: Geometry of the blocks.
       scale: Factor on the logits.
       text_lengths: Valid text tokens of each batch item; None means all.
+      order: How the tokens are ordered; raster order is read and written in place
+        where `why_copied` gives no reason.
       config: Buffers and scheduling; chosen by head dimension when None.
       interpret: Run the kernel on the CPU in GPU interpret mode.
 
@@ -67,7 +73,7 @@ def hopper_attention(
       ValueError: The dtype, head dimension or block size is not supported, or the
         config needs too much shared memory.
     """
-    if cause := _why_unsupported_shape(q.dtype.name, q.shape[-1], layout.block_size):
+    if cause := why_unsupported_shape(q.dtype.name, q.shape[-1], layout.block_size):
         raise ValueError(f"the Hopper kernel cannot take these inputs: {cause}")
     if config is None:
         config = sm90.KernelConfig.for_head_dim(q.shape[-1])
@@ -80,12 +86,13 @@ def hopper_attention(
     has_lengths = text_lengths is not None
     if text_lengths is None:
         text_lengths = jnp.full(q.shape[0], layout.text_length, jnp.int32)
-    static = _Static(layout, float(scale), has_lengths, config, interpret)
+    static = _Static(layout, order, float(scale), has_lengths, config, interpret)
     return _attention(static, q, k, v, mask.row_offsets, mask.block_ids, text_lengths)
 
 
 class _Static(NamedTuple):
     layout: BlockLayout
+    order: Order
     scale: float
     has_text_lengths: bool
     config: sm90.KernelConfig
@@ -104,9 +111,25 @@ def _forward(static: _Static, *arrays):
 
 
 def _backward(static: _Static, residuals, cotangents):
-    return xla.attention_gradients(
-        residuals, cotangents, layout=static.layout, scale=static.scale
+    layout = static.layout
+    if static.order == "tiled":
+        return xla.attention_gradients(
+            residuals, cotangents, layout=layout, scale=static.scale
+        )
+    q, k, v, row_offsets, block_ids, text_lengths, out, lse = residuals
+    d_out, d_lse = cotangents
+    q, k, v, out, d_out = (x[:, layout.tile_order] for x in (q, k, v, out, d_out))
+    lse, d_lse = (x[:, :, layout.tile_order] for x in (lse, d_lse))
+    gradients = xla.attention_gradients(
+        (q, k, v, row_offsets, block_ids, text_lengths, out, lse),
+        (d_out, d_lse),
+        layout=layout,
+        scale=static.scale,
     )
+    of_tokens = (
+        jnp.take(x, layout.raster_order, axis=1) for x in gradients[:3] if x is not None
+    )
+    return *of_tokens, *gradients[3:]
 
 
 _attention.defvjp(_forward, _backward)
@@ -139,56 +162,74 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
     layout = static.layout
     batch, _, num_heads, _ = q.shape
     num_lists, num_blocks = batch * num_heads, layout.num_blocks
-    geometry = _geometry(layout)  # type: ignore[arg-type]  # layouts are hashable
-    if geometry.gather is not None:
-        q, k, v = (x[:, geometry.gather] for x in (q, k, v))
-    plan = _plan(static, geometry, q.shape)
+    places = geometry(layout, static.order)  # type: ignore[arg-type]  # hashable
+    if places.gather is not None:
+        q, k, v = (x[:, places.gather] for x in (q, k, v))
+    plan = _plan(static, places, q.shape, q.dtype)
     row_offsets = row_offsets.reshape(num_lists, num_blocks + 1)
+    block_ids = block_ids.reshape(num_lists, -1)
+    width_ends = jnp.zeros((1, 1, 1), jnp.int32)  # not read where there is one width
+    if len(plan.widths) > 1:
+        block_ids, width_ends = partition_lists(
+            row_offsets,
+            block_ids,
+            places.width_of_block,
+            num_classes=len(plan.widths),
+            in_kernel=static.interpret is None,
+        )
     work = Work(
         row_offsets=row_offsets,
-        block_ids=block_ids.reshape(num_lists, -1),
+        block_ids=block_ids,
+        width_ends=width_ends,
+        full_list=jnp.asarray(np.argsort(places.width_of_block, stable=True), "int32"),
         order=_tile_order(jnp.diff(row_offsets)),
         num_tiles=jnp.full(1, num_lists * num_blocks, jnp.int32),
-        starts=jnp.asarray(geometry.starts // sm90.ALIGNMENT),
+        starts=jnp.asarray(places.starts // sm90.ALIGNMENT, jnp.int32),
+        strides=jnp.asarray(places.strides // sm90.ALIGNMENT, jnp.int32),
         lengths=jnp.asarray(layout.block_lengths),
         valid=valid_lengths(layout, text_lengths),
     )
     out, lse = attend_blocks(q, k, v, work, plan=plan, interpret=static.interpret)
     if plan.config.lazy:
-        out, lse = _repair(q, k, v, work, out, lse, plan, static.interpret)
-    if geometry.gather is not None:
-        out = out[:, geometry.scatter]
+        out, lse = repair(q, k, v, work, out, lse, plan, static.interpret)
+    if places.gather is not None:
+        out = out[:, places.scatter]
     lse = lse.reshape(batch, num_heads, num_blocks * sm90.BLOCK)
-    if geometry.has_short_blocks:
-        lse = lse[:, :, geometry.scatter]
+    if places.moves_lse:
+        lse = lse[:, :, places.scatter]
     return out, lse
 
 
-def _plan(static: _Static, geometry: "_Geometry", shape) -> sm90.Plan:
+def _plan(static: _Static, places: Geometry, shape, dtype) -> sm90.Plan:
     batch, _, num_heads, head_dim = shape
     num_blocks = static.layout.num_blocks
+    num_tiles = batch * num_heads * num_blocks
     return sm90.Plan(
         config=static.config,
         num_blocks=num_blocks,
         num_heads=num_heads,
         head_dim=head_dim,
-        num_ctas=batch * num_heads * num_blocks,
+        num_ctas=num_tiles,
         persistent=False,
+        pairs=static.config.pairs and num_tiles % 2 == 0,
+        is_dense=False,
         scale=static.scale,
-        starts_are_multiples=geometry.starts_are_multiples,
-        masks_keys=geometry.has_short_blocks or static.has_text_lengths,
+        starts_are_multiples=places.starts_are_multiples,
+        run=places.run,
+        widths=places.widths_with_text if static.has_text_lengths else places.widths,
         masks_queries=static.has_text_lengths,
-        has_short_blocks=geometry.stores_short_blocks,
+        has_short_blocks=places.stores_short_blocks,
+        grows=dtype == jnp.float16,
         emulate_wgmma=static.interpret is not None,
     )
 
 
-def _repair(q, k, v, work: Work, out, lse, plan: sm90.Plan, interpret):
+def repair(q, k, v, work: Work, out, lse, plan: sm90.Plan, interpret):
     """Computes query blocks whose sums overflowed again, with exact maxima.
 
-    That takes logits that grow by a factor of 2**128 from one key block to the next,
-    or NaN in the inputs. Where there are none, which is the usual case, the second
-    kernel ends as soon as it has read that.
+    That takes logits 44 nats above all of the first kept block, or a first block
+    without keys and logits far from 0, or NaN in the inputs. Where there are none,
+    which is the usual case, the second kernel ends as soon as it has read that.
     """
     failed = ~(lse < jnp.inf).all(axis=-1).ravel()
     (tiles,) = jnp.nonzero(failed, size=failed.size, fill_value=0)
@@ -197,66 +238,12 @@ def _repair(q, k, v, work: Work, out, lse, plan: sm90.Plan, interpret):
         config=dataclasses.replace(plan.config, lazy=False),
         num_ctas=min(_num_multiprocessors(), failed.size),
         persistent=True,
+        pairs=False,
     )
     work = work._replace(
         order=tiles.astype(jnp.int32), num_tiles=failed.sum(dtype=jnp.int32)[None]
     )
     return attend_blocks_again(q, k, v, work, out, lse, plan=plan, interpret=interpret)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Geometry:
-    """Where blocks lie in the arrays that the kernel reads.
-
-    Attributes:
-      starts: First token of each block.
-      starts_are_multiples: Block r starts at token r * BLOCK.
-      has_short_blocks: Some block is shorter than BLOCK.
-      stores_short_blocks: A short block is followed by the next one's tokens.
-      gather: Token of each place, if blocks must be moved apart, else None.
-      scatter: Place of each token among blocks of full length.
-    """
-
-    starts: np.ndarray
-    starts_are_multiples: bool
-    has_short_blocks: bool
-    stores_short_blocks: bool
-    gather: np.ndarray | None
-    scatter: np.ndarray
-
-
-@functools.lru_cache(maxsize=64)
-def _geometry(layout: BlockLayout) -> _Geometry:
-    """Decides whether the kernel can read the sequence as it is.
-
-    Swizzled copies start at multiples of 8 tokens. That holds for tiles of 8 x 16 on
-    every grid whose edge tiles have a multiple of 8 tokens, which takes in 45 x 80 and
-    30 x 52. Other sequences are copied to blocks of full length first.
-    """
-    num_blocks, num_tokens = layout.num_blocks, layout.num_tokens
-    starts, lengths = layout.block_starts, layout.block_lengths
-    multiples = np.arange(num_blocks, dtype=np.int32) * sm90.BLOCK
-    block = np.repeat(np.arange(num_blocks), lengths)
-    scatter = multiples[block] + np.arange(num_tokens) - starts[block]
-    has_short_blocks = bool((lengths < sm90.BLOCK).any())
-    is_aligned = (
-        not (starts % sm90.ALIGNMENT).any()
-        and num_tokens % sm90.ALIGNMENT == 0
-        and num_tokens >= sm90.BLOCK
-    )
-    gather = None
-    if not is_aligned:
-        token = starts[:, None] + np.arange(sm90.BLOCK)
-        gather = np.minimum(token, num_tokens - 1).ravel()
-        starts = multiples
-    return _Geometry(
-        starts=starts,
-        starts_are_multiples=bool((starts == multiples).all()),
-        has_short_blocks=has_short_blocks,
-        stores_short_blocks=has_short_blocks and is_aligned,
-        gather=gather,
-        scatter=scatter,
-    )
 
 
 def _tile_order(counts: Int[Array, "L R"]) -> Int[Array, " L*R"]:
@@ -277,7 +264,8 @@ def _num_multiprocessors() -> int:
     return jax.local_devices()[0].core_count
 
 
-def _why_unsupported_shape(dtype: str, head_dim: int, block_size: int) -> str | None:
+def why_unsupported_shape(dtype: str, head_dim: int, block_size: int) -> str | None:
+    """Why the kernel cannot take such inputs on any device, or None if it can."""
     if dtype not in SUPPORTED_DTYPES:
         return f"it takes {' and '.join(SUPPORTED_DTYPES)}, not {dtype}"
     if head_dim not in SUPPORTED_HEAD_DIMS:
@@ -300,14 +288,22 @@ def _why_unsupported(problem: Problem) -> str | None:
             f"it needs an NVIDIA Hopper GPU (sm_90), not {device.platform} "
             f"{device.kind}{found}"
         )
-    return _why_unsupported_shape(
+    return why_unsupported_shape(
         problem.dtype, problem.head_dim, problem.layout.block_size
     )
+
+
+def _why_slow(problem: Problem) -> str | None:
+    places = geometry(problem.layout, problem.order)  # type: ignore[arg-type]
+    if places.copied_because is None:
+        return None
+    return f"q, k, v and the output are copied to other places: {places.copied_because}"
 
 
 BACKEND = Backend(
     name="hopper",
     function=hopper_attention,
     why_unsupported=_why_unsupported,
-    why_slow=lambda problem: None,
+    why_slow=_why_slow,
+    takes_raster=True,
 )

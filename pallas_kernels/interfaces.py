@@ -7,7 +7,7 @@ model or method code. `draft_jax.VideoGrid` is a `BlockLayout` and
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,29 @@ from jaxtyping import Array, Float, Int
 
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 
+# Of the tokens: blocks one after another, or frame by frame, row by row.
+Order = Literal["raster", "tiled"]
+
 
 class BlockLayout(Protocol):
     """Static, hashable geometry: a sequence cut into consecutive blocks.
 
-    Blocks follow each other without gaps: block `r` is the tokens `block_starts[r]`
-    to `block_starts[r] + block_lengths[r]`. Text stands at one end of the sequence.
+    In tiled order blocks follow each other without gaps: block `r` is the tokens
+    `block_starts[r]` to `block_starts[r] + block_lengths[r]`. Text stands at one end of
+    the sequence. `tiled = raster[tile_order]` and `raster = tiled[raster_order]`.
     """
 
     @property
     def num_tokens(self) -> int: ...
+
+    @property
+    def tile(self) -> tuple[int, int]: ...
+
+    @property
+    def tile_order(self) -> np.ndarray: ...
+
+    @property
+    def raster_order(self) -> np.ndarray: ...
 
     @property
     def num_blocks(self) -> int: ...
@@ -104,6 +117,7 @@ class Problem:
     layout: BlockLayout
     capacity: int  # most block pairs one head can keep
     has_text_lengths: bool
+    order: Order
     device: Device
 
 
@@ -119,6 +133,8 @@ class Backend:
       function: `f(q, k, v, mask, *, layout, scale, text_lengths) -> (out, lse)`.
         Inputs were validated. `text_lengths` is int32 [B] or None. Rows without a
         valid key are zeros in `out` and -inf in `lse`.
+      takes_raster: Whether the function takes `order`, and tokens in raster order.
+        Others get them in tiled order.
       why_unsupported: Why it cannot take a problem, or None if it can.
       why_slow: Why "auto" should tell the user that a faster path exists for this
         device but does not run, or None.
@@ -128,6 +144,7 @@ class Backend:
     function: BackendFunction
     why_unsupported: Callable[[Problem], str | None]
     why_slow: Callable[[Problem], str | None]
+    takes_raster: bool = False
 
 
 def current_device(*arrays: object) -> Device:

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sm90_softmax as softmax
+from pallas_kernels import sm90_wgmma
 from pallas_kernels.sm90_plan import (
     ALIGNMENT,
     BLOCK,
@@ -23,10 +24,11 @@ from pallas_kernels.sm90_plan import (
     Plan,
     Signals,
     Tile,
-    entry_of,
+    Width,
+    block_of,
+    bounds_of_width,
     for_each_tile,
-    start_of,
-    unit_of,
+    token_of_row,
 )
 from pallas_kernels.sm90_softmax import WGMMA, WGMMA_ROW
 
@@ -55,12 +57,20 @@ def consume(
         del index
         plgpu.barrier_wait(q_full)
         q_rows = q_smem.at[wg]
-        ring = _Ring(plan, wg, kv_smem, kv_full, signals)
-        acc, reference, total, slot = lax.cond(
-            tile.count > 0,
-            lambda: _attend_list(gmem, plan, tile, q_rows, ring, slot),
-            lambda: (_zero_acc(plan), _zero_rows(), _zero_rows(), slot),
-        )
+        state = (_zero_acc(plan), softmax.no_reference(plan), _zero_rows(), slot)
+        for number, width in enumerate(plan.widths):
+            begin, end = bounds_of_width(gmem, plan, tile, number)
+            ring = _Ring(plan, wg, width.tokens, kv_smem, kv_full, signals)
+            state = lax.cond(
+                end > begin,
+                functools.partial(
+                    _attend_width, gmem, plan, tile, width, begin, end, q_rows, ring
+                ),
+                lambda *state: state,
+                *state,
+            )
+        acc, reference, total, slot = state
+        total = softmax.row_sums(plan, total)
         _commit_emulated_reads(plan)
         _store_tile(
             gmem, plan, tile, wg, acc, reference, total, q_rows, lse_smem.at[wg]
@@ -80,6 +90,7 @@ class _Ring:
 
     plan: Plan
     wg: jax.Array
+    width: int  # keys of a block that are used
     kv_smem: jax.Ref
     kv_full: jax.Ref
     signals: Signals
@@ -88,8 +99,12 @@ class _Ring:
         """Waits until a block has landed; once for each."""
         plgpu.barrier_wait(self.kv_full.at[slot])
 
-    def block(self, slot):
+    def whole_block(self, slot):
         return self.kv_smem.at[slot]
+
+    def block(self, slot):
+        block = self.whole_block(slot)
+        return block if self.width == BLOCK else block.at[pl.ds(0, self.width)]
 
     def free(self, slot):
         _commit_emulated_reads(self.plan)
@@ -117,21 +132,40 @@ def _zero_rows():
     return plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA_ROW)
 
 
-def _attend_list(gmem, plan: Plan, tile: Tile, q_rows, ring: _Ring, slot):
-    """Walks a list of at least one key block, whose first K block is in `slot`.
+def _attend_width(
+    gmem,
+    plan: Plan,
+    tile: Tile,
+    width: Width,
+    begin,
+    end,
+    q_rows,
+    ring: _Ring,
+    acc,
+    reference,
+    total,
+    slot,
+):
+    """Walks the key blocks of one width, at least one, whose first K is in `slot`.
 
-    Returns the weighted values, the reference of the weights and their sum for every
-    row, and the slot after the last block's.
+    Takes and returns the weighted values, the reference of the weights and their
+    partial sums for every row, and the slot of the next block.
     """
-    valid_of = functools.partial(_valid_keys, gmem, plan, tile)
-    valid, next_valid = valid_of(0), valid_of(1)
+    valid_of = functools.partial(_valid_keys, gmem, plan, tile, width)
+    valid, next_valid = valid_of(begin), valid_of(begin + 1)
     dtype = q_rows.dtype
 
     ring.wait(slot)
     logits = _logits(plan, q_rows, ring.block(slot))
     ring.free(slot)
     logits = _mask_keys(logits, valid)
-    weights, reference, total = softmax.first_weights(plan, logits)
+    reference = softmax.first_reference(plan, logits, reference, begin == 0)
+    weights, reference, total, correction = softmax.next_weights(
+        plan, logits, reference, total
+    )
+    acc, weights, reference, total = softmax.correct(
+        plan, correction, acc, weights, reference, total
+    )
     next_slot = ring.after(slot)
     ring.wait(next_slot)
 
@@ -151,22 +185,24 @@ def _attend_list(gmem, plan: Plan, tile: Tile, q_rows, ring: _Ring, slot):
         acc, weights, reference, total = softmax.correct(
             plan, correction, acc, weights, reference, total
         )
+        # Not before the product with the last weights is done: ptxas would take
+        # them for the same registers and wait for every single wgmma.
         weights = weights.astype(dtype)
         return acc, weights, reference, total, next_valid, ring.after(v_slot)
 
     weights = weights.astype(dtype)
-    carry = (_zero_acc(plan), weights, reference, total, next_valid, next_slot)
-    acc, weights, reference, total, _, last = lax.fori_loop(1, tile.count, step, carry)
-    acc = _add_values(plan, acc, weights, ring.block(last))
+    carry = (acc, weights, reference, total, next_valid, next_slot)
+    acc, weights, reference, total, _, last = lax.fori_loop(begin + 1, end, step, carry)
+    acc = _add_values(plan, acc, weights, ring, last)
     ring.free(last)
-    return acc, reference, softmax.row_sums(plan, total), ring.after(last)
+    return acc, reference, total, ring.after(last)
 
 
-def _valid_keys(gmem, plan: Plan, tile: Tile, step):
+def _valid_keys(gmem, plan: Plan, tile: Tile, width: Width, step):
     """Valid tokens of the key block of a step, or None where all are full."""
-    if not plan.masks_keys:
+    if not width.masks:
         return None
-    return gmem.valid[tile.batch, gmem.block_ids[tile.list_row, entry_of(tile, step)]]
+    return gmem.valid[tile.batch, block_of(gmem, plan, tile, step)]
 
 
 def _mask_keys(logits, valid):
@@ -177,7 +213,7 @@ def _mask_keys(logits, valid):
         column = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=WGMMA)
         return jnp.where(column < valid, logits, -jnp.inf)
 
-    return lax.cond(valid < BLOCK, mask, lambda: logits)
+    return lax.cond(valid < logits.shape[1], mask, lambda: logits)
 
 
 def _store_tile(gmem, plan: Plan, tile, wg, acc, reference, total, o_smem, lse_smem):
@@ -186,11 +222,14 @@ def _store_tile(gmem, plan: Plan, tile, wg, acc, reference, total, o_smem, lse_s
     They go through the shared memory of their queries, which nobody reads any more.
     """
     has_key = total != 0.0  # true for NaN, which must not become zero
+    needs_repair = softmax.needs_repair(plan, total, tile.count)
     if plan.masks_queries:
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=WGMMA_ROW)
         has_key &= row + wg * ROWS < gmem.valid[tile.batch, tile.block]
     safe_total = jnp.where(has_key, total, 1.0)
     lse = jnp.where(has_key, reference * LN_2 + jnp.log(safe_total), -jnp.inf)
+    if needs_repair is not None:
+        lse = jnp.where(needs_repair, jnp.inf, lse)
     factor = jnp.where(has_key, 1.0 / safe_total, 0.0)
     out = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
     lse_smem[...] = lse
@@ -201,26 +240,31 @@ def _store_tile(gmem, plan: Plan, tile, wg, acc, reference, total, o_smem, lse_s
         gmem.lse.at[tile.list_row, tile.block, pl.ds(wg * ROWS, ROWS)],
         commit_group=False,
     )
-    first = start_of(gmem, plan, tile.block) * unit_of(plan) + wg * ROWS
 
-    def store(row, num_rows):
-        tokens = pl.ds(first + row, num_rows)
-        target = gmem.out.at[tile.batch, tokens, tile.head]
+    def store(row, token, num_rows):
+        target = gmem.out.at[tile.batch, pl.ds(token, num_rows), tile.head]
         source = o_smem.at[pl.ds(row, num_rows)]
         plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+    def store_all():
+        run = min(plan.run, ROWS)
+        for row in range(0, ROWS, run):
+            store(row, token_of_row(gmem, plan, tile.block, wg * ROWS + row), run)
 
     def store_short(length):
         # A swizzled buffer can be cut at multiples of ALIGNMENT rows, and so are the
         # short blocks of the sequences that are read in place.
         @pl.loop(0, lax.div(jnp.maximum(length, 0), jnp.int32(ALIGNMENT)))
         def _(step):
-            store(step * ALIGNMENT, ALIGNMENT)
+            row = step * ALIGNMENT
+            token = token_of_row(gmem, plan, tile.block, wg * ROWS + row)
+            store(row, token, ALIGNMENT)
 
     if plan.has_short_blocks:
         length = gmem.lengths[tile.block] - wg * ROWS
-        lax.cond(length >= ROWS, lambda: store(0, ROWS), lambda: store_short(length))
+        lax.cond(length >= ROWS, store_all, lambda: store_short(length))
     else:
-        store(0, ROWS)
+        store_all()
     plgpu.commit_smem_to_gmem_group()
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -234,22 +278,20 @@ def _logits(plan: Plan, q_rows, k_block):
         plgpu.wgmma(logits_ref, q_rows, k_block.T)
         return logits_ref[...]
 
-    return pl.run_scoped(product, plgpu.ACC((ROWS, BLOCK), jnp.float32))
+    return pl.run_scoped(product, plgpu.ACC((ROWS, k_block.shape[0]), jnp.float32))
 
 
-def _add_values(plan: Plan, acc, weights, v_block):
+def _add_values(plan: Plan, acc, weights, ring: "_Ring", slot):
     """acc + weights @ v, waited for."""
     if plan.emulate_wgmma:
-        return acc + _emulated_dot(weights, v_block[...])
-
-    def product(acc_ref):
-        plgpu.wgmma(acc_ref, weights, v_block)
-
-    return pl.run_state(product)(plgpu.ACC.init(acc))
+        return acc + _emulated_dot(weights, ring.block(slot)[...])
+    acc = sm90_wgmma.issue(acc, weights, ring.whole_block(slot))
+    plgpu.wgmma_wait(0)
+    return sm90_wgmma.settle(acc)
 
 
 def _overlapped_step(
-    plan: Plan, q_rows, acc, weights, weigh, ring: _Ring, k_slot, v_slot
+    plan: Plan, q_rows, acc, weights, weigh, ring: "_Ring", k_slot, v_slot
 ):
     """One step: new logits, the last weights times V, and weights of the new logits.
 
@@ -262,43 +304,34 @@ def _overlapped_step(
         logits = _logits(plan, q_rows, ring.block(k_slot))
         ring.free(k_slot)
         ring.wait(v_slot)
-        acc = _add_values(plan, acc, weights, ring.block(v_slot))
+        acc = _add_values(plan, acc, weights, ring, v_slot)
         ring.pass_turn()
         ring.free(v_slot)
         ring.wait(ring.after(v_slot))
         return acc, *weigh(logits)
 
     def products(logits_ref):
-        def with_acc(refs):
-            acc_ref, *result_refs = refs
-            plgpu.wgmma(logits_ref, q_rows, ring.block(k_slot).T)
-            ring.wait(v_slot)
-            plgpu.wgmma(acc_ref, weights, ring.block(v_slot))
-            ring.pass_turn()
-            logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
-            # Keeps the compiler from using the logits before the wait.
-            logits = lax.optimization_barrier(logits)
-            ring.free(k_slot)
-            results = lax.optimization_barrier(weigh(logits))
-            for ref, value in zip(result_refs, results, strict=True):
-                ref[...] = value
-            # Looking for the next block here also keeps the compiler from putting the
-            # softmax off until the second product is done: it moves arithmetic past
-            # the wait for a product, but not past this loop.
-            ring.wait(ring.after(v_slot))
-            plgpu.wgmma_wait(0)
-
-        row = _zero_rows()
-        block = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), WGMMA)
-        correction = jnp.int32(0) if plan.config.lazy else row
-        return pl.run_state(with_acc)(
-            (plgpu.ACC.init(acc), block, row, row, correction)
-        )
+        plgpu.wgmma(logits_ref, q_rows, ring.block(k_slot).T)
+        ring.wait(v_slot)
+        new_acc = sm90_wgmma.issue(acc, weights, ring.whole_block(v_slot))
+        ring.pass_turn()
+        logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
+        # Keeps the compiler from using the logits before the wait.
+        logits = lax.optimization_barrier(logits)
+        ring.free(k_slot)
+        results = lax.optimization_barrier(weigh(logits))
+        # Looking for the next block here also keeps the compiler from putting the
+        # softmax off until the second product is done: it moves arithmetic past the
+        # wait for a product, but not past this loop.
+        ring.wait(ring.after(v_slot))
+        plgpu.wgmma_wait(0)
+        return sm90_wgmma.settle(new_acc), *results
 
     # The accumulator is made right before its first product: only then does ptxas
     # drop the 64 zeros that the product would be added to.
     ring.take_turn()
-    acc, *results = pl.run_scoped(products, plgpu.ACC((ROWS, BLOCK), jnp.float32))
+    logits_type = plgpu.ACC((ROWS, ring.width), jnp.float32)
+    acc, *results = pl.run_scoped(products, logits_type)
     ring.free(v_slot)
     return acc, *results
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
@@ -30,6 +31,7 @@ class KernelConfig:
     overlap: bool = True  # issue the next logits before the product with V
     named_barriers: bool = True  # consumers signal through the hardware's barriers
     lazy: bool = True  # search only a row's first block for its maximum
+    pairs: bool = True  # two CTAs copy the keys of full rows for each other
     consumer_registers: int = 232
     producer_registers: int = 40
 
@@ -58,16 +60,34 @@ class Plan:
     head_dim: int
     num_ctas: int
     persistent: bool  # each CTA walks any number of tiles, else one
+    pairs: bool  # two CTAs are a cluster and share the keys of full rows
+    is_dense: bool  # every list is full, and none is read
     scale: float
     starts_are_multiples: bool  # block r starts at token r * BLOCK
-    masks_keys: bool  # some key block has fewer than BLOCK valid tokens
+    run: int  # tokens of a block that lie together in memory; BLOCK if all do
+    widths: tuple["Width", ...]  # widest first; lists have them in this order
     masks_queries: bool  # some query inside a block is padding
     has_short_blocks: bool
+    grows: bool  # weights of float16 overflow: references must follow the logits
     emulate_wgmma: bool  # interpret mode has no wgmma with registers
 
     @property
     def uses_named_barriers(self) -> bool:
         return self.config.named_barriers and not self.emulate_wgmma
+
+    @property
+    def num_runs(self) -> int:
+        """Copies of a block."""
+        return BLOCK // self.run
+
+
+@dataclasses.dataclass(frozen=True)
+class Width:
+    """A class of key blocks, whose products are computed over this many keys."""
+
+    tokens: int
+    blocks: int  # how many the sequence has
+    masks: bool  # some block of the class has fewer valid tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +99,12 @@ class GlobalRefs:
     v: jax.Ref
     row_offsets: jax.Ref  # [B * N, R + 1]
     block_ids: jax.Ref  # [B * N, M]
+    width_ends: jax.Ref  # [B * N, R, widths], where in a list each width ends
+    full_list: jax.Ref  # [R], the blocks of a full row
     order: jax.Ref  # [num_tiles], tiles in the order in which CTAs take them
     num_tiles: jax.Ref  # [1], how many of them
     starts: jax.Ref  # [R], first token of each block over ALIGNMENT
+    strides: jax.Ref  # [R], tokens between two runs of a block over ALIGNMENT
     lengths: jax.Ref  # [R], tokens of each block
     valid: jax.Ref  # [B, R], tokens of each block that are not padding
     out: jax.Ref
@@ -98,44 +121,57 @@ class Tile:
     block: jax.Array
     first: jax.Array  # entry in block_ids
     count: jax.Array
+    is_shared: jax.Array | bool  # both CTAs of the pair have full rows of one head
+
+
+def smem_transforms() -> tuple[Any, ...]:
+    """How tokens lie in shared memory: as wgmma reads them."""
+    return (
+        plgpu.TilingTransform((ALIGNMENT, 64)),  # type: ignore[abstract]
+        plgpu.SwizzleTransform(128),  # type: ignore[abstract]
+    )
 
 
 def scratch_types(plan: Plan, dtype: jax.typing.DTypeLike) -> dict[str, Any]:
     """Shared memory and barriers of one CTA."""
-    transforms = (
-        plgpu.TilingTransform((ALIGNMENT, 64)),  # type: ignore[abstract]
-        plgpu.SwizzleTransform(128),  # type: ignore[abstract]
-    )
+    transforms = smem_transforms()
     slots, dim = plan.config.num_slots, plan.head_dim
     rows = (NUM_CONSUMERS, ROWS)
-    return {
+    scratch = {
         "q_smem": plgpu.SMEM((*rows, dim), dtype, transforms=transforms),
         "kv_smem": plgpu.SMEM((slots, BLOCK, dim), dtype, transforms=transforms),
         "lse_smem": plgpu.SMEM(rows, jnp.float32),
-        "q_full": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
+        "q_full": plgpu.Barrier(num_arrivals=max(plan.num_runs, NUM_CONSUMERS)),
         "q_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
-        "kv_full": plgpu.Barrier(num_barriers=slots),
+        "kv_full": plgpu.Barrier(num_arrivals=plan.num_runs, num_barriers=slots),
         "kv_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=slots),
         "turn": plgpu.Barrier(num_barriers=NUM_CONSUMERS),
     }
+    if plan.pairs:
+        scratch["pair_free"] = plgpu.ClusterBarrier(
+            collective_axes=("pair",), num_barriers=slots
+        )
+    return scratch
 
 
 def smem_bytes(config: KernelConfig, head_dim: int, itemsize: int) -> int:
     """Shared memory of one CTA, barriers included."""
     blocks = config.num_slots + 1  # K and V, Q
-    barriers = 2 * config.num_slots + 2 + NUM_CONSUMERS
+    barriers = 3 * config.num_slots + 2 + NUM_CONSUMERS
     return blocks * BLOCK * head_dim * itemsize + BLOCK * 4 + 8 * barriers
 
 
 def for_each_tile(gmem: GlobalRefs, plan: Plan, body, fill):
     """Calls `fill = body(tile, index, fill)` for the query blocks of this CTA."""
     cta = lax.axis_index("cta")
+    if plan.pairs:
+        return body(_tile_of_pair(gmem, plan), jnp.int32(0), fill)
+    if not plan.persistent:
+        return body(_tile(gmem, plan, cta), jnp.int32(0), fill)
 
     def step(index, fill):
         return body(_tile(gmem, plan, cta + index * plan.num_ctas), index, fill)
 
-    if not plan.persistent:
-        return step(jnp.int32(0), fill)
     return lax.fori_loop(0, num_own_tiles(gmem, plan), step, fill)
 
 
@@ -150,30 +186,76 @@ def _tile(gmem: GlobalRefs, plan: Plan, position) -> Tile:
     number = gmem.order[position]
     list_row = lax.div(number, jnp.int32(plan.num_blocks))
     block = lax.rem(number, jnp.int32(plan.num_blocks))
-    first = gmem.row_offsets[list_row, block]
+    if plan.is_dense:
+        first, last = jnp.int32(0), jnp.int32(plan.num_blocks)
+    else:
+        first = gmem.row_offsets[list_row, block]
+        last = gmem.row_offsets[list_row, block + 1]
     return Tile(
         batch=lax.div(list_row, jnp.int32(plan.num_heads)),
         head=lax.rem(list_row, jnp.int32(plan.num_heads)),
         list_row=list_row,
         block=block,
         first=first,
-        count=gmem.row_offsets[list_row, block + 1] - first,
+        count=last - first,
+        is_shared=False,
     )
 
 
-def entry_of(tile: Tile, step):
-    """Place in block_ids of what a list has for a step; its last step's beyond it."""
-    return tile.first + jnp.minimum(step, tile.count - 1)
+def _tile_of_pair(gmem: GlobalRefs, plan: Plan) -> Tile:
+    first, own = 2 * lax.axis_index("cta"), lax.axis_index("pair")
+    tile = _tile(gmem, plan, first + own)
+    peer = _tile(gmem, plan, first + 1 - own)
+    is_shared = (tile.list_row == peer.list_row) & (
+        jnp.minimum(tile.count, peer.count) == plan.num_blocks
+    )
+    return dataclasses.replace(tile, is_shared=is_shared)
 
 
-def start_of(gmem: GlobalRefs, plan: Plan, block):
-    """First token of a block, in units of `unit_of`."""
-    return block if plan.starts_are_multiples else gmem.starts[block]
+def shares_keys(gmem: GlobalRefs, plan: Plan) -> jax.Array | bool:
+    """Whether the two CTAs of a pair copy key blocks for each other."""
+    return _tile_of_pair(gmem, plan).is_shared if plan.pairs else False
 
 
-def unit_of(plan: Plan) -> int:
-    """Multiplied in where a copy begins: Mosaic must see that it is aligned."""
-    return BLOCK if plan.starts_are_multiples else ALIGNMENT
+def block_of(gmem: GlobalRefs, plan: Plan, tile: Tile, step):
+    """Key block of a step; that of the last step for steps beyond it.
+
+    A full row's list may have any order; both CTAs of a pair must take the same one.
+    """
+    step = jnp.minimum(step, tile.count - 1)
+    if plan.is_dense:
+        return gmem.full_list[step]
+    block = gmem.block_ids[tile.list_row, tile.first + step]
+    if not plan.pairs:
+        return block
+    return jnp.where(tile.is_shared, gmem.full_list[step], block)
+
+
+def bounds_of_width(gmem: GlobalRefs, plan: Plan, tile: Tile, index: int):
+    """First step, and the one after the last, with blocks of a width."""
+    if len(plan.widths) == 1:
+        return jnp.int32(0), tile.count
+    if plan.is_dense:
+        before = sum(width.blocks for width in plan.widths[:index])
+        return jnp.int32(before), jnp.int32(before + plan.widths[index].blocks)
+    ends = gmem.width_ends
+    begin = ends[tile.list_row, tile.block, index - 1] if index else jnp.int32(0)
+    return begin, ends[tile.list_row, tile.block, index]
+
+
+def token_of_row(gmem: GlobalRefs, plan: Plan, block, row):
+    """Where in memory the token of a row of a block is.
+
+    `row` is a multiple of ALIGNMENT, and Mosaic must see that the token is one.
+    """
+    if plan.starts_are_multiples:
+        return block * BLOCK + row
+    start = gmem.starts[block]
+    if plan.run == BLOCK:
+        return start * ALIGNMENT + row
+    run = lax.div(jnp.asarray(row, jnp.int32), jnp.int32(plan.run))
+    units = start + run * (gmem.strides[block] - plan.run // ALIGNMENT)
+    return units * ALIGNMENT + row
 
 
 def slot_of(plan: Plan, fill):
@@ -193,6 +275,7 @@ class Signals:
     q_free: jax.Ref
     kv_free: jax.Ref
     turn: jax.Ref
+    pair_free: jax.Ref | None = None
 
     def wait_q_free(self):
         self._wait(self.q_free, NAMED_Q_FREE, NUM_CONSUMERS + 1)
@@ -200,8 +283,17 @@ class Signals:
     def free_q(self):
         self._arrive(self.q_free, NAMED_Q_FREE, NUM_CONSUMERS + 1)
 
-    def wait_kv_free(self, slot):
+    def wait_kv_free(self, slot, is_shared: jax.Array | bool = False):
+        """Waits for the consumers; where blocks are shared, for the other CTA's too."""
         self._wait(self.kv_free.at[slot], NAMED_KV_FREE + slot, NUM_CONSUMERS + 1)
+        if self.pair_free is None:
+            return
+        pair_free = self.pair_free.at[slot]
+
+        @pl.when(is_shared)
+        def _():
+            plgpu.barrier_arrive(pair_free)
+            plgpu.barrier_wait(pair_free)
 
     def free_kv(self, slot):
         self._arrive(self.kv_free.at[slot], NAMED_KV_FREE + slot, NUM_CONSUMERS + 1)

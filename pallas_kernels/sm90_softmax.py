@@ -3,11 +3,13 @@
 A row's weights are exp2(logit - reference), in base 2. Any reference gives the same
 output; it only must be close enough to the logits for float32. There are two ways:
 
-Lazy, the usual one. The reference is the maximum of the row's first block. Later blocks
-are not searched for their maximum: a row grows its reference only where its sum of
-weights shows that logits have grown by more than GROWTH powers of two, which is rare.
-If logits grow by 2**128 from one block to the next the sum overflows, and so does the
-row's log-sum-exp; `hopper.py` has such query blocks computed again, exactly.
+Lazy, the usual one. The reference is the maximum of the row's first block, and later
+blocks are not searched for theirs. Bfloat16 has float32's range, so the reference just
+stays: weights may become as large as 2**64. A weight of float16 holds 2**15, so there a
+row grows its reference where its sum of weights shows that logits have grown by more
+than GROWTH powers of two. Either way a row whose sum ends outside what float32 adds
+safely tells so by an infinite log-sum-exp, and `hopper.py` has its query block computed
+again, exactly.
 
 Exact: the running maximum of online softmax (Milakov and Gimelshein, arXiv 1805.02867)
 in each step, as FlashAttention does.
@@ -31,6 +33,9 @@ from pallas_kernels.sm90_plan import ROWS, Plan
 
 LOG2_E = math.log2(math.e)
 GROWTH = 8.0  # powers of two; a float16 weight holds up to 2**15
+# Sums of a row that are trusted. Above, products with values could overflow; below,
+# weights were too small to add up, as after a first block without a key.
+LEAST_SUM, MOST_SUM = 2.0**-64, 2.0**64
 # Running maximum of a row that has met no key: far below every real logit, yet finite,
 # so that masked logits of -inf become exp2(-inf - finite) = 0 and never NaN.
 NO_MAXIMUM = -1e38
@@ -39,15 +44,21 @@ WGMMA = plgpu.Layout.WGMMA
 WGMMA_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
-def first_weights(plan: Plan, logits):
-    """Weights of a row's first block, its reference, and its partial sums."""
+def no_reference(plan: Plan):
+    """The reference of rows that have met no block."""
+    start = 0.0 if plan.config.lazy else NO_MAXIMUM
+    return plgpu.layout_cast(jnp.full((ROWS,), start, jnp.float32), WGMMA_ROW)
+
+
+def first_reference(plan: Plan, logits, reference, is_first):
+    """The reference to begin a list with, or the present one where it has begun."""
+    if not plan.config.lazy:
+        return reference
     logits, scale = _base_2(plan, logits)
-    reference = jnp.maximum(logits.max(axis=1) * scale, NO_MAXIMUM)
-    if plan.config.lazy:
-        # A first block without a key says nothing about the others.
-        reference = jnp.where(reference == NO_MAXIMUM, 0.0, reference)
-    weights = _weights(logits, scale, reference)
-    return weights, reference, _partial_sums(plan, weights)
+    maximum = logits.max(axis=1) * scale
+    # A first block without a key says nothing about the others.
+    maximum = jnp.where(maximum < NO_MAXIMUM, 0.0, maximum)
+    return lax.cond(is_first, lambda: maximum, lambda: reference)
 
 
 def next_weights(plan: Plan, logits, reference, total):
@@ -59,7 +70,8 @@ def next_weights(plan: Plan, logits, reference, total):
     if plan.config.lazy:
         weights = _weights(logits, scale, reference)
         sums = _partial_sums(plan, weights)
-        return weights, reference, total + sums, _any_grown(plan, sums)
+        grown = _any_grown(plan, sums) if plan.grows else jnp.int32(0)
+        return weights, reference, total + sums, grown
     maximum = jnp.maximum(reference, logits.max(axis=1) * scale)
     decay = jnp.exp2(reference - maximum)
     weights = _weights(logits, scale, maximum)
@@ -70,6 +82,8 @@ def correct(plan: Plan, correction, acc, weights, reference, total):
     """Makes all that was summed before, and new weights, refer to one reference."""
     if not plan.config.lazy:
         return acc * _along_rows(correction, acc), weights, reference, total
+    if not plan.grows:
+        return acc, weights, reference, total
 
     def grow():
         sums = row_sums(plan, _partial_sums(plan, weights))
@@ -80,6 +94,14 @@ def correct(plan: Plan, correction, acc, weights, reference, total):
         return acc * rows, weights * _along_rows(factor, weights), grown, total * factor
 
     return lax.cond(correction != 0, grow, lambda: (acc, weights, reference, total))
+
+
+def needs_repair(plan: Plan, total, num_blocks):
+    """Rows that must be computed again; None where all are exact."""
+    if not plan.config.lazy:
+        return None
+    is_trusted = (total >= LEAST_SUM) & (total <= MOST_SUM)  # false for NaN
+    return jnp.where(is_trusted, 0, num_blocks) > 0
 
 
 def row_sums(plan: Plan, partial_sums):

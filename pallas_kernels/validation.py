@@ -2,12 +2,18 @@
 
 import math
 import numbers
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.interfaces import SUPPORTED_DTYPES, BlockLayout, BlockLists
+from pallas_kernels.interfaces import (
+    SUPPORTED_DTYPES,
+    BlockLayout,
+    BlockLists,
+    Order,
+)
 
 
 def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -42,6 +48,12 @@ def check_tokens(q: jax.Array, grid: BlockLayout) -> None:
             f"q has shape {q.shape}, {q.shape[1]} tokens; {grid} has "
             f"{grid.num_tokens}, text included"
         )
+
+
+def check_order(order: str) -> None:
+    """Raises ValueError unless `order` names an order of tokens."""
+    if order not in get_args(Order):
+        raise ValueError(f"{order=} must be one of {get_args(Order)}")
 
 
 def check_mask(q: jax.Array, mask: BlockLists, grid: BlockLayout) -> None:

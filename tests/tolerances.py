@@ -26,6 +26,9 @@ GRADIENT = {"float32": {"rtol": 0, "atol": 2e-5}}
 # which the exponential turns into a relative error of the weights.
 HUGE_LOGITS = {"rtol": 0, "atol": 3e-2}
 
+# Log-sum-exp of logits of size 300 to 1e4: a few roundings of float32.
+HUGE_LSE = {"rtol": 1e-6, "atol": 0}
+
 # On a GPU, for standard normal inputs: the float32 sum of exponentials of logits
 # whose products were exact in float32.
 GPU_LSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -327,9 +327,11 @@ def _density_of_layers(
     """Share of token pairs each layer computed, the mean of rows and heads."""
     if step is None or masks is None:
         return jnp.ones(num_layers)
-    density = jax.vmap(lambda mask: mask.density.mean())
-    if masks.row_offsets.ndim == 5:  # guidance in two calls
-        per_layer = jax.vmap(density)(masks).mean(0)
-    else:
-        per_layer = density(masks)
+    calls = masks.row_offsets.shape[:-4]  # (2,) with guidance in two calls
+    # A layer at a time: the lists of all layers are large.
+    per_layer = jax.lax.map(
+        lambda mask: mask.density.mean(),
+        jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(calls) + 1 :]), masks),
+    )
+    per_layer = per_layer.reshape(-1, num_layers).mean(0)
     return jnp.where(step.dense, 1.0, per_layer)

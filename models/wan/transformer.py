@@ -447,7 +447,7 @@ def kept_density(
       masks: What the model returned, stacked over layers.
       step: What it ran with; its dense layers count as 1. None for no dense layer.
     """
-    density = jax.vmap(lambda mask: mask.density)(masks)
+    density = jax.lax.map(lambda mask: mask.density, masks)
     if step is None:
         return density
     return jnp.where(step.dense[:, None, None], 1.0, density)

@@ -11,6 +11,8 @@ import pytest
 from draft_jax.grid import VideoGrid
 from pallas_kernels import block_sparse_attention, chosen_backend, hopper, oracle
 from pallas_kernels.interfaces import current_device
+from pallas_kernels.partition_lists_sm90 import partition_lists
+from pallas_kernels.sm90_geometry import geometry
 from pallas_kernels.sm90_plan import KernelConfig
 from tests.pallas_kernels.reference import (
     compress,
@@ -64,13 +66,21 @@ CONFIGS = {
     "no-overlap": {"overlap": False},
     "shared-memory-barriers": {"named_barriers": False},
     "exact-softmax": {"lazy": False},
+    "no-pairs": {"pairs": False},
     "four-slots": {"num_slots": 4},
 }
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "scale", "has_lengths", "config"))
-def attend(q, k, v, mask, lengths, *, grid, scale, has_lengths, config=None):
-    return hopper.hopper_attention(
+@functools.partial(
+    jax.jit, static_argnames=("grid", "scale", "has_lengths", "order", "config")
+)
+def attend(
+    q, k, v, mask, lengths, *, grid, scale, has_lengths, order="tiled", config=None
+):
+    """Takes and returns tiled order; the kernel reads and writes `order`."""
+    if order == "raster":
+        q, k, v = (x[:, grid.raster_order] for x in (q, k, v))
+    out, lse = hopper.hopper_attention(
         q,
         k,
         v,
@@ -78,8 +88,12 @@ def attend(q, k, v, mask, lengths, *, grid, scale, has_lengths, config=None):
         layout=grid,
         scale=scale,
         text_lengths=lengths if has_lengths else None,
+        order=order,
         config=config,
     )
+    if order == "raster":
+        out, lse = out[:, grid.tile_order], lse[:, :, grid.tile_order]
+    return out, lse
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "scale", "has_lengths"))
@@ -113,10 +127,12 @@ def relative_error(x, want):
     return np.linalg.norm(x - want) / np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("order", ["tiled", "raster"])
 @pytest.mark.parametrize("name", CASES)
-def test_matches_numpy(name):
+def test_matches_numpy(name, order):
     case = CASES[name]
     lengths, options = options_of(case)
+    options["order"] = order
     qkv = random_qkv(case.grid, head_dim=case.head_dim, dtype=case.dtype)
     dense = random_mask(case.grid)
     poison()
@@ -153,8 +169,9 @@ def test_every_configuration(name, config):
     jax.tree.map(np.testing.assert_array_equal, again, (out, lse))
 
 
+@pytest.mark.parametrize("order", ["tiled", "raster"])
 @pytest.mark.parametrize("name", CASES)
-def test_random_masks(name):
+def test_random_masks(name, order):
     """Fresh inputs and masks through one compiled program, each run twice."""
     case = CASES[name]
     lengths, options = options_of(case)
@@ -163,8 +180,8 @@ def test_random_masks(name):
         qkv = random_qkv(case.grid, head_dim=case.head_dim, dtype=case.dtype, seed=seed)
         mask = compress(random_mask(case.grid, density=density, seed=seed), case.grid)
         poison()
-        out, lse = attend(*qkv, mask, lengths, **options)
-        again = attend(*qkv, mask, lengths, **options)
+        out, lse = attend(*qkv, mask, lengths, order=order, **options)
+        again = attend(*qkv, mask, lengths, order=order, **options)
         want, want_lse = reference(*qkv, mask, lengths, **options)
         jax.tree.map(np.testing.assert_array_equal, again, (out, lse))
         np.testing.assert_allclose(lse, want_lse, **GPU_LSE)
@@ -197,6 +214,26 @@ def test_huge_logits(scale):
     assert jnp.abs(jnp.where(jnp.isfinite(want_lse), want_lse, 0.0)).max() > 4e3
     assert relative_error(out, want) < 0.02
     np.testing.assert_allclose(lse, want_lse, **GPU_LSE)
+
+
+def test_partition_in_the_kernel_is_that_of_a_sort():
+    grid = VideoGrid(6, 30, 52, text_length=40)
+    places = geometry(grid, "tiled")
+    for density in (0.02, 0.3, 1.0):
+        mask = compress(random_mask(grid, density=density), grid)
+        offsets = mask.row_offsets.reshape(4, -1)
+        ids = mask.block_ids.reshape(4, -1)
+        results = [
+            partition_lists(
+                offsets, ids, places.width_of_block, num_classes=3, in_kernel=in_kernel
+            )
+            for in_kernel in (True, False)
+        ]
+        (got, got_ends), (want, want_ends) = results
+        np.testing.assert_array_equal(got_ends, want_ends)
+        for number in range(4):
+            size = int(offsets[number, -1])
+            np.testing.assert_array_equal(got[number, :size], want[number, :size])
 
 
 @pytest.mark.parametrize("growth", [12.0, 60.0, 400.0], ids=str)

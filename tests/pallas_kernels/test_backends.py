@@ -43,6 +43,27 @@ def attend(q, k, v, mask, grid, backend, scale=None, text_lengths=None):
     )
 
 
+@pytest.mark.parametrize("case", ["divisible", "text-before-ragged"])
+def test_raster_order_is_the_same_attention(backend, case):
+    """Against NumPy on tiled tokens, permuted here."""
+    grid, lengths = CASES[case]
+    qkv = random_qkv(grid, dtype="float32")
+    dense = random_mask(grid)
+    want, want_lse = numpy_attention(*qkv, dense, grid, text_lengths=lengths)
+    in_raster = [np.asarray(x)[:, grid.raster_order] for x in qkv]
+    out, lse = block_sparse_attention(
+        *map(jnp.asarray, in_raster),
+        compress(dense, grid),
+        grid=grid,
+        backend=backend,
+        text_lengths=as_lengths(lengths),
+        order="raster",
+        return_lse=True,
+    )
+    np.testing.assert_allclose(out, want[:, grid.raster_order], **ATTENTION["float32"])
+    np.testing.assert_allclose(lse, want_lse[:, :, grid.raster_order], **LSE["float32"])
+
+
 def as_lengths(lengths):
     return None if lengths is None else jnp.asarray(lengths, jnp.int32)
 

@@ -73,6 +73,7 @@ BAD_INPUTS = {  # changed arguments, error, what its message says
     "scale-type": ({"scale": jnp.ones(())}, TypeError, "scale=.*Python number"),
     "scale-bool": ({"scale": True}, TypeError, "scale=True must be"),
     "scale-nan": ({"scale": float("nan")}, ValueError, "scale=nan must be finite"),
+    "order": ({"order": "zigzag"}, ValueError, r"order='zigzag' must be one of"),
     "backend": ({"backend": "cuda"}, ValueError, "'cuda' is unknown; .* 'oracle'"),
     "lengths-float": ({"text_lengths": jnp.ones(2)}, TypeError, "dtype float32"),
     "lengths-shape": ({"text_lengths": jnp.ones(3, int)}, ValueError, r"\[batch\]"),
@@ -143,6 +144,7 @@ def problem_on(device):
         layout=GRID,
         capacity=9,
         has_text_lengths=False,
+        order="tiled",
         device=device,
     )
 
@@ -166,6 +168,33 @@ def test_auto_takes_hopper():
     choice = dispatch.choose(problem, "auto")
     assert choice.name == "hopper"
     assert choice.slower_because is None
+
+
+@pytest.mark.parametrize(
+    ("grid", "order", "cause"),
+    [
+        (VideoGrid(1, 45, 80), "raster", None),
+        (VideoGrid(1, 30, 52), "tiled", None),
+        (VideoGrid(1, 30, 52), "raster", 'tiles 16 tokens wide; order="tiled" needs'),
+        (
+            VideoGrid(1, 15, 26),
+            "tiled",
+            "start and end at multiples of 8 tokens",
+        ),
+        (VideoGrid(1, 5, 16), "tiled", "fewer than 128 tokens"),
+    ],
+    ids=str,
+)
+def test_auto_says_when_hopper_copies_its_inputs(grid, order, cause):
+    problem = dataclasses.replace(
+        problem_on(HOPPER), head_dim=128, layout=grid, order=order
+    )
+    choice = dispatch.choose(problem, "auto")
+    assert choice.name == "hopper"
+    if cause is None:
+        assert choice.slower_because is None
+    else:
+        assert re.search(f"are copied .*{cause}", choice.slower_because)
 
 
 def device_of(capability):

@@ -24,7 +24,7 @@ from tests.pallas_kernels.reference import (
     random_mask,
     random_qkv,
 )
-from tests.tolerances import ATTENTION, HUGE_LOGITS, LSE
+from tests.tolerances import ATTENTION, HUGE_LOGITS, HUGE_LSE, LSE
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 NUM_CTAS = 2  # fewer than query blocks, so that a CTA of a repair walks several
@@ -37,6 +37,8 @@ class Case:
     text_lengths: tuple[int, ...] = ()  # one for each batch item
     head_dim: int = 64
     dtype: str = "bfloat16"
+    order: str = "tiled"
+    density: float = 0.6
     config: dict[str, object] = dataclasses.field(default_factory=dict)
 
 
@@ -51,6 +53,12 @@ CASES = {
     "edge-tile-and-ragged-text": Case(
         grid=VideoGrid(1, 13, 16, text_length=40), text_lengths=(40, 7)
     ),
+    # An odd number of query blocks: a pair spans both heads, the others share keys.
+    "full-rows-in-pairs": Case(grid=VideoGrid(1, 8, 48), num_heads=2, density=1.0),
+    "raster-edges-and-text": Case(
+        grid=VideoGrid(1, 13, 32, text_length=40), order="raster"
+    ),
+    "three-widths": Case(grid=VideoGrid(1, 14, 20, text_length=136)),
     "text-before-and-empty": Case(
         grid=VideoGrid(1, 8, 16, text_length=136, text_side="before"),
         text_lengths=(0, 130),
@@ -71,7 +79,7 @@ def no_races(monkeypatch):
     assert not races.races_found
 
 
-def attend(q, k, v, mask, grid, lengths, *, scale=None, **config):
+def attend(q, k, v, mask, grid, lengths, *, scale=None, order="tiled", **config):
     config = KernelConfig(**{"num_slots": 3, **config})
     return hopper.hopper_attention(
         q,
@@ -81,6 +89,7 @@ def attend(q, k, v, mask, grid, lengths, *, scale=None, **config):
         layout=grid,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         text_lengths=jnp.asarray(lengths, jnp.int32) if lengths else None,
+        order=order,
         config=config,
         interpret=INTERPRET,
     )
@@ -89,7 +98,7 @@ def attend(q, k, v, mask, grid, lengths, *, scale=None, **config):
 def inputs(case):
     sizes = {"batch": len(case.text_lengths) or 1, "num_heads": case.num_heads}
     qkv = random_qkv(case.grid, head_dim=case.head_dim, dtype=case.dtype, **sizes)
-    return qkv, random_mask(case.grid, density=0.6, **sizes)
+    return qkv, random_mask(case.grid, density=case.density, **sizes)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -97,7 +106,14 @@ def test_matches_numpy(name):
     case = CASES[name]
     qkv, dense = inputs(case)
     mask = compress(dense, case.grid)
-    out, lse = attend(*qkv, mask, case.grid, case.text_lengths, **case.config)
+    given = qkv
+    if case.order == "raster":
+        given = [x[:, case.grid.raster_order] for x in qkv]
+    out, lse = attend(
+        *given, mask, case.grid, case.text_lengths, order=case.order, **case.config
+    )
+    if case.order == "raster":
+        out, lse = out[:, case.grid.tile_order], lse[:, :, case.grid.tile_order]
     want_out, want_lse = numpy_attention(
         *qkv, dense, case.grid, text_lengths=case.text_lengths or None
     )
@@ -129,7 +145,7 @@ def test_huge_logits(scale):
 
 def test_huge_logits_need_the_repair(monkeypatch):
     """Or the test above would say nothing about it."""
-    monkeypatch.setattr(hopper, "_repair", lambda q, k, v, work, *rest: rest[:2])
+    monkeypatch.setattr(hopper, "repair", lambda q, k, v, work, *rest: rest[:2])
     qkv, dense = huge_inputs()
     mask = compress(dense, HUGE_GRID)
     # Other options than those of any test before: compiled programs are kept.
@@ -139,18 +155,34 @@ def test_huge_logits_need_the_repair(monkeypatch):
 
 
 @pytest.mark.parametrize("growth", [12.0, 60.0], ids=str)
-def test_logits_that_grow_from_block_to_block(growth):
-    """Rows grow their reference; a weight of float16 holds 2**15."""
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_logits_that_grow_from_block_to_block(growth, dtype):
+    """Float16 grows its references; bfloat16 is computed again where needed."""
     grid = VideoGrid(1, 8, 48)
-    q, k, v = random_qkv(grid, batch=1, num_heads=1, head_dim=64, dtype="float16")
+    q, k, v = random_qkv(grid, batch=1, num_heads=1, head_dim=64, dtype=dtype)
     q = q.at[..., 0].set(1.0)
     block = np.arange(grid.num_tokens) // 128
-    k = k.at[..., 0].set((growth * block).astype("float16")[:, None])
+    k = k.at[..., 0].set((growth * block).astype(dtype)[:, None])
     dense = np.ones((1, 1, grid.num_blocks, grid.num_blocks), bool)
     out, lse = attend(q, k, v, compress(dense, grid), grid, (), scale=1.0)
     want_out, want_lse = numpy_attention(q, k, v, dense, grid, scale=1.0)
-    np.testing.assert_allclose(out.astype("float32"), want_out, **ATTENTION["float16"])
-    np.testing.assert_allclose(lse, want_lse, **LSE["float16"])
+    np.testing.assert_allclose(out.astype("float32"), want_out, **ATTENTION[dtype])
+    np.testing.assert_allclose(lse, want_lse, **LSE[dtype])
+
+
+def test_first_block_without_keys_and_logits_far_below_zero():
+    """All weights would be too small for float32 if the reference stayed 0."""
+    grid = VideoGrid(1, 8, 16, text_length=128, text_side="before")
+    q, k, v = random_qkv(grid, batch=1, num_heads=1, head_dim=64, dtype="bfloat16")
+    q, k = q.at[..., 0].set(20.0), k.at[..., 0].set(-20.0)
+    dense = np.ones((1, 1, grid.num_blocks, grid.num_blocks), bool)
+    out, lse = attend(q, k, v, compress(dense, grid), grid, (0,), scale=1.0)
+    want_out, want_lse = numpy_attention(
+        q, k, v, dense, grid, scale=1.0, text_lengths=(0,)
+    )
+    assert want_lse[0, 0, 128:].max() < -200
+    np.testing.assert_allclose(out.astype("float32"), want_out, **ATTENTION["bfloat16"])
+    np.testing.assert_allclose(lse, want_lse, **HUGE_LSE)
 
 
 def test_nan_stays_nan():

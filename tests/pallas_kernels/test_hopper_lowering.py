@@ -17,8 +17,10 @@ from pallas_kernels.sm90_plan import MAX_SMEM_BYTES, KernelConfig, smem_bytes
 
 HUNYUAN = VideoGrid(33, 48, 80)
 EDGES = VideoGrid(33, 45, 80, text_length=256)
-CASES = {  # grid, has text_lengths, head_dim, dtype
+CASES = {  # grid, has text_lengths, head_dim, dtype, order
     "divisible": (HUNYUAN, False, 128, "bfloat16"),
+    "raster": (EDGES, False, 128, "bfloat16", "raster"),
+    "raster-copied": (VideoGrid(2, 30, 52), False, 128, "bfloat16", "raster"),
     "head-dim-64": (HUNYUAN, False, 64, "float16"),
     "edges": (EDGES, False, 128, "bfloat16"),
     "edges-and-lengths": (EDGES, True, 64, "bfloat16"),
@@ -30,10 +32,11 @@ CONFIGS = {
     "no-overlap": {"overlap": False},
     "shared-memory-barriers": {"named_barriers": False},
     "exact-softmax": {"lazy": False},
+    "no-pairs": {"pairs": False},
 }
 
 
-def lower(grid, has_lengths, head_dim, dtype, config):
+def lower(grid, has_lengths, head_dim, dtype, order="tiled", *, config=None):
     """The program for batch 2 and 3 heads, from shapes alone."""
     q = jax.ShapeDtypeStruct((2, grid.num_tokens, 3, head_dim), dtype)
     mask = jax.eval_shape(lambda: BlockMask.full(grid=grid, batch=2, num_heads=3))
@@ -49,6 +52,7 @@ def lower(grid, has_lengths, head_dim, dtype, config):
             layout=grid,
             scale=head_dim**-0.5,
             text_lengths=lengths if has_lengths else None,
+            order=order,
             config=config,
         )
 
@@ -57,13 +61,13 @@ def lower(grid, has_lengths, head_dim, dtype, config):
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_shape_lowers(case):
-    assert "mosaic_gpu" in lower(*CASES[case], None).as_text()
+    assert "mosaic_gpu" in lower(*CASES[case]).as_text()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_configuration_lowers(name):
     config = dataclasses.replace(KernelConfig.for_head_dim(128), **CONFIGS[name])
-    assert "mosaic_gpu" in lower(*CASES["divisible"], config).as_text()
+    assert "mosaic_gpu" in lower(*CASES["divisible"], config=config).as_text()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -87,9 +91,9 @@ def test_bad_configuration_is_named(options, message):
 
 def test_unsupported_inputs_are_named():
     with pytest.raises(ValueError, match="bfloat16 and float16, not float32"):
-        lower(HUNYUAN, False, 128, "float32", None)
+        lower(HUNYUAN, False, 128, "float32")
     too_many = KernelConfig(num_slots=7)
     with pytest.raises(
         ValueError, match=r"num_slots=7 needs .* bytes of shared memory"
     ):
-        lower(HUNYUAN, False, 128, "bfloat16", too_many)
+        lower(HUNYUAN, False, 128, "bfloat16", config=too_many)

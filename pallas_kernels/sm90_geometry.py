@@ -1,0 +1,145 @@
+"""Where the blocks of a sequence lie in the arrays that the Hopper kernel reads."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from pallas_kernels.interfaces import BlockLayout, Order
+from pallas_kernels.sm90_plan import ALIGNMENT, BLOCK, ROWS, Width
+
+WIDTH_STEP = 16  # keys of one wgmma of weights and values
+MAX_WIDTHS = 3  # each is a loop of its own in the kernel's code
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Places of blocks, for one order of the tokens.
+
+    Attributes:
+      starts: First token of each block.
+      run: Tokens of a block that follow each other in memory; BLOCK if all do.
+      strides: Tokens from the start of a run to that of the next, for each block.
+      starts_are_multiples: Block r starts at token r * BLOCK and is in one piece.
+      stores_short_blocks: A short block is followed by another one's tokens.
+      gather: Token of each place, if blocks must be moved first, else None.
+      scatter: Place of each token among blocks of full length.
+      moves_lse: Whether the places, in order, are anything but the tokens.
+      widths: Classes of key blocks, widest first.
+      widths_with_text: The same where text may be shorter than its blocks.
+      width_of_block: Number of each block's class.
+      copied_because: Why `gather` is needed and what helps, or None.
+    """
+
+    starts: np.ndarray
+    run: int
+    strides: np.ndarray
+    starts_are_multiples: bool
+    stores_short_blocks: bool
+    gather: np.ndarray | None
+    scatter: np.ndarray
+    moves_lse: bool
+    widths: tuple[Width, ...]
+    widths_with_text: tuple[Width, ...]
+    width_of_block: np.ndarray
+    copied_because: str | None
+
+
+@functools.lru_cache(maxsize=64)
+def geometry(layout: BlockLayout, order: Order) -> Geometry:
+    """Decides how the kernel reads a sequence: in place, or copied first.
+
+    Swizzled copies start at multiples of 8 tokens. In tiled order that holds for tiles
+    of 8 x 16 on every grid whose edge tiles have a multiple of 8 tokens, which takes in
+    45 x 80 and 30 x 52. In raster order a block is rows of a tile, which must start at
+    multiples of 8 tokens too and be as long as the tile is wide: 45 x 80 does, 30 x 52
+    does not. Other sequences are copied to blocks of full length first.
+    """
+    lengths = layout.block_lengths
+    multiples = np.arange(layout.num_blocks, dtype=np.int32) * BLOCK
+    block = np.repeat(np.arange(layout.num_blocks), lengths)
+    scatter = multiples[block] + np.arange(layout.num_tokens)
+    scatter -= layout.block_starts[block]
+    if order == "raster":
+        scatter = scatter[layout.raster_order]
+    starts, strides, run, cause = _runs(layout, order)
+    gather = None
+    if cause is not None:
+        gather = _token_of_place(layout, order)
+        starts, strides, run = multiples, np.zeros_like(multiples), BLOCK
+    widths, width_of_block = _widths(layout, has_text_lengths=False)
+    return Geometry(
+        starts=starts,
+        run=run,
+        strides=strides,
+        starts_are_multiples=run == BLOCK and bool((starts == multiples).all()),
+        stores_short_blocks=cause is None and bool((lengths < BLOCK).any()),
+        gather=gather,
+        scatter=scatter,
+        moves_lse=not np.array_equal(scatter, np.arange(layout.num_blocks * BLOCK)),
+        widths=widths,
+        widths_with_text=_widths(layout, has_text_lengths=True)[0],
+        width_of_block=width_of_block,
+        copied_because=cause,
+    )
+
+
+def _runs(layout: BlockLayout, order: Order):
+    """Starts, strides and length of the runs of blocks, and why they do not serve."""
+    starts, lengths = layout.block_starts, layout.block_lengths
+    strides = np.zeros_like(starts)
+    unaligned = (
+        f"its blocks do not all start and end at multiples of {ALIGNMENT} tokens"
+    )
+    if layout.num_tokens < BLOCK:
+        return starts, strides, BLOCK, f"it has fewer than {BLOCK} tokens"
+    if order == "raster":
+        run = layout.tile[1]
+        if run % ALIGNMENT or BLOCK % run or (run > ROWS and run != BLOCK):
+            return starts, strides, run, f"its tile is {run} tokens wide"
+        first = layout.tile_order[starts]
+        second = layout.tile_order[np.minimum(starts + run, layout.num_tokens - 1)]
+        strides = np.where(lengths > run, second - first, run)
+        if not _are_regular(layout, first, strides, run):
+            cause = f"its frames cannot be cut into tiles {run} tokens wide"
+            return first, strides, run, f'{cause}; order="tiled" needs no copy'
+        starts = first
+    else:
+        run = BLOCK
+    for tokens in (starts, strides, lengths, np.array(layout.num_tokens)):
+        if (tokens % ALIGNMENT).any():
+            return starts, strides, run, unaligned
+    return starts, strides, run, None
+
+
+def _are_regular(layout: BlockLayout, first, strides, run: int) -> bool:
+    """Whether every block is runs of consecutive tokens at equal distances."""
+    block = np.repeat(np.arange(layout.num_blocks), layout.block_lengths)
+    row = np.arange(layout.num_tokens) - layout.block_starts[block]
+    token = first[block] + row // run * strides[block] + row % run
+    return bool((token == layout.tile_order).all())
+
+
+def _token_of_place(layout: BlockLayout, order: Order) -> np.ndarray:
+    """Which token goes to each place of blocks of full length; any past their end."""
+    place = layout.block_starts[:, None] + np.arange(BLOCK)
+    place = np.minimum(place, layout.num_tokens - 1).ravel()
+    return layout.tile_order[place] if order == "raster" else place
+
+
+def _widths(layout: BlockLayout, *, has_text_lengths: bool):
+    """Classes of blocks by length, and the class of each block."""
+    lengths = layout.block_lengths
+    needed = -(-lengths // WIDTH_STEP) * WIDTH_STEP
+    tokens = np.unique(needed)[::-1][:MAX_WIDTHS]
+    # The narrowest that is wide enough.
+    width_of_block = (tokens[None, :] >= needed[:, None]).sum(1) - 1
+    is_masked = lengths < tokens[width_of_block]
+    if has_text_lengths:
+        is_masked[layout.text_blocks] = True
+    classes = [width_of_block == number for number in range(len(tokens))]
+    widths = tuple(
+        Width(int(size), int(own.sum()), bool(is_masked[own].any()))
+        for size, own in zip(tokens, classes, strict=True)
+    )
+    return widths, width_of_block.astype(np.int32)

@@ -1,0 +1,59 @@
+"""Where blocks lie: checked by reading tokens as the kernel would."""
+
+import numpy as np
+import pytest
+
+from draft_jax.grid import VideoGrid
+from pallas_kernels.sm90_geometry import geometry
+from pallas_kernels.sm90_plan import BLOCK
+
+GRIDS = {  # grid, is read in place in tiled order, in raster order
+    "divisible": (VideoGrid(2, 16, 48), True, True),
+    "720p": (VideoGrid(2, 45, 80, text_length=256), True, True),
+    "480p": (VideoGrid(2, 30, 52), True, False),
+    "text-before": (
+        VideoGrid(2, 16, 32, text_length=40, text_side="before"),
+        True,
+        True,
+    ),
+    "odd": (VideoGrid(2, 15, 26, text_length=13), False, False),
+    "small": (VideoGrid(1, 5, 16), False, False),
+    "wide-tile": (VideoGrid(1, 6, 64, tile=(2, 64)), True, True),
+    "tile-of-one-row": (VideoGrid(2, 3, 128, tile=(1, 128)), True, True),
+    "narrow-tile": (VideoGrid(1, 32, 8, tile=(32, 4)), True, False),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("order", ["tiled", "raster"])
+def test_places_hold_the_tokens_of_their_blocks(name, order):
+    grid, *in_place = GRIDS[name]
+    places = geometry(grid, order)
+    assert (places.copied_because is None) == in_place[order == "raster"]
+    tokens = np.arange(grid.num_tokens)
+    # `memory[i]` is the tiled number of the token that the kernel finds at i.
+    memory = tokens if order == "tiled" else grid.raster_order
+    if places.gather is not None:
+        memory = memory[places.gather]
+    for block in range(grid.num_blocks):
+        length = int(grid.block_lengths[block])
+        row = np.arange(length)
+        place = places.starts[block] + row % places.run
+        place += row // places.run * places.strides[block]
+        want = grid.block_starts[block] + row
+        np.testing.assert_array_equal(memory[place], want, err_msg=str(block))
+        width = places.widths[places.width_of_block[block]]
+        assert length <= width.tokens <= BLOCK
+        assert width.tokens % 16 == 0
+        assert width.masks or length == width.tokens
+
+
+def test_widths_of_480p():
+    """Tiles of 8 x 16, 6 x 16, 8 x 4 and 6 x 4 tokens."""
+    places = geometry(VideoGrid(1, 30, 52), "tiled")
+    assert [(w.tokens, w.masks) for w in places.widths] == [
+        (128, False),
+        (96, False),
+        (32, True),
+    ]
+    assert np.bincount(places.width_of_block).tolist() == [9, 3, 4]
