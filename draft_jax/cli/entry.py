@@ -13,17 +13,21 @@ from typing import NoReturn
 import jax
 from tqdm import tqdm
 
+from models.umt5.embeddings import UnknownPromptError
+
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 DISTRIBUTION = "draft-attention-jax"
-# Bad values, a missing extra, files, damaged weights, and videos too large for the
-# device's memory. Anything else is a bug and shows its traceback.
+# Bad values, a missing extra, files, damaged weights, prompts without embeddings, and
+# videos too large for the device's memory. Anything else is a bug and shows its
+# traceback.
 USER_ERRORS = (
     ValueError,
     ImportError,
     OSError,
     FloatingPointError,
     MemoryError,
+    UnknownPromptError,
     jax.errors.JaxRuntimeError,
 )
 

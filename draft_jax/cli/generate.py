@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import get_args
 
 from draft_jax.cli import options
+from draft_jax.cli.model import Request, add_model_options, read_request
 from draft_jax.cli.progress import progress_bar
 from draft_jax.config import DraftConfig
 from models import metrics, plots, video_io
 from models.comparison import Comparison, run_report
-from models.wan.pipeline import GenerationResult, Sampling, VideoPipeline
+from models.wan.pipeline import GenerationResult, VideoPipeline
 from models.wan.sampler import GuidanceBatching
 
 EXAMPLES = """examples:
@@ -17,6 +18,8 @@ EXAMPLES = """examples:
   draft-video generate "a red ball bounces" --compare --sparsity 0.9
   draft-video generate "a green box turns" --dense --seed 7 --output outputs/box
   draft-video generate "a cat" --size 192x128 --frames 32 --mask-refresh 4
+  draft-video generate "a cat" --checkpoint DIR --size 720p --frames 81
+  draft-video generate "it turns" --checkpoint DIR --image cat.jpg --size 480p
 """
 
 
@@ -29,7 +32,7 @@ def add_parser(commands) -> None:
         epilog=EXAMPLES,
         formatter_class=options.HelpFormatter,
     )
-    options.add_model_options(parser)
+    add_model_options(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -67,50 +70,49 @@ def add_parser(commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Generates and writes; everything that can be wrong is checked first."""
     video_io.check_video_extra()
-    sampling = options.sampling_from(arguments)  # another model's may differ in size
     draft, _ = options.draft_from(arguments)
     fps = arguments.fps
     if fps is not None and not 0 < fps < float("inf"):
         raise ValueError(f"--fps {fps} must be a positive, finite number")
+    seed = options.sampling_from(arguments).seed
     folder = getattr(arguments, "output", None)
     if folder is None:
-        name = f"{options.slug(arguments.prompt)}-{sampling.seed}"
-        folder = Path("outputs") / name
+        folder = Path("outputs") / f"{options.slug(arguments.prompt)}-{seed}"
     options.check_writable(folder)
+    request = read_request(arguments)
     if arguments.compare:
-        metrics.check_ssim_size(sampling.height, sampling.width)
-    pipeline = options.load_pipeline(arguments)
-    sampling = options.sampling_from(arguments, pipeline.sampling)
+        metrics.check_ssim_size(request.sampling.height, request.sampling.width)
+    pipeline = request.load()
     fps = pipeline.fps if fps is None else fps
-    details = options.run_details(arguments, sampling)
+    if request.image is not None:
+        print(request.describe_image())
     if arguments.compare:
         comparison = Comparison(
-            dense=_generate(pipeline, arguments, sampling, None),
-            sparse=_generate(pipeline, arguments, sampling, draft),
+            dense=_generate(pipeline, request, None),
+            sparse=_generate(pipeline, request, draft),
         )
-        files = comparison.write(folder, fps=fps, details=details)
+        files = comparison.write(folder, fps=fps, details=request.details())
         print(_compare_summary(comparison))
     else:
         attention = None if arguments.dense else draft
-        result = _generate(pipeline, arguments, sampling, attention)
-        files = _write_single(folder, result, arguments, fps, details)
+        result = _generate(pipeline, request, attention)
+        files = _write_single(folder, result, request, fps)
         print(_times("video", result))
     for file in files:
         print(file)
 
 
 def _generate(
-    pipeline: VideoPipeline,
-    arguments: argparse.Namespace,
-    sampling: Sampling,
-    draft: DraftConfig | None,
+    pipeline: VideoPipeline, request: Request, draft: DraftConfig | None
 ) -> GenerationResult:
+    arguments, sampling = request.arguments, request.sampling
     _, schedule = options.draft_from(arguments)
     name = "dense" if draft is None else "sparse"
     with progress_bar(name, sampling.num_steps) as callback:
         return pipeline.generate(
             arguments.prompt,
             sampling,
+            image=request.image,
             draft=draft,
             schedule=schedule,
             guidance_batching=arguments.guidance_batching,
@@ -119,12 +121,9 @@ def _generate(
 
 
 def _write_single(
-    folder: Path,
-    result: GenerationResult,
-    arguments: argparse.Namespace,
-    fps: float,
-    details: dict,
+    folder: Path, result: GenerationResult, request: Request, fps: float
 ) -> list[Path]:
+    arguments = request.arguments
     (folder / "report.json").unlink(missing_ok=True)  # it tells of the files beside it
     files = [folder / "video.mp4"]
     video_io.write_mp4(files[0], result.video[0], fps=fps)
@@ -135,7 +134,7 @@ def _write_single(
         )
     files.append(folder / "report.json")
     attention = "dense" if arguments.dense else "draft"
-    report = details | {"attention": attention} | run_report(result)
+    report = request.details() | {"attention": attention} | run_report(result)
     video_io.write_json(files[-1], report)
     return files
 

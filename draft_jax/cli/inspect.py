@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from draft_jax.cli import options
+from draft_jax.cli.model import add_model_options, read_request
 from draft_jax.cli.progress import progress_bar
 from models import plots, video_io
 from models.wan.inspection import AttentionView, inspect_attention
@@ -25,7 +26,7 @@ def add_parser(commands) -> None:
         epilog=EXAMPLES,
         formatter_class=options.HelpFormatter,
     )
-    options.add_model_options(parser)
+    add_model_options(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -61,7 +62,6 @@ def add_parser(commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the model and draws."""
     video_io.check_video_extra()
-    options.sampling_from(arguments)  # raises before anything is loaded
     draft, schedule = options.draft_from(arguments)
     path = getattr(arguments, "output", None)
     if path is not None and path.suffix.lower() != ".png":
@@ -69,8 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
     if path is not None and path.is_dir():
         raise IsADirectoryError(f"--output {path} is a folder")
     options.check_writable(Path("outputs") if path is None else path.parent)
-    pipeline = options.load_pipeline(arguments)
-    sampling = options.sampling_from(arguments, pipeline.sampling)
+    request = read_request(arguments)
+    sampling = request.sampling
+    pipeline = request.load()
     step = getattr(arguments, "step", sampling.num_steps // 2)
     if path is None:
         name = f"{options.slug(arguments.prompt)}-{sampling.seed}-step{step}.png"
@@ -85,6 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
             pipeline,
             arguments.prompt,
             sampling,
+            image=request.image,
             step=step,
             draft=draft,
             schedule=schedule,

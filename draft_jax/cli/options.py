@@ -16,7 +16,7 @@ from typing import Any, get_args
 from draft_jax.config import DraftConfig, Pooling, Selection
 from draft_jax.schedule import SparsitySchedule
 from models.schedulers import SolverName
-from models.wan.pipeline import Sampling, VideoPipeline
+from models.wan.sampling import WAN_PIXELS, Sampling
 
 _SAMPLING = Sampling()
 _DRAFT = DraftConfig()
@@ -32,31 +32,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if any(action.default is value for value in unset):  # the seed 0 is shown
             return action.help
         return f"{action.help} (default: %(default)s)"
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The prompt, where the model is, and where results go."""
-    parser.add_argument("prompt", help="what the video shows, in quotes")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="folder of a published Wan model in the original or diffusers layout, or "
-        "its repository on the hub, such as Wan-AI/Wan2.1-T2V-1.3B; or a folder in the "
-        "format of models/mini/weights; the model that ships with the project if left "
-        "out",
-    )
-    parser.add_argument(
-        "--lora",
-        type=parse_lora,
-        action="append",
-        default=[],
-        metavar="FILE[:STRENGTH]",
-        help="adapter (safetensors) to merge into a Wan model; may be repeated",
-    )
-    parser.add_argument(
-        "--debug", action="store_true", help="show where an error came from"
-    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +53,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--size",
         size,
-        "width x height in pixels, multiples of 8 for the shipped model, of 16 for Wan",
+        "width x height in pixels, multiples of 8 for the shipped model, of 16 for "
+        "Wan; 480p is 832x480, 720p is 1280x720",
         type=parse_size,
         metavar="WxH",
     )
@@ -198,11 +174,15 @@ def draft_from(arguments: argparse.Namespace) -> tuple[DraftConfig, SparsitySche
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Width and height of "WxH"."""
+    """Width and height of "WxH", or of a name such as "480p", which is wide."""
+    if text in WAN_PIXELS:
+        height, width = WAN_PIXELS[text]
+        return width, height
     match = re.fullmatch(r"(\d+)[xX](\d+)", text)
     if match is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r} must be WIDTHxHEIGHT in pixels, such as 128x96"
+            f"{text!r} must be WIDTHxHEIGHT in pixels, such as 128x96, or one of "
+            f"{', '.join(WAN_PIXELS)}"
         )
     return int(match[1]), int(match[2])
 
@@ -246,11 +226,6 @@ def check_writable(folder: Path) -> None:
         raise OSError(
             f"--output {folder}: {existing} cannot be written to ({error.strerror})"
         ) from error
-
-
-def load_pipeline(arguments: argparse.Namespace) -> VideoPipeline:
-    """The pipeline that the options name."""
-    return VideoPipeline.from_checkpoint(arguments.checkpoint, loras=arguments.lora)
 
 
 def run_details(arguments: argparse.Namespace, sampling: Sampling) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-_FLOAT_NAMES = ("float32", "bfloat16", "float16")
+from models.config_checks import check_dtypes, check_positive_integers, check_published
+
 ACTIVATIONS = ("gelu", "quick_gelu")
 
 # Published name of each of our fields in a transformers `config.json`.
@@ -58,10 +59,8 @@ class CLIPVisionConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and not (type(value) is int and value >= 1):
-                raise ValueError(f"{field.name}={value!r} must be a positive integer")
+        sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
+        check_positive_integers(self, sizes)
         if self.num_layers < 2:
             raise ValueError(
                 f"{self.num_layers=} must be at least 2; the last is unused"
@@ -76,11 +75,7 @@ class CLIPVisionConfig:
             raise ValueError(f"{self.activation=} must be one of {ACTIVATIONS}")
         if not 0.0 < self.eps < math.inf:
             raise ValueError(f"{self.eps=} must be positive and finite")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in _FLOAT_NAMES:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be one of {_FLOAT_NAMES}"
-                )
+        check_dtypes(self)
 
     @property
     def num_tokens(self) -> int:
@@ -121,17 +116,7 @@ class CLIPVisionConfig:
           ValueError: The file is of another model or lacks sizes; all keys at fault
             are named.
         """
-        other = {
-            key: published[key]
-            for key, value in _FIXED.items()
-            if published.get(key, value) != value
-        }
-        if other:
-            expected = {key: _FIXED[key] for key in other}
-            raise ValueError(f"configuration has {other}; this port needs {expected}")
-        missing = [key for key in _PUBLISHED_FIELDS if published.get(key) is None]
-        if missing:
-            raise ValueError(f"configuration lacks the keys {missing}")
+        check_published(published, fixed=_FIXED, required=_PUBLISHED_FIELDS)
         sizes: dict[str, Any] = {
             ours: published[key] for key, ours in _PUBLISHED_FIELDS.items()
         }

@@ -15,12 +15,11 @@ from jaxtyping import Array, Float
 from models.clip.config import CLIPVisionConfig
 from models.clip.convert import load_clip_vision_encoder
 from models.clip.encoder import CLIPVisionEncoder
+from models.resize import resize_bicubic
 
 # Of red, green and blue in [0, 1] over CLIP's training images.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-
-_CUBIC = -0.75  # slope of PyTorch's bicubic kernel at distance 1; Pillow has -0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,47 +125,9 @@ def clip_pixels(
     Source: Wan2.1 `CLIPModel.visual`, which calls `torch.nn.functional.interpolate`
     with mode="bicubic" and align_corners=False.
     """
-    rows, columns = (bicubic_weights(n, size) for n in images.shape[1:3])
-    pixels = jnp.einsum(
-        "Hh,bhwc,Ww->bHWc",
-        rows,
-        images.astype(jnp.float32),
-        columns,
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    pixels = resize_bicubic(images, size, size)
     mean, std = jnp.array(MEAN, jnp.float32), jnp.array(STD, jnp.float32)
     return (0.5 * pixels + 0.5 - mean) / std
-
-
-def bicubic_weights(length: int, size: int) -> Float[np.ndarray, "size length"]:
-    """Share of every old sample (second axis) in each new one; rows sum to 1.
-
-    Args:
-      length: Old samples along one axis.
-      size: New samples; their centres are spread evenly over the same extent.
-
-    Source: PyTorch `upsample_bicubic2d`.
-    """
-    # Rounded where the published float32 code rounds, so that large images agree.
-    scale = np.float32(length) / np.float32(size)
-    centres = scale * (np.arange(size, dtype=np.float32) + np.float32(0.5))
-    centres = centres - np.float32(0.5)
-    left = np.floor(centres)
-    t = (centres - left).astype(np.float64)
-    weights = np.zeros((size, length))
-    for tap in range(-1, 3):
-        # Beyond the border, the outermost sample is repeated.
-        column = np.clip(left.astype(np.int64) + tap, 0, length - 1)
-        np.add.at(weights, (np.arange(size), column), _cubic_kernel(t - tap))
-    return weights.astype(np.float32)
-
-
-def _cubic_kernel(distance: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Keys' cubic convolution kernel."""
-    a, x = _CUBIC, np.abs(distance)
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((x - 5) * x + 8) * x * a - 4 * a
-    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
 @nnx.jit

@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from models.config_checks import check_dtypes, check_positive_integers, check_published
+
 # float16 is left out on purpose: activations of T5 encoders overflow it, which the
 # original code hides by clamping infinities.
 _FLOAT_NAMES = ("float32", "bfloat16")
@@ -71,10 +73,8 @@ class UMT5Config:
     param_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and not (type(value) is int and value >= 1):
-                raise ValueError(f"{field.name}={value!r} must be a positive integer")
+        sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
+        check_positive_integers(self, sizes)
         if self.num_buckets % 4:
             raise ValueError(f"{self.num_buckets=} must be a multiple of 4")
         if self.max_distance <= self.num_buckets // 4:
@@ -84,12 +84,7 @@ class UMT5Config:
             )
         if not 0.0 < self.eps < math.inf:
             raise ValueError(f"{self.eps=} must be positive and finite")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in _FLOAT_NAMES:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be one of {_FLOAT_NAMES}; "
-                    "activations of T5 encoders overflow float16"
-                )
+        check_dtypes(self, _FLOAT_NAMES, "activations of T5 encoders overflow float16")
 
     @classmethod
     def xxl(cls, **changes: Any) -> "UMT5Config":
@@ -122,17 +117,7 @@ class UMT5Config:
           ValueError: The file is of another model, such as T5, whose layers share
             one position bias, or lacks sizes; all keys at fault are named.
         """
-        other = {
-            key: published[key]
-            for key, value in _FIXED.items()
-            if published.get(key, value) != value
-        }
-        if other:
-            expected = {key: _FIXED[key] for key in other}
-            raise ValueError(f"configuration has {other}; this port needs {expected}")
-        missing = [key for key in _REQUIRED if published.get(key) is None]
-        if missing:
-            raise ValueError(f"configuration lacks the keys {missing}")
+        check_published(published, fixed=_FIXED, required=_REQUIRED)
         sizes: dict[str, Any] = {
             ours: published[key]
             for key, ours in _PUBLISHED_FIELDS.items()

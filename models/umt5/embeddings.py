@@ -22,6 +22,11 @@ from models.umt5.config import TEXT_LENGTH, UMT5Config
 from models.umt5.text_encoder import UMT5TextEncoder, pad_rows
 from models.umt5.tokenizer import UMT5Tokenizer, check_prompts, clean_prompt
 
+
+class UnknownPromptError(LookupError):
+    """There are no embeddings of a prompt, and no encoder to make them."""
+
+
 TokenVectors = Float[np.ndarray, "_ E"]
 _FORMAT = "draft-video-embedding-1"
 _SAMPLES, _SAMPLE_BYTES = 256, 2**16
@@ -126,7 +131,7 @@ class CachedTextEncoder:
 
         Raises:
           CheckpointError: A stored embedding is damaged.
-          LookupError: Prompts are not stored, and there is no encoder.
+          UnknownPromptError: Prompts are not stored, and there is no encoder.
           TypeError: `prompts` is a string, not a sequence of them.
           ValueError: There is no prompt.
         """
@@ -134,7 +139,7 @@ class CachedTextEncoder:
         rows = {prompt: self.cache.load(prompt) for prompt in prompts}
         missing = [prompt for prompt, row in rows.items() if row is None]
         if missing and self.load_encoder is None:
-            raise LookupError(
+            raise UnknownPromptError(
                 f"{self.cache.folder} holds no embeddings by this encoder of {missing}"
             )
         if missing and self.load_encoder is not None:
@@ -217,14 +222,14 @@ class GivenTextEncoder:
         """The context of the prompts, and how many of its rows are tokens.
 
         Raises:
-          LookupError: Embeddings of a prompt were not given.
+          UnknownPromptError: Embeddings of a prompt were not given.
           TypeError: `prompts` is a string, not a sequence of them.
           ValueError: There is no prompt.
         """
         check_prompts(prompts)
         unknown = [prompt for prompt in prompts if prompt not in self.embeddings]
         if unknown:
-            raise LookupError(
+            raise UnknownPromptError(
                 f"no embeddings were given for {unknown}; there are embeddings for "
                 f"{list(self.embeddings)}"
             )

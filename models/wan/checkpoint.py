@@ -7,7 +7,7 @@ of diffusers (the same names with -Diffusers); `LAYOUTS` lists their files.
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -200,6 +200,16 @@ class WanFolder:
             return load_torch(self.path / LAYOUTS["original"][part][0])
         return load_safetensors(self.path / part)
 
+    def weight_files(self, part: Part) -> list[Path]:
+        """The files of a part's weights; none for a part that has none."""
+        patterns = LAYOUTS[self.layout].get(part, ())
+        return sorted(
+            file
+            for pattern in patterns
+            if not pattern.endswith(".json")
+            for file in self.path.glob(pattern)
+        )
+
     def part_config(self, part: Part) -> dict[str, Any] | None:
         """A part's `config.json`; None in the original layout, which has one for the
         transformer only: its other parts are of one size in every Wan2.1 model.
@@ -211,6 +221,35 @@ class WanFolder:
         if not patterns[0].endswith(".json"):
             return None
         return _read_json(self.path / patterns[0])
+
+    def read_config[Config](
+        self,
+        part: Part,
+        read: Callable[..., Config],
+        default: Callable[..., Config],
+        **changes: Any,
+    ) -> Config:
+        """A part's sizes.
+
+        Args:
+          part: Any but the transformer, which has `config`.
+          read: Makes them from the part's `config.json`.
+          default: Makes them where the layout has no such file, or the part was not
+            checked for.
+          **changes: What both are given, such as `dtype`.
+
+        Raises:
+          CheckpointError: The file is missing or damaged, or of another model; it is
+            named.
+        """
+        stored = self.part_config(part) if part in self.parts else None
+        if stored is None:
+            return default(**changes)
+        try:
+            return read(stored, **changes)
+        except (ValueError, TypeError) as error:
+            file = self.path / LAYOUTS[self.layout][part][0]
+            raise CheckpointError(f"{file}: {error}") from error
 
     @property
     def tokenizer(self) -> Path:
@@ -255,14 +294,15 @@ class WanFolder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanParts:
-    """What a pipeline is made of.
+    """What a pipeline is made of, opened but not loaded.
 
-    The text encoder and autoencoders are left on disk, as arrays by key that are read
-    when they are used: they may be loaded to another device, or not at all.
+    Weights are left on disk, as arrays by key that are read when they are used: a
+    part may be loaded to another device, freed before the next is, or not loaded.
 
     Attributes:
       folder: Where everything comes from.
-      transformer: In memory, on JAX's default device.
+      config: Of the transformer.
+      weights: Of the transformer, adapters included.
       scheduler: How the model is sampled.
       text_encoder: UMT5's weights; None if they were not asked for.
       vae: The video autoencoder's weights; None if they were not asked for.
@@ -272,15 +312,31 @@ class WanParts:
     """
 
     folder: WanFolder
-    transformer: WanTransformer
+    config: WanConfig
+    weights: Mapping[str, Any]
     scheduler: SchedulerSettings
     text_encoder: Mapping[str, Any] | None
     vae: Mapping[str, Any] | None
     image_encoder: Mapping[str, Any] | None
     tokenizer: Path | None
 
+    def load_transformer(self) -> WanTransformer:
+        """The transformer, on JAX's default device.
 
-def load_wan_pipeline_parts(
+        Raises:
+          CheckpointError: The weights are damaged or do not fit `config.json`; every
+            key at fault is listed.
+        """
+        try:
+            return load_wan_transformer(self.weights, self.config)
+        except ConversionError as error:
+            raise CheckpointError(
+                f"the transformer of {self.folder.path} does not fit its config.json: "
+                f"{error}"
+            ) from error
+
+
+def open_wan_parts(
     name: str | os.PathLike,
     *,
     dtype: str = "bfloat16",
@@ -290,7 +346,7 @@ def load_wan_pipeline_parts(
     revision: str | None = None,
     **changes: Any,
 ) -> WanParts:
-    """Loads the transformer of a published model, and opens its other parts.
+    """Opens a published model: everything is checked but the weights' values.
 
     Args:
       name: The model's folder, or its repository on the hub, such as
@@ -305,7 +361,7 @@ def load_wan_pipeline_parts(
       **changes: Other fields of `WanConfig` to set, such as `tile`.
 
     Returns:
-      The parts; those with weights of their own not yet in memory.
+      The parts; nothing is in memory yet.
 
     Raises:
       CheckpointError: The model cannot be found, is incomplete, damaged, or of a
@@ -322,32 +378,19 @@ def load_wan_pipeline_parts(
     def weights_of(part: Part) -> Mapping[str, Any] | None:
         return folder.weights(part) if part in folder.parts else None
 
-    # Opened before the transformer is loaded, which takes minutes: errors come first.
-    others = {
-        part: weights_of(part) for part in ("text_encoder", "vae", "image_encoder")
-    }
-    scheduler = folder.scheduler() if "scheduler" in parts else SchedulerSettings()
     weights = folder.weights("transformer")
     for lora, scale in loras:
         weights = merge_lora(weights, lora, lora_names(weights), scale=scale)
     return WanParts(
         folder=folder,
-        transformer=_load_transformer(weights, config, path),
-        scheduler=scheduler,
+        config=config,
+        weights=weights,
+        scheduler=folder.scheduler() if "scheduler" in parts else SchedulerSettings(),
+        text_encoder=weights_of("text_encoder"),
+        vae=weights_of("vae"),
+        image_encoder=weights_of("image_encoder"),
         tokenizer=folder.tokenizer if "tokenizer" in parts else None,
-        **others,
     )
-
-
-def _load_transformer(
-    weights: Mapping[str, Any], config: WanConfig, path: Path
-) -> WanTransformer:
-    try:
-        return load_wan_transformer(weights, config)
-    except ConversionError as error:
-        raise CheckpointError(
-            f"the transformer of {path} does not fit its config.json: {error}"
-        ) from error
 
 
 def find_layout(path: str | os.PathLike) -> LayoutName | None:

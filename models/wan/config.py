@@ -7,9 +7,13 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 
 from draft_jax.config import DraftConfig
+from models.config_checks import (
+    check_dtypes,
+    check_positive_integers,
+    is_positive_integer,
+)
 
 AttentionName = Literal["dense", "draft"]
-_FLOAT_NAMES = ("float32", "bfloat16", "float16")
 
 # Published name of each of our fields in a diffusers `config.json`.
 _DIFFUSERS_FIELDS = {
@@ -99,10 +103,7 @@ class WanConfig:
 
     def __post_init__(self) -> None:
         optional = () if self.image_dim is None else ("image_dim",)
-        for name in _POSITIVE_FIELDS + optional:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer")
+        check_positive_integers(self, _POSITIVE_FIELDS + optional)
         for name, length in (("patch_size", 3), ("tile", 2)):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not _are_sizes(value, length):
@@ -126,11 +127,7 @@ class WanConfig:
             raise ValueError(
                 f"{self.attention=} must be one of {get_args(AttentionName)}"
             )
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in _FLOAT_NAMES:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be one of {_FLOAT_NAMES}"
-                )
+        check_dtypes(self)
 
     @property
     def head_dim(self) -> int:
@@ -255,10 +252,7 @@ _ORIGINAL_ONLY = ("model_type",)
 
 
 def _are_sizes(values: tuple, length: int) -> bool:
-    return len(values) == length and all(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        for value in values
-    )
+    return len(values) == length and all(map(is_positive_integer, values))
 
 
 def _read_diffusers_only(published: Mapping[str, Any]) -> dict[str, Any]:

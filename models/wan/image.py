@@ -1,9 +1,14 @@
-"""What an image-to-video model is told about its first frame, as latent channels."""
+"""First frames: fitted to the video, and as the latent channels a model is told."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from models.resize import resize_bicubic
 from models.wan.interfaces import Codec
+
+# Overshoot of an earlier resize is no reason to refuse an image.
+_MOST = 1.5
 
 
 def condition_latents(
@@ -35,3 +40,85 @@ def condition_latents(
     latents = codec.encode(jnp.pad(images.astype(jnp.float32)[:, None], rest))
     mask = jnp.zeros((batch, *shape[:3], codec.stride[0])).at[:, 0].set(1.0)
     return jnp.concatenate([mask, latents.astype(jnp.float32)], axis=-1)
+
+
+def as_images(
+    images: Float[Array | np.ndarray, "..."],
+) -> Float[Array, "B height width 3"]:
+    """A batch in float32 of one or more first frames.
+
+    Raises:
+      ValueError: They are not colour images, or not in [-1, 1].
+    """
+    given = jnp.asarray(images)
+    if not jnp.issubdtype(given.dtype, jnp.floating):
+        raise ValueError(
+            f"image has dtype {given.dtype}; expected floating-point numbers in [-1, 1]"
+        )
+    batch = given.astype(jnp.float32)
+    batch = batch[None] if batch.ndim == 3 else batch
+    if batch.ndim != 4 or batch.shape[-1] != 3 or 0 in batch.shape:
+        raise ValueError(
+            f"image has shape {given.shape}; expected [height, width, 3] or [batch, "
+            "height, width, 3], none of them 0"
+        )
+    most = float(jnp.abs(batch).max())
+    if not most <= _MOST:
+        raise ValueError(f"image has values up to {most:g}; expected [-1, 1]")
+    return batch
+
+
+def kept_part(
+    image_size: tuple[int, int],
+    video_size: tuple[int, int],
+    multiples: tuple[int, int],
+) -> tuple[slice, slice]:
+    """The rows and columns of an image that fill a video of another aspect ratio.
+
+    Scaled until it covers the video, the image stands out on two sides. By less than
+    one of `multiples` nothing is cut: the whole image is squeezed, which is what Wan
+    does, whose videos have the aspect ratio of their image up to such a rest. By more,
+    the middle of the image is kept.
+
+    Args:
+      image_size: Height and width in pixels.
+      video_size: Likewise.
+      multiples: Rows and columns that sides of a video are multiples of.
+    """
+    parts = [slice(0, side) for side in image_size]
+    for axis, other in ((0, 1), (1, 0)):
+        image, video = image_size[axis], video_size[axis]
+        across, video_across = image_size[other], video_size[other]
+        # In pixels of the video, times `across` to stay with whole numbers.
+        overhang = image * video_across - video * across
+        if overhang >= multiples[axis] * across:
+            kept = max(1, round(video * across / video_across))
+            start = (image - kept) // 2
+            parts[axis] = slice(start, start + kept)
+    rows, columns = parts
+    return rows, columns
+
+
+def fit_images(
+    images: Float[Array, "B _H _W 3"],
+    video_size: tuple[int, int],
+    multiples: tuple[int, int],
+) -> tuple[Float[Array, "B _h _w 3"], Float[Array, "B height width 3"]]:
+    """Images of any size as first frames of a video.
+
+    Args:
+      images: In [-1, 1].
+      video_size: Height and width of the video.
+      multiples: As in `kept_part`.
+
+    Returns:
+      The kept part in the image's own pixels, which the image encoder sees, and the
+      same resized to the video; equal if the size was right.
+
+    Source: Wan2.1 `WanI2V.generate`, where nothing is cut.
+    """
+    rows, columns = kept_part((images.shape[1], images.shape[2]), video_size, multiples)
+    kept = images[:, rows, columns]
+    if kept.shape[1:3] == tuple(video_size):
+        return kept, kept
+    return kept, resize_bicubic(kept, *video_size)

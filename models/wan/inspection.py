@@ -14,7 +14,8 @@ from draft_jax.draft_scores import draft_scores
 from draft_jax.grid import VideoGrid
 from draft_jax.schedule import SparsitySchedule
 from draft_jax.selection import compute_mask
-from models.wan.pipeline import Sampling, VideoPipeline
+from models.wan.interfaces import ImageCondition
+from models.wan.pipeline import Images, Sampling, VideoPipeline
 from models.wan.sampler import StepReport, model_inputs
 
 TOP_SHARE = 0.1  # of block pairs, in `AttentionView.top_mass`
@@ -51,6 +52,7 @@ def inspect_attention(
     sampling: Sampling | None = None,
     *,
     step: int,
+    image: Images | ImageCondition | None = None,
     draft: DraftConfig | None = None,
     schedule: SparsitySchedule | None = None,
     callback: Callable[[StepReport], None] | None = None,
@@ -62,6 +64,7 @@ def inspect_attention(
       prompt: One prompt.
       sampling: What is sampled.
       step: Which step to look at, 0 to num_steps - 1.
+      image: As in `VideoPipeline.generate`.
       draft: Draft attention, `DraftConfig()` by default.
       schedule: The paper's by default; it rules the steps before this one.
       callback: Called after each step.
@@ -77,7 +80,7 @@ def inspect_attention(
     if not 0 <= step < sampling.num_steps:
         raise ValueError(f"{step=} must be in 0 .. {sampling.num_steps - 1}")
     sampler, state, inputs = pipeline.start(
-        prompt, sampling, draft=draft, schedule=schedule
+        prompt, sampling, image=image, draft=draft, schedule=schedule
     )
     if step:
         step_fn, _ = pipeline.compile(sampler, state, inputs)

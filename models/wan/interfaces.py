@@ -58,8 +58,8 @@ class ImageEncoder(Protocol):
 
 
 @runtime_checkable
-class Codec(Protocol):
-    """Turns pixels into latents and back. Only videos from an image need `encode`."""
+class LatentSizes(Protocol):
+    """What a codec, or its configuration, says of its latents."""
 
     @property
     def stride(self) -> tuple[int, int, int]:
@@ -72,6 +72,11 @@ class Codec(Protocol):
           ValueError: Names a side that the codec has no latent for, and what it
             accepts.
         """
+
+
+@runtime_checkable
+class Codec(LatentSizes, Protocol):
+    """Turns pixels into latents and back. Only videos from an image need `encode`."""
 
     def encode(
         self, video: Float[Array, "B frames height width 3"]

@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +14,17 @@ from jaxtyping import Array, Bool, Float
 
 from draft_jax.config import DraftConfig
 from draft_jax.schedule import SparsitySchedule
-from models.clip.config import CLIPVisionConfig
-from models.clip.image_encoder import CLIPImageEncoder
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
-from models.umt5.config import UMT5Config
-from models.umt5.text_encoder import UMT5TextEncoder
-from models.wan.checkpoint import (
-    ALL_PARTS,
-    Part,
-    WanParts,
-    find_layout,
-    load_wan_pipeline_parts,
+from models.umt5.text_encoder import default_dtype
+from models.wan.checkpoint import ALL_PARTS, Part
+from models.wan.conditions import (
+    as_prompts,
+    check_context,
+    check_image_is_wanted,
+    join_contexts,
+    repeat_condition,
 )
-from models.wan.config import WanConfig
-from models.wan.image import condition_latents
+from models.wan.image import as_images, condition_latents, fit_images
 from models.wan.interfaces import (
     ClosedVocabulary,
     Codec,
@@ -38,6 +34,7 @@ from models.wan.interfaces import (
     TextContext,
     TextEncoder,
 )
+from models.wan.loading import is_wan, load_wan
 from models.wan.sampler import (
     GuidanceBatching,
     Sampler,
@@ -45,13 +42,11 @@ from models.wan.sampler import (
     StepInputs,
     StepReport,
 )
-from models.wan.sampling import Sampling, WanSize, WanTask
+from models.wan.sampling import Sampling
+from models.wan.sizes import latent_shape, side_multiples
+from models.wan.text import TextOptions
 from models.wan.transformer import WanTransformer
-from models.wan.vae.codec import WanVAECodec
-from models.wan.vae.config import WanVAEConfig
-from models.wan.vae.convert import load_wan_vae
 
-WAN_FPS = 16.0  # of the videos that Wan was trained on
 # One image, or one for each prompt.
 Images = (
     Float[Array | np.ndarray, "height width 3"]
@@ -122,6 +117,7 @@ class VideoPipeline:
         *,
         parts: Collection[Part] = ALL_PARTS,
         loras: Iterable[tuple[Path | str, float]] = (),
+        text: TextOptions | None = None,
     ) -> "VideoPipeline":
         """Loads a checkpoint, by default the model that ships.
 
@@ -130,8 +126,11 @@ class VideoPipeline:
         Args:
           path: A folder in the format of `models/mini/weights`, or a published Wan
             model: its folder, or its repository on the hub.
-          parts: What to load of a Wan model; see `load_wan_pipeline_parts`.
+          parts: What to load of a Wan model; see `open_wan_parts`.
           loras: Adapters to merge into a Wan model, each with its strength.
+          text: Where a Wan model's text encoder runs, whether it is freed before the
+            transformer is loaded, and where embeddings are kept. By default it stays
+            on the default device.
 
         Returns:
           A pipeline with the weights in memory.
@@ -140,48 +139,22 @@ class VideoPipeline:
           CheckpointError: The folder is missing, incomplete, or of another format.
           ConversionError: An adapter does not fit.
           ImportError: An optional package is needed and not installed.
-          ValueError: `parts` lacks the VAE, or adapters are given without a Wan model.
+          UnknownPromptError: `text` gives embeddings that lack one of its prompts.
+          ValueError: `parts` lacks the VAE, or options for Wan models are given for
+            another one.
         """
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        if path is not None and (find_layout(path) or not Path(path).exists()):
-            wan = load_wan_pipeline_parts(path, dtype=dtype, parts=parts, loras=loras)
-            return cls._from_wan(wan, dtype)
-        if adapters := [str(file) for file, _ in loras]:
-            raise ValueError(f"loras={adapters} fit Wan models only")
-        checkpoint = MiniCheckpoint.load(path, dtype=dtype)
+        if path is not None and is_wan(path):
+            return cls(**vars(load_wan(path, parts=parts, loras=loras, text=text)))
+        adapters = [str(file) for file, _ in loras]
+        if adapters or text not in (None, TextOptions()):
+            raise ValueError(f"loras={adapters} and {text=} fit Wan models only")
+        checkpoint = MiniCheckpoint.load(path, dtype=default_dtype())
         return cls(
             model=checkpoint.transformer,
             text_encoder=MiniTextEncoder(
                 checkpoint.vocabulary, checkpoint.text_embedding
             ),
             codec=checkpoint.codec,
-        )
-
-    @classmethod
-    def _from_wan(cls, wan: WanParts, dtype: str) -> "VideoPipeline":
-        if wan.vae is None:
-            raise ValueError("parts must hold 'vae', which decodes the latents")
-        stored = wan.folder.part_config("vae")
-        vae = WanVAEConfig.from_dict(stored) if stored else WanVAEConfig.wan2_1()
-        text_encoder = None
-        if wan.text_encoder is not None and wan.tokenizer is not None:
-            stored = wan.folder.part_config("text_encoder")
-            dtypes = {"dtype": dtype, "param_dtype": dtype}
-            text_encoder = UMT5TextEncoder.load(
-                wan.text_encoder,
-                wan.tokenizer,
-                config=UMT5Config.from_dict(stored, **dtypes)
-                if stored
-                else UMT5Config.xxl(**dtypes),
-                max_length=wan.transformer.config.text_length,
-            )
-        return cls(
-            model=wan.transformer,
-            text_encoder=text_encoder,
-            codec=WanVAECodec(model=load_wan_vae(wan.vae, vae)),
-            image_encoder=_image_encoder(wan, dtype),
-            sampling=_wan_sampling(wan),
-            fps=WAN_FPS,
         )
 
     def latent_shape(self, sampling: Sampling) -> LatentShape:
@@ -191,28 +164,7 @@ class VideoPipeline:
           ValueError: A side of the video does not suit the codec or the
             transformer's patches, or codec and transformer differ in channels.
         """
-        config, stride = self.model.config, self.codec.stride
-        for axis, name in ((1, "height"), (2, "width")):
-            value = getattr(sampling, name)
-            multiple = stride[axis] * config.patch_size[axis]
-            if value % multiple:
-                raise ValueError(
-                    f"{name}={value} must be a multiple of {multiple} for this model"
-                )
-        shape = self.codec.latent_shape(
-            frames=sampling.frames, height=sampling.height, width=sampling.width
-        )
-        if shape[0] % config.patch_size[0]:
-            raise ValueError(
-                f"frames={sampling.frames} gives {shape[0]} latent frames, which must "
-                f"be a multiple of {config.patch_size[0]} for this model"
-            )
-        if shape[-1] != config.out_channels:
-            raise ValueError(
-                f"the codec has {shape[-1]} latent channels; the transformer makes "
-                f"{config.out_channels}"
-            )
-        return shape
+        return latent_shape(sampling, self.model.config, self.codec)
 
     def encode(self, prompts: str | Sequence[str]) -> TextContext:
         """The context of prompts, which `generate` takes in their place.
@@ -220,39 +172,39 @@ class VideoPipeline:
         Raises:
           ValueError: There is no text encoder, no prompt, or an empty one.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts or not all(prompt.strip() for prompt in prompts):
-            raise ValueError(f"{prompts=} must be at least one prompt, none empty")
+        prompts = as_prompts(prompts)
         self._warn_of_unknown_words(prompts)
         return self._encode(prompts)
 
     def encode_images(self, images: Images, sampling: Sampling) -> ImageCondition:
         """The condition of first frames, which `generate` takes in their place.
 
+        Images of another size than the video are resized as Wan2.1 does it, after the
+        middle was cut out of those of clearly another aspect ratio: see `fit_images`
+        and `kept_part` in `models.wan.image`. The image encoder sees what is kept in
+        the image's own pixels.
+
         Args:
-          images: First frames in [-1, 1], of the video's size.
+          images: First frames in [-1, 1], of any size.
           sampling: Says the size and the number of frames.
 
         Raises:
-          ValueError: The images are of another size, or there is no encoder for the
-            tokens that the model takes.
+          ValueError: The images are not such, or there is no encoder for the tokens
+            that the model takes.
         """
         config = self.model.config
-        images = jnp.asarray(images, jnp.float32)
-        images = images if images.ndim == 4 else images[None]
-        size = (sampling.height, sampling.width)
-        if images.shape[1:3] != size:
-            raise ValueError(
-                f"image has {images.shape[1]} x {images.shape[2]} pixels; expected "
-                f"height x width = {size[0]} x {size[1]} of the video"
-            )
+        kept, images = fit_images(
+            as_images(images),
+            (sampling.height, sampling.width),
+            side_multiples(config, self.codec),
+        )
         tokens = None
         if config.image_dim is not None:
             if self.image_encoder is None:
                 raise ValueError(
                     "this pipeline has no image encoder: pass an ImageCondition"
                 )
-            tokens = self.image_encoder.encode(images)
+            tokens = self.image_encoder.encode(kept)
         latents = condition_latents(self.codec, images, frames=sampling.frames)
         return ImageCondition(latents, tokens)
 
@@ -278,8 +230,9 @@ class VideoPipeline:
           prompts: One or more prompts, or their context, sampled as one batch. The
             noise of an item depends on the seed and its position only.
           sampling: What is sampled; `self.sampling` by default.
-          image: First frame in [-1, 1], one or one for each prompt, or its condition;
-            for an image-to-video model and only there.
+          image: First frame in [-1, 1] of any size (`encode_images` says how it is
+            fitted), one or one for each prompt, or its condition; for an
+            image-to-video model and only there.
           negative_context: Stands for `sampling.negative_prompt`: one item, or one
             for each prompt. Not read if the guidance is 1.
           noise: Stands for the initial latents that `sampling.seed` draws.
@@ -349,11 +302,12 @@ class VideoPipeline:
 
         Takes and raises what `generate` does.
         """
-        latent_shape = self.latent_shape(sampling)
+        check_image_is_wanted(self.model.config, given=image is not None)
+        shape = self.latent_shape(sampling)
         context = self._context(prompts, sampling, negative_context)
         sampler = Sampler.create(
             self.model,
-            latent_shape=latent_shape,
+            latent_shape=shape,
             solver=sampling.make_solver(),
             draft=draft,
             schedule=schedule,
@@ -363,7 +317,7 @@ class VideoPipeline:
         inputs = StepInputs(
             *context,
             guidance=jnp.float32(sampling.guidance),
-            image=self._image(image, sampling, (batch, *latent_shape)),
+            image=self._image(image, sampling, batch, shape),
         )
         state = sampler.initial_state(batch, seed=sampling.seed, guided=sampling.guided)
         if noise is None:
@@ -401,8 +355,9 @@ class VideoPipeline:
         negative: TextContext | None,
     ) -> TextContext:
         """Rows of the prompts and, with guidance, those of negative prompts."""
+        config = self.model.config
         if isinstance(prompts, TextContext):
-            self._check_context("prompts", prompts)
+            check_context("prompts", prompts, config)
             positive = prompts
         else:
             positive = self.encode(prompts)
@@ -410,47 +365,22 @@ class VideoPipeline:
             return positive
         if negative is None:
             negative = self._encode([sampling.negative_prompt])
-        self._check_context("negative_context", negative)
-        batch, rows = len(positive.lengths), len(negative.lengths)
-        if rows not in (1, batch):
-            raise ValueError(
-                f"negative_context has {rows} items; expected 1 or {batch}, one for "
-                "each prompt"
-            )
-        return TextContext(
-            *(
-                jnp.concatenate([one, jnp.repeat(other, batch // rows, axis=0)])
-                for one, other in zip(positive, negative, strict=True)
-            )
-        )
+        check_context("negative_context", negative, config)
+        return join_contexts(positive, negative)
 
     def _image(
         self,
         image: Images | ImageCondition | None,
         sampling: Sampling,
-        latent_shape: tuple[int, ...],
+        batch: int,
+        shape: LatentShape,
     ) -> ImageCondition | None:
         """The condition of every item of the batch."""
-        config = self.model.config
-        channels = config.in_channels - config.out_channels
-        if (image is None) != (channels == 0):
-            kind = "an image-to-video" if channels else "a text-to-video"
-            given = "missing" if image is None else "given"
-            raise ValueError(f"image is {given}, but this is {kind} model")
         if image is None:
             return None
         if not isinstance(image, ImageCondition):
             image = self.encode_images(image, sampling)
-        batch, items = latent_shape[0], len(image.latents)
-        sides = (*latent_shape[1:-1], channels)
-        if items not in (1, batch) or image.latents.shape[1:] != sides:
-            raise ValueError(
-                f"image has {items} items with latents of shape "
-                f"{image.latents.shape[1:]}; expected 1 or {batch} of shape {sides}"
-            )
-        return jax.tree.map(
-            lambda leaf: jnp.repeat(leaf, batch // len(leaf), axis=0), image
-        )
+        return repeat_condition(image, batch, shape, self.model.config)
 
     def _encode(self, prompts: list[str]) -> TextContext:
         if self.text_encoder is None:
@@ -459,17 +389,6 @@ class VideoPipeline:
                 "TextContext, and with guidance a negative_context too"
             )
         return TextContext(*self.text_encoder.encode(prompts))
-
-    def _check_context(self, name: str, context: TextContext) -> None:
-        config = self.model.config
-        shape, lengths = context.embeddings.shape, context.lengths.shape
-        expected = (config.text_length, config.text_dim)
-        if shape[1:] != expected or lengths != shape[:1] or not shape[0]:
-            raise ValueError(
-                f"{name} has embeddings of shape {shape} and lengths of shape "
-                f"{lengths}; expected [batch, text_length, text_dim] = [batch, "
-                f"{expected[0]}, {expected[1]}] and [batch]"
-            )
 
     def _warn_of_unknown_words(self, prompts: list[str]) -> None:
         encoder = self.text_encoder
@@ -485,31 +404,3 @@ class VideoPipeline:
                 UnknownWordWarning,
                 skip_file_prefixes=(__file__,),  # the caller's line
             )
-
-
-def _image_encoder(wan: WanParts, dtype: str) -> CLIPImageEncoder | None:
-    if wan.image_encoder is None:
-        return None
-    stored = wan.folder.part_config("image_encoder")
-    dtypes = {"dtype": dtype, "param_dtype": dtype}
-    config = (
-        CLIPVisionConfig.from_dict(stored, **dtypes)
-        if stored
-        else CLIPVisionConfig.vit_h_14(**dtypes)
-    )
-    return CLIPImageEncoder.load(wan.image_encoder, config=config)
-
-
-def _wan_sampling(wan: WanParts) -> Sampling:
-    """Wan's own settings for this model; a folder of diffusers has its scheduler's.
-
-    The 1.3B model was trained at 480p only.
-    """
-    settings: dict[str, Any] = {"solver": wan.scheduler.solver}
-    if wan.folder.layout == "diffusers":
-        settings["shift"] = wan.scheduler.shift
-        settings["grid"] = wan.scheduler.grid if wan.scheduler.grid != "wan" else None
-    config = wan.transformer.config
-    size: WanSize = "720p" if config.dim >= WanConfig.t2v_14b().dim else "480p"
-    task: WanTask = "text" if config.image_dim is None else "image"
-    return Sampling.wan(size, task=task, **settings)

@@ -20,7 +20,8 @@ WAN_NEGATIVE_PROMPT = (
 # From an image, away from a shaking camera too.
 WAN_IMAGE_NEGATIVE_PROMPT = "镜头晃动，" + WAN_NEGATIVE_PROMPT
 
-_WAN_PIXELS: dict[WanSize, tuple[int, int]] = {"480p": (480, 832), "720p": (720, 1280)}
+# Height and width by name.
+WAN_PIXELS: dict[str, tuple[int, int]] = {"480p": (480, 832), "720p": (720, 1280)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class Sampling:
             raise ValueError(f"{size=} must be one of {get_args(WanSize)}")
         if task not in get_args(WanTask):
             raise ValueError(f"{task=} must be one of {get_args(WanTask)}")
-        height, width = _WAN_PIXELS[size]
+        height, width = WAN_PIXELS[size]
         from_text = task == "text"
         settings: dict[str, Any] = {
             "frames": 81,
@@ -107,7 +108,7 @@ class Sampling:
             "width": width,
             "num_steps": 50 if from_text else 40,
             "guidance": 5.0,
-            "shift": 5.0 if from_text or size == "720p" else 3.0,
+            "shift": wan_shift(task, height, width),
             "solver": "unipc",
             "negative_prompt": (
                 WAN_NEGATIVE_PROMPT if from_text else WAN_IMAGE_NEGATIVE_PROMPT
@@ -127,3 +128,10 @@ class Sampling:
         return make_solver(
             self.solver, num_steps=self.num_steps, shift=self.shift, grid=self.grid
         )
+
+
+def wan_shift(task: WanTask, height: int, width: int) -> float:
+    """The shift of the noise levels in Wan2.1's `generate.py`: 5, or 3 for videos from
+    an image at 480p, wide or tall."""
+    is_480p = sorted((height, width)) == sorted(WAN_PIXELS["480p"])
+    return 3.0 if task == "image" and is_480p else 5.0

@@ -1,7 +1,6 @@
 """Adapters against what PEFT merges (fixtures/make_lora_fixtures.py) and NumPy."""
 
 import json
-from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,28 +12,13 @@ from models.conversion import ConversionError
 from models.lora import MergedArray, merge_lora
 from models.memory_map import CheckpointError
 from models.safetensors_io import load_safetensors
-from models.wan.config import WanConfig
 from models.wan.convert import (
     export_wan_transformer,
     load_wan_transformer,
     lora_names,
 )
+from tests.published_wan import CONFIG, FIXTURES, ORIGINAL_KEYS, load_published
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-ORIGINAL_KEYS = json.loads((FIXTURES / "wan_original_keys.json").read_text())
-CONFIG = WanConfig(
-    dim=24,
-    ffn_dim=40,
-    num_heads=2,
-    num_layers=2,
-    in_channels=4,
-    out_channels=4,
-    text_dim=10,
-    text_length=7,
-    freq_dim=16,
-    tile=(2, 4),
-    dtype="float32",
-)
 # Float32 products of rank 3, added to weights of size one: measured 1.2e-7.
 MERGED = {"rtol": 0, "atol": 1e-6}
 
@@ -42,14 +26,7 @@ MERGED = {"rtol": 0, "atol": 1e-6}
 @pytest.fixture(scope="module")
 def weights():
     """Published weights by layout."""
-    tensors = safetensors.numpy.load_file(FIXTURES / "wan_divided.safetensors")
-    diffusers = {
-        key.removeprefix("weights/"): value
-        for key, value in tensors.items()
-        if key.startswith("weights/")
-    }
-    original = {ORIGINAL_KEYS[key]: value for key, value in diffusers.items()}
-    return {"diffusers": diffusers, "original": original}
+    return load_published("divided")
 
 
 def random_array(shape, seed=0, dtype=np.float32):
@@ -67,8 +44,9 @@ def test_file_of_diffusers_merges_as_peft_does(weights, layout):
     )
     expected = load_safetensors(FIXTURES / "lora_peft_merged.safetensors")
     changed = {key for key in merged if isinstance(merged[key], MergedArray)}
+    original_keys = ORIGINAL_KEYS["divided"]
     names = {
-        key: ORIGINAL_KEYS[key] if layout == "original" else key for key in expected
+        key: original_keys[key] if layout == "original" else key for key in expected
     }
     assert changed == set(names.values())
     assert list(merged) == list(weights[layout])

@@ -66,26 +66,8 @@ class WanVAECodec:
     def latent_shape(
         self, *, frames: int, height: int, width: int
     ) -> tuple[int, int, int, int]:
-        """The shape of one video's latent.
-
-        Args:
-          frames: Of the video: one more than a multiple of the stride.
-          height: Rows of pixels, a multiple of the stride.
-          width: Columns of pixels, likewise.
-
-        Returns:
-          Frames, rows, columns and channels.
-
-        Raises:
-          ValueError: A size is not such.
-        """
-        time, side, _ = self.stride
-        if frames < 1 or (frames - 1) % time:
-            raise ValueError(f"{frames=} must be 1 more than a multiple of {time}")
-        for name, value in (("height", height), ("width", width)):
-            if value < 1 or value % side:
-                raise ValueError(f"{name}={value} must be a multiple of {side}, not 0")
-        return (frames - 1) // time + 1, height // side, width // side, self.channels
+        """The shape of one video's latent; see `WanVAEConfig.latent_shape`."""
+        return self.model.config.latent_shape(frames=frames, height=height, width=width)
 
     def video_shape(
         self, frames: int, rows: int, columns: int

@@ -4,8 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from models.config_checks import (
+    check_dtypes,
+    check_positive_integers,
+    is_positive_integer,
+)
+
 ConvolutionName = Literal["3d", "2d"]
-_FLOAT_NAMES = ("float32", "bfloat16", "float16")
 
 # Published name of each of our fields in a diffusers `config.json`.
 _DIFFUSERS_FIELDS = {
@@ -83,13 +88,13 @@ class WanVAEConfig:
     convolution: ConvolutionName = "3d"
 
     def __post_init__(self) -> None:
-        for name in ("base_dim", "latent_channels", "num_res_blocks"):
-            if not _is_size(getattr(self, name)):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be a positive integer"
-                )
+        check_positive_integers(self, ("base_dim", "latent_channels", "num_res_blocks"))
         mult = self.dim_mult
-        if not isinstance(mult, tuple) or not mult or not all(map(_is_size, mult)):
+        if (
+            not isinstance(mult, tuple)
+            or not mult
+            or not all(map(is_positive_integer, mult))
+        ):
             raise ValueError(f"dim_mult={mult!r} must be a tuple of positive integers")
         if any(dim % 2 for dim in self.channels[1:]):
             raise ValueError(
@@ -97,11 +102,7 @@ class WanVAEConfig:
                 "decoder halves the channels: everywhere but in the first entry"
             )
         self._check_tuples()
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in _FLOAT_NAMES:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be one of {_FLOAT_NAMES}"
-                )
+        check_dtypes(self)
         if self.convolution not in get_args(ConvolutionName):
             raise ValueError(
                 f"{self.convolution=} must be one of {get_args(ConvolutionName)}"
@@ -135,6 +136,28 @@ class WanVAEConfig:
         """
         side = 2 ** (len(self.dim_mult) - 1)
         return 2 ** sum(self.temporal_downsample), side, side
+
+    def latent_shape(
+        self, *, frames: int, height: int, width: int
+    ) -> tuple[int, int, int, int]:
+        """Frames, rows, columns and channels of one video's latent.
+
+        Args:
+          frames: Of the video: one more than a multiple of the stride.
+          height: Rows of pixels, a multiple of the stride.
+          width: Columns of pixels, likewise.
+
+        Raises:
+          ValueError: A size is not such.
+        """
+        time, side, _ = self.stride
+        if frames < 1 or (frames - 1) % time:
+            raise ValueError(f"{frames=} must be 1 more than a multiple of {time}")
+        for name, value in (("height", height), ("width", width)):
+            if value < 1 or value % side:
+                raise ValueError(f"{name}={value} must be a multiple of {side}, not 0")
+        latent_frames = (frames - 1) // time + 1
+        return latent_frames, height // side, width // side, self.latent_channels
 
     @classmethod
     def wan2_1(cls, **changes: Any) -> "WanVAEConfig":
@@ -189,7 +212,3 @@ class WanVAEConfig:
             for key, ours in _DIFFUSERS_FIELDS.items()
         }
         return cls(**(sizes | changes))
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

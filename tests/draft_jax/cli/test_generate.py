@@ -47,6 +47,7 @@ RUN_KEYS = {
     "kept_share_per_step_and_layer",
 }
 DETAIL_KEYS = {
+    "image",
     "loras",
     "prompt",
     "command",

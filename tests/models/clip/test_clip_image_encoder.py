@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from models.clip.image_encoder import (
-    CLIPImageEncoder,
-    bicubic_weights,
-    clip_pixels,
-)
+from models.clip.image_encoder import CLIPImageEncoder, clip_pixels
 from models.conversion import ConversionError
 from models.wan.interfaces import ImageEncoder
 from tests.models.clip.conftest import CASES, FIXTURES, read_groups
@@ -42,16 +38,6 @@ def test_resize_of_a_full_size_image_matches_torch(resizes):
     image = np.random.default_rng(0).uniform(-1, 1, (1, 720, 1280, 3))
     got = resized(image.astype(np.float32), 224)[:, ::13, ::13]
     np.testing.assert_allclose(got, resizes["large_samples"][""], **BICUBIC)
-
-
-def test_weights_of_a_hand_worked_case():
-    # Halving: every centre lies between two samples, at distances 1.5, .5, .5, 1.5.
-    outer, inner = -0.09375, 0.59375
-    expected = [
-        [outer + inner, inner, outer, 0],  # the first sample is repeated
-        [0, outer, inner, outer + inner],
-    ]
-    np.testing.assert_array_equal(bicubic_weights(4, 2), expected)
 
 
 @pytest.mark.parametrize("name", CASES)

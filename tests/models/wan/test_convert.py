@@ -1,9 +1,7 @@
 """Both published layouts of a Wan checkpoint; parity is in test_wan_parity."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,43 +18,9 @@ from models.wan.convert import (
     save_wan_transformer,
 )
 from models.wan.transformer import WanTransformer
-
-FIXTURES = Path(__file__).parents[2] / "fixtures"
-# Written out by the fixture script, independently of the table under test.
-ORIGINAL_KEYS = {
-    name: json.loads((FIXTURES / f"wan_{prefix}original_keys.json").read_text())
-    for name, prefix in (("divided", ""), ("image", "image_"))
-}
-CONFIG = WanConfig(
-    dim=24,
-    ffn_dim=40,
-    num_heads=2,
-    num_layers=2,
-    in_channels=4,
-    out_channels=4,
-    text_dim=10,
-    text_length=7,
-    freq_dim=16,
-    tile=(2, 4),
-    dtype="float32",
-)
-
+from tests.published_wan import CONFIG, load_published
 
 IMAGE_CONFIG = dataclasses.replace(CONFIG, in_channels=12, image_dim=6)
-
-
-def load_published(name):
-    """Weights in both layouts; the arrays are the same, the keys are not."""
-    tensors = safetensors.numpy.load_file(FIXTURES / f"wan_{name}.safetensors")
-    weights = {
-        key.removeprefix("weights/"): value
-        for key, value in tensors.items()
-        if key.startswith("weights/")
-    }
-    original_keys = ORIGINAL_KEYS[name]
-    assert weights.keys() == original_keys.keys()
-    original = {original_keys[key]: value for key, value in weights.items()}
-    return {"diffusers": weights, "original": original}
 
 
 @pytest.fixture(scope="module")

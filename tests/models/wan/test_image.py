@@ -12,7 +12,7 @@ from flax import nnx
 
 from models.schedulers import FlowEuler
 from models.wan.config import WanConfig
-from models.wan.image import condition_latents
+from models.wan.image import condition_latents, kept_part
 from models.wan.interfaces import ImageCondition, TextContext
 from models.wan.pipeline import Sampling, VideoPipeline
 from models.wan.transformer import WanTransformer
@@ -181,11 +181,42 @@ def test_prompts_can_share_a_condition(pipeline, result):
     assert np.abs(shared.latents[1] - shared.latents[0]).max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("image", "video", "kept"),
+    [
+        ((32, 48), (32, 48), (slice(0, 32), slice(0, 48))),
+        # Scaled to 48 columns it has 38.4 rows: squeezed, for 6.4 is less than 16.
+        ((40, 50), (32, 48), (slice(0, 40), slice(0, 50))),
+        # Scaled to 32 rows it has 80 columns; 48 of them are 96 of the image.
+        ((64, 160), (32, 48), (slice(0, 64), slice(32, 128))),
+        # 48 rows are 16 too many; two thirds of 1000 are kept.
+        ((1000, 1000), (32, 48), (slice(166, 833), slice(0, 1000))),
+        # A line: at least one column stays.
+        ((900, 1), (32, 48), (slice(449, 450), slice(0, 1))),
+    ],
+    ids=str,
+)
+def test_part_of_an_image_that_is_kept(image, video, kept):
+    assert kept_part(image, video, (16, 16)) == kept
+
+
+def test_images_of_any_size_are_cut_and_resized(pipeline):
+    """Three times as large and wider: an odd frame around what is kept."""
+    middle = np.random.default_rng(4).uniform(-1, 1, size=(96, 144, 3))
+    wide = np.pad(middle, ((0, 0), (60, 60), (0, 0)), constant_values=0.9)
+    got = pipeline.encode_images(wide.astype(np.float32), SAMPLING)
+    tokens = MeanColours().encode(jnp.asarray(middle[None], jnp.float32))
+    np.testing.assert_allclose(got.tokens, tokens, rtol=0, atol=1e-6)
+    # Every new centre is an old one, so bicubic weights are 1 there and 0 elsewhere.
+    first = condition_latents(
+        MeanCodec(), jnp.asarray(middle[None, 1::3, 1::3], jnp.float32), frames=FRAMES
+    )
+    np.testing.assert_allclose(got.latents, first, **tolerances.IMAGE_CONDITION)
+
+
 def test_missing_and_unfit_images_are_named(pipeline):
     with pytest.raises(ValueError, match="image is missing, but this is an image-to-"):
         generate(pipeline, None)
-    with pytest.raises(ValueError, match=r"image has 32 x 40 pixels; .* = 32 x 48"):
-        generate(pipeline, make_images()[:, :, :40])
     with pytest.raises(ValueError, match=r"image has 3 items .*; expected 1 or 2 of"):
         generate(pipeline, make_images(3), batch=2)
     condition = pipeline.encode_images(make_images(), SAMPLING)
@@ -200,6 +231,16 @@ def test_missing_and_unfit_images_are_named(pipeline):
     wide = ImageCondition(condition.latents, jnp.zeros((1, 3, 7)))
     with pytest.raises(ValueError, match=r"image_tokens has shape \(2, 3, 7\)"):
         generate(pipeline, wide)
+
+
+@pytest.mark.usefixtures("without_jaxtyping")
+def test_what_is_no_image_is_named(pipeline):
+    with pytest.raises(ValueError, match=r"shape \(1, 32, 48, 4\); expected \[height,"):
+        generate(pipeline, np.zeros((1, 32, 48, 4), np.float32))
+    with pytest.raises(ValueError, match="image has dtype uint8; expected floating-p"):
+        generate(pipeline, np.zeros((32, 48, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"values up to 255; expected \[-1, 1\]"):
+        generate(pipeline, np.full((32, 48, 3), 255, np.float32))
 
 
 def test_text_to_video_models_take_no_image(pipeline):

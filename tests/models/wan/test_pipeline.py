@@ -328,6 +328,34 @@ def test_token_grids_of_the_published_sizes(pipeline, size, grid):
     assert (got.frames, got.height, got.width) == grid
 
 
+@pytest.mark.parametrize(("size", "rest"), [("480p", (6, 4)), ("720p", (5, 0))])
+@pytest.mark.parametrize("turned", [False, True], ids=["wide", "tall"])
+def test_runs_at_the_published_sizes(pipeline, size, rest, turned):
+    """One frame with Wan's own tile, which divides neither 30 x 52 nor 45 x 80."""
+    config = dataclasses.replace(pipeline.model.config, tile=(8, 16))
+    shapes = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
+    model = nnx.merge(nnx.split(shapes)[0], nnx.state(pipeline.model))
+    published = dataclasses.replace(pipeline, model=model, codec=CausalCodec())
+    sides = dataclasses.asdict(Sampling.wan(size))
+    height, width = (sides[side] for side in ("height", "width"))
+    assert (height // 16 % 8, width // 16 % 16) == rest
+    if turned:
+        height, width = width, height
+    sampling = {"frames": 1, "height": height, "width": width, "num_steps": 2}
+    dense = generate(published, sampling=sampling)
+    whole = generate(
+        published,
+        sampling=sampling,
+        draft=DraftConfig(sparsity=0.0),
+        schedule=SparsitySchedule(dense_fraction=0.0),
+    )
+    sparse = generate(published, sampling=sampling, draft=DraftConfig(sparsity=0.75))
+    assert dense.video.shape == (1, 1, height, width, 3)
+    np.testing.assert_allclose(whole.latents, dense.latents, rtol=0, atol=ROUNDING)
+    assert np.isfinite(sparse.latents).all()
+    assert (sparse.kept_density[1] < 0.5).all()
+
+
 def test_a_causal_codec(pipeline):
     causal = dataclasses.replace(pipeline, codec=CausalCodec())
     sampling = {"frames": 5, "height": 48, "width": 80, "solver": "unipc"}

@@ -1,8 +1,8 @@
 """Folders as they are published, with small weights."""
 
+import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,13 +19,11 @@ from models.wan.checkpoint import (
     WanFolder,
     find_layout,
     hub_patterns,
-    load_wan_pipeline_parts,
+    open_wan_parts,
 )
-from models.wan.config import WanConfig
 from models.wan.convert import load_wan_transformer
+from tests.published_wan import CONFIG, FIXTURES, load_published
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
-ORIGINAL_KEYS = json.loads((FIXTURES / "wan_original_keys.json").read_text())
 ORIGINAL_CONFIG = {
     "_class_name": "WanModel",
     "_diffusers_version": "0.30.0",
@@ -106,20 +104,15 @@ def write_folders(root):
     fixture = FIXTURES / "wan_divided.safetensors"
     with safetensors.safe_open(fixture, "np") as stored:
         config = json.loads(stored.metadata()["config"])
-    weights = {
-        key.removeprefix("weights/"): value
-        for key, value in safetensors.numpy.load_file(fixture).items()
-        if key.startswith("weights/")
-    }
+    weights = load_published("divided")
     original, diffusers = root / "original", root / "diffusers"
     shards = {"stem": "diffusion_pytorch_model", "max_shard_bytes": 30_000}
-    renamed = {ORIGINAL_KEYS[key]: value for key, value in weights.items()}
-    save_safetensors(renamed, original, **shards)
+    save_safetensors(weights["original"], original, **shards)
     write_json(original / "config.json", ORIGINAL_CONFIG)
     for name in ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"):
         shutil.copy(FIXTURES / "torch_module.pth", original / name)
     write_json(original / "google" / "umt5-xxl" / "tokenizer.json", {})
-    save_safetensors(weights, diffusers / "transformer", **shards)
+    save_safetensors(weights["diffusers"], diffusers / "transformer", **shards)
     write_json(diffusers / "transformer" / "config.json", config)
     write_json(diffusers / "model_index.json", {"_class_name": "WanPipeline"})
     for part, stem in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model")):
@@ -128,7 +121,7 @@ def write_folders(root):
         write_json(diffusers / part / "config.json", {"part": part})
     write_json(diffusers / "tokenizer" / "tokenizer.json", {})
     write_json(diffusers / "scheduler" / "scheduler_config.json", UNIPC)
-    return {"original": original, "diffusers": diffusers, "weights": weights}
+    return {"original": original, "diffusers": diffusers}
 
 
 @pytest.fixture(scope="module")
@@ -159,21 +152,26 @@ def test_whole_folders_are_described(published, layout):
     if layout == "diffusers":
         expected.add("scheduler")
     assert folder.parts == expected
-    assert folder.config(**CHANGES) == WanConfig(
-        dim=24,
-        ffn_dim=40,
-        num_heads=2,
-        num_layers=2,
-        in_channels=4,
-        out_channels=4,
-        text_dim=10,
-        freq_dim=16,
-        **CHANGES,
-    )
+    config = folder.config(**CHANGES)
+    assert dataclasses.replace(config, dtype="float32") == CONFIG
     tokenizer = {"original": "google/umt5-xxl", "diffusers": "tokenizer"}[layout]
     assert folder.tokenizer == published[layout] / tokenizer
+    files = {
+        "original": {
+            "text_encoder": ["models_t5_umt5-xxl-enc-bf16.pth"],
+            "vae": ["Wan2.1_VAE.pth"],
+        },
+        "diffusers": {
+            "text_encoder": ["text_encoder/model.safetensors"],
+            "vae": ["vae/diffusion_pytorch_model.safetensors"],
+        },
+    }[layout]
+    assert len(folder.weight_files("transformer")) == 3
+    assert folder.weight_files("tokenizer") == []
     for part in ("text_encoder", "vae"):
         assert folder.weights(part)["0.bias"].shape == (2,)
+        named = [published[layout] / name for name in files[part]]
+        assert folder.weight_files(part) == named
         config = None if layout == "original" else {"part": part}
         assert folder.part_config(part) == config
 
@@ -188,14 +186,14 @@ def assert_same_parameters(one, other):
 
 def test_both_layouts_load_to_the_same_model(published):
     original, diffusers = (
-        load_wan_pipeline_parts(published[layout], dtype="float32", **CHANGES)
+        open_wan_parts(published[layout], dtype="float32", **CHANGES)
         for layout in ("original", "diffusers")
     )
-    config = original.transformer.config
+    config = original.config
     assert (config.dtype, config.param_dtype) == ("float32", "float32")
-    expected = load_wan_transformer(published["weights"], config)
-    assert_same_parameters(original.transformer, expected)
-    assert_same_parameters(diffusers.transformer, expected)
+    expected = load_wan_transformer(load_published("divided")["diffusers"], config)
+    assert_same_parameters(original.load_transformer(), expected)
+    assert_same_parameters(diffusers.load_transformer(), expected)
     assert original.scheduler == SchedulerSettings()
     assert diffusers.scheduler == SchedulerSettings(grid="diffusers", shift=3.0)
     np.testing.assert_array_equal(diffusers.vae["0.bias"], [0, 1])
@@ -204,10 +202,10 @@ def test_both_layouts_load_to_the_same_model(published):
 
 
 def test_narrow_weights_keep_what_is_computed_in_float32(published):
-    parts = load_wan_pipeline_parts(published["original"], **CHANGES)
+    parts = open_wan_parts(published["original"], **CHANGES)
     dtypes = {
         ".".join(map(str, path)): leaf.dtype.name
-        for path, leaf in nnx.to_flat_state(nnx.state(parts.transformer))
+        for path, leaf in nnx.to_flat_state(nnx.state(parts.load_transformer()))
     }
     wide = {name for name, dtype in dtypes.items() if dtype == "float32"}
     embedder = "condition_embedder"
@@ -234,9 +232,10 @@ def test_narrow_weights_keep_what_is_computed_in_float32(published):
 def test_adapters_are_merged(published):
     """Values are checked in tests/models/test_lora.py."""
     lora = FIXTURES / "lora_peft.safetensors"
-    merged = load_wan_pipeline_parts(
+    parts = open_wan_parts(
         published["original"], dtype="float32", loras=[(lora, 0.75)], **CHANGES
-    ).transformer
+    )
+    merged = parts.load_transformer()
     expected = safetensors.numpy.load_file(FIXTURES / "lora_peft_merged.safetensors")
     np.testing.assert_allclose(
         merged.blocks.attn2.to_q.kernel[1].T,
@@ -247,7 +246,7 @@ def test_adapters_are_merged(published):
     with pytest.raises(
         ConversionError, match=r"lora_peft_merged\.safetensors does not"
     ):
-        load_wan_pipeline_parts(published["original"], loras=[(wrong, 1.0)], **CHANGES)
+        open_wan_parts(published["original"], loras=[(wrong, 1.0)], **CHANGES)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +296,7 @@ def test_parts_that_are_not_needed_need_not_be_there(copies):
     for name in ("models_t5_umt5-xxl-enc-bf16.pth", "google"):
         path = copies / "original" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    parts = load_wan_pipeline_parts(copies / "original", parts=["vae"], **CHANGES)
+    parts = open_wan_parts(copies / "original", parts=["vae"], **CHANGES)
     assert parts.text_encoder is None
     assert parts.tokenizer is None
     assert parts.vae is not None
@@ -363,14 +362,12 @@ def test_layout_of_incomplete_folders(copies, layout):
 def test_wrong_configurations_are_named(copies, config, message):
     (copies / "original" / "config.json").write_text(config)
     with pytest.raises(CheckpointError, match=message):
-        load_wan_pipeline_parts(copies / "original", **CHANGES)
+        open_wan_parts(copies / "original", **CHANGES).load_transformer()
 
 
 @LAYOUTS
 @pytest.mark.parametrize("part", ["text_encoder", "vae", "transformer"])
-def test_damaged_weights_are_named_before_the_transformer_is_loaded(
-    copies, layout, part
-):
+def test_damaged_weights_are_named_before_anything_is_loaded(copies, layout, part):
     names = {
         "original": {
             "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
@@ -387,7 +384,7 @@ def test_damaged_weights_are_named_before_the_transformer_is_loaded(
     file = copies / layout / names[layout][part]
     file.write_bytes(file.read_bytes()[:60])
     with pytest.raises(CheckpointError, match=file.name):
-        load_wan_pipeline_parts(copies / layout, **CHANGES)
+        open_wan_parts(copies / layout, **CHANGES)
 
 
 @pytest.mark.parametrize(

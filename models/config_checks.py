@@ -1,0 +1,66 @@
+"""Checks that the configurations of several models make."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+FLOAT_NAMES = ("float32", "bfloat16", "float16")
+
+
+def is_positive_integer(value: Any) -> bool:
+    """Whether a value is an integer of at least 1; booleans are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_positive_integers(config: Any, names: Iterable[str]) -> None:
+    """Raises ValueError if a field of a configuration is no positive integer."""
+    for name in names:
+        value = getattr(config, name)
+        if not is_positive_integer(value):
+            raise ValueError(f"{name}={value!r} must be a positive integer")
+
+
+def check_dtypes(
+    config: Any, accepted: Collection[str] = FLOAT_NAMES, reason: str = ""
+) -> None:
+    """Raises ValueError if `dtype` or `param_dtype` is not among those accepted.
+
+    Args:
+      config: Has both fields.
+      accepted: Names of dtypes.
+      reason: Why others are not, if that needs to be said.
+    """
+    for name in ("dtype", "param_dtype"):
+        value = getattr(config, name)
+        if value not in accepted:
+            because = f"; {reason}" if reason else ""
+            raise ValueError(f"{name}={value!r} must be one of {accepted}{because}")
+
+
+def check_published(
+    published: Mapping[str, Any],
+    *,
+    fixed: Mapping[str, Any],
+    required: Iterable[str],
+) -> None:
+    """Checks a `config.json` of transformers.
+
+    Args:
+      published: The parsed file.
+      fixed: Keys that change the result, and the only value that is computed here;
+        a key that is left out has it.
+      required: Keys that must be there and not null.
+
+    Raises:
+      ValueError: Names all keys at fault.
+    """
+    other = {
+        key: published[key]
+        for key, value in fixed.items()
+        if published.get(key, value) != value
+    }
+    if other:
+        expected = {key: fixed[key] for key in other}
+        raise ValueError(f"configuration has {other}; this port needs {expected}")
+    missing = [key for key in required if published.get(key) is None]
+    if missing:
+        raise ValueError(f"configuration lacks the keys {missing}")

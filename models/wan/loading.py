@@ -1,0 +1,189 @@
+"""A pipeline's parts from a published Wan folder, in an order that saves memory."""
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from models.clip.config import CLIPVisionConfig
+from models.clip.image_encoder import CLIPImageEncoder
+from models.conversion import ConversionError
+from models.memory_map import CheckpointError
+from models.umt5.text_encoder import default_dtype
+from models.wan.checkpoint import (
+    ALL_PARTS,
+    Part,
+    WanFolder,
+    WanParts,
+    find_layout,
+    open_wan_parts,
+)
+from models.wan.conditions import takes_image
+from models.wan.config import WanConfig
+from models.wan.interfaces import TextEncoder
+from models.wan.sampling import Sampling, WanSize, WanTask, wan_shift
+from models.wan.text import TEXT_PARTS, TextOptions, load_text_encoder
+from models.wan.transformer import WanTransformer
+from models.wan.vae.codec import WanVAECodec
+from models.wan.vae.config import WanVAEConfig
+from models.wan.vae.convert import load_wan_vae
+
+WAN_FPS = 16.0  # of the videos that Wan was trained on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedWan:
+    """The fields of a `VideoPipeline`."""
+
+    model: WanTransformer
+    text_encoder: TextEncoder | None
+    codec: WanVAECodec
+    image_encoder: CLIPImageEncoder | None
+    sampling: Sampling
+    fps: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WanInfo:
+    """What a Wan folder says of its model, told without reading weights.
+
+    Attributes:
+      config: Of the transformer.
+      vae: Of the autoencoder.
+      sampling: The settings that `generate` takes by default.
+      own_shift: Whether the folder has a scheduler, which says its shift.
+    """
+
+    config: WanConfig
+    vae: WanVAEConfig
+    sampling: Sampling
+    own_shift: bool
+
+    def sampling_at(self, height: int, width: int) -> Sampling:
+        """The settings for another size: the shift that Wan takes there."""
+        sampling = dataclasses.replace(self.sampling, height=height, width=width)
+        if self.own_shift:
+            return sampling
+        shift = wan_shift(_task(self.config), height, width)
+        return dataclasses.replace(sampling, shift=shift)
+
+
+def is_wan(path: Path | str) -> bool:
+    """Whether a checkpoint is a Wan folder, or else a name to look for on the hub."""
+    return find_layout(path) is not None or not Path(path).exists()
+
+
+def describe_wan(
+    path: Path | str,
+    *,
+    parts: Collection[Part] = ALL_PARTS,
+    text: TextOptions | None = None,
+) -> WanInfo:
+    """Opens a model to look at its settings; fetches it if it is on the hub.
+
+    Takes and raises what `load_wan` does.
+    """
+    wan = open_wan_parts(path, parts=_needed(parts, text))
+    return WanInfo(
+        config=wan.config,
+        vae=_vae_config(wan.folder),
+        sampling=_sampling(wan),
+        own_shift=wan.folder.layout == "diffusers",
+    )
+
+
+def load_wan(
+    path: Path | str,
+    *,
+    parts: Collection[Part] = ALL_PARTS,
+    loras: Iterable[tuple[Path | str, float]] = (),
+    text: TextOptions | None = None,
+) -> LoadedWan:
+    """Loads what a pipeline needs: text first, for it may be freed; then the rest.
+
+    Args:
+      path: The model's folder, or its repository on the hub.
+      parts: What to load; see `open_wan_parts`.
+      loras: Adapters to merge, each with its strength.
+      text: How prompts become embeddings; `TextOptions()` if None.
+
+    Raises:
+      CheckpointError: The model cannot be found, is incomplete, damaged, or of a
+        kind this port lacks; or an adapter or stored embeddings are damaged.
+      ConversionError: An adapter does not fit.
+      ImportError: An optional package is needed and not installed.
+      UnknownPromptError: Prompts are not among the embeddings of a file.
+      ValueError: `parts` lacks the VAE.
+    """
+    text = text or TextOptions()
+    wan = open_wan_parts(
+        path, dtype=default_dtype(), parts=_needed(parts, text), loras=loras
+    )
+    if wan.vae is None:
+        raise ValueError("parts must hold 'vae', which decodes the latents")
+    vae = _vae_config(wan.folder)
+    # The transformer last: it takes minutes, and what is wrong shows before.
+    with _naming(wan.folder, "text_encoder"):
+        text_encoder = load_text_encoder(wan, text)
+    with _naming(wan.folder, "image_encoder"):
+        image_encoder = _load_image_encoder(wan)
+    with _naming(wan.folder, "vae"):
+        codec = WanVAECodec(model=load_wan_vae(wan.vae, vae))
+    return LoadedWan(
+        model=wan.load_transformer(),
+        text_encoder=text_encoder,
+        codec=codec,
+        image_encoder=image_encoder,
+        sampling=_sampling(wan),
+        fps=WAN_FPS,
+    )
+
+
+@contextlib.contextmanager
+def _naming(folder: WanFolder, part: Part) -> Iterator[None]:
+    """Says which part weights were of that do not fit."""
+    try:
+        yield
+    except ConversionError as error:
+        files = ", ".join(map(str, folder.weight_files(part)))
+        raise CheckpointError(f"the {part} in {files} does not fit: {error}") from error
+
+
+def _needed(parts: Collection[Part], text: TextOptions | None) -> set[Part]:
+    without = TEXT_PARTS if text is not None and text.given else ()
+    return set(parts).difference(without)
+
+
+def _vae_config(folder: WanFolder) -> WanVAEConfig:
+    return folder.read_config("vae", WanVAEConfig.from_dict, WanVAEConfig.wan2_1)
+
+
+def _load_image_encoder(wan: WanParts) -> CLIPImageEncoder | None:
+    if wan.image_encoder is None:
+        return None
+    config = wan.folder.read_config(
+        "image_encoder",
+        CLIPVisionConfig.from_dict,
+        CLIPVisionConfig.vit_h_14,
+        dtype=wan.config.dtype,
+        param_dtype=wan.config.dtype,
+    )
+    return CLIPImageEncoder.load(wan.image_encoder, config=config)
+
+
+def _sampling(wan: WanParts) -> Sampling:
+    """Wan's own settings for this model; a folder of diffusers has its scheduler's.
+
+    The 1.3B model was trained at 480p only.
+    """
+    settings: dict[str, Any] = {"solver": wan.scheduler.solver}
+    if wan.folder.layout == "diffusers":
+        settings["shift"] = wan.scheduler.shift
+        settings["grid"] = wan.scheduler.grid if wan.scheduler.grid != "wan" else None
+    size: WanSize = "720p" if wan.config.dim >= WanConfig.t2v_14b().dim else "480p"
+    return Sampling.wan(size, task=_task(wan.config), **settings)
+
+
+def _task(config: WanConfig) -> WanTask:
+    return "image" if takes_image(config) else "text"

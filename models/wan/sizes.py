@@ -1,0 +1,93 @@
+"""Which sizes a model can make: the shape of a latent, and what suits an image."""
+
+import math
+
+from models.wan.config import WanConfig
+from models.wan.interfaces import LatentShape, LatentSizes
+from models.wan.sampling import Sampling
+
+
+def side_multiples(config: WanConfig, sizes: LatentSizes) -> tuple[int, int]:
+    """Rows and columns of pixels behind one token; sides of videos are multiples."""
+    _, *strides = sizes.stride
+    _, *patches = config.patch_size
+    rows, columns = (
+        stride * patch for stride, patch in zip(strides, patches, strict=True)
+    )
+    return rows, columns
+
+
+def latent_shape(
+    sampling: Sampling, config: WanConfig, sizes: LatentSizes
+) -> LatentShape:
+    """Frames, rows, columns and channels of the latent of a video.
+
+    Args:
+      sampling: Says frames, height and width.
+      config: Of the transformer.
+      sizes: The codec, or its configuration.
+
+    Raises:
+      ValueError: A side of the video does not suit the codec or the transformer's
+        patches, or codec and transformer differ in channels.
+    """
+    sides = {"height": sampling.height, "width": sampling.width}
+    for (name, value), multiple in zip(
+        sides.items(), side_multiples(config, sizes), strict=True
+    ):
+        if value % multiple:
+            below = value - value % multiple
+            nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
+            raise ValueError(
+                f"{name}={value} must be a multiple of {multiple} for this model, "
+                f"such as {nearest}"
+            )
+    shape = sizes.latent_shape(frames=sampling.frames, **sides)
+    if shape[0] % config.patch_size[0]:
+        raise ValueError(
+            f"frames={sampling.frames} gives {shape[0]} latent frames, which must "
+            f"be a multiple of {config.patch_size[0]} for this model"
+        )
+    if shape[-1] != config.out_channels:
+        raise ValueError(
+            f"the codec has {shape[-1]} latent channels; the transformer makes "
+            f"{config.out_channels}"
+        )
+    return shape
+
+
+def size_like_image(
+    image_size: tuple[int, int], *, area: int, multiples: tuple[int, int]
+) -> tuple[int, int]:
+    """Height and width of a video with an image's aspect ratio, and at most an area.
+
+    Args:
+      image_size: Rows and columns of the image.
+      area: Most pixels of a frame, such as 480 * 832.
+      multiples: What height and width must be multiples of; see `side_multiples`.
+
+    Returns:
+      Each side as large as the area and the ratio allow, rounded down.
+
+    Raises:
+      ValueError: The image is so long, or the area so small, that a side would be 0.
+
+    Source: Wan2.1 `WanI2V.generate`. It computes the roots in floating point and so
+    makes 464 rows, not 480, for an image of 480 x 832; the roots here are exact.
+    """
+    rows, columns = image_size
+    # floor(sqrt(x) / m) is the integer root of floor(x / m^2).
+    height, width = (
+        multiple * math.isqrt(area * side // (other * multiple**2))
+        for side, other, multiple in zip(
+            (rows, columns), (columns, rows), multiples, strict=True
+        )
+    )
+    if not height or not width:
+        raise ValueError(
+            f"an image of {rows} x {columns} pixels (height x width) is too long for a "
+            f"video of its shape and at most {area} pixels, whose sides are multiples "
+            f"of {multiples[0]} x {multiples[1]}: give a larger size, or one to crop "
+            "the image to"
+        )
+    return height, width
