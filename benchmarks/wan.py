@@ -8,9 +8,11 @@
 `write` makes a folder with random weights, which `measure` loads as published ones are
 loaded. A step is the pipeline's own: guidance by default in two calls of the model one
 after the other, and UniPC. One program serves all modes of a size, for the schedule's
-values choose between dense (cuDNN) and sparse attention: so peak_gb is that of the
-program, not of a mode, and since the process began. Sizes run in the order given: name
-small ones first. The file is written anew after each part. What a case has:
+values choose between dense and sparse attention: so peak_gb is that of the program,
+not of a mode, and since the process began. "dense" is the library's dense attention, on
+Hopper its own kernel; --cudnn adds steps of a program with cuDNN's instead. Sizes run
+in the order given: name small ones first. The file is written anew after each part.
+What a case has:
 
   samples_ms       steps, until the result is there; after one to warm up
   kept_density     share of token pairs that self-attention computed
@@ -36,6 +38,7 @@ import re
 import statistics
 import time
 from typing import Any
+from unittest import mock
 
 # Read when JAX first uses the GPU. Grown piece by piece, its memory would break up.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
@@ -52,13 +55,15 @@ from benchmarks.gpu_state import GpuState
 from benchmarks.machine import GB, device_memory, host_peak_bytes, matmul_rate
 from draft_jax import DraftConfig, SparsitySchedule
 from models.schedulers import make_solver
-from models.wan.checkpoint import Part, load_wan_pipeline_parts
+from models.umt5.text_encoder import default_dtype
+from models.wan.checkpoint import open_wan_parts
 from models.wan.config import WanConfig
 from models.wan.sampler import Sampler, SamplerState, StepInputs
 from models.wan.transformer import WanTransformer
 from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.config import WanVAEConfig
+from pallas_kernels import hopper_dense
 
 TINY = WanConfig(
     dim=48,
@@ -110,8 +115,8 @@ def load(folder: pathlib.Path) -> tuple[WanTransformer, dict[str, Any]]:
     jax.block_until_ready(jnp.zeros(8) + 1)  # what JAX loads when it is first used
     before = host_peak_bytes(reset=True)
     start = time.perf_counter()
-    parts: tuple[Part, ...] = ("transformer",)
-    model = load_wan_pipeline_parts(folder, parts=parts).transformer
+    parts = open_wan_parts(folder, dtype=default_dtype(), parts=("transformer",))
+    model = parts.load_transformer()
     state = jax.block_until_ready(nnx.state(model))
     seconds = time.perf_counter() - start
     growth = host_peak_bytes() - before
@@ -256,19 +261,42 @@ def measure_size(model, size, options, report) -> None:
             **state.summary,
         }
         report(record)
-    _compare(record["modes"])
+    if options.cudnn:
+        record["cudnn"] = measure_cudnn(model, size, options)
+    _compare(record["modes"], record.get("cudnn"))
     report(record)
     if options.profile:
         record |= profile_step(model.config, steps, record["modes"][modes[-1].name])
         report(record)
 
 
-def _compare(modes: dict[str, dict[str, Any]]) -> None:
-    dense = modes.get("dense")
-    if dense is None:
-        return
-    for result in modes.values():
-        result["speedup"] = dense["median_ms"] / result["median_ms"]
+def measure_cudnn(model, size, options) -> dict[str, Any]:
+    """Dense steps with cuDNN's attention; the first is the one to warm up."""
+    dense = [Mode.parse("dense")] * (options.dense_samples + 1)
+    unwanted = mock.patch.object(
+        hopper_dense, "why_unsupported", return_value="cuDNN is wanted"
+    )
+    with unwanted:
+        steps = Steps(model, size, dense, options)
+    steps.run()
+    with GpuState() as state:
+        samples = [steps.run().time_ms for _ in dense[1:]]
+    return {
+        "median_ms": statistics.median(samples),
+        "samples_ms": samples,
+        **state.summary,
+    }
+
+
+def _compare(
+    modes: dict[str, dict[str, Any]], cudnn: dict[str, Any] | None = None
+) -> None:
+    """How much faster each mode is than each dense step."""
+    for name, dense in (("speedup", modes.get("dense")), ("over_cudnn", cudnn)):
+        if dense is None:
+            continue
+        for result in modes.values():
+            result[name] = dense["median_ms"] / result["median_ms"]
 
 
 def profile_step(
@@ -441,6 +469,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--samples", type=int, default=3, help="steps of each mode")
     add("--dense-samples", type=int, help="of dense steps, if others")
     add("--guidance", choices=GUIDANCE, default="two_calls")
+    add("--cudnn", action="store_true", help="dense steps with cuDNN's kernel, too")
     add("--profile", action="store_true", help="one more step, by kernels")
     add("--decode", action="store_true", help="decode a video of each size, too")
     add("--vae-dtype", default="float32", choices=("float32", "bfloat16"))

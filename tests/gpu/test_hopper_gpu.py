@@ -61,6 +61,10 @@ CASES = {
     ),
     "fewer-tokens-than-a-block": Case(grid=VideoGrid(1, 3, 5)),
 }
+# Tests of one case share compiled programs: `--dist loadgroup` keeps them together.
+every_case = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES]
+)
 CONFIGS = {
     "no-ping-pong": {"ping_pong": False},
     "no-overlap": {"overlap": False},
@@ -128,7 +132,7 @@ def relative_error(x, want):
 
 
 @pytest.mark.parametrize("order", ["tiled", "raster"])
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_matches_numpy(name, order):
     case = CASES[name]
     lengths, options = options_of(case)
@@ -170,7 +174,7 @@ def test_every_configuration(name, config):
 
 
 @pytest.mark.parametrize("order", ["tiled", "raster"])
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_random_masks(name, order):
     """Fresh inputs and masks through one compiled program, each run twice."""
     case = CASES[name]
@@ -237,7 +241,13 @@ def test_partition_in_the_kernel_is_that_of_a_sort():
 
 
 @pytest.mark.parametrize("growth", [12.0, 60.0, 400.0], ids=str)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(dtype, marks=pytest.mark.xdist_group(f"grow-{dtype}"))
+        for dtype in ("float16", "bfloat16")
+    ],
+)
 def test_logits_that_grow_from_block_to_block(growth, dtype):
     """The last overflows and is repaired."""
     grid = VideoGrid(3, 16, 64)
