@@ -52,7 +52,7 @@ from benchmarks.gpu_state import GpuState
 from benchmarks.machine import GB, device_memory, host_peak_bytes, matmul_rate
 from draft_jax import DraftConfig, SparsitySchedule
 from models.schedulers import make_solver
-from models.wan.checkpoint import Part, load_wan_pipeline_parts
+from models.wan.checkpoint import Part, open_wan_parts
 from models.wan.config import WanConfig
 from models.wan.sampler import Sampler, SamplerState, StepInputs
 from models.wan.transformer import WanTransformer
@@ -111,7 +111,7 @@ def load(folder: pathlib.Path) -> tuple[WanTransformer, dict[str, Any]]:
     before = host_peak_bytes(reset=True)
     start = time.perf_counter()
     parts: tuple[Part, ...] = ("transformer",)
-    model = load_wan_pipeline_parts(folder, parts=parts).transformer
+    model = open_wan_parts(folder, parts=parts).load_transformer()
     state = jax.block_until_ready(nnx.state(model))
     seconds = time.perf_counter() - start
     growth = host_peak_bytes() - before
