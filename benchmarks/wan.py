@@ -55,8 +55,7 @@ from benchmarks.gpu_state import GpuState
 from benchmarks.machine import GB, device_memory, host_peak_bytes, matmul_rate
 from draft_jax import DraftConfig, SparsitySchedule
 from models.schedulers import make_solver
-from models.umt5.text_encoder import default_dtype
-from models.wan.checkpoint import open_wan_parts
+from models.wan.checkpoint import Part, open_wan_parts
 from models.wan.config import WanConfig
 from models.wan.sampler import Sampler, SamplerState, StepInputs
 from models.wan.transformer import WanTransformer
@@ -115,8 +114,8 @@ def load(folder: pathlib.Path) -> tuple[WanTransformer, dict[str, Any]]:
     jax.block_until_ready(jnp.zeros(8) + 1)  # what JAX loads when it is first used
     before = host_peak_bytes(reset=True)
     start = time.perf_counter()
-    parts = open_wan_parts(folder, dtype=default_dtype(), parts=("transformer",))
-    model = parts.load_transformer()
+    parts: tuple[Part, ...] = ("transformer",)
+    model = open_wan_parts(folder, parts=parts).load_transformer()
     state = jax.block_until_ready(nnx.state(model))
     seconds = time.perf_counter() - start
     growth = host_peak_bytes() - before

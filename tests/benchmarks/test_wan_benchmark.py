@@ -9,7 +9,7 @@ from flax import nnx
 
 from benchmarks import wan, wan_account, wan_weights
 from models.safetensors_io import load_safetensors
-from models.wan.checkpoint import load_wan_pipeline_parts
+from models.wan.checkpoint import open_wan_parts
 from models.wan.config import WanConfig
 
 CONFIG = WanConfig(
@@ -29,10 +29,10 @@ def test_written_weights_load(tmp_path):
     sizes = wan_weights.write_folder(CONFIG, tmp_path, max_shard_bytes=4000)
     files = sorted(tmp_path.glob("transformer/*.safetensors"))
     assert len(files) == len(sizes) > 1
-    parts = load_wan_pipeline_parts(
+    parts = open_wan_parts(
         tmp_path, parts=("transformer",), text_length=CONFIG.text_length
     )
-    blocks = parts.transformer.blocks
+    blocks = parts.load_transformer().blocks
     np.testing.assert_array_equal(blocks.norm2.scale[...], np.ones((3, 12)))
     np.testing.assert_array_equal(blocks.attn1.norm_q.scale[...], np.ones((3, 12)))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(nnx.state(blocks)))
