@@ -95,6 +95,18 @@ class Plan:
         return self.layout(self.vec // 2, is_half=True)
 
 
+def make_plan(
+    num_heads: int, head_dim: int, dtype, *, ahead: int | None, **fields
+) -> Plan:
+    """Fills in how the work is divided; `ahead` None takes what registers allow."""
+    vec = vec_of(num_heads, head_dim, dtype)
+    assert vec is not None, "see why_unsupported_shape"
+    heads = heads_of_cta(num_heads, head_dim, vec, fields["norm"])
+    own = heads // heads_at_once(head_dim, vec) * vec
+    ahead = ahead or max(1, min(MAX_AHEAD, CHANNELS_AHEAD // own))
+    return Plan(heads=heads, head_dim=head_dim, vec=vec, ahead=ahead, **fields)
+
+
 def why_unsupported_shape(shape, dtype, norm: QKNorm | None) -> str | None:
     if jnp.dtype(dtype).name not in SUPPORTED_DTYPES:
         return f"it takes {', '.join(SUPPORTED_DTYPES)}, not {jnp.dtype(dtype).name}"

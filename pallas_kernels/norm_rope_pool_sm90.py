@@ -17,8 +17,8 @@ ptxas, sm_90a, jax 0.11.2, bfloat16, means, no spills:
 
 heads x head_dim, norm        channels of a thread, ahead    registers  CTAs  in flight
 24 x 128 (Hunyuan), per head  24, 2                          141         3    36 KiB
-40 x 128 (Wan 14B), all       40, 1                          164         3    30 KiB
-12 x 128 (Wan 1.3B), all      12, 4                          114         4    48 KiB
+40 x 128 (Wan 14B), all       40, 1                          163         3    30 KiB
+12 x 128 (Wan 1.3B), all      12, 4                          113         4    48 KiB
 
 Half of 3.35 TB/s is read; at 1 us of latency a multiprocessor needs 13 KB in flight.
 """
@@ -38,15 +38,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.batching import fold_mapped_axes
 from pallas_kernels.interfaces import Device
 from pallas_kernels.norm_rope_pool_plan import (
-    CHANNELS_AHEAD,
     LOAD_BYTES,
-    MAX_AHEAD,
     Plan,
     QKNorm,
-    heads_at_once,
-    heads_of_cta,
+    make_plan,
     text_units,
-    vec_of,
     why_unsupported_shape,
 )
 from pallas_kernels.pool_tiles_sm90 import Reduction
@@ -97,21 +93,17 @@ def norm_rope_pool(
     if ahead is not None and ahead < 1:
         raise ValueError(f"{ahead=} must be at least 1")
     units = np.concatenate([tiles, text_units(num_tokens, visual_tokens)])
-    vec = vec_of(num_heads, head_dim, q.dtype)
-    assert vec is not None, "checked above"
-    heads = heads_of_cta(num_heads, head_dim, vec, norm)
-    own = heads // heads_at_once(head_dim, vec) * vec
-    plan = Plan(
+    plan = make_plan(
+        num_heads,
+        head_dim,
+        q.dtype,
         norm=norm,
         has_rope=rope is not None,
         reductions=reductions,
         num_tiles=len(tiles),
         num_units=len(units),
         visual_start=visual_tokens.start,
-        heads=heads,
-        head_dim=head_dim,
-        vec=vec,
-        ahead=ahead or max(1, min(MAX_AHEAD, CHANNELS_AHEAD // own)),
+        ahead=ahead,
         emulate=interpret is not None,
     )
     shared = (*map(_by_parity, scales or ()), *(rope or ()))
