@@ -46,7 +46,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def compile_variant(shape, options, device) -> None:
+def compile_variant(shape, options, device, order) -> None:
     """Compiles one configuration for one shape; Mosaic writes the dumps."""
     import dataclasses
 
@@ -82,6 +82,7 @@ def compile_variant(shape, options, device) -> None:
             layout=grid,
             scale=head_dim**-0.5,
             text_lengths=None,
+            order=order,
             config=config,
         )
 
@@ -119,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["hunyuan", "hunyuan-edges"])
     parser.add_argument("--variants", nargs="+", default=["default"])
+    parser.add_argument("--order", choices=("tiled", "raster"), default="tiled")
     parser.add_argument(
         "--norms",
         nargs="*",
@@ -145,7 +147,9 @@ def main() -> None:
             if arguments.norms:
                 compile_prepare(SHAPES[name], variant, topology.devices[0])
             else:
-                compile_variant(SHAPES[name], VARIANTS[variant], topology.devices[0])
+                options = VARIANTS[variant]
+                device = topology.devices[0]
+                compile_variant(SHAPES[name], options, device, arguments.order)
             for report in sorted({*folder.glob("*.ptxas")} - seen):
                 seen.add(report)
                 print(f"== {name}, {variant}: {report}")

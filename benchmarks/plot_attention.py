@@ -31,7 +31,7 @@ def draw(document: dict, shape: str, axes) -> None:
             own.sort(key=lambda r: r["density"])
             x, y = ([r[key] for r in own] for key in ("density", "median_ms"))
             axes.plot(x, y, "o" if mask == "dense" else "o-", label=label)
-    (dense,) = (r["median_ms"] for r in rows if r["contender"] == "cudnn")
+    dense = next(r["median_ms"] for r in rows if r["contender"] == "cudnn")
     ideal = [0.08, 1.0]
     axes.plot(ideal, [dense * x for x in ideal], "k:", label="cuDNN's time x density")
     tokens, heads, dim = (rows[0][key] for key in ("tokens", "heads", "head_dim"))

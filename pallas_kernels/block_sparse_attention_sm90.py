@@ -28,11 +28,12 @@ that every barrier completion is observed. The output leaves through the shared 
 of Q, so q_free comes after it has been read. Consumers call commit_smem before each
 copy to global memory.
 
-A block lies in one piece in tiled order. In raster order it is rows of a tile, runs of
-tokens at equal distances, which are copied one by one to the same place in shared
-memory. A short block (edge tile or text) is copied up to its width, a query block
-whole: the rows past its end are other tokens, or zeros past the end of the array. As
-keys they are masked; as queries they are computed and not stored.
+A block lies in one piece in tiled order. In raster order one copy takes a box of 8
+columns, or, where text stands beside the video, one row of the tile; that is eight
+copies for a block and slower, for every copy is an arrival of all threads. A short
+block (edge tile or text) is copied up to its width, a query block whole: the rows past
+its end are other tokens, or zeros past the end of the array. As keys they are masked;
+as queries they are computed and not stored.
 """
 
 import dataclasses
@@ -60,6 +61,7 @@ from pallas_kernels.sm90_plan import (
     Width,
     block_of,
     bounds_of_width,
+    box_of,
     for_each_tile,
     num_own_tiles,
     scratch_types,
@@ -219,12 +221,20 @@ def _produce(gmem, plan: Plan, signals: Signals, *, q_smem, kv_smem, q_full, kv_
 
 
 def _load_queries(gmem, plan: Plan, tile: Tile, q_smem, q_full):
+    if plan.box is not None:
+        rows, per_consumer = plan.box.rows, ROWS // plan.box.tokens
+        for number in range(plan.box.number):
+            consumer, place = divmod(number, per_consumer)
+            source = box_of(gmem, plan, gmem.q, tile, tile.block, number, rows)
+            target = q_smem.at[consumer, pl.ds(place * rows, rows)]
+            plgpu.copy_gmem_to_smem(source, target, q_full)
+        return
     run = min(plan.run, ROWS)
     for row in range(0, BLOCK, run):
         token = token_of_row(gmem, plan, tile.block, row)
-        rows = gmem.q.at[tile.batch, pl.ds(token, run), tile.head]
+        source = gmem.q.at[tile.batch, pl.ds(token, run), tile.head]
         target = q_smem.at[row // ROWS, pl.ds(row % ROWS, run)]
-        plgpu.copy_gmem_to_smem(rows, target, q_full)
+        plgpu.copy_gmem_to_smem(source, target, q_full)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,17 +280,52 @@ class _Loader:
             self.signals.wait_kv_free(slot, tile.is_shared)
 
         def copy(**options):
-            for row in range(0, BLOCK, plan.run):
-                # Runs past the width are copied too: kv_full counts all of them.
-                size = min(plan.run, max(self.width.tokens - row, ALIGNMENT))
-                token = token_of_row(self.gmem, plan, block, row)
-                rows = source.at[tile.batch, pl.ds(token, size), tile.head]
-                target = self.kv_smem.at[slot, pl.ds(row, size)]
-                plgpu.copy_gmem_to_smem(rows, target, self.kv_full.at[slot], **options)
+            for source_rows, target in self._pieces(source, block, slot):
+                plgpu.copy_gmem_to_smem(
+                    source_rows, target, self.kv_full.at[slot], **options
+                )
 
-        if plan.pairs and not plan.emulate_wgmma:
+        if plan.pairs and self._can_be_halved():
             lax.cond(
                 tile.is_shared, lambda: copy(collective_axes="pair"), lambda: copy()
             )
         else:
-            copy()  # interpret mode has no copies to both, so each CTA makes its own
+            copy()  # each CTA makes its own, and both still wait for each other
+
+    def _can_be_halved(self) -> bool:
+        """Whether each of the two CTAs can take half of every copy.
+
+        Halves are whole groups of ALIGNMENT tokens, or half the channels of one.
+        Interpret mode has no copies to two CTAs.
+        """
+        plan = self.plan
+        if plan.box is not None:
+            sizes = [self.width.longest // plan.box.number]
+        else:
+            sizes = [size for _, size in self._runs()]
+        groups = {size // ALIGNMENT for size in sizes}
+        odd = {n for n in groups if n % 2}
+        return not plan.emulate_wgmma and (
+            not odd or (odd == {1} and plan.head_dim == 128)
+        )
+
+    def _runs(self):
+        """First row and length of each run."""
+        for row in range(0, BLOCK, self.plan.run):
+            # Runs past the width are copied too: kv_full counts all of them.
+            yield row, min(self.plan.run, max(self.width.tokens - row, ALIGNMENT))
+
+    def _pieces(self, source, block, slot):
+        """What to copy, and where to: as many as kv_full expects arrivals."""
+        gmem, plan, tile = self.gmem, self.plan, self.tile
+        slot_smem = self.kv_smem.at[slot]
+        if plan.box is not None:
+            rows = self.width.longest // (ALIGNMENT * plan.box.number)
+            for number in range(plan.box.number):
+                box = box_of(gmem, plan, source, tile, block, number, rows)
+                yield box, slot_smem.at[pl.ds(number * rows, rows)]
+            return
+        for row, size in self._runs():
+            token = token_of_row(gmem, plan, block, row)
+            tokens = source.at[tile.batch, pl.ds(token, size), tile.head]
+            yield tokens, slot_smem.at[pl.ds(row, size)]

@@ -166,6 +166,9 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
     if places.gather is not None:
         q, k, v = (x[:, places.gather] for x in (q, k, v))
     plan = _plan(static, places, q.shape, q.dtype)
+    shape = q.shape
+    if plan.box is not None:
+        q, k, v = (x.reshape(batch, *places.frame_shape, *shape[2:]) for x in (q, k, v))
     row_offsets = row_offsets.reshape(num_lists, num_blocks + 1)
     block_ids = block_ids.reshape(num_lists, -1)
     width_ends = jnp.zeros((1, 1, 1), jnp.int32)  # not read where there is one width
@@ -184,14 +187,15 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
         full_list=jnp.asarray(np.argsort(places.width_of_block, stable=True), "int32"),
         order=_tile_order(jnp.diff(row_offsets)),
         num_tiles=jnp.full(1, num_lists * num_blocks, jnp.int32),
-        starts=jnp.asarray(places.starts // sm90.ALIGNMENT, jnp.int32),
-        strides=jnp.asarray(places.strides // sm90.ALIGNMENT, jnp.int32),
+        starts=jnp.asarray(places.starts),
+        strides=jnp.asarray(places.strides),
         lengths=jnp.asarray(layout.block_lengths),
         valid=valid_lengths(layout, text_lengths),
     )
     out, lse = attend_blocks(q, k, v, work, plan=plan, interpret=static.interpret)
     if plan.config.lazy:
         out, lse = repair(q, k, v, work, out, lse, plan, static.interpret)
+    out = out.reshape(shape)
     if places.gather is not None:
         out = out[:, places.scatter]
     lse = lse.reshape(batch, num_heads, num_blocks * sm90.BLOCK)
@@ -216,6 +220,7 @@ def _plan(static: _Static, places: Geometry, shape, dtype) -> sm90.Plan:
         scale=static.scale,
         starts_are_multiples=places.starts_are_multiples,
         run=places.run,
+        box=places.box,
         widths=places.widths_with_text if static.has_text_lengths else places.widths,
         masks_queries=static.has_text_lengths,
         has_short_blocks=places.stores_short_blocks,

@@ -101,6 +101,7 @@ def _run(q, k, v, lengths, *, scale, masks, interpret):
         scale=scale,
         starts_are_multiples=True,
         run=sm90.BLOCK,
+        box=None,
         widths=_widths(block_lengths, masks),
         masks_queries=masks,
         has_short_blocks=bool(block_lengths[-1] < sm90.BLOCK),
@@ -115,8 +116,9 @@ def _run(q, k, v, lengths, *, scale, masks, interpret):
 def _widths(lengths: np.ndarray, masks: bool) -> tuple[sm90.Width, ...]:
     """Full blocks and, where the last one is short, its own."""
     last = int(lengths[-1])
-    full = sm90.Width(sm90.BLOCK, int((lengths == sm90.BLOCK).sum()), masks)
+    num_full = int((lengths == sm90.BLOCK).sum())
+    full = sm90.Width(sm90.BLOCK, sm90.BLOCK, num_full, masks)
     if last == sm90.BLOCK:
         return (full,)
     width = -(-last // WIDTH_STEP) * WIDTH_STEP
-    return full, sm90.Width(width, 1, masks or last < width)
+    return full, sm90.Width(width, last, 1, masks or last < width)

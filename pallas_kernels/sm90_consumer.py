@@ -25,8 +25,10 @@ from pallas_kernels.sm90_plan import (
     Signals,
     Tile,
     Width,
+    as_rows,
     block_of,
     bounds_of_width,
+    box_of,
     for_each_tile,
     token_of_row,
 )
@@ -56,7 +58,7 @@ def consume(
     def attend_tile(tile, index, slot):
         del index
         plgpu.barrier_wait(q_full)
-        q_rows = q_smem.at[wg]
+        q_rows = as_rows(plan, q_smem.at[wg])
         state = (_zero_acc(plan), softmax.no_reference(plan), _zero_rows(), slot)
         for number, width in enumerate(plan.widths):
             begin, end = bounds_of_width(gmem, plan, tile, number)
@@ -73,7 +75,7 @@ def consume(
         total = softmax.row_sums(plan, total)
         _commit_emulated_reads(plan)
         _store_tile(
-            gmem, plan, tile, wg, acc, reference, total, q_rows, lse_smem.at[wg]
+            gmem, plan, tile, wg, acc, reference, total, q_smem.at[wg], lse_smem.at[wg]
         )
         signals.free_q()
         return slot
@@ -100,11 +102,13 @@ class _Ring:
         plgpu.barrier_wait(self.kv_full.at[slot])
 
     def whole_block(self, slot):
-        return self.kv_smem.at[slot]
+        return as_rows(self.plan, self.kv_smem.at[slot])
 
     def block(self, slot):
-        block = self.whole_block(slot)
-        return block if self.width == BLOCK else block.at[pl.ds(0, self.width)]
+        if self.width == BLOCK:
+            return self.whole_block(slot)
+        size = self.width if self.plan.box is None else self.width // ALIGNMENT
+        return as_rows(self.plan, self.kv_smem.at[slot, pl.ds(0, size)])
 
     def free(self, slot):
         _commit_emulated_reads(self.plan)
@@ -233,7 +237,8 @@ def _store_tile(gmem, plan: Plan, tile, wg, acc, reference, total, o_smem, lse_s
     factor = jnp.where(has_key, 1.0 / safe_total, 0.0)
     out = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
     lse_smem[...] = lse
-    o_smem[...] = out.astype(o_smem.dtype)
+    o_rows = as_rows(plan, o_smem)
+    o_rows[...] = out.astype(o_smem.dtype).reshape(o_rows.shape)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(
         lse_smem,
@@ -241,7 +246,17 @@ def _store_tile(gmem, plan: Plan, tile, wg, acc, reference, total, o_smem, lse_s
         commit_group=False,
     )
 
-    def store(row, token, num_rows):
+    if plan.box is None:
+        _store_rows(gmem, plan, tile, wg, o_smem)
+    else:
+        _store_boxes(gmem, plan, tile, wg, o_smem)
+    plgpu.commit_smem_to_gmem_group()
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _store_rows(gmem, plan: Plan, tile: Tile, wg, o_smem):
+    def store(row, num_rows):
+        token = token_of_row(gmem, plan, tile.block, wg * ROWS + row)
         target = gmem.out.at[tile.batch, pl.ds(token, num_rows), tile.head]
         source = o_smem.at[pl.ds(row, num_rows)]
         plgpu.copy_smem_to_gmem(source, target, commit_group=False)
@@ -249,30 +264,47 @@ def _store_tile(gmem, plan: Plan, tile, wg, acc, reference, total, o_smem, lse_s
     def store_all():
         run = min(plan.run, ROWS)
         for row in range(0, ROWS, run):
-            store(row, token_of_row(gmem, plan, tile.block, wg * ROWS + row), run)
+            store(row, run)
 
     def store_short(length):
         # A swizzled buffer can be cut at multiples of ALIGNMENT rows, and so are the
         # short blocks of the sequences that are read in place.
         @pl.loop(0, lax.div(jnp.maximum(length, 0), jnp.int32(ALIGNMENT)))
         def _(step):
-            row = step * ALIGNMENT
-            token = token_of_row(gmem, plan, tile.block, wg * ROWS + row)
-            store(row, token, ALIGNMENT)
+            store(step * ALIGNMENT, ALIGNMENT)
 
     if plan.has_short_blocks:
         length = gmem.lengths[tile.block] - wg * ROWS
         lax.cond(length >= ROWS, store_all, lambda: store_short(length))
     else:
         store_all()
-    plgpu.commit_smem_to_gmem_group()
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _store_boxes(gmem, plan: Plan, tile: Tile, wg, o_smem):
+    box = plan.box
+    own = ROWS // box.tokens
+
+    def store(width: Width):
+        rows = width.longest // (ALIGNMENT * box.number)
+        for number in range(own):
+            source = o_smem.at[pl.ds(number * box.rows, rows)]
+            target = box_of(
+                gmem, plan, gmem.out, tile, tile.block, wg * own + number, rows
+            )
+            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+    widest, *others = plan.widths
+    if not others:
+        store(widest)
+    else:
+        is_short = gmem.lengths[tile.block] < widest.longest
+        lax.cond(is_short, lambda: store(others[0]), lambda: store(widest))
 
 
 def _logits(plan: Plan, q_rows, k_block):
     """q @ k.T, waited for."""
     if plan.emulate_wgmma:
-        return _emulated_dot(q_rows[...], k_block[...].T)
+        return _emulated_dot(_matrix(q_rows), _matrix(k_block).T)
 
     def product(logits_ref):
         plgpu.wgmma(logits_ref, q_rows, k_block.T)
@@ -284,7 +316,7 @@ def _logits(plan: Plan, q_rows, k_block):
 def _add_values(plan: Plan, acc, weights, ring: "_Ring", slot):
     """acc + weights @ v, waited for."""
     if plan.emulate_wgmma:
-        return acc + _emulated_dot(weights, ring.block(slot)[...])
+        return acc + _emulated_dot(weights, _matrix(ring.block(slot)))
     acc = sm90_wgmma.issue(acc, weights, ring.whole_block(slot))
     plgpu.wgmma_wait(0)
     return sm90_wgmma.settle(acc)
@@ -343,6 +375,10 @@ def _commit_emulated_reads(plan: Plan):
     """
     if plan.emulate_wgmma:
         plgpu.commit_smem()
+
+
+def _matrix(tokens):
+    return tokens[...].reshape(-1, tokens.shape[-1])
 
 
 def _emulated_dot(a, b):

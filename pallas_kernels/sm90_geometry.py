@@ -6,7 +6,7 @@ import functools
 import numpy as np
 
 from pallas_kernels.interfaces import BlockLayout, Order
-from pallas_kernels.sm90_plan import ALIGNMENT, BLOCK, ROWS, Width
+from pallas_kernels.sm90_plan import ALIGNMENT, BLOCK, ROWS, Box, Width
 
 WIDTH_STEP = 16  # keys of one wgmma of weights and values
 MAX_WIDTHS = 3  # each is a loop of its own in the kernel's code
@@ -17,9 +17,13 @@ class Geometry:
     """Places of blocks, for one order of the tokens.
 
     Attributes:
-      starts: First token of each block.
+      starts: First token of each block over ALIGNMENT; with boxes, its row among the
+        rows of all frames.
       run: Tokens of a block that follow each other in memory; BLOCK if all do.
-      strides: Tokens from the start of a run to that of the next, for each block.
+      strides: Tokens from the start of a run to that of the next, over ALIGNMENT, for
+        each block; with boxes, its first column over ALIGNMENT.
+      box: How blocks are cut out of frames, or None.
+      frame_shape: Rows of all frames, columns over ALIGNMENT, ALIGNMENT; with boxes.
       starts_are_multiples: Block r starts at token r * BLOCK and is in one piece.
       stores_short_blocks: A short block is followed by another one's tokens.
       gather: Token of each place, if blocks must be moved first, else None.
@@ -34,6 +38,8 @@ class Geometry:
     starts: np.ndarray
     run: int
     strides: np.ndarray
+    box: Box | None
+    frame_shape: tuple[int, ...]
     starts_are_multiples: bool
     stores_short_blocks: bool
     gather: np.ndarray | None
@@ -53,7 +59,8 @@ def geometry(layout: BlockLayout, order: Order) -> Geometry:
     of 8 x 16 on every grid whose edge tiles have a multiple of 8 tokens, which takes in
     45 x 80 and 30 x 52. In raster order a block is rows of a tile, which must start at
     multiples of 8 tokens too and be as long as the tile is wide: 45 x 80 does, 30 x 52
-    does not. Other sequences are copied to blocks of full length first.
+    does not. Without text the rows are copied together, in boxes of 8 columns. Other
+    sequences are copied to blocks of full length first.
     """
     lengths = layout.block_lengths
     multiples = np.arange(layout.num_blocks, dtype=np.int32) * BLOCK
@@ -63,16 +70,27 @@ def geometry(layout: BlockLayout, order: Order) -> Geometry:
     if order == "raster":
         scatter = scatter[layout.raster_order]
     starts, strides, run, cause = _runs(layout, order)
-    gather = None
+    gather, box, frame_shape = None, None, ()
+    widths, width_of_block = _widths(layout, has_text_lengths=False)
     if cause is not None:
         gather = _token_of_place(layout, order)
         starts, strides, run = multiples, np.zeros_like(multiples), BLOCK
-    widths, width_of_block = _widths(layout, has_text_lengths=False)
+    starts_are_multiples = run == BLOCK and bool((starts == multiples).all())
+    starts, strides = starts // ALIGNMENT, strides // ALIGNMENT
+    if run != BLOCK and (boxes := _boxes(layout, starts, strides, run, widths)):
+        box, frame_shape, starts, strides = boxes
+        block, row = np.divmod(scatter, BLOCK)
+        row, column = np.divmod(row, run)
+        number, column = np.divmod(column, ALIGNMENT)
+        row_in_block = number * box.tokens + row * ALIGNMENT + column
+        scatter = multiples[block] + row_in_block
     return Geometry(
-        starts=starts,
+        starts=starts.astype(np.int32),
         run=run,
-        strides=strides,
-        starts_are_multiples=run == BLOCK and bool((starts == multiples).all()),
+        strides=strides.astype(np.int32),
+        box=box,
+        frame_shape=frame_shape,
+        starts_are_multiples=starts_are_multiples,
         stores_short_blocks=cause is None and bool((lengths < BLOCK).any()),
         gather=gather,
         scatter=scatter,
@@ -82,6 +100,25 @@ def geometry(layout: BlockLayout, order: Order) -> Geometry:
         width_of_block=width_of_block,
         copied_because=cause,
     )
+
+
+def _boxes(layout: BlockLayout, starts, strides, run: int, widths):
+    """The box, the shape to cut it out of, and each block's first row and column.
+
+    None where there is text, or tiles are too tall for a consumer's rows.
+    """
+    rows = BLOCK // run
+    box = Box(rows, run // ALIGNMENT)
+    row_lengths = np.unique(strides[layout.block_lengths > run])
+    if layout.text_length or len(row_lengths) != 1 or box.tokens > ROWS:
+        return None
+    columns = int(row_lengths[0])  # over ALIGNMENT, as starts and strides are
+    if layout.num_tokens % (columns * ALIGNMENT):
+        return None
+    assert all(width.longest % run == 0 for width in widths)
+    num_rows = layout.num_tokens // (columns * ALIGNMENT)
+    first_row, first_column = np.divmod(starts, columns)
+    return box, (num_rows, columns, ALIGNMENT), first_row, first_column
 
 
 def _runs(layout: BlockLayout, order: Order):
@@ -139,7 +176,12 @@ def _widths(layout: BlockLayout, *, has_text_lengths: bool):
         is_masked[layout.text_blocks] = True
     classes = [width_of_block == number for number in range(len(tokens))]
     widths = tuple(
-        Width(int(size), int(own.sum()), bool(is_masked[own].any()))
+        Width(
+            int(size),
+            int(lengths[own].max()),
+            int(own.sum()),
+            bool(is_masked[own].any()),
+        )
         for size, own in zip(tokens, classes, strict=True)
     )
     return widths, width_of_block.astype(np.int32)

@@ -65,6 +65,7 @@ class Plan:
     scale: float
     starts_are_multiples: bool  # block r starts at token r * BLOCK
     run: int  # tokens of a block that lie together in memory; BLOCK if all do
+    box: "Box | None"  # or how a block is cut out of frames
     widths: tuple["Width", ...]  # widest first; lists have them in this order
     masks_queries: bool  # some query inside a block is padding
     has_short_blocks: bool
@@ -76,9 +77,26 @@ class Plan:
         return self.config.named_barriers and not self.emulate_wgmma
 
     @property
-    def num_runs(self) -> int:
+    def num_copies(self) -> int:
         """Copies of a block."""
-        return BLOCK // self.run
+        return BLOCK // self.run if self.box is None else self.box.number
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """Raster order: a block is boxes of ALIGNMENT columns, one beside the other.
+
+    One copy takes a box out of an array of frames and rows, columns over ALIGNMENT,
+    ALIGNMENT. In shared memory the boxes follow each other, so the tokens of a block
+    stand in another order there than in tiled order.
+    """
+
+    rows: int  # of a tile; the lowest tiles of a frame may have fewer
+    number: int  # of boxes side by side
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * ALIGNMENT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +104,7 @@ class Width:
     """A class of key blocks, whose products are computed over this many keys."""
 
     tokens: int
+    longest: int  # tokens of the longest block of the class
     blocks: int  # how many the sequence has
     masks: bool  # some block of the class has fewer valid tokens
 
@@ -103,8 +122,8 @@ class GlobalRefs:
     full_list: jax.Ref  # [R], the blocks of a full row
     order: jax.Ref  # [num_tiles], tiles in the order in which CTAs take them
     num_tiles: jax.Ref  # [1], how many of them
-    starts: jax.Ref  # [R], first token of each block over ALIGNMENT
-    strides: jax.Ref  # [R], tokens between two runs of a block over ALIGNMENT
+    starts: jax.Ref  # [R], first token of each block over ALIGNMENT; a box's first row
+    strides: jax.Ref  # [R], from one run to the next, likewise; a box's first column
     lengths: jax.Ref  # [R], tokens of each block
     valid: jax.Ref  # [B, R], tokens of each block that are not padding
     out: jax.Ref
@@ -124,26 +143,33 @@ class Tile:
     is_shared: jax.Array | bool  # both CTAs of the pair have full rows of one head
 
 
-def smem_transforms() -> tuple[Any, ...]:
+def smem_transforms(*, in_boxes: bool = False) -> tuple[Any, ...]:
     """How tokens lie in shared memory: as wgmma reads them."""
+    tiling = (1, ALIGNMENT, 64) if in_boxes else (ALIGNMENT, 64)
     return (
-        plgpu.TilingTransform((ALIGNMENT, 64)),  # type: ignore[abstract]
+        plgpu.TilingTransform(tiling),  # type: ignore[abstract]
         plgpu.SwizzleTransform(128),  # type: ignore[abstract]
     )
 
 
 def scratch_types(plan: Plan, dtype: jax.typing.DTypeLike) -> dict[str, Any]:
     """Shared memory and barriers of one CTA."""
-    transforms = smem_transforms()
     slots, dim = plan.config.num_slots, plan.head_dim
     rows = (NUM_CONSUMERS, ROWS)
+
+    def tokens(number, size):
+        if plan.box is None:
+            return plgpu.SMEM((number, size, dim), dtype, transforms=smem_transforms())
+        shape = (number, size // ALIGNMENT, ALIGNMENT, dim)
+        return plgpu.SMEM(shape, dtype, transforms=smem_transforms(in_boxes=True))
+
     scratch = {
-        "q_smem": plgpu.SMEM((*rows, dim), dtype, transforms=transforms),
-        "kv_smem": plgpu.SMEM((slots, BLOCK, dim), dtype, transforms=transforms),
+        "q_smem": tokens(NUM_CONSUMERS, ROWS),
+        "kv_smem": tokens(slots, BLOCK),
         "lse_smem": plgpu.SMEM(rows, jnp.float32),
-        "q_full": plgpu.Barrier(num_arrivals=max(plan.num_runs, NUM_CONSUMERS)),
+        "q_full": plgpu.Barrier(num_arrivals=max(plan.num_copies, NUM_CONSUMERS)),
         "q_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
-        "kv_full": plgpu.Barrier(num_arrivals=plan.num_runs, num_barriers=slots),
+        "kv_full": plgpu.Barrier(num_arrivals=plan.num_copies, num_barriers=slots),
         "kv_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=slots),
         "turn": plgpu.Barrier(num_barriers=NUM_CONSUMERS),
     }
@@ -256,6 +282,23 @@ def token_of_row(gmem: GlobalRefs, plan: Plan, block, row):
     run = lax.div(jnp.asarray(row, jnp.int32), jnp.int32(plan.run))
     units = start + run * (gmem.strides[block] - plan.run // ALIGNMENT)
     return units * ALIGNMENT + row
+
+
+def box_of(gmem: GlobalRefs, plan: Plan, array, tile: Tile, block, number: int, rows):
+    """The first rows of one box of a block, [rows, ALIGNMENT, D]."""
+    column = gmem.strides[block] + number
+    return array.at[tile.batch, pl.ds(gmem.starts[block], rows), column, :, tile.head]
+
+
+def as_rows(plan: Plan, tokens):
+    """Tokens in shared memory as a matrix; boxes are kept as rows of ALIGNMENT.
+
+    Interpret mode reshapes no references: there values are, where they are read.
+    """
+    if plan.box is None or plan.emulate_wgmma:
+        return tokens
+    rows, columns, head_dim = tokens.shape
+    return tokens.reshape(rows * columns, head_dim)
 
 
 def slot_of(plan: Plan, fill):

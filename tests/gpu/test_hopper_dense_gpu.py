@@ -10,7 +10,7 @@ from pallas_kernels import dense_attention
 from pallas_kernels.hopper_dense import hopper_dense_attention
 from pallas_kernels.interfaces import current_device
 from tests.pallas_kernels.reference import random_qkv
-from tests.tolerances import GPU_RELATIVE
+from tests.tolerances import GPU_GRADIENT_ORDER, GPU_RELATIVE
 
 pytestmark = pytest.mark.gpu
 
@@ -72,8 +72,10 @@ def test_gradients_are_those_of_cudnn():
     def cudnn(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
+    # Not equal to the bit: cuDNN adds up gradients of queries in any order.
     for got, want in zip(gradient(dense_attention), gradient(cudnn), strict=True):
-        np.testing.assert_array_equal(got, want)
+        got, want = (x.astype(jnp.float32) for x in (got, want))
+        assert relative_error(got, want) < GPU_GRADIENT_ORDER
 
 
 def test_vmap_joins_the_batch():

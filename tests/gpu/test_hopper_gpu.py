@@ -47,6 +47,7 @@ CASES = {
     "divisible": Case(grid=VideoGrid(4, 16, 32)),
     "many-blocks-per-cta": Case(grid=VideoGrid(12, 24, 64), head_dim=64),
     "float16": Case(grid=VideoGrid(4, 16, 32), dtype="float16"),
+    "edges": Case(grid=VideoGrid(3, 45, 80)),
     "edges-and-ragged-text": Case(
         grid=VideoGrid(3, 45, 80, text_length=40), text_lengths=(40, 7)
     ),

@@ -19,6 +19,7 @@ HUNYUAN = VideoGrid(33, 48, 80)
 EDGES = VideoGrid(33, 45, 80, text_length=256)
 CASES = {  # grid, has text_lengths, head_dim, dtype, order
     "divisible": (HUNYUAN, False, 128, "bfloat16"),
+    "boxes": (VideoGrid(33, 45, 80), False, 128, "bfloat16", "raster"),
     "raster": (EDGES, False, 128, "bfloat16", "raster"),
     "raster-copied": (VideoGrid(2, 30, 52), False, 128, "bfloat16", "raster"),
     "head-dim-64": (HUNYUAN, False, 64, "float16"),

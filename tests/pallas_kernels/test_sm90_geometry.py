@@ -37,15 +37,54 @@ def test_places_hold_the_tokens_of_their_blocks(name, order):
         memory = memory[places.gather]
     for block in range(grid.num_blocks):
         length = int(grid.block_lengths[block])
-        row = np.arange(length)
-        place = places.starts[block] + row % places.run
-        place += row // places.run * places.strides[block]
-        want = grid.block_starts[block] + row
-        np.testing.assert_array_equal(memory[place], want, err_msg=str(block))
         width = places.widths[places.width_of_block[block]]
-        assert length <= width.tokens <= BLOCK
+        if places.box is not None:
+            found = tokens_of_boxes(memory, places, block, length)
+        else:
+            row = np.arange(length)
+            place = 8 * places.starts[block] + row % places.run
+            place += row // places.run * 8 * places.strides[block]
+            found = memory[place]
+        want = grid.block_starts[block] + np.arange(length)
+        assert sorted(found) == want.tolist()
+        # The log-sum-exp of the token in row i of the block is at `128 block + i`.
+        if places.box is None:
+            np.testing.assert_array_equal(found, want)
+        elif length == BLOCK:
+            in_order = tokens if order == "tiled" else grid.tile_order
+            where = places.scatter[in_order[found]]
+            np.testing.assert_array_equal(where, BLOCK * block + np.arange(BLOCK))
+        assert length <= width.longest <= width.tokens <= BLOCK
         assert width.tokens % 16 == 0
         assert width.masks or length == width.tokens
+
+
+def tokens_of_boxes(memory, places, block, length):
+    """Reads a block box by box, as its copies do."""
+    frames = memory.reshape(places.frame_shape)
+    rows = length // (8 * places.box.number)
+    first, column = places.starts[block], places.strides[block]
+    return np.concatenate(
+        [
+            frames[first : first + rows, column + number].ravel()
+            for number in range(places.box.number)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("grid", "has_boxes"),
+    [
+        (VideoGrid(2, 45, 80), True),
+        (VideoGrid(2, 45, 80, text_length=256), False),
+        (VideoGrid(1, 8, 64, tile=(4, 32)), True),
+        (VideoGrid(1, 32, 16, tile=(16, 8)), False),  # 128 tokens of a consumer's 64
+    ],
+    ids=str,
+)
+def test_boxes_are_for_videos_without_text(grid, has_boxes):
+    assert (geometry(grid, "raster").box is not None) == has_boxes
+    assert geometry(grid, "tiled").box is None
 
 
 def test_widths_of_480p():
