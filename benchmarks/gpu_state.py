@@ -1,5 +1,6 @@
 """What the card does while something is timed: clock and power from nvidia-smi."""
 
+import os
 import shutil
 import statistics
 import subprocess
@@ -21,7 +22,9 @@ class GpuState:
 
     def __enter__(self) -> "GpuState":
         if shutil.which("nvidia-smi"):
-            command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--id=0"]
+            # Of several cards, the one that the process sees first.
+            card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", f"--id={card}"]
             options = ["--format=csv,noheader,nounits", f"--loop-ms={INTERVAL_MS}"]
             self._process = subprocess.Popen(
                 command + options,

@@ -16,9 +16,9 @@ What a case has:
 
   samples_ms       steps, until the result is there; after one to warm up
   kept_density     share of token pairs that self-attention computed
-  outside          self-attention is what CUPTI says of its kernels, and of a draft's,
-                   in one more step of the sparsest mode; the rest of that mode's
-                   median step is outside, idle time included
+  outside          self-attention is what CUPTI says of its kernels, and of a draft's
+                   that have names, in one more step of the sparsest mode; the rest of
+                   that mode's median step is outside, idle time included
   share_of_matmul  rate of the products outside, over that of the fastest matrix
                    product in `matmul`; each of those runs for a second
 
@@ -308,11 +308,8 @@ def profile_step(
         return {"profile": {"error": f"{type(error).__name__}: {error}"[:500]}}
     if not launches:
         return {"profile": {"error": "no GPU kernel was seen"}}
-    profile = wan_account.account(
-        launches,
-        num_blocks=config.num_layers * steps.calls,
-        projection_flops=2.0 * steps.num_tokens * config.dim**2,
-    )
+    num_blocks = config.num_layers * steps.calls
+    profile = wan_account.account(launches, num_blocks=num_blocks)
     profile["step_ms"] = report.time_ms
     by_class = profile["by_class_ms"]
     attention = by_class.get("self-attention", 0.0) + by_class.get("draft", 0.0)

@@ -10,21 +10,20 @@ from models.wan.config import WanConfig
 
 Launch = tuple[str, float]  # name of a kernel and its milliseconds
 
-# The kernel that self-attention ends with, and the one that a draft begins with. What
-# runs between the two is the draft: pooling, its logits, the selection, the lists. A
-# kernel that also normalises and rotates begins it, but has work that is not its own.
-SPARSE_KERNEL = re.compile("block_sparse_attention")
-DRAFT_START = re.compile("pool")
-NORM_AND_ROPE = re.compile("norm_rope")
-MATMUL = re.compile("gemm|nvjet|cutlass|cublas|_dot", re.I)
-# No GPU here multiplies faster: what took less than this rate allows a projection of
-# all tokens is a product of the draft.
-MOST_FLOPS_PER_MS = 1e12
+# A kernel is told by its name alone: CUPTI lists launches in no order to rely on. What
+# XLA makes for a draft (its logits' product, softmax) has no name of its own, so it
+# counts with the rest of the model.
 WEIGHTS = "weights of a layer"  # copied out of the stack
-# Classes of the other kernels; the first that fits counts.
+# The first class that fits counts.
 CLASSES = (
+    ("self-attention", re.compile("block_sparse_attention|partition_lists")),
+    (
+        "draft",
+        re.compile("count_digits|pack_rows|select_in_rows|write_lists|pool_tiles"),
+    ),
+    ("norm and rotation", re.compile("norm_rope")),
     ("cross-attention", re.compile("cudnn|fmha|sdpa|flash", re.I)),
-    ("matmul", MATMUL),
+    ("matmul", re.compile("gemm|nvjet|cutlass|cublas|_dot", re.I)),
     # Beside the products, on a stream of their own.
     (WEIGHTS, re.compile("dynamic_slice", re.I)),
     ("copy", re.compile("^(wrapped_)?(copy|transpose|slice|concatenate)|memcpy", re.I)),
@@ -93,46 +92,23 @@ def profile(run: Callable[[], Any]) -> tuple[Any, list[Launch]]:
     return result, list(launches or [])
 
 
-def classify(launches: Sequence[Launch], projection_flops: float = 0.0) -> list[str]:
-    """The class of each kernel of a step whose layers are all sparse.
-
-    Args:
-      launches: Kernels in the order of their launch.
-      projection_flops: Of one square projection of all tokens. The values' may run
-        while the draft does, and is told from the draft's products by its duration.
-    """
-    shortest = 0.5 * projection_flops / MOST_FLOPS_PER_MS
-    classes, in_draft = [], False
-    for name, time_ms in launches:
-        fitting = (kind for kind, pattern in CLASSES if pattern.search(name))
-        kind = next(fitting, "other")
-        if SPARSE_KERNEL.search(name):
-            kind, in_draft = "self-attention", False
-        elif NORM_AND_ROPE.search(name):
-            kind, in_draft = "norm and rotation", True
-        elif DRAFT_START.search(name):
-            kind, in_draft = "draft", True
-        elif in_draft and kind != WEIGHTS:
-            is_projection = kind == "matmul" and time_ms > shortest
-            kind = kind if is_projection else "draft"
-        classes.append(kind)
-    return classes
+def classify(name: str) -> str:
+    """The class of a kernel of a step whose layers are all sparse."""
+    fitting = (kind for kind, pattern in CLASSES if pattern.search(name))
+    return next(fitting, "other")
 
 
-def account(
-    launches: Sequence[Launch], *, num_blocks: int, projection_flops: float
-) -> dict[str, Any]:
-    """Milliseconds by class, the costliest kernels, and one block in order.
+def account(launches: Sequence[Launch], *, num_blocks: int) -> dict[str, Any]:
+    """Milliseconds by class, and the costliest kernels.
 
     Args:
       launches: Of a step whose layers are all sparse.
       num_blocks: Transformer blocks that the step ran: layers times model calls.
-      projection_flops: See `classify`.
     """
-    classes = classify(launches, projection_flops)
     by_class: dict[str, float] = {}
     by_name: dict[str, list[float]] = {}
-    for kind, (name, time_ms) in zip(classes, launches, strict=True):
+    for name, time_ms in launches:
+        kind = classify(name)
         by_class[kind] = by_class.get(kind, 0.0) + time_ms
         by_name.setdefault(f"{kind}: {name[:90]}", []).append(time_ms)
     costly = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:40]
@@ -155,39 +131,4 @@ def account(
             }
             for name, times in costly
         ],
-        "one_block": one_block(launches, classes),
     }
-
-
-def one_block(
-    launches: Sequence[Launch], classes: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Kernels from one self-attention to the next, in the middle of the step.
-
-    Kernels of less than five microseconds are left out.
-    """
-    # The same name may run again for a few microseconds, to merge parts.
-    large = max(
-        (
-            ms
-            for (_, ms), kind in zip(launches, classes, strict=True)
-            if kind == "self-attention"
-        ),
-        default=0.0,
-    )
-    ends = [
-        index
-        for index, kind in enumerate(classes)
-        if kind == "self-attention" and launches[index][1] > 0.1 * large
-    ]
-    if len(ends) < 4:
-        return []
-    middle = len(ends) // 4  # of the first of two calls
-    start, stop = ends[middle - 1] + 1, ends[middle] + 1
-    return [
-        {"kernel": name[:90], "class": kind, "ms": round(ms, 4)}
-        for (name, ms), kind in zip(
-            launches[start:stop], classes[start:stop], strict=True
-        )
-        if ms >= 5e-3
-    ]

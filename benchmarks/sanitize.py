@@ -1,0 +1,81 @@
+"""Runs every kernel once on small shapes, for NVIDIA's compute-sanitizer.
+
+    compute-sanitizer --tool memcheck --kernel-regex kns=sm90 \\
+        python -m benchmarks.sanitize
+    compute-sanitizer --tool racecheck --kernel-regex kns=sm90 \\
+        python -m benchmarks.sanitize
+"""
+
+import os
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.attention import random_mask
+from draft_jax import DraftConfig, QKNorm, VideoGrid, draft_attention, norm_rope_pool
+from pallas_kernels import block_sparse_attention, dense_attention
+
+HEADS, HEAD_DIM = 2, 128
+# Edge tiles and text; boxes of raster order; three widths.
+GRIDS = (
+    (VideoGrid(2, 13, 32, text_length=40), ("tiled", "raster")),
+    (VideoGrid(2, 13, 32), ("raster",)),
+    (VideoGrid(2, 14, 20), ("tiled",)),
+)
+
+
+def inputs(num_tokens: int) -> tuple[jax.Array, ...]:
+    size = (1, num_tokens, HEADS, HEAD_DIM)
+    keys = jax.random.split(jax.random.key(0), 3)
+    return tuple(jax.random.normal(key, size, jnp.bfloat16) for key in keys)
+
+
+def check(name: str, *arrays: jax.Array) -> None:
+    for array in arrays:
+        assert np.isfinite(np.asarray(array, np.float32)).all(), name
+    print(f"{name}: finite", flush=True)
+
+
+def main() -> None:
+    for grid, orders in GRIDS:
+        qkv = inputs(grid.num_tokens)
+        for order in orders:
+            attend = jax.jit(
+                lambda q, k, v, mask, grid=grid, order=order: block_sparse_attention(
+                    q, k, v, mask, grid=grid, order=order, backend="hopper"
+                )
+            )
+            for density in (0.4, 1.0):
+                mask = random_mask(grid, 1, HEADS, density)
+                check(f"{grid}, {order}, density {density}", attend(*qkv, mask))
+    check("dense", jax.jit(dense_attention)(*inputs(4096 + 72)))
+    grid = VideoGrid(2, 13, 32, text_length=40)
+    qkv = inputs(grid.num_tokens)
+    for selection in ("percentile", "row_topk", "top_p"):
+        config = DraftConfig(selection=selection, sparsity=0.5)
+        out = jax.jit(
+            lambda q, k, v, config=config: draft_attention(
+                q, k, v, grid=grid, config=config
+            )
+        )(*qkv)
+        check(f"draft attention, {selection}", out)
+    angles = jnp.ones((grid.num_visual_tokens, HEAD_DIM // 2))
+    rope = jnp.cos(angles), jnp.sin(angles)
+    scales = (jnp.ones(HEAD_DIM), jnp.ones(HEAD_DIM))
+    q, k, pooled = norm_rope_pool(
+        *qkv[:2],
+        grid=grid,
+        config=DraftConfig(),
+        norm=QKNorm(over="head"),
+        scales=scales,
+        rope=rope,
+        order="tiled",
+    )
+    check("norm, rotation and pooling", q, k, *jax.tree.leaves(pooled))
+
+
+if __name__ == "__main__":
+    main()
