@@ -18,7 +18,7 @@ from benchmarks.attention import random_mask
 from draft_jax import DraftConfig, QKNorm, VideoGrid, draft_attention, norm_rope_pool
 from pallas_kernels import block_sparse_attention, dense_attention
 
-HEADS, HEAD_DIM = 2, 128
+HEADS, HEAD_DIM = 4, 128  # 2 heads would be norm_rope_pool's XLA path
 # Edge tiles and text; boxes of raster order; three widths.
 GRIDS = (
     (VideoGrid(2, 13, 32, text_length=40), ("tiled", "raster")),

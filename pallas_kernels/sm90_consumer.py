@@ -21,6 +21,7 @@ from pallas_kernels.sm90_plan import (
     ALIGNMENT,
     BLOCK,
     ROWS,
+    Box,
     Plan,
     Signals,
     Tile,
@@ -249,7 +250,7 @@ def _store_tile(gmem, plan: Plan, tile, wg, acc, reference, total, o_smem, lse_s
     if plan.box is None:
         _store_rows(gmem, plan, tile, wg, o_smem)
     else:
-        _store_boxes(gmem, plan, tile, wg, o_smem)
+        _store_boxes(gmem, plan, plan.box, tile, wg, o_smem)
     plgpu.commit_smem_to_gmem_group()
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -280,8 +281,7 @@ def _store_rows(gmem, plan: Plan, tile: Tile, wg, o_smem):
         store_all()
 
 
-def _store_boxes(gmem, plan: Plan, tile: Tile, wg, o_smem):
-    box = plan.box
+def _store_boxes(gmem, plan: Plan, box: Box, tile: Tile, wg, o_smem):
     own = ROWS // box.tokens
 
     def store(width: Width):
