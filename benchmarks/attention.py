@@ -1,6 +1,6 @@
 """Times block-sparse attention against dense and sparse attention of other libraries.
 
-    python benchmarks/attention.py --output benchmarks/results/attention_h200.json
+    python benchmarks/attention.py --output benchmarks/results/attention_h100.json
 
 Every contender gets the same random normal inputs in one process. Effective TFLOP/s
 counts the work of the kept blocks: 4 * T^2 * N * D * density / time, with the density

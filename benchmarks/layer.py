@@ -1,7 +1,7 @@
 """Times every stage of a draft-attention layer on one GPU, beside dense attention.
 
-    python -m benchmarks.layer measure --output benchmarks/results/layer_h200.json
-    python -m benchmarks.layer plot benchmarks/results/layer_h200.json
+    python -m benchmarks.layer measure --output benchmarks/results/layer_h100.json
+    python -m benchmarks.layer plot benchmarks/results/layer_h100.json
     python -m benchmarks.layer measure --shape long --only softmax --skip xla
 
 All programs are compiled before the first is timed, and run on the same random normal

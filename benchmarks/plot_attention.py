@@ -1,7 +1,7 @@
 """Draws what `benchmarks.attention` stored: time against density, with the ideal line.
 
-    python -m benchmarks.plot_attention benchmarks/results/attention_h200.json \
-        docs/images/attention_h200.png
+    python -m benchmarks.plot_attention benchmarks/results/attention_h100.json \
+        docs/images/attention_h100.png
 """
 
 import argparse

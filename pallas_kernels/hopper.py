@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import sm90_plan as sm90
 from pallas_kernels import xla
+from pallas_kernels.batching import fold_mapped_axes
 from pallas_kernels.block_sparse_attention_sm90 import (
     Work,
     attend_blocks,
@@ -106,7 +107,7 @@ def _attention(static, q, k, v, row_offsets, block_ids, text_lengths):
 
 
 def _forward(static: _Static, *arrays):
-    out, lse = _batchable(static, *arrays)
+    out, lse = fold_mapped_axes(functools.partial(_run, static))(*arrays)
     return (out, lse), (*arrays, out, lse)
 
 
@@ -133,28 +134,6 @@ def _backward(static: _Static, residuals, cotangents):
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _batchable(static: _Static, *arrays):
-    """Runs the kernel; a mapped axis becomes part of the batch."""
-
-    @jax.custom_batching.custom_vmap
-    def run(*arrays):
-        return _run(static, *arrays)
-
-    @run.def_vmap
-    def _(axis_size, in_batched, *arrays):
-        def fold(x, is_batched):
-            if not is_batched:
-                x = jnp.broadcast_to(x, (axis_size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        folded = (fold(x, b) for x, b in zip(arrays, in_batched, strict=True))
-        out, lse = _batchable(static, *folded)
-        unfolded = (x.reshape(axis_size, -1, *x.shape[1:]) for x in (out, lse))
-        return tuple(unfolded), (True, True)
-
-    return run(*arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)

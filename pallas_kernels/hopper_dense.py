@@ -19,7 +19,8 @@ from pallas_kernels.block_sparse_attention_sm90 import Work, attend_blocks
 from pallas_kernels.interfaces import Device
 from pallas_kernels.sm90_geometry import WIDTH_STEP
 
-# Below, cuDNN's smaller query blocks fill the card better.
+# Timed at 32,760 tokens and more, where it beats cuDNN by 13 to 20 %. Shorter sequences
+# have fewer query blocks than fill the card evenly; where cuDNN wins is not known.
 LEAST_TOKENS = 4096
 
 
