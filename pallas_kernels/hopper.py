@@ -279,8 +279,8 @@ def _why_unsupported(problem: Problem) -> str | None:
 
 def _why_slow(problem: Problem) -> str | None:
     places = geometry(problem.layout, problem.order)  # type: ignore[arg-type]
-    if places.copied_because is None:
-        return None
+    if places.copied_because is None or problem.layout.num_tokens < sm90.BLOCK:
+        return None  # a copy of so few tokens is nothing
     return f"q, k, v and the output are copied to other places: {places.copied_because}"
 
 
