@@ -126,8 +126,8 @@ def _runs(layout: BlockLayout, order: Order):
     starts, lengths = layout.block_starts, layout.block_lengths
     strides = np.zeros_like(starts)
     unaligned = (
-        f"its blocks do not all start and end at multiples of {ALIGNMENT} tokens; other "
-        "sizes of frame, tile or text would"
+        f"its blocks do not all start and end at multiples of {ALIGNMENT} tokens; "
+        "other sizes of frame, tile or text would"
     )
     if layout.num_tokens < BLOCK:
         return starts, strides, BLOCK, f"it has fewer than {BLOCK} tokens"
