@@ -1,6 +1,7 @@
 """Markers and options shared by every test."""
 
 import os
+import shutil
 
 import jax
 import pytest
@@ -9,6 +10,13 @@ import pytest
 # more. The pool has a thread per core: on a machine with two cores tests would wait for
 # ever now and then. Read when the CPU backend starts.
 os.environ.setdefault("PJRT_NPROC", "8")
+
+# Most of the suite's time is compilation of small programs for the CPU, and nearly half
+# of that LLVM's optimisation. Beside a GPU nothing is changed.
+if shutil.which("nvidia-smi") is None:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_optimization_level" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
