@@ -17,7 +17,7 @@ from pallas_kernels import sm90_plan as sm90
 from pallas_kernels.batching import fold_mapped_axes
 from pallas_kernels.block_sparse_attention_sm90 import Work, attend_blocks
 from pallas_kernels.interfaces import Device
-from pallas_kernels.sm90_geometry import WIDTH_STEP
+from pallas_kernels.sm90_wgmma import STEP
 
 # Timed at 32,760 tokens and more, where it beats cuDNN by 13 to 20 %. Shorter sequences
 # have fewer query blocks than fill the card evenly; where cuDNN wins is not known.
@@ -115,11 +115,15 @@ def _run(q, k, v, lengths, *, scale, masks, interpret):
 
 
 def _widths(lengths: np.ndarray, masks: bool) -> tuple[sm90.Width, ...]:
-    """Full blocks and, where the last one is short, its own."""
+    """Full blocks and, where the last one is short, its own.
+
+    Its own even where it is as wide as the others (120 tokens, say), unlike in
+    `sm90_geometry`: no step of the others then has to look for masked keys.
+    """
     last = int(lengths[-1])
     num_full = int((lengths == sm90.BLOCK).sum())
     full = sm90.Width(sm90.BLOCK, sm90.BLOCK, num_full, masks)
     if last == sm90.BLOCK:
         return (full,)
-    width = -(-last // WIDTH_STEP) * WIDTH_STEP
+    width = -(-last // STEP) * STEP
     return full, sm90.Width(width, last, 1, masks or last < width)

@@ -7,8 +7,8 @@ import numpy as np
 
 from pallas_kernels.interfaces import BlockLayout, Order
 from pallas_kernels.sm90_plan import ALIGNMENT, BLOCK, ROWS, Box, Width
+from pallas_kernels.sm90_wgmma import STEP
 
-WIDTH_STEP = 16  # keys of one wgmma of weights and values
 MAX_WIDTHS = 3  # each is a loop of its own in the kernel's code
 
 
@@ -77,7 +77,7 @@ def geometry(layout: BlockLayout, order: Order) -> Geometry:
         starts, strides, run = multiples, np.zeros_like(multiples), BLOCK
     starts_are_multiples = run == BLOCK and bool((starts == multiples).all())
     starts, strides = starts // ALIGNMENT, strides // ALIGNMENT
-    if run != BLOCK and (boxes := _boxes(layout, starts, strides, run, widths)):
+    if run != BLOCK and (boxes := _boxes(layout, starts, strides, run)):
         box, frame_shape, starts, strides = boxes
         block, row = np.divmod(scatter, BLOCK)
         row, column = np.divmod(row, run)
@@ -102,20 +102,23 @@ def geometry(layout: BlockLayout, order: Order) -> Geometry:
     )
 
 
-def _boxes(layout: BlockLayout, starts, strides, run: int, widths):
+def _boxes(layout: BlockLayout, starts, strides, run: int):
     """The box, the shape to cut it out of, and each block's first row and column.
 
-    None where there is text, or tiles are too tall for a consumer's rows.
+    None where there is text, tiles are too tall for a consumer's rows, or blocks are
+    not whole runs, as in frames narrower than the tile: runs are then copied singly.
     """
     rows = BLOCK // run
     box = Box(rows, run // ALIGNMENT)
     row_lengths = np.unique(strides[layout.block_lengths > run])
     if layout.text_length or len(row_lengths) != 1 or box.tokens > ROWS:
         return None
+    lengths = np.unique(layout.block_lengths)
+    if (lengths % run).any() or len(lengths) > 2:  # of whole tiles and of the lowest
+        return None
     columns = int(row_lengths[0])  # over ALIGNMENT, as starts and strides are
     if layout.num_tokens % (columns * ALIGNMENT):
         return None
-    assert all(width.longest % run == 0 for width in widths)
     num_rows = layout.num_tokens // (columns * ALIGNMENT)
     first_row, first_column = np.divmod(starts, columns)
     return box, (num_rows, columns, ALIGNMENT), first_row, first_column
@@ -168,7 +171,7 @@ def _token_of_place(layout: BlockLayout, order: Order) -> np.ndarray:
 def _widths(layout: BlockLayout, *, has_text_lengths: bool):
     """Classes of blocks by length, and the class of each block."""
     lengths = layout.block_lengths
-    needed = -(-lengths // WIDTH_STEP) * WIDTH_STEP
+    needed = -(-lengths // STEP) * STEP
     tokens = np.unique(needed)[::-1][:MAX_WIDTHS]
     # The narrowest that is wide enough.
     width_of_block = (tokens[None, :] >= needed[:, None]).sum(1) - 1

@@ -59,6 +59,7 @@ CASES = {
         grid=VideoGrid(1, 13, 32, text_length=40), order="raster"
     ),
     "boxes": Case(grid=VideoGrid(1, 13, 32), order="raster"),
+    "narrower-than-a-tile": Case(grid=VideoGrid(2, 13, 8), order="raster"),
     "three-widths": Case(grid=VideoGrid(1, 14, 20, text_length=136)),
     "text-before-and-empty": Case(
         grid=VideoGrid(1, 8, 16, text_length=136, text_side="before"),

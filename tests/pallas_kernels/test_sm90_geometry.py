@@ -18,6 +18,7 @@ GRIDS = {  # grid, is read in place in tiled order, in raster order
     ),
     "odd": (VideoGrid(2, 15, 26, text_length=13), False, False),
     "small": (VideoGrid(1, 5, 16), False, False),
+    "narrower-than-a-tile": (VideoGrid(2, 13, 8), True, True),
     "wide-tile": (VideoGrid(1, 6, 64, tile=(2, 64)), True, True),
     "tile-of-one-row": (VideoGrid(2, 3, 128, tile=(1, 128)), True, True),
     "narrow-tile": (VideoGrid(1, 32, 8, tile=(32, 4)), True, False),
@@ -78,6 +79,7 @@ def tokens_of_boxes(memory, places, block, length):
         (VideoGrid(2, 45, 80), True),
         (VideoGrid(2, 45, 80, text_length=256), False),
         (VideoGrid(1, 8, 64, tile=(4, 32)), True),
+        (VideoGrid(2, 13, 8), False),  # 40 tokens are not whole runs of 16
         (VideoGrid(1, 32, 16, tile=(16, 8)), False),  # 128 tokens of a consumer's 64
     ],
     ids=str,
