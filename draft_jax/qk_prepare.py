@@ -10,18 +10,17 @@ from jaxtyping import Array, Float
 from draft_jax.config import DraftConfig
 from draft_jax.grid import VideoGrid
 from draft_jax.pooling import (
-    Order,
     PooledTokens,
-    check_order,
     pool_queries_and_keys,
     reductions_of,
     tile_table,
 )
 from pallas_kernels import norm_rope_pool_sm90
 from pallas_kernels.block_sparse_attention import warn_once
-from pallas_kernels.interfaces import current_device
+from pallas_kernels.interfaces import Order, current_device
 from pallas_kernels.norm_rope_pool_sm90 import QKNorm
 from pallas_kernels.pool_tiles_sm90 import Reduction
+from pallas_kernels.validation import check_order
 
 Scales = tuple[Float[Array, " C"], Float[Array, " C"]]
 Rope = tuple[Float[Array, "V half"], Float[Array, "V half"]]

@@ -61,8 +61,8 @@ def hopper_attention(
       layout: Geometry of the blocks.
       scale: Factor on the logits.
       text_lengths: Valid text tokens of each batch item; None means all.
-      order: How the tokens are ordered; raster order is read and written in place
-        where `why_copied` gives no reason.
+      order: How the tokens are ordered; read and written in place unless
+        `sm90_geometry.geometry` says why they must be copied.
       config: Buffers and scheduling; chosen by head dimension when None.
       interpret: Run the kernel on the CPU in GPU interpret mode.
 

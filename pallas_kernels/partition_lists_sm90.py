@@ -14,9 +14,10 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Int
+
+from pallas_kernels.inline_ptx import WORD, asm, const, i64
 
 LISTS_PER_CTA = 4  # one for each warp of a warpgroup
 
@@ -83,22 +84,15 @@ def _body(offsets_gmem, ids_gmem, classes_gmem, out_gmem, ends_gmem, *, num_clas
     )
     def move(_, chunk, offsets, ids, classes, out, ends):
         pointers = (
-            llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(ref))
+            llvm.ptrtoint(i64(), mgpu.utils.memref_ptr(ref))
             for ref in (offsets, ids, classes, out, ends)
         )
-        i32 = ir.IntegerType.get_signless(32)
         thread = mgpu.utils.thread_idx()
-        first = arith.muli(chunk.registers[()], mgpu.c(LISTS_PER_CTA, i32))
-        row = arith.addi(first, arith.shrui(thread, mgpu.c(5, i32)))
-        lane = arith.andi(thread, mgpu.c(31, i32))
-        sizes = (mgpu.c(n, i32) for n in (num_rows, num_classes))
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [*pointers, row, lane, *sizes],
-            _CODE,
-            "l,l,l,l,l,r,r,r,r,~{memory}",
-            has_side_effects=True,
-        )
+        first = arith.muli(chunk.registers[()], const(LISTS_PER_CTA))
+        row = arith.addi(first, arith.shrui(thread, const(5)))
+        lane = arith.andi(thread, const(WORD - 1))
+        sizes = (const(n) for n in (num_rows, num_classes))
+        asm(_CODE, "l,l,l,l,l,r,r,r,r", *pointers, row, lane, *sizes)
 
     move(
         chunk,

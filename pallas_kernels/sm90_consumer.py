@@ -313,7 +313,7 @@ def _logits(plan: Plan, q_rows, k_block):
     return pl.run_scoped(product, plgpu.ACC((ROWS, k_block.shape[0]), jnp.float32))
 
 
-def _add_values(plan: Plan, acc, weights, ring: "_Ring", slot):
+def _add_values(plan: Plan, acc, weights, ring: _Ring, slot):
     """acc + weights @ v, waited for."""
     if plan.emulate_wgmma:
         return acc + _emulated_dot(weights, _matrix(ring.block(slot)))
@@ -323,7 +323,7 @@ def _add_values(plan: Plan, acc, weights, ring: "_Ring", slot):
 
 
 def _overlapped_step(
-    plan: Plan, q_rows, acc, weights, weigh, ring: "_Ring", k_slot, v_slot
+    plan: Plan, q_rows, acc, weights, weigh, ring: _Ring, k_slot, v_slot
 ):
     """One step: new logits, the last weights times V, and weights of the new logits.
 
