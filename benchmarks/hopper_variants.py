@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "shared-memory-barriers": {"named_barriers": False},
     "no-overlap": {"overlap": False},
     "no-pairs": {"pairs": False},
+    "all-rows": {"skip_rows": False},
     "five-slots": {"num_slots": 5},
     "four-slots": {"num_slots": 4},
 }

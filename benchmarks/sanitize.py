@@ -4,8 +4,11 @@
         python -m benchmarks.sanitize
     compute-sanitizer --tool racecheck --kernel-regex kns=sm90 \\
         python -m benchmarks.sanitize
+
+Under memcheck that takes minutes; parts can be named and run side by side.
 """
 
+import argparse
 import os
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -39,7 +42,8 @@ def check(name: str, *arrays: jax.Array) -> None:
     print(f"{name}: finite", flush=True)
 
 
-def main() -> None:
+def attention() -> None:
+    """Block-sparse attention in both orders."""
     for grid, orders in GRIDS:
         qkv = inputs(grid.num_tokens)
         for order in orders:
@@ -51,30 +55,50 @@ def main() -> None:
             for density in (0.4, 1.0):
                 mask = random_mask(grid, 1, HEADS, density)
                 check(f"{grid}, {order}, density {density}", attend(*qkv, mask))
+
+
+def dense() -> None:
+    """Dense attention."""
     check("dense", jax.jit(dense_attention)(*inputs(4096 + 72)))
+
+
+def draft() -> None:
+    """Pooling and selection, and the attention that follows."""
     grid = VideoGrid(2, 13, 32, text_length=40)
-    qkv = inputs(grid.num_tokens)
     for selection in ("percentile", "row_topk", "top_p"):
         config = DraftConfig(selection=selection, sparsity=0.5)
-        out = jax.jit(
+        attend = jax.jit(
             lambda q, k, v, config=config: draft_attention(
                 q, k, v, grid=grid, config=config
             )
-        )(*qkv)
-        check(f"draft attention, {selection}", out)
+        )
+        check(f"draft attention, {selection}", attend(*inputs(grid.num_tokens)))
+
+
+def prepare() -> None:
+    """Norm, rotation and pooling."""
+    grid = VideoGrid(2, 13, 32, text_length=40)
     angles = jnp.ones((grid.num_visual_tokens, HEAD_DIM // 2))
-    rope = jnp.cos(angles), jnp.sin(angles)
-    scales = (jnp.ones(HEAD_DIM), jnp.ones(HEAD_DIM))
     q, k, pooled = norm_rope_pool(
-        *qkv[:2],
+        *inputs(grid.num_tokens)[:2],
         grid=grid,
         config=DraftConfig(),
         norm=QKNorm(over="head"),
-        scales=scales,
-        rope=rope,
+        scales=(jnp.ones(HEAD_DIM), jnp.ones(HEAD_DIM)),
+        rope=(jnp.cos(angles), jnp.sin(angles)),
         order="tiled",
     )
     check("norm, rotation and pooling", q, k, *jax.tree.leaves(pooled))
+
+
+PARTS = {part.__name__: part for part in (attention, dense, draft, prepare)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=PARTS, help="default: all")
+    for part in parser.parse_args().parts or PARTS:
+        PARTS[part]()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ columns, or, where text stands beside the video, one row of the tile; that is ei
 copies for a block and slower, for every copy is an arrival of all threads. A short
 block (edge tile or text) is copied up to its width, a query block whole: the rows past
 its end are other tokens, or zeros past the end of the array. As keys they are masked;
-as queries they are computed and not stored.
+as queries the consumers set them to zero, and they are not stored.
 """
 
 import dataclasses

@@ -164,7 +164,7 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
         block_ids=block_ids,
         width_ends=width_ends,
         full_list=jnp.asarray(np.argsort(places.width_of_block, stable=True), "int32"),
-        order=_tile_order(jnp.diff(row_offsets)),
+        order=tile_order(jnp.diff(row_offsets), _num_multiprocessors()),
         num_tiles=jnp.full(1, num_lists * num_blocks, jnp.int32),
         starts=jnp.asarray(places.starts),
         strides=jnp.asarray(places.strides),
@@ -230,16 +230,45 @@ def repair(q, k, v, work: Work, out, lse, plan: sm90.Plan, interpret):
     return attend_blocks_again(q, k, v, work, out, lse, plan=plan, interpret=interpret)
 
 
-def _tile_order(counts: Int[Array, "L R"]) -> Int[Array, " L*R"]:
-    """Order in which the card takes query blocks.
+def tile_order(counts: Int[Array, "L R"], num_slots: int) -> Int[Array, " L*R"]:
+    """Order in which the card takes query blocks, `num_slots` at a time.
 
-    Heads follow each other, so that the CTAs share a head's K and V in L2. Within one,
-    longest lists come first, so that the last CTAs to end have little left to do.
+    CTAs share K and V in L2, which holds less than one head's: so they should walk
+    the same head's keys, and be at about the same place in their lists.
+
+    - Rows that keep every block come first, of all heads: they take many times as long
+      as others, and would be what the card ends with.
+    - The others follow head by head, longest lists first: a CTA that starts late has
+      less to do, so those of a head draw level.
+    - A head does not end with a full wave of CTAs: the rest of the wave goes to the
+      shortest lists of the next head, which end at the same time. So both heads' other
+      waves begin together.
     """
     num_lists, num_blocks = counts.shape
-    rows = jnp.argsort(-counts, axis=1, stable=True)
-    order = rows + num_blocks * np.arange(num_lists)[:, None]
-    return order.ravel().astype(jnp.int32)
+    by_length = jnp.argsort(-counts, axis=1, stable=True)
+    full = (counts == num_blocks).sum(1)  # rows of each list that keep every block
+    num_others = num_blocks - full
+    length = jnp.where(counts < num_blocks, counts, 0).sum() / jnp.maximum(
+        num_others.sum(), 1
+    )
+    # How many other rows could run in the time of those before each list's.
+    time_of_full = full.sum() * num_blocks / jnp.maximum(length, 1)
+    first_other = jnp.cumsum(num_others) - num_others
+    before = jnp.round(time_of_full).astype(jnp.int32) + first_other
+    shared = jnp.minimum(-before % num_slots, num_others)
+
+    rank = jnp.arange(num_blocks)
+    other = (rank - full[:, None] + shared[:, None]) % jnp.maximum(num_others, 1)[
+        :, None
+    ]
+    place = jnp.where(
+        rank < full[:, None],
+        (jnp.cumsum(full) - full)[:, None] + rank,
+        full.sum() + first_other[:, None] + other,
+    )
+    tiles = by_length + num_blocks * np.arange(num_lists)[:, None]
+    order = jnp.zeros(counts.size, jnp.int32)
+    return order.at[place.ravel()].set(tiles.ravel(), unique_indices=True)
 
 
 def _num_multiprocessors() -> int:

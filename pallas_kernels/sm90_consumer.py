@@ -60,6 +60,13 @@ def consume(
         del index
         plgpu.barrier_wait(q_full)
         q_rows = as_rows(plan, q_smem.at[wg])
+        warp_has_rows = None  # they all have
+        if plan.has_short_blocks and plan.config.skip_rows:
+            is_own = _own_rows(gmem, plan, tile, wg)
+            is_short = gmem.lengths[tile.block] < BLOCK
+            pl.when(is_short)(functools.partial(_clear_other_rows, is_own, q_rows))
+            if not plan.emulate_wgmma:
+                warp_has_rows = softmax.lanes_of_warp(is_own) != 0
         state = (_zero_acc(plan), softmax.no_reference(plan), _zero_rows(), slot)
         for number, width in enumerate(plan.widths):
             begin, end = bounds_of_width(gmem, plan, tile, number)
@@ -67,7 +74,16 @@ def consume(
             state = lax.cond(
                 end > begin,
                 functools.partial(
-                    _attend_width, gmem, plan, tile, width, begin, end, q_rows, ring
+                    _attend_width,
+                    gmem,
+                    plan,
+                    tile,
+                    width,
+                    begin,
+                    end,
+                    q_rows,
+                    warp_has_rows,
+                    ring,
                 ),
                 lambda *state: state,
                 *state,
@@ -129,6 +145,28 @@ class _Ring:
             self.signals.give_turn(1 - self.wg)
 
 
+def _own_rows(gmem, plan: Plan, tile: Tile, wg):
+    """Which of the consumer's rows are tokens of the query block."""
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=WGMMA_ROW)
+    length = gmem.lengths[tile.block]
+    if plan.box is None:
+        return row + wg * ROWS < length
+    return row % plan.box.tokens < lax.div(length, jnp.int32(plan.box.number))
+
+
+def _clear_other_rows(is_own, q_rows):
+    """Zeros the rows of a short query block that are other tokens' queries.
+
+    They are not stored either way, but products with zeros take less power, which is
+    what limits the kernel.
+    """
+    queries = plgpu.load(q_rows, layout=WGMMA)
+    size = math.prod(queries.shape[:-1]), queries.shape[-1]
+    is_own = lax.broadcast_in_dim(is_own, size, [0]).reshape(queries.shape)
+    q_rows[...] = jnp.where(is_own, queries, 0.0)
+    plgpu.commit_smem()
+
+
 def _zero_acc(plan: Plan):
     return plgpu.layout_cast(jnp.zeros((ROWS, plan.head_dim), jnp.float32), WGMMA)
 
@@ -145,6 +183,7 @@ def _attend_width(
     begin,
     end,
     q_rows,
+    warp_has_rows,
     ring: _Ring,
     acc,
     reference,
@@ -166,7 +205,7 @@ def _attend_width(
     logits = _mask_keys(logits, valid)
     reference = softmax.first_reference(plan, logits, reference, begin == 0)
     weights, reference, total, correction = softmax.next_weights(
-        plan, logits, reference, total
+        plan, logits, reference, total, warp_has_rows
     )
     acc, weights, reference, total = softmax.correct(
         plan, correction, acc, weights, reference, total
@@ -182,7 +221,7 @@ def _attend_width(
 
         def weigh(logits):
             logits = _mask_keys(logits, valid)
-            return softmax.next_weights(plan, logits, reference, total)
+            return softmax.next_weights(plan, logits, reference, total, warp_has_rows)
 
         acc, weights, reference, total, correction = _overlapped_step(
             plan, q_rows, acc, weights, weigh, ring, k_slot, v_slot

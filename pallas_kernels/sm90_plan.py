@@ -32,6 +32,7 @@ class KernelConfig:
     named_barriers: bool = True  # consumers signal through the hardware's barriers
     lazy: bool = True  # search only a row's first block for its maximum
     pairs: bool = True  # two CTAs copy the keys of full rows for each other
+    skip_rows: bool = True  # no softmax for warps past the end of a query block
     consumer_registers: int = 232
     producer_registers: int = 40
 

@@ -61,15 +61,29 @@ def first_reference(plan: Plan, logits, reference, is_first):
     return lax.cond(is_first, lambda: maximum, lambda: reference)
 
 
-def next_weights(plan: Plan, logits, reference, total):
+def next_weights(plan: Plan, logits, reference, total, warp_has_rows=None):
     """Weights of another block.
+
+    A warp without a row of the query block skips the work. Nobody stores its output:
+    its weights are its logits, for zeros would take registers, and its sums are ones,
+    which need no repair.
 
     Returns weights, reference and partial sums, and what `correct` needs to know.
     """
     logits, scale = _base_2(plan, logits)
     if plan.config.lazy:
-        weights = _weights(logits, scale, reference)
-        sums = _partial_sums(plan, weights)
+
+        def weigh():
+            weights = _weights(logits, scale, reference)
+            return weights, _partial_sums(plan, weights)
+
+        def skip():
+            return logits, plgpu.layout_cast(jnp.ones_like(total), WGMMA_ROW)
+
+        if warp_has_rows is None:
+            weights, sums = weigh()
+        else:
+            weights, sums = lax.cond(warp_has_rows, weigh, skip)
         grown = _any_grown(plan, sums) if plan.grows else jnp.int32(0)
         return weights, reference, total + sums, grown
     maximum = jnp.maximum(reference, logits.max(axis=1) * scale)
@@ -134,14 +148,14 @@ def _any_grown(plan: Plan, sums):
     rows = sums > 2.0**GROWTH
     if plan.emulate_wgmma:
         return jnp.any(rows).astype(jnp.int32)
-    return _lanes_of_warp(rows)
+    return lanes_of_warp(rows)
 
 
 @plgpu.inline_mgpu(
     arg_types=(WGMMA_ROW,),
     return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), plgpu.Layout.WG_SPLAT),
 )
-def _lanes_of_warp(_, rows):
+def lanes_of_warp(_, rows):
     """Bit mask of the lanes of the warp that hold a true row.
 
     It differs between the warps of a warpgroup: what depends on it must not contain an
