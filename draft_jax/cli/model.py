@@ -160,7 +160,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
     as_prompts(arguments.prompt)
     if arguments.vae_tile is not None:
         _tiling(arguments.vae_tile)
-    default = options.sampling_from(arguments)  # what is wrong with any model
+    options.sampling_from(arguments)  # what is wrong with any model
     image = None if arguments.image is None else read_image(arguments.image)
     path = arguments.checkpoint
     if path is None or not is_wan(path):
@@ -168,7 +168,8 @@ def read_request(arguments: argparse.Namespace) -> Request:
             raise ValueError(
                 f"--image {arguments.image} is given, but this is a text-to-video model"
             )
-        return Request(arguments=arguments, sampling=default)
+        shipped = options.sampling_from(arguments, Sampling())
+        return Request(arguments=arguments, sampling=shipped)
     info = describe_wan(path, text=_text_options(arguments))
     check_image_is_wanted(info.config, given=image is not None)
     sampling = _wan_sampling(arguments, info)

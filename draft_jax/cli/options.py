@@ -15,31 +15,43 @@ from typing import Any, get_args
 
 from draft_jax.config import DraftConfig, Pooling, Selection
 from draft_jax.schedule import SparsitySchedule
-from models.schedulers import SolverName
+from models.schedulers import EulerGrid, SolverName, UniPCGrid
 from models.wan.sampling import WAN_PIXELS, Sampling
 
 _SAMPLING = Sampling()
 _DRAFT = DraftConfig()
 _SLUG_LENGTH = 48
 _VERSIONS = ("jax", "jaxlib", "flax", "numpy")
+_GRIDS: dict[str, tuple[str, ...]] = {
+    "euler": get_args(EulerGrid),
+    "unipc": get_args(UniPCGrid),
+}
+# Wrapped here: the formatter leaves descriptions as they are.
+_DEFAULTS_OF_MODELS = """\
+Defaults of the shipped model are in brackets. A Wan model takes those of Wan's
+own code for its kind: 81 frames at 480p (1.3B) or 720p (14B; for I2V-14B-480P
+give --size 480p), guidance 5, unipc; from text 50 steps and shift 5, from an
+image 40 steps and shift 5, or 3 at 480p. In the diffusers layout solver, grid
+and shift are those of the folder's scheduler, the shift at every size.
+"""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows defaults that say something, and examples as they were written."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        unset = (argparse.SUPPRESS, None, False, "", ())
-        if any(action.default is value for value in unset):  # the seed 0 is shown
-            return action.help
+        default = action.default
+        empty = isinstance(default, Sequence) and not default
+        if empty or any(default is value for value in (argparse.SUPPRESS, None, False)):
+            return action.help  # the seed 0 is shown
         return f"{action.help} (default: %(default)s)"
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """What is sampled: `Sampling`. What is not given is the checkpoint's."""
+    """What is sampled: `Sampling`. What is not given depends on the checkpoint."""
     group = parser.add_argument_group(
         "video",
-        "Defaults are the checkpoint's own settings; those of the shipped model are "
-        "in brackets.",
+        _DEFAULTS_OF_MODELS,
     )
 
     def add(name: str, shipped: object, help: str, **options: Any) -> None:
@@ -81,6 +93,13 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         _SAMPLING.solver,
         "how a step moves the sample; unipc is the solver of Wan",
         choices=get_args(SolverName),
+    )
+    add(
+        "--grid",
+        _GRIDS[str(_SAMPLING.solver)][0],
+        "whose noise levels: wan (Wan's own) or diffusers for unipc, linear or "
+        "diffusers for euler; for a solver other than the checkpoint's wan and linear",
+        choices=sorted({name for names in _GRIDS.values() for name in names}),
     )
     add(
         "--negative-prompt",
@@ -142,18 +161,34 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_from(
-    arguments: argparse.Namespace, default: Sampling = _SAMPLING
+    arguments: argparse.Namespace, default: Sampling | None = None
 ) -> Sampling:
     """The `Sampling` that the options describe, and the default where they are silent.
 
-    A solver that is given takes its own noise levels.
+    Args:
+      arguments: The parsed command line.
+      default: Of the checkpoint. None while it is not known: that of the shipped model
+        then, and a grid without a solver is not looked at.
+
+    Raises:
+      ValueError: A value is out of range, or the solver has no such grid.
     """
     fields = {field.name for field in dataclasses.fields(Sampling)}
     given = {name: value for name, value in vars(arguments).items() if name in fields}
     if "size" in arguments:
         given["width"], given["height"] = arguments.size
-    if "solver" in given:
-        given["grid"] = None
+    if default is None and "solver" not in given:
+        given.pop("grid", None)
+    default = _SAMPLING if default is None else default
+    solver = given.get("solver", default.solver)
+    if solver != default.solver:
+        given.setdefault("grid", None)
+    grid = given.get("grid")
+    if grid is not None and grid not in _GRIDS[solver]:
+        raise ValueError(
+            f"--grid {grid} is none of the solver {solver}, which has "
+            f"{' and '.join(_GRIDS[solver])}"
+        )
     return dataclasses.replace(default, **given)
 
 

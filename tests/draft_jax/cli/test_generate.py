@@ -338,7 +338,7 @@ def test_help(capsys, arguments):
     shown = capsys.readouterr().out
     assert "usage: draft-video" in shown
     assert "of the noise [0]" in shown or len(arguments) == 1
-    for nothing in ("None", "False", "()", ")"):
+    for nothing in ("None", "False", "()", "[]", ")"):
         assert f"(default: {nothing})" not in shown
 
 
@@ -432,8 +432,30 @@ def test_what_is_not_given_is_the_checkpoints():
     default = Sampling.wan("480p", grid="diffusers", seed=3)
     sampling = options.sampling_from(arguments, default)
     assert sampling == dataclasses.replace(default, width=64, height=32)
-    arguments = parser.parse_args(["generate", "a cat", "--solver", "unipc"])
-    assert options.sampling_from(arguments, default).grid is None
+
+
+@pytest.mark.parametrize(
+    ("given", "solver", "grid"),
+    [
+        ("", "unipc", "diffusers"),
+        ("--solver unipc", "unipc", "diffusers"),
+        ("--grid wan", "unipc", "wan"),
+        ("--solver unipc --grid wan", "unipc", "wan"),
+        ("--solver euler", "euler", None),
+        ("--solver euler --grid diffusers", "euler", "diffusers"),
+    ],
+)
+def test_noise_levels_of_a_checkpoint_are_kept(given, solver, grid):
+    arguments = build_parser().parse_args(["generate", "a cat", *given.split()])
+    default = Sampling.wan("480p", grid="diffusers")
+    sampling = options.sampling_from(arguments, default)
+    assert (sampling.solver, sampling.grid) == (solver, grid)
+
+
+def test_noise_levels_of_another_solver_are_refused(checkpoint, capsys):
+    assert run(checkpoint, "--grid", "wan") == 2
+    expected = "--grid wan is none of the solver euler, which has linear and diffusers"
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

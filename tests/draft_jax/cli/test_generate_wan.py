@@ -209,6 +209,22 @@ def test_ssim_is_checked_at_the_size_of_the_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("given", "grid"),
+    [
+        ((), "diffusers"),
+        (("--solver", "unipc"), "diffusers"),
+        (("--grid", "wan"), "wan"),
+    ],
+    ids=["folder", "same-solver", "wan"],
+)
+def test_noise_levels_are_the_folders_unless_given(tmp_path, given, grid):
+    assert run(TEXT_TO_VIDEO, tmp_path, *given, "--guidance", "1") == 0
+    sampling = read_report(tmp_path)["sampling"]
+    assert (sampling["solver"], sampling["grid"]) == ("unipc", grid)
+    assert sampling["shift"] == 3.0
+
+
+@pytest.mark.parametrize(
     ("text", "size"),
     [
         ("480p", (832, 480)),
