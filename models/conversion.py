@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,14 @@ _REFERENCE = re.compile(r"\\(\d)")
 
 class ConversionError(ValueError):
     """A checkpoint and a model do not fit; the message lists every offender."""
+
+
+@runtime_checkable
+class HasFiles(Protocol):
+    """Arrays by key that know where they lie, so that errors can name the file."""
+
+    def file_of(self, key: str) -> Path | None:
+        """The file that holds a key; None if no file does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +190,8 @@ def load_parameters[M: nnx.Module](
     Raises:
       ConversionError: Lists every key that matches no rule or several, or leads to
         no parameter; every parameter filled twice or never; every wrong shape and
-        every dtype that is not floating-point.
+        every dtype that is not floating-point. Names each key's file if `source`
+        is one of `HasFiles`.
     """
     structure, state = nnx.split(nnx.eval_shape(make_model))
     flat = dict(nnx.to_flat_state(state))
@@ -319,7 +329,7 @@ def _checked_assignment(
     problems += [
         problem
         for path, (key, rule) in filled.items()
-        if (problem := _misfit(slots[path], key, rule, source[key])) is not None
+        if (problem := _misfit(slots[path], key, rule, source)) is not None
     ]
     if problems:
         raise _conversion_error(problems, len(source))
@@ -337,30 +347,47 @@ def _assign(
             (path, rule) for rule in rules if (path := rule.path_of(key)) is not None
         ]
         if not matches:
-            problems.append(f"unmatched: no rule knows the key {key}")
+            problems.append(f"unmatched: no rule knows the key {_place(source, key)}")
         elif len(matches) > 1:
             patterns = [rule.pattern for _, rule in matches]
-            problems.append(f"ambiguous: {key} matches the rules {patterns}")
+            place = _place(source, key)
+            problems.append(f"ambiguous: {place} matches the rules {patterns}")
         else:
             ((path, rule),) = matches
             if path not in slots:
-                problems.append(f"extra: {key} leads to {path}, which the model lacks")
+                place = _place(source, key)
+                problems.append(
+                    f"extra: {place} leads to {path}, which the model lacks"
+                )
             elif path in filled:
-                problems.append(f"twice: {filled[path][0]} and {key} both fill {path}")
+                both = f"{_place(source, filled[path][0])} and {_place(source, key)}"
+                problems.append(f"twice: {both} both fill {path}")
             else:
                 filled[path] = key, rule
     return filled, problems
 
 
-def _misfit(slot: _Slot, key: str, rule: Rule, value: Any) -> str | None:
+def _misfit(slot: _Slot, key: str, rule: Rule, source: Mapping[str, Any]) -> str | None:
     """What is wrong with an array, told by its shape and dtype."""
+    value, place = source[key], _place(source, key)
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        return f"dtype: {key} is {value.dtype}; expected floating-point numbers"
+        return f"dtype: {place} is {value.dtype}; expected floating-point numbers"
     # `save` only moves axes, so an array of strides 0 stands in for the parameter.
     expected = rule.layout.save(np.broadcast_to(np.float32(0), slot.shape)).shape
     if tuple(value.shape) != expected:
-        return f"shape: {key} is {tuple(value.shape)}; expected {expected}"
+        return f"shape: {place} is {tuple(value.shape)}; expected {expected}"
     return None
+
+
+def file_of(source: Iterable[str], key: str) -> Path | None:
+    """The file of a key, where the source knows it."""
+    return source.file_of(key) if isinstance(source, HasFiles) else None
+
+
+def _place(source: Iterable[str], key: str) -> str:
+    """The key and its file, by name alone: the shards of a model share a folder."""
+    file = file_of(source, key)
+    return key if file is None else f"{key} in {file.name}"
 
 
 def _keys_for(path: str, rules: Iterable[Rule]) -> str:

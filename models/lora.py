@@ -15,13 +15,14 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.conversion import ConversionError
+from models.conversion import ConversionError, file_of
 from models.safetensors_io import CheckpointError, load_safetensors
 
 # What a key's ending says of its tensor. `diff` and `diff_b` are whole differences
@@ -126,6 +127,10 @@ class MergedWeights(Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         weight = self.weights[key]
         return MergedArray(weight, self.deltas[key]) if key in self.deltas else weight
+
+    def file_of(self, key: str) -> Path | None:
+        """The file of the weight, where `weights` knows it."""
+        return file_of(self.weights, key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)

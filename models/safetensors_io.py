@@ -98,6 +98,10 @@ class SafetensorsReader(Mapping[str, np.ndarray]):
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read {key} from {file}: {error}") from error
 
+    def file_of(self, key: str) -> Path:
+        """The file that holds a key."""
+        return self._entries[key].file
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 

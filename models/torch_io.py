@@ -131,6 +131,10 @@ class TorchReader(Mapping[str, np.ndarray]):
                 f"cannot read {key} from {self.file}: {error}"
             ) from error
 
+    def file_of(self, key: str) -> Path:
+        """The file, whatever the key."""
+        return self.file
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,7 @@ from models.conversion import (
     ConversionError,
     Rule,
     best_layout,
+    file_of,
     load_parameters,
     save_parameters,
     transpose,
@@ -172,6 +174,10 @@ class _Without(Mapping[str, Any]):
         if key == self.hidden:
             raise KeyError(key)
         return self.source[key]
+
+    def file_of(self, key: str) -> Path | None:
+        """The file of a key, where `source` knows it."""
+        return file_of(self.source, key)
 
     def __iter__(self) -> Iterator[str]:
         return (key for key in self.source if key != self.hidden)

@@ -330,9 +330,9 @@ class WanParts:
         try:
             return load_wan_transformer(self.weights, self.config)
         except ConversionError as error:
+            folder = self.folder.weight_files("transformer")[0].parent
             raise CheckpointError(
-                f"the transformer of {self.folder.path} does not fit its config.json: "
-                f"{error}"
+                f"the transformer in {folder} does not fit its config.json: {error}"
             ) from error
 
 

@@ -5,6 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 from models.conversion import (
     ConversionError,
@@ -15,6 +16,7 @@ from models.conversion import (
     save_parameters,
     transpose,
 )
+from models.safetensors_io import load_safetensors
 
 NUM_LAYERS = 3
 
@@ -187,6 +189,26 @@ def test_all_offenders_are_listed_at_once():
         "missing: layer1.b for parameter layers.1.linear.bias, shape (5,)",
         "shape: layer2.w is (2, 5); expected (5, 2)",
         "unmatched: no rule knows the key head",
+    ]
+
+
+def test_the_file_of_each_offender_is_named(tmp_path):
+    source = make_source()
+    source["layer2.w"] = source["layer2.w"].T
+    source["table"] = np.zeros((1, 6, 4), np.int32)
+    source["layer3.b"] = np.zeros(5, np.float32)
+    source["head"] = np.zeros(3, np.float32)
+    names = ("a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors")
+    first = {key: source.pop(key) for key in ("table", "head")}
+    for name, tensors in zip(names, (first, source), strict=True):
+        arrays = {key: np.ascontiguousarray(array) for key, array in tensors.items()}
+        save_file(arrays, tmp_path / name)
+    assert problems(load_safetensors(tmp_path)) == [
+        f"dtype: table in {names[0]} is int32; expected floating-point numbers",
+        f"extra: layer3.b in {names[1]} leads to layers.3.linear.bias, which the "
+        "model lacks",
+        f"shape: layer2.w in {names[1]} is (2, 5); expected (5, 2)",
+        f"unmatched: no rule knows the key head in {names[0]}",
     ]
 
 

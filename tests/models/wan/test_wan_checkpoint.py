@@ -366,6 +366,24 @@ def test_wrong_configurations_are_named(copies, config, message):
 
 
 @LAYOUTS
+@pytest.mark.parametrize("adapted", [False, True], ids=["alone", "adapted"])
+def test_the_shard_of_a_wrong_weight_is_named(copies, layout, adapted):
+    folder = copies / layout / ("transformer" if layout == "diffusers" else "")
+    *_, file = sorted(folder.glob("*.safetensors"))
+    tensors = safetensors.numpy.load_file(file)
+    key = next(key for key in tensors if key.endswith(".bias"))
+    expected = tensors[key].shape
+    safetensors.numpy.save_file(tensors | {key: np.zeros(3, np.float32)}, file)
+    loras = [(FIXTURES / "lora_peft.safetensors", 1.0)] if adapted else []
+    parts = open_wan_parts(copies / layout, loras=loras, **CHANGES)
+    with pytest.raises(CheckpointError) as error:
+        parts.load_transformer()
+    message = str(error.value)
+    assert message.startswith(f"the transformer in {folder} does not fit its config.j")
+    assert f"shape: {key} in {file.name} is (3,); expected {expected}" in message
+
+
+@LAYOUTS
 @pytest.mark.parametrize("part", ["text_encoder", "vae", "transformer"])
 def test_damaged_weights_are_named_before_anything_is_loaded(copies, layout, part):
     names = {
