@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 VIDEO_EXTRA_MODULES = ("imageio_ffmpeg", "matplotlib")
-INSTALL_VIDEO_EXTRA = "pip install 'draft-attention-jax[video]'"
+INSTALL_VIDEO_EXTRA = "pip install '.[video]' in a clone of draft_jax"
 H264_CRF = 16  # 0 is lossless, 23 x264's default; small videos can afford it
 
 FloatVideo = Float[np.ndarray, "_F _H _W 3"]

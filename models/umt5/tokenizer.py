@@ -170,5 +170,5 @@ def _require(package: str) -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"Wan's text encoder needs the package {package}; install it with "
-            "pip install 'draft-attention-jax[wan]'"
+            "pip install '.[wan]' in a clone of draft_jax"
         ) from error

@@ -142,5 +142,5 @@ def test_interrupts_pass(hub):
 
 def test_the_extra_is_named_if_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"pip install 'draft-attention-jax\[wan\]'"):
+    with pytest.raises(ImportError, match=r"run pip install '\.\[wan\]' in a clone"):
         find_checkpoint(NAME, patterns=PATTERNS)

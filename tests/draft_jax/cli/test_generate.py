@@ -305,7 +305,7 @@ def test_unwritable_output_is_refused_before_any_work(checkpoint, capsys):
 def test_missing_video_extra_names_the_command(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(video_io.importlib.util, "find_spec", lambda name: None)
     assert run(checkpoint) == 2
-    expected = "run pip install 'draft-attention-jax[video]'"
+    expected = "run pip install '.[video]' in a clone of draft_jax"
     assert expected in capsys.readouterr().err
 
 

@@ -98,7 +98,7 @@ def test_other_files_are_refused(tmp_path):
 @pytest.mark.parametrize("package", ["tokenizers", "ftfy"])
 def test_missing_packages_are_named(monkeypatch, tokenizer, package):
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"package {package}; .*pip install 'draft-attention-jax\[wan\]'"
+    message = rf"package {package}; .*pip install '\.\[wan\]' in a clone"
     with pytest.raises(ImportError, match=message):
         (UMT5Tokenizer(FILE) if package == "tokenizers" else tokenizer).encode(["a"])
 
