@@ -245,30 +245,22 @@ def tile_order(counts: Int[Array, "L R"], num_slots: int) -> Int[Array, " L*R"]:
       waves begin together.
     """
     num_lists, num_blocks = counts.shape
-    by_length = jnp.argsort(-counts, axis=1, stable=True)
-    full = (counts == num_blocks).sum(1)  # rows of each list that keep every block
-    num_others = num_blocks - full
-    length = jnp.where(counts < num_blocks, counts, 0).sum() / jnp.maximum(
-        num_others.sum(), 1
-    )
-    # How many other rows could run in the time of those before each list's.
-    time_of_full = full.sum() * num_blocks / jnp.maximum(length, 1)
-    first_other = jnp.cumsum(num_others) - num_others
-    before = jnp.round(time_of_full).astype(jnp.int32) + first_other
+    is_full = counts == num_blocks
+    num_others = num_blocks - is_full.sum(1, dtype=jnp.int32)
+    # How many other lists could run in the time of those before each head's.
+    length = counts.sum(dtype=jnp.float32, where=~is_full) / num_others.sum()
+    time_of_full = is_full.sum(dtype=jnp.float32) * num_blocks / length
+    waiting = jnp.nan_to_num(time_of_full, posinf=0.0).astype(jnp.int32)
+    before = waiting + jnp.cumsum(num_others) - num_others
     shared = jnp.minimum(-before % num_slots, num_others)
 
-    rank = jnp.arange(num_blocks)
-    other = (rank - full[:, None] + shared[:, None]) % jnp.maximum(num_others, 1)[
-        :, None
-    ]
-    place = jnp.where(
-        rank < full[:, None],
-        (jnp.cumsum(full) - full)[:, None] + rank,
-        full.sum() + first_other[:, None] + other,
-    )
-    tiles = by_length + num_blocks * np.arange(num_lists)[:, None]
-    order = jnp.zeros(counts.size, jnp.int32)
-    return order.at[place.ravel()].set(tiles.ravel(), unique_indices=True)
+    # Last come the shortest; as many as share a wave with the head before go first.
+    place = (np.arange(num_blocks) - shared[:, None]) % num_blocks
+    by_length = jnp.argsort(-counts, axis=1, stable=True)
+    rows = jnp.take_along_axis(by_length, place, axis=1).astype(jnp.int32)
+    tiles = rows + num_blocks * np.arange(num_lists, dtype=np.int32)[:, None]
+    full_first = jnp.argsort(~is_full.ravel()[tiles.ravel()], stable=True)
+    return tiles.ravel()[full_first]
 
 
 def _num_multiprocessors() -> int:

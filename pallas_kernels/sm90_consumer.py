@@ -8,6 +8,7 @@ the second product runs.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,14 +60,7 @@ def consume(
     def attend_tile(tile, index, slot):
         del index
         plgpu.barrier_wait(q_full)
-        q_rows = as_rows(plan, q_smem.at[wg])
-        warp_has_rows = None  # they all have
-        if plan.has_short_blocks and plan.config.skip_rows:
-            is_own = _own_rows(gmem, plan, tile, wg)
-            is_short = gmem.lengths[tile.block] < BLOCK
-            pl.when(is_short)(functools.partial(_clear_other_rows, is_own, q_rows))
-            if not plan.emulate_wgmma:
-                warp_has_rows = softmax.lanes_of_warp(is_own) != 0
+        queries = _queries(gmem, plan, tile, wg, as_rows(plan, q_smem.at[wg]))
         state = (_zero_acc(plan), softmax.no_reference(plan), _zero_rows(), slot)
         for number, width in enumerate(plan.widths):
             begin, end = bounds_of_width(gmem, plan, tile, number)
@@ -81,8 +75,7 @@ def consume(
                     width,
                     begin,
                     end,
-                    q_rows,
-                    warp_has_rows,
+                    queries,
                     ring,
                 ),
                 lambda *state: state,
@@ -145,26 +138,37 @@ class _Ring:
             self.signals.give_turn(1 - self.wg)
 
 
-def _own_rows(gmem, plan: Plan, tile: Tile, wg):
-    """Which of the consumer's rows are tokens of the query block."""
-    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=WGMMA_ROW)
-    length = gmem.lengths[tile.block]
-    if plan.box is None:
-        return row + wg * ROWS < length
-    return row % plan.box.tokens < lax.div(length, jnp.int32(plan.box.number))
+class _Queries(NamedTuple):
+    """The rows of one consumer."""
+
+    rows: jax.Ref
+    warp_has_rows: jax.Array | None  # of the query block; None: they all have
 
 
-def _clear_other_rows(is_own, q_rows):
-    """Zeros the rows of a short query block that are other tokens' queries.
+def _queries(gmem, plan: Plan, tile: Tile, wg, q_rows) -> _Queries:
+    """Finds out what a short query block leaves to do, and zeros its other rows.
 
-    They are not stored either way, but products with zeros take less power, which is
-    what limits the kernel.
+    Those are other tokens' queries and not stored either way, but products with zeros
+    take less power, which is what limits the kernel.
     """
-    queries = plgpu.load(q_rows, layout=WGMMA)
-    size = math.prod(queries.shape[:-1]), queries.shape[-1]
-    is_own = lax.broadcast_in_dim(is_own, size, [0]).reshape(queries.shape)
-    q_rows[...] = jnp.where(is_own, queries, 0.0)
-    plgpu.commit_smem()
+    if not (plan.has_short_blocks and plan.config.skip_rows):
+        return _Queries(q_rows, None)
+    length = gmem.lengths[tile.block]
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=WGMMA_ROW)
+    if plan.box is None:
+        is_own = row + wg * ROWS < length
+    else:
+        is_own = row % plan.box.tokens < lax.div(length, jnp.int32(plan.box.number))
+
+    @pl.when(length < BLOCK)
+    def _clear():
+        tokens = plgpu.load(q_rows, layout=WGMMA)
+        size = math.prod(tokens.shape[:-1]), tokens.shape[-1]
+        keep = lax.broadcast_in_dim(is_own, size, [0]).reshape(tokens.shape)
+        q_rows[...] = jnp.where(keep, tokens, 0.0)
+        plgpu.commit_smem()
+
+    return _Queries(q_rows, softmax.any_of_warp(plan, is_own) != 0)
 
 
 def _zero_acc(plan: Plan):
@@ -182,8 +186,7 @@ def _attend_width(
     width: Width,
     begin,
     end,
-    q_rows,
-    warp_has_rows,
+    queries: _Queries,
     ring: _Ring,
     acc,
     reference,
@@ -197,6 +200,7 @@ def _attend_width(
     """
     valid_of = functools.partial(_valid_keys, gmem, plan, tile, width)
     valid, next_valid = valid_of(begin), valid_of(begin + 1)
+    q_rows, warp_has_rows = queries
     dtype = q_rows.dtype
 
     ring.wait(slot)

@@ -84,7 +84,7 @@ def next_weights(plan: Plan, logits, reference, total, warp_has_rows=None):
             weights, sums = weigh()
         else:
             weights, sums = lax.cond(warp_has_rows, weigh, skip)
-        grown = _any_grown(plan, sums) if plan.grows else jnp.int32(0)
+        grown = any_of_warp(plan, sums > 2.0**GROWTH) if plan.grows else jnp.int32(0)
         return weights, reference, total + sums, grown
     maximum = jnp.maximum(reference, logits.max(axis=1) * scale)
     decay = jnp.exp2(reference - maximum)
@@ -143,24 +143,23 @@ def _partial_sums(plan: Plan, weights):
     return weights.sum(axis=1) if plan.emulate_wgmma else _thread_sums(weights)
 
 
-def _any_grown(plan: Plan, sums):
-    """Not zero where a row of the warp must grow its reference."""
-    rows = sums > 2.0**GROWTH
+def any_of_warp(plan: Plan, rows):
+    """Not zero where the warp holds a true row; in interpret mode, the warpgroup.
+
+    It differs between the warps of a warpgroup: what depends on it must not contain an
+    operation of the whole warpgroup.
+    """
     if plan.emulate_wgmma:
         return jnp.any(rows).astype(jnp.int32)
-    return lanes_of_warp(rows)
+    return _lanes_of_warp(rows)
 
 
 @plgpu.inline_mgpu(
     arg_types=(WGMMA_ROW,),
     return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), plgpu.Layout.WG_SPLAT),
 )
-def lanes_of_warp(_, rows):
-    """Bit mask of the lanes of the warp that hold a true row.
-
-    It differs between the warps of a warpgroup: what depends on it must not contain an
-    operation of the whole warpgroup.
-    """
+def _lanes_of_warp(_, rows):
+    """Bit mask of the lanes of the warp that hold a true row."""
     own = functools.reduce(arith.ori, rows.registers.flat)
     own = vector.extract(own, [], [0]) if isinstance(own.type, ir.VectorType) else own
     everyone = mgpu.c(-1, ir.IntegerType.get_signless(32))

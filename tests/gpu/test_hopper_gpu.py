@@ -72,6 +72,7 @@ CONFIGS = {
     "shared-memory-barriers": {"named_barriers": False},
     "exact-softmax": {"lazy": False},
     "no-pairs": {"pairs": False},
+    "all-rows": {"skip_rows": False},
     "four-slots": {"num_slots": 4},
 }
 

@@ -34,6 +34,7 @@ CONFIGS = {
     "shared-memory-barriers": {"named_barriers": False},
     "exact-softmax": {"lazy": False},
     "no-pairs": {"pairs": False},
+    "all-rows": {"skip_rows": False},
 }
 
 
