@@ -94,7 +94,10 @@ class CLIPImageEncoder:
             pixels = clip_pixels(jnp.asarray(given), self.model.config.image_size)
             tokens = np.asarray(_run(self.model, pixels))
         if not np.isfinite(tokens).all():
-            raise FloatingPointError("the image tokens are not finite")
+            raise FloatingPointError(
+                "the image tokens are not finite: check the image encoder's weights, "
+                "which may be damaged"
+            )
         return jnp.asarray(tokens)
 
     def free(self) -> None:

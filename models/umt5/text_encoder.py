@@ -120,7 +120,10 @@ class UMT5TextEncoder:
                 rows[prompt] = np.asarray(output)[0, :length]
         for prompt, vectors in rows.items():
             if not np.isfinite(vectors).all():
-                raise FloatingPointError(f"the context of {prompt!r} is not finite")
+                raise FloatingPointError(
+                    f"the context of {prompt!r} is not finite: check the text "
+                    "encoder's weights, which may be damaged"
+                )
         return rows
 
     def unknown_words(self, prompt: str) -> list[str]:

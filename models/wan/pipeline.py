@@ -189,6 +189,7 @@ class VideoPipeline:
           sampling: Says the size and the number of frames.
 
         Raises:
+          FloatingPointError: The codec's latents are not finite.
           ValueError: The images are not such, or there is no encoder for the tokens
             that the model takes.
         """
@@ -206,6 +207,7 @@ class VideoPipeline:
                 )
             tokens = self.image_encoder.encode(kept)
         latents = condition_latents(self.codec, images, frames=sampling.frames)
+        _check_codec_output("latent that the codec made of the image", latents)
         return ImageCondition(latents, tokens)
 
     def generate(
@@ -249,7 +251,7 @@ class VideoPipeline:
         Raises:
           ValueError: There is no prompt or nothing to encode it with, or a context,
             an image, noise or a size does not suit the model.
-          FloatingPointError: A step's result is not finite.
+          FloatingPointError: What a step, the codec or an encoder makes is not finite.
         """
         sampling = self.sampling if sampling is None else sampling
         sampler, state, inputs = self.start(
@@ -275,6 +277,7 @@ class VideoPipeline:
         # A whole video at 720p takes a gigabyte: chunks leave the device one by one.
         decode = getattr(self.codec, "decode_to_host", self.codec.decode)
         video = np.asarray(decode(latents), np.float32)
+        _check_codec_output("video that the codec decoded", video)
         return GenerationResult(
             video=np.clip(0.5 * (video + 1.0), 0.0, 1.0),
             latents=np.asarray(latents),
@@ -404,3 +407,13 @@ class VideoPipeline:
                 UnknownWordWarning,
                 skip_file_prefixes=(__file__,),  # the caller's line
             )
+
+
+def _check_codec_output(what: str, array: Float[Array | np.ndarray, "..."]) -> None:
+    """Raises FloatingPointError if a result is not finite; its source was."""
+    # NaN is both the least and the most, so no mask as large as a video is needed.
+    if not np.isfinite([float(array.min()), float(array.max())]).all():
+        raise FloatingPointError(
+            f"the {what} is not finite: check the codec's weights (of a Wan model its "
+            "VAE), which may be damaged"
+        )
