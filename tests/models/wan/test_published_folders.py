@@ -1,6 +1,7 @@
-"""Whole published models, all parts, against what `WanPipeline` generated.
+"""Whole published models, all parts, against what diffusers' pipelines generated.
 
-The folders are those of tests/fixtures/make_wan_folder_fixtures.py.
+The folders are those of tests/fixtures/make_wan_folder_fixtures.py and, from an image,
+make_wan_image_folder_fixtures.py.
 """
 
 import dataclasses
@@ -13,7 +14,6 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from models.schedulers import make_solver
 from models.umt5.config import UMT5Config
 from models.wan.checkpoint import WanFolder
 from models.wan.pipeline import VideoPipeline
@@ -23,23 +23,37 @@ from models.wan.vae.config import WanVAEConfig
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 FOLDERS = FIXTURES / "wan_folders"
 # Float32 over five guided steps. Measured: latents 2.4e-5 of at most 7.6, in both
-# layouts alike; video 2.6e-6 of 1.
+# layouts alike, and from an image 1.9e-5 of 5.0; video 2.6e-6 and 1.1e-6 of 1.
 LATENTS = {"rtol": 0, "atol": 1e-4}
 VIDEO = {"rtol": 0, "atol": 1e-5}
 
 
-@pytest.fixture(scope="module")
-def expected():
+def read_expected(name):
     """Arrays with channels last, and the settings."""
-    file = FOLDERS / "expected.safetensors"
+    file = FOLDERS / f"{name}.safetensors"
     with safetensors.safe_open(file, "np") as stored:
         settings = json.loads(stored.metadata()["settings"])
     arrays = safetensors.numpy.load_file(file)
-    noise, latents = (
-        arrays[name].transpose(0, 2, 3, 4, 1) for name in ("noise", "latents")
+    for key in ("noise", "latents"):
+        arrays[key] = arrays[key].transpose(0, 2, 3, 4, 1)
+    arrays["video"] = arrays["video"].transpose(0, 1, 3, 4, 2)
+    return arrays | {"settings": settings}
+
+
+def make_sampling(settings):
+    """As in the pipeline that made the fixtures, whose scheduler the folder has."""
+    scheduler = WanFolder.open(FOLDERS / "diffusers").scheduler()
+    return Sampling(
+        frames=settings["num_frames"],
+        height=settings["height"],
+        width=settings["width"],
+        num_steps=settings["num_inference_steps"],
+        guidance=settings["guidance_scale"],
+        negative_prompt=settings["negative_prompt"],
+        shift=scheduler.shift,
+        solver=scheduler.solver,
+        grid=scheduler.grid,
     )
-    video = arrays["video"].transpose(0, 1, 3, 4, 2)
-    return {"noise": noise, "latents": latents, "video": video, "settings": settings}
 
 
 @pytest.fixture(params=["diffusers", "original"])
@@ -63,30 +77,35 @@ def folder(request, tmp_path, monkeypatch):
     return tmp_path / "original"
 
 
-def test_video_of_a_prompt_is_that_of_diffusers(folder, expected):
+def test_video_of_a_prompt_is_that_of_diffusers(folder):
+    expected = read_expected("expected")
     settings = expected["settings"]
-    scheduler = WanFolder.open(FOLDERS / "diffusers").scheduler()
-    steps = settings["num_inference_steps"]
-    solver = make_solver(
-        scheduler.solver, num_steps=steps, shift=scheduler.shift, grid=scheduler.grid
-    )
-    sampling = Sampling(
-        frames=settings["num_frames"],
-        height=settings["height"],
-        width=settings["width"],
-        num_steps=steps,
-        guidance=settings["guidance_scale"],
-        negative_prompt=settings["negative_prompt"],
-        shift=scheduler.shift,
-        solver=solver,
-    )
+    sampling = make_sampling(settings)
     pipeline = VideoPipeline.from_checkpoint(folder)
-    own = Sampling.wan("480p", solver="unipc", shift=scheduler.shift)
+    own = Sampling.wan("480p", solver="unipc", shift=sampling.shift)
     if folder.name == "diffusers":
-        own = dataclasses.replace(own, grid=scheduler.grid)
+        own = dataclasses.replace(own, grid=sampling.grid)
     else:  # whose folder says nothing: the settings of its code
         own = dataclasses.replace(own, shift=5.0)
     assert (pipeline.sampling, pipeline.fps) == (own, 16.0)
     result = pipeline.generate(settings["prompt"], sampling, noise=expected["noise"])
+    np.testing.assert_allclose(result.latents, expected["latents"], **LATENTS)
+    np.testing.assert_allclose(result.video, expected["video"], **VIDEO)
+
+
+def test_video_of_an_image_is_that_of_diffusers(tmp_path):
+    """From pixels: image tower and autoencoder see the image too."""
+    folder = tmp_path / "image"
+    ignore = shutil.ignore_patterns("transformer")
+    shutil.copytree(FOLDERS / "diffusers", folder, ignore=ignore)
+    shutil.copytree(FOLDERS / "image", folder, dirs_exist_ok=True)
+    expected = read_expected("expected_image")
+    settings = expected["settings"]
+    result = VideoPipeline.from_checkpoint(folder).generate(
+        settings["prompt"],
+        make_sampling(settings),
+        image=expected["image"].astype(np.float32) / 127.5 - 1.0,
+        noise=expected["noise"],
+    )
     np.testing.assert_allclose(result.latents, expected["latents"], **LATENTS)
     np.testing.assert_allclose(result.video, expected["video"], **VIDEO)
