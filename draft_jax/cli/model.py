@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -53,8 +54,7 @@ class Request:
         if arguments.vae_tile is None:
             return pipeline
         tiling = _tiling(arguments.vae_tile)
-        if not isinstance(pipeline.codec, WanVAECodec):
-            raise ValueError(f"--vae-tile {arguments.vae_tile} fits Wan models only")
+        assert isinstance(pipeline.codec, WanVAECodec)  # `read_request` has seen to it
         codec = dataclasses.replace(pipeline.codec, tiling=tiling)
         return dataclasses.replace(pipeline, codec=codec)
 
@@ -164,12 +164,11 @@ def read_request(arguments: argparse.Namespace) -> Request:
     image = None if arguments.image is None else read_image(arguments.image)
     path = arguments.checkpoint
     if path is None or not is_wan(path):
-        if image is not None:
-            raise ValueError(
-                f"--image {arguments.image} is given, but this is a text-to-video model"
-            )
-        shipped = options.sampling_from(arguments, Sampling())
-        return Request(arguments=arguments, sampling=shipped)
+        _check_fits_small_model(arguments)
+        sampling = options.sampling_from(arguments, Sampling())
+        if path is None:
+            _note_large_size(sampling)
+        return Request(arguments=arguments, sampling=sampling)
     info = describe_wan(path, text=_text_options(arguments))
     check_image_is_wanted(info.config, given=image is not None)
     sampling = _wan_sampling(arguments, info)
@@ -192,6 +191,37 @@ def read_request(arguments: argparse.Namespace) -> Request:
         image=image,
         kept=kept_part(image.shape[:2], size, multiples),
     )
+
+
+def _check_fits_small_model(arguments: argparse.Namespace) -> None:
+    """Raises ValueError if options are given that a small model has no use for."""
+    image = arguments.image
+    if image is not None:
+        raise ValueError(f"--image {image} is given, but this is a text-to-video model")
+    given = [f"--lora {file}" for file, _ in arguments.lora]
+    if arguments.embeddings is not None:
+        given.append(f"--embeddings {arguments.embeddings}")
+    if arguments.text_device != "default":
+        given.append(f"--text-device {arguments.text_device}")
+    if arguments.vae_tile is not None:
+        given.append(f"--vae-tile {arguments.vae_tile}")
+    if given:
+        verb = "fits" if len(given) == 1 else "fit"
+        raise ValueError(
+            f"{' and '.join(given)} {verb} Wan models only: name one with --checkpoint"
+        )
+
+
+def _note_large_size(sampling: Sampling) -> None:
+    """Warns of a size that the model that ships cannot fill: perhaps Wan was meant."""
+    width, height, trained = sampling.width, sampling.height, Sampling()
+    if width * height > trained.width * trained.height:
+        warnings.warn(
+            f"--size {width}x{height} is larger than {trained.width}x{trained.height}, "
+            "the only size that the model that ships was trained on, and may take very "
+            "long; for a Wan model, name it with --checkpoint",
+            stacklevel=1,
+        )
 
 
 def _wan_sampling(arguments: argparse.Namespace, info: WanInfo) -> Sampling:

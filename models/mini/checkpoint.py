@@ -23,9 +23,9 @@ from models.conversion import ConversionError
 from models.mini.codec import PATCH_NUMBERS, LinearCodec
 from models.mini.text import TextEmbedding, Vocabulary
 from models.safetensors_io import CheckpointError
-from models.wan.checkpoint import find_layout
 from models.wan.config import WanConfig
 from models.wan.convert import load_wan_transformer, save_wan_transformer
+from models.wan.layouts import find_layout
 from models.wan.transformer import WanTransformer
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -36,7 +36,7 @@ FILES = (
     "codec.safetensors",
     "vocabulary.json",
 )
-ACCEPTED = (
+SMALL_MODEL = (
     "a folder with "
     + ", ".join(FILES)
     + " and transformer*.safetensors, as training writes it (models/mini/weights)"
@@ -157,11 +157,18 @@ class MiniCheckpoint:
         (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
 
 
+def is_small_model(folder: Path) -> bool:
+    """Whether a folder holds any of the files of a small model but `config.json`,
+    which many models have."""
+    patterns = (*FILES[1:], "transformer*.safetensors")
+    return any(any(folder.glob(pattern)) for pattern in patterns)
+
+
 def _check_folder(folder: Path) -> None:
     """Names what is wrong with a folder before anything is read."""
     if not folder.is_dir():
         raise CheckpointError(
-            f"checkpoint {folder} is not a folder; expected {ACCEPTED}"
+            f"checkpoint {folder} is not a folder; expected {SMALL_MODEL}"
         )
     present = {file.name for file in folder.iterdir()}
     missing = [name for name in FILES if name not in present]
@@ -173,9 +180,11 @@ def _check_folder(folder: Path) -> None:
     if layout is not None:
         raise CheckpointError(
             f"checkpoint {folder} is a published Wan model in the {layout} layout, "
-            f"which models.wan.checkpoint loads; expected {ACCEPTED}"
+            f"which models.wan.checkpoint loads; expected {SMALL_MODEL}"
         )
-    raise CheckpointError(f"checkpoint {folder} lacks {missing}; expected {ACCEPTED}")
+    raise CheckpointError(
+        f"checkpoint {folder} lacks {missing}; expected {SMALL_MODEL}"
+    )
 
 
 def _check_codec(folder: Path, codec: LinearCodec, config: WanConfig) -> None:

@@ -1,7 +1,6 @@
 """Folders of published Wan2.1 models: what they hold, and loading it.
 
-Two layouts are published: the original's (Wan-AI/Wan2.1-T2V-1.3B, -14B, ...) and that
-of diffusers (the same names with -Diffusers); `LAYOUTS` lists their files.
+Two layouts are published; see `models.wan.layouts`.
 """
 
 import dataclasses
@@ -9,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from models.conversion import ConversionError
 from models.hub import find_checkpoint
@@ -19,36 +18,16 @@ from models.safetensors_io import load_safetensors
 from models.torch_io import load_torch
 from models.wan.config import WanConfig
 from models.wan.convert import LayoutName, load_wan_transformer, lora_names
+from models.wan.layouts import (
+    ALL_PARTS,
+    LAYOUTS,
+    Part,
+    describe_layouts,
+    describe_neighbour,
+    find_layout,
+    hub_patterns,
+)
 from models.wan.transformer import WanTransformer
-
-Part = Literal[
-    "transformer", "text_encoder", "tokenizer", "vae", "image_encoder", "scheduler"
-]
-ALL_PARTS: tuple[Part, ...] = get_args(Part)
-
-# Files of each part. Only models that start from an image have an image encoder.
-LAYOUTS: dict[LayoutName, dict[Part, tuple[str, ...]]] = {
-    "original": {
-        "transformer": ("config.json", "diffusion_pytorch_model*.safetensors"),
-        "text_encoder": ("models_t5_umt5-xxl-enc-bf16.pth",),
-        "tokenizer": ("google/umt5-xxl/tokenizer.json",),
-        "vae": ("Wan2.1_VAE.pth",),
-        "image_encoder": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
-    },
-    "diffusers": {
-        "transformer": ("transformer/config.json", "transformer/*.safetensors"),
-        "text_encoder": ("text_encoder/config.json", "text_encoder/*.safetensors"),
-        "tokenizer": ("tokenizer/tokenizer.json",),
-        "vae": ("vae/config.json", "vae/*.safetensors"),
-        "image_encoder": ("image_encoder/config.json", "image_encoder/*.safetensors"),
-        "scheduler": ("scheduler/scheduler_config.json",),
-    },
-}
-# Any one of these shows a layout, even in a folder that is incomplete.
-_SIGNS: dict[LayoutName, tuple[str, ...]] = {
-    "diffusers": ("model_index.json", "transformer/config.json"),
-    "original": ("diffusion_pytorch_model*", "*VAE.pth", "models_t5*.pth"),
-}
 
 # What the solvers here compute; other values in a scheduler's file are refused.
 _SCHEDULER_ALWAYS = {
@@ -142,7 +121,8 @@ class WanFolder:
         layout = find_layout(path)
         if layout is None:
             raise CheckpointError(
-                f"{path} is no folder of a Wan model; expected {describe_layouts()}"
+                f"{path} is no folder of a Wan model; "
+                + (describe_neighbour(path) or f"expected {describe_layouts()}")
             )
         config: dict[str, Any] = {}
         file = path / LAYOUTS[layout]["transformer"][0]
@@ -161,10 +141,12 @@ class WanFolder:
             for pattern in patterns
             if not any(path.glob(pattern))
         ]
+        if missing and (neighbour := describe_neighbour(path)):
+            raise CheckpointError(f"{path} is not a whole Wan model; {neighbour}")
         if missing:
             raise CheckpointError(
                 f"{path}, a Wan model in the {layout} layout, lacks "
-                f"{', '.join(missing)}; expected {describe_layouts(layout)}"
+                f"{', '.join(missing)}; expected {describe_layouts({layout: needed})}"
             )
         return cls(
             path=path,
@@ -390,38 +372,6 @@ def open_wan_parts(
         vae=weights_of("vae"),
         image_encoder=weights_of("image_encoder"),
         tokenizer=folder.tokenizer if "tokenizer" in parts else None,
-    )
-
-
-def find_layout(path: str | os.PathLike) -> LayoutName | None:
-    """The layout of a folder of a Wan model, complete or not; None if it is none."""
-    for layout, signs in _SIGNS.items():
-        if any(any(Path(path).glob(sign)) for sign in signs):
-            return layout
-    return None
-
-
-def hub_patterns(parts: Collection[Part] = ALL_PARTS) -> list[str]:
-    """Files to fetch for some parts, whichever layout a repository has."""
-    wanted = [
-        pattern
-        for layout in LAYOUTS.values()
-        for part, patterns in layout.items()
-        for pattern in patterns
-        if part in parts
-    ]
-    indices = [f"{name}.index.json" for name in wanted if name.endswith(".safetensors")]
-    return ["model_index.json", *wanted, *indices]
-
-
-def describe_layouts(layout: LayoutName | None = None) -> str:
-    """What a folder of a model holds, in words."""
-    return " or ".join(
-        f"the {name} layout ("
-        + ", ".join(pattern for patterns in parts.values() for pattern in patterns)
-        + ")"
-        for name, parts in LAYOUTS.items()
-        if layout in (name, None)
     )
 
 

@@ -10,18 +10,19 @@ from models.clip.config import CLIPVisionConfig
 from models.clip.image_encoder import CLIPImageEncoder
 from models.conversion import ConversionError
 from models.memory_map import CheckpointError
+from models.mini.checkpoint import SMALL_MODEL, is_small_model
 from models.umt5.text_encoder import default_dtype
-from models.wan.checkpoint import (
-    ALL_PARTS,
-    Part,
-    WanFolder,
-    WanParts,
-    find_layout,
-    open_wan_parts,
-)
+from models.wan.checkpoint import WanFolder, WanParts, open_wan_parts
 from models.wan.conditions import takes_image
 from models.wan.config import WanConfig
 from models.wan.interfaces import TextEncoder
+from models.wan.layouts import (
+    ALL_PARTS,
+    Part,
+    describe_layouts,
+    describe_neighbour,
+    find_layout,
+)
 from models.wan.sampling import Sampling, WanSize, WanTask, wan_shift
 from models.wan.text import TEXT_PARTS, TextOptions, load_text_encoder
 from models.wan.transformer import WanTransformer
@@ -70,8 +71,23 @@ class WanInfo:
 
 
 def is_wan(path: Path | str) -> bool:
-    """Whether a checkpoint is a Wan folder, or else a name to look for on the hub."""
-    return find_layout(path) is not None or not Path(path).exists()
+    """Whether a checkpoint is a Wan folder, or else a name to look for on the hub.
+
+    Raises:
+      CheckpointError: It is a path of neither a Wan model nor a small one.
+    """
+    path = Path(path)
+    if find_layout(path) is not None or not path.exists():
+        return True
+    if is_small_model(path):
+        return False
+    raise CheckpointError(
+        f"{path} holds no model; "
+        + (
+            describe_neighbour(path)
+            or f"expected a Wan model in {describe_layouts()}, or {SMALL_MODEL}"
+        )
+    )
 
 
 def describe_wan(

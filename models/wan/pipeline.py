@@ -16,7 +16,6 @@ from draft_jax.config import DraftConfig
 from draft_jax.schedule import SparsitySchedule
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
 from models.umt5.text_encoder import default_dtype
-from models.wan.checkpoint import ALL_PARTS, Part
 from models.wan.conditions import (
     as_prompts,
     check_context,
@@ -34,6 +33,7 @@ from models.wan.interfaces import (
     TextContext,
     TextEncoder,
 )
+from models.wan.layouts import ALL_PARTS, Part
 from models.wan.loading import is_wan, load_wan
 from models.wan.sampler import (
     GuidanceBatching,
@@ -145,9 +145,7 @@ class VideoPipeline:
         """
         if path is not None and is_wan(path):
             return cls(**vars(load_wan(path, parts=parts, loras=loras, text=text)))
-        adapters = [str(file) for file, _ in loras]
-        if adapters or text not in (None, TextOptions()):
-            raise ValueError(f"loras={adapters} and {text=} fit Wan models only")
+        _check_nothing_is_for_wan(loras, text or TextOptions())
         checkpoint = MiniCheckpoint.load(path, dtype=default_dtype())
         return cls(
             model=checkpoint.transformer,
@@ -407,6 +405,21 @@ class VideoPipeline:
                 UnknownWordWarning,
                 skip_file_prefixes=(__file__,),  # the caller's line
             )
+
+
+def _check_nothing_is_for_wan(
+    loras: Iterable[tuple[Path | str, float]], text: TextOptions
+) -> None:
+    """Raises ValueError if arguments are given that a small model has no use for."""
+    adapters = [str(file) for file, _ in loras]
+    given = [f"loras={adapters}"] if adapters else []
+    given += [
+        f"text.{field.name}={value!s}"
+        for field in dataclasses.fields(text)
+        if (value := getattr(text, field.name)) != field.default
+    ]
+    if given:
+        raise ValueError(f"{' and '.join(given)}: arguments that fit Wan models only")
 
 
 def _check_codec_output(what: str, array: Float[Array | np.ndarray, "..."]) -> None:

@@ -18,8 +18,9 @@ from models.umt5.embeddings import (
 )
 from models.umt5.text_encoder import UMT5TextEncoder, default_dtype
 from models.umt5.tokenizer import UMT5Tokenizer
-from models.wan.checkpoint import Part, WanFolder, WanParts
+from models.wan.checkpoint import WanFolder, WanParts
 from models.wan.interfaces import TextEncoder
+from models.wan.layouts import Part
 
 TEXT_PARTS: tuple[Part, ...] = ("text_encoder", "tokenizer")
 

@@ -16,8 +16,9 @@ from models.umt5.embeddings import (
     UnknownPromptError,
 )
 from models.umt5.text_encoder import UMT5TextEncoder
-from models.wan.checkpoint import ALL_PARTS, WanParts
+from models.wan.checkpoint import WanParts
 from models.wan.conditions import takes_image
+from models.wan.layouts import ALL_PARTS
 from models.wan.loading import describe_wan, load_wan
 from models.wan.pipeline import VideoPipeline
 from models.wan.sampling import Sampling
@@ -188,6 +189,50 @@ def test_shift_of_the_original_depends_on_the_size(tmp_path):
 
 def test_small_models_take_no_text_options(tmp_path):
     folder = tiny_model.save_checkpoint(tmp_path)
-    text = TextOptions(embeddings=tmp_path / "kept")
-    with pytest.raises(ValueError, match=r"text=TextOptions\(.* fit Wan models only"):
-        VideoPipeline.from_checkpoint(folder, text=text)
+    text = TextOptions(embeddings=tmp_path / "kept", prompts=("a cat",))
+    with pytest.raises(ValueError, match="fit Wan models only") as error:
+        VideoPipeline.from_checkpoint(folder, loras=[("a.safetensors", 1.0)], text=text)
+    assert str(error.value).startswith(
+        "loras=['a.safetensors'] and text.prompts=('a cat',) and "
+        f"text.embeddings={tmp_path / 'kept'}: arguments that fit"
+    )
+
+
+def test_folders_of_no_model_are_told_what_is_accepted(tmp_path):
+    (tmp_path / "config.json").write_text("{}")  # many models have one
+    for path in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(CheckpointError) as error:
+            VideoPipeline.from_checkpoint(path)
+        message = str(error.value)
+        assert message.startswith(f"{path} holds no model; expected a Wan model in the")
+        assert "the original layout (config.json, diff" in message
+        assert "; for image-to-video also models_clip_" in message
+        assert " or the diffusers layout (transformer/config.json, " in message
+        assert ", or a folder with config.json, text_embedding.safete" in message
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "scheduler"])
+def test_folders_of_one_part_are_told_the_whole(tmp_path, part, monkeypatch):
+    folder = shutil.copytree(TEXT_TO_VIDEO, tmp_path / "model")
+    for path in (folder / part, part, "."):
+        monkeypatch.chdir(folder / part if path == "." else folder)
+        message = f"it is only the {part} of a model: give the whole, {folder}"
+        with pytest.raises(CheckpointError, match=f"{message}$"):
+            VideoPipeline.from_checkpoint(path)
+
+
+@pytest.mark.parametrize("below", ["", "snapshots"])
+def test_folders_of_the_hubs_cache_are_told_the_snapshot(tmp_path, below):
+    folder = tmp_path / "models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers"
+    for revision in ("a1", "b2"):
+        shutil.copytree(TEXT_TO_VIDEO, folder / "snapshots" / revision)
+    message = f"holds no model; the hub's cache .* give {folder}/snapshots/"
+    with pytest.raises(CheckpointError, match=f"{message}a1$"):
+        VideoPipeline.from_checkpoint(folder / below)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("b2")
+    with pytest.raises(CheckpointError, match=f"{message}b2$"):
+        VideoPipeline.from_checkpoint(folder / below)
+    shutil.rmtree(folder / "snapshots")  # refs alone are no model
+    with pytest.raises(CheckpointError, match="holds no model; expected a Wan model"):
+        VideoPipeline.from_checkpoint(folder)

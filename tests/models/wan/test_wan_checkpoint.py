@@ -14,14 +14,12 @@ from models.conversion import ConversionError
 from models.memory_map import CheckpointError
 from models.safetensors_io import save_safetensors
 from models.wan.checkpoint import (
-    ALL_PARTS,
     SchedulerSettings,
     WanFolder,
-    find_layout,
-    hub_patterns,
     open_wan_parts,
 )
 from models.wan.convert import load_wan_transformer
+from models.wan.layouts import ALL_PARTS, find_layout, hub_patterns
 from tests.published_wan import CONFIG, FIXTURES, load_published
 
 ORIGINAL_CONFIG = {
@@ -290,6 +288,11 @@ def test_all_missing_files_are_named_at_once(copies):
         "(text_encoder), tokenizer/tokenizer.json (tokenizer), vae/config.json (vae), "
         "vae/*.safetensors (vae); expected the diffusers layout (transformer/config"
     ) in str(error.value)
+    assert "image_encoder" not in str(error.value)  # text-to-video needs none
+    with pytest.raises(CheckpointError) as error:
+        WanFolder.open(copies / "diffusers", parts=["vae"])
+    expected = "expected the diffusers layout (vae/config.json, vae/*.safetensors, tran"
+    assert expected in str(error.value)
 
 
 def test_parts_that_are_not_needed_need_not_be_there(copies):
