@@ -63,6 +63,9 @@ MOVES = (
     "copy",
     "concatenate",
     "pad",
+    "reverse",
+    "slice",
+    "sort",
     "dynamic-slice",
 )
 

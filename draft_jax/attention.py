@@ -169,9 +169,12 @@ def scheduled_attention(
 ) -> tuple[Float[Array, "B T N D"], BlockMask]:
     """One layer on one step of a `SparsitySchedule`.
 
-    Dense or sparse, and a new or a reused mask, are chosen by the values of `step`
-    while the program runs: nothing is recompiled. (Under vmap over `step` both
-    branches run.)
+    Dense or sparse, and a new or a reused mask, are chosen by the values of `step`.
+    Where jit traces them, that happens while the program runs, and nothing is
+    recompiled; but on a GPU XLA then waits for each of the two choices on the host.
+    (Under vmap over `step` both branches run.) Values that are known, because `step`
+    was made outside of jit and is no argument of it, choose when the program is
+    traced: it has no conditional, and there is one program for each kind of step.
 
     Args:
       q: Queries, T = `grid.num_tokens`.
@@ -217,7 +220,7 @@ def scheduled_attention(
         return out, mask
 
     def run_sparse(mask: BlockMask):
-        mask = jax.lax.cond(
+        mask = _choose(
             step.refresh,
             lambda mask: compute_mask(
                 q,
@@ -245,7 +248,14 @@ def scheduled_attention(
         )
         return out, mask
 
-    return jax.lax.cond(step.dense, run_dense, run_sparse, mask)
+    return _choose(step.dense, run_dense, run_sparse, mask)
+
+
+def _choose(predicate: Bool[Array, ""], if_true, if_false, *operands):
+    """`lax.cond`, decided now where the predicate is known."""
+    if isinstance(predicate, jax.core.Tracer):
+        return jax.lax.cond(predicate, if_true, if_false, *operands)
+    return (if_true if predicate else if_false)(*operands)
 
 
 def initial_mask(

@@ -223,6 +223,27 @@ def test_a_whole_run_compiles_once_and_reuses_masks(order):
             np.testing.assert_array_equal(mask.to_dense(), kept)
 
 
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["dense", "new-mask", "old-mask"])
+def test_known_steps_need_no_conditional(index):
+    schedule = SparsitySchedule(dense_fraction=0.25, mask_refresh=2)
+    step = plan_of(schedule, [900, 600, 400, 200]).step(index).for_layer(0)
+    q, k, v = map(jnp.asarray, random_qkv(0))
+    mask = initial_mask(GRID, CONFIG, batch=2, num_heads=2)
+
+    def traced(q, k, v, mask, step):
+        return scheduled_attention(
+            q, k, v, grid=GRID, config=CONFIG, step=step, mask=mask
+        )
+
+    def known(q, k, v, mask):
+        return traced(q, k, v, mask, step)
+
+    assert " cond[" in str(jax.make_jaxpr(traced)(q, k, v, mask, step))
+    assert " cond[" not in str(jax.make_jaxpr(known)(q, k, v, mask))
+    got, expected = jax.jit(known)(q, k, v, mask), jax.jit(traced)(q, k, v, mask, step)
+    chex.assert_trees_all_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_gradient_flows_through_dense_and_sparse_steps():
     q, k, v = map(jnp.asarray, random_qkv(0, batch=1))
     mask = initial_mask(GRID, CONFIG, batch=1, num_heads=2)
