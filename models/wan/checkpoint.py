@@ -124,6 +124,7 @@ class WanFolder:
                 f"{path} is no folder of a Wan model; "
                 + (describe_neighbour(path) or f"expected {describe_layouts()}")
             )
+        _check_one_transformer(path)
         config: dict[str, Any] = {}
         file = path / LAYOUTS[layout]["transformer"][0]
         if file.is_file():
@@ -373,6 +374,20 @@ def open_wan_parts(
         image_encoder=weights_of("image_encoder"),
         tokenizer=folder.tokenizer if "tokenizer" in parts else None,
     )
+
+
+def _check_one_transformer(path: Path) -> None:
+    """Refuses Wan2.2's pairs: one of the two alone loads, and makes poor videos."""
+    index = path / "model_index.json"
+    names = ("high_noise_model", "low_noise_model", "transformer_2")
+    pair = [name for name in names if (path / name).is_dir()]
+    if index.is_file() and any(_read_json(index).get("transformer_2") or ()):
+        pair.append(f"transformer_2 in {index.name}")
+    if pair:
+        raise CheckpointError(
+            f"{path} has {', '.join(pair)}: Wan2.2's models with a transformer for "
+            "high noise and one for low are not supported; expected a model with one"
+        )
 
 
 def _task_of(config: Mapping[str, Any]) -> Literal["t2v", "i2v"]:

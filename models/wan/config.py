@@ -43,6 +43,15 @@ _ORIGINAL_FIELDS = {
 # Model types of the original that this port has, and the width of their CLIP's image
 # tokens, which the original does not write down.
 _IMAGE_DIMS = {"t2v": None, "i2v": 1280}
+_TWO_IMAGES = "models of videos between two images are not supported"
+_VACE = "VACE, which edits videos, is not supported"
+# Why others are refused.
+_OTHER_TYPES = {
+    "flf2v": _TWO_IMAGES,
+    "vace": _VACE,
+    "ti2v": "Wan2.2's models from text or an image, which have an autoencoder of their "
+    "own, are not supported",
+}
 _QK_NORM_NAME = "rms_norm_across_heads"
 
 
@@ -280,13 +289,15 @@ def _check_published_keys(
 ) -> None:
     """Rejects other kinds of models, and keys nothing here would read."""
     kind = published.get("model_type", "t2v")
-    positions = published.get("pos_embed_seq_len")
-    if kind not in _IMAGE_DIMS or positions is not None:
+    if kind not in _IMAGE_DIMS:
+        why = f": {_OTHER_TYPES[kind]}" if kind in _OTHER_TYPES else ""
         raise ValueError(
-            f"model_type={kind!r} must be one of {tuple(_IMAGE_DIMS)} and "
-            f"pos_embed_seq_len={positions!r} null: models between two images and "
-            "editing models are not supported"
+            f"model_type={kind!r} must be one of {tuple(_IMAGE_DIMS)}{why}"
         )
+    if (positions := published.get("pos_embed_seq_len")) is not None:
+        raise ValueError(f"pos_embed_seq_len={positions!r} must be null: {_TWO_IMAGES}")
+    if (layers := published.get("vace_layers")) is not None:
+        raise ValueError(f"vace_layers={layers!r} must be left out: {_VACE}")
     known = {*fields, *(_DIFFUSERS_ONLY if is_diffusers else _ORIGINAL_ONLY)}
     unknown = sorted(
         key for key in published if key not in known and not key.startswith("_")

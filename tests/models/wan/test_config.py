@@ -104,8 +104,28 @@ def test_configurations_are_hashable_and_frozen():
 @pytest.mark.parametrize(
     ("published", "message"),
     [
-        (ORIGINAL_I2V | {"model_type": "flf2v"}, "model_type='flf2v' must be one of"),
-        (DIFFUSERS_I2V | {"pos_embed_seq_len": 514}, "pos_embed_seq_len=514 null"),
+        (
+            ORIGINAL_I2V | {"model_type": "flf2v"},
+            r"model_type='flf2v' must be one of \('t2v', 'i2v'\): models of videos "
+            "between two images are not supported$",
+        ),
+        (
+            DIFFUSERS_I2V | {"pos_embed_seq_len": 514},
+            "pos_embed_seq_len=514 must be null: models of videos between two images",
+        ),
+        (
+            ORIGINAL_1_3B | {"model_type": "vace", "vace_layers": [0, 2]},
+            "'i2v'\\): VACE, which edits videos, is not supported$",
+        ),
+        (
+            DIFFUSERS_1_3B | {"vace_layers": [0, 2], "vace_in_channels": 96},
+            r"vace_layers=\[0, 2\] must be left out: VACE, which edits videos, is not",
+        ),
+        (
+            ORIGINAL_1_3B | {"model_type": "ti2v", "in_dim": 48, "out_dim": 48},
+            r"'ti2v' must be .*: Wan2\.2's models from text or an image, which have ",
+        ),
+        (ORIGINAL_1_3B | {"model_type": "s2v"}, "'s2v' must be one of .*'i2v'\\)$"),
         (DIFFUSERS_1_3B | {"image_dim": 1280}, "added_kv_proj_dim=None must be 1536"),
         (DIFFUSERS_1_3B | {"added_kv_proj_dim": 1536}, "=1536 must be None, for image"),
         (DIFFUSERS_1_3B | {"qk_norm": "layer_norm"}, "qk_norm='layer_norm' must be"),
@@ -121,8 +141,12 @@ def test_configurations_are_hashable_and_frozen():
         ({}, r"missing=\['ffn_dim', 'num_layers', 'dim', 'num_heads'\]"),
     ],
     ids=[
-        "kind",
+        "two-images",
         "positions",
+        "vace",
+        "vace-diffusers",
+        "ti2v",
+        "kind",
         "image",
         "added",
         "norm",

@@ -338,6 +338,20 @@ def test_other_folders_are_told(tmp_path):
             WanFolder.open(path)
 
 
+def test_pairs_of_transformers_are_refused(copies):
+    folder, index = copies / "diffusers", copies / "diffusers" / "model_index.json"
+    class_name = ["diffusers", "WanTransformer3DModel"]
+    write_json(index, {"transformer_2": [None, None]})  # as in Wan2.2-TI2V-5B
+    WanFolder.open(folder)
+    write_json(index, {"transformer_2": class_name})
+    message = "has transformer_2 in model_index.json: Wan2.2's models with a transf"
+    with pytest.raises(CheckpointError, match=message):
+        WanFolder.open(folder)
+    (copies / "original" / "high_noise_model").mkdir()
+    with pytest.raises(CheckpointError, match="has high_noise_model: Wan2"):
+        WanFolder.open(copies / "original")
+
+
 @LAYOUTS
 def test_layout_of_incomplete_folders(copies, layout):
     assert find_layout(copies / layout) == layout
