@@ -13,6 +13,7 @@ from typing import NoReturn
 import jax
 from tqdm import tqdm
 
+from draft_jax.cli.progress import status_lines
 from models.umt5.embeddings import UnknownPromptError
 
 EXIT_BAD_INPUT = 2
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     """Runs the chosen command; an error a user can cause becomes one line."""
     try:
-        with _one_line_warnings():
+        with _one_line_warnings(), status_lines():
             arguments.run(arguments)
     except USER_ERRORS as error:
         if arguments.debug:

@@ -1,6 +1,7 @@
-"""A progress bar for sampler steps."""
+"""A progress bar for sampler steps, and a line for each stage around them."""
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,3 +42,27 @@ def progress_bar(name: str, num_steps: int) -> Iterator[Callable[[StepReport], N
             bar.update()
 
         yield show
+
+
+@contextlib.contextmanager
+def status_lines() -> Iterator[None]:
+    """Shows what `models` logs of its stages on a terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    log, handler = logging.getLogger("models"), _LineHandler(logging.INFO)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+
+
+class _LineHandler(logging.Handler):
+    """Writes above a progress bar, which printing would tear."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"draft-video: {record.getMessage()}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Prompts to the context of cross-attention, by a UMT5 encoder in memory."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from models.umt5.config import TEXT_LENGTH, UMT5Config
 from models.umt5.convert import load_umt5_encoder
 from models.umt5.encoder import UMT5Encoder
 from models.umt5.tokenizer import UMT5Tokenizer, check_prompts
+
+_LOG = logging.getLogger(__name__)
 
 # Prompts run padded to a power of two of tokens, at least this many, so that few
 # programs are compiled and a short prompt does not pay for 512 rows.
@@ -76,6 +79,7 @@ class UMT5TextEncoder:
         # The small file first: what is wrong with it shows at once.
         parts = UMT5Tokenizer(tokenizer, max_length=max_length)
         config = config or UMT5Config.xxl(dtype=default_dtype(device))
+        _LOG.info("loading the text encoder")
         model = load_umt5_encoder(weights, config, device=device)
         return cls(model=model, tokenizer=parts)
 
@@ -111,6 +115,7 @@ class UMT5TextEncoder:
         leaves = jax.tree.leaves(nnx.state(self.model))
         if any(leaf.is_deleted() for leaf in leaves):
             raise RuntimeError("the text encoder was freed; load it again")
+        _LOG.info("encoding the text")
         rows = {}
         # Weights that are not bound to a device would else be moved to the default.
         with jax.default_device(min(leaves[0].devices(), key=lambda d: d.id)):

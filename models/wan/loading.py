@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from models.wan.transformer import WanTransformer
 from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.config import WanVAEConfig
 from models.wan.vae.convert import load_wan_vae
+
+_LOG = logging.getLogger(__name__)
 
 WAN_FPS = 16.0  # of the videos that Wan was trained on
 
@@ -144,8 +147,10 @@ def load_wan(
         text_encoder = load_text_encoder(wan, text)
     with _naming(wan.folder, "image_encoder"):
         image_encoder = _load_image_encoder(wan)
+    _LOG.info("loading the VAE")
     with _naming(wan.folder, "vae"):
         codec = WanVAECodec(model=load_wan_vae(wan.vae, vae))
+    _LOG.info("loading the transformer")
     return LoadedWan(
         model=wan.load_transformer(),
         text_encoder=text_encoder,
@@ -185,6 +190,7 @@ def _load_image_encoder(wan: WanParts) -> CLIPImageEncoder | None:
         dtype=wan.config.dtype,
         param_dtype=wan.config.dtype,
     )
+    _LOG.info("loading the image encoder")
     return CLIPImageEncoder.load(wan.image_encoder, config=config)
 
 

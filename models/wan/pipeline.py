@@ -2,6 +2,7 @@
 and the codec."""
 
 import dataclasses
+import logging
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -46,6 +47,8 @@ from models.wan.sampling import Sampling
 from models.wan.sizes import latent_shape, side_multiples
 from models.wan.text import TextOptions
 from models.wan.transformer import WanTransformer
+
+_LOG = logging.getLogger(__name__)
 
 # One image, or one for each prompt.
 Images = (
@@ -197,6 +200,7 @@ class VideoPipeline:
             (sampling.height, sampling.width),
             side_multiples(config, self.codec),
         )
+        _LOG.info("encoding the image")
         tokens = None
         if config.image_dim is not None:
             if self.image_encoder is None:
@@ -271,6 +275,7 @@ class VideoPipeline:
                 callback(report)
         latents = state.latents
         del state, inputs  # masks can be large, and so is what decoding needs
+        _LOG.info("decoding the video")
         start = time.perf_counter()
         # A whole video at 720p takes a gigabyte: chunks leave the device one by one.
         decode = getattr(self.codec, "decode_to_host", self.codec.decode)
