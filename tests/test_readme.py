@@ -12,6 +12,8 @@ import pytest
 from draft_jax.cli import entry
 from tests.wan_folders import TEXT_TO_VIDEO
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PACKAGES = ("draft_jax", "pallas_kernels", "models")

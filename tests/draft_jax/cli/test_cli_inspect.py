@@ -8,6 +8,8 @@ import pytest
 from draft_jax.cli import main
 from tests import tiny_model
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red ball"
 SMALL = ("--size", "48x32", "--frames", "4", "--steps", "4")
 

@@ -25,6 +25,8 @@ from models.wan.pipeline import VideoPipeline
 from models.wan.sampling import Sampling
 from tests import tiny_model
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red ball"
 SMALL = ("--size", "48x32", "--frames", "4", "--steps", "4")
 COMPARISON_FILES = {

@@ -16,6 +16,8 @@ from models.wan.pipeline import VideoPipeline
 from models.wan.vae.tiling import Tiling
 from tests.wan_folders import TEXT_TO_VIDEO, save_image_to_video
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a cat"
 SMALL = ("--size", "48x32", "--frames", "5", "--steps", "1", "--dense")
 

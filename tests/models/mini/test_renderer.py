@@ -21,6 +21,8 @@ from models.mini.renderer import (
 from models.mini.scenes import ASPECT, Mix, sample_batch
 from models.mini.sources import PICTURES, WINDOW, Sources, read_wheel
 
+pytestmark = pytest.mark.slow
+
 HEIGHT, WIDTH = 48, 64
 
 

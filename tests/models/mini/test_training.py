@@ -29,6 +29,8 @@ from models.mini.training import (
 )
 from models.wan.config import WanConfig
 
+pytestmark = pytest.mark.slow
+
 TINY = WanConfig(
     dim=32,
     ffn_dim=64,

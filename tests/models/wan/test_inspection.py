@@ -9,6 +9,8 @@ from models.wan.inspection import block_masses, inspect_attention
 from models.wan.pipeline import VideoPipeline
 from tests import tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 def numpy_masses(q, k, grid):
     """Token by token in raster order, with a dictionary from token to tile."""

@@ -19,6 +19,8 @@ from models.wan.pipeline import (
 from models.wan.transformer import WanTransformer
 from tests import tiny_model
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red ball"
 # Relative to latents of size one; measured on CPU: 2e-6.
 ROUNDING = 2e-5

@@ -20,6 +20,8 @@ from models.wan.pipeline import VideoPipeline
 from models.wan.sampling import Sampling
 from models.wan.vae.config import WanVAEConfig
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 FOLDERS = FIXTURES / "wan_folders"
 # Float32 over five guided steps. Measured: latents 2.4e-5 of at most 7.6, in both
