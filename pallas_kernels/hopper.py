@@ -248,9 +248,10 @@ def tile_order(counts: Int[Array, "L R"], num_slots: int) -> Int[Array, " L*R"]:
     is_full = counts == num_blocks
     num_others = num_blocks - is_full.sum(1, dtype=jnp.int32)
     # How many other lists could run in the time of those before each head's.
-    length = counts.sum(dtype=jnp.float32, where=~is_full) / num_others.sum()
+    entries = counts.sum(dtype=jnp.float32, where=~is_full)
+    length = jnp.maximum(entries / jnp.maximum(num_others.sum(), 1), 1.0)
     time_of_full = is_full.sum(dtype=jnp.float32) * num_blocks / length
-    waiting = jnp.nan_to_num(time_of_full, posinf=0.0).astype(jnp.int32)
+    waiting = time_of_full.astype(jnp.int32)
     before = waiting + jnp.cumsum(num_others) - num_others
     shared = jnp.minimum(-before % num_slots, num_others)
 
