@@ -10,6 +10,8 @@ from PIL import Image
 from draft_jax.cli import main
 from tests.wan_folders import TEXT_TO_VIDEO, save_image_to_video
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--size", "48x32", "--frames", "5", "--steps", "1", "--guidance", "1")
 
 
