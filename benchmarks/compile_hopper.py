@@ -14,10 +14,9 @@ import os
 import pathlib
 import tempfile
 
-# All of these are read when jax or the plugin loads.
+# Read when jax or the plugin loads.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-os.environ.update(MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_PTXAS="1")
 
 DESCRIPTION = """
 gpu_device_info {
@@ -46,7 +45,18 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def compile_variant(shape, options, device, order) -> None:
+def h100_sharding():
+    """Where the arrays of a program lie that is compiled for one H100."""
+    import jax
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=DESCRIPTION, topology="1x1x1"
+    )
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+def compile_variant(shape, options, sharding, order) -> None:
     """Compiles one configuration for one shape; Mosaic writes the dumps."""
     import dataclasses
 
@@ -60,7 +70,6 @@ def compile_variant(shape, options, device, order) -> None:
     grid, num_heads, head_dim = shape.grid, shape.num_heads, shape.head_dim
     default = KernelConfig.for_head_dim(head_dim)
     config = dataclasses.replace(default, **options)
-    sharding = jax.sharding.SingleDeviceSharding(device)
 
     def placed(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -89,7 +98,7 @@ def compile_variant(shape, options, device, order) -> None:
     run.trace(q, q, q, mask).lower(lowering_platforms=("cuda",)).compile()
 
 
-def compile_prepare(shape, over, device) -> None:
+def compile_prepare(shape, over, sharding) -> None:
     """Compiles the kernel that norms, rotates and pools, for one norm."""
     import functools
 
@@ -99,7 +108,6 @@ def compile_prepare(shape, over, device) -> None:
     from draft_jax.pooling import tile_table
     from pallas_kernels.norm_rope_pool_sm90 import QKNorm, norm_rope_pool
 
-    sharding = jax.sharding.SingleDeviceSharding(device)
     struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     grid, heads = shape.grid, (shape.num_heads, shape.head_dim)
     q = struct((1, grid.num_tokens, *heads), jnp.dtype(shape.dtype))
@@ -131,25 +139,24 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.output or pathlib.Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
-
-    from jax.experimental import topologies
+    os.environ.update(  # read when Mosaic compiles
+        MOSAIC_GPU_DUMP_PTX="1",
+        MOSAIC_GPU_DUMP_PTXAS="1",
+        MOSAIC_GPU_DUMP_TO=str(folder),
+    )
 
     from benchmarks.attention import SHAPES
     from benchmarks.hopper_variants import VARIANTS
 
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=DESCRIPTION, topology="1x1x1"
-    )
+    sharding = h100_sharding()
     seen: set[pathlib.Path] = set()
     for name in arguments.shapes:
         for variant in arguments.norms or arguments.variants:
             if arguments.norms:
-                compile_prepare(SHAPES[name], variant, topology.devices[0])
+                compile_prepare(SHAPES[name], variant, sharding)
             else:
                 options = VARIANTS[variant]
-                device = topology.devices[0]
-                compile_variant(SHAPES[name], options, device, arguments.order)
+                compile_variant(SHAPES[name], options, sharding, arguments.order)
             for report in sorted({*folder.glob("*.ptxas")} - seen):
                 seen.add(report)
                 print(f"== {name}, {variant}: {report}")

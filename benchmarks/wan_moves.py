@@ -30,11 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax._src.lib import cuda_versions
-from jax.experimental import topologies
 
 from benchmarks.attention import environment
-from benchmarks.compile_hopper import DESCRIPTION
+from benchmarks.compile_hopper import h100_sharding
 from benchmarks.layer import token_sized_moves
+from benchmarks.wan import latent_shape
 from draft_jax import DraftConfig, SparsitySchedule
 from draft_jax.attention import initial_mask
 from models.wan.config import WanConfig
@@ -65,10 +65,7 @@ def on_h100():
 
 def compile_call(height: int, width: int, frames: int):
     """Compiles one call of the model; returns the program, tokens and channels."""
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=DESCRIPTION, topology="1x1x1"
-    )
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    sharding = h100_sharding()
 
     def place(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -80,7 +77,7 @@ def compile_call(height: int, width: int, frames: int):
     draft = DraftConfig(sparsity=0.9)
     model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
     structure, state = nnx.split(model.with_attention("draft", draft))
-    latent = ((frames - 1) // 4 + 1, height // 8, width // 8, config.in_channels)
+    latent = latent_shape((height, width), frames)
     grid = model.grid(latent)
     plan = SparsitySchedule().plan(
         np.array([500.0]), num_layers=config.num_layers, grid=grid, config=draft

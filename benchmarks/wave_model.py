@@ -16,9 +16,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.hopper import tile_order
+from pallas_kernels.hopper import NUM_MULTIPROCESSORS, tile_order
 
-SLOTS = 132  # CTAs at a time
+SLOTS = NUM_MULTIPROCESSORS  # CTAs at a time
 START_TICKS = 2
 
 Lists = list[list[np.ndarray]]  # [heads][blocks], kept key blocks in ascending order

@@ -8,7 +8,7 @@ from typing import Any
 
 from models.memory_map import CheckpointError
 
-_INSTALL = "pip install '.[wan]' in a clone of draft_jax"
+INSTALL_WAN_EXTRA = "pip install '.[wan]' in a clone of draft_jax"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -63,8 +63,8 @@ def _fetch(repository: str, **options: Any) -> Path:
         from huggingface_hub import errors
     except ImportError as error:
         raise ImportError(
-            f"{repository} is no folder here; to fetch it from the hub, run {_INSTALL} "
-            f"({error})"
+            f"{repository} is no folder here; to fetch it from the hub, run "
+            f"{INSTALL_WAN_EXTRA} ({error})"
         ) from error
     revision = options["revision"]
     try:

@@ -17,6 +17,7 @@ from types import ModuleType
 import numpy as np
 from jaxtyping import Int
 
+from models.hub import INSTALL_WAN_EXTRA
 from models.safetensors_io import CheckpointError
 from models.umt5.config import TEXT_LENGTH
 
@@ -170,5 +171,5 @@ def _require(package: str) -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"Wan's text encoder needs the package {package}; install it with "
-            "pip install '.[wan]' in a clone of draft_jax"
+            f"{INSTALL_WAN_EXTRA}"
         ) from error

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.wave_model import longest_first
 from pallas_kernels.hopper import tile_order
 
 SLOTS = 48
@@ -68,9 +69,7 @@ def test_waves_of_a_list_start_together(full, most, before):
     counts[:, full:] = others
     starts, end = start_times(order_of(counts), counts)
     # Longest first, list by list, is the order that this one improves.
-    longest_first = np.argsort(-counts, axis=1, kind="stable")
-    longest_first += num_blocks * np.arange(6)[:, None]
-    plain_starts, plain_end = start_times(longest_first.ravel(), counts)
+    plain_starts, plain_end = start_times(longest_first(counts), counts)
     assert longest_spread(starts[:, full:]) < most
     assert longest_spread(plain_starts[:, full:]) > before
     assert end < 1.01 * plain_end
