@@ -33,7 +33,7 @@ def draft_attention(
     text_lengths: Int[Array, " B"] | None = None,
     order: Order = "raster",
     mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
-    budget: int | Int[Array, ""] | None = None,
+    budget: int | Int[Array | np.ndarray, ""] | None = None,
     pooled: PooledTokens | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
@@ -53,7 +53,7 @@ def draft_attention(
     text_lengths: Int[Array, " B"] | None = None,
     order: Order = "raster",
     mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
-    budget: int | Int[Array, ""] | None = None,
+    budget: int | Int[Array | np.ndarray, ""] | None = None,
     pooled: PooledTokens | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
@@ -72,7 +72,7 @@ def draft_attention(
     text_lengths: Int[Array, " B"] | None = None,
     order: Order = "raster",
     mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
-    budget: int | Int[Array, ""] | None = None,
+    budget: int | Int[Array | np.ndarray, ""] | None = None,
     pooled: PooledTokens | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
@@ -170,11 +170,12 @@ def scheduled_attention(
     """One layer on one step of a `SparsitySchedule`.
 
     Dense or sparse, and a new or a reused mask, are chosen by the values of `step`.
-    Where jit traces them, that happens while the program runs, and nothing is
-    recompiled; but on a GPU XLA then waits for each of the two choices on the host.
-    (Under vmap over `step` both branches run.) Values that are known, because `step`
-    was made outside of jit and is no argument of it, choose when the program is
-    traced: it has no conditional, and there is one program for each kind of step.
+    Where they are known (a step of a `DraftPlan` that the jitted function closes over),
+    they choose when the program is traced: it has no conditional, and there is one
+    program for each kind of step. Where jit traces them (the step is its argument), one
+    program serves all steps, with two conditionals in each layer, for which XLA waits
+    on the host on a GPU. (Under vmap over `step` both branches run.) `budget` may be
+    traced either way.
 
     Args:
       q: Queries, T = `grid.num_tokens`.
@@ -251,7 +252,7 @@ def scheduled_attention(
     return _choose(step.dense, run_dense, run_sparse, mask)
 
 
-def _choose(predicate: Bool[Array, ""], if_true, if_false, *operands):
+def _choose(predicate: Bool[Array | np.ndarray, ""], if_true, if_false, *operands):
     """`lax.cond`, decided now where the predicate is known."""
     if isinstance(predicate, jax.core.Tracer):
         return jax.lax.cond(predicate, if_true, if_false, *operands)

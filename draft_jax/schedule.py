@@ -3,8 +3,9 @@
 import dataclasses
 import math
 from fractions import Fraction
+from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Real
 
@@ -16,7 +17,12 @@ from draft_jax.pytree import register_dataclass
 @register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftStep:
-    """What one denoising step does. A pytree of arrays: no value recompiles.
+    """What one denoising step does, as a pytree of arrays.
+
+    Plans hold NumPy's, so that values are known wherever no jit traces them. As an
+    argument of a jitted function no value of a step recompiles it, but `dense` and
+    `refresh` then become conditionals; closed over they choose when it is traced. See
+    `scheduled_attention`.
 
     Attributes:
       dense: Whether each layer runs dense on this step, [L]; a scalar for one layer
@@ -25,11 +31,13 @@ class DraftStep:
       refresh: Whether sparse layers recompute their mask or reuse the one they have.
     """
 
-    dense: Bool[Array, "*steps_and_layers"]
-    budget: Int[Array, "*steps"]
-    refresh: Bool[Array, "*steps"]
+    dense: Bool[Array | np.ndarray, "*steps_and_layers"]
+    budget: Int[Array | np.ndarray, "*steps"]
+    refresh: Bool[Array | np.ndarray, "*steps"]
 
-    def for_layer(self, dense: Bool[Array, ""] | int) -> "DraftStep":
+    def for_layer(
+        self, dense: Bool[Array | np.ndarray | np.bool, ""] | int
+    ) -> "DraftStep":
         """This step for one layer.
 
         Args:
@@ -48,8 +56,8 @@ class DraftStep:
                     f"layer {dense} is not one of this step's; its dense has shape "
                     f"{self.dense.shape}"
                 )
-            dense = self.dense[dense]
-        return dataclasses.replace(self, dense=jnp.asarray(dense))
+            dense = _known(self.dense)[dense]
+        return dataclasses.replace(self, dense=_known(dense))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,20 +83,16 @@ class DraftPlan:
         return self.step(index)
 
     def step(self, index: int) -> DraftStep:
-        """The step at `index`, as arrays on the default device."""
+        """The step at `index`."""
         return DraftStep(
-            dense=jnp.asarray(self.dense[index]),
-            budget=jnp.asarray(self.budget[index]),
-            refresh=jnp.asarray(self.refresh[index]),
+            dense=self.dense[index],
+            budget=np.asarray(self.budget[index]),
+            refresh=np.asarray(self.refresh[index]),
         )
 
     def stacked(self) -> DraftStep:
         """All steps with a leading axis, to scan over."""
-        return DraftStep(
-            dense=jnp.asarray(self.dense),
-            budget=jnp.asarray(self.budget),
-            refresh=jnp.asarray(self.refresh),
-        )
+        return DraftStep(dense=self.dense, budget=self.budget, refresh=self.refresh)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,6 +266,11 @@ def _is_int(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+def _known(values: Any) -> Any:
+    """NumPy's array, unless jit traces the values: jax.numpy would trace them too."""
+    return values if isinstance(values, jax.core.Tracer) else np.asarray(values)
+
+
 def constant_step(
     grid: VideoGrid, config: DraftConfig, *, dense: bool = False
 ) -> DraftStep:
@@ -277,7 +286,7 @@ def constant_step(
     """
     budget = static_budget(config.sparsity, grid, config)
     return DraftStep(
-        dense=jnp.asarray(dense),
-        budget=jnp.asarray(budget, jnp.int32),
-        refresh=jnp.asarray(True),
+        dense=np.asarray(dense),
+        budget=np.asarray(budget, np.int32),
+        refresh=np.asarray(True),
     )

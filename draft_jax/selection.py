@@ -23,7 +23,7 @@ def select_blocks(
     *,
     grid: VideoGrid,
     config: DraftConfig,
-    budget: int | Int[Array, ""] | None = None,
+    budget: int | Int[Array | np.ndarray, ""] | None = None,
 ) -> BlockMask:
     """Chooses the block pairs to attend to, for each batch item and head.
 
@@ -99,7 +99,7 @@ def compute_mask(
     *,
     grid: VideoGrid,
     config: DraftConfig,
-    budget: int | Int[Array, ""] | None = None,
+    budget: int | Int[Array | np.ndarray, ""] | None = None,
     scale: float | None = None,
     order: Order = "raster",
     pooled: PooledTokens | None = None,

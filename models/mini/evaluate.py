@@ -107,7 +107,7 @@ def measure_attention(
     sampler, state, inputs = pipeline.start(
         list(prompts), sampling, draft=None, schedule=None
     )
-    step_fn, _ = pipeline.compile(sampler, state, inputs)
+    programs, _ = pipeline.compile(sampler, state, inputs)
     grid = sampler.model.grid(sampler.latent_shape)
     look = jax.jit(
         lambda q, k: jax.lax.map(functools.partial(attention_shares, grid=grid), (q, k))
@@ -126,7 +126,7 @@ def measure_attention(
             }
             rows.append({"step": index, "timestep": float(timestep)} | per_layer)
             print(rows[-1], flush=True)
-        state, _ = sampler.run_step(step_fn, state, inputs, index)
+        state, _ = sampler.run_step(programs, state, inputs, index)
     return rows
 
 

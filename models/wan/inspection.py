@@ -83,9 +83,9 @@ def inspect_attention(
         prompt, sampling, image=image, draft=draft, schedule=schedule
     )
     if step:
-        step_fn, _ = pipeline.compile(sampler, state, inputs)
+        programs, _ = pipeline.compile(sampler, state, inputs)
         for index in range(step):
-            state, report = sampler.run_step(step_fn, state, inputs, index)
+            state, report = sampler.run_step(programs, state, inputs, index)
             if callback is not None:
                 callback(report)
     step_plan, timestep = sampler.step_plan(step), sampler.solver.timesteps[step]
@@ -110,7 +110,7 @@ def inspect_attention(
 def _look(
     q_and_k: tuple[Float[Array, "B T N D"], Float[Array, "B T N D"]],
     *,
-    budget: Int[Array, ""],
+    budget: Int[Array | np.ndarray, ""],
     grid: VideoGrid,
     draft: DraftConfig,
 ) -> dict[str, Array]:

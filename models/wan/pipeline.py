@@ -41,6 +41,7 @@ from models.wan.sampler import (
     Sampler,
     SamplerState,
     StepInputs,
+    StepKind,
     StepReport,
 )
 from models.wan.sampling import Sampling
@@ -227,8 +228,9 @@ class VideoPipeline:
     ) -> GenerationResult:
         """Generates one video for each prompt.
 
-        Every step waits for its result, so the times are those of the device, and
-        one compilation serves dense and sparse steps alike.
+        Every step waits for its result, so the times are those of the device. Steps
+        of a kind share a program (`StepKind`: a usual schedule has two, dense steps
+        and sparse ones), which later videos of the same size use again.
 
         Args:
           prompts: One or more prompts, or their context, sampled as one batch. The
@@ -266,10 +268,10 @@ class VideoPipeline:
             schedule=schedule,
             guidance_batching=guidance_batching,
         )
-        step_fn, compile_ms = self.compile(sampler, state, inputs)
+        programs, compile_ms = self.compile(sampler, state, inputs)
         reports = []
         for index in range(sampling.num_steps):
-            state, report = sampler.run_step(step_fn, state, inputs, index)
+            state, report = sampler.run_step(programs, state, inputs, index)
             reports.append(report)
             if callback is not None:
                 callback(report)
@@ -338,8 +340,8 @@ class VideoPipeline:
 
     def compile(
         self, sampler: Sampler, state: SamplerState, inputs: StepInputs
-    ) -> tuple[Callable, float]:
-        """The compiled step and the milliseconds it took; 0 if known from before."""
+    ) -> tuple[dict[StepKind | None, Callable], float]:
+        """The compiled steps and the milliseconds that took; 0 if known from before."""
         leaves = jax.tree.leaves((state, inputs))
         key = (
             sampler.model.config,
@@ -348,11 +350,13 @@ class VideoPipeline:
             sampler.guidance_batching,
             tuple((leaf.shape, leaf.dtype.name) for leaf in leaves),
         )
-        if key in self._compiled:
-            return self._compiled[key], 0.0
+        known = self._compiled.setdefault(key, {})
+        missing = [kind for kind in sampler.kinds if kind not in known]
+        if not missing:
+            return known, 0.0
         start = time.perf_counter()
-        self._compiled[key] = sampler.compile(state, inputs)
-        return self._compiled[key], 1e3 * (time.perf_counter() - start)
+        known |= sampler.compile(state, inputs, missing)
+        return known, 1e3 * (time.perf_counter() - start)
 
     def _context(
         self,

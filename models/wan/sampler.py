@@ -1,8 +1,9 @@
-"""The loop around the transformer: one compiled step, run once per noise level."""
+"""The loop around the transformer: compiled steps, one run for each noise level."""
 
+import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import jax
@@ -42,6 +43,17 @@ class StepInputs(NamedTuple):
     context_lengths: Int[Array, " rows"]
     guidance: Float[Array, ""]
     image: ImageCondition | None = None  # B rows; for an image-to-video model
+
+
+class StepKind(NamedTuple):
+    """What a step's program is compiled for, beside shapes: its draft attention.
+
+    Steps of a kind differ in their budget, which is an argument. With the rest known,
+    nothing in a layer waits for the host.
+    """
+
+    dense: tuple[bool, ...]  # by layer
+    refresh: bool
 
 
 class ModelInputs(TypedDict):
@@ -180,15 +192,50 @@ class Sampler:
         repeats = (*((2,) if two_calls else ()), config.num_layers, 1, 1, 1)
         return jax.tree.map(lambda leaf: jnp.tile(leaf, repeats), mask)
 
-    def compile(self, state: SamplerState, inputs: StepInputs) -> Callable:
-        """Compiles the step for arrays shaped as these."""
+    def kind(self, index: int) -> StepKind | None:
+        """Which program a step needs; None with dense attention."""
+        if self.plan is None:
+            return None
+        dense = tuple(map(bool, self.plan.dense[index]))
+        return StepKind(dense, bool(self.plan.refresh[index]) and not all(dense))
+
+    @property
+    def kinds(self) -> list[StepKind | None]:
+        """The programs that the run needs, in the order of their first steps."""
+        return list(dict.fromkeys(map(self.kind, range(self.solver.num_steps))))
+
+    def compile(
+        self,
+        state: SamplerState,
+        inputs: StepInputs,
+        kinds: Iterable[StepKind | None] | None = None,
+    ) -> dict[StepKind | None, Callable]:
+        """Compiles steps for arrays shaped as these.
+
+        Args:
+          state: From `initial_state`.
+          inputs: What `run_step` is given.
+          kinds: Which steps; all of `self.kinds` by default.
+        """
+        kinds = self.kinds if kinds is None else list(kinds)
+        lowered = [self._lower(state, inputs, kind) for kind in kinds]
+        with concurrent.futures.ThreadPoolExecutor(max(len(kinds), 1)) as pool:
+            programs = pool.map(lambda step: step.compile(), lowered)
+            return dict(zip(kinds, programs, strict=True))
+
+    def _lower(self, state: SamplerState, inputs: StepInputs, kind: StepKind | None):
         structure, _ = nnx.split(self.model)
         update, predict = self.solver.update, _in_one_call
         if self.guidance_batching == "two_calls" and _is_guided(state, inputs):
             predict = _in_two_calls
 
-        def step_fn(parameters, state, inputs, timestep, coefficients, step):
+        def step_fn(parameters, state, inputs, timestep, coefficients, budget):
             model = nnx.merge(structure, parameters)
+            step = None
+            if kind is not None:
+                # NumPy's values, which jit does not trace.
+                dense, refresh = map(np.asarray, kind)
+                step = DraftStep(dense=dense, refresh=refresh, budget=budget)
             velocity, masks = predict(model, state, inputs, timestep, step)
             latents, history = update(
                 state.latents,
@@ -200,19 +247,20 @@ class Sampler:
             finite = jnp.isfinite(latents).all()
             return SamplerState(latents, masks, history), kept_density, finite
 
-        return (
-            jax.jit(step_fn, donate_argnums=1)
-            .lower(*self._arguments(state, inputs, 0))
-            .compile()
-        )
+        arguments = self._arguments(state, inputs, 0)
+        return jax.jit(step_fn, donate_argnums=1).lower(*arguments)
 
     def run_step(
-        self, step_fn: Callable, state: SamplerState, inputs: StepInputs, index: int
+        self,
+        programs: dict[StepKind | None, Callable],
+        state: SamplerState,
+        inputs: StepInputs,
+        index: int,
     ) -> tuple[SamplerState, StepReport]:
         """Runs a step and waits for its result.
 
         Args:
-          step_fn: What `compile` returned.
+          programs: What `compile` returned.
           state: From `initial_state` or the step before; its buffers are reused.
           inputs: As given to `compile`.
           index: Which step.
@@ -220,6 +268,7 @@ class Sampler:
         Raises:
           FloatingPointError: The result is not finite.
         """
+        step_fn = programs[self.kind(index)]
         arguments = self._arguments(state, inputs, index)
         start = time.perf_counter()
         state, kept_density, finite = jax.block_until_ready(step_fn(*arguments))
@@ -245,8 +294,8 @@ class Sampler:
             lambda value: jnp.asarray(value, jnp.float32),
             self.solver.coefficients(index),
         )
-        step = self.step_plan(index)
-        return nnx.state(self.model), state, inputs, timestep, coefficients, step
+        budget = None if self.plan is None else jnp.asarray(self.plan.budget[index])
+        return nnx.state(self.model), state, inputs, timestep, coefficients, budget
 
 
 def model_inputs(

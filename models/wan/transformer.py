@@ -7,7 +7,11 @@ and its compile time do not grow with depth.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -322,23 +326,43 @@ class WanTransformer(nnx.Module):
         rope = rope_table(grid, config.head_dim, config.rope_theta)
         structure, parameters = nnx.split(self.blocks)
 
-        def run_block(x, layer):
-            layer_parameters, is_dense, mask = layer
+        def run_layer(known_dense, carry, layer):
+            x, masks = carry
+            index, (layer_parameters, is_dense) = layer
             layer_step = None
             if step is not None:
-                layer_step = step.for_layer(is_dense)
-            block = nnx.merge(structure, layer_parameters)
-            x, mask, qk = block(
-                x, context, modulation, rope, grid, layer_step, mask, image
-            )
-            return x, (mask, qk if capture else None)
+                layer_step = step.for_layer(
+                    is_dense if known_dense is None else known_dense
+                )
 
-        if remat:
-            # Inside a scan the backward pass cannot merge with the forward one.
-            run_block = jax.checkpoint(run_block, prevent_cse=False)
-        x = self.patch_embedding(latents, grid).astype(jnp.float32)
-        layers = (parameters, None if step is None else step.dense, masks)
-        x, (masks, qk) = jax.lax.scan(run_block, x, layers)
+            def run_block(x, layer_parameters, mask):
+                block = nnx.merge(structure, layer_parameters)
+                return block(
+                    x, context, modulation, rope, grid, layer_step, mask, image
+                )
+
+            if remat:
+                # Inside a scan the backward pass cannot merge with the forward one.
+                run_block = jax.checkpoint(run_block, prevent_cse=False)
+            mask = jax.tree.map(lambda leaf: leaf[index], masks)
+            x, mask, qk = run_block(x, layer_parameters, mask)
+            # In place: the masks of all layers may take a gigabyte.
+            masks = jax.tree.map(lambda all, own: all.at[index].set(own), masks, mask)
+            return (x, masks), qk if capture else None
+
+        carry = (self.patch_embedding(latents, grid).astype(jnp.float32), masks)
+        qk_of_runs = []
+        for layers, known_dense in _runs_of_layers(step, config.num_layers):
+            is_dense = None if step is None or known_dense is not None else step.dense
+            carry, qk = _scan_layers(
+                functools.partial(run_layer, known_dense),
+                carry,
+                (parameters, is_dense),
+                layers,
+            )
+            qk_of_runs.append(qk)
+        x, masks = carry
+        qk = jax.tree.map(lambda *runs: jnp.concatenate(runs), *qk_of_runs)
         return self._head(x, time, grid), masks, qk
 
     def _head(
@@ -418,7 +442,7 @@ class WanTransformer(nnx.Module):
             return None, None
         if step is None:
             step = constant_step(grid, config.draft)
-            dense = jnp.broadcast_to(step.dense, config.num_layers)
+            dense = np.broadcast_to(step.dense, config.num_layers)
             step = dataclasses.replace(step, dense=dense)
         if step.dense.shape != (config.num_layers,):
             raise ValueError(
@@ -436,6 +460,37 @@ class WanTransformer(nnx.Module):
         if masks.grid != grid:
             raise ValueError(f"{masks.grid=} must equal the latents' {grid=}")
         return step, masks
+
+
+def _runs_of_layers(
+    step: DraftStep | None, num_layers: int
+) -> list[tuple[range, bool | None]]:
+    """Layers that follow each other and do the same, and whether that is dense.
+
+    One run of all layers, and None, where that is not known before the program runs.
+    """
+    if step is None or isinstance(step.dense, jax.core.Tracer):
+        return [(range(num_layers), None)]
+    dense = np.asarray(step.dense)
+    changes = 1 + np.flatnonzero(np.diff(dense))
+    bounds = [0, *changes.tolist(), num_layers]
+    return [
+        (range(first, last), bool(dense[first]))
+        for first, last in itertools.pairwise(bounds)
+    ]
+
+
+def _scan_layers(body: Callable, carry: Any, stacked: Any, layers: range):
+    """`lax.scan` over some layers of stacked arrays; `body` also gets their indices."""
+    indices = jnp.arange(layers.start, layers.stop)
+    if all(len(leaf) == len(layers) for leaf in jax.tree.leaves(stacked)):
+        return jax.lax.scan(body, carry, (indices, stacked))
+
+    # Each is looked up: a slice of some layers would be a copy of their weights.
+    def look_up(carry, index):
+        return body(carry, (index, jax.tree.map(lambda leaf: leaf[index], stacked)))
+
+    return jax.lax.scan(look_up, carry, indices)
 
 
 def kept_density(

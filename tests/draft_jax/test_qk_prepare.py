@@ -179,8 +179,8 @@ def test_scheduled_attention_takes_pooled_values(state):
     step = constant_step(GRID, config)
     step = dataclasses.replace(
         step,
-        dense=jnp.asarray(state == "dense"),
-        refresh=jnp.asarray(state == "refresh"),
+        dense=np.asarray(state == "dense"),
+        refresh=np.asarray(state == "refresh"),
     )
     mask = initial_mask(GRID, config, batch=2, num_heads=HEADS[0])
     run = functools.partial(

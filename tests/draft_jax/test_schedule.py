@@ -123,6 +123,19 @@ def test_a_layer_that_the_step_does_not_have(layer):
         step.for_layer(layer)
 
 
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_values_outside_of_jit_stay_known_inside(make):
+    step = jax.tree.map(make, plan_of(SparsitySchedule(dense_layers=(2,))).step(0))
+
+    @jax.jit
+    def look(traced):
+        assert [bool(step.for_layer(layer).dense) for layer in range(3)] == [0, 0, 1]
+        assert isinstance(traced.for_layer(2).dense, jax.core.Tracer)
+        return traced.for_layer(2).dense
+
+    assert look(step)
+
+
 def test_schedule_is_hashable():
     assert hash(SparsitySchedule.paper()) == hash(SparsitySchedule(dense_fraction=0.25))
     assert SparsitySchedule.paper() != SparsitySchedule.wan_published()

@@ -50,8 +50,8 @@ def test_the_kernel_changes_nothing(state):
     if state != "dense-model":
         step = dataclasses.replace(
             constant_step(grid, config.draft),
-            dense=jnp.full(config.num_layers, state == "dense-step"),
-            refresh=jnp.asarray(state == "refresh"),
+            dense=np.full(config.num_layers, state == "dense-step"),
+            refresh=np.asarray(state == "refresh"),
         )
     structure, parameters = nnx.split(model)
 

@@ -115,6 +115,37 @@ def test_schedule_and_kept_shares(pipeline, dense):
     assert np.abs(sparse.video - dense.video).max() > 1e-3
 
 
+def test_a_program_for_each_kind_of_step(pipeline):
+    """Four sparse steps of two sparsities: budgets share programs."""
+    start = pipeline.start(
+        PROMPT,
+        tiny_model.SAMPLING,
+        draft=DraftConfig(sparsity=0.5),
+        schedule=SparsitySchedule(
+            sparsity=(0.5, 0.5, 0.6, 0.6), mask_refresh=2, dense_layers=(1,)
+        ),
+    )
+    kinds = [((False, True, False), True), ((False, True, False), False)]
+    assert start[0].kinds == kinds
+    programs, compile_ms = pipeline.compile(*start)
+    assert set(kinds) <= set(programs)
+    assert compile_ms > 0
+    for kind in kinds:
+        assert " conditional(" not in programs[kind].as_text()
+    # Another schedule of the same shapes compiles only what is new.
+    start = pipeline.start(
+        PROMPT,
+        tiny_model.SAMPLING,
+        draft=DraftConfig(sparsity=0.5),
+        schedule=SparsitySchedule(dense_fraction=0.25, dense_layers=(1,)),
+    )
+    before = dict(programs)
+    again, _ = pipeline.compile(*start)
+    assert start[0].kinds == [((True, True, True), False), kinds[0]]
+    assert again[kinds[0]] is before[kinds[0]]
+    assert set(again) - set(before) == {start[0].kinds[0]}
+
+
 def test_seed_decides_the_video(pipeline, dense):
     again = generate(pipeline)
     np.testing.assert_array_equal(again.video, dense.video)

@@ -135,6 +135,78 @@ def test_steps_do_not_recompile():
     assert traces == 1
 
 
+def scheduled(model, **rules):
+    """A plan of three steps for draft attention."""
+    return SparsitySchedule(**rules).plan(
+        np.array([900.0, 600.0, 300.0]),
+        num_layers=3,
+        grid=model.grid(LATENT_SHAPE),
+        config=model.config.draft,
+    )
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+    ("dense_layers", "index"),
+    [((), 0), ((0,), 0), ((1,), 1), ((0, 2), 1), ((0, 1, 2), 0)],
+    ids=["sparse", "first", "middle-reused", "ends-reused", "dense"],
+)
+def test_known_steps_need_no_conditional(dense_layers, index, remat):
+    """Layers in runs that do the same, against one scan that looks at each flag."""
+    model = make_model(attention="draft", draft=DraftConfig(sparsity=0.7))
+    plan = scheduled(model, dense_layers=dense_layers, mask_refresh=2)
+    structure, parameters = nnx.split(model)
+    _, masks = run(model, make_inputs(1), plan.step(0))
+
+    def traced(parameters, inputs, masks, step):
+        merged = nnx.merge(structure, parameters)
+        return merged(**inputs, step=step, masks=masks, remat=remat)
+
+    def known(parameters, inputs, masks):
+        return traced(parameters, inputs, masks, plan.step(index))
+
+    arguments = (parameters, make_inputs(), masks)
+    jaxpr = str(jax.make_jaxpr(traced)(*arguments, plan.step(index)))
+    assert " cond[" in jaxpr
+    assert " cond[" not in str(jax.make_jaxpr(known)(*arguments))
+    got = jax.jit(known)(*arguments)
+    expected = jax.jit(traced)(*arguments, plan.step(index))
+    np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=2e-6)
+    jax.tree.map(np.testing.assert_array_equal, got[1], expected[1])
+
+
+def test_captured_layers_of_several_runs_stay_in_order():
+    model = make_model(attention="draft", draft=DraftConfig(sparsity=0.7))
+    step = scheduled(model, dense_layers=(0, 2)).step(0)
+
+    @nnx.jit
+    def traced(model, inputs, step):
+        return model.capture_qk(**inputs, step=step)
+
+    known = nnx.jit(functools.partial(WanTransformer.capture_qk, step=step))
+    expected = traced(model, make_inputs(), step)
+    for ours, theirs in zip(known(model, **make_inputs()), expected, strict=True):
+        assert ours.shape[0] == 3
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+
+
+def test_gradient_of_layers_in_runs():
+    model = make_model(attention="draft", draft=DraftConfig(sparsity=0.7))
+    step = scheduled(model, dense_layers=(1,)).step(0)
+    structure, parameters = nnx.split(model)
+
+    def loss(parameters, step):
+        velocity, _ = nnx.merge(structure, parameters)(**make_inputs(), step=step)
+        return jnp.square(velocity).mean()
+
+    got = jax.jit(jax.grad(lambda parameters: loss(parameters, step)))(parameters)
+    expected = jax.jit(jax.grad(loss))(parameters, step)
+    for ours, theirs in zip(
+        jax.tree.leaves(got), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
 def test_with_attention_shares_the_parameters():
     dense, inputs = make_model(), make_inputs()
     draft = dense.with_attention("draft", DraftConfig(sparsity=0.0))
