@@ -26,11 +26,13 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import qk_stages
 from benchmarks.attention import SHAPES, Shape, environment, random_inputs
 from draft_jax import (
     DraftConfig,
+    DraftStep,
     VideoGrid,
     compute_mask,
     constant_step,
@@ -182,25 +184,29 @@ def stages(shape: Shape, backend: str, dense: str) -> dict[str, Stage]:
         for order in ("tiled", "raster"):
             layer = half(draft_attention, config=config, order=order, **options)
             table[f"layer/{order}/{sparsity}"] = Stage(layer, qkv)
-    table |= {
-        f"scheduled/{name}": Stage(
-            _scheduled(configs[0.9], order="tiled", **options),
-            (*qkv, f"step_{name}", "mask_0.9"),
-        )
-        for name in ("refresh", "reuse")
-    }
+    scheduled = half(scheduled_attention, config=configs[0.9], order="tiled", **options)
+    for name, step in steps(grid, configs[0.9]).items():
+        # Known when it is traced, or an argument: then XLA waits on the host.
+        known = half(_scheduled, scheduled, step)
+        table[f"scheduled/{name}"] = Stage(known, (*qkv, "mask_0.9"))
+        traced = half(_scheduled, scheduled)
+        arguments = (f"step_{name}", *qkv, "mask_0.9")
+        table[f"scheduled-traced/{name}"] = Stage(traced, arguments)
     attend = half(jax.nn.dot_product_attention, implementation=dense)
     table["dense"] = Stage(attend, qkv)
     return table
 
 
-def _scheduled(config, **options):
-    def layer(q, k, v, step, mask):
-        return scheduled_attention(
-            q, k, v, config=config, step=step, mask=mask, **options
-        )
+def _scheduled(scheduled, step, q, k, v, mask):
+    return scheduled(q, k, v, step=step, mask=mask)
 
-    return layer
+
+def steps(grid, config) -> dict[str, DraftStep]:
+    """The kinds of steps of a schedule."""
+    refresh = constant_step(grid, config)
+    reuse = dataclasses.replace(refresh, refresh=np.asarray(False))
+    dense = constant_step(grid, config, dense=True)
+    return {"refresh": refresh, "reuse": reuse, "dense": dense}
 
 
 def make_inputs(shape: Shape) -> dict[str, object]:
@@ -211,11 +217,9 @@ def make_inputs(shape: Shape) -> dict[str, object]:
     logits = jax.jit(logits_of)(*pooled)
     scores = jax.jit(lambda x: jax.nn.softmax(x * shape.head_dim**-0.5, -1))(logits)
     config = DraftConfig(sparsity=0.9)
-    refresh = constant_step(grid, config)
-    reuse = dataclasses.replace(refresh, refresh=jnp.asarray(False))
     inputs = {"q": q, "k": k, "v": v, "q_pooled": pooled[0], "k_pooled": pooled[1]}
     inputs |= {"logits": logits, "scores": scores}
-    inputs |= {"step_refresh": refresh, "step_reuse": reuse}
+    inputs |= {f"step_{name}": step for name, step in steps(grid, config).items()}
     inputs |= qk_stages.make_inputs(shape)
     for sparsity in (0.75, 0.9):
         config = DraftConfig(sparsity=sparsity)

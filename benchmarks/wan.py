@@ -14,7 +14,7 @@ Hopper its own kernel; --cudnn adds steps of a program with cuDNN's instead. Siz
 in the order given: name small ones first. The file is written anew after each part.
 What a case has:
 
-  samples_ms       steps, until the result is there; after one to warm up
+  samples_ms       steps, until the result is there; after one of each program to warm up
   kept_density     share of token pairs that self-attention computed
   outside          self-attention is what CUPTI says of its kernels, and of a draft's
                    that have names, in one more step of the sparsest mode; the rest of
@@ -90,6 +90,11 @@ class Mode:
     sparsity: float | None  # None is dense
     layer_0_dense: bool
     reuse: bool
+
+    @property
+    def program(self) -> tuple[bool, bool, bool]:
+        """What it is compiled for."""
+        return self.sparsity is None, self.layer_0_dense, self.reuse
 
     @classmethod
     def parse(cls, name: str) -> "Mode":
@@ -203,7 +208,7 @@ class Steps:
         self.inputs = make_inputs(model.config, guided)
         self.state: SamplerState = self.sampler.initial_state(1, seed=0, guided=guided)
         start = time.perf_counter()
-        self.step: Any = self.sampler.compile(self.state, self.inputs)
+        self.programs = self.sampler.compile(self.state, self.inputs)
         self.compile_s = time.perf_counter() - start
         self.index = 0
         self.calls = 2 if guided else 1
@@ -212,21 +217,24 @@ class Steps:
     def run(self):
         """The next step of the plan."""
         self.state, report = self.sampler.run_step(
-            self.step, self.state, self.inputs, self.index
+            self.programs, self.state, self.inputs, self.index
         )
         self.index += 1
         return report
 
     def describe(self) -> dict[str, Any]:
-        """The program, before it has run."""
-        stats = self.step.memory_analysis()
+        """The programs, before they have run; of sizes, those of the largest."""
         sizes = ("argument", "output", "temp", "alias")
+        programs: Any = self.programs.values()
+        stats = [program.memory_analysis() for program in programs]
         return {
             "tokens": self.num_tokens,
             "model_calls": self.calls,
             "compile_s": self.compile_s,
+            "programs": len(stats),
             "program_gb": {
-                name: getattr(stats, f"{name}_size_in_bytes") / GB for name in sizes
+                name: max(getattr(s, f"{name}_size_in_bytes") for s in stats) / GB
+                for name in sizes
             },
             "after_compilation": device_memory(),
         }
@@ -235,7 +243,9 @@ class Steps:
 def measure_size(model, size, options, report) -> None:
     """All modes at one size; `report` takes the record whenever it has grown."""
     modes = options.modes
-    order = [modes[-1]]  # to warm up
+    # Each program once to warm up: modes that differ in sparsity share one.
+    warm_ups = list({m.program: m for m in reversed(modes)}.values())
+    order = list(warm_ups)
     counts = {
         mode: options.dense_samples if mode.sparsity is None else options.samples
         for mode in modes
@@ -247,7 +257,7 @@ def measure_size(model, size, options, report) -> None:
     record: dict[str, Any] = {"size": list(size), "frames": options.frames}
     record |= steps.describe() | {"modes": {}}
     report(record)
-    record["warm_up_ms"] = steps.run().time_ms
+    record["warm_up_ms"] = {mode.name: steps.run().time_ms for mode in warm_ups}
     for mode in modes:
         with GpuState() as state:
             reports = [steps.run() for _ in range(counts[mode])]

@@ -8,12 +8,14 @@ call of the 14B transformer with draft attention, all sizes but the number of la
 published: layers are a loop, so two have the program of forty. Listed are gathers,
 transposes, copies and the like of arrays with an element for each token and channel
 (`layers`), and of smaller ones with a row of 64 or more for each token (`ends`:
-patches, rotation tables, output). Weights are counted nowhere.
+patches, rotation tables, output). Weights are counted nowhere. Each kind of step that
+`models.wan.sampler` compiles is looked at; a conditional would wait for the host.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -35,7 +37,7 @@ from benchmarks.attention import environment
 from benchmarks.compile_hopper import h100_sharding
 from benchmarks.layer import token_sized_moves
 from benchmarks.wan import latent_shape
-from draft_jax import DraftConfig, SparsitySchedule
+from draft_jax import DraftConfig, DraftStep
 from draft_jax.attention import initial_mask
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
@@ -63,7 +65,16 @@ def on_h100():
         yield
 
 
-def compile_call(height: int, width: int, frames: int):
+# Of two layers, for each kind of step: which are dense, and whether masks are new.
+KINDS = {
+    "sparse, new masks": ((False, False), True),
+    "sparse, old masks": ((False, False), False),
+    "first layer dense": ((True, False), True),
+    "dense": ((True, True), False),
+}
+
+
+def compile_call(kind: str, height: int, width: int, frames: int):
     """Compiles one call of the model; returns the program, tokens and channels."""
     sharding = h100_sharding()
 
@@ -79,9 +90,7 @@ def compile_call(height: int, width: int, frames: int):
     structure, state = nnx.split(model.with_attention("draft", draft))
     latent = latent_shape((height, width), frames)
     grid = model.grid(latent)
-    plan = SparsitySchedule().plan(
-        np.array([500.0]), num_layers=config.num_layers, grid=grid, config=draft
-    )
+    dense, refresh = map(np.asarray, KINDS[kind])
     mask = jax.eval_shape(
         lambda: initial_mask(grid, draft, batch=1, num_heads=config.num_heads)
     )
@@ -89,14 +98,14 @@ def compile_call(height: int, width: int, frames: int):
         lambda x: array(config.num_layers, *x.shape, dtype=x.dtype), mask
     )
 
-    def call(state, latents, timesteps, context, lengths, step, masks):
+    def call(state, latents, timesteps, context, lengths, budget, masks):
         return nnx.merge(structure, state)(
             latents=latents,
             timesteps=timesteps,
             context=context,
             context_lengths=lengths,
             image_tokens=None,
-            step=step,
+            step=DraftStep(dense=dense, refresh=refresh, budget=budget),
             masks=masks,
         )
 
@@ -107,7 +116,7 @@ def compile_call(height: int, width: int, frames: int):
         array(1),
         context,
         array(1, dtype="int32"),
-        jax.tree.map(place, jax.eval_shape(lambda: plan.step(0))),
+        array(dtype="int32"),
         masks,
     )
     with on_h100():
@@ -131,16 +140,20 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, help="JSON file")
     options = parser.parse_args()
     results = []
-    for size in options.sizes:
+    for size, kind in itertools.product(options.sizes, KINDS):
         height, width = map(int, size.split("x"))
-        program, num_tokens, channels = compile_call(height, width, options.frames)
+        call = compile_call(kind, height, width, options.frames)
+        program, num_tokens, channels = call
         text = program.as_text()
         found = moves(text, num_tokens, channels)
         conditionals = len(re.findall(r" conditional\(", text))
         results.append(
-            {"size": size, "tokens": num_tokens, "channels": channels}
+            {"size": size, "step": kind, "tokens": num_tokens, "channels": channels}
             | found
-            | {"conditionals": conditionals}
+            | {
+                "conditionals": conditionals,
+                "temp_gb": program.memory_analysis().temp_size_in_bytes / 1e9,
+            }
         )
         print(json.dumps(results[-1]), flush=True)
         if options.output is not None:

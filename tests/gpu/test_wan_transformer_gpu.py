@@ -1,0 +1,157 @@
+"""The Wan transformer with its kernels: against float32 on XLA, step by step."""
+
+import dataclasses
+import importlib
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from draft_jax import DraftConfig, SparsitySchedule, qk_prepare
+from models.wan.config import WanConfig
+from models.wan.transformer import WanTransformer
+from pallas_kernels import hopper_dense
+from tests.tolerances import GPU_WAN_ERROR_RATIO, GPU_WAN_SHARED_PAIRS
+
+# The package's attribute of this name is the function, not the module.
+dispatch = importlib.import_module("pallas_kernels.block_sparse_attention")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore::pallas_kernels.SlowBackendWarning"),
+]
+
+# 21 x 9 x 24 tokens, with edge blocks, and enough of them for every kernel.
+LATENT_SHAPE = (1, 21, 18, 48, 16)
+CONFIG = WanConfig(
+    dim=256,
+    ffn_dim=512,
+    num_heads=2,
+    num_layers=3,
+    in_channels=16,
+    out_channels=16,
+    text_dim=64,
+    text_length=32,
+    freq_dim=64,
+    attention="draft",
+    draft=DraftConfig(sparsity=0.75),
+    dtype="bfloat16",
+    param_dtype="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    model = WanTransformer(CONFIG, rngs=nnx.Rngs(0))
+    kernel = model.proj_out.kernel  # it starts at zero
+    kernel[...] = jax.random.normal(jax.random.key(0), kernel.shape) / 16
+    return nnx.state(model)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    """Sparse with new masks, the same reused, and one dense layer from the start."""
+    model = nnx.eval_shape(lambda: WanTransformer(CONFIG, rngs=nnx.Rngs(0)))
+    return SparsitySchedule(dense_layers=(1,), mask_refresh=2).plan(
+        np.array([900.0, 600.0]),
+        num_layers=CONFIG.num_layers,
+        grid=model.grid(LATENT_SHAPE),
+        config=CONFIG.draft,
+    )
+
+
+def make_inputs():
+    keys = jax.random.split(jax.random.key(1), 2)
+    context = jax.random.normal(keys[0], (1, CONFIG.text_length, CONFIG.text_dim))
+    return {
+        "latents": jax.random.normal(keys[1], LATENT_SHAPE),
+        "timesteps": jnp.full(1, 700.0),
+        "context": context,
+        "context_lengths": jnp.full(1, 20),
+    }
+
+
+def run(parameters, step, masks=None, *, dtype="bfloat16"):
+    """Jitted anew, with the step's values known; the program's text beside."""
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    structure = nnx.graphdef(
+        nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
+    )
+
+    @jax.jit
+    def call(parameters, inputs, masks):
+        return nnx.merge(structure, parameters)(**inputs, step=step, masks=masks)
+
+    program = call.lower(parameters, make_inputs(), masks).compile()
+    velocity, masks = program(parameters, make_inputs(), masks)
+    return np.asarray(velocity, np.float64), masks, program.as_text()
+
+
+def on_xla(parameters, step, masks, dtype):
+    """`run` without any kernel of this project."""
+    unwanted = {"return_value": "XLA is wanted"}
+    with (
+        jax.default_matmul_precision("highest"),
+        mock.patch.dict(dispatch.PREFERENCE, gpu=("xla",)),
+        mock.patch.object(hopper_dense, "why_unsupported", **unwanted),
+        mock.patch.object(
+            qk_prepare.norm_rope_pool_sm90, "why_unsupported", **unwanted
+        ),
+    ):
+        return run(parameters, step, masks, dtype=dtype)[0]
+
+
+def relative_error(got, expected):
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "mixed", "dense"])
+def test_velocities_are_as_exact_as_those_of_xla(parameters, plan, kind):
+    """With masks given, so that no pair on the threshold makes a difference."""
+    _, masks, _ = run(parameters, plan.step(0))
+    step = plan.step(1)
+    if kind != "mixed":
+        dense = np.full(CONFIG.num_layers, kind == "dense")
+        step = dataclasses.replace(step, dense=dense)
+    got, kept, text = run(parameters, step, masks)
+    jax.tree.map(np.testing.assert_array_equal, kept, masks)
+    assert "block_sparse_attention_sm90" in text
+    assert " conditional(" not in text
+    exact = on_xla(parameters, step, masks, "float32")
+    error_of_xla = relative_error(on_xla(parameters, step, masks, "bfloat16"), exact)
+    assert relative_error(got, exact) <= GPU_WAN_ERROR_RATIO * error_of_xla
+    # What a layer less of attention would change is well above either.
+    other = dataclasses.replace(step, dense=~step.dense)
+    assert relative_error(run(parameters, other, masks)[0], got) > 2 * error_of_xla
+
+
+def test_traced_steps_give_what_known_ones_do(parameters, plan):
+    structure = nnx.graphdef(
+        nnx.eval_shape(lambda: WanTransformer(CONFIG, rngs=nnx.Rngs(0)))
+    )
+
+    @jax.jit
+    def traced(parameters, inputs, step, masks):
+        return nnx.merge(structure, parameters)(**inputs, step=step, masks=masks)
+
+    masks = None
+    for index in range(2):
+        velocity, other = traced(parameters, make_inputs(), plan.step(index), masks)
+        known, masks, _ = run(parameters, plan.step(index), masks)
+        shared = [
+            (a.to_dense() & b.to_dense()).sum() / a.to_dense().sum()
+            for a, b in zip(_layers(masks), _layers(other), strict=True)
+        ]
+        assert min(shared) >= GPU_WAN_SHARED_PAIRS
+        masks = other
+        if index:  # by the same masks
+            np.testing.assert_allclose(known, velocity, rtol=0, atol=2e-2)
+
+
+def _layers(masks):
+    return [
+        jax.tree.map(lambda leaf, n=n: leaf[n], masks) for n in range(CONFIG.num_layers)
+    ]
