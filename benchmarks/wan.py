@@ -14,7 +14,7 @@ Hopper its own kernel; --cudnn adds steps of a program with cuDNN's instead. Siz
 in the order given: name small ones first. The file is written anew after each part.
 What a case has:
 
-  samples_ms       steps, until the result is there; after one of each program to warm up
+  samples_ms       steps, until the result is there; each program has run once before
   kept_density     share of token pairs that self-attention computed
   outside          self-attention is what CUPTI says of its kernels, and of a draft's
                    that have names, in one more step of the sparsest mode; the rest of
