@@ -157,7 +157,7 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
             block_ids,
             places.width_of_block,
             num_classes=len(plan.widths),
-            in_kernel=static.interpret is None,
+            interpret=static.interpret,
         )
     work = Work(
         row_offsets=row_offsets,

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Int
 
+from pallas_kernels import rank_emulated
 from pallas_kernels.inline_ptx import WORD, asm, const, i64
 
 LISTS_PER_CTA = 4  # one for each warp of a warpgroup
@@ -28,7 +29,7 @@ def partition_lists(
     class_of_block: Int[np.ndarray, " R"],
     *,
     num_classes: int,
-    in_kernel: bool = True,
+    interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Int[Array, "L M"], Int[Array, "L R classes"]]:
     """Sorts the entries of each list by class, stably.
 
@@ -37,18 +38,16 @@ def partition_lists(
       block_ids: Entries of the lists.
       class_of_block: Class of each block, from 0.
       num_classes: How many classes there are.
-      in_kernel: Use the kernel; otherwise XLA's sort, which any device runs.
+      interpret: Run on the CPU in GPU interpret mode.
 
     Returns:
       The entries, undefined past the last list's end, and where each class ends in
       each list, counted from the list's start.
     """
-    classes = jnp.asarray(class_of_block, jnp.int32)
-    if not in_kernel:
-        return _partition_by_sort(row_offsets, block_ids, classes, num_classes)
     num_lists, num_rows = row_offsets.shape[0], row_offsets.shape[1] - 1
+    move = _move if interpret is None else _move_emulated
     return plgpu.kernel(
-        functools.partial(_body, num_classes=num_classes),
+        functools.partial(_body, move=functools.partial(move, num_classes=num_classes)),
         out_type=(
             jax.ShapeDtypeStruct(block_ids.shape, jnp.int32),
             jax.ShapeDtypeStruct((num_lists, num_rows, num_classes), jnp.int32),
@@ -56,28 +55,24 @@ def partition_lists(
         grid=(-(-num_rows // LISTS_PER_CTA), num_lists),
         grid_names=("chunk", "map"),
         kernel_name="partition_lists_sm90",
-    )(row_offsets, block_ids, classes)
+        interpret=interpret,
+    )(row_offsets, block_ids, jnp.asarray(class_of_block, jnp.int32))
 
 
-def _partition_by_sort(row_offsets, block_ids, classes, num_classes: int):
-    """The same by a sort of (row, class) for each entry."""
-    num_rows = row_offsets.shape[1] - 1
-    place = jnp.arange(block_ids.shape[1])
-    row = jax.vmap(lambda ends: jnp.searchsorted(ends, place, side="right"))(
-        row_offsets[:, 1:]
-    )
-    own_class = classes[jnp.clip(block_ids, 0, num_rows - 1)]
-    num_keys = num_rows * num_classes
-    key = jnp.where(row < num_rows, row * num_classes + own_class, num_keys)
-    order = jnp.argsort(key, axis=1, stable=True)
-    one_hot = jax.nn.one_hot(key, num_keys, dtype=jnp.int32)
-    counts = one_hot.sum(1).reshape(-1, num_rows, num_classes)
-    return jnp.take_along_axis(block_ids, order, 1), jnp.cumsum(counts, axis=-1)
-
-
-def _body(offsets_gmem, ids_gmem, classes_gmem, out_gmem, ends_gmem, *, num_classes):
+def _body(offsets_gmem, ids_gmem, classes_gmem, out_gmem, ends_gmem, *, move):
     chunk, number = lax.axis_index("chunk"), lax.axis_index("map")
-    num_rows = offsets_gmem.shape[1] - 1
+    move(
+        chunk,
+        offsets_gmem.at[number],
+        ids_gmem.at[number],
+        classes_gmem,
+        out_gmem.at[number],
+        ends_gmem.at[number],
+    )
+
+
+def _move(chunk, offsets_gmem, *others, num_classes: int):
+    num_rows = offsets_gmem.shape[0] - 1
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WG_SPLAT, *(plgpu.RefType(),) * 5),
@@ -94,14 +89,48 @@ def _body(offsets_gmem, ids_gmem, classes_gmem, out_gmem, ends_gmem, *, num_clas
         sizes = (const(n) for n in (num_rows, num_classes))
         asm(_CODE, "l,l,l,l,l,r,r,r,r", *pointers, row, lane, *sizes)
 
-    move(
-        chunk,
-        offsets_gmem.at[number],
-        ids_gmem.at[number],
-        classes_gmem,
-        out_gmem.at[number],
-        ends_gmem.at[number],
-    )
+    move(chunk, offsets_gmem, *others)
+
+
+def _move_emulated(
+    chunk,
+    offsets_gmem,
+    ids_gmem,
+    classes_gmem,
+    out_gmem,
+    ends_gmem,
+    *,
+    num_classes: int,
+):
+    """What `_CODE` does, in plain JAX: interpret mode has no PTX."""
+    num_rows, size = offsets_gmem.shape[0] - 1, ids_gmem.shape[0]
+    ids, classes = ids_gmem[...], classes_gmem[...]
+    lanes = jnp.arange(WORD, dtype=jnp.int32)
+
+    def move_list(row, _):
+        start, stop = offsets_gmem[row], offsets_gmem[row + 1]
+
+        def move_chunk(i, base, *, number: int):
+            entries = start + i * WORD + lanes
+            own = ids[jnp.minimum(entries, size - 1)]
+            is_own = (entries < stop) & (classes[own] == number)
+            before = base + jnp.cumsum(is_own, dtype=jnp.int32) - is_own
+            rank_emulated.store_each(
+                jnp.where(is_own, before, size), own, out_gmem, size
+            )
+            return base + is_own.sum(dtype=jnp.int32)
+
+        base = start
+        num_chunks = lax.div(stop - start + (WORD - 1), jnp.int32(WORD))
+        for number in range(num_classes):
+            move_own = functools.partial(move_chunk, number=number)
+            base = lax.fori_loop(0, num_chunks, move_own, base)
+            ends_gmem[row, number] = base - start
+        return ()
+
+    first = chunk * LISTS_PER_CTA
+    last = jnp.minimum(first + LISTS_PER_CTA, num_rows)
+    lax.fori_loop(first, last, move_list, ())
 
 
 # Operands: pointers to offsets, ids, classes, out and ends of this map, then row, lane,

@@ -39,21 +39,21 @@ def store_columns(words, starts, columns, ids_gmem, capacity: int):
     # to one place would be a race.
     place = jnp.where(is_set, place, capacity).reshape(-1)
     column = (columns[:, None] + lanes.astype(jnp.int32)).reshape(-1)
-    _store_each(place, column, ids_gmem, capacity)
+    store_each(place, column, ids_gmem, capacity)
 
 
 def store_zeros(first, stride: int, ids_gmem, capacity: int):
     steps = jnp.arange(-(-capacity // stride), dtype=jnp.int32) * stride
     place = first + steps[:, None] + jnp.arange(THREADS, dtype=jnp.int32)
     place = place.reshape(-1)
-    _store_each(place, jnp.zeros_like(place), ids_gmem, capacity)
+    store_each(place, jnp.zeros_like(place), ids_gmem, capacity)
 
 
 def warpgroup_barrier():
     """Interpret mode has one thread for a warpgroup."""
 
 
-def _store_each(place, values, out_gmem, capacity: int):
+def store_each(place, values, out_gmem, capacity: int):
     """Stores a value at each place below the capacity, one after another."""
     is_stored = place < capacity
     order = jnp.argsort(jnp.logical_not(is_stored), stable=True)

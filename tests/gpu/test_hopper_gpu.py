@@ -15,6 +15,7 @@ from pallas_kernels.partition_lists_sm90 import partition_lists
 from pallas_kernels.sm90_geometry import geometry
 from pallas_kernels.sm90_plan import KernelConfig
 from tests.pallas_kernels.reference import (
+    check_partition,
     compress,
     matrix_attention,
     random_mask,
@@ -222,24 +223,15 @@ def test_huge_logits(scale):
     np.testing.assert_allclose(lse, want_lse, **GPU_LSE)
 
 
-def test_partition_in_the_kernel_is_that_of_a_sort():
+@pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
+def test_partition_of_lists(density):
     grid = VideoGrid(6, 30, 52, text_length=40)
-    places = geometry(grid, "tiled")
-    for density in (0.02, 0.3, 1.0):
-        mask = compress(random_mask(grid, density=density), grid)
-        offsets = mask.row_offsets.reshape(4, -1)
-        ids = mask.block_ids.reshape(4, -1)
-        results = [
-            partition_lists(
-                offsets, ids, places.width_of_block, num_classes=3, in_kernel=in_kernel
-            )
-            for in_kernel in (True, False)
-        ]
-        (got, got_ends), (want, want_ends) = results
-        np.testing.assert_array_equal(got_ends, want_ends)
-        for number in range(4):
-            size = int(offsets[number, -1])
-            np.testing.assert_array_equal(got[number, :size], want[number, :size])
+    classes = geometry(grid, "tiled").width_of_block
+    mask = compress(random_mask(grid, density=density), grid)
+    offsets = mask.row_offsets.reshape(4, -1)
+    ids = mask.block_ids.reshape(4, -1)
+    got = partition_lists(offsets, ids, classes, num_classes=3)
+    check_partition(got, offsets, ids, classes)
 
 
 @pytest.mark.parametrize("growth", [12.0, 60.0, 400.0], ids=str)

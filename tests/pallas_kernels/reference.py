@@ -1,5 +1,7 @@
 """Attention in float64 NumPy loops, independent of the code under test, and cases."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,3 +133,15 @@ CASES = {  # grid, text lengths of the two batch items
         (0, 10),
     ),
 }
+
+
+def check_partition(got, offsets, ids, classes) -> None:
+    """Of `partition_lists`: each list in a stable order of its blocks' classes."""
+    entries, ends = map(np.asarray, got)
+    for number, starts in enumerate(np.asarray(offsets)):
+        for row, (start, stop) in enumerate(itertools.pairwise(starts)):
+            own = np.asarray(ids)[number, start:stop]
+            want = own[np.argsort(classes[own], kind="stable")]
+            np.testing.assert_array_equal(entries[number, start:stop], want)
+            counts = np.bincount(classes[own], minlength=ends.shape[-1])
+            np.testing.assert_array_equal(ends[number, row], np.cumsum(counts))
