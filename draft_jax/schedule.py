@@ -106,7 +106,8 @@ class SparsitySchedule:
         i < dense_fraction * n. None for no such rule.
       dense_above_timestep: Steps whose timestep (0 to 1000) is above it are dense.
         None for no such rule.
-      dense_layers: Layers that are always dense, counted from 0.
+      dense_layers: Layers that are always dense, counted from 0. Best side by side:
+        models compile each run of layers that do the same by itself.
       sparsity: Share of visual pairs skipped by sparse layers, for all steps or for
         each step. None takes the config's. No value may be below the config's,
         because that one sets the static capacity of the masks.

@@ -70,7 +70,7 @@ class GenerationResult:
       video: Values in [0, 1], one video per prompt.
       latents: What the codec decoded.
       time_ms: Duration of each step, without compilation.
-      compile_ms: Time to trace and compile the step; 0 if it was compiled before.
+      compile_ms: Time to trace and compile the steps; 0 if all were compiled before.
       decode_ms: Time of the codec, its compilation included.
       kept_density: Share of token pairs computed, mean over batch and heads; 1.0
         where a step and layer ran dense.

@@ -3,7 +3,8 @@
 Tokens and rotary table are put into tiled order once, after patchifying, and the
 output is put back once; no layer reorders tokens. Layers share one traced block:
 their parameters are stacked along a leading layer axis and scanned, so the program
-and its compile time do not grow with depth.
+and its compile time do not grow with depth. Layers that a step is known to treat in
+another way than their neighbours are a scan of their own.
 """
 
 import dataclasses
@@ -347,7 +348,7 @@ class WanTransformer(nnx.Module):
             mask = jax.tree.map(lambda leaf: leaf[index], masks)
             x, mask, qk = run_block(x, layer_parameters, mask)
             # In place: the masks of all layers may take a gigabyte.
-            masks = jax.tree.map(lambda all, own: all.at[index].set(own), masks, mask)
+            masks = jax.tree.map(lambda old, new: old.at[index].set(new), masks, mask)
             return (x, masks), qk if capture else None
 
         carry = (self.patch_embedding(latents, grid).astype(jnp.float32), masks)
