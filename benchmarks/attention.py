@@ -194,27 +194,64 @@ def flash_attention_3(shape: Shape, qkv):
     ), _torch_wait
 
 
+def flash_attention_4(shape: Shape, qkv):
+    """FlashAttention-4 (CuTe), where it is installed."""
+    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+
+    return functools.partial(flash_attn_func, *_to_torch(qkv)), _torch_wait
+
+
+def flash_attention_4_sparse(shape: Shape, qkv, mask: BlockMask):
+    """FlashAttention-4 with the same kept blocks, all of them full."""
+    import torch
+    from flash_attn.cute.block_sparsity import (  # type: ignore[import-not-found]
+        BlockSparseTensorsTorch,
+    )
+    from flash_attn.cute.interface import (  # type: ignore[import-not-found]
+        _flash_attn_fwd,
+    )
+
+    _refuse_short_blocks(shape)
+    counts, indices = (torch.tensor(x).cuda() for x in rows_of_lists(mask))
+    blocks = BlockSparseTensorsTorch(
+        mask_block_cnt=torch.zeros_like(counts),
+        mask_block_idx=torch.zeros_like(indices),
+        full_block_cnt=counts,
+        full_block_idx=indices,
+    )
+    run = functools.partial(_flash_attn_fwd, block_sparse_tensors=blocks)
+    return functools.partial(run, *_to_torch(qkv)), _torch_wait
+
+
+def rows_of_lists(mask: BlockMask) -> tuple[np.ndarray, np.ndarray]:
+    """Kept blocks of each row, and their numbers [B, N, R, R] with zeros after them."""
+    counts = np.asarray(mask.counts)
+    size = counts.shape[-1]
+    indices = np.zeros((*counts.shape, size), np.int32)
+    used = np.arange(mask.capacity) < np.asarray(mask.row_offsets)[..., -1:]
+    indices[np.arange(size) < counts[..., None]] = np.asarray(mask.block_ids)[used]
+    return counts, indices
+
+
+def _refuse_short_blocks(shape: Shape) -> None:
+    if shape.grid.has_short_blocks:
+        raise ValueError("short blocks would need a mask of tokens")
+
+
 def flex_attention(shape: Shape, qkv, mask: BlockMask):
     """PyTorch's FlexAttention with the same kept blocks; tokens are not masked."""
     import torch
     from torch.nn.attention import flex_attention as flex
 
-    if shape.grid.has_short_blocks:
-        raise ValueError("short blocks would need a mask of tokens")
+    _refuse_short_blocks(shape)
     q, k, v = (x.transpose(1, 2).contiguous() for x in _to_torch(qkv))
-    counts = np.diff(np.asarray(mask.row_offsets), axis=-1).astype(np.int32)
-    size = shape.grid.num_blocks
-    indices = np.zeros((*counts.shape, size), np.int32)
-    place = np.arange(size) < counts[..., None]
-    used = np.arange(mask.capacity) < np.asarray(mask.row_offsets)[..., -1:]
-    indices[place] = np.asarray(mask.block_ids)[used]
+    counts, indices = (torch.tensor(x).cuda() for x in rows_of_lists(mask))
     # Every kept block is full: no element of it is masked.
-    none = torch.zeros_like(torch.tensor(counts)).cuda()
     block_mask = flex.BlockMask.from_kv_blocks(
-        none,
-        torch.zeros_like(torch.tensor(indices)).cuda(),
-        torch.tensor(counts).cuda(),
-        torch.tensor(indices).cuda(),
+        torch.zeros_like(counts),
+        torch.zeros_like(indices),
+        counts,
+        indices,
         BLOCK_SIZE=128,
     )
     run = _compiled_flex()
@@ -241,15 +278,29 @@ def _torch_wait(_):
     torch.cuda.synchronize()
 
 
-DENSE = {"cudnn": cudnn_dense, "attention_mgpu": mgpu_dense, "fa3": flash_attention_3}
-SPARSE = {"ours": ours, "flex_attention": flex_attention}
-MODULES = {"fa3": "flash_attn_interface", "flex_attention": "torch"}
+DENSE = {
+    "cudnn": cudnn_dense,
+    "attention_mgpu": mgpu_dense,
+    "fa3": flash_attention_3,
+    "fa4": flash_attention_4,
+}
+SPARSE = {
+    "ours": ours,
+    "flex_attention": flex_attention,
+    "fa4_sparse": flash_attention_4_sparse,
+}
+MODULES = {
+    "fa3": "flash_attn_interface",
+    "fa4": "flash_attn.cute",
+    "flex_attention": "torch",
+    "fa4_sparse": "flash_attn.cute",
+}
 
 
 def measure(contender: str, make, flops: float, budget_s: float) -> dict[str, object]:
     """One record; a failure is one too."""
     module = MODULES.get(contender)
-    if module is not None and importlib.util.find_spec(module) is None:
+    if module is not None and not _is_installed(module):
         return {"error": f"{module} is not installed"}
     try:
         call, wait = make()
@@ -259,6 +310,13 @@ def measure(contender: str, make, flops: float, budget_s: float) -> dict[str, ob
         return {**summary(samples, flops), **state.summary}
     except Exception as error:  # recorded: other contenders still run
         return {"error": f"{type(error).__name__}: {error}"[:500]}
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of what the module is in
+        return False
 
 
 def run_shape(name: str, options: argparse.Namespace, report) -> None:
