@@ -204,11 +204,9 @@ def flash_attention_4(shape: Shape, qkv):
 def flash_attention_4_sparse(shape: Shape, qkv, mask: BlockMask):
     """FlashAttention-4 with the same kept blocks, all of them full."""
     import torch
+    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
     from flash_attn.cute.block_sparsity import (  # type: ignore[import-not-found]
         BlockSparseTensorsTorch,
-    )
-    from flash_attn.cute.interface import (  # type: ignore[import-not-found]
-        _flash_attn_fwd,
     )
 
     _refuse_short_blocks(shape)
@@ -218,8 +216,9 @@ def flash_attention_4_sparse(shape: Shape, qkv, mask: BlockMask):
         mask_block_idx=torch.zeros_like(indices),
         full_block_cnt=counts,
         full_block_idx=indices,
+        block_size=(128, 128),
     )
-    run = functools.partial(_flash_attn_fwd, block_sparse_tensors=blocks)
+    run = functools.partial(flash_attn_func, block_sparse_tensors=blocks)
     return functools.partial(run, *_to_torch(qkv)), _torch_wait
 
 
