@@ -31,7 +31,13 @@ from draft_jax.flax_layers import (
 from draft_jax.grid import VideoGrid
 from draft_jax.pooling import PooledTokens, pool_tokens
 from draft_jax.qk_prepare import QKNorm, norm_rope_pool
-from draft_jax.schedule import DraftPlan, DraftStep, SparsitySchedule, constant_step
+from draft_jax.schedule import (
+    DraftPlan,
+    DraftStep,
+    SparsitySchedule,
+    StepKind,
+    constant_step,
+)
 from draft_jax.selection import compute_mask, select_blocks
 
 __all__ = [
@@ -44,6 +50,7 @@ __all__ = [
     "PooledTokens",
     "QKNorm",
     "SparsitySchedule",
+    "StepKind",
     "VideoGrid",
     "compute_mask",
     "constant_step",

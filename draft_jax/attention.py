@@ -170,12 +170,11 @@ def scheduled_attention(
     """One layer on one step of a `SparsitySchedule`.
 
     Dense or sparse, and a new or a reused mask, are chosen by the values of `step`.
-    Where they are known (a step of a `DraftPlan` that the jitted function closes over),
-    they choose when the program is traced: it has no conditional, and there is one
-    program for each kind of step. Where jit traces them (the step is its argument), one
-    program serves all steps, with two conditionals in each layer, for which XLA waits
-    on the host on a GPU. (Under vmap over `step` both branches run.) `budget` may be
-    traced either way.
+    Where they are known (`StepKind` shows how), they choose when the program is traced:
+    it has no conditional, and there is one program for each kind of step. Where jit
+    traces them (the step is its argument), one program serves all steps, with two
+    conditionals in each layer, for which XLA waits on the host on a GPU. (Under vmap
+    over `step` both branches run.) `budget` may be traced either way.
 
     Args:
       q: Queries, T = `grid.num_tokens`.

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,8 +21,7 @@ class DraftStep:
 
     Plans hold NumPy's, so that values are known wherever no jit traces them. As an
     argument of a jitted function no value of a step recompiles it, but `dense` and
-    `refresh` then become conditionals; closed over they choose when it is traced. See
-    `scheduled_attention`.
+    `refresh` then become conditionals, which wait for the host; see `StepKind`.
 
     Attributes:
       dense: Whether each layer runs dense on this step, [L]; a scalar for one layer
@@ -60,6 +59,57 @@ class DraftStep:
         return dataclasses.replace(self, dense=_known(dense))
 
 
+class StepKind(NamedTuple):
+    """All of a step but its budget. Hashable: a static argument of jit.
+
+    There is a program for each kind of step then, two or three in a usual schedule,
+    and none has a conditional.
+
+    Example:
+
+        import functools
+        import jax
+        import numpy as np
+        from draft_jax import (
+            DraftConfig, SparsitySchedule, VideoGrid, initial_mask, scheduled_attention
+        )
+
+        grid = VideoGrid(frames=4, height=16, width=32)
+        config = DraftConfig(sparsity=0.9)
+        plan = SparsitySchedule(dense_fraction=0.25, mask_refresh=2).plan(
+            np.array([1000, 900, 700, 400]), num_layers=1, grid=grid, config=config
+        )
+
+        @functools.partial(jax.jit, static_argnames="kind")
+        def attend(q, k, v, mask, budget, kind):
+            step = kind.step(budget).for_layer(0)
+            return scheduled_attention(
+                q, k, v, grid=grid, config=config, step=step, mask=mask
+            )
+
+        q, k, v = jax.random.normal(jax.random.key(0), (3, 1, grid.num_tokens, 2, 64))
+        mask = initial_mask(grid, config, batch=1, num_heads=2)
+        for index in range(len(plan)):
+            kind, budget = plan.kind(index), plan.budget[index]
+            out, mask = attend(q, k, v, mask, budget, kind)
+
+    Attributes:
+      dense: Whether each layer runs dense.
+      refresh: Whether sparse layers recompute their mask.
+    """
+
+    dense: tuple[bool, ...]
+    refresh: bool
+
+    def step(self, budget: Int[Array | np.ndarray | np.integer, ""]) -> DraftStep:
+        """The step with this budget, which may be traced; the rest is known."""
+        return DraftStep(
+            dense=np.asarray(self.dense),
+            budget=_known(budget),
+            refresh=np.asarray(self.refresh),
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class DraftPlan:
     """A schedule worked out for given timesteps, layers, grid and config.
@@ -89,6 +139,12 @@ class DraftPlan:
             budget=np.asarray(self.budget[index]),
             refresh=np.asarray(self.refresh[index]),
         )
+
+    def kind(self, index: int) -> StepKind:
+        """What the step at `index` does, but for its budget."""
+        dense = tuple(map(bool, self.dense[index]))
+        # Without a sparse layer there is nothing to refresh: one kind, not two.
+        return StepKind(dense, bool(self.refresh[index]) and not all(dense))
 
     def stacked(self) -> DraftStep:
         """All steps with a leading axis, to scan over."""

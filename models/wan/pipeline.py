@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from draft_jax.config import DraftConfig
-from draft_jax.schedule import SparsitySchedule
+from draft_jax.schedule import SparsitySchedule, StepKind
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
 from models.umt5.text_encoder import default_dtype
 from models.wan.conditions import (
@@ -41,7 +41,6 @@ from models.wan.sampler import (
     Sampler,
     SamplerState,
     StepInputs,
-    StepKind,
     StepReport,
 )
 from models.wan.sampling import Sampling

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from draft_jax.attention import initial_mask
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig
-from draft_jax.schedule import DraftPlan, DraftStep, SparsitySchedule
+from draft_jax.schedule import DraftPlan, DraftStep, SparsitySchedule, StepKind
 from models.schedulers import Solver
 from models.wan.interfaces import ImageCondition, LatentShape
 from models.wan.transformer import WanTransformer
@@ -43,17 +43,6 @@ class StepInputs(NamedTuple):
     context_lengths: Int[Array, " rows"]
     guidance: Float[Array, ""]
     image: ImageCondition | None = None  # B rows; for an image-to-video model
-
-
-class StepKind(NamedTuple):
-    """What a step's program is compiled for, beside shapes: its draft attention.
-
-    Steps of a kind differ in their budget, which is an argument. With the rest known,
-    nothing in a layer waits for the host.
-    """
-
-    dense: tuple[bool, ...]  # by layer
-    refresh: bool
 
 
 class ModelInputs(TypedDict):
@@ -194,10 +183,7 @@ class Sampler:
 
     def kind(self, index: int) -> StepKind | None:
         """Which program a step needs; None with dense attention."""
-        if self.plan is None:
-            return None
-        dense = tuple(map(bool, self.plan.dense[index]))
-        return StepKind(dense, bool(self.plan.refresh[index]) and not all(dense))
+        return None if self.plan is None else self.plan.kind(index)
 
     @property
     def kinds(self) -> list[StepKind | None]:
@@ -231,11 +217,7 @@ class Sampler:
 
         def step_fn(parameters, state, inputs, timestep, coefficients, budget):
             model = nnx.merge(structure, parameters)
-            step = None
-            if kind is not None:
-                # NumPy's values, which jit does not trace.
-                dense, refresh = map(np.asarray, kind)
-                step = DraftStep(dense=dense, refresh=refresh, budget=budget)
+            step = None if kind is None else kind.step(budget)
             velocity, masks = predict(model, state, inputs, timestep, step)
             latents, history = update(
                 state.latents,

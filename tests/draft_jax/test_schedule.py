@@ -1,5 +1,7 @@
 """Schedules against the published rules, worked out by hand or by a loop."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -134,6 +136,43 @@ def test_values_outside_of_jit_stay_known_inside(make):
         return traced.for_layer(2).dense
 
     assert look(step)
+
+
+def test_kinds_of_steps():
+    schedule = SparsitySchedule(
+        dense_fraction=0.25,
+        dense_layers=(2,),
+        sparsity=(0.6,) * 5 + (0.75,) * 3,
+        mask_refresh=2,
+    )
+    plan = plan_of(schedule, LINEAR[:8])
+    kinds = [plan.kind(index) for index in range(8)]
+    dense, sparse = (True, True, True), (False, False, True)
+    assert kinds == [(dense, False)] * 2 + [(sparse, True), (sparse, False)] * 3
+    assert len(set(kinds)) == 3
+    for index, kind in enumerate(kinds):
+        step = kind.step(plan.budget[index])
+        np.testing.assert_array_equal(step.dense, plan[index].dense)
+        assert int(step.budget) == plan[index].budget
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(step))
+    everywhere = plan_of(SparsitySchedule(dense_layers=(0, 1, 2)))
+    assert bool(everywhere.refresh[0])
+    assert everywhere.kind(0) == (dense, False), "there is nothing to refresh"
+
+
+def test_a_kind_is_a_static_argument():
+    plan = plan_of(SparsitySchedule(sparsity=(0.6, 0.75, 0.9)), LINEAR[:3])
+
+    @functools.partial(jax.jit, static_argnames="kind")
+    def look(budget, kind):
+        step = kind.step(budget)
+        assert not step.for_layer(1).dense
+        assert step.refresh
+        return step.budget
+
+    budgets = [int(look(plan.budget[i], plan.kind(i))) for i in range(3)]
+    assert budgets == plan.budget.tolist()
+    assert look._cache_size() == 1
 
 
 def test_schedule_is_hashable():
