@@ -29,7 +29,6 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax._src.lib import cuda_versions
 
@@ -37,7 +36,7 @@ from benchmarks.attention import environment
 from benchmarks.compile_hopper import h100_sharding
 from benchmarks.layer import token_sized_moves
 from benchmarks.wan import latent_shape
-from draft_jax import DraftConfig, DraftStep
+from draft_jax import DraftConfig, StepKind
 from draft_jax.attention import initial_mask
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
@@ -65,12 +64,11 @@ def on_h100():
         yield
 
 
-# Of two layers, for each kind of step: which are dense, and whether masks are new.
-KINDS = {
-    "sparse, new masks": ((False, False), True),
-    "sparse, old masks": ((False, False), False),
-    "first layer dense": ((True, False), True),
-    "dense": ((True, True), False),
+KINDS = {  # of two layers
+    "sparse, new masks": StepKind(dense=(False, False), refresh=True),
+    "sparse, old masks": StepKind(dense=(False, False), refresh=False),
+    "first layer dense": StepKind(dense=(True, False), refresh=True),
+    "dense": StepKind(dense=(True, True), refresh=False),
 }
 
 
@@ -90,7 +88,6 @@ def compile_call(kind: str, height: int, width: int, frames: int):
     structure, state = nnx.split(model.with_attention("draft", draft))
     latent = latent_shape((height, width), frames)
     grid = model.grid(latent)
-    dense, refresh = map(np.asarray, KINDS[kind])
     mask = jax.eval_shape(
         lambda: initial_mask(grid, draft, batch=1, num_heads=config.num_heads)
     )
@@ -105,7 +102,7 @@ def compile_call(kind: str, height: int, width: int, frames: int):
             context=context,
             context_lengths=lengths,
             image_tokens=None,
-            step=DraftStep(dense=dense, refresh=refresh, budget=budget),
+            step=KINDS[kind].step(budget),
             masks=masks,
         )
 
