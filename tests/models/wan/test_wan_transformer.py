@@ -145,11 +145,16 @@ def scheduled(model, **rules):
     )
 
 
-@pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize(
-    ("dense_layers", "index"),
-    [((), 0), ((0,), 0), ((1,), 1), ((0, 2), 1), ((0, 1, 2), 0)],
-    ids=["sparse", "first", "middle-reused", "ends-reused", "dense"],
+    ("dense_layers", "index", "remat"),
+    [
+        ((), 0, False),
+        ((0,), 0, True),
+        ((1,), 1, False),
+        ((0, 2), 1, False),
+        ((0, 1, 2), 0, False),
+    ],
+    ids=["sparse", "first-remat", "middle-reused", "ends-reused", "dense"],
 )
 def test_known_steps_need_no_conditional(dense_layers, index, remat):
     """Layers in runs that do the same, against one scan that looks at each flag."""
