@@ -45,6 +45,11 @@ class Shape:
     head_dim: int
     dtype: str = "bfloat16"
 
+    @property
+    def dense_flops(self) -> float:
+        """Of attention over all pairs of tokens: two products."""
+        return 4.0 * self.grid.num_tokens**2 * self.num_heads * self.head_dim
+
 
 SHAPES = {
     "hunyuan": Shape(grid=VideoGrid(33, 48, 80), num_heads=24, head_dim=128),
@@ -326,7 +331,6 @@ def run_shape(name: str, options: argparse.Namespace, report) -> None:
     if contenders is None:
         is_first = name == options.shapes[0]
         contenders = [*DENSE, *SPARSE] if is_first else ["cudnn", "ours"]
-    dense_flops = 4.0 * grid.num_tokens**2 * shape.num_heads * shape.head_dim
     qkv = random_inputs(shape)
 
     def record(contender, mask_kind, density, result):
@@ -347,7 +351,7 @@ def run_shape(name: str, options: argparse.Namespace, report) -> None:
     for contender in contenders:
         if contender in DENSE:
             make = functools.partial(DENSE[contender], shape, qkv)
-            result = measure(contender, make, dense_flops, options.seconds)
+            result = measure(contender, make, shape.dense_flops, options.seconds)
             record(contender, "dense", 1.0, result)
     for mask_kind in options.masks:
         inputs = qkv if mask_kind == "random" else smooth_inputs(shape)
@@ -362,12 +366,12 @@ def run_shape(name: str, options: argparse.Namespace, report) -> None:
             for contender in contenders:
                 if contender in SPARSE:
                     make = functools.partial(SPARSE[contender], shape, inputs, mask)
-                    flops = dense_flops * kept
+                    flops = shape.dense_flops * kept
                     result = measure(contender, make, flops, options.seconds)
                     record(contender, mask_kind, kept, result)
     if "cudnn" in contenders:  # again, for the card has become warm
         make = functools.partial(cudnn_dense, shape, qkv)
-        result = measure("cudnn", make, dense_flops, options.seconds)
+        result = measure("cudnn", make, shape.dense_flops, options.seconds)
         record("cudnn", "dense, at the end", 1.0, result)
 
 
@@ -383,6 +387,13 @@ def environment() -> dict[str, object]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
     }
+
+
+def write_results(path: pathlib.Path, results: list, **facts: object) -> None:
+    """Stores results with what they depend on; `facts` replace some of that."""
+    document = {"environment": environment() | facts, "results": results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -417,9 +428,7 @@ def main() -> None:
             flush=True,
         )
         if options.output is not None:
-            document = {"environment": environment(), "results": results}
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(document, indent=1) + "\n")
+            write_results(options.output, results)
 
     for name in options.shapes:
         run_shape(name, options, report)

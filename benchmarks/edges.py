@@ -27,10 +27,10 @@ from benchmarks.attention import (
     SHAPES,
     Shape,
     draft_mask,
-    environment,
     random_inputs,
     random_mask,
     smooth_inputs,
+    write_results,
 )
 from benchmarks.gpu_state import GpuState
 from benchmarks.hopper_variants import VARIANTS, compiled
@@ -107,9 +107,7 @@ def main() -> None:
             for result in results[-len(PROGRAMS) :]:
                 print(json.dumps(result), flush=True)
             if options.output is not None:
-                document = {"environment": environment(), "results": results}
-                options.output.parent.mkdir(parents=True, exist_ok=True)
-                options.output.write_text(json.dumps(document, indent=1) + "\n")
+                write_results(options.output, results)
 
 
 def make_mask(kind: str, shape: Shape, qkv, density: float) -> BlockMask:
@@ -142,8 +140,7 @@ def summaries(kind, density, shapes, masks, turns) -> list[dict[str, object]]:
     for label, name, variant in PROGRAMS:
         shape, turn = shapes[name], turns[label]
         kept = float(np.mean(np.asarray(masks[name].density)))
-        work = 4.0 * shape.grid.num_tokens**2 * shape.num_heads * shape.head_dim * kept
-        rates = [work / ms / 1e9 for ms in turn["ms"]]
+        rates = [shape.dense_flops * kept / ms / 1e9 for ms in turn["ms"]]
         first = first or rates
         losses = [1 - own / other for own, other in zip(rates, first, strict=True)]
         records.append(

@@ -19,10 +19,10 @@ from benchmarks.attention import (
     SHAPES,
     Shape,
     cudnn_dense,
-    environment,
     measure,
     random_inputs,
     random_mask,
+    write_results,
 )
 from draft_jax import BlockMask
 from pallas_kernels import hopper
@@ -71,7 +71,6 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, help="JSON file")
     options = parser.parse_args()
     shape = SHAPES[options.shape]
-    dense_flops = 4.0 * shape.grid.num_tokens**2 * shape.num_heads * shape.head_dim
     qkv = random_inputs(shape)
     masks = [random_mask(shape.grid, 1, shape.num_heads, d) for d in options.densities]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -85,13 +84,11 @@ def main() -> None:
         results.append({"variant": name, "density": density, **result})
         print(json.dumps(results[-1]), flush=True)
         if options.output is not None:
-            document = {"environment": environment(), "results": results}
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(document, indent=1) + "\n")
+            write_results(options.output, results)
 
     def time_cudnn():
         make = functools.partial(cudnn_dense, shape, qkv)
-        report("cudnn", 1.0, measure("cudnn", make, dense_flops, options.seconds))
+        report("cudnn", 1.0, measure("cudnn", make, shape.dense_flops, options.seconds))
 
     time_cudnn()
     for name, program in programs.items():
@@ -101,7 +98,7 @@ def main() -> None:
             result = measure(
                 "ours",
                 lambda call=call: (call, jax.block_until_ready),
-                dense_flops * density,
+                shape.dense_flops * density,
                 options.seconds,
             )
             report(name, density, result)

@@ -184,21 +184,20 @@ def stages(shape: Shape, backend: str, dense: str) -> dict[str, Stage]:
         for order in ("tiled", "raster"):
             layer = half(draft_attention, config=config, order=order, **options)
             table[f"layer/{order}/{sparsity}"] = Stage(layer, qkv)
-    scheduled = half(scheduled_attention, config=configs[0.9], order="tiled", **options)
+
+    def scheduled(step, q, k, v, mask):
+        settings = {"config": configs[0.9], "order": "tiled", **options}
+        return scheduled_attention(q, k, v, step=step, mask=mask, **settings)
+
     for name, step in steps(grid, configs[0.9]).items():
         # Known when it is traced, or an argument: then XLA waits on the host.
-        known = half(_scheduled, scheduled, step)
-        table[f"scheduled/{name}"] = Stage(known, (*qkv, "mask_0.9"))
-        traced = half(_scheduled, scheduled)
-        arguments = (f"step_{name}", *qkv, "mask_0.9")
-        table[f"scheduled-traced/{name}"] = Stage(traced, arguments)
+        arguments = (*qkv, "mask_0.9")
+        table[f"scheduled/{name}"] = Stage(half(scheduled, step), arguments)
+        arguments = (f"step_{name}", *arguments)
+        table[f"scheduled-traced/{name}"] = Stage(scheduled, arguments)
     attend = half(jax.nn.dot_product_attention, implementation=dense)
     table["dense"] = Stage(attend, qkv)
     return table
-
-
-def _scheduled(scheduled, step, q, k, v, mask):
-    return scheduled(q, k, v, step=step, mask=mask)
 
 
 def steps(grid, config) -> dict[str, DraftStep]:

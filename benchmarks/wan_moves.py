@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax._src.lib import cuda_versions
 
-from benchmarks.attention import environment
+from benchmarks.attention import write_results
 from benchmarks.compile_hopper import h100_sharding
 from benchmarks.layer import token_sized_moves
 from benchmarks.wan import latent_shape
@@ -139,8 +139,9 @@ def main() -> None:
     results = []
     for size, kind in itertools.product(options.sizes, KINDS):
         height, width = map(int, size.split("x"))
-        call = compile_call(kind, height, width, options.frames)
-        program, num_tokens, channels = call
+        program, num_tokens, channels = compile_call(
+            kind, height, width, options.frames
+        )
         text = program.as_text()
         found = moves(text, num_tokens, channels)
         conditionals = len(re.findall(r" conditional\(", text))
@@ -154,9 +155,8 @@ def main() -> None:
         )
         print(json.dumps(results[-1]), flush=True)
         if options.output is not None:
-            facts = {**environment(), "device": "compiled for an H100, not run"}
-            document = {"environment": facts, "results": results}
-            options.output.write_text(json.dumps(document, indent=1) + "\n")
+            where = "compiled for an H100, not run"
+            write_results(options.output, results, device=where)
 
 
 if __name__ == "__main__":

@@ -329,12 +329,11 @@ class WanTransformer(nnx.Module):
 
         def run_layer(known_dense, carry, layer):
             x, masks = carry
-            index, (layer_parameters, is_dense) = layer
+            index, layer_parameters = layer
             layer_step = None
             if step is not None:
-                layer_step = step.for_layer(
-                    is_dense if known_dense is None else known_dense
-                )
+                dense = step.dense[index] if known_dense is None else known_dense
+                layer_step = step.for_layer(dense)
 
             def run_block(x, layer_parameters, mask):
                 block = nnx.merge(structure, layer_parameters)
@@ -354,13 +353,8 @@ class WanTransformer(nnx.Module):
         carry = (self.patch_embedding(latents, grid).astype(jnp.float32), masks)
         qk_of_runs = []
         for layers, known_dense in _runs_of_layers(step, config.num_layers):
-            is_dense = None if step is None or known_dense is not None else step.dense
-            carry, qk = _scan_layers(
-                functools.partial(run_layer, known_dense),
-                carry,
-                (parameters, is_dense),
-                layers,
-            )
+            body = functools.partial(run_layer, known_dense)
+            carry, qk = _scan_layers(body, carry, parameters, layers)
             qk_of_runs.append(qk)
         x, masks = carry
         qk = jax.tree.map(lambda *runs: jnp.concatenate(runs), *qk_of_runs)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from draft_jax import pooling
@@ -29,10 +28,7 @@ GRIDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_races():
-    yield
-    assert not gpu_callbacks.get_races().races_found
+pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def random_case(grid, heads, *, norm, dtype, batch=1, seed=0):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.partition_lists_sm90 import partition_lists
@@ -14,12 +13,7 @@ CLASSES = np.array([0, 2, 1, 0, 1])
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 
-@pytest.fixture(autouse=True)
-def no_races():
-    yield
-    assert not gpu_callbacks.get_races().races_found
-
-
+@pytest.mark.usefixtures("no_races")
 def test_hand_worked():
     offsets = jnp.array([[0, 4, 4, 6, 6, 7]], jnp.int32)
     ids = jnp.array([[1, 0, 4, 3, 2, 1, 1, 9, 9]], jnp.int32)  # the last are unused
@@ -31,6 +25,7 @@ def test_hand_worked():
     np.testing.assert_array_equal(ends[0], want)
 
 
+@pytest.mark.usefixtures("no_races")
 @pytest.mark.parametrize(
     ("num_rows", "num_classes"), [(4, 1), (7, 2), (37, 3)], ids=str
 )

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from draft_jax import DraftConfig, VideoGrid, select_blocks
@@ -36,10 +35,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_races():
-    yield
-    assert not gpu_callbacks.get_races().races_found
+pytestmark = pytest.mark.usefixtures("no_races")
 
 
 @pytest.mark.parametrize("digit", rank_sm90.DIGITS, ids=str)

@@ -89,16 +89,21 @@ def test_the_untrained_model_predicts_zero():
     np.testing.assert_array_equal(velocity, np.zeros(LATENT_SHAPE, np.float32))
 
 
+def scheduled(model, **rules):
+    """A plan of three steps for draft attention."""
+    return SparsitySchedule(**rules).plan(
+        np.array([900.0, 600.0, 300.0]),
+        num_layers=3,
+        grid=model.grid(LATENT_SHAPE),
+        config=model.config.draft,
+    )
+
+
 def test_masks_pass_from_step_to_step():
     config = DraftConfig(sparsity=0.7)
     model = make_model(attention="draft", draft=config)
     first, second = make_inputs(0), make_inputs(1)
-    plan = SparsitySchedule(dense_layers=(1,), mask_refresh=2).plan(
-        np.array([900.0, 600.0, 300.0]),
-        num_layers=3,
-        grid=model.grid(LATENT_SHAPE),
-        config=config,
-    )
+    plan = scheduled(model, dense_layers=(1,), mask_refresh=2)
     _, masks = run(model, first, plan.step(0))
     _, reused = run(model, second, plan.step(1), masks)
     jax.tree.map(np.testing.assert_array_equal, masks, reused)
@@ -133,16 +138,6 @@ def test_steps_do_not_recompile():
     for index in range(1, 4):
         _, masks = run_counted(inputs, plan.step(index), masks)
     assert traces == 1
-
-
-def scheduled(model, **rules):
-    """A plan of three steps for draft attention."""
-    return SparsitySchedule(**rules).plan(
-        np.array([900.0, 600.0, 300.0]),
-        num_layers=3,
-        grid=model.grid(LATENT_SHAPE),
-        config=model.config.draft,
-    )
 
 
 @pytest.mark.parametrize(
