@@ -26,13 +26,14 @@ class Geometry:
       frame_shape: Rows of all frames, columns over ALIGNMENT, ALIGNMENT; with boxes.
       starts_are_multiples: Block r starts at token r * BLOCK and is in one piece.
       stores_short_blocks: A short block is followed by another one's tokens.
-      gather: Token of each place, if blocks must be moved first, else None.
+      tokens: Token of each row of each block, -1 past its end, if blocks are copied by
+        rows, else empty.
       scatter: Place of each token among blocks of full length.
       moves_lse: Whether the places, in order, are anything but the tokens.
       widths: Classes of key blocks, widest first.
       widths_with_text: The same where text may be shorter than its blocks.
       width_of_block: Number of each block's class.
-      copied_because: Why `gather` is needed and what helps, or None.
+      by_rows_because: Why blocks are copied by rows and what helps, or None.
     """
 
     starts: np.ndarray
@@ -42,25 +43,30 @@ class Geometry:
     frame_shape: tuple[int, ...]
     starts_are_multiples: bool
     stores_short_blocks: bool
-    gather: np.ndarray | None
+    tokens: np.ndarray
     scatter: np.ndarray
     moves_lse: bool
     widths: tuple[Width, ...]
     widths_with_text: tuple[Width, ...]
     width_of_block: np.ndarray
-    copied_because: str | None
+    by_rows_because: str | None
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether threads copy each row, for TMA cannot."""
+        return self.by_rows_because is not None
 
 
 @functools.lru_cache(maxsize=64)
 def geometry(layout: BlockLayout, order: Order) -> Geometry:
-    """Decides how the kernel reads a sequence: in place, or copied first.
+    """Decides how the kernel reads a sequence: in whole blocks, or row by row.
 
     Swizzled copies start at multiples of 8 tokens. In tiled order that holds for tiles
     of 8 x 16 on every grid whose edge tiles have a multiple of 8 tokens, which takes in
     45 x 80 and 30 x 52. In raster order a block is rows of a tile, which must start at
     multiples of 8 tokens too and be as long as the tile is wide: 45 x 80 does, 30 x 52
     does not. Without text the rows are copied together, in boxes of 8 columns. Other
-    sequences are copied to blocks of full length first.
+    sequences are read and written row by row.
     """
     lengths = layout.block_lengths
     multiples = np.arange(layout.num_blocks, dtype=np.int32) * BLOCK
@@ -70,10 +76,11 @@ def geometry(layout: BlockLayout, order: Order) -> Geometry:
     if order == "raster":
         scatter = scatter[layout.raster_order]
     starts, strides, run, cause = _runs(layout, order)
-    gather, box, frame_shape = None, None, ()
+    box, frame_shape = None, ()
+    tokens = np.zeros((1, 1), np.int32)
     widths, width_of_block = _widths(layout, has_text_lengths=False)
     if cause is not None:
-        gather = _token_of_place(layout, order)
+        tokens = _token_of_row(layout, order)
         starts, strides, run = multiples, np.zeros_like(multiples), BLOCK
     starts_are_multiples = run == BLOCK and bool((starts == multiples).all())
     starts, strides = starts // ALIGNMENT, strides // ALIGNMENT
@@ -91,14 +98,14 @@ def geometry(layout: BlockLayout, order: Order) -> Geometry:
         box=box,
         frame_shape=frame_shape,
         starts_are_multiples=starts_are_multiples,
-        stores_short_blocks=cause is None and bool((lengths < BLOCK).any()),
-        gather=gather,
+        stores_short_blocks=bool((lengths < BLOCK).any()),
+        tokens=tokens,
         scatter=scatter,
         moves_lse=not np.array_equal(scatter, np.arange(layout.num_blocks * BLOCK)),
         widths=widths,
         widths_with_text=_widths(layout, has_text_lengths=True)[0],
         width_of_block=width_of_block,
-        copied_because=cause,
+        by_rows_because=cause,
     )
 
 
@@ -143,7 +150,7 @@ def _runs(layout: BlockLayout, order: Order):
         strides = np.where(lengths > run, second - first, run)
         if not _are_regular(layout, first, strides, run):
             cause = f"its frames cannot be cut into tiles {run} tokens wide"
-            return first, strides, run, f'{cause}; order="tiled" needs no copy'
+            return first, strides, run, f'{cause}; order="tiled" is faster'
         starts = first
     else:
         run = BLOCK
@@ -161,11 +168,15 @@ def _are_regular(layout: BlockLayout, first, strides, run: int) -> bool:
     return bool((token == layout.tile_order).all())
 
 
-def _token_of_place(layout: BlockLayout, order: Order) -> np.ndarray:
-    """Which token goes to each place of blocks of full length; any past their end."""
-    place = layout.block_starts[:, None] + np.arange(BLOCK)
-    place = np.minimum(place, layout.num_tokens - 1).ravel()
-    return layout.tile_order[place] if order == "raster" else place
+def _token_of_row(layout: BlockLayout, order: Order) -> np.ndarray:
+    """Which token each row of each block is, -1 past the block's end."""
+    row = np.arange(BLOCK)
+    place = layout.block_starts[:, None] + row
+    token = np.minimum(place, layout.num_tokens - 1)
+    if order == "raster":
+        token = layout.tile_order[token]
+    is_own = row < layout.block_lengths[:, None]
+    return np.where(is_own, token, -1).astype(np.int32)
 
 
 def _widths(layout: BlockLayout, *, has_text_lengths: bool):

@@ -7,7 +7,7 @@ from draft_jax.grid import VideoGrid
 from pallas_kernels.sm90_geometry import geometry
 from pallas_kernels.sm90_plan import BLOCK
 
-GRIDS = {  # grid, is read in place in tiled order, in raster order
+GRIDS = {  # grid, is read by TMA in tiled order, in raster order
     "divisible": (VideoGrid(2, 16, 48), True, True),
     "720p": (VideoGrid(2, 45, 80, text_length=256), True, True),
     "480p": (VideoGrid(2, 30, 52), True, False),
@@ -28,18 +28,20 @@ GRIDS = {  # grid, is read in place in tiled order, in raster order
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("order", ["tiled", "raster"])
 def test_places_hold_the_tokens_of_their_blocks(name, order):
-    grid, *in_place = GRIDS[name]
+    grid, *by_tma = GRIDS[name]
     places = geometry(grid, order)
-    assert (places.copied_because is None) == in_place[order == "raster"]
+    assert places.by_rows != by_tma[order == "raster"]
+    assert places.by_rows == (places.by_rows_because is not None)
     tokens = np.arange(grid.num_tokens)
     # `memory[i]` is the tiled number of the token that the kernel finds at i.
     memory = tokens if order == "tiled" else grid.raster_order
-    if places.gather is not None:
-        memory = memory[places.gather]
     for block in range(grid.num_blocks):
         length = int(grid.block_lengths[block])
         width = places.widths[places.width_of_block[block]]
-        if places.box is not None:
+        if places.by_rows:
+            assert (places.tokens[block, length:] == -1).all()
+            found = memory[places.tokens[block, :length]]
+        elif places.box is not None:
             found = tokens_of_boxes(memory, places, block, length)
         else:
             row = np.arange(length)
