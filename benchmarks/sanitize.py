@@ -5,10 +5,11 @@
     compute-sanitizer --tool racecheck --kernel-regex kns=sm90 \\
         python -m benchmarks.sanitize
 
-Under memcheck that takes minutes; parts can be named and run side by side.
+That takes minutes; parts can be named and run side by side.
 """
 
 import argparse
+import functools
 import os
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -22,12 +23,7 @@ from draft_jax import DraftConfig, QKNorm, VideoGrid, draft_attention, norm_rope
 from pallas_kernels import block_sparse_attention, dense_attention
 
 HEADS, HEAD_DIM = 4, 128  # 2 heads would be norm_rope_pool's XLA path
-# Edge tiles and text; boxes of raster order; three widths.
-GRIDS = (
-    (VideoGrid(2, 13, 32, text_length=40), ("tiled", "raster")),
-    (VideoGrid(2, 13, 32), ("raster",)),
-    (VideoGrid(2, 14, 20), ("tiled",)),
-)
+TEXT_GRID = VideoGrid(2, 13, 32, text_length=40)  # with edge tiles
 
 
 def inputs(num_tokens: int) -> tuple[jax.Array, ...]:
@@ -42,19 +38,17 @@ def check(name: str, *arrays: jax.Array) -> None:
     print(f"{name}: finite", flush=True)
 
 
-def attention() -> None:
-    """Block-sparse attention in both orders."""
-    for grid, orders in GRIDS:
-        qkv = inputs(grid.num_tokens)
-        for order in orders:
-            attend = jax.jit(
-                lambda q, k, v, mask, grid=grid, order=order: block_sparse_attention(
-                    q, k, v, mask, grid=grid, order=order, backend="hopper"
-                )
-            )
-            for density in (0.4, 1.0):
-                mask = random_mask(grid, 1, HEADS, density)
-                check(f"{grid}, {order}, density {density}", attend(*qkv, mask))
+def attention(grid: VideoGrid, order: str) -> None:
+    """Block-sparse attention."""
+    qkv = inputs(grid.num_tokens)
+    attend = jax.jit(
+        lambda q, k, v, mask: block_sparse_attention(
+            q, k, v, mask, grid=grid, order=order, backend="hopper"
+        )
+    )
+    for density in (0.4, 1.0):
+        mask = random_mask(grid, 1, HEADS, density)
+        check(f"{grid}, {order}, density {density}", attend(*qkv, mask))
 
 
 def dense() -> None:
@@ -64,7 +58,7 @@ def dense() -> None:
 
 def draft() -> None:
     """Pooling and selection, and the attention that follows."""
-    grid = VideoGrid(2, 13, 32, text_length=40)
+    grid = TEXT_GRID
     for selection in ("percentile", "row_topk", "top_p"):
         config = DraftConfig(selection=selection, sparsity=0.5)
         attend = jax.jit(
@@ -77,7 +71,7 @@ def draft() -> None:
 
 def prepare() -> None:
     """Norm, rotation and pooling."""
-    grid = VideoGrid(2, 13, 32, text_length=40)
+    grid = TEXT_GRID
     angles = jnp.ones((grid.num_visual_tokens, HEAD_DIM // 2))
     q, k, pooled = norm_rope_pool(
         *inputs(grid.num_tokens)[:2],
@@ -91,7 +85,15 @@ def prepare() -> None:
     check("norm, rotation and pooling", q, k, *jax.tree.leaves(pooled))
 
 
-PARTS = {part.__name__: part for part in (attention, dense, draft, prepare)}
+PARTS = {
+    "text": functools.partial(attention, TEXT_GRID, "tiled"),
+    "raster": functools.partial(attention, TEXT_GRID, "raster"),
+    "boxes": functools.partial(attention, VideoGrid(2, 13, 32), "raster"),
+    "widths": functools.partial(attention, VideoGrid(2, 14, 20), "tiled"),
+    "dense": dense,
+    "draft": draft,
+    "prepare": prepare,
+}
 
 
 def main() -> None:
