@@ -133,8 +133,8 @@ PARTS: dict[str, Callable[[], None]] = {
         grid=VideoGrid(1, 13, 32, text_length=40), text_lengths=(40, 7)
     ),
     "text-before": Attention(grid=BEFORE, text_lengths=(0, 130), order="raster"),
-    "copied": Attention(grid=VideoGrid(2, 13, 21, text_length=37)),
-    "copied-raster": Attention(
+    "by-rows": Attention(grid=VideoGrid(2, 13, 21, text_length=37)),
+    "by-rows-raster": Attention(
         grid=VideoGrid(1, 13, 21, text_length=37), order="raster"
     ),
     # More nats than a row's sum holds: the second launch computes every block again.

@@ -109,5 +109,7 @@ def scores_of_pooled(
         logits = jnp.einsum(
             "bqnd,bknd->bnqk", draft_q, draft_k, precision=jax.lax.Precision.HIGHEST
         )
+        # Apart from what follows, or XLA runs cuBLAS and then copies the whole map.
+        logits = jax.lax.optimization_barrier(logits)
         maps.append(jax.nn.softmax(logits * scale + log_lengths, axis=-1))
     return maps[0] if len(maps) == 1 else 0.5 * (maps[0] + maps[1])

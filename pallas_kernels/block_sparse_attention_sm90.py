@@ -86,11 +86,11 @@ class Work(NamedTuple):
       full_list: The list of a query block that keeps every block.
       order: Query blocks, numbered row by row, as CTAs take them.
       num_tiles: How many entries of `order` there are.
-      starts: First token of each block, divided by ALIGNMENT.
-      strides: Tokens from one run of each block to the next, divided by ALIGNMENT.
+      starts: Where blocks begin: see `sm90_geometry.Geometry`.
+      strides: Likewise.
       lengths: Tokens of each block.
       valid: Tokens of each block of each batch item that are not padding.
-      tokens: Token of each row of each block, or -1; read if blocks are copied by rows.
+      reciprocals: See `sm90_geometry.Geometry`; read if blocks are copied by rows.
     """
 
     row_offsets: Int[Array, "L R+1"]
@@ -103,7 +103,7 @@ class Work(NamedTuple):
     strides: Int[Array, " R"]
     lengths: Int[Array, " R"]
     valid: Int[Array, "B R"]
-    tokens: Int[Array, "R 128"]
+    reciprocals: Int[Array, " R"]
 
 
 def attend_blocks(
@@ -234,10 +234,12 @@ def _load_queries(gmem, plan: Plan, tile: Tile, q_smem, q_full):
     if plan.by_rows:
         source = gmem.q.at[tile.batch, :, tile.head]
         for consumer in range(NUM_CONSUMERS):
-            tokens = gmem.tokens.at[tile.block, pl.ds(consumer * ROWS, ROWS)]
-            target = q_smem.at[consumer]
             sm90_rows.fetch(
-                source, tokens, target, num_rows=ROWS, emulate=plan.emulate_wgmma
+                source,
+                sm90_rows.rows_of_block(gmem, tile.block, consumer * ROWS),
+                q_smem.at[consumer],
+                num_rows=ROWS,
+                emulate=plan.emulate_wgmma,
             )
         return
     if plan.box is not None:
@@ -348,7 +350,7 @@ class _Loader:
         if self.rows is not None:
             sm90_rows.fetch(
                 source.at[tile.batch, :, tile.head],
-                self.gmem.tokens.at[block],
+                sm90_rows.rows_of_block(self.gmem, block),
                 self.kv_smem.at[slot],
                 num_rows=self.width.tokens,
                 emulate=plan.emulate_wgmma,

@@ -167,7 +167,7 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
         strides=jnp.asarray(places.strides),
         lengths=jnp.asarray(layout.block_lengths),
         valid=valid_lengths(layout, text_lengths),
-        tokens=jnp.asarray(places.tokens),
+        reciprocals=jnp.asarray(places.reciprocals),
     )
     out, lse = attend_blocks(q, k, v, work, plan=plan, interpret=static.interpret)
     if plan.config.lazy:

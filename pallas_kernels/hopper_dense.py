@@ -88,7 +88,7 @@ def _run(q, k, v, lengths, *, scale, masks, interpret):
         strides=unused[0],
         lengths=jnp.asarray(block_lengths),
         valid=jnp.clip(lengths[:, None] - starts, 0, block_lengths),
-        tokens=unused,
+        reciprocals=unused[0],
     )
     config = sm90.KernelConfig.for_head_dim(head_dim)
     plan = sm90.Plan(

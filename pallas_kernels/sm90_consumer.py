@@ -293,7 +293,7 @@ def _store_tile(gmem, plan: Plan, tile, wg, acc, reference, total, o_smem, lse_s
     if plan.by_rows:
         sm90_rows.store(
             o_smem,
-            gmem.tokens.at[tile.block, pl.ds(wg * ROWS, ROWS)],
+            sm90_rows.rows_of_block(gmem, tile.block, wg * ROWS),
             gmem.out.at[tile.batch, :, tile.head],
             emulate=plan.emulate_wgmma,
         )

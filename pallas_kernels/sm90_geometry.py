@@ -7,6 +7,7 @@ import numpy as np
 
 from pallas_kernels.interfaces import BlockLayout, Order
 from pallas_kernels.sm90_plan import ALIGNMENT, BLOCK, ROWS, Box, Width
+from pallas_kernels.sm90_rows import reciprocal_of
 from pallas_kernels.sm90_wgmma import STEP
 
 MAX_WIDTHS = 3  # each is a loop of its own in the kernel's code
@@ -18,16 +19,16 @@ class Geometry:
 
     Attributes:
       starts: First token of each block over ALIGNMENT; with boxes, its row among the
-        rows of all frames.
+        rows of all frames; by rows, the token itself.
       run: Tokens of a block that follow each other in memory; BLOCK if all do.
       strides: Tokens from the start of a run to that of the next, over ALIGNMENT, for
-        each block; with boxes, its first column over ALIGNMENT.
+        each block; with boxes, its first column over ALIGNMENT; by rows, tokens from
+        the end of a run to the start of the next.
+      reciprocals: Of the length of each block's runs, by rows; see `sm90_rows`.
       box: How blocks are cut out of frames, or None.
       frame_shape: Rows of all frames, columns over ALIGNMENT, ALIGNMENT; with boxes.
       starts_are_multiples: Block r starts at token r * BLOCK and is in one piece.
       stores_short_blocks: A short block is followed by another one's tokens.
-      tokens: Token of each row of each block, -1 past its end, if blocks are copied by
-        rows, else empty.
       scatter: Place of each token among blocks of full length.
       moves_lse: Whether the places, in order, are anything but the tokens.
       widths: Classes of key blocks, widest first.
@@ -39,11 +40,11 @@ class Geometry:
     starts: np.ndarray
     run: int
     strides: np.ndarray
+    reciprocals: np.ndarray
     box: Box | None
     frame_shape: tuple[int, ...]
     starts_are_multiples: bool
     stores_short_blocks: bool
-    tokens: np.ndarray
     scatter: np.ndarray
     moves_lse: bool
     widths: tuple[Width, ...]
@@ -76,14 +77,15 @@ def geometry(layout: BlockLayout, order: Order) -> Geometry:
     if order == "raster":
         scatter = scatter[layout.raster_order]
     starts, strides, run, cause = _runs(layout, order)
+    starts_are_multiples = run == BLOCK and bool((starts == multiples).all())
     box, frame_shape = None, ()
-    tokens = np.zeros((1, 1), np.int32)
+    reciprocals = np.zeros(1, np.int32)
     widths, width_of_block = _widths(layout, has_text_lengths=False)
     if cause is not None:
-        tokens = _token_of_row(layout, order)
-        starts, strides, run = multiples, np.zeros_like(multiples), BLOCK
-    starts_are_multiples = run == BLOCK and bool((starts == multiples).all())
-    starts, strides = starts // ALIGNMENT, strides // ALIGNMENT
+        starts, strides, reciprocals = _single_rows(layout, order)
+        run = BLOCK
+    else:
+        starts, strides = starts // ALIGNMENT, strides // ALIGNMENT
     if run != BLOCK and (boxes := _boxes(layout, starts, strides, run)):
         box, frame_shape, starts, strides = boxes
         block, row = np.divmod(scatter, BLOCK)
@@ -97,9 +99,9 @@ def geometry(layout: BlockLayout, order: Order) -> Geometry:
         strides=strides.astype(np.int32),
         box=box,
         frame_shape=frame_shape,
+        reciprocals=reciprocals,
         starts_are_multiples=starts_are_multiples,
         stores_short_blocks=bool((lengths < BLOCK).any()),
-        tokens=tokens,
         scatter=scatter,
         moves_lse=not np.array_equal(scatter, np.arange(layout.num_blocks * BLOCK)),
         widths=widths,
@@ -168,15 +170,26 @@ def _are_regular(layout: BlockLayout, first, strides, run: int) -> bool:
     return bool((token == layout.tile_order).all())
 
 
-def _token_of_row(layout: BlockLayout, order: Order) -> np.ndarray:
-    """Which token each row of each block is, -1 past the block's end."""
-    row = np.arange(BLOCK)
-    place = layout.block_starts[:, None] + row
-    token = np.minimum(place, layout.num_tokens - 1)
-    if order == "raster":
-        token = layout.tile_order[token]
-    is_own = row < layout.block_lengths[:, None]
-    return np.where(is_own, token, -1).astype(np.int32)
+def _single_rows(layout: BlockLayout, order: Order):
+    """First token, jump from run to run, and reciprocal of the run, of each block."""
+    first, lengths = layout.block_starts, layout.block_lengths
+    if order == "tiled":
+        starts, runs, strides = (
+            first,
+            np.full_like(first, BLOCK),
+            np.full_like(first, BLOCK),
+        )
+    else:
+        tokens = layout.tile_order
+        starts = tokens[first]
+        # A run ends where the next token is not the next one in memory.
+        ends = np.flatnonzero(np.append(np.diff(tokens) != 1, True))
+        runs = ends[np.searchsorted(ends, first)] + 1 - first
+        is_one = runs >= lengths
+        runs = np.where(is_one, BLOCK, runs)
+        second = tokens[np.minimum(first + runs, layout.num_tokens - 1)]
+        strides = np.where(is_one, BLOCK, second - starts)
+    return starts, strides - runs, reciprocal_of(runs).astype(np.int32)
 
 
 def _widths(layout: BlockLayout, *, has_text_lengths: bool):

@@ -67,7 +67,7 @@ class Plan:
     starts_are_multiples: bool  # block r starts at token r * BLOCK
     run: int  # tokens of a block that lie together in memory; BLOCK if all do
     box: "Box | None"  # or how a block is cut out of frames
-    by_rows: bool  # or threads copy each row of a block, from where a table says
+    by_rows: bool  # or threads copy each row of a block
     widths: tuple["Width", ...]  # widest first; lists have them in this order
     masks_queries: bool  # some query inside a block is padding
     has_short_blocks: bool
@@ -138,11 +138,11 @@ class GlobalRefs:
     full_list: jax.Ref  # [R], the blocks of a full row
     order: jax.Ref  # [num_tiles], tiles in the order in which CTAs take them
     num_tiles: jax.Ref  # [1], how many of them
-    starts: jax.Ref  # [R], first token of each block over ALIGNMENT; a box's first row
-    strides: jax.Ref  # [R], from one run to the next, likewise; a box's first column
+    starts: jax.Ref  # [R], where blocks begin: see `sm90_geometry.Geometry`
+    strides: jax.Ref  # [R], likewise
     lengths: jax.Ref  # [R], tokens of each block
     valid: jax.Ref  # [B, R], tokens of each block that are not padding
-    tokens: jax.Ref  # [R, BLOCK], token of each row or -1; if blocks are copied by rows
+    reciprocals: jax.Ref  # [R], if blocks are copied by rows: see `sm90_rows`
     out: jax.Ref
     lse: jax.Ref  # [B * N, R, BLOCK]
 

@@ -1,14 +1,16 @@
 """Copies of single tokens between global memory and swizzled shared memory (sm_90).
 
 TMA copies start at multiples of ALIGNMENT tokens. Where blocks do not, each thread of a
-warpgroup copies 16 bytes at a time from or to wherever a table says that a row's token
-is. Every function is for all 128 threads of a warpgroup.
+warpgroup copies 16 bytes at a time, from or to wherever its row's token is. Functions
+that copy or wait are for all 128 threads of a warpgroup.
 
-    fetch(array, tokens, rows_smem, num_rows=64)     # starts (cp.async)
+    fetch(array, rows, rows_smem, num_rows=64)   # starts (cp.async)
     end_group()
-    wait_for_groups(1)                               # all but the last one are done
-    store(rows_smem, tokens, array)                  # is done when it returns
+    wait_for_groups(1)                           # all but the last one are done
+    store(rows_smem, rows, array)                # is done when it returns
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,55 +22,93 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.inline_ptx import THREADS, asm, const, i32, i64
-from pallas_kernels.sm90_plan import ALIGNMENT, smem_transforms
+from pallas_kernels.sm90_plan import ALIGNMENT, GlobalRefs, smem_transforms
 
 CHUNK = 16  # bytes that a thread copies at once
 SWIZZLED_ROW = 128  # bytes
 ATOM = ALIGNMENT * SWIZZLED_ROW  # bytes after which the swizzle repeats
-LOOKED_UP = 8  # tokens that a thread looks up together: it has few registers
+RECIPROCAL_BITS = 16  # row * reciprocal >> 16 is row // run: exact, for rows are few
+
+
+class Rows(NamedTuple):
+    """Where the tokens of some rows of a block are.
+
+    A block is runs of tokens that follow each other in memory, at equal distances: one
+    run in tiled order, rows of a tile in raster order.
+    """
+
+    start: jax.Array  # token of the block's row 0
+    jump: jax.Array  # tokens from the end of a run to the start of the next
+    reciprocal: jax.Array  # of the length of a run, see `reciprocal_of`
+    length: jax.Array  # tokens of the block
+    first: jax.Array  # the first of the rows
+
+
+def rows_of_block(gmem: GlobalRefs, block, first=0) -> Rows:
+    """The rows of a block from `first` on."""
+    return Rows(
+        gmem.starts[block],
+        gmem.strides[block],
+        gmem.reciprocals[block],
+        gmem.lengths[block],
+        jnp.asarray(first, jnp.int32),
+    )
+
+
+def reciprocal_of(run):
+    """What `Rows` holds for runs of this length."""
+    return -(-(1 << RECIPROCAL_BITS) // run)
 
 
 def fetch(
-    array: jax.Ref, tokens: jax.Ref, rows_smem: jax.Ref, *, num_rows: int, emulate: bool
+    array: jax.Ref, rows: Rows, rows_smem: jax.Ref, *, num_rows: int, emulate: bool
 ) -> None:
-    """Starts to copy the first rows of a block; rows without a token become zeros.
+    """Starts to copy rows of a block; rows past its end become zeros.
 
     Args:
       array: Tokens of one batch item and head in global memory, [T, D] of 2 bytes.
-      tokens: Which token each row is, int32 in global memory; -1 for none.
+      rows: Where the tokens are.
       rows_smem: Where to, [rows, D], as `smem_transforms` says.
       num_rows: How many, a multiple of 16.
       emulate: Interpret mode has no PTX.
     """
-    if emulate:
-        token = tokens[...][:num_rows]
-        rows = array[...][jnp.maximum(token, 0)]
-        rows = jnp.where(token[:, None] >= 0, rows, 0.0)
-        rows_smem[:num_rows] = rows.astype(rows_smem.dtype)
+    if not emulate:
+        _copy_rows(_fetch_code, array, rows, rows_smem, num_rows)
         return
-    _copy_rows(_fetch_code, array, tokens, rows_smem, num_rows)
+    token, is_own = _tokens(rows, num_rows)
+    values = jnp.where(is_own[:, None], array[...][token], 0.0)
+    rows_smem[:num_rows] = values.astype(rows_smem.dtype)
 
 
-def store(
-    rows_smem: jax.Ref, tokens: jax.Ref, array: jax.Ref, *, emulate: bool
-) -> None:
-    """Copies all rows that have a token; see `fetch`.
+def store(rows_smem: jax.Ref, rows: Rows, array: jax.Ref, *, emulate: bool) -> None:
+    """Copies all rows within the block; see `fetch`.
 
     The warpgroup must have committed what it wrote to shared memory.
     """
+    num_rows = rows_smem.shape[0]
     if not emulate:
-        _copy_rows(_store_code, array, tokens, rows_smem, rows_smem.shape[0])
+        _copy_rows(_store_code, array, rows, rows_smem, num_rows)
         return
-    token, rows = tokens[...], rows_smem[...]
+    token, is_own = _tokens(rows, num_rows)
+    values = rows_smem[...]
 
     def store_row(i, _):
-        @pl.when(token[i] >= 0)
+        @pl.when(is_own[i])
         def _store():
-            array[token[i], :] = rows[i]
+            array[token[i], :] = values[i]
 
         return ()
 
-    lax.fori_loop(0, rows.shape[0], store_row, ())
+    lax.fori_loop(0, num_rows, store_row, ())
+
+
+def _tokens(rows: Rows, num_rows: int):
+    """Token of each row, and whether it is the block's, as the code below has it."""
+    row = rows.first + jnp.arange(num_rows, dtype=jnp.int32)
+    is_own = row < rows.length
+    row = jnp.minimum(row, rows.length - 1)
+    run = (row * rows.reciprocal) >> RECIPROCAL_BITS
+    return rows.start + row + run * rows.jump, is_own
 
 
 def end_group(*, emulate: bool) -> None:
@@ -94,7 +134,7 @@ def _emit(code: str) -> None:
     emit()
 
 
-def _copy_rows(code, array, tokens, rows_smem, num_rows: int) -> None:
+def _copy_rows(code, array, rows: Rows, rows_smem, num_rows: int) -> None:
     """Runs code with each thread's first addresses and the distances to the next."""
     row_bytes = 2 * rows_smem.shape[-1]
     threads_per_row, atoms_per_row = row_bytes // CHUNK, row_bytes // SWIZZLED_ROW
@@ -102,9 +142,14 @@ def _copy_rows(code, array, tokens, rows_smem, num_rows: int) -> None:
     smem_step = rows_at_once // ALIGNMENT * atoms_per_row * ATOM
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(smem_transforms()))
+        arg_types=(
+            plgpu.RefType(),
+            plgpu.RefType(smem_transforms()),
+            *(plgpu.Layout.WG_SPLAT for _ in rows),
+        )
     )
-    def run(_, array, tokens, rows_smem):
+    def run(_, array, rows_smem, *rows):
+        *place_of_rows, first = (x.registers[()] for x in rows)
         thread = arith.andi(mgpu.utils.thread_idx(), const(THREADS - 1))
         row, chunk = _divmod(thread, threads_per_row)
         # Atoms of a group of rows lie side by side.
@@ -119,73 +164,64 @@ def _copy_rows(code, array, tokens, rows_smem, num_rows: int) -> None:
             (place, CHUNK),
         ):
             smem = arith.addi(smem, arith.muli(index, const(size)))
+        pointer = llvm.ptrtoint(i64(), mgpu.utils.memref_ptr(array))
+        offset = arith.extui(i64(), arith.muli(chunk, const(CHUNK)))
         (stride, _), _ = ir.MemRefType(array.type).get_strides_and_offset()
+        steps = range(num_rows // rows_at_once)
         asm(
-            code(num_rows // rows_at_once, smem_step, 4 * rows_at_once),
-            "r,l,l,r",
+            _code((code(i * smem_step) for i in steps), rows_at_once),
+            "r,l,r,r,r,r,r,r",
             smem,
-            _address(array, arith.muli(chunk, const(CHUNK))),
-            _address(tokens, arith.muli(row, const(4))),
+            arith.addi(pointer, offset),
             const(2 * stride),
+            arith.addi(first, row),
+            *place_of_rows,
         )
 
-    run(array, tokens, rows_smem)
+    run(array, rows_smem, *rows)
 
 
 def _divmod(x, divisor: int):
     return arith.divui(x, const(divisor)), arith.remui(x, const(divisor))
 
 
-def _address(ref, offset):
-    pointer = llvm.ptrtoint(i64(), mgpu.utils.memref_ptr(ref))
-    return arith.addi(pointer, arith.extui(i64(), offset))
+def _code(copies, rows_at_once: int) -> str:
+    """PTX for the rows of a thread.
 
-
-# Operands of both: the thread's first place in shared memory, its bytes of token 0, its
-# first entry of the table, and bytes from one token to the next.
-
-
-def _fetch_code(copies: int, smem_step: int, table_step: int) -> str:
-    """Without a token no bytes are read, and 16 zeros are written."""
-    return _code(
-        copies,
-        table_step,
-        lambda i, name: (
-            f"""
-setp.ge.s32 has, {name}, 0;
-selp.b32 size, {CHUNK}, 0, has;
-max.s32 {name}, {name}, 0;
-mad.wide.s32 address, {name}, $3, $1;
-cp.async.cg.shared.global [$0+{i * smem_step}], [address], {CHUNK}, size;"""
-        ),
-    )
-
-
-def _store_code(copies: int, smem_step: int, table_step: int) -> str:
-    return _code(
-        copies,
-        table_step,
-        lambda i, name: (
-            f"""
-setp.ge.s32 has, {name}, 0;
-ld.shared.v4.b32 {{a, b, c, d}}, [$0+{i * smem_step}];
-mad.wide.s32 address, {name}, $3, $1;
-@has st.global.v4.b32 [address], {{a, b, c, d}};"""
-        ),
-    )
-
-
-def _code(copies: int, table_step: int, copy) -> str:
+    Operands: its first place in shared memory, its bytes of token 0, bytes from one
+    token to the next, its first row, then start, jump, reciprocal and length.
+    """
     lines = [
-        ".reg .pred has;",
-        ".reg .b32 size, a, b, c, d;",
+        ".reg .pred own;",
+        ".reg .b32 last, row, near, run, token, size, a, b, c, d;",
         ".reg .b64 address;",
-        f".reg .b32 token<{LOOKED_UP}>;",
+        "sub.s32 last, $7, 1;",
     ]
-    for first in range(0, copies, LOOKED_UP):
-        numbers = range(first, min(first + LOOKED_UP, copies))
+    for i, copy in enumerate(copies):
         lines += [
-            f"ld.global.b32 token{i - first}, [$2+{i * table_step}];" for i in numbers
+            f"add.s32 row, $3, {i * rows_at_once};",
+            "setp.lt.s32 own, row, $7;",
+            "min.s32 near, row, last;",
+            "mul.lo.s32 run, near, $6;",
+            f"shr.u32 run, run, {RECIPROCAL_BITS};",
+            "add.s32 token, near, $4;",
+            "mad.lo.s32 token, run, $5, token;",
+            "mad.wide.s32 address, token, $2, $1;",
+            copy,
         ]
-        lines += [copy(i, f"token{i - first}") for i in numbers]
     return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _fetch_code(place: int) -> str:
+    """Past the block's end no bytes are read, and 16 zeros are written."""
+    return (
+        f"selp.b32 size, {CHUNK}, 0, own;\n"
+        f"cp.async.cg.shared.global [$0+{place}], [address], {CHUNK}, size;"
+    )
+
+
+def _store_code(place: int) -> str:
+    return (
+        f"ld.shared.v4.b32 {{a, b, c, d}}, [$0+{place}];\n"
+        "@own st.global.v4.b32 [address], {a, b, c, d};"
+    )

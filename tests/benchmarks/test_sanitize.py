@@ -14,8 +14,8 @@ ATTENTION = {name: part for name, part in PARTS.items() if isinstance(part, Atte
 
 def test_places_of_blocks():
     places = {n: geometry(part.grid, part.order) for n, part in ATTENTION.items()}
-    copied = {name for name, own in places.items() if own.copied_because}
-    assert copied == {"copied", "copied-raster"}
+    by_rows = {name for name, own in places.items() if own.by_rows}
+    assert by_rows == {"by-rows", "by-rows-raster"}
     assert {name for name, own in places.items() if own.box} == {"boxes"}
     assert {len(own.widths) for own in places.values()} == {1, 2, 3}
 

@@ -79,7 +79,7 @@ every_case = pytest.mark.parametrize(
 
 
 def drawn_case(number: int) -> tuple[Case, str]:
-    """Sizes from a generator, and an order; a third or so is copied first."""
+    """Sizes from a generator, and an order; a third or so is copied row by row."""
     rng = np.random.default_rng(number)
     multiple, text_multiple = rng.choice([32, 16, 16, 8, 1]), rng.choice([8, 8, 8, 1])
     text_length = int(rng.choice([0, rng.integers(1, 300)])) // text_multiple

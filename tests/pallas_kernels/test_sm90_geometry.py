@@ -6,6 +6,7 @@ import pytest
 from draft_jax.grid import VideoGrid
 from pallas_kernels.sm90_geometry import geometry
 from pallas_kernels.sm90_plan import BLOCK
+from pallas_kernels.sm90_rows import reciprocal_of
 
 GRIDS = {  # grid, is read by TMA in tiled order, in raster order
     "divisible": (VideoGrid(2, 16, 48), True, True),
@@ -39,8 +40,7 @@ def test_places_hold_the_tokens_of_their_blocks(name, order):
         length = int(grid.block_lengths[block])
         width = places.widths[places.width_of_block[block]]
         if places.by_rows:
-            assert (places.tokens[block, length:] == -1).all()
-            found = memory[places.tokens[block, :length]]
+            found = memory[tokens_by_rows(places, block, np.arange(length))]
         elif places.box is not None:
             found = tokens_of_boxes(memory, places, block, length)
         else:
@@ -60,6 +60,19 @@ def test_places_hold_the_tokens_of_their_blocks(name, order):
         assert length <= width.longest <= width.tokens <= BLOCK
         assert width.tokens % 16 == 0
         assert width.masks or length == width.tokens
+
+
+def tokens_by_rows(places, block, row):
+    """As the kernel's instructions have it."""
+    assert (row * places.reciprocals[block] < 2**31).all()
+    run = row * places.reciprocals[block] >> 16
+    return places.starts[block] + row + run * places.strides[block]
+
+
+@pytest.mark.parametrize("run", range(1, BLOCK + 1))
+def test_reciprocals_divide_rows_exactly(run):
+    row = np.arange(BLOCK)
+    np.testing.assert_array_equal(row * reciprocal_of(run) >> 16, row // run)
 
 
 def tokens_of_boxes(memory, places, block, length):
