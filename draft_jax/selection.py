@@ -33,8 +33,10 @@ def select_blocks(
     the budget.
 
     Args:
-      scores: Draft map, larger is more important. NaN ranks last. For "top_p",
-        probabilities: the rows sum to 1; they are added in units of 2^-30.
+      scores: Draft map, larger is more important. NaN ranks last, with minus
+        infinity. For "top_p", probabilities, added in units of 2^-30: a score counts
+        as a mass of 0 to 1, negative ones and NaN as 0 and larger ones as 1. The rows
+        need not sum to 1.
       grid: Geometry that defines the blocks, S = `grid.num_visual_blocks`.
       config: What is selected.
       budget: Pairs to keep: per head for "percentile", per row otherwise. The one of
@@ -212,8 +214,7 @@ def _select_top_p_xla(
 
     def at_or_above(key):
         is_in = keys >= key[..., None]
-        count = is_in.sum(-1, dtype=jnp.int32)
-        return count, jnp.where(is_in, units, 0).sum(-1, dtype=jnp.uint32)
+        return is_in.sum(-1, dtype=jnp.int32), _sum_up_to_one(is_in, units)
 
     def reached(key):
         count, held = at_or_above(key)
@@ -222,7 +223,7 @@ def _select_top_p_xla(
     threshold = ranking.largest_key(reached, keys.shape[:3])
     is_above = keys > threshold[..., None]
     above = is_above.sum(-1, dtype=jnp.int32)
-    held = jnp.where(is_above, units, 0).sum(-1, dtype=jnp.uint32)
+    held = _sum_up_to_one(is_above, units)
     missing = wanted - jnp.minimum(held, wanted)
     # Pairs at the threshold are equal, so they hold the same mass.
     each = jnp.where(keys == threshold[..., None], units, 0).max(-1)
@@ -231,6 +232,18 @@ def _select_top_p_xla(
     )
     count = jnp.clip(above + num_missing, least, most)
     return ranking.pack_rows(keys, threshold).largest_of_row(count)
+
+
+def _sum_up_to_one(
+    is_in: Bool[Array, "B N S S"], units: UInt32[Array, "B N S S"]
+) -> UInt32[Array, "B N S"]:
+    """Sum of the chosen units of each row, at most MASS_UNITS: it cannot wrap."""
+
+    def add(a, b):
+        return jnp.minimum(a + b, np.uint32(ranking.MASS_UNITS))
+
+    chosen = jnp.where(is_in, units, jnp.uint32(0))
+    return jax.lax.reduce(chosen, np.uint32(0), add, (chosen.ndim - 1,))
 
 
 def _add_text_words(

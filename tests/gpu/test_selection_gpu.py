@@ -29,8 +29,15 @@ GRIDS = {
     "warpgroups": VideoGrid(11, 90, 160),  # S = 1,320
 }
 SELECTIONS = ("percentile", "row_topk", "top_p")
-PROBABILITIES = ("softmax", "equal", "denormals", "minus_infinity")
-MAPS = (*PROBABILITIES, "few_values", "any_bits")
+MAPS = (
+    "softmax",
+    "equal",
+    "denormals",
+    "minus_infinity",
+    "few_values",
+    "huge",
+    "any_bits",
+)
 FORCED = {"keep_own_tile": True, "keep_first_frame": True}
 
 
@@ -49,10 +56,9 @@ def expected_map(scores, grid, config, budget):
     return naive_draft.add_text(reference(scores, forced, budget, *mass), grid)
 
 
-def maps_of_all_kinds(selection, heads, size, rng):
+def maps_of_all_kinds(heads, size, rng):
     """An item of each kind, so that one program does for all: [kinds, heads, *size]."""
-    kinds = PROBABILITIES if selection == "top_p" else MAPS
-    return np.stack([getattr(row_selection, k)(rng, (heads, *size)) for k in kinds])
+    return np.stack([getattr(row_selection, k)(rng, (heads, *size)) for k in MAPS])
 
 
 @functools.cache
@@ -68,8 +74,7 @@ def selection_program(grid, config):
 def test_rows_of_all_lengths(columns, forced_share, wanted):
     """7 rows a map, which is no multiple of the four of a warpgroup."""
     rng = np.random.default_rng(columns)
-    selection = "row_topk" if wanted is None else "top_p"
-    scores = maps_of_all_kinds(selection, 1, (7, columns), rng)[:, 0]
+    scores = maps_of_all_kinds(1, (7, columns), rng)[:, 0]
     forced = rng.random((7, columns)) < forced_share
     budget = rng.integers(1, columns + 1, 7).astype(np.int32)
     least = np.maximum(forced.sum(-1), 1).astype(np.int32)
@@ -92,7 +97,7 @@ def test_masks_agree_with_a_sort(name, selection, forced):
     size = grid.num_visual_blocks
     rng = np.random.default_rng(size)
     heads = 1 if size > 500 else 2
-    scores = maps_of_all_kinds(selection, heads, (size, size), rng)
+    scores = maps_of_all_kinds(heads, (size, size), rng)
     budget = max(1, static_budget(0.9, grid, config) // 2)
     select = selection_program(grid, config)
     mask = select(jnp.asarray(scores), budget=jnp.asarray(budget))
@@ -108,7 +113,7 @@ def test_a_thousand_maps(selection):
     most = static_budget(0.8, grid, config)
     for seed in range(5):
         rng = np.random.default_rng(seed)
-        scores = maps_of_all_kinds(selection, 200, (90, 90), rng)
+        scores = maps_of_all_kinds(200, (90, 90), rng)
         budget = int(rng.integers(1, most + 1))
         mask = select(jnp.asarray(scores), budget=jnp.asarray(budget))
         check_mask(mask, expected_map(scores, grid, config, budget))
