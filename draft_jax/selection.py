@@ -15,7 +15,7 @@ from draft_jax.draft_scores import pool_draft, scores_of_pooled
 from draft_jax.grid import VideoGrid
 from draft_jax.head_chunks import map_heads
 from draft_jax.pooling import PooledTokens
-from pallas_kernels.interfaces import Order
+from pallas_kernels.interfaces import SUPPORTED_DTYPES, Order
 
 
 def select_blocks(
@@ -39,16 +39,18 @@ def select_blocks(
         need not sum to 1.
       grid: Geometry that defines the blocks, S = `grid.num_visual_blocks`.
       config: What is selected.
-      budget: Pairs to keep: per head for "percentile", per row otherwise. The one of
-        `config.sparsity` by default. It may be traced, and larger ones than the
-        default are cut to it because the mask's capacity is static.
+      budget: Pairs to keep: per head for "percentile", per row otherwise; an integer
+        from 1 to the one of `config.sparsity`, which is the default. It may be traced:
+        then one outside acts like the nearest one inside, because the mask's capacity
+        is static. Outside jit an array on a device is waited for, to check its value.
 
     Returns:
       A mask over all blocks of `grid`, with capacity `mask_capacity(grid, config)`.
 
     Raises:
-      ValueError: The shape of scores does not fit the grid, or a concrete budget is
-        not within 1 and the default.
+      ValueError: The shape of scores does not fit the grid, a concrete budget is not
+        within 1 and the default, or budget is not a scalar.
+      TypeError: The dtype of scores is not supported, or budget is not an integer.
 
     Source: DraftAttention (arXiv 2505.14708), sparse mask from the draft map. The
     published code keeps all ties at its threshold and may leave a row empty.
@@ -60,16 +62,32 @@ def select_blocks(
             f"{num_visual}], one row and column per visual block of {grid}"
         )
     most = static_budget(config.sparsity, grid, config)
+    if scores.dtype.name not in SUPPORTED_DTYPES:
+        raise TypeError(
+            f"scores has dtype {scores.dtype.name}; accepted are "
+            f"{', '.join(SUPPORTED_DTYPES)}"
+        )
     if budget is None:
         budget = most
-    if isinstance(budget, (int, np.integer)) and not 1 <= budget <= most:
-        raise ValueError(
-            f"{budget=} must be within 1 and {most}, the {config.selection} budget "
-            f"at sparsity={config.sparsity}"
-        )
+    _check_budget(budget, most, config)
     budget = jnp.clip(jnp.asarray(budget, jnp.int32), 1, most)
     select = functools.partial(_select, grid=grid, config=config, budget=budget)
     return map_heads(select, scores, map_size=num_visual**2)
+
+
+def _check_budget(budget: Any, most: int, config: DraftConfig) -> None:
+    """Raises unless the budget is an integer, and within bounds where it is known."""
+    is_traced = isinstance(budget, jax.core.Tracer)
+    value = budget if is_traced else np.asarray(budget)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"{budget=} must be an integer, not {value.dtype}")
+    if value.shape:
+        raise ValueError(f"budget has shape {value.shape}; expected a scalar")
+    if not is_traced and not 1 <= value <= most:
+        raise ValueError(
+            f"budget={value} must be within 1 and {most}, the {config.selection} "
+            f"budget at sparsity={config.sparsity}"
+        )
 
 
 def _select(
@@ -126,6 +144,7 @@ def compute_mask(
 
     Raises:
       ValueError: As `draft_scores` and `select_blocks`.
+      TypeError: As `draft_scores` and `select_blocks`.
 
     Source: DraftAttention (arXiv 2505.14708).
     """
