@@ -22,12 +22,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.inline_ptx import THREADS, asm, const, i32, i64
-from pallas_kernels.sm90_plan import ALIGNMENT, GlobalRefs, smem_transforms
+from pallas_kernels.sm90_plan import ALIGNMENT, BLOCK, GlobalRefs, smem_transforms
 
 CHUNK = 16  # bytes that a thread copies at once
 SWIZZLED_ROW = 128  # bytes
 ATOM = ALIGNMENT * SWIZZLED_ROW  # bytes after which the swizzle repeats
 RECIPROCAL_BITS = 16  # row * reciprocal >> 16 is row // run: exact, for rows are few
+COMMON_RUNS = (BLOCK, 16)  # of tiled order, and of tiles 16 tokens wide in raster order
 
 
 class Rows(NamedTuple):
@@ -63,7 +64,7 @@ def reciprocal_of(run):
 def fetch(
     array: jax.Ref, rows: Rows, rows_smem: jax.Ref, *, num_rows: int, emulate: bool
 ) -> None:
-    """Starts to copy rows of a block; rows past its end become zeros.
+    """Starts to copy rows of a block; rows past its end are zeros or other tokens.
 
     Args:
       array: Tokens of one batch item and head in global memory, [T, D] of 2 bytes.
@@ -167,13 +168,17 @@ def _copy_rows(code, array, rows: Rows, rows_smem, num_rows: int) -> None:
         pointer = llvm.ptrtoint(i64(), mgpu.utils.memref_ptr(array))
         offset = arith.extui(i64(), arith.muli(chunk, const(CHUNK)))
         (stride, _), _ = ir.MemRefType(array.type).get_strides_and_offset()
-        steps = range(num_rows // rows_at_once)
+        copies = _Copies(
+            places=tuple(i * smem_step for i in range(num_rows // rows_at_once)),
+            rows_at_once=rows_at_once,
+            token_bytes=2 * stride,
+            num_tokens=ir.MemRefType(array.type).shape[0],
+        )
         asm(
-            _code((code(i * smem_step) for i in steps), rows_at_once),
-            "r,l,r,r,r,r,r,r",
+            code(copies),
+            "r,l,r,r,r,r,r",
             smem,
             arith.addi(pointer, offset),
-            const(2 * stride),
             arith.addi(first, row),
             *place_of_rows,
         )
@@ -185,43 +190,98 @@ def _divmod(x, divisor: int):
     return arith.divui(x, const(divisor)), arith.remui(x, const(divisor))
 
 
-def _code(copies, rows_at_once: int) -> str:
-    """PTX for the rows of a thread.
+class _Copies(NamedTuple):
+    """What a thread copies, as far as it is known beforehand."""
 
-    Operands: its first place in shared memory, its bytes of token 0, bytes from one
-    token to the next, its first row, then start, jump, reciprocal and length.
+    places: tuple[int, ...]  # in shared memory, counted from the first
+    rows_at_once: int  # that the warpgroup copies, and so from a row to the next
+    token_bytes: int  # from one token to the next
+    num_tokens: int
+
+
+# Operands of the PTX: a thread's first place in shared memory, its bytes of token 0 and
+# its first row, then start, jump, reciprocal and length of the block.
+
+
+def _fetch_code(copies: _Copies) -> str:
+    """Past the block's end no bytes are read, and 16 zeros are written.
+
+    Every instruction takes power from the consumers, so blocks of COMMON_RUNS have code
+    of their own, where a thread's rows lie at known distances. What it copies past the
+    block's end are other tokens; that must not be past the last one.
     """
-    lines = [
-        ".reg .pred own;",
+
+    def copy(place: int) -> str:
+        return (
+            f"selp.b32 size, {CHUNK}, 0, own;\n"
+            f"cp.async.cg.shared.global [$0+{place}], [address], {CHUNK}, size;"
+        )
+
+    common = [_common_runs(copies, run) for run in COMMON_RUNS]
+    return _scope(*common, *_each_row(copies, copy), "DONE:")
+
+
+def _store_code(copies: _Copies) -> str:
+    def copy(place: int) -> str:
+        return (
+            f"ld.shared.v4.b32 {{a, b, c, d}}, [$0+{place}];\n"
+            "@own st.global.v4.b32 [address], {a, b, c, d};"
+        )
+
+    return _scope(*_each_row(copies, copy))
+
+
+def _scope(*lines: str) -> str:
+    registers = (
+        ".reg .pred own, other;",
         ".reg .b32 last, row, near, run, token, size, a, b, c, d;",
-        ".reg .b64 address;",
-        "sub.s32 last, $7, 1;",
-    ]
-    for i, copy in enumerate(copies):
+        ".reg .b64 address, run_bytes;",
+    )
+    return "\n".join(("{", *registers, *lines, "}"))
+
+
+def _each_row(copies: _Copies, copy) -> list[str]:
+    """Finds each row's token and calls `copy(place)` for its code."""
+    lines = ["sub.s32 last, $6, 1;"]
+    for i, place in enumerate(copies.places):
         lines += [
-            f"add.s32 row, $3, {i * rows_at_once};",
-            "setp.lt.s32 own, row, $7;",
+            f"add.s32 row, $2, {i * copies.rows_at_once};",
+            "setp.lt.s32 own, row, $6;",
             "min.s32 near, row, last;",
-            "mul.lo.s32 run, near, $6;",
+            "mul.lo.s32 run, near, $5;",
             f"shr.u32 run, run, {RECIPROCAL_BITS};",
-            "add.s32 token, near, $4;",
-            "mad.lo.s32 token, run, $5, token;",
-            "mad.wide.s32 address, token, $2, $1;",
-            copy,
+            "add.s32 token, near, $3;",
+            "mad.lo.s32 token, run, $4, token;",
+            f"mad.wide.s32 address, token, {copies.token_bytes}, $1;",
+            copy(place),
         ]
-    return "{\n" + "\n".join(lines) + "\n}"
+    return lines
 
 
-def _fetch_code(place: int) -> str:
-    """Past the block's end no bytes are read, and 16 zeros are written."""
-    return (
-        f"selp.b32 size, {CHUNK}, 0, own;\n"
-        f"cp.async.cg.shared.global [$0+{place}], [address], {CHUNK}, size;"
-    )
-
-
-def _store_code(place: int) -> str:
-    return (
-        f"ld.shared.v4.b32 {{a, b, c, d}}, [$0+{place}];\n"
-        "@own st.global.v4.b32 [address], {a, b, c, d};"
-    )
+def _common_runs(copies: _Copies, run: int) -> str:
+    """Fetches a block whose runs have this length; else goes on after this code."""
+    assert run % copies.rows_at_once == 0
+    step = copies.rows_at_once
+    final_row = (len(copies.places) - 1) * step
+    lines = [
+        f"setp.ne.s32 other, $5, {reciprocal_of(run)};",
+        f"shr.u32 run, $2, {run.bit_length() - 1};",
+        "add.s32 token, $3, $2;",
+        "mad.lo.s32 token, run, $4, token;",
+        f"add.s32 last, token, {final_row};",
+        f"mad.lo.s32 last, $4, {final_row // run}, last;",
+        f"setp.ge.or.s32 other, last, {copies.num_tokens}, other;",
+        f"@other bra NOT_{run};",
+        f"mad.wide.s32 address, token, {copies.token_bytes}, $1;",
+        f"add.s32 run, $4, {run};",
+        f"mul.wide.s32 run_bytes, run, {copies.token_bytes};",
+    ]
+    for i, place in enumerate(copies.places):
+        row = i * step % run
+        if i and not row:
+            lines.append("add.s64 address, address, run_bytes;")
+        lines.append(
+            f"cp.async.cg.shared.global [$0+{place}], "
+            f"[address+{row * copies.token_bytes}], {CHUNK};"
+        )
+    return "\n".join((*lines, "bra DONE;", f"NOT_{run}:"))
