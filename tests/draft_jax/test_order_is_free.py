@@ -20,14 +20,14 @@ from draft_jax import (
     initial_mask,
     scheduled_attention,
 )
-from pallas_kernels import SlowBackendWarning, interfaces
-from pallas_kernels.block_sparse_attention import forget_warnings
+from pallas_kernels import interfaces
 from pallas_kernels.interfaces import Device
 
 H100 = Device(platform="gpu", kind="NVIDIA H100", compute_capability=(9, 0))
 DIVISIBLE = VideoGrid(5, 48, 80)
 EDGES = VideoGrid(5, 45, 80, text_length=72)
 NARROW = VideoGrid(5, 30, 52, text_length=72)  # rows are no whole number of tiles
+ODD = VideoGrid(5, 30, 53, text_length=77)
 CONFIG = DraftConfig(sparsity=0.75, pooling="mean+max")
 STAYS_IN_PLACE = {"custom_call", "reshape"}  # the former are kernels
 OF_A_NEW_MASK = (
@@ -73,9 +73,13 @@ def large_moves(text, num_elements):
         (NARROW, "tiled"),
         (DIVISIBLE, "raster"),
         (EDGES, "raster"),
+        (NARROW, "raster"),
+        (ODD, "tiled"),
+        (ODD, "raster"),
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:.*row by row")
 def test_nothing_large_is_moved(grid, order):
     layer = functools.partial(draft_attention, grid=grid, config=CONFIG, order=order)
     text, size = lower(layer, grid)
@@ -83,12 +87,14 @@ def test_nothing_large_is_moved(grid, order):
     assert all(name in text for name in OF_A_NEW_MASK)
 
 
-def test_raster_order_of_narrow_frames_is_copied():
-    """So that the test above could fail."""
-    layer = functools.partial(draft_attention, grid=NARROW, config=CONFIG)
-    forget_warnings()
-    with pytest.warns(SlowBackendWarning, match="cannot be cut into tiles"):
-        text, size = lower(layer, NARROW)
+def test_a_move_is_seen():
+    """So that the test above can fail."""
+
+    def layer(q, k, v):
+        q = q[:, EDGES.tile_order]
+        return draft_attention(q, k, v, grid=EDGES, config=CONFIG, order="tiled")
+
+    text, size = lower(layer, EDGES)
     assert large_moves(text, size) == {"gather"}
 
 
