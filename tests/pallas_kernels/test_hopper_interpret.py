@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-# Race reports have no public name; a release that moves them must fail this import.
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from draft_jax.grid import VideoGrid
