@@ -53,7 +53,7 @@ def flat_mask():
 
 
 def changed(name, place, value):
-    """A mask of 3 blocks and 9 pairs for each head, with one entry of a list changed."""
+    """A mask of 3 blocks, 9 pairs in each head, with one entry of a list changed."""
     array = getattr(full(), name).at[place].set(value)
     return dataclasses.replace(full(), **{name: array})
 
@@ -265,7 +265,9 @@ REFUSED = {  # changes to a problem that the kernel takes, cause
 def test_hopper_says_why_it_does_not_run(case):
     changes, cause = REFUSED[case]
     problem = dataclasses.replace(problem_on(HOPPER), **(HOPPER_TAKES | changes))
-    with pytest.raises(ValueError, match=f"'hopper' cannot.*{cause}.*'auto' would run 'xla'"):
+    with pytest.raises(
+        ValueError, match=f"'hopper' cannot.*{cause}.*'auto' would run 'xla'"
+    ):
         dispatch.choose(problem, "hopper")
     choice = dispatch.choose(problem, "auto")
     assert choice.name == "xla"

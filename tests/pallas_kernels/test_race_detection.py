@@ -30,7 +30,11 @@ def write_one_word(num_warpgroups):
 
 @pytest.mark.parametrize(
     ("warpgroups", "racing"),
-    [((1, 1), None), ((2, 1), r"launches \[0\] of 2"), ((1, 2), r"launches \[1\] of 2")],
+    [
+        ((1, 1), None),
+        ((2, 1), r"launches \[0\] of 2"),
+        ((1, 2), r"launches \[1\] of 2"),
+    ],
     ids=str,
 )
 def test_a_race_in_any_launch_is_found(launches, warpgroups, racing):
