@@ -155,8 +155,8 @@ def choose(
     no_hopper = hopper_dense.why_unsupported(shape, dtype, device)
     if no_hopper is None and pads_before_video:
         no_hopper = (
-            "padding of the text is not at the end of the keys; "
-            'VideoGrid(text_side="after") puts it there'
+            "padding of text before the video is not at the end of the keys; a grid "
+            'with text_side="after" puts it there'
         )
     if no_hopper is None:
         return BackendChoice(name="hopper", reason="a long sequence on Hopper")

@@ -97,7 +97,7 @@ def check_lists(mask: BlockLists) -> None:
         # Under shard_map outside jit it is traced all the same.
         if isinstance(has_fault, jax.core.Tracer) or not jax.device_get(has_fault):
             return
-    offsets, ids = map(np.asarray, lists)
+    offsets, ids = jax.device_get(lists)
     num_blocks, capacity = offsets.shape[-1] - 1, ids.shape[-1]
     accepted = {
         "first": "the first offset must be 0",

@@ -224,6 +224,11 @@ def sum_of(out, lse):
     return jnp.sin(out.astype(jnp.float32)).sum() + jnp.cos(lse).sum()
 
 
+def gradients_of(loss):
+    """In one program: eager calls would compile every operation for itself."""
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+
+
 def matrix_gradients(qkv, dense, grid, text_lengths=()):
     """By `jax.grad` through a softmax over whole float32 matrices."""
 
@@ -232,7 +237,7 @@ def matrix_gradients(qkv, dense, grid, text_lengths=()):
             *matrix_attention(q, k, v, dense, grid, text_lengths=text_lengths, xp=jnp)
         )
 
-    return jax.grad(loss, argnums=(0, 1, 2))(*(x.astype("float32") for x in qkv))
+    return gradients_of(loss)(*(x.astype("float32") for x in qkv))
 
 
 @pytest.mark.parametrize("name", GRADIENT_CASES)
@@ -247,7 +252,7 @@ def test_gradients_match_dense_matrices(name):
             *attend(q, k, v, mask, case.grid, case.text_lengths, order=case.order)
         )
 
-    got = jax.grad(loss, argnums=(0, 1, 2))(*(x[:, places] for x in qkv))
+    got = gradients_of(loss)(*(x[:, places] for x in qkv))
     want = matrix_gradients(qkv, dense, case.grid, case.text_lengths)
     for x, y in zip(got, want, strict=True):
         assert x.dtype == case.dtype
@@ -268,6 +273,6 @@ def test_vmap_and_grad():
 
         return sum_of(*jax.vmap(one)(q, k, v, mask))
 
-    got = jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    got = gradients_of(loss)(q, k, v)
     for x, y in zip(got, matrix_gradients((q, k, v), dense, case.grid), strict=True):
         assert relative_error(x, y) < GRADIENT_RELATIVE["float16"]
