@@ -1,11 +1,12 @@
 """Times block-sparse attention against dense and sparse attention of other libraries.
 
-    python benchmarks/attention.py --output benchmarks/results/attention_h100.json
+    python -m benchmarks.attention --output benchmarks/results/attention_h100.json
 
 Every contender gets the same random normal inputs in one process. Effective TFLOP/s
 counts the work of the kept blocks: 4 * T^2 * N * D * density / time, with the density
 in token pairs. Dense contenders run once for each shape. A contender that cannot run is
-recorded with its cause.
+recorded with its cause, and so is one whose output is not this project's for the same
+mask (`benchmarks.agreement`). If this project's kernel fails, so does the command.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import agreement
 from benchmarks.gpu_state import GpuState
 from draft_jax import BlockMask, DraftConfig, VideoGrid, compute_mask
 from pallas_kernels import block_sparse_attention
@@ -157,16 +159,19 @@ def summary(samples: list[float], flops: float) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------- contenders
+# Each gives a call, which returns the output [B, T, N, D], and how to wait for it.
 
 
 def ours(shape: Shape, qkv, mask: BlockMask):
-    """This project's kernel, or what "auto" chooses for the device."""
-    run = jax.jit(
-        lambda q, k, v, mask: block_sparse_attention(
-            q, k, v, mask, grid=shape.grid, backend="hopper"
-        )
-    )
+    """This project's kernel."""
+    run = _our_program(shape.grid)
     return functools.partial(run, *qkv, mask), jax.block_until_ready
+
+
+@functools.lru_cache(maxsize=1)
+def _our_program(grid: VideoGrid):
+    run = functools.partial(block_sparse_attention, grid=grid, backend="hopper")
+    return jax.jit(run)
 
 
 def cudnn_dense(shape: Shape, qkv):
@@ -178,14 +183,18 @@ def cudnn_dense(shape: Shape, qkv):
 
 
 def mgpu_dense(shape: Shape, qkv):
-    """JAX's own Mosaic GPU kernel. Its buffers are float16, so its inputs are too."""
+    """JAX's own Mosaic GPU kernel, which does not scale logits, so queries are scaled.
+
+    Its buffers are float16, so its inputs are too.
+    """
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     config = attention_mgpu.TuningConfig(
         block_q=64, block_kv=128, max_concurrent_steps=2
     )
-    half = tuple(x.astype(jnp.float16) for x in qkv)
-    run = functools.partial(attention_mgpu.attention, *half, config=config)
+    q, k, v = (x.astype(jnp.float16) for x in qkv)
+    q = q * jnp.float16(shape.head_dim**-0.5)
+    run = functools.partial(attention_mgpu.attention, q, k, v, config=config)
     return run, jax.block_until_ready
 
 
@@ -258,8 +267,8 @@ def flex_attention(shape: Shape, qkv, mask: BlockMask):
         indices,
         BLOCK_SIZE=128,
     )
-    run = _compiled_flex()
-    return functools.partial(run, q, k, v, block_mask=block_mask), _torch_wait
+    run = functools.partial(_compiled_flex(), q, k, v, block_mask=block_mask)
+    return lambda: run().transpose(1, 2), _torch_wait  # a view
 
 
 @functools.lru_cache(maxsize=1)
@@ -301,17 +310,24 @@ MODULES = {
 }
 
 
-def measure(contender: str, make, flops: float, budget_s: float) -> dict[str, object]:
-    """One record; a failure is one too."""
+def measure(
+    contender: str, make, flops: float, budget_s: float, check=None
+) -> dict[str, object]:
+    """One record; a failure is one too, and an output in which `check` finds one."""
     module = MODULES.get(contender)
     if module is not None and not _is_installed(module):
         return {"error": f"{module} is not installed"}
     try:
         call, wait = make()
-        wait(call())  # compiles
+        out = call()  # compiles
+        wait(out)
+        checked = {} if check is None else check(out)
+        del out
+        if "error" in checked:
+            return checked
         with GpuState() as state:
             samples = time_calls(call, wait, budget_s)
-        return {**summary(samples, flops), **state.summary}
+        return {**summary(samples, flops), **checked, **state.summary}
     except Exception as error:  # recorded: other contenders still run
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
@@ -321,6 +337,18 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of what the module is in
         return False
+
+
+def check_against_ours(shape: Shape, qkv, mask: BlockMask):
+    """What `measure` checks the others' outputs with; None where ours fails."""
+    tokens = agreement.one_token_of_each_block(shape.grid)
+    try:
+        call, _ = ours(shape, qkv, mask)
+        want = agreement.rows_at(call(), tokens)
+    except Exception as error:  # others are still timed
+        print(f"outputs are not compared: {error}"[:500], file=sys.stderr)
+        return None
+    return functools.partial(agreement.compare, want=want, tokens=tokens)
 
 
 def run_shape(name: str, options: argparse.Namespace, report) -> None:
@@ -348,11 +376,16 @@ def run_shape(name: str, options: argparse.Namespace, report) -> None:
             }
         )
 
+    def run_dense(contender, mask_kind, check):
+        make = functools.partial(DENSE[contender], shape, qkv)
+        result = measure(contender, make, shape.dense_flops, options.seconds, check)
+        record(contender, mask_kind, 1.0, result)
+
+    full = random_mask(grid, 1, shape.num_heads, 1.0)
+    check_dense = check_against_ours(shape, qkv, full)
     for contender in contenders:
         if contender in DENSE:
-            make = functools.partial(DENSE[contender], shape, qkv)
-            result = measure(contender, make, shape.dense_flops, options.seconds)
-            record(contender, "dense", 1.0, result)
+            run_dense(contender, "dense", check_dense)
     for mask_kind in options.masks:
         inputs = qkv if mask_kind == "random" else smooth_inputs(shape)
         for density in options.densities:
@@ -363,16 +396,15 @@ def run_shape(name: str, options: argparse.Namespace, report) -> None:
             else:
                 mask = draft_mask(shape, *inputs[:2], density)
             kept = float(np.mean(np.asarray(mask.density)))
+            flops = shape.dense_flops * kept
+            check = check_against_ours(shape, inputs, mask)
             for contender in contenders:
                 if contender in SPARSE:
                     make = functools.partial(SPARSE[contender], shape, inputs, mask)
-                    flops = shape.dense_flops * kept
-                    result = measure(contender, make, flops, options.seconds)
+                    result = measure(contender, make, flops, options.seconds, check)
                     record(contender, mask_kind, kept, result)
     if "cudnn" in contenders:  # again, for the card has become warm
-        make = functools.partial(cudnn_dense, shape, qkv)
-        result = measure("cudnn", make, shape.dense_flops, options.seconds)
-        record("cudnn", "dense, at the end", 1.0, result)
+        run_dense("cudnn", "dense, at the end", check_dense)
 
 
 def environment() -> dict[str, object]:
@@ -414,8 +446,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = parse()
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     results: list[dict[str, object]] = []
 
     def report(result):
@@ -432,6 +464,9 @@ def main() -> None:
 
     for name in options.shapes:
         run_shape(name, options, report)
+    failed = [r for r in results if r["contender"] == "ours" and "error" in r]
+    if failed:
+        sys.exit(f"this project's kernel failed in {len(failed)} of {len(results)}")
 
 
 if __name__ == "__main__":

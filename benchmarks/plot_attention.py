@@ -17,8 +17,11 @@ LABELS = {
     ("ours", "random"): "draft_jax, random masks",
     ("ours", "draft"): "draft_jax, draft-selected masks",
     ("flex_attention", "random"): "PyTorch FlexAttention, random masks",
+    ("fa4_sparse", "random"): "FlashAttention-4, random masks",
     ("cudnn", "dense"): "cuDNN, dense",
     ("attention_mgpu", "dense"): "JAX attention_mgpu, dense (fp16)",
+    ("fa3", "dense"): "FlashAttention-3, dense",
+    ("fa4", "dense"): "FlashAttention-4, dense",
 }
 
 

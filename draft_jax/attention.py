@@ -174,7 +174,8 @@ def scheduled_attention(
     it has no conditional, and there is one program for each kind of step. Where jit
     traces them (the step is its argument), one program serves all steps, with two
     conditionals in each layer, for which XLA waits on the host on a GPU. (Under vmap
-    over `step` both branches run.) `budget` may be traced either way.
+    over `step` both branches run.) `budget` may be traced either way. Outside jit a
+    step of arrays on a device is read, which waits for them; plans hold NumPy's arrays.
 
     Args:
       q: Queries, T = `grid.num_tokens`.

@@ -15,6 +15,7 @@ from draft_jax.pooling import (
     pool_queries_and_keys,
     reductions_of,
 )
+from pallas_kernels import validation
 from pallas_kernels.interfaces import Order
 
 
@@ -48,8 +49,9 @@ def draft_scores(
       float32 probabilities; each row sums to 1.
 
     Raises:
-      ValueError: q or k does not have `grid.num_tokens` tokens, their shapes
+      ValueError: q or k is not [B, T, N, D] of `grid.num_tokens` tokens, their shapes
         differ, order is unknown, or pooled does not fit q, grid or config.
+      TypeError: q's dtype is not supported, k has another, or pooled is not float32.
 
     Source: DraftAttention (arXiv 2505.14708), draft attention map.
     """
@@ -70,13 +72,11 @@ def pool_draft(
 
     Raises:
       ValueError: As `draft_scores`.
+      TypeError: As `draft_scores`.
     """
-    if q.shape != k.shape:
-        raise ValueError(f"q and k must have one shape; got {q.shape} and {k.shape}")
-    if q.shape[1] != grid.num_tokens:
-        raise ValueError(
-            f"q has {q.shape[1]} tokens; {grid} has {grid.num_tokens}, text included"
-        )
+    validation.check_qkv(q, k, k)  # a draft has no values
+    validation.check_tokens(q, grid)
+    validation.check_order(order)
     if pooled is None:
         pooled = pool_queries_and_keys(
             q, k, grid, order=order, reductions=reductions_of(config)
@@ -109,5 +109,7 @@ def scores_of_pooled(
         logits = jnp.einsum(
             "bqnd,bknd->bnqk", draft_q, draft_k, precision=jax.lax.Precision.HIGHEST
         )
+        # Apart from what follows, or XLA runs cuBLAS and then copies the whole map.
+        logits = jax.lax.optimization_barrier(logits)
         maps.append(jax.nn.softmax(logits * scale + log_lengths, axis=-1))
     return maps[0] if len(maps) == 1 else 0.5 * (maps[0] + maps[1])

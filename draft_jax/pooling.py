@@ -13,6 +13,7 @@ from draft_jax.config import DraftConfig
 from draft_jax.grid import IntVector, VideoGrid
 from draft_jax.pytree import register_dataclass
 from pallas_kernels import pool_tiles_sm90
+from pallas_kernels.block_sparse_attention import warn_once
 from pallas_kernels.interfaces import Order, current_device
 from pallas_kernels.pool_tiles_sm90 import Reduction
 from pallas_kernels.validation import check_order
@@ -64,7 +65,7 @@ def reductions_of(config: DraftConfig) -> tuple[Reduction, ...]:
 def check_pooled(
     pooled: PooledTokens, q: Array, grid: VideoGrid, config: DraftConfig
 ) -> None:
-    """Raises ValueError unless `pooled` can stand for q and k on this grid."""
+    """Raises unless `pooled` can stand for q and k on this grid."""
     expected = (q.shape[0], grid.num_visual_blocks, *q.shape[2:])
     for reduction in reductions_of(config):
         for name in (f"q_{reduction}", f"k_{reduction}"):
@@ -78,6 +79,10 @@ def check_pooled(
                 raise ValueError(
                     f"pooled.{name} has shape {value.shape}; expected [batch, tiles, "
                     f"heads, head_dim] = {expected}"
+                )
+            if value.dtype != jnp.float32:
+                raise TypeError(
+                    f"pooled.{name} has dtype {value.dtype.name}; expected float32"
                 )
 
 
@@ -135,6 +140,8 @@ def pool_queries_and_keys(
 ) -> PooledTokens:
     """Pools the visual tokens of q and k, in one pass where a kernel can.
 
+    On a GPU where it cannot, XLA takes over, slower: that warns once.
+
     Args:
       q: Queries of the whole sequence, T = `grid.num_tokens`.
       k: Keys, like q.
@@ -152,10 +159,13 @@ def pool_queries_and_keys(
     """
     check_order(order)
     device = current_device(q)
-    if pool_tiles_sm90.why_unsupported(q.shape, q.dtype, device) is None:
+    cause = pool_tiles_sm90.why_unsupported(q.shape, q.dtype, device)
+    if cause is None:
         tiles = tile_table(grid, order)
         pooled = pool_tiles_sm90.pool_tiles(q, k, tiles, reductions=reductions)
     else:
+        if device.platform == "gpu":
+            warn_once(f"pooling runs on XLA instead of its kernel: {cause}")
         pooled = tuple(
             pool_tokens(x[:, grid.visual_tokens], grid, order=order, reduction=name)
             for x in (q, k)

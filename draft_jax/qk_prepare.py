@@ -15,12 +15,11 @@ from draft_jax.pooling import (
     reductions_of,
     tile_table,
 )
-from pallas_kernels import norm_rope_pool_sm90
+from pallas_kernels import norm_rope_pool_sm90, validation
 from pallas_kernels.block_sparse_attention import warn_once
 from pallas_kernels.interfaces import Order, current_device
 from pallas_kernels.norm_rope_pool_sm90 import QKNorm
 from pallas_kernels.pool_tiles_sm90 import Reduction
-from pallas_kernels.validation import check_order
 
 Scales = tuple[Float[Array, " C"], Float[Array, " C"]]
 Rope = tuple[Float[Array, "V half"], Float[Array, "V half"]]
@@ -67,9 +66,10 @@ def norm_rope_pool(
     Raises:
       ValueError: Shapes do not fit each other or the grid, scales are given without a
         norm or a norm without scales, or order is unknown.
+      TypeError: q's dtype is not supported, or k has another.
     """
     _check(q, k, grid, norm, scales, rope)
-    check_order(order)
+    validation.check_order(order)
     reductions = () if config is None else reductions_of(config)
     device = current_device(q)
     cause = norm_rope_pool_sm90.why_unsupported(q.shape, q.dtype, norm, device)
@@ -171,16 +171,9 @@ def _rotate_visual(y, rope: Rope, visual: slice):
 
 
 def _check(q, k, grid: VideoGrid, norm: QKNorm | None, scales, rope) -> None:
-    if q.shape != k.shape or q.dtype != k.dtype:
-        raise ValueError(
-            "q and k must have one shape and dtype; got "
-            f"{q.shape} {q.dtype} and {k.shape} {k.dtype}"
-        )
-    _, num_tokens, num_heads, head_dim = q.shape
-    if num_tokens != grid.num_tokens:
-        raise ValueError(
-            f"q has {num_tokens} tokens; {grid} has {grid.num_tokens}, text included"
-        )
+    validation.check_qkv(q, k, k)  # there are no values
+    validation.check_tokens(q, grid)
+    _, _, num_heads, head_dim = q.shape
     if (norm is None) != (scales is None):
         given = "None" if scales is None else "given"
         raise ValueError(f"{norm=}, but scales are {given}; give both or neither")

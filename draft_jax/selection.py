@@ -15,7 +15,7 @@ from draft_jax.draft_scores import pool_draft, scores_of_pooled
 from draft_jax.grid import VideoGrid
 from draft_jax.head_chunks import map_heads
 from draft_jax.pooling import PooledTokens
-from pallas_kernels.interfaces import Order
+from pallas_kernels.interfaces import SUPPORTED_DTYPES, Order
 
 
 def select_blocks(
@@ -33,20 +33,24 @@ def select_blocks(
     the budget.
 
     Args:
-      scores: Draft map, larger is more important. NaN ranks last. For "top_p",
-        probabilities: the rows sum to 1; they are added in units of 2^-30.
+      scores: Draft map, larger is more important. NaN ranks last, with minus
+        infinity. For "top_p", probabilities, added in units of 2^-30: a score counts
+        as a mass of 0 to 1, negative ones and NaN as 0 and larger ones as 1. The rows
+        need not sum to 1.
       grid: Geometry that defines the blocks, S = `grid.num_visual_blocks`.
       config: What is selected.
-      budget: Pairs to keep: per head for "percentile", per row otherwise. The one of
-        `config.sparsity` by default. It may be traced, and larger ones than the
-        default are cut to it because the mask's capacity is static.
+      budget: Pairs to keep: per head for "percentile", per row otherwise; an integer
+        from 1 to the one of `config.sparsity`, which is the default. It may be traced:
+        then one outside acts like the nearest one inside, because the mask's capacity
+        is static. Outside jit an array on a device is waited for, to check its value.
 
     Returns:
       A mask over all blocks of `grid`, with capacity `mask_capacity(grid, config)`.
 
     Raises:
-      ValueError: The shape of scores does not fit the grid, or a concrete budget is
-        not within 1 and the default.
+      ValueError: The shape of scores does not fit the grid, a concrete budget is not
+        within 1 and the default, or budget is not a scalar.
+      TypeError: The dtype of scores is not supported, or budget is not an integer.
 
     Source: DraftAttention (arXiv 2505.14708), sparse mask from the draft map. The
     published code keeps all ties at its threshold and may leave a row empty.
@@ -58,16 +62,32 @@ def select_blocks(
             f"{num_visual}], one row and column per visual block of {grid}"
         )
     most = static_budget(config.sparsity, grid, config)
+    if scores.dtype.name not in SUPPORTED_DTYPES:
+        raise TypeError(
+            f"scores has dtype {scores.dtype.name}; accepted are "
+            f"{', '.join(SUPPORTED_DTYPES)}"
+        )
     if budget is None:
         budget = most
-    if isinstance(budget, (int, np.integer)) and not 1 <= budget <= most:
-        raise ValueError(
-            f"{budget=} must be within 1 and {most}, the {config.selection} budget "
-            f"at sparsity={config.sparsity}"
-        )
+    _check_budget(budget, most, config)
     budget = jnp.clip(jnp.asarray(budget, jnp.int32), 1, most)
     select = functools.partial(_select, grid=grid, config=config, budget=budget)
     return map_heads(select, scores, map_size=num_visual**2)
+
+
+def _check_budget(budget: Any, most: int, config: DraftConfig) -> None:
+    """Raises unless the budget is an integer, and within bounds where it is known."""
+    is_traced = isinstance(budget, jax.core.Tracer)
+    value = budget if is_traced else np.asarray(budget)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"{budget=} must be an integer, not {value.dtype}")
+    if value.shape:
+        raise ValueError(f"budget has shape {value.shape}; expected a scalar")
+    if not is_traced and not 1 <= value <= most:
+        raise ValueError(
+            f"budget={value} must be within 1 and {most}, the {config.selection} "
+            f"budget at sparsity={config.sparsity}"
+        )
 
 
 def _select(
@@ -124,6 +144,7 @@ def compute_mask(
 
     Raises:
       ValueError: As `draft_scores` and `select_blocks`.
+      TypeError: As `draft_scores` and `select_blocks`.
 
     Source: DraftAttention (arXiv 2505.14708).
     """
@@ -212,8 +233,7 @@ def _select_top_p_xla(
 
     def at_or_above(key):
         is_in = keys >= key[..., None]
-        count = is_in.sum(-1, dtype=jnp.int32)
-        return count, jnp.where(is_in, units, 0).sum(-1, dtype=jnp.uint32)
+        return is_in.sum(-1, dtype=jnp.int32), _sum_up_to_one(is_in, units)
 
     def reached(key):
         count, held = at_or_above(key)
@@ -222,7 +242,7 @@ def _select_top_p_xla(
     threshold = ranking.largest_key(reached, keys.shape[:3])
     is_above = keys > threshold[..., None]
     above = is_above.sum(-1, dtype=jnp.int32)
-    held = jnp.where(is_above, units, 0).sum(-1, dtype=jnp.uint32)
+    held = _sum_up_to_one(is_above, units)
     missing = wanted - jnp.minimum(held, wanted)
     # Pairs at the threshold are equal, so they hold the same mass.
     each = jnp.where(keys == threshold[..., None], units, 0).max(-1)
@@ -231,6 +251,18 @@ def _select_top_p_xla(
     )
     count = jnp.clip(above + num_missing, least, most)
     return ranking.pack_rows(keys, threshold).largest_of_row(count)
+
+
+def _sum_up_to_one(
+    is_in: Bool[Array, "B N S S"], units: UInt32[Array, "B N S S"]
+) -> UInt32[Array, "B N S"]:
+    """Sum of the chosen units of each row, at most MASS_UNITS: it cannot wrap."""
+
+    def add(a, b):
+        return jnp.minimum(a + b, np.uint32(ranking.MASS_UNITS))
+
+    chosen = jnp.where(is_in, units, jnp.uint32(0))
+    return jax.lax.reduce(chosen, np.uint32(0), add, (chosen.ndim - 1,))
 
 
 def _add_text_words(

@@ -34,11 +34,15 @@ copies for a block and slower, for every copy is an arrival of all threads. A sh
 block (edge tile or text) is copied up to its width, a query block whole: the rows past
 its end are other tokens, or zeros past the end of the array. As keys they are masked;
 as queries the consumers set them to zero, and they are not stored.
+
+Where blocks do not start at multiples of 8 tokens, PRODUCER's threads copy rows instead
+(`sm90_rows.py`). A copy then arrives when the one `copies_ahead` later has been
+started, and Q arrives with the first K.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +51,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import sm90_rows
 from pallas_kernels.sm90_consumer import consume
 from pallas_kernels.sm90_plan import (
     ALIGNMENT,
@@ -81,10 +86,11 @@ class Work(NamedTuple):
       full_list: The list of a query block that keeps every block.
       order: Query blocks, numbered row by row, as CTAs take them.
       num_tiles: How many entries of `order` there are.
-      starts: First token of each block, divided by ALIGNMENT.
-      strides: Tokens from one run of each block to the next, divided by ALIGNMENT.
+      starts: Where blocks begin: see `sm90_geometry.Geometry`.
+      strides: Likewise.
       lengths: Tokens of each block.
       valid: Tokens of each block of each batch item that are not padding.
+      reciprocals: See `sm90_geometry.Geometry`; read if blocks are copied by rows.
     """
 
     row_offsets: Int[Array, "L R+1"]
@@ -97,6 +103,7 @@ class Work(NamedTuple):
     strides: Int[Array, " R"]
     lengths: Int[Array, " R"]
     valid: Int[Array, "B R"]
+    reciprocals: Int[Array, " R"]
 
 
 def attend_blocks(
@@ -111,7 +118,7 @@ def attend_blocks(
     """Computes every query block.
 
     Args:
-      q: Queries, bfloat16 or float16, T >= BLOCK.
+      q: Queries, bfloat16 or float16; T >= BLOCK unless blocks are copied by rows.
       k: Keys.
       v: Values.
       work: Lists and their order, which has every query block.
@@ -198,12 +205,15 @@ def _produce(gmem, plan: Plan, signals: Signals, *, q_smem, kv_smem, q_full, kv_
             signals.wait_q_free()
 
         _load_queries(gmem, plan, tile, q_smem, q_full)
+        rows = _RowCopies(plan, fill, q_full, kv_full) if plan.by_rows else None
         for number, width in enumerate(plan.widths):
             begin, end = bounds_of_width(gmem, plan, tile, number)
-            loader = _Loader(gmem, plan, signals, tile, width, kv_smem, kv_full)
+            loader = _Loader(gmem, plan, signals, tile, width, kv_smem, kv_full, rows)
             loader.load(begin, end, fill)
             fill += 2 * (end - begin)
 
+        if rows is not None:
+            rows.finish(fill)
         return fill
 
     fill = for_each_tile(gmem, plan, load_tile, jnp.int32(0))
@@ -221,6 +231,17 @@ def _produce(gmem, plan: Plan, signals: Signals, *, q_smem, kv_smem, q_full, kv_
 
 
 def _load_queries(gmem, plan: Plan, tile: Tile, q_smem, q_full):
+    if plan.by_rows:
+        source = gmem.q.at[tile.batch, :, tile.head]
+        for consumer in range(NUM_CONSUMERS):
+            sm90_rows.fetch(
+                source,
+                sm90_rows.rows_of_block(gmem, tile.block, consumer * ROWS),
+                q_smem.at[consumer],
+                num_rows=ROWS,
+                emulate=plan.emulate_wgmma,
+            )
+        return
     if plan.box is not None:
         rows, per_consumer = plan.box.rows, ROWS // plan.box.tokens
         for number in range(plan.box.number):
@@ -238,6 +259,52 @@ def _load_queries(gmem, plan: Plan, tile: Tile, q_smem, q_full):
 
 
 @dataclasses.dataclass(frozen=True)
+class _RowCopies:
+    """Arrivals of the copies by rows that belong to one query block.
+
+    Threads learn that their own copies are done by waiting for them, in the order in
+    which they were started. Q is in the group of the first K.
+    """
+
+    plan: Plan
+    first: jax.Array  # number of the query block's first copy
+    q_full: Any  # a barrier
+    kv_full: jax.Ref
+
+    def follow(self, fill):
+        """Ends the group of a copy, and tells of one started before it."""
+        plan = self.plan
+        sm90_rows.end_group(emulate=plan.emulate_wgmma)
+
+        @pl.when(fill - self.first >= plan.copies_ahead)
+        def _():
+            self._tell(fill, plan.copies_ahead)
+
+    def finish(self, end):
+        """Tells of the last copies; `end` is the number of the next one."""
+        for pending in range(self.plan.copies_ahead - 1, -1, -1):
+            pl.when(end - 1 - pending >= self.first)(
+                functools.partial(self._tell, end - 1, pending)
+            )
+
+        @pl.when(end == self.first)
+        def _no_keys():
+            sm90_rows.end_group(emulate=self.plan.emulate_wgmma)
+            sm90_rows.wait_for_groups(0, emulate=self.plan.emulate_wgmma)
+            plgpu.barrier_arrive(self.q_full)
+
+    def _tell(self, last, pending: int):
+        fill = last - pending
+        sm90_rows.wait_for_groups(pending, emulate=self.plan.emulate_wgmma)
+
+        @pl.when(fill == self.first)
+        def _():
+            plgpu.barrier_arrive(self.q_full)
+
+        plgpu.barrier_arrive(self.kv_full.at[slot_of(self.plan, fill)])
+
+
+@dataclasses.dataclass(frozen=True)
 class _Loader:
     """Copies of the key blocks of one width of one list."""
 
@@ -248,6 +315,7 @@ class _Loader:
     width: Width
     kv_smem: jax.Ref
     kv_full: jax.Ref
+    rows: _RowCopies | None  # if blocks are copied by rows
 
     def load(self, begin, end, fill):
         """Copies K of each step, then V of the one before; `fill` counts copies."""
@@ -278,6 +346,17 @@ class _Loader:
         @pl.when(fill >= plan.config.num_slots)
         def _():
             self.signals.wait_kv_free(slot, tile.is_shared)
+
+        if self.rows is not None:
+            sm90_rows.fetch(
+                source.at[tile.batch, :, tile.head],
+                sm90_rows.rows_of_block(self.gmem, block),
+                self.kv_smem.at[slot],
+                num_rows=self.width.tokens,
+                emulate=plan.emulate_wgmma,
+            )
+            self.rows.follow(fill)
+            return
 
         def copy(**options):
             for source_rows, target in self._pieces(source, block, slot):

@@ -61,8 +61,7 @@ def hopper_attention(
       layout: Geometry of the blocks.
       scale: Factor on the logits.
       text_lengths: Valid text tokens of each batch item; None means all.
-      order: How the tokens are ordered; read and written in place unless
-        `sm90_geometry.geometry` says why they must be copied.
+      order: How the tokens are ordered; they are read and written in place.
       config: Buffers and scheduling; chosen by head dimension when None.
       interpret: Run the kernel on the CPU in GPU interpret mode.
 
@@ -142,8 +141,6 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
     batch, _, num_heads, _ = q.shape
     num_lists, num_blocks = batch * num_heads, layout.num_blocks
     places = geometry(layout, static.order)  # type: ignore[arg-type]  # hashable
-    if places.gather is not None:
-        q, k, v = (x[:, places.gather] for x in (q, k, v))
     plan = _plan(static, places, q.shape, q.dtype)
     shape = q.shape
     if plan.box is not None:
@@ -170,13 +167,12 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
         strides=jnp.asarray(places.strides),
         lengths=jnp.asarray(layout.block_lengths),
         valid=valid_lengths(layout, text_lengths),
+        reciprocals=jnp.asarray(places.reciprocals),
     )
     out, lse = attend_blocks(q, k, v, work, plan=plan, interpret=static.interpret)
     if plan.config.lazy:
         out, lse = repair(q, k, v, work, out, lse, plan, static.interpret)
     out = out.reshape(shape)
-    if places.gather is not None:
-        out = out[:, places.scatter]
     lse = lse.reshape(batch, num_heads, num_blocks * sm90.BLOCK)
     if places.moves_lse:
         lse = lse[:, :, places.scatter]
@@ -194,12 +190,13 @@ def _plan(static: _Static, places: Geometry, shape, dtype) -> sm90.Plan:
         head_dim=head_dim,
         num_ctas=num_tiles,
         persistent=False,
-        pairs=static.config.pairs and num_tiles % 2 == 0,
+        pairs=static.config.pairs and num_tiles % 2 == 0 and not places.by_rows,
         is_dense=False,
         scale=static.scale,
         starts_are_multiples=places.starts_are_multiples,
         run=places.run,
         box=places.box,
+        by_rows=places.by_rows,
         widths=places.widths_with_text if static.has_text_lengths else places.widths,
         masks_queries=static.has_text_lengths,
         has_short_blocks=places.stores_short_blocks,
@@ -216,7 +213,10 @@ def repair(q, k, v, work: Work, out, lse, plan: sm90.Plan, interpret):
     which is the usual case, the second kernel ends as soon as it has read that.
     """
     failed = ~(lse < jnp.inf).all(axis=-1).ravel()
-    (tiles,) = jnp.nonzero(failed, size=failed.size, fill_value=0)
+    tiles = jnp.arange(failed.size, dtype=jnp.int32)
+    # What has not failed goes to places past the end, each to its own.
+    place = jnp.where(failed, jnp.cumsum(failed) - 1, failed.size + tiles)
+    tiles = jnp.zeros_like(tiles).at[place].set(tiles, mode="drop", unique_indices=True)
     plan = dataclasses.replace(
         plan,
         config=dataclasses.replace(plan.config, lazy=False),
@@ -224,9 +224,7 @@ def repair(q, k, v, work: Work, out, lse, plan: sm90.Plan, interpret):
         persistent=True,
         pairs=False,
     )
-    work = work._replace(
-        order=tiles.astype(jnp.int32), num_tiles=failed.sum(dtype=jnp.int32)[None]
-    )
+    work = work._replace(order=tiles, num_tiles=failed.sum(dtype=jnp.int32)[None])
     return attend_blocks_again(q, k, v, work, out, lse, plan=plan, interpret=interpret)
 
 
@@ -244,7 +242,7 @@ def tile_order(counts: Int[Array, "L R"], num_slots: int) -> Int[Array, " L*R"]:
       shortest lists of the next head, which end at the same time. So both heads' other
       waves begin together.
     """
-    num_lists, num_blocks = counts.shape
+    num_blocks = counts.shape[1]
     is_full = counts == num_blocks
     num_others = num_blocks - is_full.sum(1, dtype=jnp.int32)
     # How many other lists could run in the time of those before each head's.
@@ -255,13 +253,28 @@ def tile_order(counts: Int[Array, "L R"], num_slots: int) -> Int[Array, " L*R"]:
     before = waiting + jnp.cumsum(num_others) - num_others
     shared = jnp.minimum(-before % num_slots, num_others)
 
-    # Last come the shortest; as many as share a wave with the head before go first.
-    place = (np.arange(num_blocks) - shared[:, None]) % num_blocks
-    by_length = jnp.argsort(-counts, axis=1, stable=True)
-    rows = jnp.take_along_axis(by_length, place, axis=1).astype(jnp.int32)
-    tiles = rows + num_blocks * np.arange(num_lists, dtype=np.int32)[:, None]
-    full_first = jnp.argsort(~is_full.ravel()[tiles.ravel()], stable=True)
-    return tiles.ravel()[full_first]
+    # Which head each place belongs to, and which of its rows that are full, or not.
+    place = jnp.arange(counts.size, dtype=jnp.int32)
+    num_full = num_blocks - num_others
+    head_of_full, full = _divide(place, num_full)
+    head_of_other, other = _divide(place - num_full.sum(), num_others)
+    # Longest first, but for the shortest, which share a wave with the head before.
+    skipped, first = shared[head_of_other], num_full[head_of_other]
+    other += jnp.where(other < skipped, num_blocks, first) - skipped
+
+    is_for_full = place < num_full.sum()
+    head = jnp.where(is_for_full, head_of_full, head_of_other)
+    by_length = jnp.argsort(-counts, axis=1, stable=True).astype(jnp.int32)
+    rows = by_length[head, jnp.where(is_for_full, full, other)]
+    return head * num_blocks + rows
+
+
+def _divide(place: Int[Array, " P"], sizes: Int[Array, " L"]):
+    """Which group each place is in, and where there; groups follow each other."""
+    ends = jnp.cumsum(sizes)
+    group = (ends <= place[:, None]).sum(1, dtype=jnp.int32)
+    group = jnp.minimum(group, len(sizes) - 1)  # places past the end are not used
+    return group, place - (ends - sizes)[group]
 
 
 def _num_multiprocessors() -> int:
@@ -301,9 +314,9 @@ def _why_unsupported(problem: Problem) -> str | None:
 
 def _why_slow(problem: Problem) -> str | None:
     places = geometry(problem.layout, problem.order)  # type: ignore[arg-type]
-    if places.copied_because is None or problem.layout.num_tokens < sm90.BLOCK:
-        return None  # a copy of so few tokens is nothing
-    return f"q, k, v and the output are copied to other places: {places.copied_because}"
+    if not places.by_rows or problem.layout.num_tokens < sm90.BLOCK:
+        return None  # a few tokens take no time either way
+    return f"its blocks are copied row by row: {places.by_rows_because}"
 
 
 BACKEND = Backend(

@@ -89,6 +89,7 @@ def _run(q, k, v, lengths, *, scale, masks, interpret):
         strides=unused[0],
         lengths=jnp.asarray(block_lengths),
         valid=jnp.clip(lengths[:, None] - starts, 0, block_lengths),
+        reciprocals=unused[0],
     )
     config = sm90.KernelConfig.for_head_dim(head_dim)
     plan = sm90.Plan(
@@ -104,6 +105,7 @@ def _run(q, k, v, lengths, *, scale, masks, interpret):
         starts_are_multiples=True,
         run=sm90.BLOCK,
         box=None,
+        by_rows=False,
         widths=_widths(block_lengths, masks),
         masks_queries=masks,
         has_short_blocks=bool(block_lengths[-1] < sm90.BLOCK),

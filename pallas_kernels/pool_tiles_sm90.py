@@ -89,8 +89,12 @@ def why_unsupported(
 def _why_unsupported_shape(shape, dtype) -> str | None:
     if jnp.dtype(dtype).name not in SUPPORTED_DTYPES:
         return f"it takes {', '.join(SUPPORTED_DTYPES)}, not {jnp.dtype(dtype).name}"
-    if shape[2] * shape[3] % THREADS:
-        return f"heads times head dimension must be a multiple of {THREADS}"
+    heads, head_dim = shape[2:]
+    if heads * head_dim % THREADS:
+        return (
+            f"heads times head dimension must be a multiple of {THREADS}, not {heads} "
+            f"* {head_dim}: give each device a number of heads that makes it one"
+        )
     return None
 
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.inline_ptx import THREADS, WORD
-from pallas_kernels.rank_teams_sm90 import Rows
+from pallas_kernels.rank_teams_sm90 import MAX_UNITS, Rows
 
 # ---------------------------------------------------- of rank_registers_sm90
 
@@ -117,7 +117,7 @@ def totals_from(keys, value, units, scratch_smem, rows: Rows):
     count = _reduced(is_in.astype(jnp.uint32), jnp.sum, rows).astype(jnp.int32)
     if units is None:
         return count, None
-    return count, _reduced(jnp.where(is_in, units, 0), jnp.sum, rows)
+    return count, _reduced(jnp.where(is_in, units, 0), _sum_up_to_max, rows)
 
 
 def reduce_rows(values, operation: str, scratch_smem, rows: Rows):
@@ -154,6 +154,13 @@ def _by_register(row, rows: Rows):
     return jnp.pad(row[:size], (0, size - min(row.size, size))).reshape(
         rows.registers, rows.lanes
     )
+
+
+def _sum_up_to_max(units, axis):
+    def add(a, b):
+        return jnp.minimum(a + b, jnp.uint32(MAX_UNITS))
+
+    return lax.reduce(units, jnp.uint32(0), add, axis)
 
 
 def _reduced(values, function, rows: Rows) -> jax.Array:

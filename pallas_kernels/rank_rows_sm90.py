@@ -25,9 +25,10 @@ from jaxtyping import Array, Float, Int, UInt32
 from pallas_kernels import rank_emulated, rank_teams_sm90
 from pallas_kernels.batching import fold_mapped_axes
 from pallas_kernels.inline_ptx import THREADS, strided
-from pallas_kernels.rank_teams_sm90 import SCRATCH_WORDS, WARPS, Rows
+from pallas_kernels.rank_teams_sm90 import MAX_UNITS, SCRATCH_WORDS, WARPS, Rows
 
-MASS_UNITS = 1 << 30  # probabilities are added as integers, in any order alike
+# Probabilities are added as integers, in any order alike. Sums stop at 1.
+MASS_UNITS = MAX_UNITS
 WARP_COLUMNS = (
     1024  # at most, of a row that one warp holds: 32 registers for each thread
 )
@@ -62,8 +63,9 @@ def select_in_rows(
       most: Scores to keep at most, `least` to C.
       forced: Bits of scores that rank before all others, 32 to a word, the first in the
         lowest bit; the same in each map. None if there are none.
-      wanted: Mass to reach, in units of 1 / MASS_UNITS. The scores of a row are
-        probabilities then: their sum must be below 4. Without it `most` are kept.
+      wanted: Mass to reach, in units of 1 / MASS_UNITS and at most as many. A score
+        counts as a mass of 0 to 1: negative ones and NaN as 0, larger ones as 1. The
+        sum of a row may be any. Without it `most` are kept.
       interpret: Run on the CPU in GPU interpret mode.
 
     Returns:

@@ -29,6 +29,11 @@ from pallas_kernels.inline_ptx import (
 
 WARPS = 4
 SCRATCH_WORDS = 12  # of shared memory: `or_of_all` has 4, others 4 for each value
+MAX_UNITS = 1 << 30  # of a key; sums stop there
+# Bits of a thread's sum that a warp adds by themselves, 32 * 2^LOW_BITS at most; it
+# adds the bits above them below the count, in one word.
+LOW_BITS = 25
+ONE_IN_COUNT = 1 << 16  # above 32 * 2^(30 - LOW_BITS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,15 +218,16 @@ def totals_from(keys, value, units, scratch_smem, rows: Rows):
     Args:
       keys: uint32.
       value: uint32, one for each row.
-      units: uint32, or None: no sum then.
+      units: uint32, at most MAX_UNITS each; or None: no sum then.
       scratch_smem: SCRATCH_WORDS words.
       rows: How the rows lie.
 
     Returns:
-      Counts in int32, and sums in uint32 or None.
+      Counts in int32, and sums in uint32 or None: MAX_UNITS where a sum is larger.
     """
     layout, row_layout = strided(rows.size), strided(THREADS)
     has_units = units is not None
+    assert rows.registers <= 64, "counts and sums of a warp share a word"
     arrays = (keys, units) if has_units else (keys,)
     types = (jnp.int32, jnp.uint32) if has_units else (jnp.int32,)
 
@@ -231,8 +237,11 @@ def totals_from(keys, value, units, scratch_smem, rows: Rows):
     )
     def total(_, scratch, value, *arrays):
         ((value,),) = scalars(value)
-        sums = [_add_if_at_least(value, scalars(*arrays), has_units)]
-        sums = _reduce(list(sums[0]), "add", scratch, rows)
+        if has_units:
+            sums = _sums_of_team(value, scalars(*arrays), scratch, rows)
+        else:
+            count = _count_at_least(value, scalars(*arrays))
+            sums = [_reduce(count, "add", scratch, rows)]
         return tuple(
             array_of(np.array([x], dtype=object), is_signed=dtype == jnp.int32)
             for x, dtype in zip(sums, types, strict=True)
@@ -243,30 +252,35 @@ def totals_from(keys, value, units, scratch_smem, rows: Rows):
     return totals if has_units else (totals[0], None)
 
 
-def _add_if_at_least(value, elements, has_units: bool):
-    """Count, and sum of units, of a thread's keys that are at least a value.
+def _count_at_least(value, elements):
+    """A thread's keys that are at least a value: a predicated addition for each."""
+    count = const(0)
+    for (key,) in elements:
+        count = asm(
+            "{.reg .pred p; setp.ge.u32 p, $2, $3; @p add.u32 $0, $0, 1;}",
+            "=r,0,r,r",
+            count,
+            key,
+            value,
+            result=i32(),
+            is_pure=True,
+        )
+    return count
 
-    Two predicated additions: a select and an addition would be one more instruction.
+
+def _sums_of_team(value, elements, scratch, rows: Rows):
+    """Count, and sum of units up to MAX_UNITS, of a team's keys that reach a value.
+
+    A sum is cut to MAX_UNITS before it can pass 32 bits: after two additions in a
+    thread, and by adding its low and high bits apart in a warp.
     """
-    if not has_units:
-        count = const(0)
-        for (key,) in elements:
-            count = asm(
-                "{.reg .pred p; setp.ge.u32 p, $2, $3; @p add.u32 $0, $0, 1;}",
-                "=r,0,r,r",
-                count,
-                key,
-                value,
-                result=i32(),
-                is_pure=True,
-            )
-        return (count,)
     pair = ir.Type.parse("!llvm.struct<(i32, i32)>")
     count = held = const(0)
-    for key, units in elements:
+    for i, (key, units) in enumerate(elements):
+        limit = f"min.u32 $1, $1, {MAX_UNITS};" if i % 2 else ""
         both = asm(
-            "{.reg .pred p; setp.ge.u32 p, $4, $5; @p add.u32 $0, $0, 1; "
-            "@p add.u32 $1, $1, $6;}",
+            f"{{.reg .pred p; setp.ge.u32 p, $4, $5; @p add.u32 $0, $0, {ONE_IN_COUNT};"
+            f"@p add.u32 $1, $1, $6; {limit}}}",
             "=&r,=&r,0,1,r,r,r",
             count,
             held,
@@ -277,7 +291,23 @@ def _add_if_at_least(value, elements, has_units: bool):
             is_pure=True,
         )
         count, held = (llvm.extractvalue(i32(), both, [i]) for i in range(2))
-    return count, held
+    held = arith.minui(held, const(MAX_UNITS))
+    high = arith.addi(count, arith.shrui(held, const(LOW_BITS)))
+    low = arith.andi(held, const((1 << LOW_BITS) - 1))
+    high = _reduce_warp(high, "add")
+    low = _reduce_warp(low, "add")
+    count = arith.divui(high, const(ONE_IN_COUNT))
+    high = arith.andi(high, const(ONE_IN_COUNT - 1))
+    high = arith.minui(high, const(MAX_UNITS >> LOW_BITS))
+    held = _add_up_to_max(arith.shli(high, const(LOW_BITS)), low)
+    if rows.team == 1:
+        return [count, held]
+    values = [(count, arith.addi), (held, _add_up_to_max)]
+    return _exchange(values, scratch, first_word=WARPS)
+
+
+def _add_up_to_max(a, b):
+    return arith.minui(arith.addi(a, b), const(MAX_UNITS))
 
 
 def reduce_rows(values, operation: str, scratch_smem, rows: Rows):
@@ -290,21 +320,20 @@ def reduce_rows(values, operation: str, scratch_smem, rows: Rows):
     )
     def reduce(_, scratch, values):
         own = functools.reduce(combine, (x for (x,) in scalars(values)))
-        return array_of(
-            np.array(_reduce([own], operation, scratch, rows), dtype=object)
-        )
+        reduced = _reduce(own, operation, scratch, rows)
+        return array_of(np.array([reduced], dtype=object))
 
     return reduce(scratch_smem, plgpu.layout_cast(values, strided(rows.size)))
 
 
-def _reduce(values, operation: str, scratch, rows: Rows):
-    """Reduces a value, or two, over the threads of each team."""
-    assert len(values) <= 2
-    values = [_reduce_warp(x, operation) for x in values]
+def _reduce(value, operation: str, scratch, rows: Rows):
+    """Reduces a value over the threads of each team."""
+    value = _reduce_warp(value, operation)
     if rows.team == 1:
-        return values
+        return value
     combine = {"add": arith.addi, "min": arith.minui, "max": arith.maxui}[operation]
-    return _exchange(values, combine, scratch, first_word=WARPS)
+    (value,) = _exchange([(value, combine)], scratch, first_word=WARPS)
+    return value
 
 
 def or_of_all(values, scratch_smem, rows: Rows):
@@ -320,7 +349,7 @@ def or_of_all(values, scratch_smem, rows: Rows):
         ((word,),) = scalars(values)
         if rows.per_cta > 1:
             word = _reduce_warp(word, "or")
-            (word,) = _exchange([word], arith.ori, scratch, first_word=0)
+            (word,) = _exchange([(word, arith.ori)], scratch, first_word=0)
         return mgpu.FragmentedArray.splat(word, (), is_signed=False)
 
     return reduce(scratch_smem, plgpu.layout_cast(values, strided(THREADS)))
@@ -332,13 +361,17 @@ def _reduce_warp(value, operation: str):
     return asm(code, "=r,r", value, result=i32())
 
 
-def _exchange(values, combine, scratch, *, first_word: int):
-    """Combines values over the warps; lane 0 of each tells the others its own."""
+def _exchange(values, scratch, *, first_word: int):
+    """Combines values over the warps, each by its function; at most two.
+
+    Lane 0 of each warp tells the others its own.
+    """
+    assert first_word + WARPS * len(values) <= SCRATCH_WORDS
     base = llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(scratch))
     thread = mgpu.utils.thread_idx()
     lane = arith.andi(thread, const(WORD - 1))
     warp = arith.shrui(thread, const(5))
-    for i, value in enumerate(values):
+    for i, (value, _) in enumerate(values):
         asm(
             "{.reg .pred p; .reg .u32 a; setp.eq.u32 p, $1, 0; "
             "mad.lo.u32 a, $2, 4, $0; @p st.shared.u32 [a], $3;}",
@@ -350,7 +383,7 @@ def _exchange(values, combine, scratch, *, first_word: int):
         )
     mgpu.utils.warpgroup_barrier()
     combined = []
-    for i in range(len(values)):
+    for i, (_, combine) in enumerate(values):
         loaded = [
             asm(
                 "ld.shared.u32 $0, [$1];",

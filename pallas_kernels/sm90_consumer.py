@@ -16,8 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import sm90_rows, sm90_wgmma
 from pallas_kernels import sm90_softmax as softmax
-from pallas_kernels import sm90_wgmma
 from pallas_kernels.sm90_plan import (
     ALIGNMENT,
     BLOCK,
@@ -290,7 +290,14 @@ def _store_tile(gmem, plan: Plan, tile, wg, acc, reference, total, o_smem, lse_s
         commit_group=False,
     )
 
-    if plan.box is None:
+    if plan.by_rows:
+        sm90_rows.store(
+            o_smem,
+            sm90_rows.rows_of_block(gmem, tile.block, wg * ROWS),
+            gmem.out.at[tile.batch, :, tile.head],
+            emulate=plan.emulate_wgmma,
+        )
+    elif plan.box is None:
         _store_rows(gmem, plan, tile, wg, o_smem)
     else:
         _store_boxes(gmem, plan, plan.box, tile, wg, o_smem)

@@ -7,6 +7,7 @@ import numpy as np
 
 from pallas_kernels.interfaces import BlockLayout, Order
 from pallas_kernels.sm90_plan import ALIGNMENT, BLOCK, ROWS, Box, Width
+from pallas_kernels.sm90_rows import reciprocal_of
 from pallas_kernels.sm90_wgmma import STEP
 
 MAX_WIDTHS = 3  # each is a loop of its own in the kernel's code
@@ -18,49 +19,55 @@ class Geometry:
 
     Attributes:
       starts: First token of each block over ALIGNMENT; with boxes, its row among the
-        rows of all frames.
+        rows of all frames; by rows, the token itself.
       run: Tokens of a block that follow each other in memory; BLOCK if all do.
       strides: Tokens from the start of a run to that of the next, over ALIGNMENT, for
-        each block; with boxes, its first column over ALIGNMENT.
+        each block; with boxes, its first column over ALIGNMENT; by rows, tokens from
+        the end of a run to the start of the next.
+      reciprocals: Of the length of each block's runs, by rows; see `sm90_rows`.
       box: How blocks are cut out of frames, or None.
       frame_shape: Rows of all frames, columns over ALIGNMENT, ALIGNMENT; with boxes.
       starts_are_multiples: Block r starts at token r * BLOCK and is in one piece.
       stores_short_blocks: A short block is followed by another one's tokens.
-      gather: Token of each place, if blocks must be moved first, else None.
       scatter: Place of each token among blocks of full length.
       moves_lse: Whether the places, in order, are anything but the tokens.
       widths: Classes of key blocks, widest first.
       widths_with_text: The same where text may be shorter than its blocks.
       width_of_block: Number of each block's class.
-      copied_because: Why `gather` is needed and what helps, or None.
+      by_rows_because: Why blocks are copied by rows and what helps, or None.
     """
 
     starts: np.ndarray
     run: int
     strides: np.ndarray
+    reciprocals: np.ndarray
     box: Box | None
     frame_shape: tuple[int, ...]
     starts_are_multiples: bool
     stores_short_blocks: bool
-    gather: np.ndarray | None
     scatter: np.ndarray
     moves_lse: bool
     widths: tuple[Width, ...]
     widths_with_text: tuple[Width, ...]
     width_of_block: np.ndarray
-    copied_because: str | None
+    by_rows_because: str | None
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether threads copy each row, for TMA cannot."""
+        return self.by_rows_because is not None
 
 
 @functools.lru_cache(maxsize=64)
 def geometry(layout: BlockLayout, order: Order) -> Geometry:
-    """Decides how the kernel reads a sequence: in place, or copied first.
+    """Decides how the kernel reads a sequence: in whole blocks, or row by row.
 
     Swizzled copies start at multiples of 8 tokens. In tiled order that holds for tiles
     of 8 x 16 on every grid whose edge tiles have a multiple of 8 tokens, which takes in
     45 x 80 and 30 x 52. In raster order a block is rows of a tile, which must start at
     multiples of 8 tokens too and be as long as the tile is wide: 45 x 80 does, 30 x 52
     does not. Without text the rows are copied together, in boxes of 8 columns. Other
-    sequences are copied to blocks of full length first.
+    sequences are read and written row by row.
     """
     lengths = layout.block_lengths
     multiples = np.arange(layout.num_blocks, dtype=np.int32) * BLOCK
@@ -70,13 +77,15 @@ def geometry(layout: BlockLayout, order: Order) -> Geometry:
     if order == "raster":
         scatter = scatter[layout.raster_order]
     starts, strides, run, cause = _runs(layout, order)
-    gather, box, frame_shape = None, None, ()
+    starts_are_multiples = run == BLOCK and bool((starts == multiples).all())
+    box, frame_shape = None, ()
+    reciprocals = np.zeros(1, np.int32)
     widths, width_of_block = _widths(layout, has_text_lengths=False)
     if cause is not None:
-        gather = _token_of_place(layout, order)
-        starts, strides, run = multiples, np.zeros_like(multiples), BLOCK
-    starts_are_multiples = run == BLOCK and bool((starts == multiples).all())
-    starts, strides = starts // ALIGNMENT, strides // ALIGNMENT
+        starts, strides, reciprocals = _single_rows(layout, order)
+        run = BLOCK
+    else:
+        starts, strides = starts // ALIGNMENT, strides // ALIGNMENT
     if run != BLOCK and (boxes := _boxes(layout, starts, strides, run)):
         box, frame_shape, starts, strides = boxes
         block, row = np.divmod(scatter, BLOCK)
@@ -90,15 +99,15 @@ def geometry(layout: BlockLayout, order: Order) -> Geometry:
         strides=strides.astype(np.int32),
         box=box,
         frame_shape=frame_shape,
+        reciprocals=reciprocals,
         starts_are_multiples=starts_are_multiples,
-        stores_short_blocks=cause is None and bool((lengths < BLOCK).any()),
-        gather=gather,
+        stores_short_blocks=bool((lengths < BLOCK).any()),
         scatter=scatter,
         moves_lse=not np.array_equal(scatter, np.arange(layout.num_blocks * BLOCK)),
         widths=widths,
         widths_with_text=_widths(layout, has_text_lengths=True)[0],
         width_of_block=width_of_block,
-        copied_because=cause,
+        by_rows_because=cause,
     )
 
 
@@ -143,7 +152,7 @@ def _runs(layout: BlockLayout, order: Order):
         strides = np.where(lengths > run, second - first, run)
         if not _are_regular(layout, first, strides, run):
             cause = f"its frames cannot be cut into tiles {run} tokens wide"
-            return first, strides, run, f'{cause}; order="tiled" needs no copy'
+            return first, strides, run, f'{cause}; order="tiled" is faster'
         starts = first
     else:
         run = BLOCK
@@ -161,11 +170,26 @@ def _are_regular(layout: BlockLayout, first, strides, run: int) -> bool:
     return bool((token == layout.tile_order).all())
 
 
-def _token_of_place(layout: BlockLayout, order: Order) -> np.ndarray:
-    """Which token goes to each place of blocks of full length; any past their end."""
-    place = layout.block_starts[:, None] + np.arange(BLOCK)
-    place = np.minimum(place, layout.num_tokens - 1).ravel()
-    return layout.tile_order[place] if order == "raster" else place
+def _single_rows(layout: BlockLayout, order: Order):
+    """First token, jump from run to run, and reciprocal of the run, of each block."""
+    first, lengths = layout.block_starts, layout.block_lengths
+    if order == "tiled":
+        starts, runs, strides = (
+            first,
+            np.full_like(first, BLOCK),
+            np.full_like(first, BLOCK),
+        )
+    else:
+        tokens = layout.tile_order
+        starts = tokens[first]
+        # A run ends where the next token is not the next one in memory.
+        ends = np.flatnonzero(np.append(np.diff(tokens) != 1, True))
+        runs = ends[np.searchsorted(ends, first)] + 1 - first
+        is_one = runs >= lengths
+        runs = np.where(is_one, BLOCK, runs)
+        second = tokens[np.minimum(first + runs, layout.num_tokens - 1)]
+        strides = np.where(is_one, BLOCK, second - starts)
+    return starts, strides - runs, reciprocal_of(runs).astype(np.int32)
 
 
 def _widths(layout: BlockLayout, *, has_text_lengths: bool):

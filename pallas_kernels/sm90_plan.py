@@ -67,6 +67,7 @@ class Plan:
     starts_are_multiples: bool  # block r starts at token r * BLOCK
     run: int  # tokens of a block that lie together in memory; BLOCK if all do
     box: "Box | None"  # or how a block is cut out of frames
+    by_rows: bool  # or threads copy each row of a block
     widths: tuple["Width", ...]  # widest first; lists have them in this order
     masks_queries: bool  # some query inside a block is padding
     has_short_blocks: bool
@@ -79,8 +80,22 @@ class Plan:
 
     @property
     def num_copies(self) -> int:
-        """Copies of a block."""
+        """Copies of a key block that arrive on its barrier."""
         return BLOCK // self.run if self.box is None else self.box.number
+
+    @property
+    def num_query_copies(self) -> int:
+        """Likewise of a query block; a copy is for one consumer."""
+        return 1 if self.by_rows else max(self.num_copies, NUM_CONSUMERS)
+
+    @property
+    def copies_ahead(self) -> int:
+        """Copies by rows that are under way while the next one is started.
+
+        A slot is free once its block and the next have arrived and been used, so two
+        slots at least are for blocks that have.
+        """
+        return min(2, self.config.num_slots - 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +138,11 @@ class GlobalRefs:
     full_list: jax.Ref  # [R], the blocks of a full row
     order: jax.Ref  # [num_tiles], tiles in the order in which CTAs take them
     num_tiles: jax.Ref  # [1], how many of them
-    starts: jax.Ref  # [R], first token of each block over ALIGNMENT; a box's first row
-    strides: jax.Ref  # [R], from one run to the next, likewise; a box's first column
+    starts: jax.Ref  # [R], where blocks begin: see `sm90_geometry.Geometry`
+    strides: jax.Ref  # [R], likewise
     lengths: jax.Ref  # [R], tokens of each block
     valid: jax.Ref  # [B, R], tokens of each block that are not padding
+    reciprocals: jax.Ref  # [R], if blocks are copied by rows: see `sm90_rows`
     out: jax.Ref
     lse: jax.Ref  # [B * N, R, BLOCK]
 
@@ -168,7 +184,7 @@ def scratch_types(plan: Plan, dtype: jax.typing.DTypeLike) -> dict[str, Any]:
         "q_smem": tokens(NUM_CONSUMERS, ROWS),
         "kv_smem": tokens(slots, BLOCK),
         "lse_smem": plgpu.SMEM(rows, jnp.float32),
-        "q_full": plgpu.Barrier(num_arrivals=max(plan.num_copies, NUM_CONSUMERS)),
+        "q_full": plgpu.Barrier(num_arrivals=plan.num_query_copies),
         "q_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
         "kv_full": plgpu.Barrier(num_arrivals=plan.num_copies, num_barriers=slots),
         "kv_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=slots),

@@ -1,9 +1,10 @@
-"""Markers and options shared by every test."""
+"""Markers, options and fixtures shared by every test."""
 
 import os
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 # Pallas' interpret mode blocks one thread of XLA's pool for each warpgroup, and one
@@ -34,3 +35,45 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.config.getoption("--require-gpu"):
         pytest.fail(f"--require-gpu: {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+MEASURED = "measured: "  # how properties of a test begin that `measured` recorded
+
+
+@pytest.fixture
+def measured(record_property):
+    """Records the largest value of each name, for JUnit files and the summary."""
+    largest: dict[str, float] = {}
+
+    def record(name: str, value: float) -> None:
+        largest[name] = max(largest.get(name, 0.0), float(value))
+
+    yield record
+    for name, value in largest.items():
+        record_property(MEASURED + name, value)
+
+
+@pytest.fixture
+def assert_close(measured):
+    """numpy.testing.assert_allclose that records the largest difference it let pass."""
+
+    def check(name: str, got, want, tolerance: dict[str, float]) -> None:
+        got, want = (np.asarray(x).astype(np.float64) for x in (got, want))
+        np.testing.assert_allclose(got, want, **tolerance)
+        differ = got != want  # infinities may be equal
+        differences = np.abs(got[differ] - want[differ])
+        measured(name, differences.max(initial=0.0))
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Prints what tests measured, the largest of all of them."""
+    largest: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name.startswith(MEASURED):
+                    largest[name] = max(largest.get(name, 0.0), value)
+    for name, value in sorted(largest.items()):
+        terminalreporter.write_line(f"{name} {value:.3g}")

@@ -1,5 +1,6 @@
 """What users get wrong, and what they are told."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,10 +8,13 @@ import pytest
 from draft_jax import (
     BlockMask,
     DraftConfig,
+    PooledTokens,
     VideoGrid,
+    compute_mask,
     draft_attention,
     draft_scores,
     kept_pairs_budget,
+    norm_rope_pool,
     pool_tokens,
     select_blocks,
 )
@@ -180,13 +184,13 @@ def test_positional_fields_are_refused():
             lambda: draft_scores(
                 ones(2, 24, 3, 8), ones(2, 24, 3, 8), grid=GRID, config=DraftConfig()
             ),
-            "q has 24 tokens; .* has 29, text included",
+            r"q has shape \(2, 24, 3, 8\), 24 tokens; .* has 29, text included",
         ),
         (
             lambda: draft_scores(
                 ones(*SHAPE), ones(2, 29, 1, 8), grid=GRID, config=DraftConfig()
             ),
-            r"q and k must have one shape; got \(2, 29, 3, 8\) and \(2, 29, 1, 8\)",
+            r"k has shape \(2, 29, 1, 8\); it must equal q's shape \(2, 29, 3, 8\)",
         ),
         (
             lambda: select_blocks(ones(2, 3, 5, 5), grid=GRID, config=DraftConfig()),
@@ -199,6 +203,112 @@ def test_positional_fields_are_refused():
 def test_parts(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+QUERIES_AND_KEYS = {  # q, k, error, what its message says
+    "rank": (
+        ones(29, 3, 8),
+        ones(29, 3, 8),
+        ValueError,
+        r"q has shape \(29, 3, 8\); expected \[batch, tokens, heads, head_dim\]",
+    ),
+    "no heads": (
+        ones(2, 29, 0, 8),
+        ones(2, 29, 0, 8),
+        ValueError,
+        r"q has shape \(2, 29, 0, 8\)",
+    ),
+    "k's rank": (ones(*SHAPE), ones(2, 29, 24), ValueError, r"k has shape \(2, 29, 24"),
+    "tokens": (
+        ones(2, 24, 3, 8),
+        ones(2, 24, 3, 8),
+        ValueError,
+        "24 tokens; VideoGrid.* has 29, text included",
+    ),
+    "integers": (
+        ones(*SHAPE, dtype=int),
+        ones(*SHAPE, dtype=int),
+        TypeError,
+        "q has dtype int32; accepted are float32, bfloat16, float16",
+    ),
+    "k's dtype": (
+        ones(*SHAPE),
+        ones(*SHAPE, dtype="bfloat16"),
+        TypeError,
+        "k has dtype bfloat16; it must equal q's dtype float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("function", [draft_scores, compute_mask, norm_rope_pool])
+@pytest.mark.parametrize("case", QUERIES_AND_KEYS)
+def test_queries_and_keys(case, function):
+    q, k, error, message = QUERIES_AND_KEYS[case]
+    with pytest.raises(error, match=message):
+        function(q, k, grid=GRID, config=DraftConfig())
+
+
+@pytest.mark.parametrize("function", [draft_scores, compute_mask, norm_rope_pool])
+def test_order_of_queries_and_keys(function):
+    q = ones(*SHAPE)
+    with pytest.raises(ValueError, match="order='frames' must be one of"):
+        function(q, q, grid=GRID, config=DraftConfig(), order="frames")
+
+
+def test_pooled_in_another_dtype():
+    q, half = ones(*SHAPE), ones(2, 4, 3, 8, dtype="bfloat16")
+    pooled = PooledTokens(q_mean=half, k_mean=half)
+    message = r"pooled\.q_mean has dtype bfloat16; expected float32"
+    with pytest.raises(TypeError, match=message):
+        draft_scores(q, q, grid=GRID, config=DraftConfig(), pooled=pooled)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool"])
+def test_scores_that_are_no_numbers_with_a_fraction(dtype):
+    with pytest.raises(TypeError, match=f"scores has dtype {dtype}; accepted are flo"):
+        select_blocks(
+            ones(2, 3, 4, 4, dtype=dtype), grid=GRID, config=DraftConfig(sparsity=0.5)
+        )
+
+
+BUDGETS = {  # budget, error, what its message says
+    "zero": (0, ValueError, "budget=0 must be within 1 and 8, the percentile budget"),
+    "large": (9, ValueError, "budget=9 must be within 1 and 8"),
+    "numpy scalar": (np.int32(9), ValueError, "budget=9 must be within 1 and 8"),
+    "numpy array": (np.array(9), ValueError, "budget=9 must be within 1 and 8"),
+    "jax array": (jnp.asarray(-1), ValueError, "budget=-1 must be within 1 and 8"),
+    "true": (True, TypeError, "budget=True must be an integer, not bool"),
+    "fraction": (2.5, TypeError, "budget=2.5 must be an integer, not float64"),
+    "float array": (jnp.ones(()), TypeError, "must be an integer, not float32"),
+    "shape": (np.array([4]), ValueError, r"budget has shape \(1,\); expected a scalar"),
+    "per head": (jnp.full((2, 3), 4), ValueError, r"budget has shape \(2, 3\)"),
+}
+
+
+@pytest.mark.parametrize("case", BUDGETS)
+def test_budget(case):
+    budget, error, message = BUDGETS[case]
+    config = DraftConfig(sparsity=0.5)
+    with pytest.raises(error, match=message):
+        select_blocks(ones(2, 3, 4, 4), grid=GRID, config=config, budget=budget)
+
+
+def test_budget_under_jit():
+    """Values are not known there: the nearest one that is possible is taken."""
+
+    def num_kept(budget):
+        config = DraftConfig(sparsity=0.5, keep_own_tile=True)
+        scores = jnp.arange(16.0).reshape(1, 1, 4, 4)
+        mask = select_blocks(scores, grid=GRID, config=config, budget=budget)
+        return mask.to_dense()[0, 0, :4, :4].sum()
+
+    assert jax.jit(num_kept)(9) == 8
+    assert jax.jit(num_kept)(np.int32(6)) == 6
+    assert jax.jit(num_kept)(-1) == 4  # every block's own
+    with pytest.raises(TypeError, match="must be an integer, not float32"):
+        jax.jit(num_kept)(2.5)
+    with pytest.raises(ValueError, match=r"budget has shape \(2,\)"):
+        jax.jit(num_kept)(np.array([2, 3]))
 
 
 def test_numpy_arrays_are_welcome():

@@ -1,5 +1,7 @@
 """A step that reuses its mask runs neither pooling nor selection."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -81,6 +83,25 @@ def test_only_a_refresh_pools_and_selects(program, is_wanted):
         equation, branch = path[-1]
         other = equation.params["branches"][1 - branch].jaxpr
         assert not other.eqns, "the branch that reuses the mask computes nothing"
+
+
+@pytest.mark.parametrize("is_wanted", [is_ranking, is_draft, is_pooling])
+def test_a_known_reuse_has_no_trace_of_a_new_mask(program, is_wanted):
+    """A step whose values are known: closed over, where another is an argument."""
+    layer, step, mask = program
+    reuse = type(step)(dense=step.dense, budget=step.budget, refresh=np.asarray(False))
+    for known, num_expected in ((step, 1), (reuse, 0)):
+        jaxpr = jax.make_jaxpr(functools.partial(layer, known))(mask).jaxpr
+        paths = list(conditions_around(jaxpr, is_wanted))
+        assert min(len(paths), 1) == num_expected
+        assert not any(paths), "no conditional either way"
+
+
+def test_a_known_reuse_returns_its_mask_untouched(program):
+    layer, step, mask = program
+    reuse = type(step)(dense=step.dense, budget=step.budget, refresh=np.asarray(False))
+    jaxpr = jax.make_jaxpr(functools.partial(layer, reuse))(mask).jaxpr
+    assert jaxpr.outvars[1:] == jaxpr.invars
 
 
 def test_both_branches_survive_compilation(program):

@@ -1,3 +1,5 @@
+import warnings
+
 import jax.numpy as jnp
 import naive_draft
 import numpy as np
@@ -5,10 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from draft_jax import pooling
 from draft_jax.config import DraftConfig
 from draft_jax.draft_scores import draft_scores
 from draft_jax.grid import VideoGrid
 from draft_jax.pooling import pool_tokens
+from pallas_kernels.block_sparse_attention import SlowBackendWarning, forget_warnings
+from pallas_kernels.interfaces import Device
 
 # Largest error measured: 2.4e-7 in pooled values, 9e-8 in probabilities.
 F32 = {"rtol": 1e-6, "atol": 1e-6}
@@ -59,6 +64,34 @@ def test_any_grid_pools_like_a_loop(shape, tile, order, reduction, seed):
     x = x[:, grid.tile_order] if order == "tiled" else x
     got = pool_tokens(jnp.asarray(x), grid, order=order, reduction=reduction)
     np.testing.assert_allclose(got, expected, **F32)
+
+
+@pytest.mark.parametrize(
+    ("capability", "heads", "cause"),
+    [
+        ((9, 0), (3, 64), r"multiple of 128, not 3 \* 64: give each device"),
+        ((8, 0), (2, 64), r"needs an NVIDIA Hopper GPU \(sm_90\), not X100"),
+        (None, (2, 64), "needs an NVIDIA Hopper GPU"),
+    ],
+    ids=["channels", "ampere", "not-nvidia"],
+)
+def test_a_gpu_without_the_kernel_warns_once(monkeypatch, capability, heads, cause):
+    device = Device(platform="gpu", kind="X100", compute_capability=capability)
+    monkeypatch.setattr(pooling, "current_device", lambda *arrays: device)
+    q = jnp.ones((1, GRIDS[5].num_tokens, *heads))
+    forget_warnings()
+    with pytest.warns(SlowBackendWarning, match=f"pooling runs on XLA .*{cause}"):
+        pooling.pool_queries_and_keys(q, q, GRIDS[5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pooling.pool_queries_and_keys(q, q, GRIDS[5])
+
+
+def test_a_cpu_does_not_warn():
+    q = jnp.ones((1, GRIDS[5].num_tokens, 3, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pooling.pool_queries_and_keys(q, q, GRIDS[5])
 
 
 def test_sums_are_taken_in_float32():

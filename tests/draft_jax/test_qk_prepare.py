@@ -19,6 +19,7 @@ from draft_jax import (
     draft_attention,
     draft_scores,
     initial_mask,
+    kept_pairs_budget,
     norm_rope_pool,
     qk_prepare,
     scheduled_attention,
@@ -157,18 +158,45 @@ def test_a_slower_path_warns_once():
 
 @pytest.mark.parametrize("order", ["raster", "tiled"])
 @pytest.mark.parametrize("pooling", ["mean", "mean+max"])
-def test_pooled_values_change_nothing(pooling, order):
+def test_pooled_values_make_the_mask(pooling, order):
+    """Pooled by loops, of the given tokens and of others: the mask is theirs."""
     config = DraftConfig(sparsity=0.5, pooling=pooling)
-    q, k, options = random_case(GRID, NORMS["heads"])
-    v = q + 1
-    q, k, pooled = norm_rope_pool(
-        q, k, grid=GRID, config=config, order=order, **options
+    q, k, _ = random_case(GRID, NORMS["none"])
+    others = random_case(GRID, NORMS["none"], seed=1)[:2]
+    given = [x if order == "raster" else x[:, GRID.tile_order] for x in (q, k)]
+    attend = functools.partial(
+        draft_attention, grid=GRID, config=config, order=order, return_mask=True
     )
-    shared = {"grid": GRID, "config": config, "order": order}
-    plain = draft_attention(q, k, v, **shared, return_mask=True)
-    given = draft_attention(q, k, v, **shared, pooled=pooled, return_mask=True)
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(given), strict=True):
-        np.testing.assert_array_equal(a, b)
+    out, plain = attend(*given, given[0])
+    masks = []
+    for pair in ((q, k), others):
+        visual = [np.asarray(x, np.float64)[:, GRID.visual_tokens] for x in pair]
+        reductions = [np.mean, np.max] if pooling == "mean+max" else [np.mean]
+        pooled = PooledTokens.from_reductions(
+            ("mean", "max")[: len(reductions)],
+            tuple(
+                jnp.asarray(naive_draft.pool(x, GRID, reduction), jnp.float32)
+                for x in visual
+                for reduction in reductions
+            ),
+        )
+        maps = [naive_draft.draft_map(*visual, GRID, f) for f in reductions]
+        budget = kept_pairs_budget(0.5, GRID.num_visual_blocks)
+        kept = [
+            [naive_draft.select_percentile(scores, budget) for scores in item]
+            for item in np.mean(maps, axis=0)
+        ]
+        got, mask = attend(*given, given[0], pooled=pooled)
+        masks.append(naive_draft.add_text(np.array(kept), GRID))
+        np.testing.assert_array_equal(mask.to_dense(), masks[-1])
+        raster = np.asarray(got)[:, GRID.raster_order] if order == "tiled" else got
+        expected = naive_draft.attention(
+            np.asarray(q), np.asarray(k), np.asarray(q), masks[-1], GRID
+        )
+        np.testing.assert_allclose(raster, expected, rtol=1e-5, atol=1e-5)
+    assert (masks[0] != masks[1]).any()
+    np.testing.assert_array_equal(plain.to_dense(), masks[0])
+    np.testing.assert_array_equal(out, attend(*given, given[0], mask=plain)[0])
 
 
 @pytest.mark.parametrize("state", ["refresh", "reuse", "dense"])
@@ -220,7 +248,7 @@ def test_bad_pooled_values_are_named():
             {"rope": (jnp.zeros((33, 32)),) * 2},
             r"cosines of rope .*expected \(30, 32\)",
         ),
-        ({"grid": BEFORE}, "q has 33 tokens; "),
+        ({"grid": BEFORE}, r"q has shape \(2, 33, 4, 64\), 33 tokens; "),
     ],
     ids=["no-scales", "no-norm", "scale-shape", "rope-shape", "grid"],
 )
@@ -232,5 +260,5 @@ def test_bad_inputs_are_named(changes, message):
 
 def test_q_and_k_must_agree():
     q, k, options = random_case(GRID, NORMS["none"])
-    with pytest.raises(ValueError, match="one shape and dtype"):
+    with pytest.raises(TypeError, match="k has dtype bfloat16; it must equal q's"):
         norm_rope_pool(q, k.astype("bfloat16"), grid=GRID, config=None, **options)

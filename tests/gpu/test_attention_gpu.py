@@ -56,7 +56,7 @@ def full_mask(grid):
 
 @every_type
 @every_grid
-def test_xla_matches_numpy(case, dtype, head_dim):
+def test_xla_matches_numpy(case, dtype, head_dim, assert_close):
     grid, lengths, qkv = inputs(case, dtype, head_dim)
     dense = random_mask(grid)
     mask = compress(dense, grid)
@@ -77,16 +77,14 @@ def test_xla_matches_numpy(case, dtype, head_dim):
     out, lse = run(*qkv, mask)
     want_out, want_lse = matrix_attention(*qkv, dense, grid, text_lengths=lengths)
     assert out.dtype == dtype
-    np.testing.assert_allclose(
-        out.astype(jnp.float32), want_out, **GPU_ATTENTION[dtype]
-    )
-    np.testing.assert_allclose(lse, want_lse, **GPU_LSE)
+    assert_close(f"GPU_ATTENTION {dtype}", out, want_out, GPU_ATTENTION[dtype])
+    assert_close("GPU_LSE", lse, want_lse, GPU_LSE)
     jax.tree.map(np.testing.assert_array_equal, run(*qkv, mask), (out, lse))
 
 
 @every_type
 @every_grid
-def test_dense_matches_numpy(case, dtype, head_dim):
+def test_dense_matches_numpy(case, dtype, head_dim, assert_close):
     grid, lengths, qkv = inputs(case, dtype, head_dim)
     cause = why_no_cudnn(dtype, head_dim, current_device(qkv[0]))
     assert (cause is None) == (dtype != "float32")
@@ -96,9 +94,7 @@ def test_dense_matches_numpy(case, dtype, head_dim):
         return dense_attention(q, k, v, grid=grid, text_lengths=as_array(lengths))
 
     want, _ = matrix_attention(*qkv, full_mask(grid), grid, text_lengths=lengths)
-    np.testing.assert_allclose(
-        run(*qkv).astype(jnp.float32), want, **GPU_ATTENTION[dtype]
-    )
+    assert_close(f"GPU_ATTENTION {dtype}", run(*qkv), want, GPU_ATTENTION[dtype])
 
 
 @pytest.mark.parametrize("kind", ["xla", "dense"])

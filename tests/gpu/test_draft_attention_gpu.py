@@ -56,7 +56,7 @@ def expected(q, k, v, grid, sparsity):
 @pytest.mark.parametrize("backend", ["auto", "xla"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", GRIDS)
-def test_draft_attention_matches_numpy(case, dtype, backend):
+def test_draft_attention_matches_numpy(case, dtype, backend, assert_close):
     grid = GRIDS[case]
     q, k, v = random_qkv(grid, head_dim=64, dtype=dtype)
 
@@ -69,12 +69,12 @@ def test_draft_attention_matches_numpy(case, dtype, backend):
     out, mask = run(q, k, v)
     want_mask, want = expected(q, k, v, grid, 0.75)
     np.testing.assert_array_equal(mask.to_dense(), want_mask)
-    np.testing.assert_allclose(out.astype(jnp.float32), want, **GPU_ATTENTION[dtype])
+    assert_close(f"GPU_ATTENTION {dtype}", out, want, GPU_ATTENTION[dtype])
     again, _ = run(q, k, v)
     np.testing.assert_array_equal(out, again)
 
 
-def test_schedule_switches_in_one_program():
+def test_schedule_switches_in_one_program(assert_close):
     grid = GRIDS["edges-and-text"]
     plan = SparsitySchedule(dense_fraction=0.5).plan(
         np.asarray([1000.0, 500.0]), num_layers=1, grid=grid, config=CONFIG
@@ -91,9 +91,8 @@ def test_schedule_switches_in_one_program():
     for step, sparsity in zip(plan, (0.0, 0.75), strict=True):
         out, mask = run(step.for_layer(0), mask)
         _, want = expected(q, k, v, grid, sparsity)
-        np.testing.assert_allclose(
-            out.astype(jnp.float32), want, **GPU_ATTENTION["bfloat16"]
-        )
+        tolerance = GPU_ATTENTION["bfloat16"]
+        assert_close("GPU_ATTENTION bfloat16", out, want, tolerance)
     assert run._cache_size() == 1
 
 

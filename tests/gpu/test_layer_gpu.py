@@ -34,18 +34,22 @@ def maps(kind, size, heads, rng):
         return np.full(shape, 1 / size, np.float32)
     if kind == "denormals":
         return rng.integers(0, 1000, shape, dtype=np.uint32).view(np.float32)
+    if kind == "huge":
+        return rng.choice([0.5, 1.0, 3e38, np.inf], shape).astype(np.float32)
+    if kind == "minus_infinity":
+        return np.full(shape, -np.inf, np.float32)
     logits = rng.normal(size=shape) * np.linspace(1e-4, 8, heads)[:, None, None]
     weights = np.exp(logits)
     return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
 
 
 @pytest.mark.parametrize("selection", ["percentile", "row_topk", "top_p"])
-@pytest.mark.parametrize("kind", ["softmax", "bits", "equal", "denormals"])
+@pytest.mark.parametrize(
+    "kind", ["softmax", "bits", "equal", "denormals", "huge", "minus_infinity"]
+)
 @pytest.mark.parametrize("name", GRIDS)
 def test_selection_agrees_with_a_sort(name, kind, selection):
     grid = GRIDS[name]
-    if kind == "bits" and selection == "top_p":
-        pytest.skip("top_p takes probabilities")
     config = DraftConfig(sparsity=0.9, selection=selection)
     size = grid.num_visual_blocks
     scores = maps(kind, size, 3, np.random.default_rng(0))

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from draft_jax import DraftConfig, VideoGrid, compute_mask, head_chunks, select_blocks
+from draft_jax import (
+    DraftConfig,
+    PooledTokens,
+    VideoGrid,
+    compute_mask,
+    head_chunks,
+    select_blocks,
+)
 from draft_jax.config import static_budget
 from pallas_kernels import SlowBackendWarning, rank_rows_sm90, rank_sm90
 from pallas_kernels.block_sparse_attention import forget_warnings
@@ -29,8 +36,15 @@ GRIDS = {
     "warpgroups": VideoGrid(11, 90, 160),  # S = 1,320
 }
 SELECTIONS = ("percentile", "row_topk", "top_p")
-PROBABILITIES = ("softmax", "equal", "denormals", "minus_infinity")
-MAPS = (*PROBABILITIES, "few_values", "any_bits")
+MAPS = (
+    "softmax",
+    "equal",
+    "denormals",
+    "minus_infinity",
+    "few_values",
+    "huge",
+    "any_bits",
+)
 FORCED = {"keep_own_tile": True, "keep_first_frame": True}
 
 
@@ -49,10 +63,9 @@ def expected_map(scores, grid, config, budget):
     return naive_draft.add_text(reference(scores, forced, budget, *mass), grid)
 
 
-def maps_of_all_kinds(selection, heads, size, rng):
+def maps_of_all_kinds(heads, size, rng):
     """An item of each kind, so that one program does for all: [kinds, heads, *size]."""
-    kinds = PROBABILITIES if selection == "top_p" else MAPS
-    return np.stack([getattr(row_selection, k)(rng, (heads, *size)) for k in kinds])
+    return np.stack([getattr(row_selection, k)(rng, (heads, *size)) for k in MAPS])
 
 
 @functools.cache
@@ -68,8 +81,7 @@ def selection_program(grid, config):
 def test_rows_of_all_lengths(columns, forced_share, wanted):
     """7 rows a map, which is no multiple of the four of a warpgroup."""
     rng = np.random.default_rng(columns)
-    selection = "row_topk" if wanted is None else "top_p"
-    scores = maps_of_all_kinds(selection, 1, (7, columns), rng)[:, 0]
+    scores = maps_of_all_kinds(1, (7, columns), rng)[:, 0]
     forced = rng.random((7, columns)) < forced_share
     budget = rng.integers(1, columns + 1, 7).astype(np.int32)
     least = np.maximum(forced.sum(-1), 1).astype(np.int32)
@@ -92,7 +104,7 @@ def test_masks_agree_with_a_sort(name, selection, forced):
     size = grid.num_visual_blocks
     rng = np.random.default_rng(size)
     heads = 1 if size > 500 else 2
-    scores = maps_of_all_kinds(selection, heads, (size, size), rng)
+    scores = maps_of_all_kinds(heads, (size, size), rng)
     budget = max(1, static_budget(0.9, grid, config) // 2)
     select = selection_program(grid, config)
     mask = select(jnp.asarray(scores), budget=jnp.asarray(budget))
@@ -108,7 +120,7 @@ def test_a_thousand_maps(selection):
     most = static_budget(0.8, grid, config)
     for seed in range(5):
         rng = np.random.default_rng(seed)
-        scores = maps_of_all_kinds(selection, 200, (90, 90), rng)
+        scores = maps_of_all_kinds(200, (90, 90), rng)
         budget = int(rng.integers(1, most + 1))
         mask = select(jnp.asarray(scores), budget=jnp.asarray(budget))
         check_mask(mask, expected_map(scores, grid, config, budget))
@@ -164,17 +176,43 @@ def test_the_longest_rows(selection):
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_heads_in_chunks(monkeypatch, selection):
+    """Pooled values are whole numbers, so that logits are exact in any order of sums.
+
+    A product of fewer heads may add in another order; with other values logits would
+    round otherwise, and pairs at the threshold change places.
+    """
     grid = GRIDS["edges-text-after"]
     config = DraftConfig(sparsity=0.8, selection=selection)
     rng = np.random.default_rng(0)
-    shape = (2, grid.num_tokens, 6, 64)
-    q, k = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for _ in range(2))
-    whole = jax.jit(lambda q, k: compute_mask(q, k, grid=grid, config=config))(q, k)
+    shape = (2, grid.num_visual_blocks, 6, 64)
+    pooled = PooledTokens(
+        **{
+            name: jnp.asarray(rng.integers(-64, 65, shape), jnp.float32)
+            for name in ("q_mean", "k_mean")
+        }
+    )
+    q = jnp.zeros((2, grid.num_tokens, 6, 64), jnp.bfloat16)
+
+    def mask_of(pooled):
+        return compute_mask(
+            q, q, grid=grid, config=config, scale=2.0**-13, pooled=pooled
+        )
+
+    whole = jax.jit(mask_of)(pooled)
     monkeypatch.setattr(head_chunks, "MAX_CHUNK_BYTES", 4 * 4 * 90 * 90)
-    cut = jax.jit(lambda q, k: compute_mask(q, k, grid=grid, config=config))(q, k)
-    # The product of pooled queries and keys may round otherwise for fewer heads.
-    same = np.asarray(whole.to_dense()) == np.asarray(cut.to_dense())
-    assert same.mean() > 0.999
+    cut = jax.jit(lambda pooled: mask_of(pooled))(pooled)
+    jax.tree.map(np.testing.assert_array_equal, whole, cut)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_heads_in_chunks_of_the_same_scores(monkeypatch, selection):
+    grid = GRIDS["edges-text-after"]
+    config = DraftConfig(sparsity=0.8, selection=selection)
+    monkeypatch.setattr(head_chunks, "MAX_CHUNK_BYTES", 4 * 4 * 90 * 90)
+    scores = softmax(np.random.default_rng(0), (2, 6, 90, 90))
+    budget = static_budget(0.8, grid, config)
+    mask = jax.jit(lambda x: select_blocks(x, grid=grid, config=config))(scores)
+    check_mask(mask, expected_map(scores, grid, config, budget))
 
 
 def test_rows_beyond_the_kernels_warn():

@@ -28,6 +28,11 @@ def few_values(rng, shape):
     return np.array(values, np.float32)[rng.integers(0, 10, shape)]
 
 
+def huge(rng, shape):
+    """Rows whose sums pass any integer."""
+    return rng.choice([0.5, 1.0, 3e38, np.inf], shape).astype(np.float32)
+
+
 def any_bits(rng, shape):
     return rng.integers(0, 2**32, shape, dtype=np.uint32).view(np.float32)
 

@@ -70,7 +70,17 @@ CASES = {
         text_lengths=(0, 130),
         dtype="float16",
     ),
-    "blocks-not-aligned": Case(
+    "by-rows": Case(
+        grid=VideoGrid(1, 13, 21, text_length=13), text_lengths=(13, 3), num_heads=2
+    ),
+    # Six slots: a copy arrives while the next two are under way.
+    "by-rows-ahead": Case(
+        grid=VideoGrid(2, 5, 21),
+        head_dim=128,
+        order="raster",
+        config={"num_slots": 6, "lazy": False},
+    ),
+    "by-rows-fewer-than-a-block": Case(
         grid=VideoGrid(1, 3, 21, text_length=5), text_lengths=(3, 0)
     ),
 }

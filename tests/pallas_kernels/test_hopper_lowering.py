@@ -21,7 +21,7 @@ CASES = {  # grid, has text_lengths, head_dim, dtype, order
     "divisible": (HUNYUAN, False, 128, "bfloat16"),
     "boxes": (VideoGrid(33, 45, 80), False, 128, "bfloat16", "raster"),
     "raster": (EDGES, False, 128, "bfloat16", "raster"),
-    "raster-copied": (VideoGrid(2, 30, 52), False, 128, "bfloat16", "raster"),
+    "raster-by-rows": (VideoGrid(2, 30, 52), False, 128, "bfloat16", "raster"),
     "head-dim-64": (HUNYUAN, False, 64, "float16"),
     "edges": (EDGES, False, 128, "bfloat16"),
     "edges-and-lengths": (EDGES, True, 64, "bfloat16"),

@@ -22,6 +22,7 @@ from tests.pallas_kernels.row_selection import (
     check_rows,
     equal,
     few_values,
+    huge,
     minus_infinity,
     softmax,
     unpack,
@@ -107,6 +108,7 @@ MAPS = {
     "few-values": few_values,
     "equal": equal,
     "minus-infinity": minus_infinity,
+    "huge": huge,
     "any-bits": any_bits,
 }
 
@@ -128,7 +130,7 @@ def test_select_in_rows_by_count(monkeypatch, name, team, has_forced):
 
 @pytest.mark.parametrize("has_forced", [False, True], ids=["free", "forced"])
 @pytest.mark.parametrize("team", [1, 4], ids=["warp", "warpgroup"])
-@pytest.mark.parametrize("name", ["softmax", "equal", "minus-infinity"])
+@pytest.mark.parametrize("name", MAPS)
 def test_select_in_rows_by_mass(monkeypatch, name, team, has_forced):
     monkeypatch.setattr(rank_rows_sm90, "WARP_COLUMNS", 1024 if team == 1 else 0)
     rng = np.random.default_rng(1)

@@ -6,8 +6,9 @@ import pytest
 from draft_jax.grid import VideoGrid
 from pallas_kernels.sm90_geometry import geometry
 from pallas_kernels.sm90_plan import BLOCK
+from pallas_kernels.sm90_rows import reciprocal_of
 
-GRIDS = {  # grid, is read in place in tiled order, in raster order
+GRIDS = {  # grid, is read by TMA in tiled order, in raster order
     "divisible": (VideoGrid(2, 16, 48), True, True),
     "720p": (VideoGrid(2, 45, 80, text_length=256), True, True),
     "480p": (VideoGrid(2, 30, 52), True, False),
@@ -28,18 +29,19 @@ GRIDS = {  # grid, is read in place in tiled order, in raster order
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("order", ["tiled", "raster"])
 def test_places_hold_the_tokens_of_their_blocks(name, order):
-    grid, *in_place = GRIDS[name]
+    grid, *by_tma = GRIDS[name]
     places = geometry(grid, order)
-    assert (places.copied_because is None) == in_place[order == "raster"]
+    assert places.by_rows != by_tma[order == "raster"]
+    assert places.by_rows == (places.by_rows_because is not None)
     tokens = np.arange(grid.num_tokens)
     # `memory[i]` is the tiled number of the token that the kernel finds at i.
     memory = tokens if order == "tiled" else grid.raster_order
-    if places.gather is not None:
-        memory = memory[places.gather]
     for block in range(grid.num_blocks):
         length = int(grid.block_lengths[block])
         width = places.widths[places.width_of_block[block]]
-        if places.box is not None:
+        if places.by_rows:
+            found = memory[tokens_by_rows(places, block, np.arange(length))]
+        elif places.box is not None:
             found = tokens_of_boxes(memory, places, block, length)
         else:
             row = np.arange(length)
@@ -58,6 +60,19 @@ def test_places_hold_the_tokens_of_their_blocks(name, order):
         assert length <= width.longest <= width.tokens <= BLOCK
         assert width.tokens % 16 == 0
         assert width.masks or length == width.tokens
+
+
+def tokens_by_rows(places, block, row):
+    """As the kernel's instructions have it."""
+    assert (row * places.reciprocals[block] < 2**31).all()
+    run = row * places.reciprocals[block] >> 16
+    return places.starts[block] + row + run * places.strides[block]
+
+
+@pytest.mark.parametrize("run", range(1, BLOCK + 1))
+def test_reciprocals_divide_rows_exactly(run):
+    row = np.arange(BLOCK)
+    np.testing.assert_array_equal(row * reciprocal_of(run) >> 16, row // run)
 
 
 def tokens_of_boxes(memory, places, block, length):

@@ -1,0 +1,111 @@
+"""On a Hopper GPU a layer moves nothing as large as Q: seen without one, by lowering.
+
+On a CPU attention itself gathers blocks of keys, so programs for it say nothing of
+order. What XLA makes of these programs is in the results of `benchmarks/layer.py`.
+"""
+
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from draft_jax import (
+    DraftConfig,
+    DraftStep,
+    VideoGrid,
+    draft_attention,
+    initial_mask,
+    scheduled_attention,
+)
+from pallas_kernels import SlowBackendWarning, interfaces
+from pallas_kernels.block_sparse_attention import forget_warnings
+from pallas_kernels.interfaces import Device
+
+H100 = Device(platform="gpu", kind="NVIDIA H100", compute_capability=(9, 0))
+DIVISIBLE = VideoGrid(5, 48, 80)
+EDGES = VideoGrid(5, 45, 80, text_length=72)
+NARROW = VideoGrid(5, 30, 52, text_length=72)  # rows are no whole number of tiles
+CONFIG = DraftConfig(sparsity=0.75, pooling="mean+max")
+STAYS_IN_PLACE = {"custom_call", "reshape"}  # the former are kernels
+OF_A_NEW_MASK = (
+    "pool_tiles_sm90",
+    "count_digits_sm90",
+    "pack_rows_sm90",
+    "dot_general",
+)
+
+
+@pytest.fixture(autouse=True)
+def on_hopper(monkeypatch):
+    monkeypatch.setattr(interfaces, "describe_device", lambda device: H100)
+
+
+def lower(layer, grid, *more):
+    """StableHLO of a layer, and how many numbers Q has."""
+    q = jax.ShapeDtypeStruct((1, grid.num_tokens, 2, 128), "bfloat16")
+    lowered = jax.jit(layer).trace(q, q, q, *more).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert "block_sparse_attention_sm90" in text
+    return text, math.prod(q.shape)
+
+
+def large_moves(text, num_elements):
+    """Operations whose results are as large as Q and may lie elsewhere."""
+    found = set()
+    for line in text.splitlines():
+        operation = re.search(r"stablehlo\.(\w+)", line)
+        shapes = re.findall(r"tensor<([\dx]+)x\w+>", line)
+        if operation is None or not shapes:
+            continue
+        if math.prod(int(n) for n in shapes[-1].split("x")) >= num_elements:
+            found.add(operation[1])
+    return found - STAYS_IN_PLACE
+
+
+@pytest.mark.parametrize(
+    ("grid", "order"),
+    [
+        (DIVISIBLE, "tiled"),
+        (EDGES, "tiled"),
+        (NARROW, "tiled"),
+        (DIVISIBLE, "raster"),
+        (EDGES, "raster"),
+    ],
+    ids=str,
+)
+def test_nothing_large_is_moved(grid, order):
+    layer = functools.partial(draft_attention, grid=grid, config=CONFIG, order=order)
+    text, size = lower(layer, grid)
+    assert large_moves(text, size) == set()
+    assert all(name in text for name in OF_A_NEW_MASK)
+
+
+def test_raster_order_of_narrow_frames_is_copied():
+    """So that the test above could fail."""
+    layer = functools.partial(draft_attention, grid=NARROW, config=CONFIG)
+    forget_warnings()
+    with pytest.warns(SlowBackendWarning, match="cannot be cut into tiles"):
+        text, size = lower(layer, NARROW)
+    assert large_moves(text, size) == {"gather"}
+
+
+def test_a_known_step_that_reuses_its_mask_has_one_kernel():
+    """And what prepares its lists: nothing of the draft or the selection."""
+    step = DraftStep(
+        dense=np.asarray(False), budget=np.asarray(1), refresh=np.asarray(False)
+    )
+    mask = jax.eval_shape(lambda: initial_mask(EDGES, CONFIG, batch=1, num_heads=2))
+
+    def layer(q, k, v, mask):
+        return scheduled_attention(
+            q, k, v, grid=EDGES, config=CONFIG, step=step, mask=mask, order="tiled"
+        )[0]
+
+    text, size = lower(layer, EDGES, mask)
+    assert large_moves(text, size) == set()
+    assert not [name for name in OF_A_NEW_MASK if name in text]
+    assert "stablehlo.case" not in text
+    assert "stablehlo.if" not in text
