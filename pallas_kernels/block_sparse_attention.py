@@ -114,7 +114,8 @@ def block_sparse_attention(
         unless it says otherwise.
       k: Keys, like q.
       v: Values, like q.
-      mask: Kept block pairs per batch item and head, such as a `BlockMask`.
+      mask: Kept block pairs per batch item and head, such as a `BlockMask`. Its lists
+        are checked outside jit only: there an entry that is no block is an error.
       grid: Geometry of the blocks; must equal `mask.grid`. Static.
       scale: Factor on the logits, a Python number; 1 / sqrt(D) by default.
       text_lengths: Valid text tokens of each batch item, the first ones of the
@@ -133,13 +134,14 @@ def block_sparse_attention(
       `text_lengths` get zeros and -inf. Never NaN for finite inputs.
 
     Raises:
-      ValueError: A shape, the mask's grid, a text length, the scale or the backend
-        is not acceptable, or the named backend does not support the inputs.
+      ValueError: A shape, the mask's grid or lists, a text length, the scale or the
+        backend is not acceptable, or the named backend does not support the inputs.
       TypeError: A dtype or the scale's type is not acceptable.
     """
     validation.check_qkv(q, k, v)
     validation.check_tokens(q, grid)
     validation.check_mask(q, mask, grid)
+    validation.check_lists(mask)
     scale = validation.check_scale(scale, q.shape[-1])
     text_lengths = validation.check_text_lengths(text_lengths, q, grid)
     validation.check_order(order)
@@ -201,7 +203,10 @@ def choose(problem: Problem, backend: str) -> BackendChoice:
             accepted = ", ".join(repr(name) for name in ("auto", *BACKENDS))
             raise ValueError(f"{backend=} is unknown; accepted are {accepted}")
         if cause := BACKENDS[backend].why_unsupported(problem):
-            raise ValueError(f"{backend=} cannot take these inputs: {cause}")
+            raise ValueError(
+                f"{backend=} cannot take these inputs: {cause}; backend='auto' would "
+                f"run {choose(problem, 'auto').name!r}"
+            )
         return BackendChoice(name=backend, reason="named by the caller")
     platform, kind = problem.device.platform, problem.device.kind
     passed_over = []

@@ -6,13 +6,16 @@ that N x T x T logits never exist at once.
 """
 
 import functools
+import logging
 import math
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import hopper_dense, validation
+from pallas_kernels.block_sparse_attention import BackendChoice, warn_once
 from pallas_kernels.interfaces import BlockLayout, Device, current_device
 
 # Logits held at once by the chunked path. On two CPU cores, 2304 tokens and head_dim
@@ -20,6 +23,10 @@ from pallas_kernels.interfaces import BlockLayout, Device, current_device
 # needs more logits at a time to fill its cores.
 CPU_CHUNK_LOGITS = 1 << 21
 GPU_CHUNK_LOGITS = 1 << 27
+
+DenseBackendName = Literal["auto", "xla"]
+
+_logger = logging.getLogger(__name__)
 
 
 def dense_attention(
@@ -30,6 +37,7 @@ def dense_attention(
     grid: BlockLayout | None = None,
     scale: float | None = None,
     text_lengths: Int[Array, " B"] | None = None,
+    backend: DenseBackendName = "auto",
 ) -> Float[Array, "B T N D"]:
     """Softmax attention of every query over every valid key.
 
@@ -37,6 +45,12 @@ def dense_attention(
     memory linear in T. Which path runs is decided while tracing, from q's device or
     the default one: cuDNN can only be traced where it is installed, so the choice
     cannot be left to lowering.
+
+    On a GPU, XLA instead of a fused kernel warns once, with the cause. So does cuDNN
+    for a long sequence that the Hopper kernel would take but for its length modulo 8 or
+    where its text stands. Below 4,096 tokens cuDNN is what should run: the Hopper
+    kernel is not known to be faster there. Nor does cuDNN warn for inputs that no
+    kernel of this package takes, such as a head dimension of 96.
 
     Args:
       q: Queries. float32, bfloat16 or float16; the softmax is float32. Products of
@@ -46,12 +60,14 @@ def dense_attention(
       grid: Where the text stands; needed only with `text_lengths`.
       scale: Factor on the logits, a Python number; 1 / sqrt(D) by default.
       text_lengths: Valid text tokens of each batch item; None means all.
+      backend: "auto", or "xla" for chunks of queries on any device, without a warning:
+        for inputs that no fused kernel takes.
 
     Returns:
       The output in q's dtype. Text queries past `text_lengths` get zeros.
 
     Raises:
-      ValueError: A shape, a text length or the scale is not acceptable.
+      ValueError: A shape, a text length, the scale or the backend is not acceptable.
       TypeError: A dtype or the scale's type is not acceptable.
     """
     validation.check_qkv(q, k, v)
@@ -60,12 +76,25 @@ def dense_attention(
     scale = validation.check_scale(scale, q.shape[-1])
     text_lengths = validation.check_text_lengths(text_lengths, q, grid)
     device = current_device(q)
-    valid = None
+    valid, pads_before_video = None, False
     if grid is not None and text_lengths is not None:
         valid = _valid_tokens(grid, text_lengths)
-    if _why_no_hopper(q, grid, text_lengths, device) is None:
+        pads_before_video = grid.text_tokens.start == 0
+    choice = choose(
+        q.shape,
+        q.dtype.name,
+        device,
+        pads_before_video=pads_before_video,
+        backend=backend,
+    )
+    if choice.slower_because is not None:
+        warn_once(
+            f"dense_attention runs on backend {choice.name!r}: {choice.slower_because}"
+        )
+    _logger.debug("%s: %s", choice.name, choice.reason)
+    if choice.name == "hopper":
         return _hopper_attention(grid, scale, q, k, v, text_lengths)
-    if why_no_cudnn(q.dtype.name, q.shape[-1], device) is None:
+    if choice.name == "cudnn":
         out = _cudnn_attention(q, k, v, grid, scale, text_lengths)
     else:
         out = _chunked_attention(
@@ -96,10 +125,58 @@ def why_no_cudnn(dtype: str, head_dim: int, device: Device) -> str | None:
     return None
 
 
-def _why_no_hopper(q, grid, text_lengths, device: Device) -> str | None:
-    if text_lengths is not None and grid.text_tokens.start == 0:
-        return "padding between text and video is no end of the keys"
-    return hopper_dense.why_unsupported(q.shape, q.dtype.name, device)
+def choose(
+    shape: tuple[int, ...],
+    dtype: str,
+    device: Device,
+    *,
+    pads_before_video: bool = False,
+    backend: str = "auto",
+) -> BackendChoice:
+    """Says which of "hopper", "cudnn" and "xla" runs, and why.
+
+    Args:
+      shape: Of q, [B, T, N, D].
+      dtype: Of q.
+      device: What the call is compiled for.
+      pads_before_video: Whether text with lengths stands before the video.
+      backend: As passed to `dense_attention`.
+
+    Returns:
+      The path, and in `slower_because` what the caller can change or should know.
+
+    Raises:
+      ValueError: The backend is unknown.
+    """
+    if backend not in get_args(DenseBackendName):
+        raise ValueError(f"{backend=} must be one of {get_args(DenseBackendName)}")
+    if backend == "xla":
+        return BackendChoice(name="xla", reason="named by the caller")
+    no_hopper = hopper_dense.why_unsupported(shape, dtype, device)
+    if no_hopper is None and pads_before_video:
+        no_hopper = (
+            "padding of text before the video is not at the end of the keys; a grid "
+            'with text_side="after" puts it there'
+        )
+    if no_hopper is None:
+        return BackendChoice(name="hopper", reason="a long sequence on Hopper")
+    no_hopper = f"'hopper': {no_hopper}"
+    no_cudnn = why_no_cudnn(dtype, shape[-1], device)
+    if no_cudnn is None:
+        batch, num_tokens, *rest = shape
+        aligned = (batch, num_tokens - num_tokens % hopper_dense.ALIGNMENT, *rest)
+        can_be_fixed = hopper_dense.why_unsupported(aligned, dtype, device) is None
+        return BackendChoice(
+            name="cudnn",
+            reason=no_hopper,
+            slower_because=no_hopper if can_be_fixed else None,
+        )
+    passed_over = f"{no_hopper}; 'cudnn': {no_cudnn}"
+    return BackendChoice(
+        name="xla",
+        reason=passed_over,
+        slower_because=passed_over if device.platform == "gpu" else None,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -67,7 +67,8 @@ class BlockLists(Protocol):
 
     Query block `r` of head `n` attends to the key blocks
     `block_ids[b, n, row_offsets[b, n, r] : row_offsets[b, n, r + 1]]`, each at most
-    once. Entries past the last offset are not read.
+    once. The first offset is 0, none is less than the one before, and entries past the
+    last are not read.
     """
 
     @property

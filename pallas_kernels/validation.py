@@ -1,5 +1,6 @@
 """Checks of arguments shared by the public functions of this package."""
 
+import functools
 import math
 import numbers
 from typing import get_args
@@ -75,6 +76,64 @@ def check_mask(q: jax.Array, mask: BlockLists, grid: BlockLayout) -> None:
             )
         if array.dtype != jnp.int32:
             raise TypeError(f"mask.{name} has dtype {array.dtype.name}; expected int32")
+
+
+def check_lists(mask: BlockLists) -> None:
+    """Raises if the mask's lists would have a kernel read past an array's ends.
+
+    The values are checked where they are known; under a transformation they are not.
+    Entries past a head's last offset are unspecified, and any value will do. Shapes
+    must have been checked.
+
+    The lists of a long video take 100 MB. They are reduced where they lie, in the time
+    of reading them once, and one byte comes to the host; they come only to say what is
+    wrong. That waits for the mask, which a call outside jit can afford.
+    """
+    lists = (mask.row_offsets, mask.block_ids)
+    if any(isinstance(array, jax.core.Tracer) for array in lists):
+        return
+    with jax.ensure_compile_time_eval():  # a known mask inside a traced function
+        has_fault = _has_fault(*lists)
+        # Under shard_map outside jit it is traced all the same.
+        if isinstance(has_fault, jax.core.Tracer) or not jax.device_get(has_fault):
+            return
+    offsets, ids = jax.device_get(lists)
+    num_blocks, capacity = offsets.shape[-1] - 1, ids.shape[-1]
+    accepted = {
+        "first": "the first offset must be 0",
+        "falling": "offsets must not decrease",
+        "past_capacity": f"block_ids holds {capacity} entries of each head",
+        "not_a_block": f"accepted are 0 to {num_blocks - 1}, mask.grid's blocks",
+    }
+    for cause, where in _faults(offsets, ids, np).items():
+        if not where.any():
+            continue
+        index = tuple(map(int, np.argwhere(where)[0]))
+        name, array = "row_offsets", offsets
+        if cause == "not_a_block":
+            name, array = "block_ids", ids
+        value, place = array[index], ", ".join(map(str, index))
+        raise ValueError(f"mask.{name}[{place}] is {value}; {accepted[cause]}")
+
+
+def _faults(row_offsets, block_ids, xp=jnp) -> dict[str, jax.Array]:
+    """Which entries of the lists are wrong: the first three of offsets, then of ids."""
+    row = xp.arange(row_offsets.shape[-1])
+    before = xp.concatenate([row_offsets[..., :1], row_offsets[..., :-1]], axis=-1)
+    is_used = xp.arange(block_ids.shape[-1]) < row_offsets[..., -1:]
+    is_block = (block_ids >= 0) & (block_ids < row_offsets.shape[-1] - 1)
+    return {
+        "first": (row == 0) & (row_offsets != 0),
+        "falling": row_offsets < before,
+        "past_capacity": row_offsets > block_ids.shape[-1],
+        "not_a_block": is_used & ~is_block,
+    }
+
+
+@jax.jit
+def _has_fault(row_offsets, block_ids):
+    faults = _faults(row_offsets, block_ids).values()
+    return functools.reduce(jnp.logical_or, [where.any() for where in faults])
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:

@@ -34,6 +34,12 @@ def boolean(*shape):
     return jnp.ones(shape, bool)
 
 
+def mask_with_id(block):
+    mask = BlockMask.full(grid=GRID, batch=2, num_heads=3)
+    ids = mask.block_ids.at[0, 1, 2].set(block)
+    return BlockMask(row_offsets=mask.row_offsets, block_ids=ids, grid=GRID)
+
+
 ATTENTION = {  # changed arguments, error, what its message says
     "rank": (
         {name: ones(29, 3, 8) for name in "qkv"},
@@ -98,6 +104,11 @@ ATTENTION = {  # changed arguments, error, what its message says
         {"mask": BlockMask.full(grid=GRID, batch=1, num_heads=3)},
         ValueError,
         "mask.row_offsets has shape .* batch 2",
+    ),
+    "mask of blocks that are not": (
+        {"mask": mask_with_id(7)},
+        ValueError,
+        r"mask.block_ids\[0, 1, 2\] is 7; accepted are 0 to 4",
     ),
     "mask rank": (
         {"mask": boolean(4, 4)},

@@ -1,11 +1,45 @@
 """Fixtures of the kernels' tests."""
 
+import jax
 import pytest
+
+# Race reports have no public name; a release that moves them must fail this import.
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 
+class Launches:
+    """What race detection found in each kernel that was interpreted."""
+
+    def __init__(self) -> None:
+        self.states: list[gpu_callbacks.GPURaceDetectionState] = []
+
+    def check(self) -> None:
+        """Raises AssertionError if any of the kernels had a race."""
+        jax.effects_barrier()  # a kernel may still run
+        racing = [i for i, state in enumerate(self.states) if state.races_found]
+        assert not racing, f"races in launches {racing} of {len(self.states)}"
+
+
 @pytest.fixture
-def no_races():
+def launches(monkeypatch) -> Launches:
+    """The kernels that the test interprets, from here on.
+
+    jax tells of the last one only, by `get_races`, and most tests launch several. On
+    jax 0.11 a race is printed and nothing raised.
+    """
+    found = Launches()
+    new_state = gpu_callbacks.GPURaceDetectionState
+
+    def record(*args, **kwargs):
+        found.states.append(new_state(*args, **kwargs))
+        return found.states[-1]
+
+    monkeypatch.setattr(gpu_callbacks, "GPURaceDetectionState", record)
+    return found
+
+
+@pytest.fixture
+def no_races(launches):
     """Any race that interpret mode reports fails a test, even where values agree."""
     yield
-    assert not gpu_callbacks.get_races().races_found
+    launches.check()

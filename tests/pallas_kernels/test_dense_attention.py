@@ -1,5 +1,9 @@
 """Dense attention against NumPy loops, jax.nn and the block-sparse full mask."""
 
+import importlib
+import re
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +11,14 @@ import pytest
 
 from draft_jax.grid import VideoGrid
 from pallas_kernels import dense_attention
-from pallas_kernels.dense_attention import _chunked_attention, why_no_cudnn
+from pallas_kernels.block_sparse_attention import SlowBackendWarning, forget_warnings
+from pallas_kernels.dense_attention import _chunked_attention, choose, why_no_cudnn
 from pallas_kernels.interfaces import Device
 from tests.pallas_kernels.reference import CASES, numpy_attention, random_qkv
 from tests.tolerances import ATTENTION, GRADIENT
+
+# The package's attribute of this name is the function, not the module.
+dense = importlib.import_module("pallas_kernels.dense_attention")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -97,3 +105,75 @@ def test_why_no_cudnn(dtype, head_dim, device, message):
         device = Device(platform="gpu", kind="GPU", compute_capability=device)
     cause = why_no_cudnn(dtype, head_dim, device)
     assert cause is None if message is None else message in cause
+
+
+def gpu(*capability):
+    return Device(platform="gpu", kind="GPU", compute_capability=capability or None)
+
+
+LONG = (1, 8192, 2, 128)
+CHOICES = {  # shape, dtype, device, pads before the video, path, what a warning says
+    "hopper": (LONG, "bfloat16", gpu(9, 0), False, "hopper", None),
+    "short": ((1, 4088, 2, 128), "bfloat16", gpu(9, 0), False, "cudnn", None),
+    "short-odd": ((1, 4095, 2, 128), "bfloat16", gpu(9, 0), False, "cudnn", None),
+    "odd": (
+        (1, 8193, 2, 128),
+        "bfloat16",
+        gpu(9, 0),
+        False,
+        "cudnn",
+        "'hopper': .*multiple of 8 tokens, at least 4096, not 8193",
+    ),
+    "text-first": (LONG, "float16", gpu(9, 0), True, "cudnn", 'text_side="after"'),
+    "head-dim": ((1, 8192, 2, 96), "float16", gpu(9, 0), False, "cudnn", None),
+    "ampere": (LONG, "bfloat16", gpu(8, 0), True, "cudnn", None),
+    "float32": (
+        LONG,
+        "float32",
+        gpu(9, 0),
+        False,
+        "xla",
+        "'cudnn': .*takes bfloat16 and float16, not float32",
+    ),
+    "wide": (
+        (1, 64, 1, 384),
+        "bfloat16",
+        gpu(8, 0),
+        False,
+        "xla",
+        "'cudnn': head_dim=384 must be",
+    ),
+    "amd": (LONG, "bfloat16", gpu(), False, "xla", "not an NVIDIA GPU"),
+    "cpu": (LONG, "float32", Device(platform="cpu"), True, "xla", None),
+    "tpu": (LONG, "bfloat16", Device(platform="tpu"), False, "xla", None),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_path_and_warning(case):
+    shape, dtype, device, pads_before_video, path, warning = CHOICES[case]
+    choice = choose(shape, dtype, device, pads_before_video=pads_before_video)
+    assert choice.name == path
+    if warning is None:
+        assert choice.slower_because is None
+    else:
+        assert re.search(warning, choice.slower_because)
+
+
+def test_slower_path_warns_once(monkeypatch):
+    monkeypatch.setattr(dense, "current_device", lambda *arrays: gpu(9, 0))
+    forget_warnings()
+    q, k, v = random_qkv(VideoGrid(1, 4, 8))
+    with pytest.warns(SlowBackendWarning, match="dense_attention runs on .*float32"):
+        dense_attention(q, k, v)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dense_attention(q, k, v)
+        forget_warnings()
+        dense_attention(q, k, v, backend="xla")
+
+
+def test_unknown_backend_is_named():
+    q, k, v = random_qkv(VideoGrid(1, 4, 8))
+    with pytest.raises(ValueError, match=r"backend='hopper' must be one of \('auto'"):
+        dense_attention(q, k, v, backend="hopper")

@@ -52,6 +52,12 @@ def flat_mask():
     return jax.tree.unflatten(structure, [leaves[0], leaves[1][0]])
 
 
+def changed(name, place, value):
+    """A mask of 3 blocks, 9 pairs in each head, with one entry of a list changed."""
+    array = getattr(full(), name).at[place].set(value)
+    return dataclasses.replace(full(), **{name: array})
+
+
 BIG = VideoGrid(1, 100, 100)
 BAD_INPUTS = {  # changed arguments, error, what its message says
     "q-rank": ({"q": jnp.ones(SHAPE[1:])}, ValueError, r"q has shape \(11, 3, 8\)"),
@@ -70,6 +76,31 @@ BAD_INPUTS = {  # changed arguments, error, what its message says
     "mask-heads": ({"mask": full(num_heads=1)}, ValueError, "row_offsets.*3 heads"),
     "mask-rank": ({"mask": flat_mask()}, ValueError, "mask.block_ids has shape"),
     "mask-dtype": ({"mask": int16_mask()}, TypeError, "mask.block_ids has dtype int16"),
+    "ids-big": (
+        {"mask": changed("block_ids", (1, 2, 8), 3)},
+        ValueError,
+        r"mask.block_ids\[1, 2, 8\] is 3; accepted are 0 to 2",
+    ),
+    "ids-low": (
+        {"mask": changed("block_ids", (0, 0, 0), -1)},
+        ValueError,
+        r"mask.block_ids\[0, 0, 0\] is -1; accepted are 0 to 2",
+    ),
+    "offsets-fall": (
+        {"mask": changed("row_offsets", (1, 0, 2), 2)},
+        ValueError,
+        r"mask.row_offsets\[1, 0, 2\] is 2; offsets must not decrease",
+    ),
+    "offsets-big": (
+        {"mask": changed("row_offsets", (1, 0, 3), 10)},
+        ValueError,
+        r"mask.row_offsets\[1, 0, 3\] is 10; block_ids holds 9 entries",
+    ),
+    "offsets-first": (
+        {"mask": changed("row_offsets", (0, 1, 0), 1)},
+        ValueError,
+        r"mask.row_offsets\[0, 1, 0\] is 1; the first offset must be 0",
+    ),
     "scale-type": ({"scale": jnp.ones(())}, TypeError, "scale=.*Python number"),
     "scale-bool": ({"scale": True}, TypeError, "scale=True must be"),
     "scale-nan": ({"scale": float("nan")}, ValueError, "scale=nan must be finite"),
@@ -87,6 +118,24 @@ def test_bad_input_is_named(case):
     changes, error, message = BAD_INPUTS[case]
     with pytest.raises(error, match=message):
         block_sparse_attention(**arguments(**changes))
+
+
+def test_unused_entries_of_a_mask_may_be_anything():
+    """Head [1, 2] keeps 7 of 9 pairs: the last row loses two."""
+    mask = changed("row_offsets", (1, 2, 3), 7)
+    unused = mask.block_ids.at[1, 2, 7:].set(jnp.array([-5, 99]))
+    got = block_sparse_attention(
+        **arguments(mask=dataclasses.replace(mask, block_ids=unused))
+    )
+    want = block_sparse_attention(**arguments(mask=mask))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_known_mask_is_checked_inside_jit():
+    mask = changed("block_ids", (1, 2, 8), 3)
+    run = jax.jit(lambda q: block_sparse_attention(**arguments(q=q, mask=mask)))
+    with pytest.raises(ValueError, match=r"block_ids\[1, 2, 8\] is 3"):
+        run(jnp.ones(SHAPE))
 
 
 def test_text_lengths_need_text():
@@ -216,7 +265,9 @@ REFUSED = {  # changes to a problem that the kernel takes, cause
 def test_hopper_says_why_it_does_not_run(case):
     changes, cause = REFUSED[case]
     problem = dataclasses.replace(problem_on(HOPPER), **(HOPPER_TAKES | changes))
-    with pytest.raises(ValueError, match=f"backend='hopper' cannot.*{cause}"):
+    with pytest.raises(
+        ValueError, match=f"'hopper' cannot.*{cause}.*'auto' would run 'xla'"
+    ):
         dispatch.choose(problem, "hopper")
     choice = dispatch.choose(problem, "auto")
     assert choice.name == "xla"

@@ -10,20 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-# Race reports have no public name; a release that moves them must fail this import.
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from draft_jax.grid import VideoGrid
-from pallas_kernels import hopper, xla
+from pallas_kernels import hopper
 from pallas_kernels.sm90_plan import KernelConfig
 from tests.pallas_kernels.reference import (
     compress,
+    matrix_attention,
     numpy_attention,
     random_mask,
     random_qkv,
 )
-from tests.tolerances import ATTENTION, HUGE_LOGITS, HUGE_LSE, LSE
+from tests.tolerances import (
+    ATTENTION,
+    GRADIENT_RELATIVE,
+    HUGE_LOGITS,
+    HUGE_LSE,
+    LSE,
+)
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 NUM_CTAS = 2  # fewer than query blocks, so that a CTA of a repair walks several
@@ -103,6 +108,12 @@ def attend(q, k, v, mask, grid, lengths, *, scale=None, order="tiled", **config)
         config=config,
         interpret=INTERPRET,
     )
+
+
+def relative_error(got, want):
+    """Relative L2 error."""
+    got, want = (np.asarray(x, np.float64) for x in (got, want))
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 def inputs(case):
@@ -206,32 +217,72 @@ def test_nan_stays_nan():
     np.testing.assert_array_equal(np.isnan(out).all(axis=(0, 2, 3)), is_nan)
 
 
-def test_vmap_and_grad():
-    """A mapped axis joins the batch; gradients are those of the XLA backend."""
-    grid = VideoGrid(1, 5, 16)
-    q, k, v = random_qkv(grid, num_heads=1, head_dim=64, dtype="float16")
-    mask = compress(random_mask(grid, num_heads=1, density=1.0), grid)
+GRADIENT_CASES = {
+    "edges-and-ragged-text": Case(
+        grid=VideoGrid(1, 13, 16, text_length=40), text_lengths=(40, 7), dtype="float16"
+    ),
+    "raster": Case(grid=VideoGrid(1, 13, 32, text_length=40), order="raster"),
+    "raster-copied": Case(
+        grid=VideoGrid(1, 9, 24), num_heads=2, dtype="float16", order="raster"
+    ),
+}
 
-    def loss(attention, q, k, v):
-        out, lse = attention(q[:, None], k[:, None], v[:, None])
-        lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
-        return jnp.sin(out.astype(jnp.float32)).sum() + lse.sum()
 
-    def mapped(function):
-        def run(q, k, v):
-            return jax.vmap(
-                lambda *x: function(*x, jax.tree.map(lambda a: a[:1], mask))
-            )(q, k, v)
+def sum_of(out, lse):
+    """Has derivatives in all of both; -inf counts as 0."""
+    lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
+    return jnp.sin(out.astype(jnp.float32)).sum() + jnp.cos(lse).sum()
 
-        return jax.grad(lambda *x: loss(run, *x), argnums=(0, 1, 2))(q, k, v)
 
-    got = mapped(lambda q, k, v, mask: attend(q, k, v, mask, grid, ()))
-    want = mapped(
-        lambda q, k, v, mask: xla.xla_attention(
-            q, k, v, mask, layout=grid, scale=0.125, text_lengths=None
+def gradients_of(loss):
+    """In one program: eager calls would compile every operation for itself."""
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+
+
+def matrix_gradients(qkv, dense, grid, text_lengths=()):
+    """By `jax.grad` through a softmax over whole float32 matrices."""
+
+    def loss(q, k, v):
+        return sum_of(
+            *matrix_attention(q, k, v, dense, grid, text_lengths=text_lengths, xp=jnp)
         )
-    )
+
+    return gradients_of(loss)(*(x.astype("float32") for x in qkv))
+
+
+@pytest.mark.parametrize("name", GRADIENT_CASES)
+def test_gradients_match_dense_matrices(name):
+    case = GRADIENT_CASES[name]
+    qkv, dense = inputs(case)
+    mask = compress(dense, case.grid)
+    places = slice(None) if case.order == "tiled" else case.grid.raster_order
+
+    def loss(q, k, v):
+        return sum_of(
+            *attend(q, k, v, mask, case.grid, case.text_lengths, order=case.order)
+        )
+
+    got = gradients_of(loss)(*(x[:, places] for x in qkv))
+    want = matrix_gradients(qkv, dense, case.grid, case.text_lengths)
     for x, y in zip(got, want, strict=True):
-        np.testing.assert_allclose(
-            x.astype("float32"), y.astype("float32"), rtol=4e-3, atol=2e-3
-        )
+        assert x.dtype == case.dtype
+        assert relative_error(x, y[:, places]) < GRADIENT_RELATIVE[case.dtype]
+
+
+def test_vmap_and_grad():
+    """A mapped axis joins the batch."""
+    case = Case(grid=VideoGrid(1, 13, 16), dtype="float16")
+    q, k, v = random_qkv(case.grid, num_heads=1, head_dim=64, dtype="float16")
+    dense = random_mask(case.grid, num_heads=1)
+    mask = compress(dense, case.grid)
+
+    def loss(q, k, v):
+        def one(q, k, v, mask):
+            mask = jax.tree.map(lambda x: x[None], mask)
+            return attend(q[None], k[None], v[None], mask, case.grid, ())
+
+        return sum_of(*jax.vmap(one)(q, k, v, mask))
+
+    got = gradients_of(loss)(q, k, v)
+    for x, y in zip(got, matrix_gradients((q, k, v), dense, case.grid), strict=True):
+        assert relative_error(x, y) < GRADIENT_RELATIVE["float16"]
