@@ -1,0 +1,106 @@
+"""What copying blocks row by row costs: one grid by TMA and by rows, taking turns.
+
+    python -m benchmarks.rows --output benchmarks/results/rows_h100.json
+
+Grids whose blocks do not start at multiples of 8 tokens are read row by row
+(`pallas_kernels/sm90_rows.py`). Here a grid that TMA can read is read both ways.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import statistics
+from unittest import mock
+
+import jax
+import numpy as np
+
+from benchmarks.attention import (
+    SHAPES,
+    Shape,
+    random_inputs,
+    random_mask,
+    write_results,
+)
+from benchmarks.edges import take_turns
+from draft_jax import VideoGrid
+from pallas_kernels import hopper, sm90_geometry
+from pallas_kernels.interfaces import BlockLayout, Order
+
+CASES: dict[str, tuple[Shape, Order]] = {
+    "hunyuan, tiled": (SHAPES["hunyuan"], "tiled"),
+    "hunyuan and text, raster": (
+        Shape(grid=VideoGrid(33, 48, 80, text_length=256), num_heads=24, head_dim=128),
+        "raster",
+    ),
+}
+
+
+def by_rows(layout: BlockLayout, order: Order) -> sm90_geometry.Geometry:
+    """The geometry of a grid as if TMA could not read it."""
+    with mock.patch.object(sm90_geometry, "_runs", _no_runs):
+        return sm90_geometry.geometry.__wrapped__(layout, order)
+
+
+def _no_runs(layout, order):
+    starts = layout.block_starts
+    return starts, np.zeros_like(starts), sm90_geometry.BLOCK, "asked for"
+
+
+def compiled(shape: Shape, order: Order, arguments, *, rows: bool):
+    """The kernel for these arrays."""
+
+    def run(q, k, v, mask):
+        scale = shape.head_dim**-0.5
+        options = {"layout": shape.grid, "scale": scale, "order": order}
+        return hopper.hopper_attention(q, k, v, mask, text_lengths=None, **options)
+
+    found = by_rows if rows else sm90_geometry.geometry
+    with mock.patch.object(hopper, "geometry", found):
+        hopper._run.clear_cache()  # it does not see the other geometry
+        return jax.jit(run).lower(*arguments).compile()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.1, 0.25])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--settle", type=float, default=0.3, help="seconds")
+    parser.add_argument("--block", type=float, default=0.6, help="seconds")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file")
+    options = parser.parse_args()
+    results: list[dict[str, object]] = []
+    for name in options.cases:
+        shape, order = CASES[name]
+        qkv = random_inputs(shape)
+        masks = {
+            d: random_mask(shape.grid, 1, shape.num_heads, d) for d in options.densities
+        }
+        first = (*qkv, masks[options.densities[0]])
+        programs = {
+            way: compiled(shape, order, first, rows=way == "rows")
+            for way in ("tma", "rows")
+        }
+        for density, mask in masks.items():
+            calls = {w: functools.partial(p, *qkv, mask) for w, p in programs.items()}
+            turns = take_turns(calls, options.rounds, options.settle, options.block)
+            ms = {way: turn["ms"] for way, turn in turns.items()}
+            losses = [r / t - 1 for r, t in zip(ms["rows"], ms["tma"], strict=True)]
+            results.append(
+                {
+                    "case": name,
+                    "density": density,
+                    "loss": statistics.median(losses),
+                    "losses": [round(loss, 4) for loss in losses],
+                    "rounds": turns,
+                }
+            )
+            print(json.dumps(results[-1]), flush=True)
+            if options.output is not None:
+                write_results(options.output, results)
+
+
+if __name__ == "__main__":
+    main()
