@@ -10,10 +10,9 @@
 random normal inputs. A sample is the mean of a few calls in a row, so that waiting for
 the GPU counts little; figures are medians of samples. On a GPU, CUPTI also reports the
 time of every GPU kernel in a run of its own; `layer_account` says how the time of a
-layer is attributed. `gaps_ms` is the wall time of a layer less its GPU time; for that
-it is timed again right before and right after CUPTI's run. `temp_mb` is what XLA's
-buffer assignment sets aside for intermediate values: not what the allocator holds, nor
-what cuDNN or the driver take for themselves.
+layer is attributed. `temp_mb` is what XLA's buffer assignment sets aside for
+intermediate values: not what the allocator holds, nor what cuDNN or the driver take for
+themselves.
 
 `turns` lets layers in tiled and in raster order take turns, as `edges` does, since the
 card's clock moves by more between two stages of `measure` than they differ by.
@@ -160,18 +159,11 @@ def wall_times(call, stage: Stage, copy_rate: float, num_samples: int):
     return result
 
 
-def gpu_times(name: str, call: functools.partial, num_samples: int) -> dict[str, Any]:
+def gpu_times(call: functools.partial, num_samples: int) -> dict[str, Any]:
     """Time by kernel; of a program with the sparse kernel, also what is beside it."""
-    is_layer = name.startswith(("sparse", "layer", "scheduled"))
-    half = max(num_samples // 2, 1)
     try:
-        wall = sample_times(call, half) if is_layer else []
         result = kernel_times(call.func, call.args, num_samples)
-        account = attention_account(result.get("kernels", []))
-        if account and is_layer:
-            wall += sample_times(call, half)
-            account["gaps_ms"] = statistics.median(wall) - sum(account.values())
-        return result | account
+        return result | attention_account(result.get("kernels", []))
     except Exception as error:
         return {"cupti_error": f"{type(error).__name__}: {error}"[:300]}
 
@@ -233,7 +225,7 @@ def measure(options: argparse.Namespace) -> None:
     runnable = {name: call.func for name, call in calls.items()}
     compare_selections(runnable, inputs["scores"], results)
     for name, call in calls.items() if is_gpu else ():
-        results[name] |= gpu_times(name, call, options.samples)
+        results[name] |= gpu_times(call, options.samples)
         report(name, results[name])
     add_groups(results)
     save()

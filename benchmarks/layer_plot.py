@@ -20,15 +20,14 @@ LABELS = {
     "order and repair": "order of work, repair",
 }
 COLORS = dict(zip(LABELS, ("C1", "C2", "C3", "C4", "C5"), strict=True))
-GAPS = {"facecolor": "none", "edgecolor": "0.4", "hatch": "////", "linewidth": 0.8}
 
 
 def plot(results: pathlib.Path, output: pathlib.Path) -> None:
     """Two stacked bars of each layer: all of it, and all but the sparse kernel.
 
-    Filled parts are GPU time of the layer's own kernels, see `layer_account`; the
-    hatched one is the wall time of a call less that. Where it is negative it goes to
-    the left: wall and GPU time are of two runs, and the card's clock moves.
+    Parts are GPU time of the layer's own kernels, see `layer_account`. The wall time of
+    a call is told on the left, beside them: it is of another run, and the card's clock
+    moves by more than the gaps between kernels are.
     """
     import matplotlib
 
@@ -53,7 +52,7 @@ def plot(results: pathlib.Path, output: pathlib.Path) -> None:
         _bar(beyond, label, stages[name], with_attention=False)
     whole.set_title("whole layer", fontsize="medium")
     beyond.set_title("all but the sparse kernel", fontsize="medium")
-    for axis, room in ((whole, 1.2), (beyond, 1.5)):  # for the labels
+    for axis, room in ((whole, 1.2), (beyond, 1.2)):  # for the labels
         axis.invert_yaxis()
         axis.set_xlabel("ms")
         axis.set_xlim(right=axis.get_xlim()[1] * room)
@@ -79,8 +78,8 @@ def _bar(axis, label: str, stage: dict, *, with_attention: bool) -> None:
         style = {"color": COLORS[part], "label": LABELS[part]}
         axis.barh(label, width, left=left, **style)
         left += width
-    gaps = stage["gaps_ms"]
-    axis.barh(label, gaps, left=left, label="gaps: wall less GPU time", **GAPS)
-    digits = 1 if with_attention else 2
-    text = f" {left:.{digits}f} ms GPU, {gaps:+.{digits}f} gaps"
-    axis.text(max(left, left + gaps), label, text, va="center", fontsize="small")
+    if with_attention:
+        text = f" {left:.1f} ms GPU, {stage['median_ms']:.1f} ms wall"
+    else:
+        text = f" {left:.2f} ms"
+    axis.text(left, label, text, va="center", fontsize="small")

@@ -1,6 +1,5 @@
 """How `benchmarks.layer` attributes the time of a layer, and its own commands."""
 
-import functools
 import json
 
 import pytest
@@ -94,26 +93,8 @@ def test_pairs_that_take_turns():
     assert grids[-1].width == 52
 
 
-def test_gaps_are_wall_time_around_the_run_of_cupti(monkeypatch):
-    order = []
-
-    def sample_times(call, num_samples):
-        order.append("wall")
-        return [31.0] * num_samples
-
-    def kernel_times(program, arguments, iterations):
-        order.append("cupti")
-        return {"kernels": kernels(LAYER)}
-
-    monkeypatch.setattr(layer, "sample_times", sample_times)
-    monkeypatch.setattr(layer, "kernel_times", kernel_times)
-    call = functools.partial(lambda: None)
-    assert layer.gpu_times("layer/tiled/0.9", call, 3)["gaps_ms"] == 0.5
-    assert order == ["wall", "cupti", "wall"]
-
-
-def test_plot_needs_groups_and_takes_negative_gaps(tmp_path):
-    account = {"attention_ms": 28.0, "gaps_ms": -0.5}
+def test_plot_needs_groups(tmp_path):
+    account = {"attention_ms": 28.0, "median_ms": 30.0}
     parts = layer_account.groups(kernels(LAYER), kernels(SPARSE))
     stages = {name: account | {"groups_ms": parts} for name in layer_plot.BARS.values()}
     document = {
