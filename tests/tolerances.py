@@ -47,8 +47,8 @@ GPU_GRADIENT_ORDER = 1e-3
 
 # On a GPU: narrow inputs through tensor cores, where probabilities are rounded to
 # the input dtype before they multiply V. float32 at matmul precision "highest".
-# Measured on an H100: bfloat16 4.8e-3; the others were not recorded, but each run of the
-# GPU tests ends with what it found ("measured: GPU_ATTENTION ...").
+# Measured on an H100: bfloat16 4.8e-3; the others were not recorded, but each run of
+# the GPU tests ends with what it found ("measured: GPU_ATTENTION ...").
 GPU_ATTENTION = {
     "float32": {"rtol": 0, "atol": 1e-5},
     "bfloat16": {"rtol": 2e-2, "atol": 2e-2},
