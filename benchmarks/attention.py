@@ -356,9 +356,6 @@ def run_shape(name: str, options: argparse.Namespace, report) -> None:
     shape = SHAPES[name]
     grid = shape.grid
     contenders = options.contenders
-    if contenders is None:
-        is_first = name == options.shapes[0]
-        contenders = [*DENSE, *SPARSE] if is_first else ["cudnn", "ours"]
     qkv = random_inputs(shape)
 
     def record(contender, mask_kind, density, result):
@@ -439,7 +436,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--contenders",
         nargs="+",
         choices=[*DENSE, *SPARSE],
-        help="default: all at the first shape, this kernel and cuDNN at the others",
+        default=[*DENSE, *SPARSE],
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file")

@@ -9,10 +9,7 @@ another way than their neighbours are a scan of their own.
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +26,7 @@ from draft_jax import (
     initial_mask,
 )
 from models.wan.config import AttentionName, WanConfig
+from models.wan.layer_runs import runs_of_layers, scan_layers
 from models.wan.layers import (
     MLP,
     XAVIER_UNIFORM,
@@ -352,9 +350,9 @@ class WanTransformer(nnx.Module):
 
         carry = (self.patch_embedding(latents, grid).astype(jnp.float32), masks)
         qk_of_runs = []
-        for layers, known_dense in _runs_of_layers(step, config.num_layers):
+        for layers, known_dense in runs_of_layers(step, config.num_layers):
             body = functools.partial(run_layer, known_dense)
-            carry, qk = _scan_layers(body, carry, parameters, layers)
+            carry, qk = scan_layers(body, carry, parameters, layers)
             qk_of_runs.append(qk)
         x, masks = carry
         qk = jax.tree.map(lambda *runs: jnp.concatenate(runs), *qk_of_runs)
@@ -455,37 +453,6 @@ class WanTransformer(nnx.Module):
         if masks.grid != grid:
             raise ValueError(f"{masks.grid=} must equal the latents' {grid=}")
         return step, masks
-
-
-def _runs_of_layers(
-    step: DraftStep | None, num_layers: int
-) -> list[tuple[range, bool | None]]:
-    """Layers that follow each other and do the same, and whether that is dense.
-
-    One run of all layers, and None, where that is not known before the program runs.
-    """
-    if step is None or isinstance(step.dense, jax.core.Tracer):
-        return [(range(num_layers), None)]
-    dense = np.asarray(step.dense)
-    changes = 1 + np.flatnonzero(np.diff(dense))
-    bounds = [0, *changes.tolist(), num_layers]
-    return [
-        (range(first, last), bool(dense[first]))
-        for first, last in itertools.pairwise(bounds)
-    ]
-
-
-def _scan_layers(body: Callable, carry: Any, stacked: Any, layers: range):
-    """`lax.scan` over some layers of stacked arrays; `body` also gets their indices."""
-    indices = jnp.arange(layers.start, layers.stop)
-    if all(len(leaf) == len(layers) for leaf in jax.tree.leaves(stacked)):
-        return jax.lax.scan(body, carry, (indices, stacked))
-
-    # Each is looked up: a slice of some layers would be a copy of their weights.
-    def look_up(carry, index):
-        return body(carry, (index, jax.tree.map(lambda leaf: leaf[index], stacked)))
-
-    return jax.lax.scan(look_up, carry, indices)
 
 
 def kept_density(
