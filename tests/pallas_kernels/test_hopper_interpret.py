@@ -70,9 +70,7 @@ CASES = {
         text_lengths=(0, 130),
         dtype="float16",
     ),
-    "by-rows": Case(
-        grid=VideoGrid(1, 13, 21, text_length=13), text_lengths=(13, 3), num_heads=2
-    ),
+    "by-rows": Case(grid=VideoGrid(1, 9, 21, text_length=13), text_lengths=(13, 3)),
     # Six slots: a copy arrives while the next two are under way.
     "by-rows-ahead": Case(
         grid=VideoGrid(2, 5, 21),
