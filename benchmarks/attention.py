@@ -378,11 +378,12 @@ def run_shape(name: str, options: argparse.Namespace, report) -> None:
         result = measure(contender, make, shape.dense_flops, options.seconds, check)
         record(contender, mask_kind, 1.0, result)
 
-    full = random_mask(grid, 1, shape.num_heads, 1.0)
-    check_dense = check_against_ours(shape, qkv, full)
-    for contender in contenders:
-        if contender in DENSE:
-            run_dense(contender, "dense", check_dense)
+    dense = [contender for contender in contenders if contender in DENSE]
+    if dense:
+        full = BlockMask.full(grid=grid, batch=1, num_heads=shape.num_heads)
+        check_dense = check_against_ours(shape, qkv, full)
+    for contender in dense:
+        run_dense(contender, "dense", check_dense)
     for mask_kind in options.masks:
         inputs = qkv if mask_kind == "random" else smooth_inputs(shape)
         for density in options.densities:

@@ -74,6 +74,15 @@ def take_turns(
     return turns
 
 
+def slowdown(
+    turns: dict[str, dict[str, list[float]]], own: str, *, over: str
+) -> dict[str, object]:
+    """By how much a program takes longer than another, as a share, by round."""
+    rounds = zip(turns[own]["ms"], turns[over]["ms"], strict=True)
+    losses = [round(ms / other - 1, 4) for ms, other in rounds]
+    return {"loss": statistics.median(losses), "losses": losses}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--densities", nargs="+", type=float, default=[*DENSITIES])

@@ -26,6 +26,7 @@ from benchmarks.attention import (
 )
 from draft_jax import BlockMask
 from pallas_kernels import hopper
+from pallas_kernels.interfaces import Order
 from pallas_kernels.sm90_plan import KernelConfig
 
 VARIANTS: dict[str, dict[str, object]] = {
@@ -41,7 +42,13 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
-def compiled(shape: Shape, qkv, mask: BlockMask, options: dict[str, object]):
+def compiled(
+    shape: Shape,
+    qkv,
+    mask: BlockMask,
+    options: dict[str, object],
+    order: Order = "tiled",
+):
     """The kernel for these arrays' shapes, with any mask of the same capacity."""
     default = KernelConfig.for_head_dim(shape.head_dim)
     config = dataclasses.replace(default, **options)
@@ -56,6 +63,7 @@ def compiled(shape: Shape, qkv, mask: BlockMask, options: dict[str, object]):
             layout=shape.grid,
             scale=shape.head_dim**-0.5,
             text_lengths=None,
+            order=order,
             config=config,
         )
 

@@ -330,18 +330,11 @@ def turns(options: argparse.Namespace) -> None:
             times = edges.take_turns(
                 calls, options.rounds, options.settle, options.block
             )
-            record |= raster_losses(times) | {"rounds": times}
+            record |= edges.slowdown(times, "raster", over="tiled") | {"rounds": times}
         records.append(record)
         print(json.dumps(record), flush=True)
         part = {"environment": surroundings(), "cases": records}
         update(options.output, turns=part)
-
-
-def raster_losses(times: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """By how much a layer in raster order takes longer, as a share, by round."""
-    rounds = zip(times["tiled"]["ms"], times["raster"]["ms"], strict=True)
-    losses = [round(raster / tiled - 1, 4) for tiled, raster in rounds]
-    return {"loss": statistics.median(losses), "losses": losses}
 
 
 def like_q(shape: Shape) -> jax.ShapeDtypeStruct:

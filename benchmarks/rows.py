@@ -10,12 +10,11 @@ import argparse
 import functools
 import json
 import pathlib
-import statistics
 from unittest import mock
 
-import jax
 import numpy as np
 
+from benchmarks import hopper_variants
 from benchmarks.attention import (
     SHAPES,
     Shape,
@@ -23,8 +22,8 @@ from benchmarks.attention import (
     random_mask,
     write_results,
 )
-from benchmarks.edges import take_turns
-from draft_jax import VideoGrid
+from benchmarks.edges import slowdown, take_turns
+from draft_jax import BlockMask, VideoGrid
 from pallas_kernels import hopper, sm90_geometry
 from pallas_kernels.interfaces import BlockLayout, Order
 
@@ -48,18 +47,12 @@ def _no_runs(layout, order):
     return starts, np.zeros_like(starts), sm90_geometry.BLOCK, "asked for"
 
 
-def compiled(shape: Shape, order: Order, arguments, *, rows: bool):
+def compiled(shape: Shape, order: Order, qkv, mask: BlockMask, *, rows: bool):
     """The kernel for these arrays."""
-
-    def run(q, k, v, mask):
-        scale = shape.head_dim**-0.5
-        options = {"layout": shape.grid, "scale": scale, "order": order}
-        return hopper.hopper_attention(q, k, v, mask, text_lengths=None, **options)
-
     found = by_rows if rows else sm90_geometry.geometry
     with mock.patch.object(hopper, "geometry", found):
         hopper._run.clear_cache()  # it does not see the other geometry
-        return jax.jit(run).lower(*arguments).compile()
+        return hopper_variants.compiled(shape, qkv, mask, {}, order)
 
 
 def main() -> None:
@@ -78,24 +71,17 @@ def main() -> None:
         masks = {
             d: random_mask(shape.grid, 1, shape.num_heads, d) for d in options.densities
         }
-        first = (*qkv, masks[options.densities[0]])
+        first = masks[options.densities[0]]
         programs = {
-            way: compiled(shape, order, first, rows=way == "rows")
+            way: compiled(shape, order, qkv, first, rows=way == "rows")
             for way in ("tma", "rows")
         }
         for density, mask in masks.items():
             calls = {w: functools.partial(p, *qkv, mask) for w, p in programs.items()}
             turns = take_turns(calls, options.rounds, options.settle, options.block)
-            ms = {way: turn["ms"] for way, turn in turns.items()}
-            losses = [r / t - 1 for r, t in zip(ms["rows"], ms["tma"], strict=True)]
+            losses = slowdown(turns, "rows", over="tma")
             results.append(
-                {
-                    "case": name,
-                    "density": density,
-                    "loss": statistics.median(losses),
-                    "losses": [round(loss, 4) for loss in losses],
-                    "rounds": turns,
-                }
+                {"case": name, "density": density, **losses, "rounds": turns}
             )
             print(json.dumps(results[-1]), flush=True)
             if options.output is not None:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import hopper_dense, validation
 from pallas_kernels.block_sparse_attention import BackendChoice, warn_once
 from pallas_kernels.interfaces import BlockLayout, Device, current_device
+from pallas_kernels.sm90_plan import ALIGNMENT
 
 # Logits held at once by the chunked path. On two CPU cores, 2304 tokens and head_dim
 # 128, chunks of 128, 256, 384 and 768 queries take 360, 345, 328 and 312 ms; a GPU
@@ -164,7 +165,7 @@ def choose(
     no_cudnn = why_no_cudnn(dtype, shape[-1], device)
     if no_cudnn is None:
         batch, num_tokens, *rest = shape
-        aligned = (batch, num_tokens - num_tokens % hopper_dense.ALIGNMENT, *rest)
+        aligned = (batch, num_tokens - num_tokens % ALIGNMENT, *rest)
         can_be_fixed = hopper_dense.why_unsupported(aligned, dtype, device) is None
         return BackendChoice(
             name="cudnn",

@@ -22,7 +22,6 @@ from pallas_kernels.sm90_wgmma import STEP
 # Timed at 32,760 tokens and more, where it beats cuDNN by 13 to 20 %. Shorter sequences
 # have fewer query blocks than fill the card evenly; where cuDNN wins is not known.
 LEAST_TOKENS = 4096
-ALIGNMENT = sm90.ALIGNMENT  # tokens
 
 
 def hopper_dense_attention(
@@ -62,9 +61,9 @@ def why_unsupported(
     if device.compute_capability != (9, 0):
         return f"it needs an NVIDIA Hopper GPU (sm_90), not {device.kind}"
     _, num_tokens, _, head_dim = shape
-    if num_tokens < least_tokens or num_tokens % ALIGNMENT:
+    if num_tokens < least_tokens or num_tokens % sm90.ALIGNMENT:
         return (
-            f"it takes a multiple of {ALIGNMENT} tokens, at least {least_tokens}, "
+            f"it takes a multiple of {sm90.ALIGNMENT} tokens, at least {least_tokens}, "
             f"not {num_tokens}"
         )
     return hopper.why_unsupported_shape(dtype, head_dim, sm90.BLOCK)
@@ -85,7 +84,7 @@ def _run(q, k, v, lengths, *, scale, masks, interpret):
         full_list=jnp.arange(num_blocks, dtype=jnp.int32),
         order=jnp.arange(num_tiles, dtype=jnp.int32),
         num_tiles=jnp.full(1, num_tiles, jnp.int32),
-        starts=jnp.asarray(starts // ALIGNMENT),
+        starts=jnp.asarray(starts // sm90.ALIGNMENT),
         strides=unused[0],
         lengths=jnp.asarray(block_lengths),
         valid=jnp.clip(lengths[:, None] - starts, 0, block_lengths),

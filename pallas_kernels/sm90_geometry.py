@@ -172,24 +172,16 @@ def _are_regular(layout: BlockLayout, first, strides, run: int) -> bool:
 
 def _single_rows(layout: BlockLayout, order: Order):
     """First token, jump from run to run, and reciprocal of the run, of each block."""
-    first, lengths = layout.block_starts, layout.block_lengths
-    if order == "tiled":
-        starts, runs, strides = (
-            first,
-            np.full_like(first, BLOCK),
-            np.full_like(first, BLOCK),
-        )
-    else:
-        tokens = layout.tile_order
-        starts = tokens[first]
-        # A run ends where the next token is not the next one in memory.
-        ends = np.flatnonzero(np.append(np.diff(tokens) != 1, True))
-        runs = ends[np.searchsorted(ends, first)] + 1 - first
-        is_one = runs >= lengths
-        runs = np.where(is_one, BLOCK, runs)
-        second = tokens[np.minimum(first + runs, layout.num_tokens - 1)]
-        strides = np.where(is_one, BLOCK, second - starts)
-    return starts, strides - runs, reciprocal_of(runs).astype(np.int32)
+    first = layout.block_starts
+    tokens = layout.tile_order if order == "raster" else np.arange(layout.num_tokens)
+    # A run ends where the next token is not the next one in memory.
+    ends = np.flatnonzero(np.append(np.diff(tokens) != 1, True))
+    runs = ends[np.searchsorted(ends, first)] + 1 - first
+    is_one = runs >= layout.block_lengths
+    second = tokens[np.minimum(first + runs, layout.num_tokens - 1)]
+    jumps = np.where(is_one, 0, second - tokens[first] - runs)
+    runs = np.where(is_one, BLOCK, runs)
+    return tokens[first], jumps, reciprocal_of(runs).astype(np.int32)
 
 
 def _widths(layout: BlockLayout, *, has_text_lengths: bool):

@@ -167,12 +167,13 @@ def _copy_rows(code, array, rows: Rows, rows_smem, num_rows: int) -> None:
             smem = arith.addi(smem, arith.muli(index, const(size)))
         pointer = llvm.ptrtoint(i64(), mgpu.utils.memref_ptr(array))
         offset = arith.extui(i64(), arith.muli(chunk, const(CHUNK)))
-        (stride, _), _ = ir.MemRefType(array.type).get_strides_and_offset()
+        array_type = ir.MemRefType(array.type)
+        (stride, _), _ = array_type.get_strides_and_offset()
         copies = _Copies(
             places=tuple(i * smem_step for i in range(num_rows // rows_at_once)),
             rows_at_once=rows_at_once,
             token_bytes=2 * stride,
-            num_tokens=ir.MemRefType(array.type).shape[0],
+            num_tokens=array_type.shape[0],
         )
         asm(
             code(copies),

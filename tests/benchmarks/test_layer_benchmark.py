@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import layer, layer_account, layer_plot
+from benchmarks import edges, layer, layer_account, layer_plot
 
 ATTENTION = "block_sparse_attention_sm90_mosaic_gpu_kernel"
 SPARSE = [("sort_1", 0.25), (ATTENTION, 30.0), ("fusion", 0.5), (ATTENTION, 0.125)]
@@ -72,7 +72,7 @@ def test_groups_are_of_the_same_sparsity():
 
 def test_losses_of_raster_order_are_those_of_each_round():
     times = {"tiled": {"ms": [10.0, 20.0, 10.0]}, "raster": {"ms": [10.5, 20.0, 9.9]}}
-    found = layer.raster_losses(times)
+    found = edges.slowdown(times, "raster", over="tiled")
     assert found["losses"] == pytest.approx([0.05, 0.0, -0.01])
     assert found["loss"] == 0.0
 

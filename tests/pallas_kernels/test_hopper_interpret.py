@@ -220,7 +220,7 @@ GRADIENT_CASES = {
         grid=VideoGrid(1, 13, 16, text_length=40), text_lengths=(40, 7), dtype="float16"
     ),
     "raster": Case(grid=VideoGrid(1, 13, 32, text_length=40), order="raster"),
-    "raster-copied": Case(
+    "raster-by-rows": Case(
         grid=VideoGrid(1, 9, 24), num_heads=2, dtype="float16", order="raster"
     ),
 }

@@ -1,4 +1,4 @@
-"""The PTX that copies rows, run instruction by instruction for every thread."""
+"""The PTX that copies rows, run instruction by instruction for some threads."""
 
 import re
 
