@@ -29,10 +29,7 @@ def plot(results: pathlib.Path, output: pathlib.Path) -> None:
     a call is told on the left, beside them: it is of another run, and the card's clock
     moves by more than the gaps between kernels are.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     document = json.loads(results.read_text())
     stages = document["results"]
@@ -41,9 +38,8 @@ def plot(results: pathlib.Path, output: pathlib.Path) -> None:
     ]
     if missing:
         raise SystemExit(f"{results} has no account of GPU time for {missing}")
-    figure, (whole, beyond) = pyplot.subplots(
-        1, 2, figsize=(12, 4.6), layout="constrained"
-    )
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    whole, beyond = figure.subplots(1, 2)
     dense = stages["dense"]["median_ms"]
     whole.barh("cuDNN dense", dense, color="C0", label="dense attention")
     whole.text(dense, "cuDNN dense", f" {dense:.1f} ms", va="center")

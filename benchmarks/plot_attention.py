@@ -8,10 +8,7 @@ import argparse
 import json
 import pathlib
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 LABELS = {
     ("ours", "random"): "draft_jax, random masks",
@@ -56,7 +53,8 @@ def main() -> None:
     parser.add_argument("--shape", default="hunyuan")
     options = parser.parse_args()
     document = json.loads(options.results.read_text())
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
     draw(document, options.shape, axes)
     axes.annotate(
         document["environment"]["device"],
