@@ -74,7 +74,7 @@ def pool_draft(
       ValueError: As `draft_scores`.
       TypeError: As `draft_scores`.
     """
-    validation.check_qkv(q, k, k)  # a draft has no values
+    validation.check_qk(q, k)
     validation.check_tokens(q, grid)
     validation.check_order(order)
     if pooled is None:

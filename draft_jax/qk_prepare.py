@@ -171,7 +171,7 @@ def _rotate_visual(y, rope: Rope, visual: slice):
 
 
 def _check(q, k, grid: VideoGrid, norm: QKNorm | None, scales, rope) -> None:
-    validation.check_qkv(q, k, k)  # there are no values
+    validation.check_qk(q, k)
     validation.check_tokens(q, grid)
     _, _, num_heads, head_dim = q.shape
     if (norm is None) != (scales is None):

@@ -19,7 +19,16 @@ from pallas_kernels.interfaces import (
 
 def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
     """Raises unless q, k and v are [B, T, N, D] of one shape and supported dtype."""
-    for name, array in (("q", q), ("k", k), ("v", v)):
+    _check_alike(q=q, k=k, v=v)
+
+
+def check_qk(q: jax.Array, k: jax.Array) -> None:
+    """Raises unless q and k are [B, T, N, D] of one shape and supported dtype."""
+    _check_alike(q=q, k=k)
+
+
+def _check_alike(*, q: jax.Array, **others: jax.Array) -> None:
+    for name, array in {"q": q, **others}.items():
         if array.ndim != 4 or 0 in array.shape:
             raise ValueError(
                 f"{name} has shape {array.shape}; expected [batch, tokens, heads, "
@@ -30,7 +39,7 @@ def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
                 f"{name} has dtype {array.dtype.name}; accepted are "
                 f"{', '.join(SUPPORTED_DTYPES)}"
             )
-    for name, array in (("k", k), ("v", v)):
+    for name, array in others.items():
         if array.shape != q.shape:
             raise ValueError(
                 f"{name} has shape {array.shape}; it must equal q's shape {q.shape}"
