@@ -59,9 +59,12 @@ from pallas_kernels.sm90_plan import (
     NUM_CONSUMERS,
     PRODUCER,
     ROWS,
+    Boxes,
     GlobalRefs,
     Plan,
+    Runs,
     Signals,
+    SingleRows,
     Tile,
     Width,
     block_of,
@@ -205,7 +208,9 @@ def _produce(gmem, plan: Plan, signals: Signals, *, q_smem, kv_smem, q_full, kv_
             signals.wait_q_free()
 
         _load_queries(gmem, plan, tile, q_smem, q_full)
-        rows = _RowCopies(plan, fill, q_full, kv_full) if plan.by_rows else None
+        rows = None
+        if isinstance(plan.copies, SingleRows):
+            rows = _RowCopies(plan, fill, q_full, kv_full)
         for number, width in enumerate(plan.widths):
             begin, end = bounds_of_width(gmem, plan, tile, number)
             loader = _Loader(gmem, plan, signals, tile, width, kv_smem, kv_full, rows)
@@ -231,31 +236,30 @@ def _produce(gmem, plan: Plan, signals: Signals, *, q_smem, kv_smem, q_full, kv_
 
 
 def _load_queries(gmem, plan: Plan, tile: Tile, q_smem, q_full):
-    if plan.by_rows:
-        source = gmem.q.at[tile.batch, :, tile.head]
-        for consumer in range(NUM_CONSUMERS):
-            sm90_rows.fetch(
-                source,
-                sm90_rows.rows_of_block(gmem, tile.block, consumer * ROWS),
-                q_smem.at[consumer],
-                num_rows=ROWS,
-                emulate=plan.emulate_wgmma,
-            )
-        return
-    if plan.box is not None:
-        rows, per_consumer = plan.box.rows, ROWS // plan.box.tokens
-        for number in range(plan.box.number):
-            consumer, place = divmod(number, per_consumer)
-            source = box_of(gmem, plan, gmem.q, tile, tile.block, number, rows)
-            target = q_smem.at[consumer, pl.ds(place * rows, rows)]
-            plgpu.copy_gmem_to_smem(source, target, q_full)
-        return
-    run = min(plan.run, ROWS)
-    for row in range(0, BLOCK, run):
-        token = token_of_row(gmem, plan, tile.block, row)
-        source = gmem.q.at[tile.batch, pl.ds(token, run), tile.head]
-        target = q_smem.at[row // ROWS, pl.ds(row % ROWS, run)]
-        plgpu.copy_gmem_to_smem(source, target, q_full)
+    match plan.copies:
+        case SingleRows():
+            source = gmem.q.at[tile.batch, :, tile.head]
+            for consumer in range(NUM_CONSUMERS):
+                sm90_rows.fetch(
+                    source,
+                    sm90_rows.rows_of_block(gmem, tile.block, consumer * ROWS),
+                    q_smem.at[consumer],
+                    num_rows=ROWS,
+                    emulate=plan.emulate_wgmma,
+                )
+        case Boxes(rows, number_of_boxes) as boxes:
+            for number in range(number_of_boxes):
+                consumer, place = divmod(number, ROWS // boxes.tokens)
+                source = box_of(gmem, gmem.q, tile, tile.block, number, rows)
+                target = q_smem.at[consumer, pl.ds(place * rows, rows)]
+                plgpu.copy_gmem_to_smem(source, target, q_full)
+        case Runs() as runs:
+            size = min(runs.tokens, ROWS)
+            for row in range(0, BLOCK, size):
+                token = token_of_row(gmem, runs, tile.block, row)
+                source = gmem.q.at[tile.batch, pl.ds(token, size), tile.head]
+                target = q_smem.at[row // ROWS, pl.ds(row % ROWS, size)]
+                plgpu.copy_gmem_to_smem(source, target, q_full)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,53 +362,43 @@ class _Loader:
             self.rows.follow(fill)
             return
 
+        copies = plan.copies
+        assert not isinstance(copies, SingleRows)
+
         def copy(**options):
-            for source_rows, target in self._pieces(source, block, slot):
+            for source_rows, target in self._pieces(copies, source, block, slot):
                 plgpu.copy_gmem_to_smem(
                     source_rows, target, self.kv_full.at[slot], **options
                 )
 
-        if plan.pairs and self._can_be_halved():
+        if plan.pairs and self._can_be_halved(copies):
             lax.cond(
                 tile.is_shared, lambda: copy(collective_axes="pair"), lambda: copy()
             )
         else:
             copy()  # each CTA makes its own, and both still wait for each other
 
-    def _can_be_halved(self) -> bool:
+    def _can_be_halved(self, copies: Runs | Boxes) -> bool:
         """Whether each of the two CTAs can take half of every copy.
 
         Halves are whole groups of ALIGNMENT tokens, or half the channels of one.
         Interpret mode has no copies to two CTAs.
         """
-        plan = self.plan
-        if plan.box is not None:
-            sizes = [self.width.longest // plan.box.number]
-        else:
-            sizes = [size for _, size in self._runs()]
-        groups = {size // ALIGNMENT for size in sizes}
+        groups = {size // ALIGNMENT for _, size in copies.parts(self.width)}
         odd = {n for n in groups if n % 2}
-        return not plan.emulate_wgmma and (
-            not odd or (odd == {1} and plan.head_dim == 128)
+        return not self.plan.emulate_wgmma and (
+            not odd or (odd == {1} and self.plan.head_dim == 128)
         )
 
-    def _runs(self):
-        """First row and length of each run."""
-        for row in range(0, BLOCK, self.plan.run):
-            # Runs past the width are copied too: kv_full counts all of them.
-            yield row, min(self.plan.run, max(self.width.tokens - row, ALIGNMENT))
-
-    def _pieces(self, source, block, slot):
+    def _pieces(self, copies: Runs | Boxes, source, block, slot):
         """What to copy, and where to: as many as kv_full expects arrivals."""
-        gmem, plan, tile = self.gmem, self.plan, self.tile
-        slot_smem = self.kv_smem.at[slot]
-        if plan.box is not None:
-            rows = self.width.longest // (ALIGNMENT * plan.box.number)
-            for number in range(plan.box.number):
-                box = box_of(gmem, plan, source, tile, block, number, rows)
-                yield box, slot_smem.at[pl.ds(number * rows, rows)]
-            return
-        for row, size in self._runs():
-            token = token_of_row(gmem, plan, block, row)
-            tokens = source.at[tile.batch, pl.ds(token, size), tile.head]
-            yield tokens, slot_smem.at[pl.ds(row, size)]
+        gmem, tile, slot_smem = self.gmem, self.tile, self.kv_smem.at[slot]
+        for number, (row, size) in enumerate(copies.parts(self.width)):
+            if isinstance(copies, Boxes):
+                first, rows = row // ALIGNMENT, size // ALIGNMENT
+                box = box_of(gmem, source, tile, block, number, rows)
+                yield box, slot_smem.at[pl.ds(first, rows)]
+            else:
+                token = token_of_row(gmem, copies, block, row)
+                tokens = source.at[tile.batch, pl.ds(token, size), tile.head]
+                yield tokens, slot_smem.at[pl.ds(row, size)]

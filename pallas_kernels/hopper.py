@@ -143,7 +143,7 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
     places = geometry(layout, static.order)  # type: ignore[arg-type]  # hashable
     plan = _plan(static, places, q.shape, q.dtype)
     shape = q.shape
-    if plan.box is not None:
+    if isinstance(plan.copies, sm90.Boxes):
         q, k, v = (x.reshape(batch, *places.frame_shape, *shape[2:]) for x in (q, k, v))
     row_offsets = row_offsets.reshape(num_lists, num_blocks + 1)
     block_ids = block_ids.reshape(num_lists, -1)
@@ -183,6 +183,7 @@ def _plan(static: _Static, places: Geometry, shape, dtype) -> sm90.Plan:
     batch, _, num_heads, head_dim = shape
     num_blocks = static.layout.num_blocks
     num_tiles = batch * num_heads * num_blocks
+    by_rows = isinstance(places.copies, sm90.SingleRows)
     return sm90.Plan(
         config=static.config,
         num_blocks=num_blocks,
@@ -190,13 +191,10 @@ def _plan(static: _Static, places: Geometry, shape, dtype) -> sm90.Plan:
         head_dim=head_dim,
         num_ctas=num_tiles,
         persistent=False,
-        pairs=static.config.pairs and num_tiles % 2 == 0 and not places.by_rows,
+        pairs=static.config.pairs and num_tiles % 2 == 0 and not by_rows,
         is_dense=False,
         scale=static.scale,
-        starts_are_multiples=places.starts_are_multiples,
-        run=places.run,
-        box=places.box,
-        by_rows=places.by_rows,
+        copies=places.copies,
         widths=places.widths_with_text if static.has_text_lengths else places.widths,
         masks_queries=static.has_text_lengths,
         has_short_blocks=places.stores_short_blocks,
@@ -313,10 +311,12 @@ def _why_unsupported(problem: Problem) -> str | None:
 
 
 def _why_slow(problem: Problem) -> str | None:
-    places = geometry(problem.layout, problem.order)  # type: ignore[arg-type]
-    if not places.by_rows or problem.layout.num_tokens < sm90.BLOCK:
+    copies = geometry(problem.layout, problem.order).copies  # type: ignore[arg-type]
+    if not isinstance(copies, sm90.SingleRows):
+        return None
+    if problem.layout.num_tokens < sm90.BLOCK:
         return None  # a few tokens take no time either way
-    return f"its blocks are copied row by row: {places.by_rows_because}"
+    return f"its blocks are copied row by row: {copies.because}"
 
 
 BACKEND = Backend(

@@ -22,9 +22,11 @@ from pallas_kernels.sm90_plan import (
     ALIGNMENT,
     BLOCK,
     ROWS,
-    Box,
+    Boxes,
     Plan,
+    Runs,
     Signals,
+    SingleRows,
     Tile,
     Width,
     as_rows,
@@ -117,7 +119,8 @@ class _Ring:
     def block(self, slot):
         if self.width == BLOCK:
             return self.whole_block(slot)
-        size = self.width if self.plan.box is None else self.width // ALIGNMENT
+        in_boxes = isinstance(self.plan.copies, Boxes)
+        size = self.width // ALIGNMENT if in_boxes else self.width
         return as_rows(self.plan, self.kv_smem.at[slot, pl.ds(0, size)])
 
     def free(self, slot):
@@ -155,10 +158,10 @@ def _queries(gmem, plan: Plan, tile: Tile, wg, q_rows) -> _Queries:
         return _Queries(q_rows, None)
     length = gmem.lengths[tile.block]
     row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=WGMMA_ROW)
-    if plan.box is None:
-        is_own = row + wg * ROWS < length
+    if isinstance(boxes := plan.copies, Boxes):
+        is_own = row % boxes.tokens < lax.div(length, jnp.int32(boxes.number))
     else:
-        is_own = row % plan.box.tokens < lax.div(length, jnp.int32(plan.box.number))
+        is_own = row + wg * ROWS < length
 
     @pl.when(length < BLOCK)
     def _clear():
@@ -290,30 +293,31 @@ def _store_tile(gmem, plan: Plan, tile, wg, acc, reference, total, o_smem, lse_s
         commit_group=False,
     )
 
-    if plan.by_rows:
-        sm90_rows.store(
-            o_smem,
-            sm90_rows.rows_of_block(gmem, tile.block, wg * ROWS),
-            gmem.out.at[tile.batch, :, tile.head],
-            emulate=plan.emulate_wgmma,
-        )
-    elif plan.box is None:
-        _store_rows(gmem, plan, tile, wg, o_smem)
-    else:
-        _store_boxes(gmem, plan, plan.box, tile, wg, o_smem)
+    match plan.copies:
+        case SingleRows():
+            sm90_rows.store(
+                o_smem,
+                sm90_rows.rows_of_block(gmem, tile.block, wg * ROWS),
+                gmem.out.at[tile.batch, :, tile.head],
+                emulate=plan.emulate_wgmma,
+            )
+        case Runs() as runs:
+            _store_runs(gmem, plan, runs, tile, wg, o_smem)
+        case Boxes() as boxes:
+            _store_boxes(gmem, plan, boxes, tile, wg, o_smem)
     plgpu.commit_smem_to_gmem_group()
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _store_rows(gmem, plan: Plan, tile: Tile, wg, o_smem):
+def _store_runs(gmem, plan: Plan, runs: Runs, tile: Tile, wg, o_smem):
     def store(row, num_rows):
-        token = token_of_row(gmem, plan, tile.block, wg * ROWS + row)
+        token = token_of_row(gmem, runs, tile.block, wg * ROWS + row)
         target = gmem.out.at[tile.batch, pl.ds(token, num_rows), tile.head]
         source = o_smem.at[pl.ds(row, num_rows)]
         plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
     def store_all():
-        run = min(plan.run, ROWS)
+        run = min(runs.tokens, ROWS)
         for row in range(0, ROWS, run):
             store(row, run)
 
@@ -331,16 +335,14 @@ def _store_rows(gmem, plan: Plan, tile: Tile, wg, o_smem):
         store_all()
 
 
-def _store_boxes(gmem, plan: Plan, box: Box, tile: Tile, wg, o_smem):
-    own = ROWS // box.tokens
+def _store_boxes(gmem, plan: Plan, boxes: Boxes, tile: Tile, wg, o_smem):
+    own = ROWS // boxes.tokens
 
     def store(width: Width):
-        rows = width.longest // (ALIGNMENT * box.number)
+        rows = width.longest // (ALIGNMENT * boxes.number)
         for number in range(own):
-            source = o_smem.at[pl.ds(number * box.rows, rows)]
-            target = box_of(
-                gmem, plan, gmem.out, tile, tile.block, wg * own + number, rows
-            )
+            source = o_smem.at[pl.ds(number * boxes.rows, rows)]
+            target = box_of(gmem, gmem.out, tile, tile.block, wg * own + number, rows)
             plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
     widest, *others = plan.widths

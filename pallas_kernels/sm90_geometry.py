@@ -6,7 +6,16 @@ import functools
 import numpy as np
 
 from pallas_kernels.interfaces import BlockLayout, Order
-from pallas_kernels.sm90_plan import ALIGNMENT, BLOCK, ROWS, Box, Width
+from pallas_kernels.sm90_plan import (
+    ALIGNMENT,
+    BLOCK,
+    ROWS,
+    Boxes,
+    Copies,
+    Runs,
+    SingleRows,
+    Width,
+)
 from pallas_kernels.sm90_rows import reciprocal_of
 from pallas_kernels.sm90_wgmma import STEP
 
@@ -18,44 +27,33 @@ class Geometry:
     """Places of blocks, for one order of the tokens.
 
     Attributes:
+      copies: How blocks are copied, which decides what the next three hold.
       starts: First token of each block over ALIGNMENT; with boxes, its row among the
         rows of all frames; by rows, the token itself.
-      run: Tokens of a block that follow each other in memory; BLOCK if all do.
       strides: Tokens from the start of a run to that of the next, over ALIGNMENT, for
         each block; with boxes, its first column over ALIGNMENT; by rows, tokens from
         the end of a run to the start of the next.
       reciprocals: Of the length of each block's runs, by rows; see `sm90_rows`.
-      box: How blocks are cut out of frames, or None.
       frame_shape: Rows of all frames, columns over ALIGNMENT, ALIGNMENT; with boxes.
-      starts_are_multiples: Block r starts at token r * BLOCK and is in one piece.
       stores_short_blocks: A short block is followed by another one's tokens.
       scatter: Place of each token among blocks of full length.
       moves_lse: Whether the places, in order, are anything but the tokens.
       widths: Classes of key blocks, widest first.
       widths_with_text: The same where text may be shorter than its blocks.
       width_of_block: Number of each block's class.
-      by_rows_because: Why blocks are copied by rows and what helps, or None.
     """
 
+    copies: Copies
     starts: np.ndarray
-    run: int
     strides: np.ndarray
     reciprocals: np.ndarray
-    box: Box | None
     frame_shape: tuple[int, ...]
-    starts_are_multiples: bool
     stores_short_blocks: bool
     scatter: np.ndarray
     moves_lse: bool
     widths: tuple[Width, ...]
     widths_with_text: tuple[Width, ...]
     width_of_block: np.ndarray
-    by_rows_because: str | None
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether threads copy each row, for TMA cannot."""
-        return self.by_rows_because is not None
 
 
 @functools.lru_cache(maxsize=64)
@@ -76,51 +74,51 @@ def geometry(layout: BlockLayout, order: Order) -> Geometry:
     scatter -= layout.block_starts[block]
     if order == "raster":
         scatter = scatter[layout.raster_order]
-    starts, strides, run, cause = _runs(layout, order)
-    starts_are_multiples = run == BLOCK and bool((starts == multiples).all())
-    box, frame_shape = None, ()
+    frame_shape: tuple[int, ...] = ()
     reciprocals = np.zeros(1, np.int32)
-    widths, width_of_block = _widths(layout, has_text_lengths=False)
+    starts, strides, run, cause = _runs(layout, order)
+    copies: Copies
     if cause is not None:
+        copies = SingleRows(cause)
         starts, strides, reciprocals = _single_rows(layout, order)
-        run = BLOCK
     else:
+        in_multiples = run == BLOCK and bool((starts == multiples).all())
+        copies = Runs(run, start_at_multiples=in_multiples)
         starts, strides = starts // ALIGNMENT, strides // ALIGNMENT
-    if run != BLOCK and (boxes := _boxes(layout, starts, strides, run)):
-        box, frame_shape, starts, strides = boxes
-        block, row = np.divmod(scatter, BLOCK)
-        row, column = np.divmod(row, run)
-        number, column = np.divmod(column, ALIGNMENT)
-        row_in_block = number * box.tokens + row * ALIGNMENT + column
-        scatter = multiples[block] + row_in_block
+        if run != BLOCK and (found := _boxes(layout, starts, strides, run)):
+            boxes, frame_shape, starts, strides = found
+            copies = boxes
+            block, row = np.divmod(scatter, BLOCK)
+            row, column = np.divmod(row, run)
+            number, column = np.divmod(column, ALIGNMENT)
+            row_in_block = number * boxes.tokens + row * ALIGNMENT + column
+            scatter = multiples[block] + row_in_block
+    widths, width_of_block = _widths(layout, has_text_lengths=False)
     return Geometry(
+        copies=copies,
         starts=starts.astype(np.int32),
-        run=run,
         strides=strides.astype(np.int32),
-        box=box,
-        frame_shape=frame_shape,
         reciprocals=reciprocals,
-        starts_are_multiples=starts_are_multiples,
+        frame_shape=frame_shape,
         stores_short_blocks=bool((lengths < BLOCK).any()),
         scatter=scatter,
         moves_lse=not np.array_equal(scatter, np.arange(layout.num_blocks * BLOCK)),
         widths=widths,
         widths_with_text=_widths(layout, has_text_lengths=True)[0],
         width_of_block=width_of_block,
-        by_rows_because=cause,
     )
 
 
 def _boxes(layout: BlockLayout, starts, strides, run: int):
-    """The box, the shape to cut it out of, and each block's first row and column.
+    """The boxes, the shape to cut them out of, and blocks' first rows and columns.
 
     None where there is text, tiles are too tall for a consumer's rows, or blocks are
     not whole runs, as in frames narrower than the tile: runs are then copied singly.
     """
     rows = BLOCK // run
-    box = Box(rows, run // ALIGNMENT)
+    boxes = Boxes(rows, run // ALIGNMENT)
     row_lengths = np.unique(strides[layout.block_lengths > run])
-    if layout.text_length or len(row_lengths) != 1 or box.tokens > ROWS:
+    if layout.text_length or len(row_lengths) != 1 or boxes.tokens > ROWS:
         return None
     lengths = np.unique(layout.block_lengths)
     if (lengths % run).any() or len(lengths) > 2:  # of whole tiles and of the lowest
@@ -130,7 +128,7 @@ def _boxes(layout: BlockLayout, starts, strides, run: int):
         return None
     num_rows = layout.num_tokens // (columns * ALIGNMENT)
     first_row, first_column = np.divmod(starts, columns)
-    return box, (num_rows, columns, ALIGNMENT), first_row, first_column
+    return boxes, (num_rows, columns, ALIGNMENT), first_row, first_column
 
 
 def _runs(layout: BlockLayout, order: Order):

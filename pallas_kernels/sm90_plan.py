@@ -64,10 +64,7 @@ class Plan:
     pairs: bool  # two CTAs are a cluster and share the keys of full rows
     is_dense: bool  # every list is full, and none is read
     scale: float
-    starts_are_multiples: bool  # block r starts at token r * BLOCK
-    run: int  # tokens of a block that lie together in memory; BLOCK if all do
-    box: "Box | None"  # or how a block is cut out of frames
-    by_rows: bool  # or threads copy each row of a block
+    copies: "Copies"
     widths: tuple["Width", ...]  # widest first; lists have them in this order
     masks_queries: bool  # some query inside a block is padding
     has_short_blocks: bool
@@ -81,12 +78,20 @@ class Plan:
     @property
     def num_copies(self) -> int:
         """Copies of a key block that arrive on its barrier."""
-        return BLOCK // self.run if self.box is None else self.box.number
+        match self.copies:
+            case Runs(tokens):
+                return BLOCK // tokens
+            case Boxes(number=number):
+                return number
+            case SingleRows():
+                return 1  # by all threads of the producer together
 
     @property
     def num_query_copies(self) -> int:
         """Likewise of a query block; a copy is for one consumer."""
-        return 1 if self.by_rows else max(self.num_copies, NUM_CONSUMERS)
+        if isinstance(self.copies, SingleRows):
+            return 1
+        return max(self.num_copies, NUM_CONSUMERS)
 
     @property
     def copies_ahead(self) -> int:
@@ -99,10 +104,29 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Box:
+class Runs:
+    """One TMA copy for each run of tokens that follow each other in memory."""
+
+    tokens: int  # of a run; BLOCK if a block is one
+    start_at_multiples: bool = False  # block r starts at token r * BLOCK
+
+    def parts(self, width: "Width") -> list[tuple[int, int]]:
+        """First row in shared memory, and tokens, of each copy of a key block.
+
+        Runs past the width are copied too: a barrier counts all of them.
+        """
+        run = self.tokens
+        return [
+            (row, min(run, max(width.tokens - row, ALIGNMENT)))
+            for row in range(0, BLOCK, run)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Boxes:
     """Raster order: a block is boxes of ALIGNMENT columns, one beside the other.
 
-    One copy takes a box out of an array of frames and rows, columns over ALIGNMENT,
+    One TMA copy takes a box out of an array of frames and rows, columns over ALIGNMENT,
     ALIGNMENT. In shared memory the boxes follow each other, so the tokens of a block
     stand in another order there than in tiled order.
     """
@@ -113,6 +137,21 @@ class Box:
     @property
     def tokens(self) -> int:
         return self.rows * ALIGNMENT
+
+    def parts(self, width: "Width") -> list[tuple[int, int]]:
+        """First row in shared memory, and tokens, of each copy of a key block."""
+        size = width.longest // self.number
+        return [(number * size, size) for number in range(self.number)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleRows:
+    """Threads copy each row of a block (`sm90_rows`), for TMA cannot."""
+
+    because: str  # why, and what helps
+
+
+Copies = Runs | Boxes | SingleRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +214,7 @@ def scratch_types(plan: Plan, dtype: jax.typing.DTypeLike) -> dict[str, Any]:
     rows = (NUM_CONSUMERS, ROWS)
 
     def tokens(number, size):
-        if plan.box is None:
+        if not isinstance(plan.copies, Boxes):
             return plgpu.SMEM((number, size, dim), dtype, transforms=smem_transforms())
         shape = (number, size // ALIGNMENT, ALIGNMENT, dim)
         return plgpu.SMEM(shape, dtype, transforms=smem_transforms(in_boxes=True))
@@ -286,22 +325,22 @@ def bounds_of_width(gmem: GlobalRefs, plan: Plan, tile: Tile, index: int):
     return begin, ends[tile.list_row, tile.block, index]
 
 
-def token_of_row(gmem: GlobalRefs, plan: Plan, block, row):
+def token_of_row(gmem: GlobalRefs, runs: Runs, block, row):
     """Where in memory the token of a row of a block is.
 
     `row` is a multiple of ALIGNMENT, and Mosaic must see that the token is one.
     """
-    if plan.starts_are_multiples:
+    if runs.start_at_multiples:
         return block * BLOCK + row
     start = gmem.starts[block]
-    if plan.run == BLOCK:
+    if runs.tokens == BLOCK:
         return start * ALIGNMENT + row
-    run = lax.div(jnp.asarray(row, jnp.int32), jnp.int32(plan.run))
-    units = start + run * (gmem.strides[block] - plan.run // ALIGNMENT)
+    run = lax.div(jnp.asarray(row, jnp.int32), jnp.int32(runs.tokens))
+    units = start + run * (gmem.strides[block] - runs.tokens // ALIGNMENT)
     return units * ALIGNMENT + row
 
 
-def box_of(gmem: GlobalRefs, plan: Plan, array, tile: Tile, block, number: int, rows):
+def box_of(gmem: GlobalRefs, array, tile: Tile, block, number: int, rows):
     """The first rows of one box of a block, [rows, ALIGNMENT, D]."""
     column = gmem.strides[block] + number
     return array.at[tile.batch, pl.ds(gmem.starts[block], rows), column, :, tile.head]
@@ -312,7 +351,7 @@ def as_rows(plan: Plan, tokens):
 
     Interpret mode reshapes no references: there values are, where they are read.
     """
-    if plan.box is None or plan.emulate_wgmma:
+    if not isinstance(plan.copies, Boxes) or plan.emulate_wgmma:
         return tokens
     rows, columns, head_dim = tokens.shape
     return tokens.reshape(rows * columns, head_dim)

@@ -1,5 +1,6 @@
 """Parts of `benchmarks.sanitize` are what they are named for."""
 
+import collections
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from benchmarks.sanitize import PARTS, Attention
 from pallas_kernels.sm90_geometry import geometry
+from pallas_kernels.sm90_plan import Boxes, SingleRows
 from pallas_kernels.sm90_softmax import GROWTH, MOST_SUM
 
 ATTENTION = {name: part for name, part in PARTS.items() if isinstance(part, Attention)}
@@ -14,9 +16,11 @@ ATTENTION = {name: part for name, part in PARTS.items() if isinstance(part, Atte
 
 def test_places_of_blocks():
     places = {n: geometry(part.grid, part.order) for n, part in ATTENTION.items()}
-    by_rows = {name for name, own in places.items() if own.by_rows}
-    assert by_rows == {"by-rows", "by-rows-raster"}
-    assert {name for name, own in places.items() if own.box} == {"boxes"}
+    named = collections.defaultdict(set)
+    for name, own in places.items():
+        named[type(own.copies)].add(name)
+    assert named[SingleRows] == {"by-rows", "by-rows-raster"}
+    assert named[Boxes] == {"boxes"}
     assert {len(own.widths) for own in places.values()} == {1, 2, 3}
 
 

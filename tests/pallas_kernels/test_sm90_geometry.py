@@ -5,7 +5,7 @@ import pytest
 
 from draft_jax.grid import VideoGrid
 from pallas_kernels.sm90_geometry import geometry
-from pallas_kernels.sm90_plan import BLOCK
+from pallas_kernels.sm90_plan import BLOCK, Boxes, Runs, SingleRows
 from pallas_kernels.sm90_rows import reciprocal_of
 
 GRIDS = {  # grid, is read by TMA in tiled order, in raster order
@@ -31,27 +31,27 @@ GRIDS = {  # grid, is read by TMA in tiled order, in raster order
 def test_places_hold_the_tokens_of_their_blocks(name, order):
     grid, *by_tma = GRIDS[name]
     places = geometry(grid, order)
-    assert places.by_rows != by_tma[order == "raster"]
-    assert places.by_rows == (places.by_rows_because is not None)
+    assert isinstance(places.copies, SingleRows) != by_tma[order == "raster"]
     tokens = np.arange(grid.num_tokens)
     # `memory[i]` is the tiled number of the token that the kernel finds at i.
     memory = tokens if order == "tiled" else grid.raster_order
     for block in range(grid.num_blocks):
         length = int(grid.block_lengths[block])
         width = places.widths[places.width_of_block[block]]
-        if places.by_rows:
-            found = memory[tokens_by_rows(places, block, np.arange(length))]
-        elif places.box is not None:
-            found = tokens_of_boxes(memory, places, block, length)
-        else:
-            row = np.arange(length)
-            place = 8 * places.starts[block] + row % places.run
-            place += row // places.run * 8 * places.strides[block]
-            found = memory[place]
+        row = np.arange(length)
+        match places.copies:
+            case SingleRows():
+                found = memory[tokens_by_rows(places, block, row)]
+            case Boxes(number=number):
+                found = tokens_of_boxes(memory, places, block, length, number)
+            case Runs(run):
+                place = 8 * places.starts[block] + row % run
+                place += row // run * 8 * places.strides[block]
+                found = memory[place]
         want = grid.block_starts[block] + np.arange(length)
         assert sorted(found) == want.tolist()
         # The log-sum-exp of the token in row i of the block is at `128 block + i`.
-        if places.box is None:
+        if not isinstance(places.copies, Boxes):
             np.testing.assert_array_equal(found, want)
         elif length == BLOCK:
             in_order = tokens if order == "tiled" else grid.tile_order
@@ -75,15 +75,15 @@ def test_reciprocals_divide_rows_exactly(run):
     np.testing.assert_array_equal(row * reciprocal_of(run) >> 16, row // run)
 
 
-def tokens_of_boxes(memory, places, block, length):
+def tokens_of_boxes(memory, places, block, length, number_of_boxes):
     """Reads a block box by box, as its copies do."""
     frames = memory.reshape(places.frame_shape)
-    rows = length // (8 * places.box.number)
+    rows = length // (8 * number_of_boxes)
     first, column = places.starts[block], places.strides[block]
     return np.concatenate(
         [
             frames[first : first + rows, column + number].ravel()
-            for number in range(places.box.number)
+            for number in range(number_of_boxes)
         ]
     )
 
@@ -100,8 +100,8 @@ def tokens_of_boxes(memory, places, block, length):
     ids=str,
 )
 def test_boxes_are_for_videos_without_text(grid, has_boxes):
-    assert (geometry(grid, "raster").box is not None) == has_boxes
-    assert geometry(grid, "tiled").box is None
+    assert isinstance(geometry(grid, "raster").copies, Boxes) == has_boxes
+    assert not isinstance(geometry(grid, "tiled").copies, Boxes)
 
 
 def test_widths_of_480p():

@@ -7,7 +7,7 @@ import pytest
 
 from draft_jax.grid import VideoGrid
 from pallas_kernels.sm90_geometry import geometry
-from pallas_kernels.sm90_plan import BLOCK
+from pallas_kernels.sm90_plan import BLOCK, SingleRows
 from pallas_kernels.sm90_rows import CHUNK, _Copies, _fetch_code, _store_code
 
 THREADS = 128
@@ -132,7 +132,7 @@ def cases(grid):
 def test_fetch_and_store(name, order, head_dim):
     grid = GRIDS[name]
     places = geometry(grid, order)
-    assert places.by_rows
+    assert isinstance(places.copies, SingleRows)
     tokens = np.arange(grid.num_tokens) if order == "tiled" else grid.tile_order
     for block, first, num_rows in cases(grid):
         start, length = int(grid.block_starts[block]), int(grid.block_lengths[block])
