@@ -1,0 +1,234 @@
+"""Runs the tests that need a GPU, or NVIDIA's sanitizers, and records what came out.
+
+    python -m benchmarks.gpu_tests tests --output benchmarks/results/gpu_tests.json
+    python -m benchmarks.gpu_tests sanitize memcheck racecheck --jobs 2 \
+        --output benchmarks/results/gpu_tests.json
+    python -m benchmarks.gpu_tests tests --limit 400 -- tests/gpu/test_layer_gpu.py -n 4
+
+`tests` takes more of pytest's arguments after `--`. `sanitize` runs each part of
+`benchmarks.sanitize` by itself. The record is written after every test and part, newest
+run first, so that a run that is cut off tells what it saw, and which tests it did not
+come to. The exit status is 1 if anything failed or did not run.
+"""
+
+import argparse
+import concurrent.futures
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+PYTEST = ("-o", "addopts=", "-p", "no:cacheprovider", "-m", "gpu", "--require-gpu")
+DEFAULT_TESTS = ("tests/gpu", "-n", "8", "--dist", "loadgroup")
+TOOLS = ("memcheck", "racecheck")
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
+MEASURED = "measured: "  # as tests/conftest.py writes it
+LONGEST_CAUSE = 400  # characters of what a failed test says
+
+
+def facts(commit: str | None) -> dict[str, Any]:
+    """What a run's outcome depends on."""
+    gpu = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv")
+    packages = ("jax", "jaxlib", "flax")
+    return {
+        "commit": commit or _output("git", "rev-parse", "--short", "HEAD"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "gpu": gpu.splitlines()[1:],
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "command": " ".join(["python -m benchmarks.gpu_tests", *sys.argv[1:]]),
+    }
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing where there is no such command."""
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return found.stdout.strip()
+
+
+def recorder(path: pathlib.Path | None) -> Callable[[dict[str, Any]], None]:
+    """A function that puts a run, and later what it has become, before older runs."""
+    document: dict[str, Any] = {"runs": []}
+    if path is not None and path.exists():
+        document = json.loads(path.read_text())
+    older = document["runs"]
+
+    def record(run: dict[str, Any]) -> None:
+        if path is not None:
+            text = json.dumps(document | {"runs": [run, *older]}, indent=1)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + "\n")
+
+    return record
+
+
+class Results:
+    """A pytest plugin: outcomes of tests, their causes and what they measured."""
+
+    def __init__(self, run: dict[str, Any], record, limit: float) -> None:
+        self.run, self.record = run, record
+        self.start = time.monotonic()
+        self.limit = limit
+        self.collected: set[str] = set()
+        self.outcomes: dict[str, str] = {}
+        self.causes: dict[str, str] = {}
+        self.measured: dict[str, float] = {}
+        self.session: pytest.Session | None = None
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self.session = session
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.collected.update(item.nodeid for item in session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node, ids) -> None:
+        del node
+        self.collected.update(ids)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        test = report.nodeid
+        tells = report.when == "call" or report.outcome != "passed"
+        if tells and self.outcomes.get(test) != "failed":  # teardown comes last
+            self.outcomes[test] = report.outcome
+        if report.outcome == "failed":
+            lines = report.longreprtext.strip().splitlines() or ["no message"]
+            errors = [line for line in lines if line.startswith("E ")]
+            self.causes[test] = "\n".join(errors or lines[-1:])[:LONGEST_CAUSE]
+        for name, value in report.user_properties:
+            if name.startswith(MEASURED):
+                name = name.removeprefix(MEASURED)
+                self.measured[name] = max(self.measured.get(name, 0.0), float(value))
+        self.save()
+        if time.monotonic() - self.start > self.limit:
+            self._stop()
+
+    def _stop(self) -> None:
+        assert self.session is not None
+        workers = self.session.config.pluginmanager.getplugin("dsession")
+        for controller in filter(None, (self.session, workers)):
+            controller.shouldstop = f"the limit of {self.limit} s is over"
+
+    def save(self) -> None:
+        outcomes = [*self.outcomes.values()]
+        not_run = sorted(self.collected - self.outcomes.keys())
+        self.run |= {
+            outcome: outcomes.count(outcome)
+            for outcome in ("passed", "failed", "skipped")
+        }
+        self.run |= {
+            "not_run": len(not_run),
+            "seconds": round(time.monotonic() - self.start, 1),
+            "failed_tests": dict(sorted(self.causes.items())),
+            "not_run_tests": not_run,
+            "measured": {
+                k: float(f"{v:.3g}") for k, v in sorted(self.measured.items())
+            },
+        }
+        self.record(self.run)
+
+
+def run_tests(options: argparse.Namespace) -> bool:
+    """Runs pytest in this process; its workers are others."""
+    # Processes that share a card take memory as they need it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    run = facts(options.commit)
+    results = Results(run, recorder(options.output), options.limit)
+    pytest.main([*PYTEST, *(options.pytest or DEFAULT_TESTS)], plugins=[results])
+    results.save()
+    if not results.collected:
+        run["failed_tests"] = {"collection": "pytest found no tests"}
+        results.record(run)
+    print(json.dumps(run, indent=1))
+    return bool(results.collected) and not run["failed_tests"] and not run["not_run"]
+
+
+def run_sanitizers(options: argparse.Namespace) -> bool:
+    """Runs each part under each tool, a few at a time."""
+    deadline = time.monotonic() + options.limit
+    run = facts(options.commit)
+    pairs = [(tool, part) for tool in options.tools for part in options.parts]
+    found = {tool: dict.fromkeys(options.parts, "not run") for tool in options.tools}
+    record = recorder(options.output)
+
+    def check(pair: tuple[str, str]) -> None:
+        tool, part = pair
+        left = deadline - time.monotonic()
+        if left > 0:
+            found[tool][part] = sanitize(tool, part, left)
+        print(f"{tool} {part}: {found[tool][part]}", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for _ in pool.map(check, pairs):
+            record(run | found)
+    outcomes = [outcome for parts in found.values() for outcome in parts.values()]
+    return all(outcome == "0 found" for outcome in outcomes)
+
+
+def sanitize(tool: str, part: str, limit: float) -> str:
+    """Runs one part; returns how many errors or hazards were found, or what failed."""
+    command = ["compute-sanitizer", "--tool", tool, "--kernel-regex", "kns=sm90"]
+    command += [sys.executable, "-m", "benchmarks.sanitize", part]
+    try:
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=limit,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "stopped by the limit"
+    counts = SUMMARY.findall(done.stdout)
+    if done.returncode == 0 and counts:
+        return f"{sum(map(int, counts))} found"
+    tail = "\n".join(done.stdout.strip().splitlines()[-5:])
+    return f"exit status {done.returncode}: {tail}"[-LONGEST_CAUSE:]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    tests = commands.add_parser("tests", help="the tests marked gpu")
+    tests.add_argument("pytest", nargs="*", help="its arguments, after --")
+    tests.set_defaults(run=run_tests)
+    sanitizers = commands.add_parser(
+        "sanitize", help="the parts of benchmarks.sanitize"
+    )
+    sanitizers.add_argument("tools", nargs="+", choices=TOOLS)
+    sanitizers.add_argument("--parts", nargs="+", help="default: all")
+    sanitizers.add_argument("--jobs", type=int, default=2, help="parts at a time")
+    sanitizers.set_defaults(run=run_sanitizers)
+    for command in (tests, sanitizers):
+        command.add_argument("--output", type=pathlib.Path, help="JSON file")
+        command.add_argument("--commit", help="where this is no checkout of it")
+        command.add_argument(
+            "--limit", type=float, default=float("inf"), help="seconds for all of it"
+        )
+    options = parser.parse_args(arguments)
+    if options.run is run_sanitizers and options.parts is None:
+        from benchmarks.sanitize import PARTS  # imports JAX
+
+        options.parts = [*PARTS]
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    sys.exit(0 if options.run(options) else 1)
+
+
+if __name__ == "__main__":
+    main()
