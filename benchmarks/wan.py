@@ -7,12 +7,11 @@
 
 `write` makes a folder with random weights, which `measure` loads as published ones are
 loaded. A step is the pipeline's own: guidance by default in two calls of the model one
-after the other, and UniPC. One program serves all modes of a size, for the schedule's
-values choose between dense and sparse attention: so peak_gb is that of the program,
-not of a mode, and since the process began. "dense" is the library's dense attention, on
-Hopper its own kernel; --cudnn adds steps of a program with cuDNN's instead. Sizes run
-in the order given: name small ones first. The file is written anew after each part.
-What a case has:
+after the other, and UniPC. Each kind of step has its program, as in the pipeline; modes
+that differ in sparsity alone share one. peak_gb is that of the process so far, not of a
+mode. "dense" is the library's dense attention, on Hopper its own kernel; --cudnn adds
+steps of a program with cuDNN's instead. Sizes run in the order given: name small ones
+first. The file is written anew after each part. What a case has:
 
   samples_ms       steps, until the result is there; each program has run once before
   kept_density     share of token pairs that self-attention computed
