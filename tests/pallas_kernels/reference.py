@@ -56,7 +56,7 @@ def matrix_attention(q, k, v, dense_mask, grid, *, text_lengths=None, xp=np):
     out, lse = [], []
     for b, n in itertools.product(range(batch), range(num_heads)):
         is_valid = np.ones(num_tokens, bool)
-        if text_lengths is not None:
+        if text_lengths:
             is_valid[_text_tokens(grid)[text_lengths[b] :]] = False
         keys, values = k[b, :, n], v[b, :, n]
         of_parts = []
