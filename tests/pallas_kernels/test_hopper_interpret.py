@@ -120,7 +120,16 @@ def inputs(case):
     return qkv, random_mask(case.grid, density=case.density, **sizes)
 
 
-@pytest.mark.parametrize("name", CASES)
+ON_EVERY_JAX = ("uneven-rows", "head-dim-128-exact", "boxes", "by-rows")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ON_EVERY_JAX else pytest.mark.slow)
+        for name in CASES
+    ],
+)
 def test_matches_numpy(name):
     case = CASES[name]
     qkv, dense = inputs(case)
@@ -150,6 +159,7 @@ def huge_inputs():
     return (q, k, v), random_mask(HUGE_GRID, batch=1, num_heads=1, density=0.7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, -0.7], ids=str)
 def test_huge_logits(scale):
     """Logits of 1e4 give no NaN; a negative scale turns the largest product around."""
@@ -162,6 +172,7 @@ def test_huge_logits(scale):
     np.testing.assert_allclose(lse, want_lse, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_huge_logits_need_the_repair(monkeypatch):
     """Or the test above would say nothing about it."""
     monkeypatch.setattr(hopper, "repair", lambda q, k, v, work, *rest: rest[:2])
@@ -173,6 +184,7 @@ def test_huge_logits_need_the_repair(monkeypatch):
     assert 2 <= failed.sum() <= failed.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("growth", [12.0, 60.0], ids=str)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_logits_that_grow_from_block_to_block(growth, dtype):
@@ -248,6 +260,7 @@ def matrix_gradients(qkv, dense, grid, text_lengths=()):
     return gradients_of(loss)(*(x.astype("float32") for x in qkv))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRADIENT_CASES)
 def test_gradients_match_dense_matrices(name):
     case = GRADIENT_CASES[name]
@@ -267,6 +280,7 @@ def test_gradients_match_dense_matrices(name):
         assert relative_error(x, y[:, places]) < GRADIENT_RELATIVE[case.dtype]
 
 
+@pytest.mark.slow
 def test_vmap_and_grad():
     """A mapped axis joins the batch."""
     case = Case(grid=VideoGrid(1, 13, 16), dtype="float16")

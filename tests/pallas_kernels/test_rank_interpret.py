@@ -113,6 +113,7 @@ MAPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_forced", [False, True], ids=["free", "forced"])
 @pytest.mark.parametrize("team", [1, 4], ids=["warp", "warpgroup"])
 @pytest.mark.parametrize("name", MAPS)
@@ -128,6 +129,7 @@ def test_select_in_rows_by_count(monkeypatch, name, team, has_forced):
     check_rows(scores, count, count, forced, want, None, INTERPRET)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_forced", [False, True], ids=["free", "forced"])
 @pytest.mark.parametrize("team", [1, 4], ids=["warp", "warpgroup"])
 @pytest.mark.parametrize("name", MAPS)

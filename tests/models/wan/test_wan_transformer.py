@@ -190,6 +190,7 @@ def test_captured_layers_of_several_runs_stay_in_order():
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_gradient_of_layers_in_runs():
     model = make_model(attention="draft", draft=DraftConfig(sparsity=0.7))
     step = scheduled(model, dense_layers=(1,)).step(0)
@@ -317,6 +318,7 @@ def loss_of(model, inputs, **options):
     return jnp.mean(jnp.square(velocity - 1.0))
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_loss_nor_gradient():
     model, inputs = make_model(), make_inputs()
 
@@ -346,6 +348,7 @@ def test_every_parameter_learns(dtype):
         assert np.abs(gradient).max() > 0, path
 
 
+@pytest.mark.slow
 def test_gradient_matches_a_finite_difference():
     model, inputs = make_model(), make_inputs()
     structure, state = nnx.split(model)
@@ -369,6 +372,7 @@ def test_gradient_matches_a_finite_difference():
     np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_gradient_descent_lowers_the_loss():
     model, inputs = make_model(), make_inputs()
 
