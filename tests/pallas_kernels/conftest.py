@@ -1,10 +1,38 @@
 """Fixtures of the kernels' tests."""
 
+import types
+
 import jax
+import numpy as np
 import pytest
+from jax._src import callback
 
 # Race reports have no public name; a release that moves them must fail this import.
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, shared_memory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def numpy_arguments():
+    """Interpret mode's callbacks get their arguments as NumPy's arrays.
+
+    They read them with NumPy anyway, and a third of the time of a kernel's tests was
+    making jax's arrays of them, nearly all of one element.
+    """
+
+    def to_numpy(args, device):
+        del device
+        return jax.tree.map(np.array, args)  # copies: XLA's buffers end with the call
+
+    to_int = shared_memory._to_int
+
+    def array_to_int(x):
+        return x.item() if isinstance(x, np.ndarray) else to_int(x)
+
+    api = types.SimpleNamespace(**vars(callback.api) | {"device_put": to_numpy})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callback, "api", api)
+        patch.setattr(shared_memory, "_to_int", array_to_int)
+        yield
 
 
 class Launches:
