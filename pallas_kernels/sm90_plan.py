@@ -64,7 +64,7 @@ class Plan:
     pairs: bool  # two CTAs are a cluster and share the keys of full rows
     is_dense: bool  # every list is full, and none is read
     scale: float
-    copies: "Copies"
+    copies: "Copies"  # how blocks are read from memory and written
     widths: tuple["Width", ...]  # widest first; lists have them in this order
     masks_queries: bool  # some query inside a block is padding
     has_short_blocks: bool
