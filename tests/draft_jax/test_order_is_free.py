@@ -69,13 +69,18 @@ def large_moves(text, num_elements):
     ("grid", "order"),
     [
         (DIVISIBLE, "tiled"),
-        (EDGES, "tiled"),
-        (NARROW, "tiled"),
-        (DIVISIBLE, "raster"),
         (EDGES, "raster"),
-        (NARROW, "raster"),
         (ODD, "tiled"),
-        (ODD, "raster"),
+        *(
+            pytest.param(*rest, marks=pytest.mark.slow)
+            for rest in (
+                (EDGES, "tiled"),
+                (NARROW, "tiled"),
+                (DIVISIBLE, "raster"),
+                (NARROW, "raster"),
+                (ODD, "raster"),
+            )
+        ),
     ],
     ids=str,
 )

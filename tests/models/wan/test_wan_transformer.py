@@ -143,13 +143,12 @@ def test_steps_do_not_recompile():
 @pytest.mark.parametrize(
     ("dense_layers", "index", "remat"),
     [
-        ((), 0, False),
-        ((0,), 0, True),
-        ((1,), 1, False),
-        ((0, 2), 1, False),
-        ((0, 1, 2), 0, False),
+        pytest.param((), 0, False, id="sparse", marks=pytest.mark.slow),
+        pytest.param((0,), 0, True, id="first-remat"),
+        pytest.param((1,), 1, False, id="middle-reused", marks=pytest.mark.slow),
+        pytest.param((0, 2), 1, False, id="ends-reused"),
+        pytest.param((0, 1, 2), 0, False, id="dense", marks=pytest.mark.slow),
     ],
-    ids=["sparse", "first-remat", "middle-reused", "ends-reused", "dense"],
 )
 def test_known_steps_need_no_conditional(dense_layers, index, remat):
     """Layers in runs that do the same, against one scan that looks at each flag."""
