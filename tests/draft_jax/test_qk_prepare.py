@@ -101,6 +101,7 @@ def test_xla_path_matches_loops(grid, name, dtype):
         np.testing.assert_array_equal(largest, naive_draft.pool(visual, grid, np.max))
 
 
+@pytest.mark.slow
 def test_kernel_and_xla_agree(on_hopper):
     q, k, options = random_case(GRID, NORMS["heads"], "bfloat16")
     run = functools.partial(norm_rope_pool, grid=GRID, config=CONFIG, **options)
@@ -116,6 +117,7 @@ def test_kernel_and_xla_agree(on_hopper):
         np.testing.assert_allclose(a, b, **tolerances.POOLED)
 
 
+@pytest.mark.slow
 def test_kernel_has_the_gradients_of_the_xla_path(on_hopper):
     q, k, options = random_case(BEFORE, NORMS["head"])
     norm, arrays = options.pop("norm"), (options["scales"], options["rope"])
@@ -135,6 +137,7 @@ def test_kernel_has_the_gradients_of_the_xla_path(on_hopper):
         np.testing.assert_allclose(a, b, **tolerances.GRADIENT["float32"])
 
 
+@pytest.mark.slow
 def test_pooling_can_be_left_to_attention(on_hopper):
     q, k, options = random_case(GRID, NORMS["none"])
     run = functools.partial(norm_rope_pool, q, k, grid=GRID, **options)

@@ -160,7 +160,9 @@ def kernels_on_cpu(monkeypatch):
             monkeypatch.setattr(module, name, kernel)
 
 
-@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize(
+    "side", [pytest.param("before", marks=pytest.mark.slow), "after"]
+)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("kernels_on_cpu")
 def test_selection_by_kernels(name, side):
