@@ -27,11 +27,12 @@ from typing import Any
 
 import pytest
 
+from tests.tolerances import MEASURED
+
 PYTEST = ("-o", "addopts=", "-p", "no:cacheprovider", "-m", "gpu", "--require-gpu")
 DEFAULT_TESTS = ("tests/gpu", "-n", "8", "--dist", "loadgroup")
 TOOLS = ("memcheck", "racecheck")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
-MEASURED = "measured: "  # as tests/conftest.py writes it
 LONGEST_CAUSE = 400  # characters of what a failed test says
 
 

@@ -48,10 +48,10 @@ def plot(results: pathlib.Path, output: pathlib.Path) -> None:
         _bar(beyond, label, stages[name], with_attention=False)
     whole.set_title("whole layer", fontsize="medium")
     beyond.set_title("all but the sparse kernel", fontsize="medium")
-    for axis, room in ((whole, 1.2), (beyond, 1.2)):  # for the labels
+    for axis in (whole, beyond):
         axis.invert_yaxis()
         axis.set_xlabel("ms")
-        axis.set_xlim(right=axis.get_xlim()[1] * room)
+        axis.set_xlim(right=axis.get_xlim()[1] * 1.2)  # room for the labels
     handles, labels = whole.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(

@@ -1,11 +1,10 @@
 """Runs every kernel once on small shapes, for NVIDIA's compute-sanitizer.
 
     compute-sanitizer --tool memcheck --kernel-regex kns=sm90 \\
-        python -m benchmarks.sanitize
-    compute-sanitizer --tool racecheck --kernel-regex kns=sm90 \\
-        python -m benchmarks.sanitize
+        python -m benchmarks.sanitize by-rows
 
-That takes minutes; parts can be named and run side by side.
+`benchmarks.gpu_tests sanitize` does that for all parts, a few side by side, under each
+tool, and records what came out.
 """
 
 import argparse

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests.tolerances import MEASURED
+
 # Pallas' interpret mode blocks one thread of XLA's pool for each warpgroup, and one
 # more. The pool has a thread per core: on a machine with two cores tests would wait for
 # ever now and then. Read when the CPU backend starts.
@@ -35,9 +37,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.config.getoption("--require-gpu"):
         pytest.fail(f"--require-gpu: {reason}", pytrace=False)
     pytest.skip(reason)
-
-
-MEASURED = "measured: "  # how properties of a test begin that `measured` recorded
 
 
 @pytest.fixture

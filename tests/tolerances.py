@@ -5,6 +5,9 @@ float64 NumPy, so a tolerance covers the kernel's own arithmetic and the roundin
 its output. Values are for numpy.testing.assert_allclose.
 """
 
+# How properties of a test begin that its fixture `measured` recorded.
+MEASURED = "measured: "
+
 # Attention output for standard normal inputs.
 ATTENTION = {
     "float32": {"rtol": 0, "atol": 4e-6},
