@@ -19,8 +19,10 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +35,10 @@ PYTEST = ("-o", "addopts=", "-p", "no:cacheprovider", "-m", "gpu", "--require-gp
 DEFAULT_TESTS = ("tests/gpu", "-n", "8", "--dist", "loadgroup")
 TOOLS = ("memcheck", "racecheck")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
+CACHE_EVERYTHING = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 LONGEST_CAUSE = 400  # characters of what a failed test says
 
 
@@ -156,7 +162,12 @@ def run_tests(options: argparse.Namespace) -> bool:
 
 
 def run_sanitizers(options: argparse.Namespace) -> bool:
-    """Runs each part under each tool, a few at a time."""
+    """Runs each part under each tool, a few at a time.
+
+    What one tool's run has compiled, the next one loads: compilation under a tool is
+    slow, and racecheck has crashed in it.
+    """
+    cache = tempfile.TemporaryDirectory()
     deadline = time.monotonic() + options.limit
     run = facts(options.commit)
     pairs = [(tool, part) for tool in options.tools for part in options.parts]
@@ -167,36 +178,39 @@ def run_sanitizers(options: argparse.Namespace) -> bool:
         tool, part = pair
         left = deadline - time.monotonic()
         if left > 0:
-            found[tool][part] = sanitize(tool, part, left)
+            found[tool][part] = sanitize(tool, part, left, cache.name)
         print(f"{tool} {part}: {found[tool][part]}", flush=True)
 
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+    with cache, concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         for _ in pool.map(check, pairs):
             record(run | found)
     outcomes = [outcome for parts in found.values() for outcome in parts.values()]
     return all(outcome == "0 found" for outcome in outcomes)
 
 
-def sanitize(tool: str, part: str, limit: float) -> str:
+def sanitize(tool: str, part: str, limit: float, cache: str) -> str:
     """Runs one part; returns how many errors or hazards were found, or what failed."""
     command = ["compute-sanitizer", "--tool", tool, "--kernel-regex", "kns=sm90"]
     command += [sys.executable, "-m", "benchmarks.sanitize", part]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | CACHE_EVERYTHING | {"JAX_COMPILATION_CACHE_DIR": cache},
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=limit,
-            check=False,
-        )
+        output, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the tool, and Python under it
+        process.communicate()
         return "stopped by the limit"
-    counts = SUMMARY.findall(done.stdout)
-    if done.returncode == 0 and counts:
+    counts = SUMMARY.findall(output)
+    if process.returncode == 0 and counts:
         return f"{sum(map(int, counts))} found"
-    tail = "\n".join(done.stdout.strip().splitlines()[-5:])
-    return f"exit status {done.returncode}: {tail}"[-LONGEST_CAUSE:]
+    tail = "\n".join(output.strip().splitlines()[-5:])
+    return f"exit status {process.returncode}: {tail}"[-LONGEST_CAUSE:]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

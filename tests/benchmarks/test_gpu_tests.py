@@ -3,6 +3,7 @@
 import argparse
 import json
 import stat
+import time
 import types
 
 import jax
@@ -106,15 +107,21 @@ case "$*" in
     echo "========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)" ;;
 *draft) echo "========= ERROR SUMMARY: 0 errors"; echo "finite: no"; exit 1 ;;
 *boxes) echo "killed" ;;
+*dense) sleep 60 & wait ;;
+*widths) echo "caches in $JAX_COMPILATION_CACHE_DIR"; exit 1 ;;
 esac
 """
 
 
-def test_sanitizers(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def sanitizer(tmp_path, monkeypatch):
     program = tmp_path / "compute-sanitizer"
     program.write_text(SANITIZER)
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+
+def test_sanitizers(sanitizer, tmp_path, capsys):
     path, given = options(
         tmp_path,
         tools=["memcheck", "racecheck"],
@@ -133,6 +140,15 @@ def test_sanitizers(tmp_path, monkeypatch, capsys):
     assert not gpu_tests.run_sanitizers(given)
     assert json.loads(path.read_text())["runs"][0]["memcheck"]["text"] == "not run"
     capsys.readouterr()
+
+
+def test_one_sanitizer(sanitizer, tmp_path):
+    """The limit ends what the tool has started too; compilations are kept."""
+    start = time.monotonic()
+    assert gpu_tests.sanitize("memcheck", "dense", 0.5, "x") == "stopped by the limit"
+    assert time.monotonic() - start < 30
+    cache = str(tmp_path / "cache")
+    assert gpu_tests.sanitize("memcheck", "widths", 60, cache).endswith(cache)
 
 
 def test_command_line(monkeypatch):
