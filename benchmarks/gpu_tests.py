@@ -19,7 +19,6 @@ import json
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,16 +28,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.programs import cache_in, run_limited
 from tests.tolerances import MEASURED
 
 PYTEST = ("-o", "addopts=", "-p", "no:cacheprovider", "-m", "gpu", "--require-gpu")
 DEFAULT_TESTS = ("tests/gpu", "-n", "8", "--dist", "loadgroup")
 TOOLS = ("memcheck", "racecheck")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
-CACHE_EVERYTHING = {
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
 LONGEST_CAUSE = 400  # characters of what a failed test says
 
 
@@ -162,55 +158,59 @@ def run_tests(options: argparse.Namespace) -> bool:
 
 
 def run_sanitizers(options: argparse.Namespace) -> bool:
-    """Runs each part under each tool, a few at a time.
-
-    What one tool's run has compiled, the next one loads: compilation under a tool is
-    slow, and racecheck has crashed in it.
-    """
-    cache = tempfile.TemporaryDirectory()
+    """Runs each part under each tool, a few parts at a time."""
     deadline = time.monotonic() + options.limit
     run = facts(options.commit)
-    pairs = [(tool, part) for tool in options.tools for part in options.parts]
     found = {tool: dict.fromkeys(options.parts, "not run") for tool in options.tools}
     record = recorder(options.output)
-
-    def check(pair: tuple[str, str]) -> None:
-        tool, part = pair
-        left = deadline - time.monotonic()
-        if left > 0:
-            found[tool][part] = sanitize(tool, part, left, cache.name)
-        print(f"{tool} {part}: {found[tool][part]}", flush=True)
-
-    with cache, concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for _ in pool.map(check, pairs):
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        concurrent.futures.ThreadPoolExecutor(options.jobs) as pool,
+    ):
+        parts = [
+            pool.submit(sanitize, part, options.tools, deadline, cache)
+            for part in options.parts
+        ]
+        for done in concurrent.futures.as_completed(parts):
+            part, outcomes = done.result()
+            for tool, outcome in outcomes.items():
+                found[tool][part] = outcome
+                print(f"{tool} {part}: {outcome}", flush=True)
             record(run | found)
     outcomes = [outcome for parts in found.values() for outcome in parts.values()]
     return all(outcome == "0 found" for outcome in outcomes)
 
 
-def sanitize(tool: str, part: str, limit: float, cache: str) -> str:
-    """Runs one part; returns how many errors or hazards were found, or what failed."""
-    command = ["compute-sanitizer", "--tool", tool, "--kernel-regex", "kns=sm90"]
-    command += [sys.executable, "-m", "benchmarks.sanitize", part]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | CACHE_EVERYTHING | {"JAX_COMPILATION_CACHE_DIR": cache},
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the tool, and Python under it
-        process.communicate()
-        return "stopped by the limit"
-    counts = SUMMARY.findall(output)
-    if process.returncode == 0 and counts:
-        return f"{sum(map(int, counts))} found"
-    tail = "\n".join(output.strip().splitlines()[-5:])
-    return f"exit status {process.returncode}: {tail}"[-LONGEST_CAUSE:]
+def sanitize(
+    part: str, tools: list[str], deadline: float, cache: str
+) -> tuple[str, dict[str, str]]:
+    """How many errors or hazards each tool finds in one part, or what failed.
+
+    The part runs without a tool first, which compiles it into the cache.
+    """
+    program = [sys.executable, "-m", "benchmarks.sanitize", part]
+    outcomes = {}
+    for tool in (None, *tools):
+        under = ["compute-sanitizer", "--tool", str(tool), "--kernel-regex", "kns=sm90"]
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        status, output = run_limited(
+            [*under, *program] if tool else program, left, cache_in(cache)
+        )
+        counts = SUMMARY.findall(output)
+        tail = "\n".join(output.strip().splitlines()[-5:])[-LONGEST_CAUSE:]
+        if status is None:
+            outcome = f"stopped by the limit: {tail}"
+        elif status or not counts:
+            outcome = f"exit status {status}: {tail}"
+        else:
+            outcome = f"{sum(map(int, counts))} found"
+        if tool:
+            outcomes[tool] = outcome
+        elif status != 0:
+            return part, dict.fromkeys(tools, f"without a tool, {outcome}")
+    return part, outcomes
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

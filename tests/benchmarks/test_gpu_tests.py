@@ -101,6 +101,7 @@ def test_a_run_on_this_machine(tmp_path, capsys):
 
 
 SANITIZER = """#!/bin/sh
+echo "caches in $JAX_COMPILATION_CACHE_DIR"
 case "$*" in
 *"--tool memcheck"*text) echo "========= ERROR SUMMARY: 0 errors" ;;
 *"--tool racecheck"*text)
@@ -108,24 +109,32 @@ case "$*" in
 *draft) echo "========= ERROR SUMMARY: 0 errors"; echo "finite: no"; exit 1 ;;
 *boxes) echo "killed" ;;
 *dense) sleep 60 & wait ;;
-*widths) echo "caches in $JAX_COMPILATION_CACHE_DIR"; exit 1 ;;
+esac
+"""
+PYTHON = """#!/bin/sh
+case "$*" in
+*prepare) echo "finite: no"; exit 1 ;;
+*) touch "$JAX_COMPILATION_CACHE_DIR/compiled" ;;
 esac
 """
 
 
 @pytest.fixture
 def sanitizer(tmp_path, monkeypatch):
-    program = tmp_path / "compute-sanitizer"
-    program.write_text(SANITIZER)
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    """Programs in place of compute-sanitizer and of Python without it."""
+    for name, text in {"compute-sanitizer": SANITIZER, "python": PYTHON}.items():
+        program = tmp_path / name
+        program.write_text(text)
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(gpu_tests.sys, "executable", str(tmp_path / "python"))
 
 
 def test_sanitizers(sanitizer, tmp_path, capsys):
     path, given = options(
         tmp_path,
         tools=["memcheck", "racecheck"],
-        parts=["text", "draft", "boxes"],
+        parts=["text", "draft", "boxes", "prepare"],
         jobs=2,
     )
     assert not gpu_tests.run_sanitizers(given)
@@ -133,7 +142,9 @@ def test_sanitizers(sanitizer, tmp_path, capsys):
     assert run["memcheck"]["text"] == "0 found"
     assert run["racecheck"]["text"] == "3 found"
     assert run["memcheck"]["draft"].startswith("exit status 1: ")
-    assert run["memcheck"]["boxes"] == "exit status 0: killed"
+    assert run["memcheck"]["boxes"].startswith("exit status 0: caches in ")
+    assert run["memcheck"]["boxes"].endswith("killed")
+    assert run["racecheck"]["prepare"] == "without a tool, exit status 1: finite: no"
     path, given = options(tmp_path, tools=["memcheck"], parts=["text"], jobs=1)
     assert gpu_tests.run_sanitizers(given)
     given.limit = 0.0
@@ -143,12 +154,15 @@ def test_sanitizers(sanitizer, tmp_path, capsys):
 
 
 def test_one_sanitizer(sanitizer, tmp_path):
-    """The limit ends what the tool has started too; compilations are kept."""
+    """What a part compiles is kept; the limit ends what the tool has started too."""
     start = time.monotonic()
-    assert gpu_tests.sanitize("memcheck", "dense", 0.5, "x") == "stopped by the limit"
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    part, outcomes = gpu_tests.sanitize("dense", ["memcheck"], start + 2, str(cache))
     assert time.monotonic() - start < 30
-    cache = str(tmp_path / "cache")
-    assert gpu_tests.sanitize("memcheck", "widths", 60, cache).endswith(cache)
+    assert part == "dense"
+    assert outcomes == {"memcheck": f"stopped by the limit: caches in {cache}"}
+    assert (cache / "compiled").exists()
 
 
 def test_command_line(monkeypatch):
