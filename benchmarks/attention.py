@@ -11,15 +11,12 @@ mask (`benchmarks.agreement`). If this project's kernel fails, so does the comma
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import importlib.util
-import json
 import math
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,9 +30,9 @@ import numpy as np
 
 from benchmarks import agreement
 from benchmarks.gpu_state import GpuState
+from benchmarks.records import write_results
 from draft_jax import BlockMask, DraftConfig, VideoGrid, compute_mask
 from pallas_kernels import block_sparse_attention
-from pallas_kernels.interfaces import current_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -403,27 +400,6 @@ def run_shape(name: str, options: argparse.Namespace, report) -> None:
                     record(contender, mask_kind, kept, result)
     if "cudnn" in contenders:  # again, for the card has become warm
         run_dense("cudnn", "dense, at the end", check_dense)
-
-
-def environment() -> dict[str, object]:
-    """What the numbers depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "device": current_device().kind,
-        "jax": jax.__version__,
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-    }
-
-
-def write_results(path: pathlib.Path, results: list, **facts: object) -> None:
-    """Stores results with what they depend on; `facts` replace some of that."""
-    document = {"environment": environment() | facts, "results": results}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """Time and memory of the XLA backend on CPU, by density, next to dense attention.
 
-    python benchmarks/block_sparse_cpu.py
+    python -m benchmarks.block_sparse_cpu
 
 prints three tables and writes `benchmarks/results/block_sparse_cpu.json`:
 
@@ -19,13 +19,10 @@ Needs Linux, whose /proc tells the peak memory.
 
 import argparse
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import time
@@ -38,10 +35,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.records import ROOT, provenance, write_json
 from draft_jax import BlockMask, DraftConfig, VideoGrid, compute_mask, draft_attention
 from pallas_kernels import block_sparse_attention, dense_attention
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "block_sparse_cpu.json"
 MIB = 2**20
 
@@ -197,8 +194,9 @@ def measure_memory(name: str) -> dict[str, Any]:
 
     The peak of the process includes Python, JAX, compilation and the inputs.
     """
-    command = [sys.executable, __file__, "--peak-memory-of", name]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    module = "benchmarks.block_sparse_cpu"
+    command = [sys.executable, "-m", module, "--peak-memory-of", name]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     before, after, whole = json.loads(done.stdout.splitlines()[-1])
     num_tokens = CASES[name].grid.num_tokens
     return {
@@ -231,28 +229,11 @@ def peak_memory() -> int:
 
 def describe_run() -> dict[str, Any]:
     """Where, when and with what the numbers were made."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True
-        )
-        return done.stdout.strip()
-
-    measured = ("draft_jax", "pallas_kernels", "benchmarks")
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "uncommitted_changes": bool(
-            git("status", "--porcelain", "--untracked-files=no", "--", *measured)
-        ),
+        **provenance(),
         "cpu": cpu_model(),
         "cpus_usable": len(os.sched_getaffinity(0)),
         "load_before": round(os.getloadavg()[0], 2),
-        "versions": {
-            "python": platform.python_version(),
-            **{p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "numpy")},
-        },
         "flags": os.environ.get("XLA_FLAGS", ""),
         "dtype": "float32",
     }
@@ -341,8 +322,7 @@ def main() -> int:
     results["run"]["load_after"] = round(os.getloadavg()[0], 2)
     results["checks"] = checks = check(results)
     print(f"\nchecks: {json.dumps(checks, indent=2)}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(options.output, results)
     print(f"\nwrote {options.output}")
     return 0 if all(v for v in checks.values() if isinstance(v, bool)) else 1
 

@@ -30,7 +30,6 @@ from benchmarks.attention import (
     random_inputs,
     random_mask,
     smooth_inputs,
-    write_results,
 )
 from benchmarks.gpu_state import GpuState
 from benchmarks.hopper_variants import VARIANTS, compiled

@@ -1,4 +1,4 @@
-"""What the card does while something is timed: clock and power from nvidia-smi."""
+"""Cards, and their clock and power while something is timed, from nvidia-smi."""
 
 import os
 import shutil
@@ -7,6 +7,15 @@ import subprocess
 
 QUERY = ("clocks.sm", "power.draw")
 INTERVAL_MS = 50
+
+
+def cards() -> list[str]:
+    """Names and drivers of all cards; none where nvidia-smi is missing or fails."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return [] if found.returncode else found.stdout.strip().splitlines()
 
 
 class GpuState:

@@ -13,13 +13,10 @@ come to. The exit status is 1 if anything failed or did not run.
 
 import argparse
 import concurrent.futures
-import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +26,7 @@ from typing import Any
 import pytest
 
 from benchmarks.programs import cache_in, run_limited
+from benchmarks.records import provenance, write_json
 from tests.tolerances import MEASURED
 
 PYTEST = ("-o", "addopts=", "-p", "no:cacheprovider", "-m", "gpu", "--require-gpu")
@@ -36,28 +34,6 @@ DEFAULT_TESTS = ("tests/gpu", "-n", "8", "--dist", "loadgroup")
 TOOLS = ("memcheck", "racecheck")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 LONGEST_CAUSE = 400  # characters of what a failed test says
-
-
-def facts(commit: str | None) -> dict[str, Any]:
-    """What a run's outcome depends on."""
-    gpu = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv")
-    packages = ("jax", "jaxlib", "flax")
-    return {
-        "commit": commit or _output("git", "rev-parse", "--short", "HEAD"),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "gpu": gpu.splitlines()[1:],
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "command": " ".join(["python -m benchmarks.gpu_tests", *sys.argv[1:]]),
-    }
-
-
-def _output(*command: str) -> str:
-    """What a command prints; nothing where there is no such command."""
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return found.stdout.strip()
 
 
 def recorder(path: pathlib.Path | None) -> Callable[[dict[str, Any]], None]:
@@ -69,9 +45,7 @@ def recorder(path: pathlib.Path | None) -> Callable[[dict[str, Any]], None]:
 
     def record(run: dict[str, Any]) -> None:
         if path is not None:
-            text = json.dumps(document | {"runs": [run, *older]}, indent=1)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text + "\n")
+            write_json(path, document | {"runs": [run, *older]})
 
     return record
 
@@ -146,7 +120,7 @@ def run_tests(options: argparse.Namespace) -> bool:
     """Runs pytest in this process; its workers are others."""
     # Processes that share a card take memory as they need it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    run = facts(options.commit)
+    run = provenance()
     results = Results(run, recorder(options.output), options.limit)
     pytest.main([*PYTEST, *(options.pytest or DEFAULT_TESTS)], plugins=[results])
     results.save()
@@ -160,7 +134,7 @@ def run_tests(options: argparse.Namespace) -> bool:
 def run_sanitizers(options: argparse.Namespace) -> bool:
     """Runs each part under each tool, a few parts at a time."""
     deadline = time.monotonic() + options.limit
-    run = facts(options.commit)
+    run = provenance()
     found = {tool: dict.fromkeys(options.parts, "not run") for tool in options.tools}
     record = recorder(options.output)
     with (
@@ -228,7 +202,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     sanitizers.set_defaults(run=run_sanitizers)
     for command in (tests, sanitizers):
         command.add_argument("--output", type=pathlib.Path, help="JSON file")
-        command.add_argument("--commit", help="where this is no checkout of it")
         command.add_argument(
             "--limit", type=float, default=float("inf"), help="seconds for all of it"
         )

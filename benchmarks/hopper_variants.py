@@ -22,7 +22,6 @@ from benchmarks.attention import (
     measure,
     random_inputs,
     random_mask,
-    write_results,
 )
 from draft_jax import BlockMask
 from pallas_kernels import hopper

@@ -25,7 +25,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import math
 import pathlib
@@ -39,7 +38,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import edges
-from benchmarks.attention import Shape, environment, random_inputs
+from benchmarks.attention import Shape, random_inputs
 from benchmarks.layer_account import (
     attention_account,
     groups,
@@ -57,6 +56,7 @@ from benchmarks.layer_stages import (
     make_inputs,
     stages,
 )
+from benchmarks.records import environment, write_json
 from draft_jax import VideoGrid
 
 MIN_SAMPLE_S = 2e-3  # of calls in a row
@@ -207,7 +207,7 @@ def measure(options: argparse.Namespace) -> None:
     results = describe(programs, shape)
 
     def save() -> None:
-        facts = {"environment": surroundings(), "shape": problem(options.shape)}
+        facts = {"environment": environment(), "shape": problem(options.shape)}
         update(options.output, **facts, results=results)
 
     calls = {}
@@ -252,19 +252,6 @@ def report(name: str, result: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------- results
 
 
-def surroundings() -> dict[str, Any]:
-    """What the numbers depend on, versions of packages included."""
-    packages = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin")
-    packages += ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {**environment(), "versions": versions}
-
-
 def problem(name: str) -> dict[str, Any]:
     shape = LAYER_SHAPES[name]
     return {
@@ -281,8 +268,7 @@ def update(path: pathlib.Path | None, **parts: object) -> None:
     if path is None:
         return
     document = json.loads(path.read_text()) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document | parts, indent=1) + "\n")
+    write_json(path, document | parts)
 
 
 # ------------------------------------------------------------- turns and memory
@@ -333,7 +319,7 @@ def turns(options: argparse.Namespace) -> None:
             record |= edges.slowdown(times, "raster", over="tiled") | {"rounds": times}
         records.append(record)
         print(json.dumps(record), flush=True)
-        part = {"environment": surroundings(), "cases": records}
+        part = {"environment": environment(), "cases": records}
         update(options.output, turns=part)
 
 
@@ -370,7 +356,7 @@ def memory(options: argparse.Namespace) -> None:
         result["device_peak_mb"] = extra / 1e6
         raised = after["peak_bytes_in_use"] > before["peak_bytes_in_use"]
         result["raised_peak"] = raised
-    result |= {"shape": options.shape, "environment": surroundings()}
+    result |= {"shape": options.shape, "environment": environment()}
     print(options.stage, json.dumps(result, indent=1), flush=True)
     old: dict[str, Any] = {}
     if options.output is not None and options.output.exists():

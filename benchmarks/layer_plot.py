@@ -60,7 +60,7 @@ def plot(results: pathlib.Path, output: pathlib.Path) -> None:
     shape, where = document["shape"], document["environment"]
     figure.suptitle(
         f"{shape['tokens']:,} tokens x {shape['heads']} heads x {shape['head_dim']}, "
-        f"{shape['dtype']}, {where['device']}, jax {where['jax']}"
+        f"{shape['dtype']}, {where['device']}, jax {where['versions']['jax']}"
     )
     figure.savefig(output, dpi=120)
 

@@ -20,7 +20,6 @@ from benchmarks.attention import (
     Shape,
     random_inputs,
     random_mask,
-    write_results,
 )
 from benchmarks.edges import slowdown, take_turns
 from draft_jax import BlockMask, VideoGrid

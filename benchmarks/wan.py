@@ -26,10 +26,8 @@ Modes: "dense", or a sparsity such as "0.9"; with "+layer0" layer 0 stays dense,
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -49,9 +47,9 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import wan_account, wan_vae, wan_weights
-from benchmarks.attention import environment
 from benchmarks.gpu_state import GpuState
 from benchmarks.machine import GB, device_memory, host_peak_bytes, matmul_rate
+from benchmarks.records import environment, write_json
 from draft_jax import DraftConfig, SparsitySchedule
 from models.schedulers import make_solver
 from models.wan.checkpoint import Part, open_wan_parts
@@ -74,10 +72,6 @@ TINY = WanConfig(
     tile=(2, 4),
 )
 MODELS = {"tiny": TINY, "1.3b": WanConfig.t2v_1_3b(), "14b": WanConfig.t2v_14b()}
-PACKAGES = (
-    *("jax", "jaxlib", "flax", "jax-cuda13-plugin", "jax-cuda12-plugin"),
-    *("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "nvidia-cublas"),
-)
 GUIDANCE = ("two_calls", "one_call", "off")
 
 
@@ -386,14 +380,6 @@ def attempt(function, *arguments) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[:1000]}
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
 def write(options: argparse.Namespace) -> None:
     """Writes a folder of random weights."""
     start = time.perf_counter()
@@ -411,9 +397,8 @@ def write(options: argparse.Namespace) -> None:
 def measure(options: argparse.Namespace) -> None:
     """Loads, times, and writes the JSON file after each part."""
     start = time.perf_counter()
-    commit = {"commit": options.commit} if options.commit else {}
     results: dict[str, Any] = {
-        "environment": {**environment(), **commit, "versions": versions()},
+        "environment": environment(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "model": options.model,
         "guidance": options.guidance,
@@ -425,8 +410,7 @@ def measure(options: argparse.Namespace) -> None:
         shown = {k: v for k, v in record.items() if k != "profile" or "error" in v}
         print(f"[{now:6.1f} s] {what}: {json.dumps(shown)}", flush=True)
         if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(results, indent=1) + "\n")
+            write_json(options.output, results)
 
     model, results["load"] = load(options.folder)
     config = model.config
@@ -478,7 +462,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--profile", action="store_true", help="one more step, by kernels")
     add("--decode", action="store_true", help="decode a video of each size, too")
     add("--vae-dtype", default="float32", choices=("float32", "bfloat16"))
-    add("--commit", help="of the code, where there is no .git")
     add("--output", type=pathlib.Path, help="JSON file")
     options = parser.parse_args(arguments)
     options.folder = options.folder or pathlib.Path(f"/tmp/wan_{options.model}")

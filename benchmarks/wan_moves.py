@@ -32,9 +32,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax._src.lib import cuda_versions
 
-from benchmarks.attention import write_results
 from benchmarks.compile_hopper import h100_sharding
 from benchmarks.layer_account import token_sized_moves
+from benchmarks.records import write_results
 from benchmarks.wan import latent_shape
 from draft_jax import DraftConfig, StepKind
 from draft_jax.attention import initial_mask

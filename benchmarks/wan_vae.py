@@ -18,7 +18,6 @@ with its cause. The file is written anew after each case. What a record has:
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import os
@@ -37,6 +36,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from benchmarks.records import provenance, write_json
 from models.wan.vae import codec as steps
 from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.codec import WanVAECodec
@@ -151,19 +151,6 @@ def run_in_process(case: dict[str, Any], limit_s: float) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def environment() -> dict[str, Any]:
-    """What the numbers depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "jax": jax.__version__,
-        "commit": commit or "unknown",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "-m", "benchmarks.wan_vae", *sys.argv[1:]]),
-    }
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     def size(text: str) -> tuple[int, int]:
         height, width = map(int, text.split("x"))
@@ -195,7 +182,7 @@ def main() -> int:
     if options.case:
         print(json.dumps(run_case(options.case)))
         return 0
-    results: dict[str, Any] = {"environment": environment(), "records": []}
+    results: dict[str, Any] = {"environment": provenance(), "records": []}
     for direction, size, dtype, convolution in itertools.product(
         options.directions, options.sizes, options.dtypes, options.convolutions
     ):
@@ -212,7 +199,7 @@ def main() -> int:
         results["records"].append(record)
         print(json.dumps(record), flush=True)
         if options.output:
-            options.output.write_text(json.dumps(results, indent=1) + "\n")
+            write_json(options.output, results)
     return int(any("error" in record for record in results["records"]))
 
 

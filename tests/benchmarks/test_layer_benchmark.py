@@ -98,7 +98,7 @@ def test_plot_needs_groups(tmp_path):
     parts = layer_account.groups(kernels(LAYER), kernels(SPARSE))
     stages = {name: account | {"groups_ms": parts} for name in layer_plot.BARS.values()}
     document = {
-        "environment": {"device": "cpu", "jax": "0"},
+        "environment": {"device": "cpu", "versions": {"jax": "0"}},
         "shape": layer.problem("tiny"),
         "results": stages | {"dense": {"median_ms": 300.0}},
     }
