@@ -3,8 +3,7 @@
     python -m benchmarks.hopper_profile --output hopper_profile.json
 
 A launch that is profiled alone, with pauses, runs at a higher clock than a benchmark's:
-its times are not the benchmark's, its shares of cycles are what to read. Every metric
-of `SECTIONS` that is a share, a rate or a time is stored under Nsight Compute's name.
+its times are not the benchmark's, its shares of cycles are what to read.
 """
 
 import argparse
@@ -12,26 +11,33 @@ import csv
 import json
 import os
 import pathlib
-import re
 import sys
 import tempfile
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks.programs import cache_in, run_limited
+from benchmarks.records import write_results
 
 CALLS = 2  # the first one warms up
-SECTIONS = (
-    "SpeedOfLight",
-    "ComputeWorkloadAnalysis",
-    "MemoryWorkloadAnalysis",
-    "WarpStateStats",
-)
+OF_PEAK = ".avg.pct_of_peak_sustained_elapsed"
+# Nsight Compute's names, and what to multiply its base units with.
+METRICS = {
+    "duration_ms": ("gpu__time_duration.sum", 1e-6),
+    "clock_mhz": ("gpc__cycles_elapsed.avg.per_second", 1e-6),
+    "cycles": ("gpc__cycles_elapsed.max", 1.0),
+    "instructions_per_cycle": ("sm__inst_executed.avg.per_cycle_active", 1.0),
+    "tensor_cores_pct": (f"sm__pipe_tensor_cycles_active{OF_PEAK}", 1.0),
+    "exponentials_pct": (f"sm__inst_executed_pipe_xu{OF_PEAK}", 1.0),
+    "fma_pct": (f"sm__pipe_fma_cycles_active{OF_PEAK}", 1.0),
+    "alu_pct": (f"sm__pipe_alu_cycles_active{OF_PEAK}", 1.0),
+    "shared_memory_pct": (f"l1tex__data_pipe_lsu_wavefronts{OF_PEAK}", 1.0),
+    "l2_pct": (f"lts__throughput{OF_PEAK}", 1.0),
+    "l2_hit_pct": ("lts__t_sector_hit_rate.pct", 1.0),
+    "dram_pct": (f"gpu__dram_throughput{OF_PEAK}", 1.0),
+}
 # The kernel's second launch, for repairs, is in every call too: the third is profiled.
 KERNELS = {"ours": ("block_sparse", 2), "cudnn": ("cudnn|sdpa|fmha", 1)}
-KEPT = re.compile(
-    r"\.pct|_pct|hit_rate|time_duration\.sum$|per_cycle|cycles_elapsed|per_second|ratio"
-)
 
 
 def call(options: argparse.Namespace) -> None:
@@ -61,47 +67,43 @@ def profile(options: argparse.Namespace, contender: str, density: float) -> dict
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder, "report.csv")
         ncu = ["ncu", "--clock-control", "none", "--csv", "--page", "raw"]
+        ncu += ["--print-units", "base"]
         ncu += ["--log-file", str(report), "--kernel-name", f"regex:{pattern}"]
         ncu += ["--launch-skip", str(skipped), "--launch-count", "1"]
-        for section in SECTIONS:
-            ncu += ["--section", section]
+        ncu += ["--metrics", ",".join(name for name, _ in METRICS.values())]
         variables = cache_in(folder)
         for command in (program, [*ncu, *program]):
             status, output = run_limited(command, options.limit, variables)
             if status != 0:
                 log = report.read_text() if report.exists() else ""
                 return {"error": f"exit status {status}: {(output + log)[-500:]}"}
-        return metrics(report.read_text())
+        try:
+            return metrics(report.read_text())
+        except ValueError as error:
+            return {"error": str(error)}
 
 
 def metrics(report: str) -> dict[str, object]:
-    """Shares, rates and times of the one launch of ncu's comma-separated raw page.
+    """`METRICS` of the one launch in ncu's comma-separated raw page, in base units.
 
     Lines before the table, which the profiler writes, are passed over.
 
     Raises:
-      ValueError: there is no table, or no launch in it.
+      ValueError: there is no table, no launch in it, or no number for a metric.
     """
     lines = [line for line in report.splitlines() if line.startswith('"')]
     rows = list(csv.reader(lines))
     if len(rows) < 3:
         raise ValueError(f"no launch was profiled: {report[-500:]}")
-    names, units, values = rows[:3]
-    found: dict[str, object] = {}
-    for name, unit, value in zip(names, units, values, strict=True):
-        if name == "Kernel Name":
-            found["kernel"] = value[:80]
-        elif KEPT.search(name):
-            key = f"{name} [{unit}]" if unit else name
-            found[key] = _number(value)
-    return found
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return text
+    names, _, values = rows[:3]
+    found = dict(zip(names, values, strict=True))
+    missing = [name for name, _ in METRICS.values() if name not in found]
+    if missing:
+        raise ValueError(f"ncu says nothing of {missing}")
+    return {"kernel": found["Kernel Name"][:80]} | {
+        key: float(f"{float(found[name].replace(',', '')) * scale:.4g}")
+        for key, (name, scale) in METRICS.items()
+    }
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -122,8 +124,6 @@ def main(arguments: list[str] | None = None) -> None:
     if options.contender is not None:
         call(options)
         return
-    from benchmarks.attention import write_results
-
     results = []
     for contender in options.contenders:
         for density in options.densities if contender == "ours" else [1.0]:
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
             results.append(case | found)
             print(json.dumps(results[-1], indent=1), flush=True)
             if options.output is not None:
-                write_results(options.output, results, sections=SECTIONS)
+                write_results(options.output, results)
     if any("error" in result for result in results):
         sys.exit(1)
 
