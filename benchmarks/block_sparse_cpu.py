@@ -23,6 +23,7 @@ import functools
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 import time

@@ -33,6 +33,7 @@ from benchmarks.attention import (
 )
 from benchmarks.gpu_state import GpuState
 from benchmarks.hopper_variants import VARIANTS, compiled
+from benchmarks.records import write_results
 from draft_jax import BlockMask
 
 # Name, shape and variant of each program; losses are over the first.

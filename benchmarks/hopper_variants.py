@@ -23,6 +23,7 @@ from benchmarks.attention import (
     random_inputs,
     random_mask,
 )
+from benchmarks.records import write_results
 from draft_jax import BlockMask
 from pallas_kernels import hopper
 from pallas_kernels.interfaces import Order

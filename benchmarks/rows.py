@@ -22,6 +22,7 @@ from benchmarks.attention import (
     random_mask,
 )
 from benchmarks.edges import slowdown, take_turns
+from benchmarks.records import write_results
 from draft_jax import BlockMask, VideoGrid
 from pallas_kernels import hopper, sm90_geometry
 from pallas_kernels.interfaces import BlockLayout, Order
