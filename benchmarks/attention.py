@@ -389,7 +389,8 @@ def run_shape(name: str, options: argparse.Namespace, report) -> None:
             if mask_kind == "random":
                 mask = random_mask(grid, 1, shape.num_heads, density)
             else:
-                mask = draft_mask(shape, *inputs[:2], density)
+                q, k, _ = inputs
+                mask = draft_mask(shape, q, k, density)
             kept = float(np.mean(np.asarray(mask.density)))
             flops = shape.dense_flops * kept
             check = check_against_ours(shape, inputs, mask)

@@ -16,7 +16,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,10 @@ def run_for(call: Callable[[], object], seconds: float) -> tuple[int, float]:
 
 
 def take_turns(
-    calls: dict[str, Callable[[], object]], rounds: int, settle_s: float, block_s: float
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    settle_s: float,
+    block_s: float,
 ) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of a call and the card's state in each round, by name."""
     turns: dict[str, dict[str, list[float]]] = {

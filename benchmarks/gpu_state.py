@@ -43,7 +43,7 @@ class GpuState:
             )
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._process is None:
             return
         self._process.terminate()

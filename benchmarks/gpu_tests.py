@@ -83,7 +83,8 @@ class Results:
             lines = report.longreprtext.strip().splitlines() or ["no message"]
             errors = [line for line in lines if line.startswith("E ")]
             self.causes[test] = "\n".join(errors or lines[-1:])[:LONGEST_CAUSE]
-        for name, value in report.user_properties:
+        properties: list[tuple[str, Any]] = report.user_properties
+        for name, value in properties:
             if name.startswith(MEASURED):
                 name = name.removeprefix(MEASURED)
                 self.measured[name] = max(self.measured.get(name, 0.0), float(value))
@@ -151,8 +152,11 @@ def run_sanitizers(options: argparse.Namespace) -> bool:
                 found[tool][part] = outcome
                 print(f"{tool} {part}: {outcome}", flush=True)
             record(run | found)
-    outcomes = [outcome for parts in found.values() for outcome in parts.values()]
-    return all(outcome == "0 found" for outcome in outcomes)
+    return all(
+        outcome == "0 found"
+        for by_part in found.values()
+        for outcome in by_part.values()
+    )
 
 
 def sanitize(

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ from pallas_kernels import hopper
 from pallas_kernels.interfaces import Order
 from pallas_kernels.sm90_plan import KernelConfig
 
-VARIANTS: dict[str, dict[str, object]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "exact-softmax": {"lazy": False},
     "no-ping-pong": {"ping_pong": False},
@@ -46,7 +47,7 @@ def compiled(
     shape: Shape,
     qkv,
     mask: BlockMask,
-    options: dict[str, object],
+    options: dict[str, Any],
     order: Order = "tiled",
 ):
     """The kernel for these arrays' shapes, with any mask of the same capacity."""

@@ -58,6 +58,7 @@ from benchmarks.layer_stages import (
 )
 from benchmarks.records import environment, write_json
 from draft_jax import VideoGrid
+from pallas_kernels import BackendName
 
 MIN_SAMPLE_S = 2e-3  # of calls in a row
 # Grids whose width the tile's does not divide, by the shape they go with in `turns`.
@@ -231,7 +232,7 @@ def measure(options: argparse.Namespace) -> None:
     save()
 
 
-def backends() -> tuple[str, str]:
+def backends() -> tuple[BackendName, str]:
     """Of sparse and of dense attention on this device."""
     return ("hopper", "cudnn") if jax.default_backend() == "gpu" else ("xla", "xla")
 
@@ -307,7 +308,7 @@ def turns(options: argparse.Namespace) -> None:
             "heads": shape.num_heads,
             "sparsity": sparsity,
         }
-        pair = {order: programs[f"{case}/{order}"] for order in ORDERS}
+        pair: dict[str, Any] = {order: programs[f"{case}/{order}"] for order in ORDERS}
         failed = [p for p in pair.values() if isinstance(p, Exception)]
         if failed:
             record["error"] = f"{type(failed[0]).__name__}: {failed[0]}"[:800]

@@ -17,6 +17,7 @@ do not tell what they are for, so the rest is attributed so (`groups_ms`):
 import math
 import re
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 ATTENTION = "block_sparse_attention_sm90"
@@ -47,7 +48,10 @@ def kernel_times(program, arguments, iterations: int) -> dict[str, Any]:
     """GPU time by kernel as CUPTI reports it, in the order of launch."""
     from jax.experimental.mosaic.gpu import profiler
 
-    measured = profiler.measure(program, aggregate=False, iterations=iterations)
+    # Its own type leaves out that a single run comes without a list around it.
+    measured: Callable[..., Any] = profiler.measure(
+        program, aggregate=False, iterations=iterations
+    )
     _, runs = measured(*arguments)
     if not runs:
         return {}

@@ -24,8 +24,15 @@ from draft_jax import (
     scheduled_attention,
     select_blocks,
 )
+from draft_jax.config import Selection
 from draft_jax.pooling import pool_queries_and_keys, tile_table
-from pallas_kernels import block_sparse_attention, pool_tiles_sm90, rank_sm90
+from pallas_kernels import (
+    BackendName,
+    block_sparse_attention,
+    pool_tiles_sm90,
+    rank_sm90,
+)
+from pallas_kernels.interfaces import Order
 
 TINY = Shape(
     grid=VideoGrid(2, 16, 24, tile=(4, 8)), num_heads=2, head_dim=64, dtype="float32"
@@ -37,9 +44,9 @@ LONG = Shape(  # the longest rows that the selection kernels take: S = 8,192
     dtype="bfloat16",
 )
 LAYER_SHAPES = {"tiny": TINY, "long": LONG, **SHAPES}
-SELECTIONS = ("percentile", "row_topk", "top_p")
+SELECTIONS: tuple[Selection, ...] = ("percentile", "row_topk", "top_p")
 SPARSITIES = (0.75, 0.9)
-ORDERS = ("tiled", "raster")
+ORDERS: tuple[Order, ...] = ("tiled", "raster")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +105,7 @@ def without_kernels(function, digit_bits: int):
     return run
 
 
-def stages(shape: Shape, backend: str, dense: str) -> dict[str, Stage]:
+def stages(shape: Shape, backend: BackendName, dense: str) -> dict[str, Stage]:
     """Every program by name. Stages of one layer share a prefix."""
     table = {
         "copy": Stage(lambda q: -q, ("q",), 2 * tensor_bytes(shape)),
@@ -122,7 +129,7 @@ def tensor_bytes(shape: Shape) -> int:
     return size * jnp.dtype(shape.dtype).itemsize
 
 
-def pooling_stages(shape: Shape, backend: str) -> dict[str, Stage]:
+def pooling_stages(shape: Shape, backend: BackendName) -> dict[str, Stage]:
     """Means of the tiles of Q and K."""
     grid, half = shape.grid, functools.partial
     pools: dict[str, Callable] = {}
@@ -166,38 +173,44 @@ def selection_stages(shape: Shape) -> dict[str, Stage]:
     return table
 
 
-def layer_stages(shape: Shape, backend: str) -> dict[str, Stage]:
+def layer_stages(shape: Shape, backend: BackendName) -> dict[str, Stage]:
     """Attention on given masks, whole layers, and layers of each kind of step."""
     grid, half = shape.grid, functools.partial
-    options = {"grid": grid, "backend": backend}
     qkv = ("q", "k", "v")
     table: dict[str, Stage] = {}
     for sparsity in SPARSITIES:
-        sparse = half(block_sparse_attention, **options)
+        sparse = half(block_sparse_attention, grid=grid, backend=backend)
         table[f"sparse/{sparsity}"] = Stage(sparse, (*qkv, f"mask_{sparsity}"))
         for order in ORDERS:
             layer = layer_of(shape, backend, order, sparsity)
             table[f"layer/{order}/{sparsity}"] = Stage(layer, qkv)
     config = DraftConfig(sparsity=0.9)
+    attend = half(
+        scheduled_attention, grid=grid, config=config, order="tiled", backend=backend
+    )
 
     def scheduled(step, q, k, v, mask):
-        settings = {"config": config, "order": "tiled", **options}
-        return scheduled_attention(q, k, v, step=step, mask=mask, **settings)
+        return attend(q, k, v, step=step, mask=mask)
 
     for name, step in steps(grid, config).items():
         # Known when it is traced, or an argument: then XLA waits on the host.
-        arguments = (*qkv, "mask_0.9")
-        table[f"scheduled/{name}"] = Stage(half(scheduled, step), arguments)
-        arguments = (f"step_{name}", *arguments)
-        table[f"scheduled-traced/{name}"] = Stage(scheduled, arguments)
+        inputs = (*qkv, "mask_0.9")
+        table[f"scheduled/{name}"] = Stage(half(scheduled, step), inputs)
+        table[f"scheduled-traced/{name}"] = Stage(scheduled, (f"step_{name}", *inputs))
     return table
 
 
-def layer_of(shape: Shape, backend: str, order: str, sparsity: float) -> Callable:
+def layer_of(
+    shape: Shape, backend: BackendName, order: Order, sparsity: float
+) -> Callable:
     """A whole layer of q, k and v."""
-    config = DraftConfig(sparsity=sparsity)
-    options = {"grid": shape.grid, "backend": backend, "order": order}
-    return functools.partial(draft_attention, config=config, **options)
+    return functools.partial(
+        draft_attention,
+        grid=shape.grid,
+        config=DraftConfig(sparsity=sparsity),
+        order=order,
+        backend=backend,
+    )
 
 
 def steps(grid, config) -> dict[str, DraftStep]:

@@ -6,6 +6,7 @@ of Q and K; what XLA's path moves beyond that is its own.
 """
 
 import functools
+from collections.abc import Callable
 from unittest import mock
 
 import jax
@@ -18,7 +19,7 @@ from pallas_kernels import norm_rope_pool_sm90
 
 NORMS = {"head": QKNorm(over="head"), "heads": QKNorm(over="heads")}
 AHEADS = (1, 2, 3, 4)  # tokens that the kernel loads before their use
-Entry = tuple[object, tuple[str, ...], float]  # function, inputs, bytes
+Entry = tuple[Callable, tuple[str, ...], float]  # function, inputs, bytes
 
 
 def entries(shape: Shape, has_kernel: bool) -> dict[str, Entry]:

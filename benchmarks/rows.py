@@ -51,7 +51,8 @@ def compiled(shape: Shape, order: Order, qkv, mask: BlockMask, *, rows: bool):
     """The kernel for these arrays."""
     found = by_rows if rows else sm90_geometry.geometry
     with mock.patch.object(hopper, "geometry", found):
-        hopper._run.clear_cache()  # it does not see the other geometry
+        # Its cache does not see the other geometry.
+        hopper._run.clear_cache()  # type: ignore[attr-defined]
         return hopper_variants.compiled(shape, qkv, mask, {}, order)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.attention import random_mask
 from draft_jax import DraftConfig, QKNorm, VideoGrid, draft_attention, norm_rope_pool
 from pallas_kernels import block_sparse_attention, dense_attention
+from pallas_kernels.interfaces import Order
 
 HEADS, HEAD_DIM = 4, 128  # 2 heads would be norm_rope_pool's XLA path
 TEXT_GRID = VideoGrid(2, 13, 32, text_length=40)  # with edge tiles
@@ -31,7 +32,7 @@ class Attention:
     """A part that calls block-sparse attention: once with gaps, once without."""
 
     grid: VideoGrid
-    order: str = "tiled"
+    order: Order = "tiled"
     heads: int = 2
     head_dim: int = HEAD_DIM
     dtype: str = "bfloat16"

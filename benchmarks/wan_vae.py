@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -102,8 +102,11 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         tiling=Tiling(size=(tile,) * 2, overlap=(tile // 4,) * 2) if tile else None,
     )
     rng = np.random.default_rng(1)
-    frames, height, width = case["frames"], *case["size"]
+    frames = case["frames"]
+    height, width = case["size"]
     shape = codec.latent_shape(frames=frames, height=height, width=width)
+    whole: Callable[[np.ndarray], jax.Array | np.ndarray]
+    split: Callable[[np.ndarray], Iterable[jax.Array]]
     if case["direction"] == "decode":
         source = rng.standard_normal((1, *shape), np.float32)
         whole, split, step = codec.decode_to_host, codec._decode, steps._decode_step

@@ -150,7 +150,7 @@ def write_folder(
         for number in range(1, len(shards) + 1)
     ]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        sizes = pool.map(
+        written = pool.map(
             lambda file, keys, number: write_shard(
                 file, {key: shapes[key] for key in keys}, block, seed + number
             ),
@@ -158,7 +158,7 @@ def write_folder(
             shards,
             range(len(shards)),
         )
-        sizes = list(sizes)
+        sizes = list(written)
     weight_map = {
         key: file.name for file, keys in zip(files, shards, strict=True) for key in keys
     }
