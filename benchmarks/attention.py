@@ -197,7 +197,7 @@ def mgpu_dense(shape: Shape, qkv):
 
 def flash_attention_3(shape: Shape, qkv):
     """FlashAttention-3, where it is installed."""
-    import flash_attn_interface  # type: ignore[import-not-found]
+    import flash_attn_interface
 
     tensors = _to_torch(qkv)
     return functools.partial(
@@ -207,7 +207,7 @@ def flash_attention_3(shape: Shape, qkv):
 
 def flash_attention_4(shape: Shape, qkv):
     """FlashAttention-4 (CuTe), where it is installed."""
-    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+    from flash_attn.cute import flash_attn_func
 
     return functools.partial(flash_attn_func, *_to_torch(qkv)), _torch_wait
 
@@ -215,8 +215,8 @@ def flash_attention_4(shape: Shape, qkv):
 def flash_attention_4_sparse(shape: Shape, qkv, mask: BlockMask):
     """FlashAttention-4 with the same kept blocks, all of them full."""
     import torch
-    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
-    from flash_attn.cute.block_sparsity import (  # type: ignore[import-not-found]
+    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.block_sparsity import (
         BlockSparseTensorsTorch,
     )
 

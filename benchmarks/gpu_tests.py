@@ -88,7 +88,8 @@ class Results:
             if name.startswith(MEASURED):
                 name = name.removeprefix(MEASURED)
                 self.measured[name] = max(self.measured.get(name, 0.0), float(value))
-        self.save()
+        if tells:
+            self.save()
         if time.monotonic() - self.start > self.limit:
             self._stop()
 

@@ -234,8 +234,9 @@ def make_inputs(shape: Shape) -> dict[str, object]:
     inputs |= {f"step_{name}": step for name, step in steps(grid, config).items()}
     inputs |= qk_stages.make_inputs(shape)
     for sparsity in SPARSITIES:
-        config = DraftConfig(sparsity=sparsity)
-        select = functools.partial(select_blocks, grid=grid, config=config)
+        select = functools.partial(
+            select_blocks, grid=grid, config=DraftConfig(sparsity=sparsity)
+        )
         inputs[f"mask_{sparsity}"] = jax.jit(select)(scores)
     start = initial_mask(grid, config, batch=1, num_heads=shape.num_heads)
     assert start.capacity == inputs["mask_0.9"].capacity

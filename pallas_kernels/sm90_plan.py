@@ -76,22 +76,11 @@ class Plan:
         return self.config.named_barriers and not self.emulate_wgmma
 
     @property
-    def num_copies(self) -> int:
-        """Copies of a key block that arrive on its barrier."""
-        match self.copies:
-            case Runs(tokens):
-                return BLOCK // tokens
-            case Boxes(number=number):
-                return number
-            case SingleRows():
-                return 1  # by all threads of the producer together
-
-    @property
     def num_query_copies(self) -> int:
-        """Likewise of a query block; a copy is for one consumer."""
+        """Copies of a query block that arrive on its barrier; each for one consumer."""
         if isinstance(self.copies, SingleRows):
             return 1
-        return max(self.num_copies, NUM_CONSUMERS)
+        return max(self.copies.number, NUM_CONSUMERS)
 
     @property
     def copies_ahead(self) -> int:
@@ -109,6 +98,11 @@ class Runs:
 
     tokens: int  # of a run; BLOCK if a block is one
     start_at_multiples: bool = False  # block r starts at token r * BLOCK
+
+    @property
+    def number(self) -> int:
+        """Copies of a key block that arrive on its barrier."""
+        return BLOCK // self.tokens
 
     def parts(self, width: "Width") -> list[tuple[int, int]]:
         """First row in shared memory, and tokens, of each copy of a key block.
@@ -132,7 +126,7 @@ class Boxes:
     """
 
     rows: int  # of a tile; the lowest tiles of a frame may have fewer
-    number: int  # of boxes side by side
+    number: int  # of boxes side by side, each a copy that arrives on its barrier
 
     @property
     def tokens(self) -> int:
@@ -149,6 +143,11 @@ class SingleRows:
     """Threads copy each row of a block (`sm90_rows`), for TMA cannot."""
 
     because: str  # why, and what helps
+
+    @property
+    def number(self) -> int:
+        """Arrivals of a key block: all threads of the producer together."""
+        return 1
 
 
 Copies = Runs | Boxes | SingleRows
@@ -225,7 +224,7 @@ def scratch_types(plan: Plan, dtype: jax.typing.DTypeLike) -> dict[str, Any]:
         "lse_smem": plgpu.SMEM(rows, jnp.float32),
         "q_full": plgpu.Barrier(num_arrivals=plan.num_query_copies),
         "q_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
-        "kv_full": plgpu.Barrier(num_arrivals=plan.num_copies, num_barriers=slots),
+        "kv_full": plgpu.Barrier(num_arrivals=plan.copies.number, num_barriers=slots),
         "kv_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=slots),
         "turn": plgpu.Barrier(num_barriers=NUM_CONSUMERS),
     }
