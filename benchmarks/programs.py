@@ -1,5 +1,6 @@
 """Runs other programs: under a limit of time, with one compilation cache."""
 
+import math
 import os
 import signal
 import subprocess
@@ -25,8 +26,8 @@ def run_limited(
 ) -> tuple[int | None, str]:
     """Exit status, None after `limit` seconds, and all that a command printed.
 
-    The limit ends what the command has started, too, which else would keep its output
-    open.
+    The limit may be infinite. It ends what the command has started, too, which else
+    would keep its output open.
     """
     process = subprocess.Popen(
         command,
@@ -37,7 +38,9 @@ def run_limited(
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=limit)
+        # It takes no infinity, and calls that None.
+        timeout = limit if math.isfinite(limit) else None
+        output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return None, process.communicate()[0]
