@@ -38,7 +38,7 @@ def run_limited(
         start_new_session=True,
     )
     try:
-        # It takes no infinity, and calls that None.
+        # `communicate` takes no infinity; None is its word for it.
         timeout = limit if math.isfinite(limit) else None
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
