@@ -216,9 +216,7 @@ def flash_attention_4_sparse(shape: Shape, qkv, mask: BlockMask):
     """FlashAttention-4 with the same kept blocks, all of them full."""
     import torch
     from flash_attn.cute import flash_attn_func
-    from flash_attn.cute.block_sparsity import (
-        BlockSparseTensorsTorch,
-    )
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     _refuse_short_blocks(shape)
     counts, indices = (torch.tensor(x).cuda() for x in rows_of_lists(mask))

@@ -1,5 +1,6 @@
 """Cards, and their clock and power while something is timed, from nvidia-smi."""
 
+import functools
 import os
 import shutil
 import statistics
@@ -9,13 +10,14 @@ QUERY = ("clocks.sm", "power.draw")
 INTERVAL_MS = 50
 
 
-def cards() -> list[str]:
+@functools.cache  # records are written after every measurement
+def cards() -> tuple[str, ...]:
     """Names and drivers of all cards; none where nvidia-smi is missing or fails."""
     if not shutil.which("nvidia-smi"):
-        return []
+        return ()
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return [] if found.returncode else found.stdout.strip().splitlines()
+    return () if found.returncode else tuple(found.stdout.strip().splitlines())
 
 
 class GpuState:

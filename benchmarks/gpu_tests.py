@@ -167,29 +167,37 @@ def sanitize(
 
     The part runs without a tool first, which compiles it into the cache.
     """
+    outcomes: dict[str, str] = {}
+    if time.monotonic() >= deadline:
+        return part, outcomes
     program = [sys.executable, "-m", "benchmarks.sanitize", part]
-    outcomes = {}
-    for tool in (None, *tools):
-        under = ["compute-sanitizer", "--tool", str(tool), "--kernel-regex", "kns=sm90"]
-        left = deadline - time.monotonic()
-        if left <= 0:
+
+    def run(*under: str) -> tuple[int | None, str]:
+        left = max(deadline - time.monotonic(), 0.0)
+        return run_limited([*under, *program], left, cache_in(cache))
+
+    status, output = run()
+    if status != 0:
+        outcome = f"without a tool, {_failure(status, output)}"
+        return part, dict.fromkeys(tools, outcome)
+    for tool in tools:
+        if time.monotonic() >= deadline:
             break
-        status, output = run_limited(
-            [*under, *program] if tool else program, left, cache_in(cache)
-        )
+        under = ("compute-sanitizer", "--tool", tool, "--kernel-regex", "kns=sm90")
+        status, output = run(*under)
         counts = SUMMARY.findall(output)
-        tail = "\n".join(output.strip().splitlines()[-5:])[-LONGEST_CAUSE:]
-        if status is None:
-            outcome = f"stopped by the limit: {tail}"
-        elif status or not counts:
-            outcome = f"exit status {status}: {tail}"
+        if status == 0 and counts:
+            outcomes[tool] = f"{sum(map(int, counts))} found"
         else:
-            outcome = f"{sum(map(int, counts))} found"
-        if tool:
-            outcomes[tool] = outcome
-        elif status != 0:
-            return part, dict.fromkeys(tools, f"without a tool, {outcome}")
+            outcomes[tool] = _failure(status, output)
     return part, outcomes
+
+
+def _failure(status: int | None, output: str) -> str:
+    """How a program ended, and the end of what it printed."""
+    ended = "stopped by the limit" if status is None else f"exit status {status}"
+    tail = "\n".join(output.strip().splitlines()[-5:])[-LONGEST_CAUSE:]
+    return f"{ended}: {tail}"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -15,12 +15,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import hopper_variants
-from benchmarks.attention import (
-    SHAPES,
-    Shape,
-    random_inputs,
-    random_mask,
-)
+from benchmarks.attention import SHAPES, Shape, random_inputs, random_mask
 from benchmarks.edges import slowdown, take_turns
 from benchmarks.records import write_results
 from draft_jax import BlockMask, VideoGrid

@@ -36,7 +36,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.records import provenance, write_json
+from benchmarks.records import ROOT, provenance, write_json
 from models.wan.vae import codec as steps
 from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.codec import WanVAECodec
@@ -142,10 +142,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 def run_in_process(case: dict[str, Any], limit_s: float) -> dict[str, Any]:
     """`run_case` in a child; a failure is a record, too."""
     command = [sys.executable, "-m", "benchmarks.wan_vae", "--case", json.dumps(case)]
-    root = pathlib.Path(__file__).resolve().parent.parent
     try:
         done = subprocess.run(
-            command, cwd=root, capture_output=True, text=True, timeout=limit_s
+            command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s
         )
     except subprocess.TimeoutExpired:
         return {"error": f"took longer than {limit_s} s"}

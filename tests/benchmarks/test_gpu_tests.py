@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import stat
 import time
 import types
 
@@ -101,7 +100,7 @@ def test_a_run_on_this_machine(tmp_path, monkeypatch, capsys):
     assert run["versions"]["jax"]
 
 
-SANITIZER = """#!/bin/sh
+SANITIZER = """
 echo "caches in $JAX_COMPILATION_CACHE_DIR"
 case "$*" in
 *"--tool memcheck"*text) echo "========= ERROR SUMMARY: 0 errors" ;;
@@ -112,7 +111,7 @@ case "$*" in
 *dense) sleep 60 & wait ;;
 esac
 """
-PYTHON = """#!/bin/sh
+PYTHON = """
 case "$*" in
 *prepare) echo "finite: no"; exit 1 ;;
 *) touch "$JAX_COMPILATION_CACHE_DIR/compiled" ;;
@@ -121,14 +120,9 @@ esac
 
 
 @pytest.fixture
-def sanitizer(tmp_path, monkeypatch):
+def sanitizer(stand_ins):
     """Programs in place of compute-sanitizer and of Python without it."""
-    for name, text in {"compute-sanitizer": SANITIZER, "python": PYTHON}.items():
-        program = tmp_path / name
-        program.write_text(text)
-        program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(gpu_tests.sys, "executable", str(tmp_path / "python"))
+    stand_ins({"compute-sanitizer": SANITIZER, "python": PYTHON})
 
 
 def test_sanitizers(sanitizer, tmp_path, capsys):

@@ -1,7 +1,6 @@
 """`benchmarks.hopper_profile` with a program in place of Nsight Compute."""
 
 import json
-import stat
 
 import pytest
 
@@ -57,21 +56,18 @@ def test_metrics_that_are_missing(text, cause):
 
 
 @pytest.fixture
-def programs(tmp_path, monkeypatch):
+def programs(tmp_path, stand_ins):
     """Makes programs in place of ncu and of Python without it; returns their log."""
 
     def make(text, status=0):
         log = tmp_path / "log"
         (tmp_path / "page").write_text(text)
-        for name, lines in {
-            "ncu": NCU.format(page=tmp_path / "page"),
-            "python": OWN.format(log=log, status=status),
-        }.items():
-            program = tmp_path / name
-            program.write_text("#!/bin/sh\n" + lines)
-            program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-        monkeypatch.setattr(hopper_profile.sys, "executable", str(tmp_path / "python"))
+        stand_ins(
+            {
+                "ncu": NCU.format(page=tmp_path / "page"),
+                "python": OWN.format(log=log, status=status),
+            }
+        )
         return log
 
     return make

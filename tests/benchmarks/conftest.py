@@ -1,0 +1,20 @@
+"""What tests of benchmarks share."""
+
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """Puts shell programs in place of others; `python` for the one of this process."""
+
+    def put(programs: dict[str, str]) -> None:
+        for name, lines in programs.items():
+            program = tmp_path / name
+            program.write_text("#!/bin/sh\n" + lines)
+            program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+
+    return put
