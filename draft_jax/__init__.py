@@ -22,15 +22,16 @@ Source: DraftAttention (arXiv 2505.14708).
 from draft_jax.attention import draft_attention, initial_mask, scheduled_attention
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, kept_pairs_budget, mask_capacity
-from draft_jax.draft_scores import draft_scores
+from draft_jax.draft.pooling import PooledTokens, pool_tokens
+from draft_jax.draft.qk_preparation import QKNorm, norm_rope_pool
+from draft_jax.draft.scores import draft_scores
+from draft_jax.draft.selection import compute_mask, select_blocks
 from draft_jax.flax_layers import (
     DraftAttention,
     DraftAttentionFn,
     draft_attention_fn,
 )
 from draft_jax.grid import VideoGrid
-from draft_jax.pooling import PooledTokens, pool_tokens
-from draft_jax.qk_prepare import QKNorm, norm_rope_pool
 from draft_jax.schedule import (
     DraftPlan,
     DraftStep,
@@ -38,7 +39,6 @@ from draft_jax.schedule import (
     StepKind,
     constant_step,
 )
-from draft_jax.selection import compute_mask, select_blocks
 
 __all__ = [
     "BlockMask",

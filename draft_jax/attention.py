@@ -9,17 +9,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, mask_capacity
+from draft_jax.draft.pooling import PooledTokens
+from draft_jax.draft.selection import add_text_blocks, compute_mask
 from draft_jax.grid import VideoGrid
-from draft_jax.pooling import PooledTokens
 from draft_jax.schedule import DraftStep
-from draft_jax.selection import add_text_blocks, compute_mask
-from pallas_kernels import (
-    BackendName,
-    block_sparse_attention,
-    dense_attention,
-    validation,
-)
-from pallas_kernels.interfaces import Order
+from pallas_kernels import BackendName, block_sparse_attention, dense_attention
+from pallas_kernels.common import validation
+from pallas_kernels.common.interfaces import Order
 
 
 @overload

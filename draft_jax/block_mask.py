@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from draft_jax import packed_bits
+from draft_jax.draft import packed_bits
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
 

@@ -17,8 +17,8 @@ from draft_jax.config import DraftConfig
 from draft_jax.grid import VideoGrid
 from draft_jax.schedule import DraftStep
 from pallas_kernels import BackendName
-from pallas_kernels.interfaces import Order
-from pallas_kernels.validation import check_order
+from pallas_kernels.common.interfaces import Order
+from pallas_kernels.common.validation import check_order
 
 # Turns the tokens of q or k, e.g. by a rotary embedding: [B, T, N, D] to the same.
 TokenTransform = Callable[[jax.Array], jax.Array]

@@ -1,13 +1,13 @@
 """Attention kernels: one public function per operation, several backends each."""
 
-from pallas_kernels.block_sparse_attention import (
+from pallas_kernels.attention.api import (
     BackendChoice,
     BackendName,
     SlowBackendWarning,
     block_sparse_attention,
     chosen_backend,
 )
-from pallas_kernels.dense_attention import dense_attention
+from pallas_kernels.attention.dense import dense_attention
 
 __all__ = [
     "BackendChoice",

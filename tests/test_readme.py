@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from draft_jax.cli import entry
+from models.cli import entry
 from tests.wan_folders import TEXT_TO_VIDEO
 
 pytestmark = pytest.mark.slow

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.diffusion.pipeline import Sampling
 from models.mini.checkpoint import MiniCheckpoint
 from models.mini.codec import PATCH_NUMBERS, LinearCodec
 from models.mini.text import TextEmbedding, Vocabulary
 from models.wan.config import WanConfig
-from models.wan.pipeline import Sampling
 from models.wan.transformer import WanTransformer
 
 CONFIG = WanConfig(

@@ -9,7 +9,7 @@ import numpy as np
 import safetensors
 from flax import nnx
 
-from models.safetensors_io import save_safetensors
+from models.checkpoints.safetensors_io import save_safetensors
 from models.wan.config import WanConfig
 from models.wan.convert import save_wan_transformer
 from models.wan.transformer import WanTransformer

@@ -10,9 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from models.clip.config import CLIPVisionConfig
-from models.clip.encoder import CLIPVisionEncoder
-from models.conversion import (
+from models.checkpoints.conversion import (
     ConversionError,
     Layout,
     Rule,
@@ -21,7 +19,9 @@ from models.conversion import (
     load_parameters,
     transpose,
 )
-from models.safetensors_io import load_safetensors
+from models.checkpoints.safetensors_io import load_safetensors
+from models.clip.config import CLIPVisionConfig
+from models.clip.encoder import CLIPVisionEncoder
 
 LayoutName = Literal["original", "transformers", "transformers_5"]
 STACKED = ("transformer",)

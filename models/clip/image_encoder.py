@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from models.clip.config import CLIPVisionConfig
 from models.clip.convert import load_clip_vision_encoder
 from models.clip.encoder import CLIPVisionEncoder
-from models.resize import resize_bicubic
+from models.media.resize import resize_bicubic
 
 # Of red, green and blue in [0, 1] over CLIP's training images.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -24,7 +24,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPImageEncoder:
-    """Preprocessing and tower; an `ImageEncoder` of `models.wan.interfaces`.
+    """Preprocessing and tower; an `ImageEncoder` of `models.diffusion.interfaces`.
 
     It runs where its weights are; results go to the default device.
 

@@ -19,10 +19,10 @@ import safetensors.numpy
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.conversion import ConversionError
+from models.checkpoints.conversion import ConversionError
+from models.checkpoints.safetensors_io import CheckpointError
 from models.mini.codec import PATCH_NUMBERS, LinearCodec
 from models.mini.text import TextEmbedding, Vocabulary
-from models.safetensors_io import CheckpointError
 from models.wan.config import WanConfig
 from models.wan.convert import load_wan_transformer, save_wan_transformer
 from models.wan.layouts import find_layout

@@ -19,16 +19,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from draft_jax.config import DraftConfig, Selection
+from draft_jax.draft.selection import compute_mask
 from draft_jax.grid import VideoGrid
 from draft_jax.schedule import SparsitySchedule, constant_step
-from draft_jax.selection import compute_mask
-from models.metrics import psnr, ssim
+from models.diffusion.inspection import TOP_SHARE, block_masses
+from models.diffusion.pipeline import Sampling, VideoPipeline
+from models.diffusion.sampler import model_inputs
+from models.media.metrics import psnr, ssim
+from models.media.video import write_json
 from models.mini.captions import SAMPLE_PROMPTS
 from models.mini.samples import draw_sheet
-from models.video_io import write_json
-from models.wan.inspection import TOP_SHARE, block_masses
-from models.wan.pipeline import Sampling, VideoPipeline
-from models.wan.sampler import model_inputs
 
 SELECTIONS: tuple[Selection, ...] = ("percentile", "row_topk")
 SPARSITIES = (0.5, 0.75, 0.9)

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from models.diffusion.pipeline import Sampling, VideoPipeline
+from models.media.video import atomic_path, to_bytes
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
-from models.video_io import atomic_path, to_bytes
-from models.wan.pipeline import Sampling, VideoPipeline
 
 FRAMES_SHOWN = 5
 CAPTION_HEIGHT = 14  # pixels

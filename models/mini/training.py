@@ -19,12 +19,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from models.diffusion.schedulers import MAX_TIMESTEP
 from models.mini.checkpoint import MiniCheckpoint
 from models.mini.codec import LinearCodec
 from models.mini.feed import Draw, Feed
 from models.mini.renderer import render_batch
 from models.mini.text import TextEmbedding, Vocabulary
-from models.schedulers import MAX_TIMESTEP
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
 

@@ -5,7 +5,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from models.config_checks import check_dtypes, check_positive_integers, check_published
+from models.checkpoints.config_checks import (
+    check_dtypes,
+    check_positive_integers,
+    check_published,
+)
 
 # float16 is left out on purpose: activations of T5 encoders overflow it, which the
 # original code hides by clamping infinities.

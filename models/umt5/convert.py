@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from models.conversion import (
+from models.checkpoints.conversion import (
     ConversionError,
     Rule,
     best_layout,
@@ -19,7 +19,7 @@ from models.conversion import (
     save_parameters,
     transpose,
 )
-from models.safetensors_io import load_safetensors
+from models.checkpoints.safetensors_io import load_safetensors
 from models.umt5.config import UMT5Config
 from models.umt5.encoder import UMT5Encoder
 

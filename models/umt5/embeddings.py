@@ -17,7 +17,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Array, Float, Int
 
-from models.safetensors_io import CheckpointError
+from models.checkpoints.safetensors_io import CheckpointError
 from models.umt5.config import TEXT_LENGTH, UMT5Config
 from models.umt5.text_encoder import UMT5TextEncoder, pad_rows
 from models.umt5.tokenizer import UMT5Tokenizer, check_prompts, clean_prompt

@@ -27,7 +27,7 @@ _SHORTEST = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UMT5TextEncoder:
-    """Tokenizer and encoder; a `TextEncoder` of `models.wan.pipeline`.
+    """Tokenizer and encoder; a `TextEncoder` of `models.diffusion.pipeline`.
 
     It runs where its weights are; results go to the default device.
 

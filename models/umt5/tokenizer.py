@@ -17,8 +17,8 @@ from types import ModuleType
 import numpy as np
 from jaxtyping import Int
 
-from models.hub import INSTALL_WAN_EXTRA
-from models.safetensors_io import CheckpointError
+from models.checkpoints.hub import INSTALL_WAN_EXTRA
+from models.checkpoints.safetensors_io import CheckpointError
 from models.umt5.config import TEXT_LENGTH
 
 FILE = "tokenizer.json"

@@ -10,12 +10,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from models.conversion import ConversionError
-from models.hub import find_checkpoint
-from models.lora import merge_lora
-from models.memory_map import CheckpointError
-from models.safetensors_io import load_safetensors
-from models.torch_io import load_torch
+from models.checkpoints.conversion import ConversionError
+from models.checkpoints.hub import find_checkpoint
+from models.checkpoints.lora import merge_lora
+from models.checkpoints.memory_map import CheckpointError
+from models.checkpoints.safetensors_io import load_safetensors
+from models.checkpoints.torch_io import load_torch
 from models.wan.config import WanConfig
 from models.wan.convert import LayoutName, load_wan_transformer, lora_names
 from models.wan.layouts import (

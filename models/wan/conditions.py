@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from models.diffusion.interfaces import ImageCondition, LatentShape, TextContext
 from models.wan.config import WanConfig
-from models.wan.interfaces import ImageCondition, LatentShape, TextContext
 
 
 def as_prompts(prompts: str | Sequence[str]) -> list[str]:

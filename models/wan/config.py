@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 
 from draft_jax.config import DraftConfig
-from models.config_checks import (
+from models.checkpoints.config_checks import (
     check_dtypes,
     check_positive_integers,
     is_positive_integer,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.conversion import (
+from models.checkpoints.conversion import (
     Rule,
     best_layout,
     conv_3d,
@@ -19,7 +19,7 @@ from models.conversion import (
     save_parameters,
     transpose,
 )
-from models.safetensors_io import load_safetensors, save_safetensors
+from models.checkpoints.safetensors_io import load_safetensors, save_safetensors
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from models.resize import resize_bicubic
-from models.wan.interfaces import Codec
+from models.diffusion.interfaces import Codec
+from models.media.resize import resize_bicubic
 
 # Overshoot of an earlier resize is no reason to refuse an image.
 _MOST = 1.5

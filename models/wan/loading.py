@@ -7,16 +7,17 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from models.checkpoints.conversion import ConversionError
+from models.checkpoints.memory_map import CheckpointError
 from models.clip.config import CLIPVisionConfig
 from models.clip.image_encoder import CLIPImageEncoder
-from models.conversion import ConversionError
-from models.memory_map import CheckpointError
+from models.diffusion.interfaces import TextEncoder
+from models.diffusion.sampling import Sampling, WanSize, WanTask, wan_shift
 from models.mini.checkpoint import SMALL_MODEL, is_small_model
 from models.umt5.text_encoder import default_dtype
 from models.wan.checkpoint import WanFolder, WanParts, open_wan_parts
 from models.wan.conditions import takes_image
 from models.wan.config import WanConfig
-from models.wan.interfaces import TextEncoder
 from models.wan.layouts import (
     ALL_PARTS,
     Part,
@@ -24,7 +25,6 @@ from models.wan.layouts import (
     describe_neighbour,
     find_layout,
 )
-from models.wan.sampling import Sampling, WanSize, WanTask, wan_shift
 from models.wan.text import TEXT_PARTS, TextOptions, load_text_encoder
 from models.wan.transformer import WanTransformer
 from models.wan.vae.codec import WanVAECodec

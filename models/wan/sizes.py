@@ -2,9 +2,9 @@
 
 import math
 
+from models.diffusion.interfaces import LatentShape, LatentSizes
+from models.diffusion.sampling import Sampling
 from models.wan.config import WanConfig
-from models.wan.interfaces import LatentShape, LatentSizes
-from models.wan.sampling import Sampling
 
 
 def side_multiples(config: WanConfig, sizes: LatentSizes) -> tuple[int, int]:

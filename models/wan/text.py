@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from models.memory_map import CheckpointError
+from models.checkpoints.memory_map import CheckpointError
+from models.diffusion.interfaces import TextEncoder
 from models.umt5.config import UMT5Config
 from models.umt5.embeddings import (
     CachedTextEncoder,
@@ -19,7 +20,6 @@ from models.umt5.embeddings import (
 from models.umt5.text_encoder import UMT5TextEncoder, default_dtype
 from models.umt5.tokenizer import UMT5Tokenizer
 from models.wan.checkpoint import WanFolder, WanParts
-from models.wan.interfaces import TextEncoder
 from models.wan.layouts import Part
 
 TEXT_PARTS: tuple[Part, ...] = ("text_encoder", "tokenizer")

@@ -25,8 +25,8 @@ from draft_jax import (
     constant_step,
     initial_mask,
 )
+from models.diffusion.layer_runs import runs_of_layers, scan_layers
 from models.wan.config import AttentionName, WanConfig
-from models.wan.layer_runs import runs_of_layers, scan_layers
 from models.wan.layers import (
     MLP,
     XAVIER_UNIFORM,

@@ -1,7 +1,7 @@
 """On a Hopper GPU a layer moves nothing as large as Q: seen without one, by lowering.
 
 On a CPU attention itself gathers blocks of keys, so programs for it say nothing of
-order. What XLA makes of these programs is in the results of `benchmarks/layer.py`.
+order. What XLA makes of these programs is in the results of `benchmarks/layer/run.py`.
 """
 
 import functools
@@ -20,8 +20,8 @@ from draft_jax import (
     initial_mask,
     scheduled_attention,
 )
-from pallas_kernels import interfaces
-from pallas_kernels.interfaces import Device
+from pallas_kernels.common import interfaces
+from pallas_kernels.common.interfaces import Device
 
 H100 = Device(platform="gpu", kind="NVIDIA H100", compute_capability=(9, 0))
 DIVISIBLE = VideoGrid(5, 48, 80)

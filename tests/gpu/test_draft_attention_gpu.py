@@ -1,6 +1,5 @@
 """The whole method on an NVIDIA GPU: masks exactly, outputs within tolerance."""
 
-import importlib
 import re
 import warnings
 
@@ -18,12 +17,16 @@ from draft_jax import (
     scheduled_attention,
 )
 from pallas_kernels import SlowBackendWarning, block_sparse_attention
+from pallas_kernels.attention import api as dispatch
 from tests.draft_jax import naive_draft
-from tests.pallas_kernels.reference import compress, matrix_attention, random_qkv
+from tests.pallas_kernels.attention.reference import (
+    compress,
+    matrix_attention,
+    random_qkv,
+)
 from tests.tolerances import GPU_ATTENTION
 
 # The package's attribute of this name is the function, not the module.
-dispatch = importlib.import_module("pallas_kernels.block_sparse_attention")
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,9 +7,9 @@ import pytest
 
 from draft_jax.grid import VideoGrid
 from pallas_kernels import dense_attention
-from pallas_kernels.hopper_dense import hopper_dense_attention
-from pallas_kernels.interfaces import current_device
-from tests.pallas_kernels.reference import random_qkv
+from pallas_kernels.attention.sm90.dense import hopper_dense_attention
+from pallas_kernels.common.interfaces import current_device
+from tests.pallas_kernels.attention.reference import random_qkv
 from tests.tolerances import GPU_GRADIENT_ORDER, GPU_RELATIVE
 
 pytestmark = pytest.mark.gpu

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from draft_jax.grid import VideoGrid
-from pallas_kernels import block_sparse_attention, chosen_backend, hopper, oracle
-from pallas_kernels.block_sparse_attention_sm90 import attend_blocks_again
-from pallas_kernels.interfaces import current_device
-from pallas_kernels.partition_lists_sm90 import partition_lists
-from pallas_kernels.sm90_geometry import geometry
-from pallas_kernels.sm90_plan import BLOCK, KernelConfig
-from tests.pallas_kernels.reference import (
+from pallas_kernels import block_sparse_attention, chosen_backend
+from pallas_kernels.attention import reference as oracle
+from pallas_kernels.attention.sm90 import backend as hopper
+from pallas_kernels.attention.sm90.geometry import geometry
+from pallas_kernels.attention.sm90.kernel import attend_blocks_again
+from pallas_kernels.attention.sm90.partition_lists import partition_lists
+from pallas_kernels.attention.sm90.plan import BLOCK, KernelConfig
+from pallas_kernels.common.interfaces import current_device
+from tests.pallas_kernels.attention.reference import (
     check_partition,
     compress,
     matrix_attention,

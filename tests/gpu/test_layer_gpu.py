@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from draft_jax import DraftConfig, VideoGrid, pooling, select_blocks
+from draft_jax import DraftConfig, VideoGrid, select_blocks
 from draft_jax.config import static_budget
-from pallas_kernels import pool_tiles_sm90, rank_sm90
-from pallas_kernels.interfaces import current_device
-from tests.draft_jax import naive_draft, sorted_selection
+from draft_jax.draft import pooling
+from pallas_kernels.common.interfaces import current_device
+from pallas_kernels.pooling.sm90 import pool_tiles as pool_tiles_sm90
+from pallas_kernels.ranking.sm90 import maps as rank_sm90
+from tests.draft_jax import naive_draft
+from tests.draft_jax.draft import sorted_selection
 
 pytestmark = pytest.mark.gpu
 

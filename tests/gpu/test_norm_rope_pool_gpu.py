@@ -11,13 +11,13 @@ import pytest
 
 from draft_jax import DraftConfig, QKNorm, VideoGrid, compute_mask, norm_rope_pool
 from draft_jax.config import static_budget
-from draft_jax.pooling import pool_queries_and_keys
-from pallas_kernels import norm_rope_pool_sm90
-from pallas_kernels.block_sparse_attention import forget_warnings
-from pallas_kernels.interfaces import current_device
+from draft_jax.draft.pooling import pool_queries_and_keys
+from pallas_kernels.attention.api import forget_warnings
+from pallas_kernels.common.interfaces import current_device
+from pallas_kernels.pooling.sm90 import norm_rope_pool as norm_rope_pool_sm90
 from tests import tolerances
 from tests.draft_jax import naive_draft
-from tests.pallas_kernels import naive_norm_rope
+from tests.pallas_kernels.pooling import naive_norm_rope
 
 pytestmark = pytest.mark.gpu
 

@@ -11,21 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from draft_jax import (
-    DraftConfig,
-    PooledTokens,
-    VideoGrid,
-    compute_mask,
-    head_chunks,
-    select_blocks,
-)
+from draft_jax import DraftConfig, PooledTokens, VideoGrid, compute_mask, select_blocks
 from draft_jax.config import static_budget
-from pallas_kernels import SlowBackendWarning, rank_rows_sm90, rank_sm90
-from pallas_kernels.block_sparse_attention import forget_warnings
-from pallas_kernels.interfaces import current_device
-from tests.draft_jax import naive_draft, sorted_selection
-from tests.pallas_kernels import row_selection
-from tests.pallas_kernels.row_selection import check_mask, check_rows, softmax
+from draft_jax.draft import head_chunks
+from pallas_kernels import SlowBackendWarning
+from pallas_kernels.attention.api import forget_warnings
+from pallas_kernels.common.interfaces import current_device
+from pallas_kernels.ranking.sm90 import maps as rank_sm90
+from pallas_kernels.ranking.sm90 import rows as rank_rows_sm90
+from tests.draft_jax import naive_draft
+from tests.draft_jax.draft import sorted_selection
+from tests.pallas_kernels.ranking import row_selection
+from tests.pallas_kernels.ranking.row_selection import check_mask, check_rows, softmax
 
 pytestmark = pytest.mark.gpu
 

@@ -1,7 +1,6 @@
 """The Wan transformer with its kernels: against float32 on XLA, step by step."""
 
 import dataclasses
-import importlib
 from unittest import mock
 
 import jax
@@ -10,14 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from draft_jax import DraftConfig, SparsitySchedule, qk_prepare
+from draft_jax import DraftConfig, SparsitySchedule
+from draft_jax.draft import qk_preparation as qk_prepare
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
-from pallas_kernels import hopper_dense
+from pallas_kernels.attention import api as dispatch
+from pallas_kernels.attention.sm90 import dense as hopper_dense
 from tests.tolerances import GPU_WAN_ERROR_RATIO, GPU_WAN_SHARED_PAIRS
 
 # The package's attribute of this name is the function, not the module.
-dispatch = importlib.import_module("pallas_kernels.block_sparse_attention")
 
 pytestmark = [
     pytest.mark.gpu,

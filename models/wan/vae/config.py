@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from models.config_checks import (
+from models.checkpoints.config_checks import (
     check_dtypes,
     check_positive_integers,
     is_positive_integer,

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from flax import nnx
 
-from models.conversion import (
+from models.checkpoints.conversion import (
     Layout,
     Rule,
     best_layout,
@@ -15,7 +15,7 @@ from models.conversion import (
     load_parameters,
     save_parameters,
 )
-from models.safetensors_io import load_safetensors
+from models.checkpoints.safetensors_io import load_safetensors
 from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.config import WanVAEConfig
 
@@ -92,7 +92,7 @@ def make_rules(config: WanVAEConfig, layout: LayoutName) -> tuple[Rule, ...]:
       layout: Which keys.
 
     Returns:
-      Rules for `models.conversion`.
+      Rules for `models.checkpoints.conversion`.
     """
     rules = []
     for *keys, path, array_layout in _modules(config):

@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from models.wan.vae.config import WanVAEConfig
-from pallas_kernels.dense_attention import dense_attention
+from pallas_kernels.attention.dense import dense_attention
 
 WINDOW = 3  # frames that a convolution in time sees
 NORM_EPS = 1e-12  # smallest length of a vector that the norm divides by

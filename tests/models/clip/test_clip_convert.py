@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from models.checkpoints.conversion import ConversionError
 from models.clip.convert import detect_layout, load_clip_vision_encoder
-from models.conversion import ConversionError
 
 LAYOUTS = ("original", "transformers", "transformers_5")
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from models.checkpoints.conversion import ConversionError
 from models.clip.image_encoder import CLIPImageEncoder, clip_pixels
-from models.conversion import ConversionError
-from models.wan.interfaces import ImageEncoder
+from models.diffusion.interfaces import ImageEncoder
 from tests.models.clip.conftest import CASES, FIXTURES, read_groups
 from tests.tolerances import BICUBIC, CLIP_PARITY
 

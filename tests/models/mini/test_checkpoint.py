@@ -11,10 +11,10 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from models.checkpoints.safetensors_io import CheckpointError
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
 from models.mini.codec import LinearCodec
 from models.mini.text import TextEmbedding, Vocabulary
-from models.safetensors_io import CheckpointError
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
 

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.diffusion.pipeline import Sampling
 from models.mini.captions import SAMPLE_PROMPTS
 from models.mini.checkpoint import SHIPPED, MiniCheckpoint, MiniTextEncoder
 from models.mini.samples import draw_sheet, pipeline_of
 from models.mini.scenes import all_captions
 from models.mini.text import Vocabulary
 from models.wan.config import WanConfig
-from models.wan.pipeline import Sampling
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from models.conversion import ConversionError
+from models.checkpoints.conversion import ConversionError
 from models.umt5.config import UMT5Config
 from models.umt5.convert import detect_layout, export_umt5_encoder, load_umt5_encoder
 from tests.models.umt5.conftest import FIXTURES

@@ -8,7 +8,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from models.safetensors_io import CheckpointError
+from models.checkpoints.safetensors_io import CheckpointError
+from models.diffusion.pipeline import TextEncoder
 from models.umt5.config import UMT5Config
 from models.umt5.convert import export_umt5_encoder
 from models.umt5.embeddings import (
@@ -19,7 +20,6 @@ from models.umt5.embeddings import (
 )
 from models.umt5.text_encoder import UMT5TextEncoder, default_dtype, pad_rows
 from models.umt5.tokenizer import UMT5Tokenizer
-from models.wan.pipeline import TextEncoder
 from tests.models.umt5.conftest import FIXTURES, copy_of
 
 run = nnx.jit(lambda model, ids, lengths: model(ids, lengths))

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from models.safetensors_io import CheckpointError
+from models.checkpoints.safetensors_io import CheckpointError
 from models.umt5.tokenizer import UMT5Tokenizer, clean_prompt, find_tokenizer
 from tests.models.umt5.conftest import FIXTURES
 

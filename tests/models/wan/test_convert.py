@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from models.conversion import ConversionError
+from models.checkpoints.conversion import ConversionError
 from models.wan.config import WanConfig
 from models.wan.convert import (
     detect_layout,

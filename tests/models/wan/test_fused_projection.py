@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from draft_jax import DraftConfig, VideoGrid, constant_step, qk_prepare
+from draft_jax import DraftConfig, VideoGrid, constant_step
+from draft_jax.draft import qk_preparation as qk_prepare
 from models.wan.transformer import WanTransformer
-from pallas_kernels import norm_rope_pool_sm90
-from pallas_kernels.interfaces import Device
+from pallas_kernels.common.interfaces import Device
+from pallas_kernels.pooling.sm90 import norm_rope_pool as norm_rope_pool_sm90
 from tests import tiny_model, tolerances
 
 H100 = Device(platform="gpu", kind="H100", compute_capability=(9, 0))

@@ -10,11 +10,11 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from models.schedulers import FlowEuler
+from models.diffusion.interfaces import ImageCondition, TextContext
+from models.diffusion.pipeline import Sampling, VideoPipeline
+from models.diffusion.schedulers import FlowEuler
 from models.wan.config import WanConfig
 from models.wan.image import condition_latents, kept_part
-from models.wan.interfaces import ImageCondition, TextContext
-from models.wan.pipeline import Sampling, VideoPipeline
 from models.wan.transformer import WanTransformer
 from tests import tolerances
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from draft_jax import VideoGrid
-from draft_jax.qk_prepare import rotate_pairs
+from draft_jax.draft.qk_preparation import rotate_pairs
 from models.wan.layers import (
     LayerNorm,
     RMSNorm,

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.memory_map import CheckpointError
+from models.checkpoints.memory_map import CheckpointError
+from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.sampling import Sampling
 from models.umt5.embeddings import (
     CachedTextEncoder,
     GivenTextEncoder,
@@ -20,8 +22,6 @@ from models.wan.checkpoint import WanParts
 from models.wan.conditions import takes_image
 from models.wan.layouts import ALL_PARTS
 from models.wan.loading import describe_wan, load_wan
-from models.wan.pipeline import VideoPipeline
-from models.wan.sampling import Sampling
 from models.wan.text import TextOptions
 from tests import tiny_model
 from tests.wan_folders import TEXT_TO_VIDEO, save_image_to_video

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import safetensors
 
-from models.schedulers import make_solver
+from models.diffusion.interfaces import ImageCondition, TextContext
+from models.diffusion.pipeline import Sampling, VideoPipeline
+from models.diffusion.schedulers import make_solver
 from models.wan.config import WanConfig
 from models.wan.convert import load_wan_transformer
-from models.wan.interfaces import ImageCondition, TextContext
-from models.wan.pipeline import Sampling, VideoPipeline
 from tests import tolerances
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

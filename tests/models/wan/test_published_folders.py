@@ -14,10 +14,10 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.sampling import Sampling
 from models.umt5.config import UMT5Config
 from models.wan.checkpoint import WanFolder
-from models.wan.pipeline import VideoPipeline
-from models.wan.sampling import Sampling
 from models.wan.vae.config import WanVAEConfig
 
 pytestmark = pytest.mark.slow

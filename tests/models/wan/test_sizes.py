@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from models.diffusion.sampling import Sampling
 from models.wan.config import WanConfig
-from models.wan.sampling import Sampling
 from models.wan.sizes import latent_shape, side_multiples, size_like_image
 from models.wan.vae.config import WanVAEConfig
 

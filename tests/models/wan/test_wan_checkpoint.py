@@ -10,9 +10,9 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from models.conversion import ConversionError
-from models.memory_map import CheckpointError
-from models.safetensors_io import save_safetensors
+from models.checkpoints.conversion import ConversionError
+from models.checkpoints.memory_map import CheckpointError
+from models.checkpoints.safetensors_io import save_safetensors
 from models.wan.checkpoint import (
     SchedulerSettings,
     WanFolder,
@@ -228,7 +228,7 @@ def test_narrow_weights_keep_what_is_computed_in_float32(published):
 
 
 def test_adapters_are_merged(published):
-    """Values are checked in tests/models/test_lora.py."""
+    """Values are checked in tests/models/checkpoints/test_lora.py."""
     lora = FIXTURES / "lora_peft.safetensors"
     parts = open_wan_parts(
         published["original"], dtype="float32", loras=[(lora, 0.75)], **CHANGES

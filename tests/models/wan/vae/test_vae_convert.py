@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from models.conversion import ConversionError
+from models.checkpoints.conversion import ConversionError
 from models.wan.vae.config import WanVAEConfig
 from models.wan.vae.convert import (
     detect_layout,

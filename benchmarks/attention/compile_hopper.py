@@ -1,0 +1,168 @@
+"""Compiles Hopper kernels to machine code on a machine without a GPU.
+
+    pip install --no-deps --target cuda jax-cuda13-plugin==J jax-cuda13-pjrt==J \
+        nvidia-cuda-nvcc     # J: the version of the installed jax
+    PYTHONPATH=cuda PATH=cuda/nvidia/cu13/bin:$PATH \
+        python -m benchmarks.attention.compile_hopper
+
+Prints what ptxas reports of each program: registers, spills, and warnings such as
+wgmma instructions that had to be serialised. PTX is left in --output; with nvdisasm on
+the path, `ptxas -arch=sm_90a X.ptx -o X.cubin && nvdisasm -c X.cubin` shows the rest.
+"""
+
+import argparse
+import os
+import pathlib
+import tempfile
+
+# Read when jax or the plugin loads.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+DESCRIPTION = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84941864960
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def h100_sharding():
+    """Where the arrays of a program lie that is compiled for one H100."""
+    import jax
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=DESCRIPTION, topology="1x1x1"
+    )
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+def compile_variant(shape, options, sharding, order) -> None:
+    """Compiles one configuration for one shape; Mosaic writes the dumps."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    from draft_jax import BlockMask
+    from pallas_kernels.attention.sm90 import backend as hopper
+    from pallas_kernels.attention.sm90.plan import KernelConfig
+
+    grid, num_heads, head_dim = shape.grid, shape.num_heads, shape.head_dim
+    default = KernelConfig.for_head_dim(head_dim)
+    config = dataclasses.replace(default, **options)
+
+    def placed(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    size = (1, grid.num_tokens, num_heads, head_dim)
+    q = placed(jax.ShapeDtypeStruct(size, jnp.dtype(shape.dtype)))
+    full = jax.eval_shape(
+        lambda: BlockMask.full(grid=grid, batch=1, num_heads=num_heads)
+    )
+    mask = jax.tree.map(placed, full)
+
+    @jax.jit
+    def run(q, k, v, mask):
+        return hopper.hopper_attention(
+            q,
+            k,
+            v,
+            mask,
+            layout=grid,
+            scale=head_dim**-0.5,
+            text_lengths=None,
+            order=order,
+            config=config,
+        )
+
+    run.trace(q, q, q, mask).lower(lowering_platforms=("cuda",)).compile()
+
+
+def compile_prepare(shape, over, sharding) -> None:
+    """Compiles the kernel that norms, rotates and pools, for one norm."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from draft_jax.draft.pooling import tile_table
+    from pallas_kernels.pooling.sm90.norm_rope_pool import QKNorm, norm_rope_pool
+
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    grid, heads = shape.grid, (shape.num_heads, shape.head_dim)
+    q = struct((1, grid.num_tokens, *heads), jnp.dtype(shape.dtype))
+    width = heads[1] if over == "head" else heads[0] * heads[1]
+    scale = struct((width,), jnp.float32)
+    angles = struct((grid.num_visual_tokens, heads[1] // 2), jnp.float32)
+    run = functools.partial(
+        norm_rope_pool,
+        tiles=tile_table(grid, "tiled"),
+        visual_tokens=grid.visual_tokens,
+        norm=QKNorm(over=over),
+    )
+    traced = jax.jit(run).trace(q, q, (scale, scale), (angles, angles))
+    traced.lower(lowering_platforms=("cuda",)).compile()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["hunyuan", "hunyuan-edges"])
+    parser.add_argument("--variants", nargs="+", default=["default"])
+    parser.add_argument("--order", choices=("tiled", "raster"), default="tiled")
+    parser.add_argument(
+        "--norms",
+        nargs="*",
+        choices=["head", "heads"],
+        help="compile the kernel for norm, rotation and pooling with these instead",
+    )
+    parser.add_argument("--output", type=pathlib.Path, help="folder for PTX")
+    arguments = parser.parse_args()
+    folder = arguments.output or pathlib.Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update(  # read when Mosaic compiles
+        MOSAIC_GPU_DUMP_PTX="1",
+        MOSAIC_GPU_DUMP_PTXAS="1",
+        MOSAIC_GPU_DUMP_TO=str(folder),
+    )
+
+    from benchmarks.attention.run import SHAPES
+    from benchmarks.attention.variants import VARIANTS
+
+    sharding = h100_sharding()
+    seen: set[pathlib.Path] = set()
+    for name in arguments.shapes:
+        for variant in arguments.norms or arguments.variants:
+            if arguments.norms:
+                compile_prepare(SHAPES[name], variant, sharding)
+            else:
+                options = VARIANTS[variant]
+                compile_variant(SHAPES[name], options, sharding, arguments.order)
+            for report in sorted({*folder.glob("*.ptxas")} - seen):
+                seen.add(report)
+                print(f"== {name}, {variant}: {report}")
+                print(report.read_text().strip(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Times configurations of the Hopper kernel at one shape, beside cuDNN.
+
+    python -m benchmarks.attention.variants --output hopper_variants.json
+
+All programs are compiled before the first is timed: a busy host delays launches.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.attention.run import (
+    SHAPES,
+    Shape,
+    cudnn_dense,
+    measure,
+    random_inputs,
+    random_mask,
+)
+from benchmarks.common.records import write_results
+from draft_jax import BlockMask
+from pallas_kernels.attention.sm90 import backend as hopper
+from pallas_kernels.attention.sm90.plan import KernelConfig
+from pallas_kernels.common.interfaces import Order
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "exact-softmax": {"lazy": False},
+    "no-ping-pong": {"ping_pong": False},
+    "shared-memory-barriers": {"named_barriers": False},
+    "no-overlap": {"overlap": False},
+    "no-pairs": {"pairs": False},
+    "all-rows": {"skip_rows": False},
+    "five-slots": {"num_slots": 5},
+    "four-slots": {"num_slots": 4},
+}
+
+
+def compiled(
+    shape: Shape,
+    qkv,
+    mask: BlockMask,
+    options: dict[str, Any],
+    order: Order = "tiled",
+):
+    """The kernel for these arrays' shapes, with any mask of the same capacity."""
+    default = KernelConfig.for_head_dim(shape.head_dim)
+    config = dataclasses.replace(default, **options)
+
+    @jax.jit
+    def run(q, k, v, mask):
+        return hopper.hopper_attention(
+            q,
+            k,
+            v,
+            mask,
+            layout=shape.grid,
+            scale=shape.head_dim**-0.5,
+            text_lengths=None,
+            order=order,
+            config=config,
+        )
+
+    return run.lower(*qkv, mask).compile()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="hunyuan")
+    parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.1])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])
+    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file")
+    options = parser.parse_args()
+    shape = SHAPES[options.shape]
+    qkv = random_inputs(shape)
+    masks = [random_mask(shape.grid, 1, shape.num_heads, d) for d in options.densities]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        compile_one = functools.partial(compiled, shape, qkv, masks[0])
+        configs = [VARIANTS[name] for name in options.variants]
+        compiled_ones = pool.map(compile_one, configs)
+        programs = dict(zip(options.variants, compiled_ones, strict=True))
+    results = []
+
+    def report(name, density, result):
+        results.append({"variant": name, "density": density, **result})
+        print(json.dumps(results[-1]), flush=True)
+        if options.output is not None:
+            write_results(options.output, results)
+
+    def time_cudnn():
+        make = functools.partial(cudnn_dense, shape, qkv)
+        report("cudnn", 1.0, measure("cudnn", make, shape.dense_flops, options.seconds))
+
+    time_cudnn()
+    for name, program in programs.items():
+        for mask in masks:
+            density = float(np.mean(np.asarray(mask.density)))
+            call = functools.partial(program, *qkv, mask)
+            result = measure(
+                "ours",
+                lambda call=call: (call, jax.block_until_ready),
+                shape.dense_flops * density,
+                options.seconds,
+            )
+            report(name, density, result)
+    time_cudnn()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""JSON records of benchmarks, with what their numbers depend on."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks.common.gpu_state import cards
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CODE = ("*.py", "pyproject.toml", "requirements.lock")
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "numpy", "jax-cuda13-plugin", "jax-cuda12-plugin"),
+    *("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "nvidia-cublas"),
+    *("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl"),
+)
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, date, command, versions and cards, without starting JAX.
+
+    Where the code is a copy of a checkout, the environment variable
+    `BENCHMARK_COMMIT` says of which.
+    """
+    return {
+        "commit": os.environ.get("BENCHMARK_COMMIT") or commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command(),
+        "versions": versions(),
+        "gpus": cards(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """`provenance`, and the device that JAX uses."""
+    import jax  # here, for some benchmarks leave the device to other processes
+
+    return {"device": jax.devices()[0].device_kind, **provenance()}
+
+
+def commit() -> str:
+    """The checkout's commit, and whether its code has changed since."""
+    found = _git("rev-parse", "--short", "HEAD")
+    if not found:
+        return "unknown"
+    changed = _git("status", "--porcelain", "--", *CODE)
+    return f"{found}, with changes" if changed else found
+
+
+def _git(*arguments: str) -> str:
+    """What git prints; nothing where it is missing or fails."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
+
+
+def command() -> str:
+    """What this process was started with."""
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"-m {main.name}" if main else sys.argv[0]
+    return " ".join(["python", program, *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of those packages that are installed."""
+    installed = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def write_results(path: pathlib.Path, results: list, **facts: object) -> None:
+    """Stores results with what they depend on; `facts` replace some of that."""
+    write_json(path, {"environment": environment() | facts, "results": results})
+
+
+def write_json(path: pathlib.Path, document: object) -> None:
+    """Writes a JSON file, and its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")

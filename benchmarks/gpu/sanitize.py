@@ -1,0 +1,159 @@
+"""Runs every kernel once on small shapes, for NVIDIA's compute-sanitizer.
+
+    compute-sanitizer --tool memcheck --kernel-regex kns=sm90 \\
+        python -m benchmarks.gpu.sanitize by-rows
+
+`benchmarks.gpu.run sanitize` does that for all parts, a few side by side, under each
+tool, and records what came out.
+"""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.attention.run import random_mask
+from draft_jax import DraftConfig, QKNorm, VideoGrid, draft_attention, norm_rope_pool
+from pallas_kernels import block_sparse_attention, dense_attention
+from pallas_kernels.common.interfaces import Order
+
+HEADS, HEAD_DIM = 4, 128  # 2 heads would be norm_rope_pool's XLA path
+TEXT_GRID = VideoGrid(2, 13, 32, text_length=40)  # with edge tiles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention:
+    """A part that calls block-sparse attention: once with gaps, once without."""
+
+    grid: VideoGrid
+    order: Order = "tiled"
+    heads: int = 2
+    head_dim: int = HEAD_DIM
+    dtype: str = "bfloat16"
+    text_lengths: tuple[int, ...] = ()  # one for each batch item
+    growth: float = 0.0  # of the logits, in nats from one key block to the next
+    densities: tuple[float, ...] = (0.4, 1.0)
+
+    @property
+    def batch(self) -> int:
+        return len(self.text_lengths) or 1
+
+    def qkv(self) -> tuple[jax.Array, ...]:
+        grid = self.grid
+        size = (self.batch, grid.num_tokens, self.heads, self.head_dim)
+        q, k, v = inputs(size, self.dtype)
+        if not self.growth:
+            return q, k, v
+        block = np.repeat(np.arange(grid.num_blocks), grid.block_lengths)
+        growing = self.growth * self.head_dim**0.5 * block
+        q = q.at[..., 0].set(1.0)
+        return q, k.at[..., 0].set(jnp.asarray(growing, k.dtype)[:, None]), v
+
+    def __call__(self) -> None:
+        lengths = jnp.asarray(self.text_lengths, jnp.int32)
+        attend = jax.jit(
+            lambda q, k, v, mask, lengths: block_sparse_attention(
+                q,
+                k,
+                v,
+                mask,
+                grid=self.grid,
+                order=self.order,
+                text_lengths=lengths if self.text_lengths else None,
+                backend="hopper",
+            )
+        )
+        for density in self.densities:
+            mask = random_mask(self.grid, self.batch, self.heads, density)
+            check(f"{self}, density {density}", attend(*self.qkv(), mask, lengths))
+
+
+def inputs(size: tuple[int, ...], dtype: str = "bfloat16") -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    return tuple(jax.random.normal(key, size, dtype) for key in keys)
+
+
+def check(name: str, *arrays: jax.Array) -> None:
+    for array in arrays:
+        assert np.isfinite(np.asarray(array, np.float32)).all(), name
+    print(f"{name}: finite", flush=True)
+
+
+def dense() -> None:
+    """Dense attention."""
+    qkv = inputs((1, 4096 + 72, HEADS, HEAD_DIM))
+    check("dense", jax.jit(dense_attention)(*qkv))
+
+
+def draft() -> None:
+    """Pooling and selection, and the attention that follows."""
+    grid = TEXT_GRID
+    for selection in ("percentile", "row_topk", "top_p"):
+        config = DraftConfig(selection=selection, sparsity=0.5)
+        attend = jax.jit(
+            lambda q, k, v, config=config: draft_attention(
+                q, k, v, grid=grid, config=config
+            )
+        )
+        qkv = inputs((1, grid.num_tokens, HEADS, HEAD_DIM))
+        check(f"draft attention, {selection}", attend(*qkv))
+
+
+def prepare() -> None:
+    """Norm, rotation and pooling."""
+    grid = TEXT_GRID
+    angles = jnp.ones((grid.num_visual_tokens, HEAD_DIM // 2))
+    q, k, pooled = norm_rope_pool(
+        *inputs((1, grid.num_tokens, HEADS, HEAD_DIM))[:2],
+        grid=grid,
+        config=DraftConfig(),
+        norm=QKNorm(over="head"),
+        scales=(jnp.ones(HEAD_DIM), jnp.ones(HEAD_DIM)),
+        rope=(jnp.cos(angles), jnp.sin(angles)),
+        order="tiled",
+    )
+    check("norm, rotation and pooling", q, k, *jax.tree.leaves(pooled))
+
+
+BEFORE = VideoGrid(1, 13, 32, text_length=136, text_side="before")
+PARTS: dict[str, Callable[[], None]] = {
+    "text": Attention(grid=TEXT_GRID, heads=HEADS),
+    "raster": Attention(grid=TEXT_GRID, heads=HEADS, order="raster"),
+    "boxes": Attention(grid=VideoGrid(2, 13, 32), heads=HEADS, order="raster"),
+    "widths": Attention(grid=VideoGrid(2, 14, 20), heads=HEADS),
+    "head-dim-64": Attention(grid=VideoGrid(2, 13, 32), head_dim=64),
+    "float16": Attention(grid=VideoGrid(1, 16, 48), dtype="float16", growth=12.0),
+    "text-lengths": Attention(
+        grid=VideoGrid(1, 13, 32, text_length=40), text_lengths=(40, 7)
+    ),
+    "text-before": Attention(grid=BEFORE, text_lengths=(0, 130), order="raster"),
+    "by-rows": Attention(grid=VideoGrid(2, 13, 21, text_length=37)),
+    "by-rows-raster": Attention(
+        grid=VideoGrid(1, 13, 21, text_length=37), order="raster"
+    ),
+    # More nats than a row's sum holds: the second launch computes every block again.
+    "repair": Attention(grid=VideoGrid(2, 13, 32), growth=60.0, densities=(1.0,)),
+    "repair-float16": Attention(
+        grid=TEXT_GRID, dtype="float16", growth=400.0, densities=(1.0,)
+    ),
+    "dense": dense,
+    "draft": draft,
+    "prepare": prepare,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=PARTS, help="default: all")
+    for part in parser.parse_args().parts or PARTS:
+        PARTS[part]()
+
+
+if __name__ == "__main__":
+    main()

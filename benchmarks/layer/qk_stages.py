@@ -1,0 +1,96 @@
+"""Stages of `benchmarks.layer.run` that make Q and K: norm, rotation, pooling.
+
+Each takes Q and K as projected. `xla` is XLA's norm and rotation and then the pooling
+of the library, `fused` the one kernel for all. Their bytes are one read and one write
+of Q and K; what XLA's path moves beyond that is its own.
+"""
+
+import functools
+from collections.abc import Callable
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.attention.run import Shape
+from draft_jax import DraftConfig, QKNorm, norm_rope_pool
+from draft_jax.draft.pooling import tile_table
+from pallas_kernels.pooling.sm90 import norm_rope_pool as norm_rope_pool_sm90
+
+NORMS = {"head": QKNorm(over="head"), "heads": QKNorm(over="heads")}
+AHEADS = (1, 2, 3, 4)  # tokens that the kernel loads before their use
+Entry = tuple[Callable, tuple[str, ...], float]  # function, inputs, bytes
+
+
+def entries(shape: Shape, has_kernel: bool) -> dict[str, Entry]:
+    """Function, names of inputs and bytes of each stage."""
+    size = shape.grid.num_tokens * shape.num_heads * shape.head_dim
+    nbytes = 4 * size * jnp.dtype(shape.dtype).itemsize
+    table: dict[str, Entry] = {}
+    for name, norm in NORMS.items():
+        inputs = ("q", "k", f"scale_{name}", "cos", "sin")
+        run = functools.partial(_prepare, grid=shape.grid, norm=norm)
+        table[f"prepare/xla/{name}"] = (_without_kernel(run), inputs, nbytes)
+        if not has_kernel:
+            continue
+        for order in ("tiled", "raster"):
+            fused = functools.partial(run, order=order)
+            table[f"prepare/fused/{name}-{order}"] = (fused, inputs, nbytes)
+        both = functools.partial(run, config=DraftConfig(pooling="mean+max"))
+        table[f"prepare/fused/{name}-mean+max"] = (both, inputs, nbytes)
+        for ahead in AHEADS:
+            kernel = functools.partial(_kernel, grid=shape.grid, norm=norm, ahead=ahead)
+            table[f"prepare/kernel/{name}-ahead-{ahead}"] = (kernel, inputs, nbytes)
+    return table
+
+
+def make_inputs(shape: Shape) -> dict[str, jax.Array]:
+    """Scales and a rotary table."""
+    keys = jax.random.split(jax.random.key(7), 3)
+    width = shape.head_dim
+    angles = jax.random.uniform(
+        keys[0], (shape.grid.num_visual_tokens, width // 2), maxval=6.0
+    )
+    return {
+        "scale_head": jax.random.uniform(keys[1], (width,)),
+        "scale_heads": jax.random.uniform(keys[2], (shape.num_heads * width,)),
+        "cos": jnp.cos(angles),
+        "sin": jnp.sin(angles),
+    }
+
+
+def _prepare(q, k, scale, cos, sin, *, grid, norm, config=None, order="tiled"):
+    return norm_rope_pool(
+        q,
+        k,
+        grid=grid,
+        config=config or DraftConfig(),
+        norm=norm,
+        scales=(scale, scale),
+        rope=(cos, sin),
+        order=order,
+    )
+
+
+def _kernel(q, k, scale, cos, sin, *, grid, norm, ahead):
+    return norm_rope_pool_sm90.norm_rope_pool(
+        q,
+        k,
+        (scale, scale),
+        (cos, sin),
+        tile_table(grid, "tiled"),
+        grid.visual_tokens,
+        norm=norm,
+        ahead=ahead,
+    )
+
+
+def _without_kernel(function):
+    def run(*arguments):
+        unwanted = mock.patch.object(
+            norm_rope_pool_sm90, "why_unsupported", return_value="unwanted"
+        )
+        with unwanted:
+            return function(*arguments)
+
+    return run

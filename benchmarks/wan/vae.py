@@ -1,0 +1,209 @@
+"""Time and memory to decode and encode a video with Wan2.1's autoencoder.
+
+    python -m benchmarks.wan.vae --output benchmarks/results/wan_vae_h100.json
+    python -m benchmarks.wan.vae --tiny        # any machine, seconds
+
+Random weights and latents, batch 1. Each case runs in a process of its own, so that
+its peak memory is its own and one that fails does not stop the others; it is recorded
+with its cause. The file is written anew after each case. What a record has:
+
+  compile_s        first two chunks, compilation and choice of algorithms included
+  first_chunk_ms   the first frame
+  chunk_ms         median of the other chunks, `frames_per_chunk` frames each
+  chunks_s         the whole video, chunk by chunk, without copies to the host
+  total_s          the whole video, into the host's memory (decode) or from it (encode)
+  tflops           arithmetic of the other chunks, by XLA's count, over chunk_ms
+  peak_gib         of the device since the process began: weights, chunks, the search
+                   for algorithms; on CPUs the process's own
+"""
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import numpy as np
+from flax import nnx
+
+from benchmarks.common.records import ROOT, provenance, write_json
+from models.wan.vae import codec as steps
+from models.wan.vae.autoencoder import WanVAE
+from models.wan.vae.codec import WanVAECodec
+from models.wan.vae.config import WanVAEConfig
+from models.wan.vae.tiling import Tiling
+
+GIB = 2**30
+TINY = {"frames": 9, "sizes": [(32, 48)], "base_dim": 8}
+
+
+def random_model(config: WanVAEConfig) -> WanVAE:
+    """Normal weights that keep the size of what passes through."""
+    rng = np.random.default_rng(0)
+    graph, state = nnx.split(nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0))))
+
+    def make(leaf):
+        if len(leaf.shape) == 1:  # scales and biases alike; any value will do
+            return jax.numpy.full(leaf.shape, 0.5, leaf.dtype)
+        values = rng.standard_normal(leaf.shape, np.float32)
+        return jax.numpy.asarray(values * np.prod(leaf.shape[:-1]) ** -0.5, leaf.dtype)
+
+    return nnx.merge(graph, jax.tree.map(make, state))
+
+
+def time_chunks(chunks: Iterable[jax.Array]) -> list[float]:
+    """Milliseconds until each chunk is there."""
+    times, start = [], time.perf_counter()
+    for chunk in chunks:
+        jax.block_until_ready(chunk)
+        now = time.perf_counter()
+        times.append(1e3 * (now - start))
+        start = now
+    return times
+
+
+def count_flops(step: Any, model: WanVAE, first: Any, later: Any) -> float:
+    """Of one chunk after the first, by XLA's count before it optimises; 0 if none."""
+    graph, state = nnx.split(model)
+    _, cache = jax.eval_shape(lambda s, x: step(graph, s, x, None), state, first)
+    try:
+        cost = step.lower(graph, state, later, cache).cost_analysis()
+    except (NotImplementedError, RuntimeError):  # some platforms do not count
+        cost = None
+    return float((cost or {}).get("flops", 0.0))
+
+
+def peak_bytes() -> int:
+    """Most memory in use so far."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None:
+        return stats["peak_bytes_in_use"]
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Measures one direction of one codec at one size."""
+    config = WanVAEConfig.wan2_1(
+        dtype=case["dtype"], convolution=case["convolution"], base_dim=case["base_dim"]
+    )
+    tile = case["tile"]
+    codec = WanVAECodec(
+        model=random_model(config),
+        tiling=Tiling(size=(tile,) * 2, overlap=(tile // 4,) * 2) if tile else None,
+    )
+    rng = np.random.default_rng(1)
+    frames = case["frames"]
+    height, width = case["size"]
+    shape = codec.latent_shape(frames=frames, height=height, width=width)
+    whole: Callable[[np.ndarray], jax.Array | np.ndarray]
+    split: Callable[[np.ndarray], Iterable[jax.Array]]
+    if case["direction"] == "decode":
+        source = rng.standard_normal((1, *shape), np.float32)
+        whole, split, step = codec.decode_to_host, codec._decode, steps._decode_step
+        chunk = 1
+    else:
+        source = rng.uniform(-1, 1, (1, frames, height, width, 3)).astype(np.float32)
+        whole, split, step = codec.encode, codec._encode, steps._encode_step
+        chunk = codec.stride[0]
+    start = time.perf_counter()
+    jax.block_until_ready(whole(source[:, : 1 + chunk]))
+    record = {"compile_s": time.perf_counter() - start}
+    if not tile:
+        times = time_chunks(split(source))
+        flops = count_flops(step, codec.model, source[:, :1], source[:, 1 : 1 + chunk])
+        record |= {
+            "first_chunk_ms": times[0],
+            "chunk_ms": statistics.median(times[1:]),
+            "chunks_s": sum(times) / 1e3,
+            "tflops": flops / statistics.median(times[1:]) / 1e9,
+        }
+    start = time.perf_counter()
+    result = jax.block_until_ready(whole(source))
+    record |= {
+        "total_s": time.perf_counter() - start,
+        "peak_gib": peak_bytes() / GIB,
+        "frames_per_chunk": codec.stride[0],
+        "finite": bool(np.isfinite(np.asarray(result)).all()),
+        "device": jax.devices()[0].device_kind,
+    }
+    return record
+
+
+def run_in_process(case: dict[str, Any], limit_s: float) -> dict[str, Any]:
+    """`run_case` in a child; a failure is a record, too."""
+    command = [sys.executable, "-m", "benchmarks.wan.vae", "--case", json.dumps(case)]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"took longer than {limit_s} s"}
+    if done.returncode:
+        return {"error": done.stderr.strip()[-1000:]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    def size(text: str) -> tuple[int, int]:
+        height, width = map(int, text.split("x"))
+        return height, width
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--sizes", nargs="+", type=size, default=[(480, 832), (720, 1280)])
+    add("--frames", type=int, default=81)
+    add("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    add("--convolutions", nargs="+", choices=("3d", "2d"), default=["3d", "2d"])
+    directions = ("decode", "encode")
+    add("--directions", nargs="+", choices=directions, default=["decode"])
+    add("--tile", type=int, default=0, help="side of tiles in pixels; 0 for none")
+    add("--tiny", action="store_true", help="a small model and video")
+    add("--limit", type=float, default=240, help="seconds for each case")
+    add("--output", type=pathlib.Path, help="JSON file")
+    add("--case", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.base_dim = 96
+    if options.tiny:
+        vars(options).update(TINY)
+    return options
+
+
+def main() -> int:
+    """Runs all cases; the exit status says whether one failed."""
+    options = parse()
+    if options.case:
+        print(json.dumps(run_case(options.case)))
+        return 0
+    results: dict[str, Any] = {"environment": provenance(), "records": []}
+    for direction, size, dtype, convolution in itertools.product(
+        options.directions, options.sizes, options.dtypes, options.convolutions
+    ):
+        case = {
+            "direction": direction,
+            "size": size,
+            "frames": options.frames,
+            "dtype": dtype,
+            "convolution": convolution,
+            "tile": options.tile,
+            "base_dim": options.base_dim,
+        }
+        record = case | run_in_process(case, options.limit)
+        results["records"].append(record)
+        print(json.dumps(record), flush=True)
+        if options.output:
+            write_json(options.output, results)
+    return int(any("error" in record for record in results["records"]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

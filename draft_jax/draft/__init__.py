@@ -1,0 +1,1 @@
+"""The draft: pooling, scores, ranking and selection of block pairs."""

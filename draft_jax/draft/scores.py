@@ -1,0 +1,115 @@
+"""The draft: a low-resolution attention map of the video."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from draft_jax.config import DraftConfig
+from draft_jax.draft.pooling import (
+    PooledTokens,
+    check_pooled,
+    pool_queries_and_keys,
+    reductions_of,
+)
+from draft_jax.grid import VideoGrid
+from pallas_kernels.common import validation
+from pallas_kernels.common.interfaces import Order
+
+
+def draft_scores(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    scale: float | None = None,
+    order: Order = "raster",
+    pooled: PooledTokens | None = None,
+) -> Float[Array, "B N S S"]:
+    """Attention probabilities between the tiles of a video.
+
+    Pools queries and keys per tile and takes the softmax over the pooled video keys.
+    A key tile counts by its tokens: the logarithm of its length is added to its
+    logits, which changes nothing where the tile divides the frame.
+
+    Args:
+      q: Queries of the whole sequence, T = `grid.num_tokens`; text is left out.
+      k: Keys, like q.
+      grid: Geometry that defines the tiles.
+      config: `config.pooling` is read.
+      scale: Factor of the logits; 1 / sqrt(D) by default.
+      order: How the visual tokens of q and k are ordered.
+      pooled: q and k pooled before, such as by `norm_rope_pool`; q and k are then not
+        read. None pools them here.
+
+    Returns:
+      float32 probabilities; each row sums to 1.
+
+    Raises:
+      ValueError: q or k is not [B, T, N, D] of `grid.num_tokens` tokens, their shapes
+        differ, order is unknown, or pooled does not fit q, grid or config.
+      TypeError: q's dtype is not supported, k has another, or pooled is not float32.
+
+    Source: DraftAttention (arXiv 2505.14708), draft attention map.
+    """
+    pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
+    return scores_of_pooled(pooled, grid=grid, config=config, scale=scale)
+
+
+def pool_draft(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    order: Order = "raster",
+    pooled: PooledTokens | None = None,
+) -> PooledTokens:
+    """Pools queries and keys as `config.pooling` says; see `draft_scores`.
+
+    Raises:
+      ValueError: As `draft_scores`.
+      TypeError: As `draft_scores`.
+    """
+    validation.check_qk(q, k)
+    validation.check_tokens(q, grid)
+    validation.check_order(order)
+    if pooled is None:
+        pooled = pool_queries_and_keys(
+            q, k, grid, order=order, reductions=reductions_of(config)
+        )
+    check_pooled(pooled, q, grid, config)
+    return pooled
+
+
+def scores_of_pooled(
+    pooled: PooledTokens,
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    scale: float | None = None,
+) -> Float[Array, "B N S S"]:
+    """The map of pooled queries and keys; see `draft_scores`.
+
+    Args:
+      pooled: Pooled queries and keys, of any heads.
+      grid: Geometry that defines the tiles.
+      config: `config.pooling` is read.
+      scale: Factor of the logits; 1 / sqrt(D) by default.
+    """
+    if scale is None:
+        scale = 1.0 / math.sqrt(pooled.q_mean.shape[-1])
+    log_lengths = np.log(grid.block_lengths[grid.visual_blocks].astype(np.float32))
+    maps = []
+    for draft_q, draft_k in pooled.pairs(config):
+        # The map is small, and TF32 would reorder scores that are close together.
+        logits = jnp.einsum(
+            "bqnd,bknd->bnqk", draft_q, draft_k, precision=jax.lax.Precision.HIGHEST
+        )
+        # Apart from what follows, or XLA runs cuBLAS and then copies the whole map.
+        logits = jax.lax.optimization_barrier(logits)
+        maps.append(jax.nn.softmax(logits * scale + log_lengths, axis=-1))
+    return maps[0] if len(maps) == 1 else 0.5 * (maps[0] + maps[1])

@@ -1,0 +1,1 @@
+"""Files of weights: reading, conversion, adapters and the hub."""

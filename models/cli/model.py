@@ -1,0 +1,246 @@
+"""Which model a command runs and on what: checked first, loaded then."""
+
+import argparse
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+
+from models.cli import options
+from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.sampling import Sampling
+from models.media.image import read_image
+from models.wan.conditions import as_prompts, check_image_is_wanted
+from models.wan.image import kept_part
+from models.wan.loading import WanInfo, describe_wan, is_wan
+from models.wan.sizes import latent_shape, side_multiples, size_like_image
+from models.wan.text import TextOptions
+from models.wan.vae.codec import WanVAECodec
+from models.wan.vae.tiling import Tiling
+
+ImageFit = Literal["aspect", "crop"]
+TextDevice = Literal["default", "cpu"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the options ask for, checked as far as it can be without weights.
+
+    Attributes:
+      arguments: The parsed command line.
+      sampling: With the model's own settings where the options are silent.
+      image: The first frame in [-1, 1], as the file has it; None without.
+      kept: Rows and columns of the image that the video shows.
+    """
+
+    arguments: argparse.Namespace
+    sampling: Sampling
+    image: np.ndarray | None = None
+    kept: tuple[slice, slice] | None = None
+
+    def load(self) -> VideoPipeline:
+        """The pipeline; a Wan model's prompts are encoded before its transformer."""
+        arguments, sampling = self.arguments, self.sampling
+        text = _text_options(arguments)
+        if arguments.checkpoint is not None and is_wan(arguments.checkpoint):
+            negative = (sampling.negative_prompt,) if sampling.guided else ()
+            text = dataclasses.replace(text, prompts=(arguments.prompt, *negative))
+        pipeline = VideoPipeline.from_checkpoint(
+            arguments.checkpoint, loras=arguments.lora, text=text
+        )
+        if arguments.vae_tile is None:
+            return pipeline
+        tiling = _tiling(arguments.vae_tile)
+        assert isinstance(pipeline.codec, WanVAECodec)  # `read_request` has seen to it
+        codec = dataclasses.replace(pipeline.codec, tiling=tiling)
+        return dataclasses.replace(pipeline, codec=codec)
+
+    def details(self) -> dict[str, Any]:
+        """What a reader of a report needs to repeat the run."""
+        return options.run_details(self.arguments, self.sampling) | {
+            "image": self._image_details()
+        }
+
+    def describe_image(self) -> str:
+        """How the image was fitted, in one line."""
+        details = self._image_details()
+        assert details is not None  # there is an image
+        (rows, columns), kept = details["size"], details["kept"]
+        whole = kept == [[0, rows], [0, columns]]
+        part = f"rows {kept[0][0]}-{kept[0][1]} and columns {kept[1][0]}-{kept[1][1]}"
+        return (
+            f"image: {'all' if whole else part} of {columns}x{rows}, resized to "
+            f"{self.sampling.width}x{self.sampling.height}"
+        )
+
+    def _image_details(self) -> dict[str, Any] | None:
+        if self.image is None or self.kept is None:
+            return None
+        return {
+            "file": str(self.arguments.image),
+            "size": list(self.image.shape[:2]),
+            "kept": [[part.start, part.stop] for part in self.kept],
+        }
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The prompt, the image, and where the model is."""
+    parser.add_argument("prompt", help="what the video shows, in quotes")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="folder of a published Wan model in the original or diffusers layout, or "
+        "its repository on the hub, such as Wan-AI/Wan2.1-T2V-1.3B; or a folder in the "
+        "format of models/mini/weights; the model that ships with the project if left "
+        "out",
+    )
+    parser.add_argument(
+        "--lora",
+        type=options.parse_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="adapter (safetensors) to merge into a Wan model; may be repeated",
+    )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="first frame of the video, for image-to-video models",
+    )
+    parser.add_argument(
+        "--image-fit",
+        choices=get_args(ImageFit),
+        default="aspect",
+        help="aspect: the video has the image's aspect ratio and at most as many "
+        "pixels as --size, as in Wan; crop: it has exactly the --size, and the middle "
+        "of an image of another aspect ratio is kept",
+    )
+    parser.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="PATH",
+        help="folder that keeps embeddings of prompts for Wan models, so that later "
+        "runs do not load the text encoder; or a .safetensors file of embeddings, with "
+        "which none is needed",
+    )
+    parser.add_argument(
+        "--text-device",
+        choices=get_args(TextDevice),
+        default="default",
+        help="where the text encoder of a Wan model runs, before the transformer is "
+        "loaded",
+    )
+    parser.add_argument(
+        "--vae-tile",
+        type=int,
+        metavar="PIXELS",
+        help="run the autoencoder of a Wan model on tiles of this many rows and "
+        "columns, a multiple of 32; saves memory and changes the video a little",
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="show where an error came from"
+    )
+
+
+def read_request(arguments: argparse.Namespace) -> Request:
+    """Checks the options against each other, the image, and the model's settings.
+
+    A model on the hub is fetched; no weights are read.
+
+    Raises:
+      CheckpointError: The model or stored embeddings are missing or damaged.
+      OSError: The image does not exist.
+      ValueError: An option, the image or the size does not suit the model.
+    """
+    as_prompts(arguments.prompt)
+    if arguments.vae_tile is not None:
+        _tiling(arguments.vae_tile)
+    options.sampling_from(arguments)  # what is wrong with any model
+    image = None if arguments.image is None else read_image(arguments.image)
+    path = arguments.checkpoint
+    if path is None or not is_wan(path):
+        _check_fits_small_model(arguments)
+        sampling = options.sampling_from(arguments, Sampling())
+        if path is None:
+            _note_large_size(sampling)
+        return Request(arguments=arguments, sampling=sampling)
+    info = describe_wan(path, text=_text_options(arguments))
+    check_image_is_wanted(info.config, given=image is not None)
+    sampling = _wan_sampling(arguments, info)
+    if image is None:
+        latent_shape(sampling, info.config, info.vae)
+        return Request(arguments=arguments, sampling=sampling)
+    multiples = side_multiples(info.config, info.vae)
+    if arguments.image_fit == "aspect":
+        height, width = size_like_image(
+            image.shape[:2],
+            area=sampling.height * sampling.width,
+            multiples=multiples,
+        )
+        sampling = dataclasses.replace(sampling, height=height, width=width)
+    latent_shape(sampling, info.config, info.vae)
+    size = sampling.height, sampling.width
+    return Request(
+        arguments=arguments,
+        sampling=sampling,
+        image=image,
+        kept=kept_part(image.shape[:2], size, multiples),
+    )
+
+
+def _check_fits_small_model(arguments: argparse.Namespace) -> None:
+    """Raises ValueError if options are given that a small model has no use for."""
+    image = arguments.image
+    if image is not None:
+        raise ValueError(f"--image {image} is given, but this is a text-to-video model")
+    given = [f"--lora {file}" for file, _ in arguments.lora]
+    if arguments.embeddings is not None:
+        given.append(f"--embeddings {arguments.embeddings}")
+    if arguments.text_device != "default":
+        given.append(f"--text-device {arguments.text_device}")
+    if arguments.vae_tile is not None:
+        given.append(f"--vae-tile {arguments.vae_tile}")
+    if given:
+        verb = "fits" if len(given) == 1 else "fit"
+        raise ValueError(
+            f"{' and '.join(given)} {verb} Wan models only: name one with --checkpoint"
+        )
+
+
+def _note_large_size(sampling: Sampling) -> None:
+    """Warns of a size that the model that ships cannot fill: perhaps Wan was meant."""
+    width, height, trained = sampling.width, sampling.height, Sampling()
+    if width * height > trained.width * trained.height:
+        warnings.warn(
+            f"--size {width}x{height} is larger than {trained.width}x{trained.height}, "
+            "the only size that the model that ships was trained on, and may take very "
+            "long; for a Wan model, name it with --checkpoint",
+            stacklevel=1,
+        )
+
+
+def _wan_sampling(arguments: argparse.Namespace, info: WanInfo) -> Sampling:
+    width, height = getattr(
+        arguments, "size", (info.sampling.width, info.sampling.height)
+    )
+    return options.sampling_from(arguments, info.sampling_at(height, width))
+
+
+def _tiling(pixels: int) -> Tiling:
+    """Tiles that share a quarter of their sides, as in diffusers."""
+    if pixels < 32 or pixels % 32:
+        raise ValueError(f"--vae-tile {pixels} must be a positive multiple of 32")
+    return Tiling(size=(pixels, pixels), overlap=(pixels // 4, pixels // 4))
+
+
+def _text_options(arguments: argparse.Namespace) -> TextOptions:
+    on_cpu = arguments.text_device == "cpu"
+    return TextOptions(
+        embeddings=arguments.embeddings,
+        device=jax.devices("cpu")[0] if on_cpu else None,
+    )

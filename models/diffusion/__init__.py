@@ -1,0 +1,1 @@
+"""Diffusion sampling that model families share."""

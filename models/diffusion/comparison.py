@@ -1,0 +1,110 @@
+"""Dense against sparse: the same noise twice, and what differs."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.diffusion.pipeline import GenerationResult
+from models.media import plots
+from models.media import video as video_io
+from models.media.metrics import psnr, ssim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A dense and a sparse run of one prompt from the same noise.
+
+    Raises:
+      ValueError: The videos differ in shape, or there is more than one of a kind.
+    """
+
+    dense: GenerationResult
+    sparse: GenerationResult
+
+    def __post_init__(self) -> None:
+        shapes = self.dense.video.shape, self.sparse.video.shape
+        if shapes[0] != shapes[1] or shapes[0][0] != 1:
+            raise ValueError(f"videos of shapes {shapes} must be equal, one video each")
+
+    def report(self) -> dict[str, Any]:
+        """Everything measured, ready for strict JSON.
+
+        PSNR and SSIM are of the sparse video against the dense one, before video
+        compression. `psnr_db` is null for equal videos, where it is infinite.
+        """
+        dense_video, sparse_video = self.dense.video[0], self.sparse.video[0]
+        decibel = psnr(sparse_video, dense_video)
+        sparse_steps = ~self.dense_steps()
+        speed_up = None
+        if sparse_steps.any():
+            dense_ms = np.median(self.dense.time_ms[sparse_steps])
+            speed_up = float(dense_ms / np.median(self.sparse.time_ms[sparse_steps]))
+        return {
+            "psnr_db": decibel if math.isfinite(decibel) else None,
+            "ssim": ssim(sparse_video, dense_video),
+            "sparse_steps": int(sparse_steps.sum()),
+            "speed_up_of_sparse_steps": speed_up,
+            "speed_up_of_all_steps": float(
+                self.dense.time_ms.sum() / self.sparse.time_ms.sum()
+            ),
+            "dense": run_report(self.dense),
+            "sparse": run_report(self.sparse),
+        }
+
+    def dense_steps(self) -> np.ndarray:
+        """Which steps of the sparse run were dense in every layer, [steps]."""
+        return self.sparse.dense.all(axis=1)
+
+    def write(
+        self, folder: Path, *, fps: int | float, details: dict[str, Any]
+    ) -> list[Path]:
+        """Writes three videos, the picture of the kept share, and the report.
+
+        An earlier report is removed first and the new one written last, so that a
+        report always belongs to the files beside it.
+
+        Args:
+          folder: Where to; made if it does not exist.
+          fps: Frames per second of the videos.
+          details: Entries to put in front of the report, such as the prompt.
+
+        Returns:
+          The files, the report last.
+        """
+        dense_video, sparse_video = self.dense.video[0], self.sparse.video[0]
+        videos = {
+            "dense.mp4": dense_video,
+            "sparse.mp4": sparse_video,
+            "side_by_side.mp4": video_io.side_by_side(dense_video, sparse_video),
+        }
+        (folder / "report.json").unlink(missing_ok=True)
+        for name, video in videos.items():
+            video_io.write_mp4(folder / name, video, fps=fps)
+        plots.plot_kept_share(
+            folder / "kept_share.png",
+            self.sparse.kept_density,
+            self.sparse.timesteps,
+            title="sparse run",
+        )
+        video_io.write_json(folder / "report.json", details | self.report())
+        names = [*videos, "kept_share.png", "report.json"]
+        return [folder / name for name in names]
+
+
+def run_report(result: GenerationResult) -> dict[str, Any]:
+    """Times and kept shares of one run, ready for strict JSON."""
+    return {
+        "time_ms_per_step": [round(float(value), 3) for value in result.time_ms],
+        "time_ms_median_step": float(np.median(result.time_ms)),
+        "time_ms_all_steps": float(result.time_ms.sum()),
+        "compile_ms": result.compile_ms,
+        "decode_ms": result.decode_ms,
+        "timesteps": result.timesteps.tolist(),
+        "dense_steps": int(result.dense.all(axis=1).sum()),
+        "kept_share": float(result.kept_density.mean()),
+        "kept_share_per_layer": result.kept_density.mean(axis=0).tolist(),
+        "kept_share_per_step_and_layer": result.kept_density.tolist(),
+    }

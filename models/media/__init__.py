@@ -1,0 +1,1 @@
+"""Videos, images, plots and metrics."""

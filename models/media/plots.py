@@ -1,0 +1,135 @@
+"""Pictures of what sparse attention does."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from models.media.video import atomic_path, check_video_extra
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DOTS_PER_INCH = 130
+PANEL_INCHES = 2.6
+# Scores fall over orders of magnitude; below this share of a panel's largest score
+# the colour no longer changes.
+DRAFT_MAP_RANGE = 1e-3
+
+
+def plot_kept_share(
+    path: Path,
+    kept_density: Float[np.ndarray, "steps layers"],
+    timesteps: Float[np.ndarray, " steps"],
+    *,
+    title: str,
+) -> None:
+    """Draws the share of token pairs computed as a heat map, layer by step.
+
+    Args:
+      path: PNG to write.
+      kept_density: 1.0 where a step and layer ran dense.
+      timesteps: Model timestep of each step, for the axis.
+      title: Printed above.
+
+    Raises:
+      MissingExtraError: matplotlib is not installed.
+    """
+    figure = _new_figure(width=2.5 + 0.42 * len(timesteps), height=4.0)
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        kept_density.T, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto"
+    )
+    for step, layer in np.ndindex(kept_density.shape):
+        share = kept_density[step, layer]
+        colour = "black" if share > 0.6 else "white"
+        label = axes.text(step, layer, f"{100 * share:.0f}", color=colour, fontsize=7)
+        label.set(ha="center", va="center")
+    axes.set_xticks(
+        range(len(timesteps)), [f"{t:.0f}" for t in timesteps], rotation=90, fontsize=7
+    )
+    axes.set_yticks(range(kept_density.shape[1]))
+    axes.set_xlabel("step, by its timestep")
+    axes.set_ylabel("layer")
+    axes.set_title(f"{title}\ntoken pairs computed, %", fontsize=9)
+    figure.colorbar(image, label="share computed")
+    _save(figure, path)
+
+
+def plot_attention(
+    path: Path,
+    draft_maps: Float[np.ndarray, "layers N S S"],
+    masks: Bool[np.ndarray, "layers N S S"],
+    *,
+    layers: tuple[int, ...],
+    heads: tuple[int, ...],
+    blocks_per_frame: int,
+    title: str,
+) -> None:
+    """Draws draft maps and, below each, the block mask that follows from it.
+
+    Args:
+      path: PNG to write.
+      draft_maps: Softmax probabilities between tiles, of all layers and heads.
+      masks: Kept pairs, like draft_maps.
+      layers: Which layers to draw, two rows of panels each.
+      heads: Which heads to draw, one column each.
+      blocks_per_frame: Tiles of a frame; lines separate the frames.
+      title: Printed above.
+
+    Raises:
+      ValueError: A layer or head does not exist, or none is asked for.
+      MissingExtraError: matplotlib is not installed.
+    """
+    check_indices("layers", layers, draft_maps.shape[0])
+    check_indices("heads", heads, draft_maps.shape[1])
+    figure = _new_figure(
+        width=PANEL_INCHES * len(heads) + 0.6,
+        height=2 * PANEL_INCHES * len(layers) + 1.0,
+    )
+    figure.suptitle(title, fontsize=9)
+    panels = figure.subplots(2 * len(layers), len(heads), squeeze=False)
+    for row, layer in enumerate(layers):
+        for column, head in enumerate(heads):
+            draft_map, mask = draft_maps[layer, head], masks[layer, head]
+            above, below = panels[2 * row, column], panels[2 * row + 1, column]
+            floor = max(draft_map.max() * DRAFT_MAP_RANGE, np.finfo(np.float32).tiny)
+            above.imshow(np.log10(np.maximum(draft_map, floor)), cmap="magma")
+            above.set_title(f"layer {layer}, head {head}: draft map", fontsize=7)
+            below.imshow(mask, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+            below.set_title(f"mask: {100 * mask.mean():.1f} % of pairs", fontsize=7)
+            for axes in (above, below):
+                _mark_frames(axes, len(draft_map), blocks_per_frame)
+    _save(figure, path)
+
+
+def _mark_frames(axes, num_blocks: int, blocks_per_frame: int) -> None:
+    edges = np.arange(0, num_blocks, blocks_per_frame) - 0.5
+    axes.set_xticks(edges, [""] * len(edges))
+    axes.set_yticks(edges, [""] * len(edges))
+    axes.grid(color="tab:blue", linewidth=0.3)
+    axes.set_xlabel("key tile", fontsize=6)
+    axes.set_ylabel("query tile", fontsize=6)
+
+
+def check_indices(name: str, indices: tuple[int, ...], size: int) -> None:
+    """Raises ValueError unless each index exists and there is at least one."""
+    if not indices or not all(0 <= index < size for index in indices):
+        accepted = f"at least one of 0 .. {size - 1}"
+        raise ValueError(
+            f"{name}={indices} must be {accepted}, as the model has {size}"
+        )
+
+
+def _new_figure(*, width: float, height: float) -> "Figure":
+    """A figure of its own: no global pyplot state and no display."""
+    check_video_extra()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")

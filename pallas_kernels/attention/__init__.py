@@ -1,0 +1,1 @@
+"""Block-sparse and dense attention."""

@@ -1,0 +1,105 @@
+"""Block-sparse attention as plain masked softmax: the reference for every backend.
+
+It expands the kept blocks to a token-by-token mask and holds the whole N x T x T
+logits in float32, so it is for tests and small sizes. It shares no helper with the
+kernels.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.common.interfaces import Backend, BlockLayout, BlockLists, Problem
+
+MAX_TOKENS = 8_192  # 256 MiB of float32 logits for each head and batch item
+
+
+def oracle_attention(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"],
+    mask: BlockLists,
+    *,
+    layout: BlockLayout,
+    scale: float,
+    text_lengths: Int[Array, " B"] | None,
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
+    """Softmax over the kept and valid keys of each query, in float32.
+
+    Args:
+      q: Queries in tiled order.
+      k: Keys.
+      v: Values.
+      mask: Kept block pairs.
+      layout: Geometry of the blocks.
+      scale: Factor on the logits.
+      text_lengths: Valid text tokens of each batch item; None means all.
+
+    Returns:
+      The attention output in q's dtype, and the natural log of the sum of exp of
+      the kept logits. A query without any key gets zeros and -inf.
+    """
+    kept = _token_mask(mask, layout, text_lengths)
+    logits = scale * jnp.einsum(
+        "btnd,bsnd->bnts",
+        q.astype(jnp.float32),
+        k.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    has_key = kept.any(-1)
+    # Two steps of `where`: a row without keys is replaced before the softmax, so
+    # that neither its value nor its gradient is ever NaN.
+    logits = jnp.where(kept, logits, -jnp.inf)
+    logits = jnp.where(has_key[..., None], logits, 0.0)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    probabilities = jnp.exp(logits - lse[..., None])
+    out = jnp.einsum(
+        "bnts,bsnd->btnd",
+        jnp.where(has_key[..., None], probabilities, 0.0),
+        v.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return out.astype(q.dtype), jnp.where(has_key, lse, -jnp.inf)
+
+
+def _token_mask(
+    mask: BlockLists, layout: BlockLayout, text_lengths: Int[Array, " B"] | None
+) -> Bool[Array, "B N T T"]:
+    """True where a query token attends to a key token."""
+    batch, num_heads, capacity = mask.block_ids.shape
+    entry = jnp.arange(capacity)
+    # The row of an entry is the number of rows that end at or before it; entries
+    # that no row owns get row R and are dropped.
+    row = (entry[:, None] >= mask.row_offsets[:, :, None, 1:]).sum(-1)  # [B, N, M]
+    item = jnp.arange(batch)[:, None, None]
+    head = jnp.arange(num_heads)[None, :, None]
+    num_blocks = layout.num_blocks
+    none_kept = jnp.zeros((batch, num_heads, num_blocks, num_blocks), bool)
+    block_pairs = none_kept.at[item, head, row, mask.block_ids].set(True, mode="drop")
+    block_of_token = np.repeat(np.arange(layout.num_blocks), layout.block_lengths)
+    token_pairs = block_pairs[:, :, block_of_token][:, :, :, block_of_token]
+    if text_lengths is None:
+        return token_pairs
+    token = jnp.arange(layout.num_tokens)
+    first, last = layout.text_tokens.start, layout.text_tokens.stop
+    is_text = (token >= first) & (token < last)
+    valid = ~is_text | (token < first + text_lengths[:, None])  # [B, T]
+    return token_pairs & valid[:, None, :, None] & valid[:, None, None, :]
+
+
+def _why_unsupported(problem: Problem) -> str | None:
+    if problem.layout.num_tokens > MAX_TOKENS:
+        return (
+            f"it holds every pair of tokens and takes at most {MAX_TOKENS} tokens, "
+            f"not {problem.layout.num_tokens}"
+        )
+    return None
+
+
+BACKEND = Backend(
+    name="oracle",
+    function=oracle_attention,
+    why_unsupported=_why_unsupported,
+    why_slow=lambda problem: None,
+)

@@ -1,0 +1,1 @@
+"""Attention on Hopper GPUs (sm_90), in Pallas Mosaic GPU."""

@@ -1,0 +1,1 @@
+"""Interfaces, checks and helpers that all operations share."""

@@ -1,0 +1,193 @@
+"""Checks of arguments shared by the public functions of this package."""
+
+import functools
+import math
+import numbers
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.common.interfaces import (
+    SUPPORTED_DTYPES,
+    BlockLayout,
+    BlockLists,
+    Order,
+)
+
+
+def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    """Raises unless q, k and v are [B, T, N, D] of one shape and supported dtype."""
+    _check_alike(q=q, k=k, v=v)
+
+
+def check_qk(q: jax.Array, k: jax.Array) -> None:
+    """Raises unless q and k are [B, T, N, D] of one shape and supported dtype."""
+    _check_alike(q=q, k=k)
+
+
+def _check_alike(*, q: jax.Array, **others: jax.Array) -> None:
+    for name, array in {"q": q, **others}.items():
+        if array.ndim != 4 or 0 in array.shape:
+            raise ValueError(
+                f"{name} has shape {array.shape}; expected [batch, tokens, heads, "
+                "head_dim] with every size at least 1"
+            )
+        if array.dtype.name not in SUPPORTED_DTYPES:
+            raise TypeError(
+                f"{name} has dtype {array.dtype.name}; accepted are "
+                f"{', '.join(SUPPORTED_DTYPES)}"
+            )
+    for name, array in others.items():
+        if array.shape != q.shape:
+            raise ValueError(
+                f"{name} has shape {array.shape}; it must equal q's shape {q.shape}"
+            )
+        if array.dtype != q.dtype:
+            raise TypeError(
+                f"{name} has dtype {array.dtype.name}; it must equal q's dtype "
+                f"{q.dtype.name}"
+            )
+
+
+def check_tokens(q: jax.Array, grid: BlockLayout) -> None:
+    """Raises unless q has as many tokens as the grid."""
+    if q.shape[1] != grid.num_tokens:
+        raise ValueError(
+            f"q has shape {q.shape}, {q.shape[1]} tokens; {grid} has "
+            f"{grid.num_tokens}, text included"
+        )
+
+
+def check_order(order: str) -> None:
+    """Raises ValueError unless `order` names an order of tokens."""
+    if order not in get_args(Order):
+        raise ValueError(f"{order=} must be one of {get_args(Order)}")
+
+
+def check_mask(q: jax.Array, mask: BlockLists, grid: BlockLayout) -> None:
+    """Raises unless the mask's lists fit q's batch and heads and the grid."""
+    if mask.grid != grid:
+        raise ValueError(f"mask.grid={mask.grid} must equal grid={grid}")
+    batch, _, num_heads, _ = q.shape
+    shapes = (
+        ("row_offsets", (batch, num_heads, grid.num_blocks + 1), "[B, N, R + 1]"),
+        ("block_ids", (batch, num_heads, *mask.block_ids.shape[2:]), "[B, N, M]"),
+    )
+    for name, expected, axes in shapes:
+        array = getattr(mask, name)
+        if array.shape != expected or array.ndim != 3:
+            raise ValueError(
+                f"mask.{name} has shape {array.shape}; q with batch {batch} and "
+                f"{num_heads} heads and a grid of {grid.num_blocks} blocks need "
+                f"{axes} = {expected}"
+            )
+        if array.dtype != jnp.int32:
+            raise TypeError(f"mask.{name} has dtype {array.dtype.name}; expected int32")
+
+
+def check_lists(mask: BlockLists) -> None:
+    """Raises if the mask's lists would have a kernel read past an array's ends.
+
+    The values are checked where they are known; under a transformation they are not.
+    Entries past a head's last offset are unspecified, and any value will do. Shapes
+    must have been checked.
+
+    The lists of a long video take 100 MB. They are reduced where they lie, in the time
+    of reading them once, and one byte comes to the host; they come only to say what is
+    wrong. That waits for the mask, which a call outside jit can afford.
+    """
+    lists = (mask.row_offsets, mask.block_ids)
+    if any(isinstance(array, jax.core.Tracer) for array in lists):
+        return
+    with jax.ensure_compile_time_eval():  # a known mask inside a traced function
+        has_fault = _has_fault(*lists)
+        # Under shard_map outside jit it is traced all the same.
+        if isinstance(has_fault, jax.core.Tracer) or not jax.device_get(has_fault):
+            return
+    offsets, ids = jax.device_get(lists)
+    num_blocks, capacity = offsets.shape[-1] - 1, ids.shape[-1]
+    accepted = {
+        "first": "the first offset must be 0",
+        "falling": "offsets must not decrease",
+        "past_capacity": f"block_ids holds {capacity} entries of each head",
+        "not_a_block": f"accepted are 0 to {num_blocks - 1}, mask.grid's blocks",
+    }
+    for cause, where in _faults(offsets, ids, np).items():
+        if not where.any():
+            continue
+        index = tuple(map(int, np.argwhere(where)[0]))
+        name, array = "row_offsets", offsets
+        if cause == "not_a_block":
+            name, array = "block_ids", ids
+        value, place = array[index], ", ".join(map(str, index))
+        raise ValueError(f"mask.{name}[{place}] is {value}; {accepted[cause]}")
+
+
+def _faults(row_offsets, block_ids, xp=jnp) -> dict[str, jax.Array]:
+    """Which entries of the lists are wrong: the first three of offsets, then of ids."""
+    row = xp.arange(row_offsets.shape[-1])
+    before = xp.concatenate([row_offsets[..., :1], row_offsets[..., :-1]], axis=-1)
+    is_used = xp.arange(block_ids.shape[-1]) < row_offsets[..., -1:]
+    is_block = (block_ids >= 0) & (block_ids < row_offsets.shape[-1] - 1)
+    return {
+        "first": (row == 0) & (row_offsets != 0),
+        "falling": row_offsets < before,
+        "past_capacity": row_offsets > block_ids.shape[-1],
+        "not_a_block": is_used & ~is_block,
+    }
+
+
+@jax.jit
+def _has_fault(row_offsets, block_ids):
+    faults = _faults(row_offsets, block_ids).values()
+    return functools.reduce(jnp.logical_or, [where.any() for where in faults])
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """Returns the factor on the logits, 1 / sqrt(head_dim) by default.
+
+    It is a number, not an array: backends fold it into compiled constants.
+    """
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(
+            f"scale={scale!r} must be a Python number or None, not "
+            f"{type(scale).__name__}"
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"{scale=} must be finite")
+    return float(scale)
+
+
+def check_text_lengths(
+    text_lengths: jax.Array | None, q: jax.Array, grid: BlockLayout | None
+) -> jax.Array | None:
+    """Returns valid text tokens per batch item as int32 [B], or None.
+
+    The values are checked where they are known; under a transformation a length
+    outside 0 to text_length acts like the nearest one inside.
+    """
+    if text_lengths is None:
+        return None
+    if grid is None:
+        raise ValueError("text_lengths needs grid, which says where the text stands")
+    if grid.text_length == 0:
+        raise ValueError(f"text_lengths was given, but {grid} has no text")
+    is_traced = isinstance(text_lengths, jax.core.Tracer)
+    lengths = text_lengths if is_traced else np.asarray(text_lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"text_lengths has dtype {lengths.dtype}; expected integers")
+    if lengths.shape != (q.shape[0],):
+        raise ValueError(
+            f"text_lengths has shape {lengths.shape}; expected [batch] = "
+            f"({q.shape[0]},)"
+        )
+    if not is_traced and not ((lengths >= 0) & (lengths <= grid.text_length)).all():
+        raise ValueError(
+            f"text_lengths={lengths.tolist()} must lie in 0 to {grid.text_length}, "
+            "the grid's text_length"
+        )
+    return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, grid.text_length)

@@ -1,0 +1,1 @@
+"""Pooling of tokens into draft tokens, alone or with norm and rotation."""

@@ -1,0 +1,163 @@
+"""What the norm-rope-pool kernel for Hopper does, and how it divides the work."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Int
+
+from pallas_kernels.common.interfaces import SUPPORTED_DTYPES
+from pallas_kernels.pooling.sm90.pool_tiles import Reduction
+
+WARPS, LANES = 4, 32  # of a warpgroup, of a warp
+LOAD_BYTES = (16, 8, 4)  # of a thread, widest first
+TEXT_TOKENS = 128  # of a CTA
+MAX_CHANNELS = 48  # of a token that a thread holds in registers
+CHUNK_CHANNELS = 24  # that a thread should hold where heads can be divided
+CHANNELS_AHEAD, MAX_AHEAD = 48, 4  # of a thread, tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QKNorm:
+    """Which RMS norm queries and keys go through; statistics are float32.
+
+    Attributes:
+      over: "heads" for one root mean square of all channels of a token (Wan), "head"
+        for one of each head (HunyuanVideo).
+      eps: Added to the mean square.
+    """
+
+    over: Literal["heads", "head"]
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.over not in ("heads", "head"):
+            raise ValueError(f"{self.over=} must be 'heads' or 'head'")
+        if not self.eps >= 0.0:
+            raise ValueError(f"{self.eps=} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything static about one launch."""
+
+    norm: QKNorm | None
+    has_rope: bool
+    reductions: tuple[Reduction, ...]
+    num_tiles: int
+    num_units: int  # tiles and runs of text tokens
+    visual_start: int  # token of the first row of the rotary table
+    heads: int  # of a CTA
+    head_dim: int
+    vec: int  # channels of one load of a thread
+    ahead: int  # tokens
+    emulate: bool  # interpret mode has no operations on registers
+
+    @property
+    def heads_at_once(self) -> int:
+        return heads_at_once(self.head_dim, self.vec)
+
+    @property
+    def groups(self) -> list:
+        """The heads of a CTA, as many at a time as it loads at once.
+
+        Each group is finished and stored before the next: ptxas cannot load the scales
+        of all groups early and run out of registers.
+        """
+        at_once = self.heads_at_once
+        return [pl.ds(first, at_once) for first in range(0, self.heads, at_once)]
+
+    def layout(self, vec: int, *, is_half: bool = False):
+        """Thread t holds the same channels in all layouts, in registers of `vec`."""
+        heads = self.heads_at_once
+        head_dim, own = self.head_dim, self.vec
+        if is_half:
+            head_dim, own = head_dim // 2, own // 2
+        tiles = ((heads, head_dim), (heads // WARPS, head_dim), (1, own), (1, vec))
+        layout = mgpu.TiledLayout(
+            mgpu.fragmented_array.Tiling(tiles),
+            (-8,),
+            (-6, -5),
+            -1,
+            _check_canonical=False,
+        ).canonicalize()
+        return plgpu.Layout.TILED(
+            layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+        )
+
+    @property
+    def half_layout(self):
+        """Of the even or the odd channels of all heads."""
+        return self.layout(self.vec // 2, is_half=True)
+
+
+def make_plan(
+    num_heads: int, head_dim: int, dtype, *, ahead: int | None, **fields
+) -> Plan:
+    """Fills in how the work is divided; `ahead` None takes what registers allow."""
+    vec = vec_of(num_heads, head_dim, dtype)
+    assert vec is not None, "see why_unsupported_shape"
+    heads = heads_of_cta(num_heads, head_dim, vec, fields["norm"])
+    own = heads // heads_at_once(head_dim, vec) * vec
+    ahead = ahead or max(1, min(MAX_AHEAD, CHANNELS_AHEAD // own))
+    return Plan(heads=heads, head_dim=head_dim, vec=vec, ahead=ahead, **fields)
+
+
+def why_unsupported_shape(shape, dtype, norm: QKNorm | None) -> str | None:
+    if jnp.dtype(dtype).name not in SUPPORTED_DTYPES:
+        return f"it takes {', '.join(SUPPORTED_DTYPES)}, not {jnp.dtype(dtype).name}"
+    num_heads, head_dim = shape[2:]
+    vec = vec_of(num_heads, head_dim, dtype)
+    if vec is None:
+        return (
+            f"{num_heads} heads of {head_dim} channels cannot be divided evenly among "
+            f"{WARPS} warps, a head within one warp"
+        )
+    heads = heads_of_cta(num_heads, head_dim, vec, norm)
+    if heads // heads_at_once(head_dim, vec) * vec > MAX_CHANNELS:
+        most = MAX_CHANNELS * WARPS * LANES
+        return (
+            f"a norm over {num_heads} heads of {head_dim} channels does not fit in "
+            f"registers (at most {most} channels)"
+        )
+    return None
+
+
+def vec_of(num_heads: int, head_dim: int, dtype) -> int | None:
+    """Channels of a load: the widest that divides heads among warps and lanes."""
+    for nbytes in LOAD_BYTES:
+        vec = nbytes // jnp.dtype(dtype).itemsize
+        if vec < 2 or head_dim % vec or LANES * vec % head_dim:
+            continue
+        if num_heads % heads_at_once(head_dim, vec) == 0:
+            return vec
+    return None
+
+
+def heads_at_once(head_dim: int, vec: int) -> int:
+    """Heads that the warpgroup loads with one load of each thread."""
+    return WARPS * LANES * vec // head_dim
+
+
+def heads_of_cta(num_heads, head_dim: int, vec: int, norm: QKNorm | None) -> int:
+    """All heads where the norm needs them together, else as many as fit well."""
+    if norm is not None and norm.over == "heads":
+        return num_heads
+    at_once = heads_at_once(head_dim, vec)
+    num_loads = num_heads // at_once
+    fitting = max(1, CHUNK_CHANNELS // vec)
+    return at_once * max(n for n in range(1, fitting + 1) if num_loads % n == 0)
+
+
+def text_units(num_tokens: int, visual_tokens: slice) -> Int[np.ndarray, "X 4"]:
+    """Runs of text tokens in the form of tiles of one row."""
+    units = []
+    for start, stop in ((0, visual_tokens.start), (visual_tokens.stop, num_tokens)):
+        for first in range(start, stop, TEXT_TOKENS):
+            length = min(TEXT_TOKENS, stop - first)
+            units.append((first, length, 1, length))
+    return np.array(units, np.int32).reshape(-1, 4)

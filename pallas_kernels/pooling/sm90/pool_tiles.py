@@ -1,0 +1,191 @@
+"""Means and maxima of the tiles of Q and K in one pass, for Hopper (sm_90).
+
+One CTA of one warpgroup pools one chunk of channels of one tile of Q or K. A thread
+owns up to 16 bytes of each token and adds them up in registers: nothing is exchanged
+between threads. The loads of one row of a tile are issued together, so a
+multiprocessor, which holds several CTAs, has enough bytes in flight to keep the memory
+busy. A tile is given by its first token and the distance between its rows, so raster
+and tiled order, edge tiles and text before the video are the same program.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.common.batching import fold_mapped_axes
+from pallas_kernels.common.interfaces import SUPPORTED_DTYPES, Device
+
+Reduction = Literal["mean", "max"]
+
+THREADS = 128  # of a warpgroup
+BYTES_PER_THREAD = 16  # the widest load
+MAX_UNROLLED = 16  # loads of a row issued together
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything static about one launch."""
+
+    columns: int  # of a full tile
+    chunk: int  # channels of a CTA
+    has_short_rows: bool  # some tile has fewer columns
+    reductions: tuple[Reduction, ...]
+
+
+def pool_tiles(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    tiles: Int[np.ndarray, "S 4"],
+    *,
+    reductions: tuple[Reduction, ...] = ("mean",),
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Float[Array, "B S N D"], ...]:
+    """Reduces the tokens of each tile of q and of k.
+
+    Args:
+      q: Queries.
+      k: Keys.
+      tiles: First token, tokens between two rows, rows and columns of each tile.
+      reductions: What to compute.
+      interpret: Run on the CPU in GPU interpret mode.
+
+    Returns:
+      float32: the reductions of q in the order of `reductions`, then those of k.
+
+    Raises:
+      ValueError: The kernel cannot take these inputs on any device.
+    """
+    if cause := _why_unsupported_shape(q.shape, q.dtype):
+        raise ValueError(f"the pooling kernel cannot take these inputs: {cause}")
+    num_channels = q.shape[2] * q.shape[3]
+    columns = int(tiles[:, 3].max())
+    plan = Plan(
+        columns=columns,
+        chunk=_chunk_of(num_channels, q.dtype.itemsize),
+        has_short_rows=bool((tiles[:, 3] < columns).any()),
+        reductions=reductions,
+    )
+    run = functools.partial(_run, tiles=tiles, plan=plan, interpret=interpret)
+    return fold_mapped_axes(run)(q, k)
+
+
+def why_unsupported(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, device: Device
+) -> str | None:
+    """Why the kernel cannot pool arrays of this shape on a device, or None."""
+    if device.compute_capability != (9, 0):
+        return f"it needs an NVIDIA Hopper GPU (sm_90), not {device.kind}"
+    return _why_unsupported_shape(shape, dtype)
+
+
+def _why_unsupported_shape(shape, dtype) -> str | None:
+    if jnp.dtype(dtype).name not in SUPPORTED_DTYPES:
+        return f"it takes {', '.join(SUPPORTED_DTYPES)}, not {jnp.dtype(dtype).name}"
+    heads, head_dim = shape[2:]
+    if heads * head_dim % THREADS:
+        return (
+            f"heads times head dimension must be a multiple of {THREADS}, not {heads} "
+            f"* {head_dim}: give each device a number of heads that makes it one"
+        )
+    return None
+
+
+def _run(q, k, *, tiles, plan: Plan, interpret):
+    batch, num_tokens, *heads = q.shape
+    channels = heads[0] * heads[1]
+    out = jax.ShapeDtypeStruct((batch, len(tiles), channels), jnp.float32)
+    outs = plgpu.kernel(
+        functools.partial(_body, plan=plan),
+        out_type=(out,) * (2 * len(plan.reductions)),
+        grid=(len(tiles), channels // plan.chunk, 2 * batch),
+        grid_names=("tile", "chunk", "item"),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        kernel_name="pool_tiles_sm90",
+        interpret=interpret,
+    )(
+        q.reshape(batch, num_tokens, channels),
+        k.reshape(batch, num_tokens, channels),
+        jnp.asarray(tiles, jnp.int32),
+    )
+    return tuple(x.reshape(batch, len(tiles), *heads) for x in outs)
+
+
+def _body(q_gmem, k_gmem, tiles_gmem, *outs_gmem, plan: Plan):
+    tile = lax.axis_index("tile")
+    item = lax.axis_index("item")
+    channels = pl.ds(lax.axis_index("chunk") * plan.chunk, plan.chunk)
+    first, stride, rows, columns = (tiles_gmem[tile, field] for field in range(4))
+    num = len(plan.reductions)
+
+    def pool(x_gmem, outs, batch):
+        def load(token):
+            return x_gmem[batch, token, channels].astype(jnp.float32)
+
+        results = _reduce_tile(load, first, stride, rows, columns, plan)
+        for out, name, result in zip(outs, plan.reductions, results, strict=True):
+            if name == "mean":
+                result = result * (1.0 / (rows * columns).astype(jnp.float32))
+            out[batch, tile, channels] = result
+
+    batch = lax.div(item, jnp.int32(2))
+    is_key = lax.rem(item, jnp.int32(2)) == 1
+    pl.when(jnp.logical_not(is_key))(lambda: pool(q_gmem, outs_gmem[:num], batch))
+    pl.when(is_key)(lambda: pool(k_gmem, outs_gmem[num:], batch))
+
+
+def _reduce_tile(load, first, stride, rows, columns, plan: Plan):
+    """Sums or maxima over the tokens of one tile."""
+
+    def add_tokens(state, tokens):
+        values = [load(token) for token in tokens]  # all loads, then all sums
+        for value in values:
+            state = tuple(
+                old + value if name == "mean" else jnp.maximum(old, value)
+                for old, name in zip(state, plan.reductions, strict=True)
+            )
+        return state
+
+    def add_row(row, state):
+        token = first + row * stride
+        for start in range(0, plan.columns, MAX_UNROLLED):
+            stop = min(start + MAX_UNROLLED, plan.columns)
+            state = add_tokens(state, [token + i for i in range(start, stop)])
+        return state
+
+    def add_short_row(row, state):
+        token = first + row * stride
+        return lax.fori_loop(
+            0, columns, lambda i, state: add_tokens(state, [token + i]), state
+        )
+
+    layout = plgpu.Layout.WG_STRIDED((plan.chunk,), vec_size=plan.chunk // THREADS)
+    state = tuple(
+        plgpu.layout_cast(
+            jnp.full((plan.chunk,), 0.0 if name == "mean" else -jnp.inf, jnp.float32),
+            layout,
+        )
+        for name in plan.reductions
+    )
+    if not plan.has_short_rows:
+        return lax.fori_loop(0, rows, add_row, state)
+    return lax.cond(
+        columns == plan.columns,
+        lambda: lax.fori_loop(0, rows, add_row, state),
+        lambda: lax.fori_loop(0, rows, add_short_row, state),
+    )
+
+
+def _chunk_of(channels: int, itemsize: int) -> int:
+    """Channels of a CTA: as wide loads as divide the channels evenly."""
+    width = BYTES_PER_THREAD // itemsize
+    while channels % (THREADS * width):
+        width //= 2
+    return THREADS * width

@@ -1,0 +1,267 @@
+"""norm_rope_pool and pooled values that attention is given."""
+
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from draft_jax import (
+    DraftConfig,
+    PooledTokens,
+    QKNorm,
+    VideoGrid,
+    constant_step,
+    draft_attention,
+    initial_mask,
+    kept_pairs_budget,
+    norm_rope_pool,
+    scheduled_attention,
+)
+from draft_jax.draft import qk_preparation as qk_prepare
+from draft_jax.draft import scores as draft_scores
+from draft_jax.draft.pooling import pool_queries_and_keys
+from pallas_kernels.attention.api import SlowBackendWarning, forget_warnings
+from pallas_kernels.common.interfaces import Device
+from pallas_kernels.pooling.sm90 import norm_rope_pool as norm_rope_pool_sm90
+from tests import tolerances
+from tests.draft_jax import naive_draft
+from tests.pallas_kernels.pooling import naive_norm_rope
+
+GRID = VideoGrid(1, 5, 6, tile=(2, 4), text_length=3)
+BEFORE = VideoGrid(1, 3, 6, tile=(2, 4), text_length=4, text_side="before")
+CONFIG = DraftConfig(sparsity=0.5, pooling="mean+max")
+H100 = Device(platform="gpu", kind="H100", compute_capability=(9, 0))
+HEADS = (4, 64)
+NORMS = {
+    "heads": QKNorm(over="heads"),
+    "head": QKNorm(over="head", eps=1e-5),
+    "none": None,
+}
+
+
+def random_case(grid, norm, dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (2, grid.num_tokens, *HEADS)
+    q, k = (jnp.asarray(2 * rng.normal(size=shape), dtype) for _ in range(2))
+    scales = None
+    if norm is not None:
+        width = HEADS[1] if norm.over == "head" else HEADS[0] * HEADS[1]
+        scales = tuple(
+            jnp.asarray(rng.uniform(0.5, 2, width), jnp.float32) for _ in range(2)
+        )
+    angles = rng.uniform(0, 7, (grid.num_visual_tokens, HEADS[1] // 2))
+    rope = tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
+    return q, k, {"norm": norm, "scales": scales, "rope": rope}
+
+
+@pytest.fixture
+def on_hopper():
+    """Dispatch as on an H100; kernels run in interpret mode."""
+    run = functools.partial(
+        norm_rope_pool_sm90.norm_rope_pool, interpret=plgpu.InterpretGPUParams()
+    )
+    with (
+        mock.patch.object(qk_prepare, "current_device", return_value=H100),
+        mock.patch.object(norm_rope_pool_sm90, "norm_rope_pool", run),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("grid", [GRID, BEFORE], ids=["after", "before"])
+def test_xla_path_matches_loops(grid, name, dtype):
+    norm = NORMS[name]
+    q, k, options = random_case(grid, norm, dtype)
+    got = norm_rope_pool(q, k, grid=grid, config=CONFIG, **options)
+    cos, sin = options["rope"]
+    for i, (x, mean, largest) in enumerate(
+        ((q, got[2].q_mean, got[2].q_max), (k, got[2].k_mean, got[2].k_max))
+    ):
+        expected = naive_norm_rope.norm_rope(
+            np.asarray(x, np.float64),
+            over=None if norm is None else norm.over,
+            eps=0.0 if norm is None else norm.eps,
+            scale=None if norm is None else options["scales"][i],
+            cos=cos,
+            sin=sin,
+            visual=grid.visual_tokens,
+        )
+        assert got[i].dtype == x.dtype
+        written = np.asarray(got[i], np.float64)
+        np.testing.assert_allclose(written, expected, **tolerances.NORM_ROPE[dtype])
+        visual = written[:, grid.visual_tokens]
+        means = naive_draft.pool(visual, grid)
+        np.testing.assert_allclose(mean, means, **tolerances.POOLED)
+        np.testing.assert_array_equal(largest, naive_draft.pool(visual, grid, np.max))
+
+
+@pytest.mark.slow
+def test_kernel_and_xla_agree(on_hopper):
+    q, k, options = random_case(GRID, NORMS["heads"], "bfloat16")
+    run = functools.partial(norm_rope_pool, grid=GRID, config=CONFIG, **options)
+    fused = run(q, k)
+    cpu = Device(platform="cpu")
+    with mock.patch.object(qk_prepare, "current_device", return_value=cpu):
+        plain = run(q, k)
+    for a, b in zip(fused[:2], plain[:2], strict=True):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=2**-7, atol=1e-6)
+    pooled = pool_queries_and_keys(*fused[:2], GRID, reductions=("mean", "max"))
+    for a, b in zip(jax.tree.leaves(fused[2]), jax.tree.leaves(pooled), strict=True):
+        np.testing.assert_allclose(a, b, **tolerances.POOLED)
+
+
+@pytest.mark.slow
+def test_kernel_has_the_gradients_of_the_xla_path(on_hopper):
+    q, k, options = random_case(BEFORE, NORMS["head"])
+    norm, arrays = options.pop("norm"), (options["scales"], options["rope"])
+
+    def loss(q, k, scales, rope, device):
+        with mock.patch.object(qk_prepare, "current_device", return_value=device):
+            q, k, pooled = norm_rope_pool(
+                q, k, grid=BEFORE, config=CONFIG, norm=norm, scales=scales, rope=rope
+            )
+        return jnp.sin(q).sum() + jnp.cos(k).sum() + pooled.q_mean.sum()
+
+    fused, plain = (
+        jax.grad(loss, (0, 1, 2, 3))(q, k, *arrays, device)
+        for device in (H100, Device(platform="cpu"))
+    )
+    for a, b in zip(jax.tree.leaves(fused), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, **tolerances.GRADIENT["float32"])
+
+
+@pytest.mark.slow
+def test_pooling_can_be_left_to_attention(on_hopper):
+    q, k, options = random_case(GRID, NORMS["none"])
+    run = functools.partial(norm_rope_pool, q, k, grid=GRID, **options)
+    assert run(config=CONFIG, pool_anyway=False)[2] is not None
+    assert run(config=None)[2] is None
+    cpu = Device(platform="cpu")
+    with mock.patch.object(qk_prepare, "current_device", return_value=cpu):
+        assert run(config=CONFIG, pool_anyway=False)[2] is None
+        assert run(config=None)[2] is None
+        assert run(config=CONFIG)[2] is not None
+
+
+def test_a_slower_path_warns_once():
+    forget_warnings()
+    q = jnp.zeros((1, GRID.num_tokens, 3, 64))
+    with mock.patch.object(qk_prepare, "current_device", return_value=H100):
+        with pytest.warns(SlowBackendWarning, match="3 heads of 64 channels"):
+            norm_rope_pool(q, q, grid=GRID, config=None)
+        norm_rope_pool(q, q, grid=GRID, config=None)  # a second one would raise
+
+
+@pytest.mark.parametrize("order", ["raster", "tiled"])
+@pytest.mark.parametrize("pooling", ["mean", "mean+max"])
+def test_pooled_values_make_the_mask(pooling, order):
+    """Pooled by loops, of the given tokens and of others: the mask is theirs."""
+    config = DraftConfig(sparsity=0.5, pooling=pooling)
+    q, k, _ = random_case(GRID, NORMS["none"])
+    others = random_case(GRID, NORMS["none"], seed=1)[:2]
+    given = [x if order == "raster" else x[:, GRID.tile_order] for x in (q, k)]
+    attend = functools.partial(
+        draft_attention, grid=GRID, config=config, order=order, return_mask=True
+    )
+    out, plain = attend(*given, given[0])
+    masks = []
+    for pair in ((q, k), others):
+        visual = [np.asarray(x, np.float64)[:, GRID.visual_tokens] for x in pair]
+        reductions = [np.mean, np.max] if pooling == "mean+max" else [np.mean]
+        pooled = PooledTokens.from_reductions(
+            ("mean", "max")[: len(reductions)],
+            tuple(
+                jnp.asarray(naive_draft.pool(x, GRID, reduction), jnp.float32)
+                for x in visual
+                for reduction in reductions
+            ),
+        )
+        maps = [naive_draft.draft_map(*visual, GRID, f) for f in reductions]
+        budget = kept_pairs_budget(0.5, GRID.num_visual_blocks)
+        kept = [
+            [naive_draft.select_percentile(scores, budget) for scores in item]
+            for item in np.mean(maps, axis=0)
+        ]
+        got, mask = attend(*given, given[0], pooled=pooled)
+        masks.append(naive_draft.add_text(np.array(kept), GRID))
+        np.testing.assert_array_equal(mask.to_dense(), masks[-1])
+        raster = np.asarray(got)[:, GRID.raster_order] if order == "tiled" else got
+        expected = naive_draft.attention(
+            np.asarray(q), np.asarray(k), np.asarray(q), masks[-1], GRID
+        )
+        np.testing.assert_allclose(raster, expected, rtol=1e-5, atol=1e-5)
+    assert (masks[0] != masks[1]).any()
+    np.testing.assert_array_equal(plain.to_dense(), masks[0])
+    np.testing.assert_array_equal(out, attend(*given, given[0], mask=plain)[0])
+
+
+@pytest.mark.parametrize("state", ["refresh", "reuse", "dense"])
+def test_scheduled_attention_takes_pooled_values(state):
+    config = DraftConfig(sparsity=0.5)
+    q, k, options = random_case(GRID, NORMS["heads"])
+    q, k, pooled = norm_rope_pool(q, k, grid=GRID, config=config, **options)
+    step = constant_step(GRID, config)
+    step = dataclasses.replace(
+        step,
+        dense=np.asarray(state == "dense"),
+        refresh=np.asarray(state == "refresh"),
+    )
+    mask = initial_mask(GRID, config, batch=2, num_heads=HEADS[0])
+    run = functools.partial(
+        scheduled_attention, q, k, q, grid=GRID, config=config, step=step, mask=mask
+    )
+    plain, given = jax.jit(run)(), jax.jit(lambda pooled: run(pooled=pooled))(pooled)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(given), strict=True):
+        np.testing.assert_array_equal(a, b)
+    if state == "refresh":  # the given values are what counts
+        swapped = PooledTokens(q_mean=-pooled.q_mean, k_mean=pooled.k_mean)
+        other = jax.jit(lambda pooled: run(pooled=pooled))(swapped)[1]
+        assert (other.to_dense() != given[1].to_dense()).any()
+
+
+def test_bad_pooled_values_are_named():
+    q, k, options = random_case(GRID, NORMS["none"])
+    q, k, pooled = norm_rope_pool(q, k, grid=GRID, config=DraftConfig(), **options)
+    with pytest.raises(ValueError, match=r"pooled\.q_max is None, but .*mean\+max"):
+        draft_scores(q, k, grid=GRID, config=CONFIG, pooled=pooled)
+    short = PooledTokens(q_mean=pooled.q_mean[:, 1:], k_mean=pooled.k_mean[:, 1:])
+    with pytest.raises(ValueError, match=r"pooled\.q_mean has shape \(2, 5, 4, 64\)"):
+        draft_attention(q, k, q, grid=GRID, config=DraftConfig(), pooled=short)
+    mask = jnp.ones((2, 4, 6, 6), bool)
+    with pytest.raises(ValueError, match="pooled has no effect when mask is given"):
+        draft_attention(
+            q, k, q, grid=GRID, config=DraftConfig(), pooled=pooled, mask=mask
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scales": None}, "scales are None; give both or neither"),
+        ({"norm": None}, "norm=None, but scales are given"),
+        ({"norm": QKNorm(over="head")}, r"scale of q has shape \(256,\).*\(64,\)"),
+        (
+            {"rope": (jnp.zeros((33, 32)),) * 2},
+            r"cosines of rope .*expected \(30, 32\)",
+        ),
+        ({"grid": BEFORE}, r"q has shape \(2, 33, 4, 64\), 33 tokens; "),
+    ],
+    ids=["no-scales", "no-norm", "scale-shape", "rope-shape", "grid"],
+)
+def test_bad_inputs_are_named(changes, message):
+    q, k, options = random_case(GRID, NORMS["heads"])
+    with pytest.raises(ValueError, match=message):
+        norm_rope_pool(q, k, **{"grid": GRID, "config": None, **options, **changes})
+
+
+def test_q_and_k_must_agree():
+    q, k, options = random_case(GRID, NORMS["none"])
+    with pytest.raises(TypeError, match="k has dtype bfloat16; it must equal q's"):
+        norm_rope_pool(q, k.astype("bfloat16"), grid=GRID, config=None, **options)

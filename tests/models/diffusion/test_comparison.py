@@ -1,0 +1,96 @@
+"""Numbers of a comparison, worked out by hand for made-up results."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from models.diffusion.comparison import Comparison, run_report
+from models.diffusion.pipeline import GenerationResult
+
+STEPS, LAYERS = 4, 2
+
+
+def make_result(video, time_ms, kept_density):
+    kept_density = np.array(kept_density, float)
+    return GenerationResult(
+        video=video,
+        latents=np.zeros((1, 1, 2, 2, 3), np.float32),
+        time_ms=np.array(time_ms, float),
+        compile_ms=1000.0,
+        decode_ms=5.0,
+        kept_density=kept_density,
+        dense=kept_density == 1.0,
+        timesteps=np.array([1000.0, 900.0, 750.0, 500.0]),
+    )
+
+
+@pytest.fixture
+def comparison():
+    """The sparse video differs by 0.1 everywhere: 20 dB."""
+    video = np.full((1, 2, 16, 16, 3), 0.5, np.float32)
+    dense = make_result(video, [40, 40, 40, 44], np.ones((STEPS, LAYERS)))
+    kept = [[1, 1], [1, 0.2], [1, 0.3], [1, 0.4]]
+    sparse = make_result(video + np.float32(0.1), [40, 20, 10, 12], kept)
+    return Comparison(dense=dense, sparse=sparse)
+
+
+def test_report(comparison):
+    report = comparison.report()
+    assert report["psnr_db"] == pytest.approx(20.0, abs=1e-5)
+    # Both are flat: SSIM is (2 x y + c) / (x^2 + y^2 + c), c = 1e-4.
+    assert report["ssim"] == pytest.approx(0.6001 / 0.6101, abs=1e-6)
+    assert report["sparse_steps"] == 3  # layer 0 is dense, layer 1 is not
+    assert report["speed_up_of_sparse_steps"] == pytest.approx(40 / 12)
+    assert report["speed_up_of_all_steps"] == pytest.approx(164 / 82)
+    sparse = report["sparse"]
+    assert sparse["time_ms_per_step"] == [40, 20, 10, 12]
+    assert sparse["time_ms_median_step"] == 16
+    assert sparse["time_ms_all_steps"] == 82
+    assert sparse["dense_steps"] == 1
+    assert sparse["kept_share_per_layer"] == pytest.approx([1, 0.475])
+    assert sparse["kept_share"] == pytest.approx(0.7375)
+    assert sparse["kept_share_per_step_and_layer"][2] == [1, 0.3]
+    assert sparse["timesteps"] == [1000, 900, 750, 500]
+    json.dumps(report, allow_nan=False)
+
+
+def test_equal_videos_have_no_finite_psnr(comparison):
+    same = Comparison(dense=comparison.dense, sparse=comparison.dense)
+    report = same.report()
+    assert report["psnr_db"] is None
+    assert report["ssim"] == pytest.approx(1.0)
+    assert report["sparse_steps"] == 0
+    assert report["speed_up_of_sparse_steps"] is None
+    json.dumps(report, allow_nan=False)
+
+
+def test_written_files(comparison, tmp_path):
+    files = comparison.write(tmp_path / "new", fps=8, details={"prompt": "a ball"})
+    assert all(file.stat().st_size > 0 for file in files)
+    assert files[-1].name == "report.json"
+    assert {file.name for file in files} == {
+        file.name for file in (tmp_path / "new").iterdir()
+    }
+    report = json.loads(files[-1].read_text())
+    assert report == {"prompt": "a ball"} | comparison.report()
+
+
+def test_a_single_run_has_the_same_numbers(comparison):
+    assert run_report(comparison.sparse) == comparison.report()["sparse"]
+    assert math.isfinite(run_report(comparison.dense)["kept_share"])
+
+
+def test_unlike_videos_are_refused(comparison):
+    short = dataclasses.replace(comparison.dense, video=comparison.dense.video[:, :1])
+    with pytest.raises(ValueError, match="must be equal, one video each"):
+        Comparison(dense=short, sparse=comparison.sparse)
+    two = dataclasses.replace(
+        comparison.dense,
+        video=np.concatenate([comparison.dense.video] * 2),
+        latents=np.concatenate([comparison.dense.latents] * 2),
+    )
+    with pytest.raises(ValueError, match="must be equal, one video each"):
+        Comparison(dense=two, sparse=two)

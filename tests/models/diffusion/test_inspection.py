@@ -1,0 +1,103 @@
+"""Block masses against NumPy, and a view of a tiny model."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from draft_jax import DraftConfig, SparsitySchedule, VideoGrid
+from models.diffusion.inspection import block_masses, inspect_attention
+from models.diffusion.pipeline import VideoPipeline
+from tests import tiny_model
+
+pytestmark = pytest.mark.slow
+
+
+def numpy_masses(q, k, grid):
+    """Token by token in raster order, with a dictionary from token to tile."""
+    rows, columns = grid.tile
+    tiles_high, tiles_wide = -(-grid.height // rows), -(-grid.width // columns)
+    tile = [
+        (f * tiles_high + h // rows) * tiles_wide + w // columns
+        for f, h, w in np.ndindex(grid.frames, grid.height, grid.width)
+    ]
+    count = grid.frames * tiles_high * tiles_wide
+    masses = np.zeros((q.shape[0], q.shape[2], count, count))
+    for item, head in np.ndindex(q.shape[0], q.shape[2]):
+        logits = q[item, :, head] @ k[item, :, head].T / np.sqrt(q.shape[-1])
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        np.add.at(masses[item, head], (np.array(tile)[:, None], tile), weights)
+    return masses
+
+
+@pytest.mark.parametrize("size", [(2, 4, 8), (2, 5, 7), (1, 1, 3)], ids=str)
+def test_block_masses_match_numpy(size):
+    grid = VideoGrid(*size, tile=(2, 4))
+    rng = np.random.default_rng(0)
+    q, k = 2 * rng.normal(size=(2, 2, grid.num_tokens, 3, 8))
+    tiled = (jnp.float32(x[:, grid.tile_order]) for x in (q, k))
+    got = block_masses(*tiled, grid)
+    np.testing.assert_allclose(got, numpy_masses(q, k, grid), rtol=0, atol=2e-5)
+    sums = np.broadcast_to(grid.block_lengths, got.shape[:3])
+    np.testing.assert_allclose(got.sum(-1), sums, rtol=1e-5)
+
+
+def test_block_masses_take_no_text():
+    grid = VideoGrid(1, 2, 4, tile=(2, 4), text_length=3)
+    q = jnp.zeros((1, grid.num_tokens, 1, 8))
+    with pytest.raises(ValueError, match="text_length=3 must be 0"):
+        block_masses(q, q, grid)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return VideoPipeline.from_checkpoint(tiny_model.save_checkpoint(folder))
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_view(pipeline, step):
+    steps_run = []
+    view = inspect_attention(
+        pipeline,
+        "a red ball",
+        tiny_model.SAMPLING,
+        step=step,
+        draft=DraftConfig(sparsity=0.5),
+        schedule=SparsitySchedule(dense_fraction=0.25, dense_layers=(1,)),
+        callback=lambda report: steps_run.append(report.index),
+    )
+    assert steps_run == list(range(step))
+    shape = (3, 2, tiny_model.NUM_TILES, tiny_model.NUM_TILES)
+    assert view.draft_maps.shape == view.masks.shape == shape
+    np.testing.assert_allclose(view.draft_maps.sum(-1), 1.0, rtol=1e-5)
+    pairs = view.masks.sum((-1, -2))
+    assert (pairs >= 32).all()  # half of 8 x 8, and one for each row left empty
+    assert (pairs <= 39).all()
+    assert view.masks.any(-1).all()
+    # The strongest 10 % hold more than 10 %; half of the pairs, chosen well, hold
+    # more than those do.
+    assert (view.top_mass > 6 / 64).all()
+    assert (view.kept_mass > view.top_mass).all()
+    assert (view.kept_mass <= 1.0).all()
+    assert view.timestep == pytest.approx([1000, 900, 750, 500][step])
+    np.testing.assert_array_equal(view.is_dense, [step == 0, True, step == 0])
+
+
+def test_the_strongest_pairs_are_kept(pipeline):
+    view = inspect_attention(
+        pipeline, "a ball", tiny_model.SAMPLING, step=0, draft=DraftConfig(sparsity=0.5)
+    )
+    for draft_map, mask in zip(
+        view.draft_maps.reshape(-1, 64), view.masks.reshape(-1, 64), strict=True
+    ):
+        strongest = np.argsort(-draft_map, kind="stable")[:32]
+        assert mask[strongest].all()
+
+
+def test_sparsity_zero_keeps_all_mass(pipeline):
+    view = inspect_attention(
+        pipeline, "a ball", tiny_model.SAMPLING, step=0, draft=DraftConfig(sparsity=0.0)
+    )
+    assert view.masks.all()
+    np.testing.assert_allclose(view.kept_mass, 1.0, rtol=1e-6)

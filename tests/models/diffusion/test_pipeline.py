@@ -1,0 +1,443 @@
+"""Prompts to videos on a tiny random model."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from draft_jax import DraftConfig, SparsitySchedule
+from models.diffusion.pipeline import (
+    Sampling,
+    TextContext,
+    UnknownWordWarning,
+    VideoPipeline,
+)
+from models.diffusion.schedulers import FlowUniPC
+from models.wan.transformer import WanTransformer
+from tests import tiny_model
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "a red ball"
+# Relative to latents of size one; measured on CPU: 2e-6.
+ROUNDING = 2e-5
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return tiny_model.make_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return VideoPipeline.from_checkpoint(tiny_model.save_checkpoint(folder))
+
+
+def generate(pipeline, prompt=PROMPT, **options):
+    sampling = dataclasses.replace(tiny_model.SAMPLING, **options.pop("sampling", {}))
+    return pipeline.generate(prompt, sampling, **options)
+
+
+@pytest.fixture(scope="module")
+def dense(pipeline):
+    return generate(pipeline)
+
+
+def test_dense_run_follows_the_flow_equation(pipeline, dense):
+    """The sampler's loop once more: one model call per prompt, guidance in NumPy."""
+    sampling = tiny_model.SAMPLING
+    latents = pipeline.start(PROMPT, sampling, draft=None, schedule=None)[1].latents
+    latents = np.asarray(latents)
+    contexts = [pipeline.text_encoder.encode([text]) for text in (PROMPT, "")]
+    sigmas = 3 * np.linspace(1, 0, 5) / (1 + 2 * np.linspace(1, 0, 5))
+    predict = nnx.jit(
+        lambda model, latents, time, text: model(
+            latents, time, text[0], context_lengths=text[1]
+        )[0]
+    )
+    for sigma, next_sigma in itertools.pairwise(sigmas):
+        time = jnp.full(1, 1000 * sigma, jnp.float32)
+        velocities = [
+            predict(pipeline.model, jnp.asarray(latents), time, text)
+            for text in contexts
+        ]
+        positive, negative = (np.asarray(v) for v in velocities)
+        velocity = negative + sampling.guidance * (positive - negative)
+        latents = latents + (next_sigma - sigma) * velocity
+    np.testing.assert_allclose(
+        dense.latents, latents, rtol=0, atol=ROUNDING * np.abs(latents).max()
+    )
+
+
+def test_result_of_a_dense_run(dense):
+    assert dense.video.shape == (1, 4, 32, 48, 3)
+    assert dense.latents.shape == (1, 2, 8, 12, 16)
+    assert dense.video.min() >= 0.0
+    assert dense.video.max() <= 1.0
+    assert dense.video.std() > 0.01
+    np.testing.assert_array_equal(dense.kept_density, np.ones((4, 3)))
+    assert dense.dense.all()
+    # sigma 1, 3/4, 1/2, 1/4 with shift 3.
+    np.testing.assert_allclose(dense.timesteps, [1000, 900, 750, 500])
+    assert (dense.time_ms > 0).all()
+
+
+@pytest.mark.parametrize("selection", ["percentile", "row_topk"])
+def test_sparsity_zero_gives_the_dense_video(pipeline, dense, selection):
+    draft = DraftConfig(sparsity=0.0, selection=selection)
+    sparse = generate(
+        pipeline, draft=draft, schedule=SparsitySchedule(dense_fraction=0.0)
+    )
+    assert not sparse.dense.any()
+    np.testing.assert_array_equal(sparse.kept_density, np.ones((4, 3)))
+    np.testing.assert_allclose(sparse.video, dense.video, rtol=0, atol=ROUNDING)
+
+
+def test_schedule_and_kept_shares(pipeline, dense):
+    """Half of 8 x 8 tile pairs, on the last three steps and but for layer 1."""
+    sparse = generate(
+        pipeline,
+        draft=DraftConfig(sparsity=0.5),
+        schedule=SparsitySchedule(dense_fraction=0.25, dense_layers=(1,)),
+    )
+    expected = np.zeros((4, 3), np.bool_)
+    expected[0] = expected[:, 1] = True
+    np.testing.assert_array_equal(sparse.dense, expected)
+    np.testing.assert_array_equal(sparse.kept_density[expected], 1.0)
+    kept = sparse.kept_density[~expected]
+    # Tiles have 8 or 4 tokens, so a share of pairs is not exactly one of tokens.
+    assert (kept > 0.3).all()
+    assert (kept < 0.8).all()
+    assert np.abs(sparse.video - dense.video).max() > 1e-3
+
+
+def test_a_program_for_each_kind_of_step(pipeline):
+    """Four sparse steps of two sparsities: budgets share programs."""
+    pipeline = dataclasses.replace(pipeline)  # with nothing compiled
+    start = pipeline.start(
+        PROMPT,
+        tiny_model.SAMPLING,
+        draft=DraftConfig(sparsity=0.5),
+        schedule=SparsitySchedule(
+            sparsity=(0.5, 0.5, 0.6, 0.6), mask_refresh=2, dense_layers=(1,)
+        ),
+    )
+    kinds = [((False, True, False), True), ((False, True, False), False)]
+    assert start[0].kinds == kinds
+    programs, compile_ms = pipeline.compile(*start)
+    assert list(programs) == kinds
+    assert compile_ms > 0
+    for kind in kinds:
+        assert " conditional(" not in programs[kind].as_text()
+    # Another schedule of the same shapes compiles only what is new.
+    start = pipeline.start(
+        PROMPT,
+        tiny_model.SAMPLING,
+        draft=DraftConfig(sparsity=0.5),
+        schedule=SparsitySchedule(dense_fraction=0.25, dense_layers=(1,)),
+    )
+    before = dict(programs)
+    again, _ = pipeline.compile(*start)
+    assert start[0].kinds == [((True, True, True), False), kinds[0]]
+    assert again[kinds[0]] is before[kinds[0]]
+    assert set(again) == {*kinds, start[0].kinds[0]}
+
+
+def test_seed_decides_the_video(pipeline, dense):
+    again = generate(pipeline)
+    np.testing.assert_array_equal(again.video, dense.video)
+    assert again.compile_ms == 0.0, "the second run must reuse the first's program"
+    other = generate(pipeline, sampling={"seed": 1})
+    assert np.abs(other.video - dense.video).max() > 0.05
+
+
+def test_noise_stands_for_the_seed(pipeline, dense):
+    start = pipeline.start(PROMPT, tiny_model.SAMPLING, draft=None, schedule=None)
+    noise = start[1].latents
+    for _ in range(2):  # it is still there after a run
+        result = generate(pipeline, noise=noise, sampling={"seed": 5})
+        np.testing.assert_array_equal(result.latents, dense.latents)
+    with pytest.raises(ValueError, match=r"noise has shape \(2, 2, 8, 12, 16\); expec"):
+        generate(pipeline, noise=jnp.concatenate([noise, noise]))
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.6], ids=["dense", "draft"])
+def test_batch_items_do_not_influence_each_other(pipeline, sparsity):
+    draft = None if sparsity is None else DraftConfig(sparsity=sparsity)
+    alone = generate(pipeline, draft=draft)
+    both = generate(pipeline, [PROMPT, "the blue sea"], draft=draft)
+    assert both.video.shape[0] == 2
+    np.testing.assert_allclose(both.video[0], alone.video[0], rtol=0, atol=ROUNDING)
+    assert np.abs(both.video[1] - alone.video[0]).max() > 0.05
+
+
+def test_guidance_of_one_does_not_run_the_negative_prompt(pipeline):
+    results = [
+        generate(pipeline, sampling={"guidance": 1.0, "negative_prompt": text})
+        for text in ("", "boat")
+    ]
+    np.testing.assert_array_equal(results[0].video, results[1].video)
+    sampling = dataclasses.replace(tiny_model.SAMPLING, guidance=1.0)
+    inputs = pipeline.start(PROMPT, sampling, draft=None, schedule=None)[2]
+    assert inputs.context.shape[0] == 1
+    guided = [
+        generate(pipeline, sampling={"negative_prompt": text}) for text in ("", "boat")
+    ]
+    assert np.abs(guided[0].video - guided[1].video).max() > 1e-3
+
+
+def test_unipc_run_follows_its_solver(pipeline):
+    """The loop once more: one model call per prompt, guidance in NumPy."""
+    solver = FlowUniPC(num_steps=4, shift=3.0)
+    by_name = generate(pipeline, sampling={"solver": "unipc"})
+    by_object = generate(pipeline, sampling={"solver": solver, "shift": 1.0})
+    np.testing.assert_array_equal(by_name.latents, by_object.latents)
+    np.testing.assert_array_equal(by_name.timesteps, solver.timesteps)
+    state = pipeline.start(PROMPT, tiny_model.SAMPLING, draft=None, schedule=None)[1]
+    latents = state.latents
+    history = solver.initial_history(latents)
+    contexts = [pipeline.text_encoder.encode([text]) for text in (PROMPT, "")]
+    predict = nnx.jit(
+        lambda model, latents, time, text: model(
+            latents, time, text[0], context_lengths=text[1]
+        )[0]
+    )
+    for index, timestep in enumerate(solver.timesteps):
+        time = jnp.full(1, timestep, jnp.float32)
+        positive, negative = (
+            predict(pipeline.model, latents, time, text) for text in contexts
+        )
+        velocity = negative + tiny_model.SAMPLING.guidance * (positive - negative)
+        latents, history = solver.update(
+            latents, velocity, history, solver.coefficients(index)
+        )
+    np.testing.assert_allclose(
+        by_name.latents, latents, rtol=0, atol=ROUNDING * np.abs(latents).max()
+    )
+
+
+def test_solvers_do_not_share_a_program(pipeline, dense):
+    unipc = generate(pipeline, sampling={"solver": "unipc"})
+    assert np.abs(unipc.latents - dense.latents).max() > 1e-3
+    again = generate(pipeline, sampling={"solver": "euler"})
+    np.testing.assert_array_equal(again.latents, dense.latents)
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.6], ids=["dense", "draft"])
+def test_guidance_in_two_calls_agrees_with_one(pipeline, sparsity):
+    draft = None if sparsity is None else DraftConfig(sparsity=sparsity)
+    one = generate(pipeline, draft=draft)
+    two = generate(pipeline, draft=draft, guidance_batching="two_calls")
+    scale = np.abs(one.latents).max()
+    np.testing.assert_allclose(two.latents, one.latents, rtol=0, atol=ROUNDING * scale)
+    np.testing.assert_allclose(two.kept_density, one.kept_density, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("without_jaxtyping")
+def test_unknown_guidance_batching_is_named(pipeline):
+    with pytest.raises(ValueError, match="guidance_batching='half' must be one of"):
+        generate(pipeline, guidance_batching="half")
+
+
+def test_callback_sees_every_step_and_may_stop_the_run(pipeline):
+    reports = []
+    result = generate(pipeline, callback=reports.append)
+    assert [report.index for report in reports] == [0, 1, 2, 3]
+    assert [report.num_steps for report in reports] == [4] * 4
+    assert [report.timestep for report in reports] == pytest.approx(result.timesteps)
+    assert [report.time_ms for report in reports] == list(result.time_ms)
+
+    def stop(report):
+        if report.index == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipeline, callback=stop)
+
+
+def test_damaged_weights_are_named_with_the_step(checkpoint, pipeline):
+    broken = checkpoint.transformer.with_attention("dense")
+    broken.proj_out.bias = type(broken.proj_out.bias)(jnp.full(64, jnp.nan))
+    damaged = dataclasses.replace(pipeline, model=broken)
+    with pytest.raises(FloatingPointError, match="not finite after step 1 of 4"):
+        generate(damaged)
+
+
+def test_unknown_words_are_told(pipeline):
+    with pytest.warns(UnknownWordWarning, match="not trained on 'zebra'; it knows: a"):
+        generate(pipeline, "a red zebra")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 50}, "width=50 must be a multiple of 8 for this model"),
+        ({"height": 20}, "height=20 must be a multiple of 8"),
+        ({"frames": 3}, "frames=3 must be a multiple of 2"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_the_model_are_named(pipeline, changes, message):
+    with pytest.raises(ValueError, match=message):
+        generate(pipeline, sampling=changes)
+
+
+def test_context_stands_for_prompts(pipeline, dense):
+    context = pipeline.encode([PROMPT])
+    negative = TextContext(*pipeline.text_encoder.encode([""]))
+    freed = dataclasses.replace(pipeline, text_encoder=None)
+    result = generate(freed, context, negative_context=negative)
+    np.testing.assert_array_equal(result.latents, dense.latents)
+    mixed = generate(pipeline, context)  # the negative prompt is encoded
+    np.testing.assert_array_equal(mixed.latents, dense.latents)
+    unguided = generate(freed, context, sampling={"guidance": 1.0})
+    assert np.abs(unguided.latents - dense.latents).max() > 1e-3
+
+
+def test_each_prompt_can_have_its_negative_context(pipeline):
+    texts = ["", "boat"]
+    both = generate(
+        pipeline,
+        [PROMPT, PROMPT],
+        negative_context=TextContext(*pipeline.text_encoder.encode(texts)),
+    )
+    shared = generate(
+        pipeline, [PROMPT, PROMPT], sampling={"negative_prompt": texts[1]}
+    )
+    scale = np.abs(both.latents).max()
+    np.testing.assert_allclose(
+        both.latents[1], shared.latents[1], rtol=0, atol=ROUNDING * scale
+    )
+    assert np.abs(both.latents[0] - shared.latents[0]).max() > 1e-3
+
+
+def test_missing_and_unfit_contexts_are_named(pipeline):
+    freed = dataclasses.replace(pipeline, text_encoder=None)
+    context = pipeline.encode([PROMPT, PROMPT])
+    with pytest.raises(ValueError, match=r"no text encoder for prompts=\['a red ball"):
+        generate(freed, PROMPT)
+    with pytest.raises(ValueError, match=r"no text encoder for prompts=\[''\]"):
+        generate(freed, context)
+    short = TextContext(context.embeddings[:, :5], context.lengths)
+    with pytest.raises(ValueError, match=r"prompts has .* shape \(2, 5, 8\)"):
+        generate(pipeline, short)
+    with pytest.raises(ValueError, match="negative_context has embeddings of shape"):
+        generate(pipeline, context, negative_context=short)
+    three = pipeline.encode([PROMPT] * 3)
+    with pytest.raises(ValueError, match="has 3 items; expected 1 or 2, one"):
+        generate(pipeline, context, negative_context=three)
+
+
+class CausalCodec:
+    """Sizes of Wan's VAE, with pixels that repeat the first three channels."""
+
+    stride = (4, 8, 8)
+
+    def latent_shape(self, *, frames, height, width):
+        if frames % 4 != 1:
+            raise ValueError(f"frames={frames} must be 1 more than a multiple of 4")
+        return 1 + frames // 4, height // 8, width // 8, 16
+
+    def encode(self, video):
+        raise NotImplementedError
+
+    def decode(self, latents):
+        pixels = jnp.clip(latents[..., :3], -1, 1)
+        pixels = pixels.repeat(8, axis=2).repeat(8, axis=3)
+        return jnp.concatenate([pixels[:, :1], pixels[:, 1:].repeat(4, axis=1)], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"), [("480p", (21, 30, 52)), ("720p", (21, 45, 80))]
+)
+def test_token_grids_of_the_published_sizes(pipeline, size, grid):
+    causal = dataclasses.replace(pipeline, codec=CausalCodec())
+    shape = causal.latent_shape(Sampling.wan(size))
+    assert shape == (grid[0], 2 * grid[1], 2 * grid[2], 16)
+    got = WanTransformer.grid(pipeline.model, shape)
+    assert (got.frames, got.height, got.width) == grid
+
+
+@pytest.mark.parametrize(
+    ("size", "rest", "turned"),
+    [("480p", (6, 4), False), ("720p", (5, 0), True)],
+    ids=["wide-480p", "tall-720p"],
+)
+def test_runs_at_the_published_sizes(pipeline, size, rest, turned):
+    """One frame with Wan's own tile, which divides neither 30 x 52 nor 45 x 80."""
+    config = dataclasses.replace(pipeline.model.config, tile=(8, 16))
+    shapes = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
+    model = nnx.merge(nnx.split(shapes)[0], nnx.state(pipeline.model))
+    published = dataclasses.replace(pipeline, model=model, codec=CausalCodec())
+    sides = dataclasses.asdict(Sampling.wan(size))
+    height, width = (sides[side] for side in ("height", "width"))
+    assert (height // 16 % 8, width // 16 % 16) == rest
+    if turned:
+        height, width = width, height
+    sampling = {"frames": 1, "height": height, "width": width, "num_steps": 2}
+    dense = generate(published, sampling=sampling)
+    whole = generate(
+        published,
+        sampling=sampling,
+        draft=DraftConfig(sparsity=0.0),
+        schedule=SparsitySchedule(dense_fraction=0.0),
+    )
+    sparse = generate(published, sampling=sampling, draft=DraftConfig(sparsity=0.75))
+    assert dense.video.shape == (1, 1, height, width, 3)
+    np.testing.assert_allclose(whole.latents, dense.latents, rtol=0, atol=ROUNDING)
+    assert np.isfinite(sparse.latents).all()
+    assert (sparse.kept_density[1] < 0.5).all()
+
+
+def test_a_causal_codec(pipeline):
+    causal = dataclasses.replace(pipeline, codec=CausalCodec())
+    sampling = {"frames": 5, "height": 48, "width": 80, "solver": "unipc"}
+    result = generate(causal, sampling=sampling)
+    assert result.latents.shape == (1, 2, 6, 10, 16)
+    assert result.video.shape == (1, 5, 48, 80, 3)
+    assert np.isfinite(result.video).all()
+    for changes, message in (
+        ({"frames": 6}, "frames=6 must be 1 more than a multiple of 4"),
+        ({"height": 40}, "height=40 must be a multiple of 16 for this model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(causal, sampling=sampling | changes)
+
+
+def test_codec_and_transformer_must_agree_in_channels(pipeline):
+    codec = pipeline.codec
+    narrow = dataclasses.replace(codec, basis=codec.basis[:, :4], scale=codec.scale[:4])
+    message = r"codec has 4 latent channels; the transformer makes 16"
+    with pytest.raises(ValueError, match=message):
+        generate(dataclasses.replace(pipeline, codec=narrow))
+
+
+@pytest.mark.parametrize("prompts", ["", "  ", [], ["a ball", ""]], ids=repr)
+def test_empty_prompts_are_refused(pipeline, prompts):
+    with pytest.raises(ValueError, match="at least one prompt, none empty"):
+        generate(pipeline, prompts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 0}, "frames=0 must be a positive integer"),
+        ({"width": True}, "width=True must be a positive integer"),
+        ({"num_steps": 0}, "num_steps=0 must be a positive integer"),
+        ({"seed": -1}, r"seed=-1 must be an integer in \[0, 2\*\*32\)"),
+        ({"seed": 2**32}, "seed=4294967296 must be an integer"),
+        ({"guidance": float("nan")}, "guidance=nan must be a finite number"),
+        ({"shift": 0.0}, "shift=0.0 must be a positive"),
+        ({"solver": "heun"}, "solver='heun' must be one of"),
+        ({"solver": FlowUniPC(num_steps=3)}, r"num_steps=16 must equal .*num_steps=3"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("without_jaxtyping")
+def test_bad_sampling_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**changes)

@@ -1,0 +1,108 @@
+"""Whole loops against diffusers; see tests/fixtures/make_scheduler_fixtures."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from models.diffusion.schedulers import FlowEuler, FlowUniPC
+from tests import tolerances
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+TENSORS = safetensors.numpy.load_file(FIXTURES / "schedulers.safetensors")
+CASES = sorted({key.split("/")[0] for key in TENSORS if "/" in key})
+UNIPC_CASES = [case for case in CASES if case.startswith("unipc")]
+
+
+def velocity(sample, timestep):
+    """The formula of the fixture script, once more."""
+    return (
+        jnp.sin(2.0 * sample + timestep / 300.0)
+        + 0.5 * (timestep / 1000.0) * jnp.tanh(sample[..., ::-1])
+        - 0.2
+    )
+
+
+def make_solver(case):
+    name, grid, steps, shift = case.split("_")
+    solver = {"euler": FlowEuler, "unipc": FlowUniPC}[name]
+    return solver(num_steps=int(steps), shift=float(shift), grid=grid)
+
+
+def run_loop(solver, noise, step=None):
+    """The sample before every step and after the last, in the dtype of `noise`."""
+    if step is None:
+        step = jax.jit(step_of(solver))
+    sample = jnp.asarray(noise)
+    history, samples = solver.initial_history(sample), [np.asarray(sample)]
+    for index, timestep in enumerate(solver.timesteps):
+        coefficients = jax.tree.map(
+            lambda value: jnp.asarray(value, noise.dtype), solver.coefficients(index)
+        )
+        timestep = jnp.asarray(timestep, noise.dtype)
+        sample, history = step(sample, timestep, history, coefficients)
+        samples.append(np.asarray(sample))
+    return np.stack(samples)
+
+
+def step_of(solver):
+    def step(sample, timestep, history, coefficients):
+        return solver.update(sample, velocity(sample, timestep), history, coefficients)
+
+    return step
+
+
+def test_there_are_fixtures():
+    assert len(CASES) == 36
+    assert len(UNIPC_CASES) == 18
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_noise_levels_match(case):
+    solver = make_solver(case)
+    sigmas, timesteps = TENSORS[f"{case}/sigmas"], TENSORS[f"{case}/timesteps"]
+    if case in UNIPC_CASES:
+        np.testing.assert_array_equal(solver.sigmas, sigmas)
+        np.testing.assert_array_equal(solver.timesteps, timesteps)
+    else:  # ours are not rounded to float32
+        np.testing.assert_allclose(solver.sigmas, sigmas, rtol=0, atol=2e-7)
+        np.testing.assert_allclose(solver.timesteps, timesteps, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loop_matches(case):
+    got = run_loop(make_solver(case), TENSORS["noise"])
+    assert got.dtype == np.float32
+    expected = TENSORS[f"{case}/float32"]
+    np.testing.assert_allclose(got, expected, **tolerances.SCHEDULER_LOOP)
+
+
+@pytest.mark.parametrize("case", UNIPC_CASES)
+def test_loop_matches_in_double_precision(case):
+    with jax.enable_x64(True):
+        got = run_loop(make_solver(case), TENSORS["noise"].astype(np.float64))
+    assert got.dtype == np.float64
+    expected = TENSORS[f"{case}/float64"]
+    np.testing.assert_allclose(got, expected, **tolerances.SCHEDULER_LOOP_FLOAT64)
+
+
+@pytest.mark.parametrize("solver", [FlowEuler, FlowUniPC])
+def test_one_compilation_serves_all_steps_and_grids(solver):
+    solvers = [solver(num_steps=n, shift=3.0) for n in (1, 2, 7)]
+    solvers.append(solver(num_steps=7, shift=5.0, grid="diffusers"))
+    traces = []
+
+    @jax.jit
+    def step(*arguments):
+        traces.append(arguments)
+        return step_of(solvers[0])(*arguments)
+
+    noise = TENSORS["noise"]
+    shared = [run_loop(each, noise, step) for each in solvers]
+    assert len(traces) == 1
+    own = [run_loop(each, noise) for each in solvers]
+    for one, other in zip(shared, own, strict=True):
+        np.testing.assert_array_equal(one, other)

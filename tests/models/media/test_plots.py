@@ -1,0 +1,75 @@
+import matplotlib.image
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from models.media import plots
+from models.media import video as video_io
+
+
+def test_kept_share_shows_its_numbers(tmp_path):
+    """Equal shares everywhere but in one cell give a picture with one odd cell."""
+    figures_before = plt.get_fignums()
+    pictures = []
+    for odd in (0.2, 0.9):
+        kept = np.full((5, 3), 0.2)
+        kept[4, 0] = odd
+        path = tmp_path / f"{odd}.png"
+        plots.plot_kept_share(path, kept, np.linspace(1000, 200, 5), title="a title")
+        pictures.append(matplotlib.image.imread(path))
+    differs = (pictures[0] != pictures[1]).any(-1)
+    rows, columns = np.nonzero(differs)
+    height, width = differs.shape
+    # The last of 5 columns and the first of 3 rows of the heat map.
+    assert columns.min() > 0.5 * width
+    assert rows.max() < 0.5 * height
+    assert differs.mean() > 0.01
+    assert plt.get_fignums() == figures_before, "no global figure is left behind"
+
+
+def test_attention_draws_the_panels_that_are_asked_for(tmp_path):
+    rng = np.random.default_rng(0)
+    maps = rng.dirichlet(np.ones(6), size=(4, 3, 6))
+    path = tmp_path / "attention.png"
+    plots.plot_attention(
+        path,
+        maps,
+        maps > 0.2,
+        layers=(0, 3),
+        heads=(1,),
+        blocks_per_frame=2,
+        title="title",
+    )
+    height, width = matplotlib.image.imread(path).shape[:2]
+    inches = np.array([4 * plots.PANEL_INCHES + 1.0, plots.PANEL_INCHES + 0.6])
+    np.testing.assert_allclose([height, width], inches * plots.DOTS_PER_INCH, atol=2)
+    assert [file.name for file in tmp_path.iterdir()] == ["attention.png"]
+
+
+def test_a_map_of_zeros_can_be_drawn(tmp_path):
+    """The colours are logarithms, which zero has none of."""
+    maps = np.zeros((1, 1, 4, 4))
+    with np.errstate(divide="raise"):
+        plots.plot_attention(
+            tmp_path / "zero.png",
+            maps,
+            maps > 0,
+            layers=(0,),
+            heads=(0,),
+            blocks_per_frame=4,
+            title="",
+        )
+
+
+@pytest.mark.parametrize("indices", [(), (4,), (-1,), (0, 7)], ids=str)
+def test_panels_that_do_not_exist_are_named(indices):
+    with pytest.raises(ValueError, match=r"layers=.* must be at least one of 0 \.\. 3"):
+        plots.check_indices("layers", indices, 4)
+
+
+def test_missing_extra_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(video_io.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(video_io.MissingExtraError, match="matplotlib"):
+        plots.plot_kept_share(
+            tmp_path / "x.png", np.ones((2, 2)), np.array([2.0, 1.0]), title=""
+        )

@@ -1,0 +1,74 @@
+"""Dense attention with the Hopper kernel: interpret mode, lowering, and when it runs.
+
+Its GPU tests are in tests/gpu.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from draft_jax.grid import VideoGrid
+from pallas_kernels.attention.sm90 import dense as hopper_dense
+from pallas_kernels.common.interfaces import Device
+from tests.pallas_kernels.attention.reference import numpy_attention, random_qkv
+from tests.tolerances import ATTENTION
+
+HOPPER = Device(platform="gpu", kind="NVIDIA H100", compute_capability=(9, 0))
+
+
+@pytest.mark.usefixtures("no_races")
+@pytest.mark.parametrize(
+    "lengths", [pytest.param(None, marks=pytest.mark.slow), (176, 130)], ids=str
+)
+def test_interpreted_matches_numpy(lengths):
+    """176 tokens: a full block and one of 48; with lengths, rows are cut."""
+    grid = VideoGrid(1, 8, 6, tile=(8, 16), text_length=128)
+    sizes = {"batch": 2, "num_heads": 1, "head_dim": 64, "dtype": "bfloat16"}
+    q, k, v = random_qkv(grid, **sizes)
+    out = hopper_dense.hopper_dense_attention(
+        q,
+        k,
+        v,
+        scale=0.125,
+        lengths=None if lengths is None else jnp.asarray(lengths, jnp.int32),
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    text_lengths = None if lengths is None else [n - 48 for n in lengths]
+    dense = np.ones((2, 1, grid.num_blocks, grid.num_blocks), bool)
+    want, _ = numpy_attention(q, k, v, dense, grid, text_lengths=text_lengths)
+    np.testing.assert_allclose(out.astype("float32"), want, **ATTENTION["bfloat16"])
+
+
+@pytest.mark.parametrize("num_tokens", [32_760, 126_720], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128], ids=str)
+def test_lowers_for_cuda(num_tokens, head_dim):
+    q = jax.ShapeDtypeStruct((1, num_tokens, 3, head_dim), jnp.bfloat16)
+
+    def run(q, k, v):
+        return hopper_dense.hopper_dense_attention(q, k, v, scale=0.1)
+
+    lowered = jax.jit(run).trace(q, q, q).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+REFUSED = {
+    "short": ((1, 4088, 2, 128), "bfloat16", HOPPER, "at least 4096, not 4088"),
+    "odd": ((1, 5001, 2, 128), "bfloat16", HOPPER, "a multiple of 8 tokens"),
+    "dtype": ((1, 8192, 2, 128), "float32", HOPPER, "not float32"),
+    "head-dim": ((1, 8192, 2, 96), "bfloat16", HOPPER, "64 and 128, not 96"),
+    "cpu": ((1, 8192, 2, 128), "bfloat16", Device(platform="cpu"), "sm_90"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_says_why_it_is_not_used(case):
+    *arguments, cause = REFUSED[case]
+    assert cause in hopper_dense.why_unsupported(*arguments)
+
+
+def test_is_used_for_long_sequences():
+    assert (
+        hopper_dense.why_unsupported((1, 32_760, 12, 128), "bfloat16", HOPPER) is None
+    )

@@ -1,0 +1,115 @@
+"""Where blocks lie: checked by reading tokens as the kernel would."""
+
+import numpy as np
+import pytest
+
+from draft_jax.grid import VideoGrid
+from pallas_kernels.attention.sm90.copies import reciprocal_of
+from pallas_kernels.attention.sm90.geometry import geometry
+from pallas_kernels.attention.sm90.plan import BLOCK, Boxes, Runs, SingleRows
+
+GRIDS = {  # grid, is read by TMA in tiled order, in raster order
+    "divisible": (VideoGrid(2, 16, 48), True, True),
+    "720p": (VideoGrid(2, 45, 80, text_length=256), True, True),
+    "480p": (VideoGrid(2, 30, 52), True, False),
+    "text-before": (
+        VideoGrid(2, 16, 32, text_length=40, text_side="before"),
+        True,
+        True,
+    ),
+    "odd": (VideoGrid(2, 15, 26, text_length=13), False, False),
+    "small": (VideoGrid(1, 5, 16), False, False),
+    "narrower-than-a-tile": (VideoGrid(2, 13, 8), True, True),
+    "wide-tile": (VideoGrid(1, 6, 64, tile=(2, 64)), True, True),
+    "tile-of-one-row": (VideoGrid(2, 3, 128, tile=(1, 128)), True, True),
+    "narrow-tile": (VideoGrid(1, 32, 8, tile=(32, 4)), True, False),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("order", ["tiled", "raster"])
+def test_places_hold_the_tokens_of_their_blocks(name, order):
+    grid, *by_tma = GRIDS[name]
+    places = geometry(grid, order)
+    assert isinstance(places.copies, SingleRows) != by_tma[order == "raster"]
+    tokens = np.arange(grid.num_tokens)
+    # `memory[i]` is the tiled number of the token that the kernel finds at i.
+    memory = tokens if order == "tiled" else grid.raster_order
+    for block in range(grid.num_blocks):
+        length = int(grid.block_lengths[block])
+        width = places.widths[places.width_of_block[block]]
+        row = np.arange(length)
+        match places.copies:
+            case SingleRows():
+                found = memory[tokens_by_rows(places, block, row)]
+            case Boxes(number=number):
+                found = tokens_of_boxes(memory, places, block, length, number)
+            case Runs(run):
+                place = 8 * places.starts[block] + row % run
+                place += row // run * 8 * places.strides[block]
+                found = memory[place]
+        want = grid.block_starts[block] + np.arange(length)
+        assert sorted(found) == want.tolist()
+        # The log-sum-exp of the token in row i of the block is at `128 block + i`.
+        if not isinstance(places.copies, Boxes):
+            np.testing.assert_array_equal(found, want)
+        elif length == BLOCK:
+            in_order = tokens if order == "tiled" else grid.tile_order
+            where = places.scatter[in_order[found]]
+            np.testing.assert_array_equal(where, BLOCK * block + np.arange(BLOCK))
+        assert length <= width.longest <= width.tokens <= BLOCK
+        assert width.tokens % 16 == 0
+        assert width.masks or length == width.tokens
+
+
+def tokens_by_rows(places, block, row):
+    """As the kernel's instructions have it."""
+    assert (row * places.reciprocals[block] < 2**31).all()
+    run = row * places.reciprocals[block] >> 16
+    return places.starts[block] + row + run * places.strides[block]
+
+
+@pytest.mark.parametrize("run", range(1, BLOCK + 1))
+def test_reciprocals_divide_rows_exactly(run):
+    row = np.arange(BLOCK)
+    np.testing.assert_array_equal(row * reciprocal_of(run) >> 16, row // run)
+
+
+def tokens_of_boxes(memory, places, block, length, number_of_boxes):
+    """Reads a block box by box, as its copies do."""
+    frames = memory.reshape(places.frame_shape)
+    rows = length // (8 * number_of_boxes)
+    first, column = places.starts[block], places.strides[block]
+    return np.concatenate(
+        [
+            frames[first : first + rows, column + number].ravel()
+            for number in range(number_of_boxes)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("grid", "has_boxes"),
+    [
+        (VideoGrid(2, 45, 80), True),
+        (VideoGrid(2, 45, 80, text_length=256), False),
+        (VideoGrid(1, 8, 64, tile=(4, 32)), True),
+        (VideoGrid(2, 13, 8), False),  # 40 tokens are not whole runs of 16
+        (VideoGrid(1, 32, 16, tile=(16, 8)), False),  # 128 tokens of a consumer's 64
+    ],
+    ids=str,
+)
+def test_boxes_are_for_videos_without_text(grid, has_boxes):
+    assert isinstance(geometry(grid, "raster").copies, Boxes) == has_boxes
+    assert not isinstance(geometry(grid, "tiled").copies, Boxes)
+
+
+def test_widths_of_480p():
+    """Tiles of 8 x 16, 6 x 16, 8 x 4 and 6 x 4 tokens."""
+    places = geometry(VideoGrid(1, 30, 52), "tiled")
+    assert [(w.tokens, w.masks) for w in places.widths] == [
+        (128, False),
+        (96, False),
+        (32, True),
+    ]
+    assert np.bincount(places.width_of_block).tolist() == [9, 3, 4]

@@ -1,0 +1,75 @@
+"""The order in which the Hopper kernel's CTAs take query blocks."""
+
+import heapq
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.attention.wave_model import longest_first
+from pallas_kernels.attention.sm90.backend import tile_order
+
+SLOTS = 48
+
+
+def order_of(counts):
+    return np.asarray(tile_order(jnp.asarray(counts, jnp.int32), SLOTS))
+
+
+def start_times(order, counts):
+    """When each tile starts on a card that runs SLOTS tiles at a time, in order."""
+    free = [0] * SLOTS
+    starts = np.zeros(counts.size)
+    for tile in order:
+        starts[tile] = heapq.heappop(free)
+        heapq.heappush(free, starts[tile] + counts.flat[tile])
+    return starts.reshape(counts.shape), max(free)
+
+
+def longest_spread(starts):
+    """How far apart, at most, tiles of one list start that start one after another.
+
+    Between two waves of CTAs nothing starts for a while, so they count as two.
+    """
+    spread = 0.0
+    for own in np.sort(starts, axis=1):
+        for wave in np.split(own, np.flatnonzero(np.diff(own) > 20) + 1):
+            spread = max(spread, wave[-1] - wave[0])
+    return spread
+
+
+@pytest.mark.parametrize("full", [0, 1, 2, 7])
+@pytest.mark.parametrize(("num_lists", "num_blocks"), [(1, 7), (5, 31), (3, 12)])
+def test_every_tile_once_and_full_rows_first(num_lists, num_blocks, full):
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, num_blocks, (num_lists, num_blocks))
+    counts[:, rng.permutation(num_blocks)[:full]] = num_blocks
+    order = order_of(counts)
+    np.testing.assert_array_equal(np.sort(order), np.arange(counts.size))
+    in_order = counts.ravel()[order]
+    number = num_lists * min(full, num_blocks)
+    assert (in_order[:number] == num_blocks).all()
+    assert (in_order[number:] < num_blocks).all()
+    lists = order[number:] // num_blocks
+    assert (np.diff(lists) >= 0).all()
+
+
+def test_full_masks_keep_the_order_of_blocks():
+    counts = np.full((3, 31), 31)
+    np.testing.assert_array_equal(order_of(counts), np.arange(93))
+
+
+@pytest.mark.parametrize(("full", "most", "before"), [(0, 10, 50), (2, 50, 70)])
+def test_waves_of_a_list_start_together(full, most, before):
+    """Six lists of 7.4 waves each, of blocks with about 100 entries."""
+    rng = np.random.default_rng(1)
+    others = np.clip(rng.normal(100, 4, (6, 7 * SLOTS + 5)), 90, 110).astype(int)
+    num_blocks = others.shape[1] + full
+    counts = np.full((6, num_blocks), num_blocks)
+    counts[:, full:] = others
+    starts, end = start_times(order_of(counts), counts)
+    # Longest first, list by list, is the order that this one improves.
+    plain_starts, plain_end = start_times(longest_first(counts), counts)
+    assert longest_spread(starts[:, full:]) < most
+    assert longest_spread(plain_starts[:, full:]) > before
+    assert end < 1.01 * plain_end

@@ -1,0 +1,208 @@
+"""The kernel that norms, rotates and pools, in GPU interpret mode, against loops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from draft_jax.draft import pooling
+from draft_jax.grid import VideoGrid
+from pallas_kernels.common.interfaces import Device
+from pallas_kernels.pooling.sm90 import norm_rope_pool as kernel
+from pallas_kernels.pooling.sm90.norm_rope_pool import QKNorm
+from tests import tolerances
+from tests.draft_jax import naive_draft
+from tests.pallas_kernels.pooling import naive_norm_rope
+
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+H100 = Device(platform="gpu", kind="H100", compute_capability=(9, 0))
+NORMS = {"heads": QKNorm(over="heads"), "head": QKNorm(over="head", eps=1e-5)}
+NORMS["none"] = None
+GRIDS = {
+    "divisible": VideoGrid(1, 4, 8, tile=(2, 4)),
+    "edges-and-text": VideoGrid(1, 3, 6, tile=(2, 4), text_length=3),
+    "text-before": VideoGrid(1, 2, 5, tile=(2, 4), text_length=5, text_side="before"),
+}
+
+
+pytestmark = pytest.mark.usefixtures("no_races")
+
+
+def random_case(grid, heads, *, norm, dtype, batch=1, seed=0):
+    """q, k, scales and rotary table; the tokens of q and k in raster order."""
+    rng = np.random.default_rng(seed)
+    num_heads, head_dim = heads
+    shape = (batch, grid.num_tokens, *heads)
+    q, k = (jnp.asarray(3 * rng.normal(size=shape), dtype) for _ in range(2))
+    scales = None
+    if norm is not None:
+        width = head_dim if norm.over == "head" else num_heads * head_dim
+        scales = tuple(
+            jnp.asarray(rng.uniform(0.5, 2, width), jnp.float32) for _ in range(2)
+        )
+    angles = rng.uniform(0, 7, (grid.num_visual_tokens, head_dim // 2))
+    rope = tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
+    return q, k, scales, rope
+
+
+def check(got, given, grid, order, norm):
+    """Written arrays against loops, pooled ones against what was written."""
+    q, k, scales, rope = given
+    cos, sin = (None, None) if rope is None else rope
+    for i, x in enumerate((q, k)):
+        expected = naive_norm_rope.norm_rope(
+            np.asarray(x, np.float64),
+            over=None if norm is None else norm.over,
+            eps=0.0 if norm is None else norm.eps,
+            scale=None if scales is None else scales[i],
+            cos=cos,
+            sin=sin,
+            visual=grid.visual_tokens,
+        )
+        written = np.asarray(got[i], np.float64)
+        if order == "tiled":
+            written = written[:, grid.raster_order]
+        bound = tolerances.NORM_ROPE[x.dtype.name]
+        np.testing.assert_allclose(written, expected, **bound)
+        visual = written[:, grid.visual_tokens]
+        pooled = got[2 + 2 * i : 4 + 2 * i]
+        np.testing.assert_allclose(
+            pooled[0], naive_draft.pool(visual, grid), **tolerances.POOLED
+        )
+        np.testing.assert_array_equal(pooled[1], naive_draft.pool(visual, grid, np.max))
+
+
+def run(given, grid, order, norm):
+    q, k, scales, rope = given
+    if order == "tiled":
+        q, k = (x[:, grid.tile_order] for x in (q, k))
+        first = grid.visual_tokens.start
+        tiled = grid.tile_order[grid.visual_tokens] - first
+        rope = None if rope is None else tuple(x[tiled] for x in rope)
+    return kernel.norm_rope_pool(
+        q,
+        k,
+        scales,
+        rope,
+        pooling.tile_table(grid, order),
+        grid.visual_tokens,
+        norm=norm,
+        reductions=("mean", "max"),
+        interpret=INTERPRET,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "norm", "dtype", "heads"),
+    [
+        ("divisible", "tiled", "heads", "bfloat16", (8, 64)),
+        ("divisible", "raster", "head", "float16", (8, 128)),
+        ("edges-and-text", "raster", "heads", "bfloat16", (4, 128)),
+        ("edges-and-text", "tiled", "head", "bfloat16", (4, 128)),
+        ("edges-and-text", "tiled", "none", "float16", (8, 64)),
+        ("text-before", "raster", "heads", "float32", (4, 64)),
+        ("text-before", "tiled", "heads", "float16", (8, 64)),
+        ("text-before", "raster", "head", "bfloat16", (32, 64)),
+    ],
+    ids=str,
+)
+def test_matches_loops(name, order, norm, dtype, heads):
+    grid, norm = GRIDS[name], NORMS[norm]
+    given = random_case(grid, heads, norm=norm, dtype=dtype)
+    check(run(given, grid, order, norm), given, grid, order, norm)
+
+
+def test_without_rotation():
+    grid, norm = GRIDS["edges-and-text"], NORMS["heads"]
+    q, k, scales, _ = random_case(grid, (4, 64), norm=norm, dtype="bfloat16", batch=2)
+    given = (q, k, scales, None)
+    check(run(given, grid, "raster", norm), given, grid, "raster", norm)
+
+
+@pytest.mark.parametrize("mapped_scales", [False, True], ids=["shared", "mapped"])
+def test_mapped_axes(mapped_scales):
+    grid, norm = VideoGrid(1, 2, 4, tile=(2, 2)), NORMS["head"]
+    q, k, scales, rope = random_case(grid, (4, 64), norm=norm, dtype="float32", batch=2)
+    both = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), scales)
+    call = functools.partial(
+        kernel.norm_rope_pool,
+        rope=rope,
+        tiles=pooling.tile_table(grid, "tiled"),
+        visual_tokens=grid.visual_tokens,
+        norm=norm,
+        interpret=INTERPRET,
+    )
+    axes = (0, None, 0 if mapped_scales else None)
+    got = jax.vmap(call, axes)(q[:, None], k[:1], both if mapped_scales else scales)
+    for i in range(2):
+        own = jax.tree.map(lambda x, i=i: x[i], both) if mapped_scales else scales
+        expected = call(q[i : i + 1], k[:1], own)
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(a[i], b)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "norm", "text_side"),
+    [
+        ("bfloat16", (24, 128), "head", "after"),
+        ("bfloat16", (40, 128), "heads", None),
+        ("float16", (12, 128), "heads", "before"),
+        ("float32", (4, 64), "none", None),
+    ],
+    ids=str,
+)
+def test_lowers_for_cuda(dtype, heads, norm, text_side):
+    text = {"text_length": 200, "text_side": text_side} if text_side else {}
+    grid, norm = VideoGrid(3, 45, 80, **text), NORMS[norm]
+    given = jax.eval_shape(lambda: random_shapes(grid, heads, norm, dtype))
+    lowered = (
+        jax.jit(
+            lambda q, k, scales, rope: kernel.norm_rope_pool(
+                q,
+                k,
+                scales,
+                rope,
+                pooling.tile_table(grid, "raster"),
+                grid.visual_tokens,
+                norm=norm,
+                reductions=("mean", "max"),
+            )
+        )
+        .trace(*given)
+        .lower(lowering_platforms=("cuda",))
+    )
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def random_shapes(grid, heads, norm, dtype):
+    q = jnp.zeros((2, grid.num_tokens, *heads), dtype)
+    width = heads[1] if norm is None or norm.over == "head" else heads[0] * heads[1]
+    scale, table = jnp.zeros(width), jnp.zeros((grid.num_visual_tokens, heads[1] // 2))
+    return q, q, None if norm is None else (scale, scale), (table, table)
+
+
+def test_causes_are_named():
+    norm = NORMS["heads"]
+    good = (1, 64, 40, 128)
+    assert kernel.why_unsupported(good, "bfloat16", norm, H100) is None
+    cpu = Device(platform="cpu")
+    assert "sm_90" in str(kernel.why_unsupported(good, "bfloat16", norm, cpu))
+    for shape, dtype, message in (
+        (good, "float64", "float16, not float64"),
+        ((1, 64, 3, 128), "bfloat16", "3 heads of 128 channels cannot be divided"),
+        ((1, 64, 4, 96), "bfloat16", "4 heads of 96 channels cannot be divided"),
+        ((1, 64, 64, 128), "bfloat16", r"at most 6144 channels"),
+    ):
+        assert message in str(kernel.why_unsupported(shape, dtype, norm, H100))
+    with pytest.raises(ValueError, match="3 heads of 64 channels"):
+        run(
+            random_case(GRIDS["divisible"], (3, 64), norm=norm, dtype="float32"),
+            GRIDS["divisible"],
+            "raster",
+            norm,
+        )
+    with pytest.raises(ValueError, match="must be 'heads' or 'head'"):
+        QKNorm(over="rows")
