@@ -3,13 +3,14 @@
     PYTHONPATH=cuda PATH=cuda/nvidia/cu13/bin:$PATH \
         python -m benchmarks.wan.moves --output benchmarks/results/wan_moves_h100.json
 
-`benchmarks.attention.compile_hopper` says what belongs in the folder `cuda`. The program
-is one call of the 14B transformer with draft attention, all sizes but the number of layers as
-published: layers are a loop, so two have the program of forty. Listed are gathers,
-transposes, copies and the like of arrays with an element for each token and channel
-(`layers`), and of smaller ones with a row of 64 or more for each token (`ends`:
-patches, rotation tables, output). Weights are counted nowhere. Each kind of step that
-`models.diffusion.sampler` compiles is looked at; a conditional would wait for the host.
+`benchmarks.attention.compile_hopper` says what belongs in the folder `cuda`. The
+program is one call of the 14B transformer with draft attention, all sizes but the
+number of layers as published: layers are a loop, so two have the program of forty.
+Listed are gathers, transposes, copies and the like of arrays with an element for each
+token and channel (`layers`), and of smaller ones with a row of 64 or more for each
+token (`ends`: patches, rotation tables, output). Weights are counted nowhere. Each kind
+of step that `models.diffusion.sampler` compiles is looked at; a conditional would wait
+for the host.
 """
 
 import argparse
