@@ -3,11 +3,11 @@
 from pallas_kernels.attention.api import (
     BackendChoice,
     BackendName,
-    SlowBackendWarning,
     block_sparse_attention,
     chosen_backend,
 )
 from pallas_kernels.attention.dense import dense_attention
+from pallas_kernels.common.slow_paths import SlowBackendWarning
 
 __all__ = [
     "BackendChoice",

@@ -41,7 +41,7 @@ from draft_jax import DraftConfig, StepKind
 from draft_jax.attention import initial_mask
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
-from pallas_kernels.common.interfaces import Device
+from pallas_kernels.common.device import Device
 
 H100 = Device(platform="gpu", kind="NVIDIA H100", compute_capability=(9, 0))
 CUDNN_VERSION = 91900

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt32
 
-from pallas_kernels.common.interfaces import current_device
+from pallas_kernels.common.device import current_device
 from pallas_kernels.ranking.sm90 import maps as rank_sm90
 
 BITS = 32  # of a word

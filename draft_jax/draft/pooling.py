@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 from draft_jax.config import DraftConfig
 from draft_jax.grid import IntVector, VideoGrid
 from draft_jax.pytree import register_dataclass
-from pallas_kernels.attention.api import warn_once
-from pallas_kernels.common.interfaces import Order, current_device
+from pallas_kernels.common.device import current_device
+from pallas_kernels.common.interfaces import Order
+from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.validation import check_order
 from pallas_kernels.pooling.sm90 import pool_tiles as pool_tiles_sm90
 from pallas_kernels.pooling.sm90.pool_tiles import Reduction

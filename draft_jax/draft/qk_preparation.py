@@ -15,9 +15,10 @@ from draft_jax.draft.pooling import (
     tile_table,
 )
 from draft_jax.grid import VideoGrid
-from pallas_kernels.attention.api import warn_once
 from pallas_kernels.common import validation
-from pallas_kernels.common.interfaces import Order, current_device
+from pallas_kernels.common.device import current_device
+from pallas_kernels.common.interfaces import Order
+from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.pooling.sm90 import norm_rope_pool as norm_rope_pool_sm90
 from pallas_kernels.pooling.sm90.norm_rope_pool import QKNorm
 from pallas_kernels.pooling.sm90.pool_tiles import Reduction
@@ -80,7 +81,7 @@ def norm_rope_pool(
         if not reductions:
             return q, k, None
         return q, k, PooledTokens.from_reductions(reductions, tuple(values))
-    if device.compute_capability == (9, 0):
+    if device.is_hopper:
         warn_once(f"norm_rope_pool runs as XLA operations: {cause}")
     q, k = _with_xla(q, k, scales, rope, grid=grid, norm=norm)
     if not (reductions and pool_anyway):

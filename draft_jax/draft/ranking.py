@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
 from draft_jax.draft import packed_bits
-from pallas_kernels.attention.api import warn_once
-from pallas_kernels.common.interfaces import current_device
+from pallas_kernels.common.device import current_device
+from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.ranking.sm90 import maps as rank_sm90
 from pallas_kernels.ranking.sm90 import rows as rank_rows_sm90
 

@@ -26,7 +26,7 @@ from draft_jax import (
 )
 from models.wan.config import WanConfig
 from pallas_kernels.attention.dense import dense_attention, why_no_cudnn
-from pallas_kernels.common.interfaces import current_device
+from pallas_kernels.common.device import current_device
 
 # The original's initialisation of all linear layers but the last.
 XAVIER_UNIFORM = nnx.initializers.xavier_uniform()

@@ -6,7 +6,6 @@ To add a backend, write a module with a `BACKEND` record, add it to `BACKENDS` a
 
 import dataclasses
 import logging
-import warnings
 from typing import Literal, overload
 
 import jax
@@ -18,14 +17,15 @@ from pallas_kernels.attention import reference as oracle
 from pallas_kernels.attention import xla
 from pallas_kernels.attention.sm90 import backend as hopper
 from pallas_kernels.common import validation
+from pallas_kernels.common.device import current_device
 from pallas_kernels.common.interfaces import (
     Backend,
     BlockLayout,
     BlockLists,
     Order,
     Problem,
-    current_device,
 )
+from pallas_kernels.common.slow_paths import warn_once
 
 BackendName = Literal["auto", "hopper", "xla", "oracle"]
 
@@ -42,10 +42,6 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 
 _logger = logging.getLogger(__name__)
-
-
-class SlowBackendWarning(UserWarning):
-    """`backend="auto"` took a path that is slower than the device allows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,21 +226,6 @@ def choose(problem: Problem, backend: str) -> BackendChoice:
 
 def _take(x: jax.Array, indices: np.ndarray, *, axis: int) -> jax.Array:
     return jnp.take(x, indices, axis=axis, unique_indices=True, mode="clip")
-
-
-_warned: set[str] = set()
-
-
-def warn_once(message: str) -> None:
-    """Issues a SlowBackendWarning unless the same message was issued before."""
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, SlowBackendWarning, stacklevel=3)
-
-
-def forget_warnings() -> None:
-    """Makes every warning of this module be issued once more."""
-    _warned.clear()
 
 
 def _describe(

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention.api import BackendChoice, warn_once
+from pallas_kernels.attention.api import BackendChoice
 from pallas_kernels.attention.sm90 import dense as hopper_dense
 from pallas_kernels.attention.sm90.plan import ALIGNMENT
 from pallas_kernels.common import validation
-from pallas_kernels.common.interfaces import BlockLayout, Device, current_device
+from pallas_kernels.common.device import Device, current_device
+from pallas_kernels.common.interfaces import BlockLayout
+from pallas_kernels.common.slow_paths import warn_once
 
 # Logits held at once by the chunked path. On two CPU cores, 2304 tokens and head_dim
 # 128, chunks of 128, 256, 384 and 768 queries take 360, 345, 328 and 312 ms; a GPU

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.common.device import current_device
 from pallas_kernels.common.interfaces import (
     Backend,
     BlockLayout,
     BlockLists,
     Problem,
-    current_device,
     valid_lengths,
 )
 

@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.common.device import Device
 
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -93,21 +94,6 @@ def valid_lengths(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Device:
-    """The device a call is compiled for.
-
-    Attributes:
-      platform: "cpu", "gpu" or "tpu".
-      kind: Its name, for messages.
-      compute_capability: (9, 0) for Hopper; None when it is not an NVIDIA GPU.
-    """
-
-    platform: str
-    kind: str = "unknown"
-    compute_capability: tuple[int, int] | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
     """What dispatch knows before tracing: sizes, dtype, layout and device."""
 
@@ -146,36 +132,3 @@ class Backend:
     why_unsupported: Callable[[Problem], str | None]
     why_slow: Callable[[Problem], str | None]
     takes_raster: bool = False
-
-
-def current_device(*arrays: object) -> Device:
-    """Describes the device that a call on these arrays runs on.
-
-    A concrete array answers for itself. Under a transformation arrays carry no
-    device, and jit compiles for the default device (`jax.default_device`, else the
-    first one), so that one is described. Code jitted for another platform than the
-    default one should name its backend.
-    """
-    for array in arrays:
-        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
-            return describe_device(next(iter(array.devices())))
-    default = jax.config.jax_default_device
-    if default is None:
-        return describe_device(jax.devices()[0])
-    if isinstance(default, str):
-        return describe_device(jax.devices(default)[0])
-    return describe_device(default)
-
-
-def describe_device(device: jax.Device) -> Device:
-    """Reads platform, name and compute capability of a jax device."""
-    capability = None
-    is_cuda = "cuda" in device.client.platform_version.lower()
-    if device.platform == "gpu" and is_cuda:
-        major, minor = str(device.compute_capability).split(".")
-        capability = int(major), int(minor)
-    return Device(
-        platform=device.platform,
-        kind=device.device_kind,
-        compute_capability=capability,
-    )

@@ -20,8 +20,8 @@ from draft_jax import (
     initial_mask,
     scheduled_attention,
 )
-from pallas_kernels.common import interfaces
-from pallas_kernels.common.interfaces import Device
+from pallas_kernels.common import device as device_module
+from pallas_kernels.common.device import Device
 
 H100 = Device(platform="gpu", kind="NVIDIA H100", compute_capability=(9, 0))
 DIVISIBLE = VideoGrid(5, 48, 80)
@@ -40,7 +40,7 @@ OF_A_NEW_MASK = (
 
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch):
-    monkeypatch.setattr(interfaces, "describe_device", lambda device: H100)
+    monkeypatch.setattr(device_module, "describe_device", lambda device: H100)
 
 
 def lower(layer, grid, *more):

@@ -8,7 +8,7 @@ import pytest
 from draft_jax.grid import VideoGrid
 from pallas_kernels import block_sparse_attention, dense_attention
 from pallas_kernels.attention.dense import why_no_cudnn
-from pallas_kernels.common.interfaces import current_device
+from pallas_kernels.common.device import current_device
 from tests.pallas_kernels.attention.reference import (
     compress,
     matrix_attention,

@@ -16,7 +16,7 @@ from pallas_kernels.attention.sm90.geometry import geometry
 from pallas_kernels.attention.sm90.kernel import attend_blocks_again
 from pallas_kernels.attention.sm90.partition_lists import partition_lists
 from pallas_kernels.attention.sm90.plan import BLOCK, KernelConfig
-from pallas_kernels.common.interfaces import current_device
+from pallas_kernels.common.device import current_device
 from tests.pallas_kernels.attention.reference import (
     check_partition,
     compress,

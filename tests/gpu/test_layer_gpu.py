@@ -8,7 +8,7 @@ import pytest
 from draft_jax import DraftConfig, VideoGrid, select_blocks
 from draft_jax.config import static_budget
 from draft_jax.draft import pooling
-from pallas_kernels.common.interfaces import current_device
+from pallas_kernels.common.device import current_device
 from pallas_kernels.pooling.sm90 import pool_tiles as pool_tiles_sm90
 from pallas_kernels.ranking.sm90 import maps as rank_sm90
 from tests.draft_jax import naive_draft

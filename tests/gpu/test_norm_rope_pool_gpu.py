@@ -12,8 +12,8 @@ import pytest
 from draft_jax import DraftConfig, QKNorm, VideoGrid, compute_mask, norm_rope_pool
 from draft_jax.config import static_budget
 from draft_jax.draft.pooling import pool_queries_and_keys
-from pallas_kernels.attention.api import forget_warnings
-from pallas_kernels.common.interfaces import current_device
+from pallas_kernels.common.device import current_device
+from pallas_kernels.common.slow_paths import forget_warnings
 from pallas_kernels.pooling.sm90 import norm_rope_pool as norm_rope_pool_sm90
 from tests import tolerances
 from tests.draft_jax import naive_draft

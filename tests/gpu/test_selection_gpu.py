@@ -15,8 +15,8 @@ from draft_jax import DraftConfig, PooledTokens, VideoGrid, compute_mask, select
 from draft_jax.config import static_budget
 from draft_jax.draft import head_chunks
 from pallas_kernels import SlowBackendWarning
-from pallas_kernels.attention.api import forget_warnings
-from pallas_kernels.common.interfaces import current_device
+from pallas_kernels.common.device import current_device
+from pallas_kernels.common.slow_paths import forget_warnings
 from pallas_kernels.ranking.sm90 import maps as rank_sm90
 from pallas_kernels.ranking.sm90 import rows as rank_rows_sm90
 from tests.draft_jax import naive_draft

@@ -297,15 +297,7 @@ def why_unsupported_shape(dtype: str, head_dim: int, block_size: int) -> str | N
 
 
 def _why_unsupported(problem: Problem) -> str | None:
-    device = problem.device
-    if device.compute_capability != (9, 0):
-        capability = device.compute_capability
-        found = "" if capability is None else f" (sm_{capability[0]}{capability[1]})"
-        return (
-            f"it needs an NVIDIA Hopper GPU (sm_90), not {device.platform} "
-            f"{device.kind}{found}"
-        )
-    return why_unsupported_shape(
+    return problem.device.why_not_hopper() or why_unsupported_shape(
         problem.dtype, problem.head_dim, problem.layout.block_size
     )
 

@@ -17,7 +17,7 @@ from pallas_kernels.attention.sm90 import plan as sm90
 from pallas_kernels.attention.sm90.kernel import Work, attend_blocks
 from pallas_kernels.attention.sm90.wgmma import STEP
 from pallas_kernels.common.batching import fold_mapped_axes
-from pallas_kernels.common.interfaces import Device
+from pallas_kernels.common.device import Device
 
 # Timed at 32,760 tokens and more, where it beats cuDNN by 13 to 20 %. Shorter sequences
 # have fewer query blocks than fill the card evenly; where cuDNN wins is not known.
@@ -58,8 +58,8 @@ def why_unsupported(
     shape: tuple[int, ...], dtype: str, device: Device, least_tokens: int = LEAST_TOKENS
 ) -> str | None:
     """Why the kernel is not used for q of this shape on a device, or None if it is."""
-    if device.compute_capability != (9, 0):
-        return f"it needs an NVIDIA Hopper GPU (sm_90), not {device.kind}"
+    if cause := device.why_not_hopper():
+        return cause
     _, num_tokens, _, head_dim = shape
     if num_tokens < least_tokens or num_tokens % sm90.ALIGNMENT:
         return (

@@ -36,7 +36,7 @@ from jaxlib.mlir.dialects import vector
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.batching import fold_mapped_axes
-from pallas_kernels.common.interfaces import Device
+from pallas_kernels.common.device import Device
 from pallas_kernels.pooling.sm90.plan import (
     LOAD_BYTES,
     Plan,
@@ -118,9 +118,7 @@ def why_unsupported(
     device: Device,
 ) -> str | None:
     """Why the kernel cannot take arrays of this shape on a device, or None."""
-    if device.compute_capability != (9, 0):
-        return f"it needs an NVIDIA Hopper GPU (sm_90), not {device.kind}"
-    return why_unsupported_shape(shape, dtype, norm)
+    return device.why_not_hopper() or why_unsupported_shape(shape, dtype, norm)
 
 
 def _by_parity(scale: Float[Array, " C"]) -> Float[Array, "2 half"]:

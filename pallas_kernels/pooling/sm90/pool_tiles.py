@@ -21,7 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.batching import fold_mapped_axes
-from pallas_kernels.common.interfaces import SUPPORTED_DTYPES, Device
+from pallas_kernels.common.device import Device
+from pallas_kernels.common.interfaces import SUPPORTED_DTYPES
 
 Reduction = Literal["mean", "max"]
 
@@ -81,9 +82,7 @@ def why_unsupported(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, device: Device
 ) -> str | None:
     """Why the kernel cannot pool arrays of this shape on a device, or None."""
-    if device.compute_capability != (9, 0):
-        return f"it needs an NVIDIA Hopper GPU (sm_90), not {device.kind}"
-    return _why_unsupported_shape(shape, dtype)
+    return device.why_not_hopper() or _why_unsupported_shape(shape, dtype)
 
 
 def _why_unsupported_shape(shape, dtype) -> str | None:

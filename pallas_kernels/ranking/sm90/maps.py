@@ -26,8 +26,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int, UInt32
 
 from pallas_kernels.common.batching import fold_mapped_axes
+from pallas_kernels.common.device import Device
 from pallas_kernels.common.inline_ptx import THREADS, WORD
-from pallas_kernels.common.interfaces import Device
 from pallas_kernels.ranking.sm90 import emulated as rank_emulated
 from pallas_kernels.ranking.sm90 import registers as rank_registers_sm90
 
@@ -54,8 +54,8 @@ DIGITS = (Digit(21, 11), Digit(10, 11), Digit(0, 10))  # of a key, first to last
 
 def why_unsupported(columns: int, device: Device) -> str | None:
     """Why the kernels cannot take rows of this many keys on a device, or None."""
-    if device.compute_capability != (9, 0):
-        return f"they need an NVIDIA Hopper GPU (sm_90), not {device.kind}"
+    if cause := device.why_not_hopper():
+        return cause
     if columns > MAX_COLUMNS:
         return f"they take rows of at most {MAX_COLUMNS} keys, not {columns}"
     return None

@@ -12,8 +12,8 @@ from draft_jax.draft import pooling
 from draft_jax.draft.pooling import pool_tokens
 from draft_jax.draft.scores import draft_scores
 from draft_jax.grid import VideoGrid
-from pallas_kernels.attention.api import SlowBackendWarning, forget_warnings
-from pallas_kernels.common.interfaces import Device
+from pallas_kernels.common.device import Device
+from pallas_kernels.common.slow_paths import SlowBackendWarning, forget_warnings
 
 # Largest error measured: 2.4e-7 in pooled values, 9e-8 in probabilities.
 F32 = {"rtol": 1e-6, "atol": 1e-6}

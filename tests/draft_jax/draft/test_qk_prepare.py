@@ -25,8 +25,8 @@ from draft_jax import (
 from draft_jax.draft import qk_preparation as qk_prepare
 from draft_jax.draft import scores as draft_scores
 from draft_jax.draft.pooling import pool_queries_and_keys
-from pallas_kernels.attention.api import SlowBackendWarning, forget_warnings
-from pallas_kernels.common.interfaces import Device
+from pallas_kernels.common.device import Device
+from pallas_kernels.common.slow_paths import SlowBackendWarning, forget_warnings
 from pallas_kernels.pooling.sm90 import norm_rope_pool as norm_rope_pool_sm90
 from tests import tolerances
 from tests.draft_jax import naive_draft

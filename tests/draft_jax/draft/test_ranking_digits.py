@@ -8,8 +8,8 @@ import pytest
 
 from draft_jax.draft import ranking
 from pallas_kernels import SlowBackendWarning
-from pallas_kernels.attention.api import forget_warnings
-from pallas_kernels.common.interfaces import Device
+from pallas_kernels.common.device import Device
+from pallas_kernels.common.slow_paths import forget_warnings
 
 
 @pytest.mark.parametrize("bits", [1, 2])

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from draft_jax import DraftConfig, VideoGrid, constant_step
 from draft_jax.draft import qk_preparation as qk_prepare
 from models.wan.transformer import WanTransformer
-from pallas_kernels.common.interfaces import Device
+from pallas_kernels.common.device import Device
 from pallas_kernels.pooling.sm90 import norm_rope_pool as norm_rope_pool_sm90
 from tests import tiny_model, tolerances
 

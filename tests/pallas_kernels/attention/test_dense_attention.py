@@ -11,9 +11,9 @@ import pytest
 from draft_jax.grid import VideoGrid
 from pallas_kernels import dense_attention
 from pallas_kernels.attention import dense
-from pallas_kernels.attention.api import SlowBackendWarning, forget_warnings
 from pallas_kernels.attention.dense import _chunked_attention, choose, why_no_cudnn
-from pallas_kernels.common.interfaces import Device
+from pallas_kernels.common.device import Device
+from pallas_kernels.common.slow_paths import SlowBackendWarning, forget_warnings
 from tests.pallas_kernels.attention.reference import CASES, numpy_attention, random_qkv
 from tests.tolerances import ATTENTION, GRADIENT
 

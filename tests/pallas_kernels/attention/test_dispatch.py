@@ -23,7 +23,9 @@ from pallas_kernels import (
     dense_attention,
 )
 from pallas_kernels.attention import api as dispatch
-from pallas_kernels.common.interfaces import Device, Problem
+from pallas_kernels.common import slow_paths
+from pallas_kernels.common.device import Device
+from pallas_kernels.common.interfaces import Problem
 
 # The package's attribute of this name is the function, not the module.
 ROOT = pathlib.Path(pallas_kernels.__file__).parent.parent
@@ -306,7 +308,7 @@ def test_unsupported_preference_is_passed_over_with_its_cause(monkeypatch):
 
 def test_slower_path_warns_once(monkeypatch):
     monkeypatch.setattr(dispatch, "current_device", lambda *arrays: HOPPER)
-    monkeypatch.setattr(dispatch, "_warned", set())
+    slow_paths.forget_warnings()
     with pytest.warns(
         SlowBackendWarning, match="'xla': .*it gathers .*memory of NVIDIA H100"
     ):

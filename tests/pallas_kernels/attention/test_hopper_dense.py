@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from draft_jax.grid import VideoGrid
 from pallas_kernels.attention.sm90 import dense as hopper_dense
-from pallas_kernels.common.interfaces import Device
+from pallas_kernels.common.device import Device
 from tests.pallas_kernels.attention.reference import numpy_attention, random_qkv
 from tests.tolerances import ATTENTION
 

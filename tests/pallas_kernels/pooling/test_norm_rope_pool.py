@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from draft_jax.draft import pooling
 from draft_jax.grid import VideoGrid
-from pallas_kernels.common.interfaces import Device
+from pallas_kernels.common.device import Device
 from pallas_kernels.pooling.sm90 import norm_rope_pool as kernel
 from pallas_kernels.pooling.sm90.norm_rope_pool import QKNorm
 from tests import tolerances

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from draft_jax.draft import pooling
 from draft_jax.grid import VideoGrid
-from pallas_kernels.common.interfaces import Device
+from pallas_kernels.common.device import Device
 from pallas_kernels.pooling.sm90 import pool_tiles as pool_tiles_sm90
 from tests.draft_jax import naive_draft
 
