@@ -12,12 +12,12 @@ from draft_jax import (
     VideoGrid,
     compute_mask,
     draft_attention,
+    draft_scores,
     kept_pairs_budget,
     norm_rope_pool,
     pool_tokens,
     select_blocks,
 )
-from draft_jax.draft import scores as draft_scores
 
 pytestmark = pytest.mark.usefixtures("without_annotations")
 

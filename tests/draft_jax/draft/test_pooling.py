@@ -70,7 +70,7 @@ def test_any_grid_pools_like_a_loop(shape, tile, order, reduction, seed):
     ("capability", "heads", "cause"),
     [
         ((9, 0), (3, 64), r"multiple of 128, not 3 \* 64: give each device"),
-        ((8, 0), (2, 64), r"needs an NVIDIA Hopper GPU \(sm_90\), not X100"),
+        ((8, 0), (2, 64), r"needs an NVIDIA Hopper GPU \(sm_90\), not gpu X100"),
         (None, (2, 64), "needs an NVIDIA Hopper GPU"),
     ],
     ids=["channels", "ampere", "not-nvidia"],

@@ -17,13 +17,13 @@ from draft_jax import (
     VideoGrid,
     constant_step,
     draft_attention,
+    draft_scores,
     initial_mask,
     kept_pairs_budget,
     norm_rope_pool,
     scheduled_attention,
 )
 from draft_jax.draft import qk_preparation as qk_prepare
-from draft_jax.draft import scores as draft_scores
 from draft_jax.draft.pooling import pool_queries_and_keys
 from pallas_kernels.common.device import Device
 from pallas_kernels.common.slow_paths import SlowBackendWarning, forget_warnings

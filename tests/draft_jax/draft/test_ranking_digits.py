@@ -33,7 +33,7 @@ def test_kth_largest_by_digits(monkeypatch, bits):
     [
         (8192, (9, 0), None),
         (8193, (9, 0), "rows of at most 8192 keys, not 8193"),
-        (90, (8, 0), r"Hopper GPU \(sm_90\), not X100"),
+        (90, (8, 0), r"Hopper GPU \(sm_90\), not gpu X100"),
         (90, None, "Hopper"),
     ],
     ids=str,

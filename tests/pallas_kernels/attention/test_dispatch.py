@@ -317,7 +317,7 @@ def test_slower_path_warns_once(monkeypatch):
         warnings.simplefilter("error")
         block_sparse_attention(**arguments())
         block_sparse_attention(**arguments(), backend="xla")
-    dispatch.forget_warnings()
+    slow_paths.forget_warnings()
     with pytest.warns(SlowBackendWarning):
         block_sparse_attention(**arguments())
 
