@@ -18,6 +18,7 @@ from draft_jax import (
 )
 from pallas_kernels import SlowBackendWarning, block_sparse_attention
 from pallas_kernels.attention import api as dispatch
+from pallas_kernels.common import slow_paths
 from tests.draft_jax import naive_draft
 from tests.pallas_kernels.attention.reference import (
     compress,
@@ -104,7 +105,7 @@ def test_a_gpu_without_a_fused_kernel_is_told_once(monkeypatch):
     grid = VideoGrid(1, 8, 16)
     q, k, v = random_qkv(grid, head_dim=64)
     mask = compress(np.ones((2, 2, 1, 1), bool), grid)
-    dispatch.forget_warnings()
+    slow_paths.forget_warnings()
     kind = re.escape(jax.devices()[0].device_kind)
     with pytest.warns(
         SlowBackendWarning, match=rf"'xla': .*through the memory of {kind}"
