@@ -20,6 +20,7 @@ Source: DraftAttention (arXiv 2505.14708).
 """
 
 from draft_jax.attention import draft_attention, initial_mask, scheduled_attention
+from draft_jax.attention_plan import AttentionPlan
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, kept_pairs_budget, mask_capacity
 from draft_jax.draft.pooling import PooledTokens, pool_tokens
@@ -33,24 +34,25 @@ from draft_jax.flax_layers import (
 )
 from draft_jax.grid import VideoGrid
 from draft_jax.schedule import (
-    DraftPlan,
     DraftStep,
     SparsitySchedule,
     StepKind,
+    StepPlan,
     constant_step,
 )
 
 __all__ = [
+    "AttentionPlan",
     "BlockMask",
     "DraftAttention",
     "DraftAttentionFn",
     "DraftConfig",
-    "DraftPlan",
     "DraftStep",
     "PooledTokens",
     "QKNorm",
     "SparsitySchedule",
     "StepKind",
+    "StepPlan",
     "VideoGrid",
     "compute_mask",
     "constant_step",

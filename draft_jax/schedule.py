@@ -111,7 +111,7 @@ class StepKind(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class DraftPlan:
+class StepPlan:
     """A schedule worked out for given timesteps, layers, grid and config.
 
     Attributes:
@@ -246,7 +246,7 @@ class SparsitySchedule:
         num_layers: int,
         grid: VideoGrid,
         config: DraftConfig,
-    ) -> DraftPlan:
+    ) -> StepPlan:
         """Works the schedule out for a run.
 
         Args:
@@ -280,7 +280,7 @@ class SparsitySchedule:
         dense_layers = np.isin(np.arange(num_layers), self.dense_layers)
         sparsity = self._sparsity_per_step(len(timesteps), config)
         sparse_steps_before = np.cumsum(~dense_steps) - ~dense_steps
-        return DraftPlan(
+        return StepPlan(
             dense=dense_steps[:, None] | dense_layers,
             sparsity=np.asarray(sparsity, np.float64),
             budget=np.asarray(

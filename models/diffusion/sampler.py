@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from draft_jax.attention import initial_mask
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig
-from draft_jax.schedule import DraftPlan, DraftStep, SparsitySchedule, StepKind
+from draft_jax.schedule import DraftStep, SparsitySchedule, StepKind, StepPlan
 from models.diffusion.interfaces import ImageCondition, LatentShape
 from models.diffusion.schedulers import Solver
 from models.wan.transformer import WanTransformer
@@ -89,7 +89,7 @@ class Sampler:
     model: WanTransformer
     solver: Solver
     latent_shape: LatentShape
-    plan: DraftPlan | None
+    plan: StepPlan | None
     guidance_batching: GuidanceBatching = "one_call"
 
     def __post_init__(self) -> None:

@@ -203,7 +203,7 @@ class WanTransformer(nnx.Module):
             zero before they are embedded. None if they are zero already.
           image_tokens: What CLIP says of the image (257 tokens of a layer before its
             last), for an image-to-video model and only there.
-          step: What the schedule says about this step (`DraftPlan.step`), for draft
+          step: What the schedule says about this step (`StepPlan.step`), for draft
             attention. None makes all layers sparse, with new masks.
           masks: Block masks that the step before returned, stacked over layers;
             None on the first step.
