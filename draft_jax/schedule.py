@@ -6,8 +6,9 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Real
+from jaxtyping import Array, Bool, Float, Int, Integer, Real
 
 from draft_jax.config import DraftConfig, check_sparsity, is_real, static_budget
 from draft_jax.grid import VideoGrid
@@ -25,7 +26,7 @@ class DraftStep:
 
     Attributes:
       dense: Whether each layer runs dense on this step, [L]; a scalar for one layer
-        (`for_layer`, or what a scan over layers passes to its body).
+        (`for_layer`, `with_dense`).
       budget: Pairs to keep; see `select_blocks`.
       refresh: Whether sparse layers recompute their mask or reuse the one they have.
     """
@@ -35,28 +36,55 @@ class DraftStep:
     refresh: Bool[Array | np.ndarray, "*steps"]
 
     def for_layer(
-        self, dense: Bool[Array | np.ndarray | np.bool, ""] | int
+        self, index: int | Integer[Array | np.ndarray | np.integer, ""]
     ) -> "DraftStep":
-        """This step for one layer.
+        """Returns this step for one layer.
 
         Args:
-          dense: The layer's index, or its entry of `self.dense` (which a scan over
-            layers hands to its body).
+          index: The layer, counted from 0. It may be traced, such as the counter of a
+            scan over layers; whether the layer is dense is then decided at run time.
+            A traced index is not checked against the number of layers.
 
         Returns:
           A step with a scalar `dense`.
 
         Raises:
-          ValueError: The step has no layer of this index.
+          ValueError: The step has no layer of this index, is that of one layer
+            already, or index is not a scalar.
+          TypeError: index is not an integer; `with_dense` takes a flag.
         """
-        if _is_int(dense):
-            if self.dense.ndim != 1 or not 0 <= dense < len(self.dense):
-                raise ValueError(
-                    f"layer {dense} is not one of this step's; its dense has shape "
-                    f"{self.dense.shape}"
-                )
-            dense = _known(self.dense)[dense]
-        return dataclasses.replace(self, dense=_known(dense))
+        index = _scalar(
+            "index", index, jnp.integer, "an integer; a flag goes to with_dense(flag)"
+        )
+        is_traced = isinstance(index, jax.core.Tracer)
+        if self.dense.ndim != 1 or not (is_traced or 0 <= index < len(self.dense)):
+            raise ValueError(
+                f"layer {index} is not one of this step's; its dense has shape "
+                f"{self.dense.shape}"
+            )
+        dense = jnp.asarray(self.dense) if is_traced else _known(self.dense)
+        return self.with_dense(dense[index])
+
+    def with_dense(
+        self, flag: bool | Bool[Array | np.ndarray | np.bool, ""]
+    ) -> "DraftStep":
+        """Returns this step for one layer that runs dense or does not.
+
+        Args:
+          flag: Whether the layer runs dense; it may be traced. A scan over layers hands
+            the entries of `dense` to its body.
+
+        Returns:
+          A step with a scalar `dense`.
+
+        Raises:
+          ValueError: flag is not a scalar.
+          TypeError: flag is not boolean; `for_layer` takes an index.
+        """
+        dense = _scalar(
+            "flag", flag, jnp.bool_, "a boolean; an index goes to for_layer(index)"
+        )
+        return dataclasses.replace(self, dense=dense)
 
 
 class StepKind(NamedTuple):
@@ -326,6 +354,16 @@ def _is_int(value: object) -> bool:
 def _known(values: Any) -> Any:
     """NumPy's array, unless jit traces the values: jax.numpy would trace them too."""
     return values if isinstance(values, jax.core.Tracer) else np.asarray(values)
+
+
+def _scalar(name: str, value: Any, kind: Any, expected: str) -> Any:
+    """Returns `value` as a scalar array, NumPy's where it is known."""
+    value = _known(value)
+    if not jnp.issubdtype(value.dtype, kind):
+        raise TypeError(f"{name} has dtype {value.dtype}; expected {expected}")
+    if value.shape:
+        raise ValueError(f"{name} has shape {value.shape}; expected a scalar")
+    return value
 
 
 def constant_step(

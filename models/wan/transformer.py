@@ -331,7 +331,7 @@ class WanTransformer(nnx.Module):
             layer_step = None
             if step is not None:
                 dense = step.dense[index] if known_dense is None else known_dense
-                layer_step = step.for_layer(dense)
+                layer_step = step.with_dense(dense)
 
             def run_block(x, layer_parameters, mask):
                 block = nnx.merge(structure, layer_parameters)

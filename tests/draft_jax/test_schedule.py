@@ -113,29 +113,9 @@ def test_steps_are_arrays_of_one_structure():
             jax.tree.map(lambda x, i=index: x[i], stacked), step
         )
     assert [bool(steps[9].for_layer(n).dense) for n in range(3)] == [False, False, True]
-    assert bool(steps[9].for_layer(stacked.dense[9, 2]).dense)
+    assert bool(steps[9].with_dense(stacked.dense[9, 2]).dense)
     with pytest.raises(IndexError):
         plan[20]
-
-
-@pytest.mark.parametrize("layer", [-1, 3])
-def test_a_layer_that_the_step_does_not_have(layer):
-    step = plan_of(SparsitySchedule()).step(0)
-    with pytest.raises(ValueError, match=rf"layer {layer} is not one of this step's"):
-        step.for_layer(layer)
-
-
-@pytest.mark.parametrize("make", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
-def test_values_outside_of_jit_stay_known_inside(make):
-    step = jax.tree.map(make, plan_of(SparsitySchedule(dense_layers=(2,))).step(0))
-
-    @jax.jit
-    def look(traced):
-        assert [bool(step.for_layer(layer).dense) for layer in range(3)] == [0, 0, 1]
-        assert isinstance(traced.for_layer(2).dense, jax.core.Tracer)
-        return traced.for_layer(2).dense
-
-    assert look(step)
 
 
 def test_kinds_of_steps():
