@@ -146,8 +146,8 @@ def main() -> None:
         MOSAIC_GPU_DUMP_TO=str(folder),
     )
 
-    from benchmarks.attention.run import SHAPES
     from benchmarks.attention.variants import VARIANTS
+    from benchmarks.common.shapes import SHAPES
 
     sharding = h100_sharding()
     seen: set[pathlib.Path] = set()

@@ -2,10 +2,9 @@
 
     python -m benchmarks.attention.edges --output benchmarks/results/edges_h100.json
 
-The card moves its clock by several percent within seconds, with what ran before, so
-figures of shapes that were timed one after the other cannot be subtracted. Here every
-program runs for a second at a time, after half a second that does not count, and the
-next takes over: six rounds of it. Losses are those of each round, per useful FLOP.
+Every program runs for a second at a time, after half a second that does not count, and
+the next takes over: six rounds of it (`benchmarks.common.timing.take_turns` says why).
+Losses are those of each round, per useful FLOP.
 """
 
 import argparse
@@ -15,25 +14,21 @@ import functools
 import json
 import pathlib
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.attention.run import (
-    DENSITIES,
-    SHAPES,
-    Shape,
+from benchmarks.attention.variants import VARIANTS, compiled
+from benchmarks.common.inputs import (
     draft_mask,
     random_inputs,
     random_mask,
     smooth_inputs,
 )
-from benchmarks.attention.variants import VARIANTS, compiled
-from benchmarks.common.gpu_state import GpuState
 from benchmarks.common.records import write_results
+from benchmarks.common.shapes import DENSITIES, SHAPES, Shape
+from benchmarks.common.timing import take_turns
 from draft_jax import BlockMask
 
 # Name, shape and variant of each program; losses are over the first.
@@ -42,48 +37,6 @@ PROGRAMS = (
     ("edges", "hunyuan-edges", "default"),
     ("edges, all rows", "hunyuan-edges", "all-rows"),
 )
-
-
-def run_for(call: Callable[[], object], seconds: float) -> tuple[int, float]:
-    """How many calls, two in flight at a time, were made, and in what time."""
-    start, calls, last = time.perf_counter(), 0, None
-    while time.perf_counter() - start < seconds:
-        out = call()
-        jax.block_until_ready(last)  # one call behind: the card never waits
-        last, calls = out, calls + 1
-    jax.block_until_ready(last)
-    return calls, time.perf_counter() - start
-
-
-def take_turns(
-    calls: Mapping[str, Callable[[], object]],
-    rounds: int,
-    settle_s: float,
-    block_s: float,
-) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of a call and the card's state in each round, by name."""
-    turns: dict[str, dict[str, list[float]]] = {
-        name: {"ms": [], "sm_clock_mhz": [], "power_w": []} for name in calls
-    }
-    for _ in range(rounds):
-        for name, call in calls.items():
-            run_for(call, settle_s)
-            with GpuState() as state:
-                number, seconds = run_for(call, block_s)
-            turns[name]["ms"].append(1e3 * seconds / number)
-            for key in ("sm_clock_mhz", "power_w"):
-                if key in state.summary:
-                    turns[name][key].append(state.summary[key])
-    return turns
-
-
-def slowdown(
-    turns: dict[str, dict[str, list[float]]], own: str, *, over: str
-) -> dict[str, object]:
-    """By how much a program takes longer than another, as a share, by round."""
-    rounds = zip(turns[own]["ms"], turns[over]["ms"], strict=True)
-    losses = [round(ms / other - 1, 4) for ms, other in rounds]
-    return {"loss": statistics.median(losses), "losses": losses}
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks.common.programs import cache_in, run_limited
 from benchmarks.common.records import write_results
+from benchmarks.common.shapes import SHAPES
 
 CALLS = 2  # the first one warms up
 OF_PEAK = ".avg.pct_of_peak_sustained_elapsed"
@@ -44,17 +45,18 @@ def call(options: argparse.Namespace) -> None:
     """Calls one contender a few times: what the profiler looks at."""
     import jax
 
-    from benchmarks.attention import run as attention
+    from benchmarks.attention.contenders import CONTENDERS
+    from benchmarks.common.inputs import random_inputs, random_mask
 
-    shape = attention.SHAPES[options.shape]
-    qkv = attention.random_inputs(shape)
-    if options.contender == "cudnn":
-        run, wait = attention.cudnn_dense(shape, qkv)
-    else:
-        mask = attention.random_mask(
-            shape.grid, 1, shape.num_heads, options.densities[0]
-        )
-        run, wait = attention.ours(shape, qkv, jax.block_until_ready(mask))
+    shape = SHAPES[options.shape]
+    qkv = random_inputs(shape)
+    arguments: tuple = (shape, qkv)
+    contender = CONTENDERS[options.contender]
+    if contender.is_sparse:
+        density = options.densities[0]
+        mask = random_mask(shape.grid, 1, shape.num_heads, density)
+        arguments += (jax.block_until_ready(mask),)
+    run, wait = contender.make(*arguments)
     for _ in range(CALLS):
         wait(run())
 
@@ -113,8 +115,6 @@ def metrics(report: str) -> dict[str, object]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    from benchmarks.attention.run import SHAPES
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="hunyuan")
     parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.1])

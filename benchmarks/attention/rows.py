@@ -16,9 +16,10 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.attention import variants as hopper_variants
-from benchmarks.attention.edges import slowdown, take_turns
-from benchmarks.attention.run import SHAPES, Shape, random_inputs, random_mask
+from benchmarks.common.inputs import random_inputs, random_mask
 from benchmarks.common.records import write_results
+from benchmarks.common.shapes import SHAPES, Shape
+from benchmarks.common.timing import slowdown, take_turns
 from draft_jax import BlockMask, VideoGrid
 from pallas_kernels.attention.sm90 import backend as hopper
 from pallas_kernels.attention.sm90 import geometry as sm90_geometry

@@ -16,15 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.attention.run import (
-    SHAPES,
-    Shape,
-    cudnn_dense,
-    measure,
-    random_inputs,
-    random_mask,
-)
+from benchmarks.attention.contenders import cudnn_dense
+from benchmarks.common.inputs import random_inputs, random_mask
 from benchmarks.common.records import write_results
+from benchmarks.common.shapes import SHAPES, Shape
+from benchmarks.common.timing import measure
 from draft_jax import BlockMask
 from pallas_kernels.attention.sm90 import backend as hopper
 from pallas_kernels.attention.sm90.plan import KernelConfig
@@ -71,6 +67,11 @@ def compiled(
     return run.lower(*qkv, mask).compile()
 
 
+def _with_wait(call):
+    """A call as `measure` wants it."""
+    return call, jax.block_until_ready
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="hunyuan")
@@ -97,19 +98,16 @@ def main() -> None:
 
     def time_cudnn():
         make = functools.partial(cudnn_dense, shape, qkv)
-        report("cudnn", 1.0, measure("cudnn", make, shape.dense_flops, options.seconds))
+        report("cudnn", 1.0, measure(make, shape.dense_flops, options.seconds))
 
     time_cudnn()
     for name, program in programs.items():
         for mask in masks:
             density = float(np.mean(np.asarray(mask.density)))
             call = functools.partial(program, *qkv, mask)
-            result = measure(
-                "ours",
-                lambda call=call: (call, jax.block_until_ready),
-                shape.dense_flops * density,
-                options.seconds,
-            )
+            timed = functools.partial(_with_wait, call)
+            flops = shape.dense_flops * density
+            result = measure(timed, flops, options.seconds)
             report(name, density, result)
     time_cudnn()
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.attention.run import random_mask
+from benchmarks.common.inputs import random_mask
 from draft_jax import DraftConfig, QKNorm, VideoGrid, draft_attention, norm_rope_pool
 from pallas_kernels import block_sparse_attention, dense_attention
 from pallas_kernels.common.interfaces import Order

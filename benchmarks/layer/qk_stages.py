@@ -12,7 +12,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from benchmarks.attention.run import Shape
+from benchmarks.common.shapes import Shape
 from draft_jax import DraftConfig, QKNorm, norm_rope_pool
 from draft_jax.draft.pooling import tile_table
 from pallas_kernels.pooling.sm90 import norm_rope_pool as norm_rope_pool_sm90

@@ -29,7 +29,6 @@ import json
 import math
 import pathlib
 import re
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -37,9 +36,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.attention import edges
-from benchmarks.attention.run import Shape, random_inputs
+from benchmarks.common.inputs import random_inputs
 from benchmarks.common.records import environment, write_json
+from benchmarks.common.shapes import Shape
+from benchmarks.common.timing import slowdown, spread, take_turns
 from benchmarks.layer.account import (
     attention_account,
     groups,
@@ -147,15 +147,9 @@ def wall_times(call, stage: Stage, copy_rate: float, num_samples: int):
         samples = sample_times(call, num_samples)
     except Exception as error:  # recorded: other stages still run
         return {"error": f"{type(error).__name__}: {error}"[:800]}
-    median = statistics.median(samples)
-    result: dict[str, Any] = {
-        "median_ms": median,
-        "min_ms": min(samples),
-        "max_ms": max(samples),
-        "samples": len(samples),
-    }
+    result: dict[str, Any] = {**spread(samples), "samples": len(samples)}
     if stage.nbytes:
-        rate = stage.nbytes / median / 1e6
+        rate = stage.nbytes / result["median_ms"] / 1e6
         result |= {"gb_per_s": rate, "share_of_copy": rate / (copy_rate or rate)}
     return result
 
@@ -314,10 +308,8 @@ def turns(options: argparse.Namespace) -> None:
             record["error"] = f"{type(failed[0]).__name__}: {failed[0]}"[:800]
         else:
             calls = {o: functools.partial(program, *qkv) for o, program in pair.items()}
-            times = edges.take_turns(
-                calls, options.rounds, options.settle, options.block
-            )
-            record |= edges.slowdown(times, "raster", over="tiled") | {"rounds": times}
+            times = take_turns(calls, options.rounds, options.settle, options.block)
+            record |= slowdown(times, "raster", over="tiled") | {"rounds": times}
         records.append(record)
         print(json.dumps(record), flush=True)
         part = {"environment": environment(), "cases": records}

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.attention.run import SHAPES, Shape, random_inputs
+from benchmarks.common.inputs import random_inputs
+from benchmarks.common.shapes import SHAPES, Shape
 from benchmarks.layer import qk_stages
 from draft_jax import (
     DraftConfig,

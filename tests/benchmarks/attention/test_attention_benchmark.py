@@ -10,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.attention import contenders
 from benchmarks.attention import run as attention
+from benchmarks.attention.contenders import CONTENDERS, Contender
 from benchmarks.attention.plot import LABELS
 from benchmarks.common import agreement
+from benchmarks.common.shapes import Shape
+from benchmarks.common.timing import measure
 from draft_jax import BlockMask, VideoGrid
 from pallas_kernels import block_sparse_attention, dense_attention
 
@@ -24,7 +28,7 @@ def test_rows_of_lists():
     dense[0, 0] = [[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]]
     dense[0, 1, 3, 2] = True
     mask = BlockMask.from_dense(jnp.asarray(dense), grid=GRID, capacity=9)
-    counts, indices = attention.rows_of_lists(mask)
+    counts, indices = contenders.rows_of_lists(mask)
     np.testing.assert_array_equal(counts, [[[2, 0, 4, 1], [0, 0, 0, 1]]])
     np.testing.assert_array_equal(
         indices[0, 0], [[0, 2, 0, 0], [0, 0, 0, 0], [0, 1, 2, 3], [3, 0, 0, 0]]
@@ -32,18 +36,20 @@ def test_rows_of_lists():
     np.testing.assert_array_equal(indices[0, 1, 3], [2, 0, 0, 0])
 
 
-@pytest.mark.parametrize("contender", ["fa3", "fa4", "fa4_sparse"])
-def test_a_missing_library_is_recorded(monkeypatch, contender):
-    monkeypatch.setitem(attention.MODULES, contender, "no_such_package.part")
-    result = attention.measure(contender, pytest.fail, 1.0, 0.1)
-    assert result == {"error": "no_such_package.part is not installed"}
+def test_libraries_of_others_may_be_missing():
+    needing = {name for name, each in CONTENDERS.items() if each.needs is not None}
+    assert needing == {"fa3", "fa4", "fa4_sparse", "flex_attention"}
+    for needs in ("no_such_package", "no_such_package.part", "json.no_such_part"):
+        assert not Contender(make=pytest.fail, needs=needs).is_installed
+    assert Contender(make=pytest.fail, needs="json.decoder").is_installed
+    assert CONTENDERS["ours"].is_installed
 
 
 def test_a_failing_library_is_recorded():
     def make():
         raise ValueError("short blocks")
 
-    result = attention.measure("ours", make, 1.0, 0.1)
+    result = measure(make, 1.0, 0.1)
     assert result == {"error": "ValueError: short blocks"}
 
 
@@ -115,24 +121,25 @@ def on_cpu(monkeypatch, tmp_path):
 
     def other_mask(shape, qkv, mask):
         ids = (mask.block_ids + 1) % shape.grid.num_blocks
-        return attention.ours(shape, qkv, dataclasses.replace(mask, block_ids=ids))
+        return contenders.ours(shape, qkv, dataclasses.replace(mask, block_ids=ids))
 
     def dense(shape, qkv):
         return functools.partial(dense_attention, *qkv), jax.block_until_ready
 
-    shape = attention.Shape(
-        grid=VideoGrid(2, 16, 32), num_heads=2, head_dim=16, dtype="float32"
-    )
-    monkeypatch.setattr(attention, "_our_program", program)
-    monkeypatch.setattr(attention, "SHAPES", {"small": shape})
-    monkeypatch.setattr(attention, "DENSE", {"cudnn": dense})
+    shape = Shape(grid=VideoGrid(2, 16, 32), num_heads=2, head_dim=16, dtype="float32")
     sparse = {
-        "ours": attention.ours,
-        "flex_attention": attention.ours,
+        "ours": contenders.ours,
+        "flex_attention": contenders.ours,
         "fa4_sparse": other_mask,
     }
-    monkeypatch.setattr(attention, "SPARSE", sparse)
-    monkeypatch.setattr(attention, "MODULES", {})
+    table = {
+        name: Contender(make=make, is_sparse=True) for name, make in sparse.items()
+    }
+    table["cudnn"] = Contender(make=dense)
+    table["fa3"] = Contender(make=pytest.fail, needs="no_such_package.part")
+    monkeypatch.setattr(contenders, "_our_program", program)
+    monkeypatch.setattr(attention, "SHAPES", {"small": shape})
+    monkeypatch.setattr(attention, "CONTENDERS", table)
 
     def run():
         path = tmp_path / "results.json"
@@ -154,13 +161,16 @@ def test_outputs_are_compared_with_ours(on_cpu):
     other = records["fa4_sparse", "random"]
     assert other["error"].startswith("differs from ours: relative error ")
     assert "median_ms" not in other
+    missing = records["fa3", "dense"]
+    assert missing["error"] == "no_such_package.part is not installed"
+    assert "median_ms" not in missing
 
 
 def test_the_command_fails_where_ours_does(on_cpu, monkeypatch):
     def broken(grid):
         raise ValueError("no Hopper")
 
-    monkeypatch.setattr(attention, "_our_program", broken)
+    monkeypatch.setattr(contenders, "_our_program", broken)
     with pytest.raises(SystemExit, match="kernel failed in 1 of"):
         on_cpu()
     records = {(r["contender"], r["mask"]): r for r in on_cpu.results}
@@ -170,7 +180,4 @@ def test_the_command_fails_where_ours_does(on_cpu, monkeypatch):
 
 
 def test_every_contender_has_a_label():
-    assert {contender for contender, _ in LABELS} == {
-        *attention.DENSE,
-        *attention.SPARSE,
-    }
+    assert {contender for contender, _ in LABELS} == CONTENDERS.keys()

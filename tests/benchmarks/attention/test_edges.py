@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from benchmarks.attention import edges
-from benchmarks.attention.run import SHAPES, random_mask
+from benchmarks.common import timing
+from benchmarks.common.inputs import random_mask
+from benchmarks.common.shapes import SHAPES
 
 
 def test_programs_take_turns(monkeypatch):
@@ -15,9 +17,9 @@ def test_programs_take_turns(monkeypatch):
         seconds.append(duration)
         return 4, 2.0
 
-    monkeypatch.setattr(edges, "run_for", run_for)
+    monkeypatch.setattr(timing, "run_for", run_for)
     programs = {name: lambda name=name: calls.append(name) for name in "ab"}
-    turns = edges.take_turns(programs, rounds=2, settle_s=0.5, block_s=1.0)
+    turns = timing.take_turns(programs, rounds=2, settle_s=0.5, block_s=1.0)
     assert calls == ["a", "a", "b", "b"] * 2
     assert seconds == [0.5, 1.0] * 4
     assert turns["a"]["ms"] == turns["b"]["ms"] == [500.0, 500.0]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.attention import edges
+from benchmarks.common.timing import slowdown
 from benchmarks.layer import account as layer_account
 from benchmarks.layer import plot as layer_plot
 from benchmarks.layer import run as layer
@@ -75,7 +75,7 @@ def test_groups_are_of_the_same_sparsity():
 
 def test_losses_of_raster_order_are_those_of_each_round():
     times = {"tiled": {"ms": [10.0, 20.0, 10.0]}, "raster": {"ms": [10.5, 20.0, 9.9]}}
-    found = edges.slowdown(times, "raster", over="tiled")
+    found = slowdown(times, "raster", over="tiled")
     assert found["losses"] == pytest.approx([0.05, 0.0, -0.01])
     assert found["loss"] == 0.0
 
