@@ -4,6 +4,7 @@ from pallas_kernels.attention.api import (
     BackendChoice,
     BackendName,
     block_sparse_attention,
+    block_sparse_attention_with_lse,
     chosen_backend,
 )
 from pallas_kernels.attention.dense import dense_attention
@@ -14,6 +15,7 @@ __all__ = [
     "BackendName",
     "SlowBackendWarning",
     "block_sparse_attention",
+    "block_sparse_attention_with_lse",
     "chosen_backend",
     "dense_attention",
 ]

@@ -89,7 +89,7 @@ def compile_variant(shape, options, sharding, order) -> None:
             k,
             v,
             mask,
-            layout=grid,
+            grid=grid,
             scale=head_dim**-0.5,
             text_lengths=None,
             order=order,

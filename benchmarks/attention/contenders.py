@@ -52,7 +52,9 @@ def ours(shape: Shape, qkv, mask: BlockMask):
 
 @functools.lru_cache(maxsize=1)
 def _our_program(grid: VideoGrid):
-    run = functools.partial(block_sparse_attention, grid=grid, backend="hopper")
+    run = functools.partial(
+        block_sparse_attention, grid=grid, order="tiled", backend="hopper"
+    )
     return jax.jit(run)
 
 

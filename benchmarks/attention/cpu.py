@@ -104,7 +104,9 @@ def compile_attention(case: Case, mask: BlockMask | None) -> jax.stages.Compiled
     if mask is None:
         dense = functools.partial(dense_attention, grid=case.grid)
         return jax.jit(dense).lower(*qkv).compile()
-    sparse = functools.partial(block_sparse_attention, grid=case.grid, backend="xla")
+    sparse = functools.partial(
+        block_sparse_attention, grid=case.grid, order="tiled", backend="xla"
+    )
     return jax.jit(sparse).lower(*qkv, jax.eval_shape(lambda: mask)).compile()
 
 
@@ -171,7 +173,9 @@ def measure_whole(case: Case, repeats: int) -> list[dict[str, Any]]:
         }
         draft = jax.jit(functools.partial(compute_mask, order="tiled", **options))
         mask = draft(q, k)
-        given = functools.partial(block_sparse_attention, grid=case.grid, backend="xla")
+        given = functools.partial(
+            block_sparse_attention, grid=case.grid, order="tiled", backend="xla"
+        )
         variants |= {
             f"pool, scores, selection {sparsity:g}": functools.partial(draft, q, k),
             f"attention with that mask {sparsity:g}": functools.partial(

@@ -23,7 +23,7 @@ from benchmarks.common.timing import slowdown, take_turns
 from draft_jax import BlockMask, VideoGrid
 from pallas_kernels.attention.sm90 import backend as hopper
 from pallas_kernels.attention.sm90 import geometry as sm90_geometry
-from pallas_kernels.common.interfaces import BlockLayout, Order
+from pallas_kernels.common.interfaces import BlockGrid, Order
 
 CASES: dict[str, tuple[Shape, Order]] = {
     "hunyuan, tiled": (SHAPES["hunyuan"], "tiled"),
@@ -34,14 +34,14 @@ CASES: dict[str, tuple[Shape, Order]] = {
 }
 
 
-def by_rows(layout: BlockLayout, order: Order) -> sm90_geometry.Geometry:
+def by_rows(grid: BlockGrid, order: Order) -> sm90_geometry.Geometry:
     """The geometry of a grid as if TMA could not read it."""
     with mock.patch.object(sm90_geometry, "_runs", _no_runs):
-        return sm90_geometry.geometry.__wrapped__(layout, order)
+        return sm90_geometry.geometry.__wrapped__(grid, order)
 
 
-def _no_runs(layout, order):
-    starts = layout.block_starts
+def _no_runs(grid, order):
+    starts = grid.block_starts
     return starts, np.zeros_like(starts), sm90_geometry.BLOCK, "asked for"
 
 

@@ -57,7 +57,7 @@ def compiled(
             k,
             v,
             mask,
-            layout=shape.grid,
+            grid=shape.grid,
             scale=shape.head_dim**-0.5,
             text_lengths=None,
             order=order,

@@ -177,7 +177,7 @@ def layer_stages(shape: Shape, backend: BackendName) -> dict[str, Stage]:
     qkv = ("q", "k", "v")
     table: dict[str, Stage] = {}
     for sparsity in SPARSITIES:
-        sparse = half(block_sparse_attention, grid=grid, backend=backend)
+        sparse = half(block_sparse_attention, grid=grid, order="tiled", backend=backend)
         table[f"sparse/{sparsity}"] = Stage(sparse, (*qkv, f"mask_{sparsity}"))
         for order in ORDERS:
             layer = layer_of(shape, backend, order, sparsity)

@@ -1,12 +1,13 @@
-"""Block-sparse attention: the public function, its backends, and how one is chosen.
+"""Block-sparse attention: public functions, backends, and how one is chosen.
 
 To add a backend, write a module with a `BACKEND` record, add it to `BACKENDS` and
 `BackendName`, and put its name where it belongs in `PREFERENCE`.
 """
 
 import dataclasses
+import functools
 import logging
-from typing import Literal, overload
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from pallas_kernels.common import validation
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.interfaces import (
     Backend,
-    BlockLayout,
+    BlockGrid,
     BlockLists,
     Order,
     Problem,
@@ -59,51 +60,18 @@ class BackendChoice:
     slower_because: str | None = None
 
 
-@overload
 def block_sparse_attention(
     q: Float[Array, "B T N D"],
     k: Float[Array, "B T N D"],
     v: Float[Array, "B T N D"],
     mask: BlockLists,
     *,
-    grid: BlockLayout,
+    grid: BlockGrid,
+    order: Order,
     scale: float | None = None,
     text_lengths: Int[Array, " B"] | None = None,
-    order: Order = "tiled",
     backend: BackendName = "auto",
-    return_lse: Literal[False] = False,
-) -> Float[Array, "B T N D"]: ...
-
-
-@overload
-def block_sparse_attention(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
-    v: Float[Array, "B T N D"],
-    mask: BlockLists,
-    *,
-    grid: BlockLayout,
-    scale: float | None = None,
-    text_lengths: Int[Array, " B"] | None = None,
-    order: Order = "tiled",
-    backend: BackendName = "auto",
-    return_lse: Literal[True],
-) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]: ...
-
-
-def block_sparse_attention(
-    q,
-    k,
-    v,
-    mask,
-    *,
-    grid,
-    scale=None,
-    text_lengths=None,
-    order="tiled",
-    backend="auto",
-    return_lse=False,
-):
+) -> Float[Array, "B T N D"]:
     """Softmax attention of each query block over the key blocks it keeps.
 
     Args:
@@ -116,26 +84,72 @@ def block_sparse_attention(
       mask: Kept block pairs per batch item and head, such as a `BlockMask`. Its lists
         are checked outside jit only: there an entry that is no block is an error.
       grid: Geometry of the blocks; must equal `mask.grid`. Static.
+      order: How the tokens of q, k, v and of the output are ordered: "raster", which
+        is frame, row, column, or "tiled". Required: a wrong order gives wrong numbers
+        without an error. The Hopper kernel reads raster order in place where the
+        tile's width divides that of the frame.
       scale: Factor on the logits, a Python number; 1 / sqrt(D) by default.
       text_lengths: Valid text tokens of each batch item, the first ones of the
         text; None means all. Keys past them are not attended to.
-      order: How the tokens of q, k, v and of the results are ordered: "tiled", or
-        "raster", which is frame, row, column (and which the Hopper kernel reads in
-        place where the tile's width divides that of the frame).
       backend: A backend by name, or "auto" for the fastest one that supports the
         inputs on this device; see `chosen_backend`.
-      return_lse: Also return the log-sum-exp of the logits.
 
     Returns:
-      The output [B, T, N, D] in q's dtype; with `return_lse` also the natural log
-      of each query's sum of exponentials, float32 [B, N, T]. Query blocks that keep
-      no key block, queries whose kept keys are all masked, and text queries past
-      `text_lengths` get zeros and -inf. Never NaN for finite inputs.
+      The output in q's dtype. Query blocks that keep no key block, queries whose kept
+      keys are all masked, and text queries past `text_lengths` get zeros. Never NaN
+      for finite inputs.
 
     Raises:
       ValueError: A shape, the mask's grid or lists, a text length, the scale or the
         backend is not acceptable, or the named backend does not support the inputs.
       TypeError: A dtype or the scale's type is not acceptable.
+    """
+    out, _ = block_sparse_attention_with_lse(
+        q,
+        k,
+        v,
+        mask,
+        grid=grid,
+        order=order,
+        scale=scale,
+        text_lengths=text_lengths,
+        backend=backend,
+    )
+    return out
+
+
+def block_sparse_attention_with_lse(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"],
+    mask: BlockLists,
+    *,
+    grid: BlockGrid,
+    order: Order,
+    scale: float | None = None,
+    text_lengths: Int[Array, " B"] | None = None,
+    backend: BackendName = "auto",
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
+    """Computes `block_sparse_attention` and the log-sum-exp of the logits.
+
+    Args:
+      q: See `block_sparse_attention`, like all other arguments.
+      k: Keys.
+      v: Values.
+      mask: Kept block pairs.
+      grid: Geometry of the blocks.
+      order: How the tokens of q, k, v and of both results are ordered. Required.
+      scale: Factor on the logits.
+      text_lengths: Valid text tokens of each batch item.
+      backend: A backend by name, or "auto".
+
+    Returns:
+      The output, and the natural log of each query's sum of exponentials in float32.
+      Queries without a valid key get zeros and -inf.
+
+    Raises:
+      ValueError: As `block_sparse_attention`.
+      TypeError: As `block_sparse_attention`.
     """
     validation.check_qkv(q, k, v)
     validation.check_tokens(q, grid)
@@ -144,8 +158,7 @@ def block_sparse_attention(
     scale = validation.check_scale(scale, q.shape[-1])
     text_lengths = validation.check_text_lengths(text_lengths, q, grid)
     validation.check_order(order)
-    problem = _describe(q, mask, grid, text_lengths is not None, order)
-    choice = choose(problem, backend)
+    choice = choose(_describe(q, grid, order), backend)
     if choice.slower_because is not None:
         warn_once(
             f"block_sparse_attention runs on backend {choice.name!r}: "
@@ -153,46 +166,42 @@ def block_sparse_attention(
         )
     _logger.debug("%s: %s", choice.name, choice.reason)
     chosen = BACKENDS[choice.name]
-    options = {"layout": grid, "scale": scale, "text_lengths": text_lengths}
+    attend = functools.partial(
+        chosen.function, grid=grid, scale=scale, text_lengths=text_lengths
+    )
     if chosen.takes_raster:
-        out, lse = chosen.function(q, k, v, mask, order=order, **options)
-    elif order == "raster":
-        q, k, v = (_take(x, grid.tile_order, axis=1) for x in (q, k, v))
-        out, lse = chosen.function(q, k, v, mask, **options)
-        out = _take(out, grid.raster_order, axis=1)
-        lse = _take(lse, grid.raster_order, axis=2)
-    else:
-        out, lse = chosen.function(q, k, v, mask, **options)
-    return (out, lse) if return_lse else out
+        return attend(q, k, v, mask, order=order)
+    if order == "tiled":
+        return attend(q, k, v, mask)
+    q, k, v = (_take(x, grid.tile_order, axis=1) for x in (q, k, v))
+    out, lse = attend(q, k, v, mask)
+    out = _take(out, grid.raster_order, axis=1)
+    return out, _take(lse, grid.raster_order, axis=2)
 
 
 def chosen_backend(
     q: Float[Array, "B T N D"] | jax.ShapeDtypeStruct,
-    mask: BlockLists,
     *,
-    grid: BlockLayout,
-    text_lengths: Int[Array, " B"] | None = None,
-    order: Order = "tiled",
+    grid: BlockGrid,
+    order: Order,
     backend: BackendName = "auto",
 ) -> BackendChoice:
-    """Says which backend a call with these inputs runs on, and why.
+    """Says which backend a call with such queries runs on, and why.
 
     Args:
       q: The queries, or their shape and dtype.
-      mask: As passed to `block_sparse_attention`; its leaves may be shapes.
       grid: As passed to `block_sparse_attention`.
-      text_lengths: As passed to `block_sparse_attention`.
-      order: As passed to `block_sparse_attention`.
+      order: As passed to `block_sparse_attention`. Required.
       backend: As passed to `block_sparse_attention`.
 
     Returns:
-      The backend's name and the reason.
+      The backend's name and the reason. Neither the mask nor text lengths matter.
 
     Raises:
-      ValueError: As `block_sparse_attention` would for the backend.
+      ValueError: As `block_sparse_attention` would for the order or the backend.
     """
-    problem = _describe(q, mask, grid, text_lengths is not None, order)
-    return choose(problem, backend)
+    validation.check_order(order)
+    return choose(_describe(q, grid, order), backend)
 
 
 def choose(problem: Problem, backend: str) -> BackendChoice:
@@ -229,21 +238,12 @@ def _take(x: jax.Array, indices: np.ndarray, *, axis: int) -> jax.Array:
 
 
 def _describe(
-    q: jax.Array | jax.ShapeDtypeStruct,
-    mask: BlockLists,
-    grid: BlockLayout,
-    has_text_lengths: bool,
-    order: Order,
+    q: jax.Array | jax.ShapeDtypeStruct, grid: BlockGrid, order: Order
 ) -> Problem:
-    batch, _, num_heads, head_dim = q.shape
     return Problem(
-        batch=batch,
-        num_heads=num_heads,
-        head_dim=head_dim,
+        head_dim=q.shape[-1],
         dtype=q.dtype.name,
-        layout=grid,
-        capacity=mask.block_ids.shape[-1],
-        has_text_lengths=has_text_lengths,
+        grid=grid,
         order=order,
         device=current_device(q),
     )

@@ -19,7 +19,7 @@ from pallas_kernels.attention.sm90 import dense as hopper_dense
 from pallas_kernels.attention.sm90.plan import ALIGNMENT
 from pallas_kernels.common import validation
 from pallas_kernels.common.device import Device, current_device
-from pallas_kernels.common.interfaces import BlockLayout
+from pallas_kernels.common.interfaces import BlockGrid
 from pallas_kernels.common.slow_paths import warn_once
 
 # Logits held at once by the chunked path. On two CPU cores, 2304 tokens and head_dim
@@ -38,7 +38,7 @@ def dense_attention(
     k: Float[Array, "B T N D"],
     v: Float[Array, "B T N D"],
     *,
-    grid: BlockLayout | None = None,
+    grid: BlockGrid | None = None,
     scale: float | None = None,
     text_lengths: Int[Array, " B"] | None = None,
     backend: DenseBackendName = "auto",
@@ -227,7 +227,7 @@ def _cudnn_attention(q, k, v, grid, scale, text_lengths):
 
 
 def _valid_tokens(
-    grid: BlockLayout, text_lengths: Int[Array, " B"]
+    grid: BlockGrid, text_lengths: Int[Array, " B"]
 ) -> Bool[Array, "B T"]:
     token = jnp.arange(grid.num_tokens)
     text = grid.text_tokens

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.common.interfaces import Backend, BlockLayout, BlockLists, Problem
+from pallas_kernels.common.interfaces import Backend, BlockGrid, BlockLists, Problem
 
 MAX_TOKENS = 8_192  # 256 MiB of float32 logits for each head and batch item
 
@@ -21,7 +21,7 @@ def oracle_attention(
     v: Float[Array, "B T N D"],
     mask: BlockLists,
     *,
-    layout: BlockLayout,
+    grid: BlockGrid,
     scale: float,
     text_lengths: Int[Array, " B"] | None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
@@ -32,7 +32,7 @@ def oracle_attention(
       k: Keys.
       v: Values.
       mask: Kept block pairs.
-      layout: Geometry of the blocks.
+      grid: Geometry of the blocks.
       scale: Factor on the logits.
       text_lengths: Valid text tokens of each batch item; None means all.
 
@@ -40,7 +40,7 @@ def oracle_attention(
       The attention output in q's dtype, and the natural log of the sum of exp of
       the kept logits. A query without any key gets zeros and -inf.
     """
-    kept = _token_mask(mask, layout, text_lengths)
+    kept = _token_mask(mask, grid, text_lengths)
     logits = scale * jnp.einsum(
         "btnd,bsnd->bnts",
         q.astype(jnp.float32),
@@ -64,7 +64,7 @@ def oracle_attention(
 
 
 def _token_mask(
-    mask: BlockLists, layout: BlockLayout, text_lengths: Int[Array, " B"] | None
+    mask: BlockLists, grid: BlockGrid, text_lengths: Int[Array, " B"] | None
 ) -> Bool[Array, "B N T T"]:
     """True where a query token attends to a key token."""
     batch, num_heads, capacity = mask.block_ids.shape
@@ -74,25 +74,25 @@ def _token_mask(
     row = (entry[:, None] >= mask.row_offsets[:, :, None, 1:]).sum(-1)  # [B, N, M]
     item = jnp.arange(batch)[:, None, None]
     head = jnp.arange(num_heads)[None, :, None]
-    num_blocks = layout.num_blocks
+    num_blocks = grid.num_blocks
     none_kept = jnp.zeros((batch, num_heads, num_blocks, num_blocks), bool)
     block_pairs = none_kept.at[item, head, row, mask.block_ids].set(True, mode="drop")
-    block_of_token = np.repeat(np.arange(layout.num_blocks), layout.block_lengths)
+    block_of_token = np.repeat(np.arange(grid.num_blocks), grid.block_lengths)
     token_pairs = block_pairs[:, :, block_of_token][:, :, :, block_of_token]
     if text_lengths is None:
         return token_pairs
-    token = jnp.arange(layout.num_tokens)
-    first, last = layout.text_tokens.start, layout.text_tokens.stop
+    token = jnp.arange(grid.num_tokens)
+    first, last = grid.text_tokens.start, grid.text_tokens.stop
     is_text = (token >= first) & (token < last)
     valid = ~is_text | (token < first + text_lengths[:, None])  # [B, T]
     return token_pairs & valid[:, None, :, None] & valid[:, None, None, :]
 
 
 def _why_unsupported(problem: Problem) -> str | None:
-    if problem.layout.num_tokens > MAX_TOKENS:
+    if problem.grid.num_tokens > MAX_TOKENS:
         return (
             f"it holds every pair of tokens and takes at most {MAX_TOKENS} tokens, "
-            f"not {problem.layout.num_tokens}"
+            f"not {problem.grid.num_tokens}"
         )
     return None
 

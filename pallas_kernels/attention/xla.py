@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.interfaces import (
     Backend,
-    BlockLayout,
+    BlockGrid,
     BlockLists,
     Problem,
     valid_lengths,
@@ -73,7 +73,7 @@ def xla_attention(
     v: Float[Array, "B T N D"],
     mask: BlockLists,
     *,
-    layout: BlockLayout,
+    grid: BlockGrid,
     scale: float,
     text_lengths: Int[Array, " B"] | None,
     config: KernelConfig | None = None,
@@ -85,7 +85,7 @@ def xla_attention(
       k: Keys.
       v: Values.
       mask: Kept block pairs.
-      layout: Geometry of the blocks.
+      grid: Geometry of the blocks.
       scale: Factor on the logits.
       text_lengths: Valid text tokens of each batch item; None means all.
       config: Group and step sizes; chosen by platform when None.
@@ -97,8 +97,8 @@ def xla_attention(
     if config is None:
         config = KernelConfig.for_platform(current_device(q).platform)
     if text_lengths is None:
-        text_lengths = jnp.full(q.shape[0], layout.text_length, jnp.int32)
-    static = (layout, scale, config)
+        text_lengths = jnp.full(q.shape[0], grid.text_length, jnp.int32)
+    static = (grid, scale, config)
     return _attention(static, q, k, v, mask.row_offsets, mask.block_ids, text_lengths)
 
 
@@ -106,7 +106,7 @@ def attention_gradients(
     residuals: tuple[Array, ...],
     cotangents: tuple[Float[Array, "B T N D"], Float[Array, "B N T"]],
     *,
-    layout: BlockLayout,
+    grid: BlockGrid,
     scale: float,
 ) -> tuple[Array | None, ...]:
     """Gradients of any backend's forward pass, for use in a `jax.custom_vjp`.
@@ -115,14 +115,14 @@ def attention_gradients(
       residuals: q, k, v, row_offsets, block_ids, text_lengths, and the forward
         pass's output and log-sum-exp.
       cotangents: Of the output and the log-sum-exp.
-      layout: Geometry of the blocks.
+      grid: Geometry of the blocks.
       scale: Factor on the logits.
 
     Returns:
       Cotangents of the first six residuals; None for those of integers.
     """
     config = KernelConfig.for_platform(current_device(residuals[0]).platform)
-    return _backward((layout, scale, config), residuals, cotangents)
+    return _backward((grid, scale, config), residuals, cotangents)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -133,13 +133,13 @@ def _attention(static, q, k, v, row_offsets, block_ids, text_lengths):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(static, q, k, v, row_offsets, block_ids, text_lengths):
-    layout, scale, config = static
+    grid, scale, config = static
     batch, _, num_heads, _ = q.shape
     blocks = _Blocks(
-        q=_to_blocks(q, layout, config),
-        k=_to_blocks(k, layout, config),
-        v=_to_blocks(v, layout, config),
-        length=_repeat_heads(valid_lengths(layout, text_lengths), num_heads),
+        q=_to_blocks(q, grid, config),
+        k=_to_blocks(k, grid, config),
+        v=_to_blocks(v, grid, config),
+        length=_repeat_heads(valid_lengths(grid, text_lengths), num_heads),
     )
     lists = _row_lists(row_offsets, block_ids)
     out, lse = _walk(
@@ -149,11 +149,11 @@ def _forward(static, q, k, v, row_offsets, block_ids, text_lengths):
         init=_forward_init,
         step=functools.partial(_forward_step, scale=scale),
         finish=_forward_finish,
-        num_blocks=layout.num_blocks,
+        num_blocks=grid.num_blocks,
         config=config,
     )
-    out = _from_blocks(out, layout, batch).astype(q.dtype)
-    lse = _from_blocks(lse, layout, batch).transpose(0, 2, 1)
+    out = _from_blocks(out, grid, batch).astype(q.dtype)
+    lse = _from_blocks(lse, grid, batch).transpose(0, 2, 1)
     residuals = (q, k, v, row_offsets, block_ids, text_lengths, out, lse)
     return (out, lse), residuals
 
@@ -165,7 +165,7 @@ def _backward(static, residuals, cotangents):
     ds = p * (dp - delta), where delta = sum(out * dout) - dlse holds for both
     outputs. Rows without a key have lse = -inf; their probabilities are zero.
     """
-    layout, scale, config = static
+    grid, scale, config = static
     q, k, v, row_offsets, block_ids, text_lengths, out, lse = residuals
     d_out, d_lse = cotangents
     batch, _, num_heads, _ = q.shape
@@ -176,17 +176,17 @@ def _backward(static, residuals, cotangents):
     delta = jnp.where(has_key, delta - d_lse, 0.0)
     lse = jnp.where(has_key, lse, jnp.inf)
     blocks = _Blocks(
-        q=_to_blocks(q, layout, config),
-        k=_to_blocks(k, layout, config),
-        v=_to_blocks(v, layout, config),
-        length=_repeat_heads(valid_lengths(layout, text_lengths), num_heads),
+        q=_to_blocks(q, grid, config),
+        k=_to_blocks(k, grid, config),
+        v=_to_blocks(v, grid, config),
+        length=_repeat_heads(valid_lengths(grid, text_lengths), num_heads),
     )
-    d_out = _to_blocks(d_out, layout, config)
+    d_out = _to_blocks(d_out, grid, config)
     lse, delta = (
-        _to_blocks(x.transpose(0, 2, 1)[..., None], layout, config)[..., 0]
+        _to_blocks(x.transpose(0, 2, 1)[..., None], grid, config)[..., 0]
         for x in (lse, delta)
     )
-    walk = functools.partial(_walk, num_blocks=layout.num_blocks, config=config)
+    walk = functools.partial(_walk, num_blocks=grid.num_blocks, config=config)
     lists = _row_lists(row_offsets, block_ids)
     (d_q,) = walk(
         lists,
@@ -197,14 +197,14 @@ def _backward(static, residuals, cotangents):
         finish=lambda own, carry: carry,
     )
     d_k, d_v = walk(
-        _transpose(lists, layout.num_blocks),
+        _transpose(lists, grid.num_blocks),
         own=(blocks.k, blocks.v, blocks.length),
         others=(blocks.q, d_out, lse, delta, blocks.length),
         init=lambda own: (jnp.zeros(own[0].shape, jnp.float32),) * 2,
         step=functools.partial(_key_grad_step, scale=scale),
         finish=lambda own, carry: carry,
     )
-    grads = (_from_blocks(x, layout, batch).astype(q.dtype) for x in (d_q, d_k, d_v))
+    grads = (_from_blocks(x, grid, batch).astype(q.dtype) for x in (d_q, d_k, d_v))
     return (*grads, None, None, None)
 
 
@@ -372,32 +372,32 @@ def _repeat_heads(lengths: Int[Array, "B R"], num_heads: int) -> Int[Array, " L"
 
 
 def _to_blocks(
-    x: Float[Array, "B T N D"], layout: BlockLayout, config: KernelConfig
+    x: Float[Array, "B T N D"], grid: BlockGrid, config: KernelConfig
 ) -> Float[Array, "L P D"]:
     """Cuts a sequence into blocks; short ones are filled up with other tokens."""
     batch, _, num_heads, head_dim = x.shape
     if config.upcast:
         x = x.astype(jnp.float32)
-    num_blocks, block_size = layout.num_blocks, layout.block_size
-    if (layout.block_lengths != block_size).any():
-        token = layout.block_starts[:, None] + np.arange(block_size)
-        x = x[:, np.minimum(token, layout.num_tokens - 1).ravel()]
+    num_blocks, block_size = grid.num_blocks, grid.block_size
+    if (grid.block_lengths != block_size).any():
+        token = grid.block_starts[:, None] + np.arange(block_size)
+        x = x[:, np.minimum(token, grid.num_tokens - 1).ravel()]
     x = x.reshape(batch, num_blocks, block_size, num_heads, head_dim)
     return x.transpose(0, 3, 1, 2, 4).reshape(-1, block_size, head_dim)
 
 
 def _from_blocks(
-    x: Float[Array, "L P ..."], layout: BlockLayout, batch: int
+    x: Float[Array, "L P ..."], grid: BlockGrid, batch: int
 ) -> Float[Array, "B T N ..."]:
     """The inverse of `_to_blocks`."""
-    num_blocks, block_size = layout.num_blocks, layout.block_size
+    num_blocks, block_size = grid.num_blocks, grid.block_size
     x = x.reshape(batch, -1, num_blocks, block_size, *x.shape[2:])
     x = jnp.moveaxis(x, 1, 3)
     x = x.reshape(batch, num_blocks * block_size, *x.shape[3:])
-    if (layout.block_lengths == block_size).all():
+    if (grid.block_lengths == block_size).all():
         return x
-    block = np.repeat(np.arange(num_blocks), layout.block_lengths)
-    offset = np.arange(layout.num_tokens) - layout.block_starts[block]
+    block = np.repeat(np.arange(num_blocks), grid.block_lengths)
+    offset = np.arange(grid.num_tokens) - grid.block_starts[block]
     return x[:, block * block_size + offset]
 
 

@@ -1,7 +1,7 @@
 """What a backend takes and promises, and how dispatch asks whether it can run.
 
 The package knows masks and grids only by structure, so that kernels depend on no
-model or method code. `draft_jax.VideoGrid` is a `BlockLayout` and
+model or method code. `draft_jax.VideoGrid` is a `BlockGrid` and
 `draft_jax.BlockMask` is a `BlockLists`.
 """
 
@@ -21,7 +21,7 @@ SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 Order = Literal["raster", "tiled"]
 
 
-class BlockLayout(Protocol):
+class BlockGrid(Protocol):
     """Static, hashable geometry: a sequence cut into consecutive blocks.
 
     In tiled order blocks follow each other without gaps: block `r` is the tokens
@@ -82,28 +82,22 @@ class BlockLists(Protocol):
     def grid(self) -> Any: ...
 
 
-def valid_lengths(
-    layout: BlockLayout, text_lengths: Int[Array, " B"]
-) -> Int[Array, "B R"]:
+def valid_lengths(grid: BlockGrid, text_lengths: Int[Array, " B"]) -> Int[Array, "B R"]:
     """Tokens of each block of each batch item that are not padding."""
-    is_text = np.zeros(layout.num_blocks, bool)
-    is_text[layout.text_blocks] = True
-    text_end = layout.text_tokens.start + text_lengths[:, None]
-    used = jnp.clip(text_end - layout.block_starts, 0, layout.block_lengths)
-    return jnp.where(is_text, used, layout.block_lengths).astype(jnp.int32)
+    is_text = np.zeros(grid.num_blocks, bool)
+    is_text[grid.text_blocks] = True
+    text_end = grid.text_tokens.start + text_lengths[:, None]
+    used = jnp.clip(text_end - grid.block_starts, 0, grid.block_lengths)
+    return jnp.where(is_text, used, grid.block_lengths).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What dispatch knows before tracing: sizes, dtype, layout and device."""
+    """Everything that the choice of a backend depends on, known before tracing."""
 
-    batch: int
-    num_heads: int
     head_dim: int
     dtype: str
-    layout: BlockLayout
-    capacity: int  # most block pairs one head can keep
-    has_text_lengths: bool
+    grid: BlockGrid
     order: Order
     device: Device
 
@@ -117,7 +111,7 @@ class Backend:
 
     Attributes:
       name: What callers pass as `backend`.
-      function: `f(q, k, v, mask, *, layout, scale, text_lengths) -> (out, lse)`.
+      function: `f(q, k, v, mask, *, grid, scale, text_lengths) -> (out, lse)`.
         Inputs were validated. `text_lengths` is int32 [B] or None. Rows without a
         valid key are zeros in `out` and -inf in `lse`.
       takes_raster: Whether the function takes `order`, and tokens in raster order.

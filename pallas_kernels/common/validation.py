@@ -11,7 +11,7 @@ import numpy as np
 
 from pallas_kernels.common.interfaces import (
     SUPPORTED_DTYPES,
-    BlockLayout,
+    BlockGrid,
     BlockLists,
     Order,
 )
@@ -51,7 +51,7 @@ def _check_alike(*, q: jax.Array, **others: jax.Array) -> None:
             )
 
 
-def check_tokens(q: jax.Array, grid: BlockLayout) -> None:
+def check_tokens(q: jax.Array, grid: BlockGrid) -> None:
     """Raises unless q has as many tokens as the grid."""
     if q.shape[1] != grid.num_tokens:
         raise ValueError(
@@ -66,7 +66,7 @@ def check_order(order: str) -> None:
         raise ValueError(f"{order=} must be one of {get_args(Order)}")
 
 
-def check_mask(q: jax.Array, mask: BlockLists, grid: BlockLayout) -> None:
+def check_mask(q: jax.Array, mask: BlockLists, grid: BlockGrid) -> None:
     """Raises unless the mask's lists fit q's batch and heads and the grid."""
     if mask.grid != grid:
         raise ValueError(f"mask.grid={mask.grid} must equal grid={grid}")
@@ -163,7 +163,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 
 def check_text_lengths(
-    text_lengths: jax.Array | None, q: jax.Array, grid: BlockLayout | None
+    text_lengths: jax.Array | None, q: jax.Array, grid: BlockGrid | None
 ) -> jax.Array | None:
     """Returns valid text tokens per batch item as int32 [B], or None.
 

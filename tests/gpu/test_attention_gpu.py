@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from draft_jax.grid import VideoGrid
-from pallas_kernels import block_sparse_attention, dense_attention
+from pallas_kernels import (
+    block_sparse_attention,
+    block_sparse_attention_with_lse,
+    dense_attention,
+)
 from pallas_kernels.attention.dense import why_no_cudnn
 from pallas_kernels.common.device import current_device
 from tests.pallas_kernels.attention.reference import (
@@ -63,15 +67,15 @@ def test_xla_matches_numpy(case, dtype, head_dim, assert_close):
 
     @jax.jit
     def run(q, k, v, mask):  # a closed-over mask would be folded for a minute
-        return block_sparse_attention(
+        return block_sparse_attention_with_lse(
             q,
             k,
             v,
             mask,
             grid=grid,
+            order="tiled",
             text_lengths=as_array(lengths),
             backend="xla",
-            return_lse=True,
         )
 
     out, lse = run(*qkv, mask)
@@ -109,7 +113,9 @@ def test_gradients_match_those_of_float32_matrices(kind, dtype):
         text = {"grid": grid, "text_lengths": as_array(lengths)}
         if kind == "dense":
             return dense_attention(q, k, v, **text)
-        return block_sparse_attention(q, k, v, mask, backend="xla", **text)
+        return block_sparse_attention(
+            q, k, v, mask, order="tiled", backend="xla", **text
+        )
 
     def plain(q, k, v, mask):
         return matrix_attention(q, k, v, dense, grid, text_lengths=lengths, xp=jnp)[0]

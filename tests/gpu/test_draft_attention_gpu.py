@@ -110,7 +110,7 @@ def test_a_gpu_without_a_fused_kernel_is_told_once(monkeypatch):
     with pytest.warns(
         SlowBackendWarning, match=rf"'xla': .*through the memory of {kind}"
     ):
-        block_sparse_attention(q, k, v, mask, grid=grid)
+        block_sparse_attention(q, k, v, mask, grid=grid, order="tiled")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        block_sparse_attention(q, k, v, mask, grid=grid)
+        block_sparse_attention(q, k, v, mask, grid=grid, order="tiled")

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from draft_jax.grid import VideoGrid
-from pallas_kernels import block_sparse_attention, chosen_backend
+from pallas_kernels import (
+    block_sparse_attention,
+    block_sparse_attention_with_lse,
+    chosen_backend,
+)
 from pallas_kernels.attention import reference as oracle
 from pallas_kernels.attention.sm90 import backend as hopper
 from pallas_kernels.attention.sm90.geometry import geometry
@@ -131,7 +135,7 @@ def attend(
         k,
         v,
         mask,
-        layout=grid,
+        grid=grid,
         scale=scale,
         text_lengths=lengths if has_lengths else None,
         order=order,
@@ -148,7 +152,7 @@ def reference(q, k, v, mask, lengths, *, grid, scale, has_lengths):
         return oracle.oracle_attention(
             *(x.astype(jnp.float32) for x in (q, k, v)),
             mask,
-            layout=grid,
+            grid=grid,
             scale=scale,
             text_lengths=lengths if has_lengths else None,
         )
@@ -357,8 +361,7 @@ def test_auto_takes_this_kernel(order):
     lengths, options = options_of(case)
     qkv, dense = case.random()
     mask = compress(dense, case.grid)
-    text = {"text_lengths": lengths, "grid": case.grid, "order": order}
-    choice = chosen_backend(qkv[0], mask, **text)
+    choice = chosen_backend(qkv[0], grid=case.grid, order=order)
     assert choice.name == "hopper"
     assert choice.slower_because is None
 
@@ -366,7 +369,7 @@ def test_auto_takes_this_kernel(order):
     def run(q, k, v, mask, lengths):
         if order == "raster":
             q, k, v = (x[:, case.grid.raster_order] for x in (q, k, v))
-        return block_sparse_attention(
+        return block_sparse_attention_with_lse(
             q,
             k,
             v,
@@ -374,7 +377,6 @@ def test_auto_takes_this_kernel(order):
             grid=case.grid,
             text_lengths=lengths,
             order=order,
-            return_lse=True,
         )
 
     out, lse = run(*qkv, mask, lengths)

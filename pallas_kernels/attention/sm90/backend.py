@@ -26,7 +26,7 @@ from pallas_kernels.attention.sm90.partition_lists import partition_lists
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.interfaces import (
     Backend,
-    BlockLayout,
+    BlockGrid,
     BlockLists,
     Order,
     Problem,
@@ -44,7 +44,7 @@ def hopper_attention(
     v: Float[Array, "B T N D"],
     mask: BlockLists,
     *,
-    layout: BlockLayout,
+    grid: BlockGrid,
     scale: float,
     text_lengths: Int[Array, " B"] | None,
     order: Order = "tiled",
@@ -58,7 +58,7 @@ def hopper_attention(
       k: Keys.
       v: Values.
       mask: Kept block pairs.
-      layout: Geometry of the blocks.
+      grid: Geometry of the blocks.
       scale: Factor on the logits.
       text_lengths: Valid text tokens of each batch item; None means all.
       order: How the tokens are ordered; they are read and written in place.
@@ -73,7 +73,7 @@ def hopper_attention(
       ValueError: The dtype, head dimension or block size is not supported, or the
         config needs too much shared memory.
     """
-    if cause := why_unsupported_shape(q.dtype.name, q.shape[-1], layout.block_size):
+    if cause := why_unsupported_shape(q.dtype.name, q.shape[-1], grid.block_size):
         raise ValueError(f"the Hopper kernel cannot take these inputs: {cause}")
     if config is None:
         config = sm90.KernelConfig.for_head_dim(q.shape[-1])
@@ -85,13 +85,13 @@ def hopper_attention(
         )
     has_lengths = text_lengths is not None
     if text_lengths is None:
-        text_lengths = jnp.full(q.shape[0], layout.text_length, jnp.int32)
-    static = _Static(layout, order, float(scale), has_lengths, config, interpret)
+        text_lengths = jnp.full(q.shape[0], grid.text_length, jnp.int32)
+    static = _Static(grid, order, float(scale), has_lengths, config, interpret)
     return _attention(static, q, k, v, mask.row_offsets, mask.block_ids, text_lengths)
 
 
 class _Static(NamedTuple):
-    layout: BlockLayout
+    grid: BlockGrid
     order: Order
     scale: float
     has_text_lengths: bool
@@ -111,23 +111,23 @@ def _forward(static: _Static, *arrays):
 
 
 def _backward(static: _Static, residuals, cotangents):
-    layout = static.layout
+    grid = static.grid
     if static.order == "tiled":
         return xla.attention_gradients(
-            residuals, cotangents, layout=layout, scale=static.scale
+            residuals, cotangents, grid=grid, scale=static.scale
         )
     q, k, v, row_offsets, block_ids, text_lengths, out, lse = residuals
     d_out, d_lse = cotangents
-    q, k, v, out, d_out = (x[:, layout.tile_order] for x in (q, k, v, out, d_out))
-    lse, d_lse = (x[:, :, layout.tile_order] for x in (lse, d_lse))
+    q, k, v, out, d_out = (x[:, grid.tile_order] for x in (q, k, v, out, d_out))
+    lse, d_lse = (x[:, :, grid.tile_order] for x in (lse, d_lse))
     gradients = xla.attention_gradients(
         (q, k, v, row_offsets, block_ids, text_lengths, out, lse),
         (d_out, d_lse),
-        layout=layout,
+        grid=grid,
         scale=static.scale,
     )
     of_tokens = (
-        jnp.take(x, layout.raster_order, axis=1) for x in gradients[:3] if x is not None
+        jnp.take(x, grid.raster_order, axis=1) for x in gradients[:3] if x is not None
     )
     return *of_tokens, *gradients[3:]
 
@@ -137,10 +137,10 @@ _attention.defvjp(_forward, _backward)
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
-    layout = static.layout
+    grid = static.grid
     batch, _, num_heads, _ = q.shape
-    num_lists, num_blocks = batch * num_heads, layout.num_blocks
-    places = geometry(layout, static.order)  # type: ignore[arg-type]  # hashable
+    num_lists, num_blocks = batch * num_heads, grid.num_blocks
+    places = geometry(grid, static.order)  # type: ignore[arg-type]  # hashable
     plan = _plan(static, places, q.shape, q.dtype)
     shape = q.shape
     if isinstance(plan.copies, sm90.Boxes):
@@ -165,8 +165,8 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
         num_tiles=jnp.full(1, num_lists * num_blocks, jnp.int32),
         starts=jnp.asarray(places.starts),
         strides=jnp.asarray(places.strides),
-        lengths=jnp.asarray(layout.block_lengths),
-        valid=valid_lengths(layout, text_lengths),
+        lengths=jnp.asarray(grid.block_lengths),
+        valid=valid_lengths(grid, text_lengths),
         reciprocals=jnp.asarray(places.reciprocals),
     )
     out, lse = attend_blocks(q, k, v, work, plan=plan, interpret=static.interpret)
@@ -181,7 +181,7 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
 
 def _plan(static: _Static, places: Geometry, shape, dtype) -> sm90.Plan:
     batch, _, num_heads, head_dim = shape
-    num_blocks = static.layout.num_blocks
+    num_blocks = static.grid.num_blocks
     num_tiles = batch * num_heads * num_blocks
     by_rows = isinstance(places.copies, sm90.SingleRows)
     return sm90.Plan(
@@ -298,15 +298,15 @@ def why_unsupported_shape(dtype: str, head_dim: int, block_size: int) -> str | N
 
 def _why_unsupported(problem: Problem) -> str | None:
     return problem.device.why_not_hopper() or why_unsupported_shape(
-        problem.dtype, problem.head_dim, problem.layout.block_size
+        problem.dtype, problem.head_dim, problem.grid.block_size
     )
 
 
 def _why_slow(problem: Problem) -> str | None:
-    copies = geometry(problem.layout, problem.order).copies  # type: ignore[arg-type]
+    copies = geometry(problem.grid, problem.order).copies  # type: ignore[arg-type]
     if not isinstance(copies, sm90.SingleRows):
         return None
-    if problem.layout.num_tokens < sm90.BLOCK:
+    if problem.grid.num_tokens < sm90.BLOCK:
         return None  # a few tokens take no time either way
     return f"its blocks are copied row by row: {copies.because}"
 

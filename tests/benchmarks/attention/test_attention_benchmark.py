@@ -116,7 +116,9 @@ def on_cpu(monkeypatch, tmp_path):
     """Runs the command on a small shape, with XLA in place of every library."""
 
     def program(grid):
-        run = functools.partial(block_sparse_attention, grid=grid, backend="xla")
+        run = functools.partial(
+            block_sparse_attention, grid=grid, order="tiled", backend="xla"
+        )
         return jax.jit(run)
 
     def other_mask(shape, qkv, mask):

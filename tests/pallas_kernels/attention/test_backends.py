@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from draft_jax.block_mask import BlockMask
 from draft_jax.grid import VideoGrid
-from pallas_kernels import block_sparse_attention
+from pallas_kernels import block_sparse_attention, block_sparse_attention_with_lse
 from pallas_kernels.attention.api import BACKENDS
 from tests.pallas_kernels.attention.reference import (
     CASES,
@@ -30,16 +30,16 @@ pytestmark = pytest.mark.parametrize("backend", sorted(BACKENDS.keys() - {"hoppe
 # One program per case: eager calls would compile every operation for itself.
 @functools.partial(jax.jit, static_argnames=("grid", "backend", "scale"))
 def attend(q, k, v, mask, grid, backend, scale=None, text_lengths=None):
-    return block_sparse_attention(
+    return block_sparse_attention_with_lse(
         q,
         k,
         v,
         mask,
         grid=grid,
+        order="tiled",
         backend=backend,
         scale=scale,
         text_lengths=text_lengths,
-        return_lse=True,
     )
 
 
@@ -51,14 +51,13 @@ def test_raster_order_is_the_same_attention(backend, case):
     dense = random_mask(grid)
     want, want_lse = numpy_attention(*qkv, dense, grid, text_lengths=lengths)
     in_raster = [np.asarray(x)[:, grid.raster_order] for x in qkv]
-    out, lse = block_sparse_attention(
+    out, lse = block_sparse_attention_with_lse(
         *map(jnp.asarray, in_raster),
         compress(dense, grid),
         grid=grid,
         backend=backend,
         text_lengths=as_lengths(lengths),
         order="raster",
-        return_lse=True,
     )
     np.testing.assert_allclose(out, want[:, grid.raster_order], **ATTENTION["float32"])
     np.testing.assert_allclose(lse, want_lse[:, :, grid.raster_order], **LSE["float32"])
@@ -147,7 +146,7 @@ def test_huge_logits(backend):
 
     def loss(q, k, v):
         return block_sparse_attention(
-            q, k, v, mask, grid=ODD, scale=1.0, backend=backend
+            q, k, v, mask, grid=ODD, order="tiled", scale=1.0, backend=backend
         ).sum()
 
     for grad in jax.grad(loss, argnums=(0, 1, 2))(q, k, v):
@@ -274,7 +273,10 @@ def test_scan_and_remat(backend):
     mask = compress(random_mask(ODD), ODD)
 
     def layer(x, _):
-        return block_sparse_attention(x, k, v, mask, grid=ODD, backend=backend), None
+        out = block_sparse_attention(
+            x, k, v, mask, grid=ODD, order="tiled", backend=backend
+        )
+        return out, None
 
     def scanned(q):
         return jnp.sin(jax.lax.scan(jax.checkpoint(layer), q, length=2)[0]).sum()

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import pathlib
 import re
 import typing
@@ -19,6 +20,7 @@ from pallas_kernels import (
     BackendName,
     SlowBackendWarning,
     block_sparse_attention,
+    block_sparse_attention_with_lse,
     chosen_backend,
     dense_attention,
 )
@@ -27,7 +29,6 @@ from pallas_kernels.common import slow_paths
 from pallas_kernels.common.device import Device
 from pallas_kernels.common.interfaces import Problem
 
-# The package's attribute of this name is the function, not the module.
 ROOT = pathlib.Path(pallas_kernels.__file__).parent.parent
 GRID = VideoGrid(1, 2, 4, tile=(2, 2), text_length=3)
 SHAPE = (2, GRID.num_tokens, 3, 8)
@@ -36,7 +37,8 @@ SHAPE = (2, GRID.num_tokens, 3, 8)
 def arguments(**changes):
     q = jnp.ones(SHAPE)
     mask = BlockMask.full(grid=GRID, batch=2, num_heads=3)
-    return {"q": q, "k": q, "v": q, "mask": mask, "grid": GRID} | changes
+    qkv = {"q": q, "k": q, "v": q}
+    return {**qkv, "mask": mask, "grid": GRID, "order": "tiled"} | changes
 
 
 def full(grid=GRID, batch=2, num_heads=3):
@@ -132,6 +134,32 @@ def test_unused_entries_of_a_mask_may_be_anything():
     np.testing.assert_array_equal(got, want)
 
 
+def test_order_has_no_default():
+    """A wrong order gives wrong numbers, so none is assumed."""
+    given = arguments()
+    del given["order"]
+    for attend in (block_sparse_attention, block_sparse_attention_with_lse):
+        with pytest.raises(TypeError, match="keyword-only argument: 'order'"):
+            attend(**given)
+    with pytest.raises(TypeError, match="keyword-only argument: 'order'"):
+        chosen_backend(given["q"], grid=GRID)
+    with pytest.raises(ValueError, match="order='zigzag' must be one of"):
+        chosen_backend(given["q"], grid=GRID, order="zigzag")
+
+
+def test_no_module_has_a_function_s_name():
+    """`import pallas_kernels.block_sparse_attention as m` must not yield a function."""
+    for name in pallas_kernels.__all__:
+        with pytest.raises(ModuleNotFoundError, match=name):
+            importlib.import_module(f"pallas_kernels.{name}")
+
+
+def test_both_functions_return_the_same_output():
+    out, lse = block_sparse_attention_with_lse(**arguments())
+    np.testing.assert_array_equal(block_sparse_attention(**arguments()), out)
+    assert lse.shape == (2, 3, GRID.num_tokens)
+
+
 def test_known_mask_is_checked_inside_jit():
     mask = changed("block_ids", (1, 2, 8), 3)
     run = jax.jit(lambda q: block_sparse_attention(**arguments(q=q, mask=mask)))
@@ -145,7 +173,13 @@ def test_text_lengths_need_text():
     lengths = jnp.zeros(1, jnp.int32)
     with pytest.raises(ValueError, match="has no text"):
         block_sparse_attention(
-            q, q, q, full(grid, 1, 1), grid=grid, text_lengths=lengths
+            q,
+            q,
+            q,
+            full(grid, 1, 1),
+            grid=grid,
+            order="tiled",
+            text_lengths=lengths,
         )
     with pytest.raises(ValueError, match="text_lengths needs grid"):
         dense_attention(q, q, q, text_lengths=lengths)
@@ -165,9 +199,9 @@ def test_oracle_refuses_large_sequences():
     q = jnp.ones((1, BIG.num_tokens, 1, 8))
     mask = full(BIG, 1, 1)
     with pytest.raises(ValueError, match="at most 8192 tokens, not 10000"):
-        block_sparse_attention(q, q, q, mask, grid=BIG, backend="oracle")
+        block_sparse_attention(q, q, q, mask, grid=BIG, order="tiled", backend="oracle")
     with pytest.raises(ValueError, match="backend='oracle' cannot take these inputs"):
-        chosen_backend(q, mask, grid=BIG, backend="oracle")
+        chosen_backend(q, grid=BIG, order="tiled", backend="oracle")
 
 
 def test_names_and_registry_agree():
@@ -179,7 +213,7 @@ def test_names_and_registry_agree():
 
 def test_chosen_backend_needs_no_arrays():
     choice = chosen_backend(
-        jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16), jax.eval_shape(full), grid=GRID
+        jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16), grid=GRID, order="tiled"
     )
     assert choice.name == "xla"
     assert "first choice for" in choice.reason
@@ -187,13 +221,9 @@ def test_chosen_backend_needs_no_arrays():
 
 def problem_on(device):
     return Problem(
-        batch=1,
-        num_heads=1,
         head_dim=64,
         dtype="bfloat16",
-        layout=GRID,
-        capacity=9,
-        has_text_lengths=False,
+        grid=GRID,
         order="tiled",
         device=device,
     )
@@ -203,7 +233,7 @@ HOPPER = Device(platform="gpu", kind="NVIDIA H100", compute_capability=(9, 0))
 
 
 TILED = VideoGrid(1, 16, 32)  # blocks of 128 tokens
-HOPPER_TAKES = {"layout": TILED, "head_dim": 128, "dtype": "bfloat16"}
+HOPPER_TAKES = {"grid": TILED, "head_dim": 128, "dtype": "bfloat16"}
 
 
 def test_hopper_runs_when_it_is_named():
@@ -237,7 +267,7 @@ def test_auto_takes_hopper():
 )
 def test_auto_says_when_hopper_copies_row_by_row(grid, order, cause):
     problem = dataclasses.replace(
-        problem_on(HOPPER), head_dim=128, layout=grid, order=order
+        problem_on(HOPPER), head_dim=128, grid=grid, order=order
     )
     choice = dispatch.choose(problem, "auto")
     assert choice.name == "hopper"
@@ -258,7 +288,7 @@ REFUSED = {  # changes to a problem that the kernel takes, cause
     "cpu": ({"device": Device(platform="cpu")}, "Hopper GPU .* not cpu"),
     "dtype": ({"dtype": "float32"}, "bfloat16 and float16, not float32"),
     "head-dim": ({"head_dim": 96}, "head dimension of 64 and 128, not 96"),
-    "block-size": ({"layout": GRID}, r"128 tokens, such as tile \(8, 16\), not 4"),
+    "block-size": ({"grid": GRID}, r"128 tokens, such as tile \(8, 16\), not 4"),
 }
 
 

@@ -99,7 +99,7 @@ def attend(q, k, v, mask, grid, lengths, *, scale=None, order="tiled", **config)
         k,
         v,
         mask,
-        layout=grid,
+        grid=grid,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         text_lengths=jnp.asarray(lengths, jnp.int32) if lengths else None,
         order=order,

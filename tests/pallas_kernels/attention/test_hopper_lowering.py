@@ -51,7 +51,7 @@ def lower(grid, has_lengths, head_dim, dtype, order="tiled", *, config=None):
             k,
             v,
             mask,
-            layout=grid,
+            grid=grid,
             scale=head_dim**-0.5,
             text_lengths=lengths if has_lengths else None,
             order=order,

@@ -26,7 +26,9 @@ def test_holds_no_map_of_all_pairs():
     grid = VideoGrid(4, 64, 64)
     qkv = (jax.ShapeDtypeStruct((1, grid.num_tokens, 1, 64), jnp.float32),) * 3
     mask = jax.eval_shape(lambda: BlockMask.full(grid=grid, batch=1, num_heads=1))
-    attend = functools.partial(block_sparse_attention, grid=grid, backend="xla")
+    attend = functools.partial(
+        block_sparse_attention, grid=grid, order="tiled", backend="xla"
+    )
 
     def loss(q, k, v, mask):
         return attend(q, k, v, mask).sum()
@@ -49,7 +51,9 @@ def test_memory_is_linear_in_tokens():
                 capacity=8 * grid.num_blocks,
             )
         )
-        attend = functools.partial(block_sparse_attention, grid=grid, backend="xla")
+        attend = functools.partial(
+            block_sparse_attention, grid=grid, order="tiled", backend="xla"
+        )
         memory = jax.jit(attend).lower(*qkv, mask).compile().memory_analysis()
         used.append(memory.temp_size_in_bytes)
     assert used[1] < 4.5 * used[0]
@@ -72,7 +76,7 @@ def test_any_config_gives_the_same(group_tokens, step_tokens, upcast):
         k,
         v,
         compress(dense, grid),
-        layout=grid,
+        grid=grid,
         scale=0.25,
         text_lengths=jnp.asarray(lengths),
         config=config,
@@ -89,9 +93,8 @@ def test_a_nan_is_not_hidden():
     grid = VideoGrid(1, 4, 8, tile=(2, 4))
     q, k, v = random_qkv(grid)
     mask = BlockMask.full(grid=grid, batch=2, num_heads=2)
-    clean = block_sparse_attention(q, k, v, mask, grid=grid, backend="xla")
-    out = block_sparse_attention(
-        q.at[1, 3, 0].set(jnp.nan), k, v, mask, grid=grid, backend="xla"
-    )
+    options = {"grid": grid, "order": "tiled", "backend": "xla"}
+    clean = block_sparse_attention(q, k, v, mask, **options)
+    out = block_sparse_attention(q.at[1, 3, 0].set(jnp.nan), k, v, mask, **options)
     assert jnp.isnan(out[1, 3, 0]).all()
     np.testing.assert_array_equal(out.at[1, 3, 0].set(0), clean.at[1, 3, 0].set(0))
