@@ -11,10 +11,8 @@ Example:
     grid = VideoGrid(frames=4, height=30, width=52)  # tokens; tiles of 8 x 16
     shape = (2, grid.num_tokens, 3, 64)  # batch, tokens, heads, head dim
     q, k, v = jax.random.normal(jax.random.key(0), (3, *shape))
-    out, mask = draft_attention(
-        q, k, v, grid=grid, config=DraftConfig(sparsity=0.75), return_mask=True
-    )
-    print(out.shape, mask.density)  # share of token pairs computed, per item and head
+    out = draft_attention(q, k, v, grid=grid, config=DraftConfig(sparsity=0.75))
+    print(out.shape)
 
 Source: DraftAttention (arXiv 2505.14708).
 """
@@ -23,6 +21,7 @@ from draft_jax.attention import draft_attention, initial_mask, scheduled_attenti
 from draft_jax.attention_plan import AttentionPlan
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, kept_pairs_budget, mask_capacity
+from draft_jax.debugging import check_finite
 from draft_jax.draft.pooling import PooledTokens, pool_tokens
 from draft_jax.draft.qk_preparation import QKNorm, norm_rope_pool
 from draft_jax.draft.scores import draft_scores
@@ -54,6 +53,7 @@ __all__ = [
     "StepKind",
     "StepPlan",
     "VideoGrid",
+    "check_finite",
     "compute_mask",
     "constant_step",
     "draft_attention",

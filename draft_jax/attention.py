@@ -1,7 +1,5 @@
 """DraftAttention: block-sparse attention guided by a low-resolution draft."""
 
-from typing import Literal, overload
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, mask_capacity
 from draft_jax.draft.pooling import PooledTokens
-from draft_jax.draft.selection import add_text_blocks, compute_mask
+from draft_jax.draft.selection import compute_mask
 from draft_jax.grid import VideoGrid
 from draft_jax.schedule import DraftStep
 from pallas_kernels import BackendName, block_sparse_attention, dense_attention
@@ -18,7 +16,6 @@ from pallas_kernels.common import validation
 from pallas_kernels.common.interfaces import Order
 
 
-@overload
 def draft_attention(
     q: Float[Array, "B T N D"],
     k: Float[Array, "B T N D"],
@@ -28,56 +25,16 @@ def draft_attention(
     config: DraftConfig,
     text_lengths: Int[Array, " B"] | None = None,
     order: Order = "raster",
-    mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
-    budget: int | Int[Array | np.ndarray, ""] | None = None,
-    pooled: PooledTokens | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
-    return_mask: Literal[False] = False,
-    check_finite: bool = False,
-) -> Float[Array, "B T N D"]: ...
-
-
-@overload
-def draft_attention(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
-    v: Float[Array, "B T N D"],
-    *,
-    grid: VideoGrid,
-    config: DraftConfig,
-    text_lengths: Int[Array, " B"] | None = None,
-    order: Order = "raster",
-    mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
-    budget: int | Int[Array | np.ndarray, ""] | None = None,
-    pooled: PooledTokens | None = None,
-    scale: float | None = None,
-    backend: BackendName = "auto",
-    return_mask: Literal[True],
-    check_finite: bool = False,
-) -> tuple[Float[Array, "B T N D"], BlockMask]: ...
-
-
-def draft_attention(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
-    v: Float[Array, "B T N D"],
-    *,
-    grid: VideoGrid,
-    config: DraftConfig,
-    text_lengths: Int[Array, " B"] | None = None,
-    order: Order = "raster",
-    mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
-    budget: int | Int[Array | np.ndarray, ""] | None = None,
-    pooled: PooledTokens | None = None,
-    scale: float | None = None,
-    backend: BackendName = "auto",
-    return_mask: bool = False,
-    check_finite: bool = False,
-) -> Float[Array, "B T N D"] | tuple[Float[Array, "B T N D"], BlockMask]:
+) -> Float[Array, "B T N D"]:
     """Attends within the block pairs that a low-resolution draft ranks highest.
 
     Batch items and heads have their own masks and do not influence each other.
+
+    It is `compute_mask` followed by `pallas_kernels.block_sparse_attention`. Call the
+    two for a mask, a budget or pooled tokens of your own, or to look at the mask.
+    `BlockMask.from_visual` and `BlockMask.from_dense` turn boolean maps into masks.
 
     Args:
       q: Queries, T = `grid.num_tokens`: visual and text tokens, where `grid` says.
@@ -92,60 +49,32 @@ def draft_attention(
         row, column order; "tiled" if they are permuted by `grid.tile_order`. The
         Hopper kernel reads both in place where the tile's width divides that of the
         frame; elsewhere raster order costs a permutation of q, k, v and the output.
-      mask: Attend to these pairs instead of drafting. A `BlockMask`, or a boolean map
-        per batch item and head (either may be 1) over the visual blocks (text is kept
-        with everything) or over all blocks, in tiled order. A query block that keeps
-        nothing returns zeros.
-      budget: See `select_blocks`.
-      pooled: q and k pooled before, such as by `norm_rope_pool`, instead of here.
       scale: Factor of the logits; 1 / sqrt(D) by default.
       backend: See `pallas_kernels.block_sparse_attention`.
-      return_mask: Also return the mask that was used.
-      check_finite: Raise on NaN or infinity in q, k or v. It waits for the arrays, so
-        it is for debugging, and it cannot work under jit: use
-        `jax.config.update("jax_debug_nans", True)` there. Unchecked, NaN stays within
-        its batch item and head.
 
     Returns:
-      The output, like q. With `return_mask`, also the mask.
+      The output, like q. NaN and infinity stay within their batch item and head; see
+      `check_finite`.
 
     Raises:
-      ValueError: A shape does not fit the grid, an option is unknown, a length is out
-        of range, or `check_finite` finds a NaN or infinity or traced arrays.
-      TypeError: A dtype is not supported, or mask is neither a BlockMask nor boolean.
+      ValueError: A shape does not fit the grid, an option is unknown, or a length is
+        out of range.
+      TypeError: A dtype is not supported.
 
     Source: DraftAttention (arXiv 2505.14708).
     """
-    _check_inputs(q, k, v, grid, order, check_finite)
-    if mask is not None and budget is not None:
-        raise ValueError(f"{budget=} has no effect when mask is given; leave it out")
-    if mask is not None and pooled is not None:
-        raise ValueError("pooled has no effect when mask is given; leave it out")
-    if mask is None:
-        used_mask = compute_mask(
-            q,
-            k,
-            grid=grid,
-            config=config,
-            budget=budget,
-            scale=scale,
-            order=order,
-            pooled=pooled,
-        )
-    else:
-        used_mask = _as_block_mask(mask, grid, batch=q.shape[0], num_heads=q.shape[2])
-    out = block_sparse_attention(
+    mask = compute_mask(q, k, grid=grid, config=config, scale=scale, order=order)
+    return block_sparse_attention(
         q,
         k,
         v,
-        used_mask,
+        mask,
         grid=grid,
         scale=scale,
         text_lengths=text_lengths,
         order=order,
         backend=backend,
     )
-    return (out, used_mask) if return_mask else out
 
 
 def scheduled_attention(
@@ -163,7 +92,7 @@ def scheduled_attention(
     scale: float | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Float[Array, "B T N D"], BlockMask]:
-    """One layer on one step of a `SparsitySchedule`.
+    """Runs one layer on one step of a `SparsitySchedule`.
 
     Dense or sparse, and a new or a reused mask, are chosen by the values of `step`.
     Where they are known (`StepKind` shows how), they choose when the program is traced:
@@ -183,7 +112,7 @@ def scheduled_attention(
       mask: This layer's mask from the step before, or `initial_mask`.
       text_lengths: See `draft_attention`.
       order: See `draft_attention`.
-      pooled: See `draft_attention`; used only where a new mask is made.
+      pooled: See `compute_mask`; used only where a new mask is made.
       scale: Factor of the logits; 1 / sqrt(D) by default.
       backend: See `pallas_kernels.block_sparse_attention`.
 
@@ -197,7 +126,10 @@ def scheduled_attention(
 
     Source: DraftAttention (arXiv 2505.14708); its first steps are dense.
     """
-    _check_inputs(q, k, v, grid, order, False)
+    # Before a conditional, which would not say what is wrong with its branches.
+    validation.check_qkv(q, k, v)
+    validation.check_tokens(q, grid)
+    validation.check_order(order)
     if step.dense.ndim:
         raise ValueError(
             f"step.dense has shape {step.dense.shape}; expected a scalar: "
@@ -258,7 +190,7 @@ def _choose(predicate: Bool[Array | np.ndarray, ""], if_true, if_false, *operand
 def initial_mask(
     grid: VideoGrid, config: DraftConfig, *, batch: int, num_heads: int
 ) -> BlockMask:
-    """A mask to start from, of the capacity that `config` needs.
+    """Makes a mask to start from, of the capacity that `config` needs.
 
     Each visual block attends to itself and to the text. Schedules replace it on the
     first sparse step; it only has to be valid.
@@ -273,59 +205,5 @@ def initial_mask(
       A mask with capacity `mask_capacity(grid, config)`.
     """
     own = jnp.eye(grid.num_visual_blocks, dtype=jnp.bool_)[None, None]
-    mask = BlockMask.from_dense(
-        add_text_blocks(own, grid), grid=grid, capacity=mask_capacity(grid, config)
-    )
+    mask = BlockMask.from_visual(own, grid=grid, capacity=mask_capacity(grid, config))
     return jax.tree.map(lambda x: jnp.tile(x, (batch, num_heads, 1)), mask)
-
-
-def _check_inputs(
-    q: Array, k: Array, v: Array, grid: VideoGrid, order: str, check_finite: bool
-) -> None:
-    validation.check_qkv(q, k, v)
-    validation.check_tokens(q, grid)
-    validation.check_order(order)
-    if not check_finite:
-        return
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        if isinstance(array, jax.core.Tracer):
-            raise ValueError(
-                f"{check_finite=} cannot look into traced {name}: call outside jit, "
-                'or use jax.config.update("jax_debug_nans", True)'
-            )
-        bad = np.argwhere(~np.isfinite(np.asarray(array, np.float32)))
-        if len(bad):
-            where = ", ".join(str(index) for index in bad[0])
-            raise ValueError(
-                f"{name}[{where}] is {array[tuple(bad[0])]}, the first of {len(bad)} "
-                f"values of {name} that are not finite; all must be"
-            )
-
-
-def _as_block_mask(
-    mask: BlockMask | Array, grid: VideoGrid, *, batch: int, num_heads: int
-) -> BlockMask:
-    """Accepts the masks that users pass."""
-    if isinstance(mask, BlockMask):
-        return mask
-    if not hasattr(mask, "dtype") or mask.dtype != jnp.bool_:
-        kind = getattr(mask, "dtype", type(mask).__name__)
-        raise TypeError(f"mask is {kind}; expected a BlockMask or a boolean array")
-    num_visual, num_blocks = grid.num_visual_blocks, grid.num_blocks
-    sides = sorted({num_visual, num_blocks})
-    if (
-        mask.ndim != 4
-        or mask.shape[0] not in (1, batch)
-        or mask.shape[1] not in (1, num_heads)
-        or mask.shape[2] not in sides
-        or mask.shape[2] != mask.shape[3]
-    ):
-        accepted = " or ".join(f"[{batch}, {num_heads}, {n}, {n}]" for n in sides)
-        raise ValueError(
-            f"mask has shape {mask.shape}; expected {accepted}, the first two sizes "
-            f"may be 1: visual blocks or all blocks of {grid}"
-        )
-    if mask.shape[2] == num_visual:
-        mask = add_text_blocks(mask, grid)
-    dense = jnp.broadcast_to(mask, (batch, num_heads, num_blocks, num_blocks))
-    return BlockMask.from_dense(dense, grid=grid)

@@ -38,16 +38,17 @@ class BlockMask:
     @classmethod
     def from_dense(
         cls,
-        dense: Bool[Array, "B N R R"],
+        dense: Bool[Array | np.ndarray, "B N R R"],
         *,
         grid: VideoGrid,
         capacity: int | None = None,
     ) -> "BlockMask":
-        """Compresses a boolean map of block pairs.
+        """Compresses a boolean map of all block pairs.
 
         Args:
           dense: True where the pair (query block, key block) is kept, over all
-            `grid.num_blocks` blocks in tiled order, text blocks included.
+            `grid.num_blocks` blocks in tiled order, text blocks included. Batch items
+            and heads that share a map repeat it, such as by `jnp.broadcast_to`.
           grid: Geometry that defines the blocks.
           capacity: Most pairs any head can keep; R * R by default. A smaller one
             saves memory. Under jit the map's contents are not known, so nothing
@@ -63,27 +64,54 @@ class BlockMask:
           TypeError: dense is not boolean.
         """
         num_blocks = grid.num_blocks
-        if dense.ndim != 4 or dense.shape[2:] != (num_blocks, num_blocks):
-            raise ValueError(
-                f"dense has shape {dense.shape}; expected [batch, heads, "
-                f"{num_blocks}, {num_blocks}], one row and column per block of {grid}"
-            )
-        if dense.dtype != jnp.bool_:
-            raise TypeError(f"dense has dtype {dense.dtype}; expected bool")
+        _check_map("dense", dense, num_blocks, f"block of {grid}")
         if capacity is None:
             capacity = num_blocks * num_blocks
         if capacity < 1:
             raise ValueError(f"{capacity=} must be at least 1")
         if not isinstance(dense, jax.core.Tracer):
-            most_kept = int(dense.sum((-2, -1), dtype=jnp.int32).max(initial=0))
+            most_kept = int(dense.sum((-2, -1), dtype=np.int32).max(initial=0))
             if most_kept > capacity:
                 raise ValueError(
                     f"{capacity=} is too small: a head keeps {most_kept} pairs"
                 )
-        words = packed_bits.pack(dense)
+        words = packed_bits.pack(jnp.asarray(dense))
         first_columns = np.arange(words.shape[-1], dtype=np.int32) * packed_bits.BITS
         row_offsets, block_ids = packed_bits.lists(words, first_columns, capacity)
         return cls(row_offsets=row_offsets, block_ids=block_ids, grid=grid)
+
+    @classmethod
+    def from_visual(
+        cls,
+        visual: Bool[Array | np.ndarray, "B N S S"],
+        *,
+        grid: VideoGrid,
+        capacity: int | None = None,
+    ) -> "BlockMask":
+        """Compresses a boolean map of the video's block pairs; text is kept.
+
+        Every pair with a text block is kept beside the pairs of the map.
+
+        Args:
+          visual: True where the pair (query block, key block) is kept, over the
+            `grid.num_visual_blocks` tiles of the video in tiled order.
+          grid: Geometry that defines the blocks.
+          capacity: As in `from_dense`; the pairs with text count.
+
+        Returns:
+          A mask with these pairs and all pairs with text.
+
+        Raises:
+          ValueError: visual is not square over the grid's tiles, or a head keeps more
+            pairs than `capacity` (outside jit).
+          TypeError: visual is not boolean.
+        """
+        _check_map("visual", visual, grid.num_visual_blocks, f"visual block of {grid}")
+        text = (grid.visual_blocks.start, grid.num_blocks - grid.visual_blocks.stop)
+        # A known map stays known: its pairs are counted.
+        pad = jnp.pad if isinstance(visual, jax.Array) else np.pad
+        dense = pad(visual, ((0, 0), (0, 0), text, text), constant_values=True)
+        return cls.from_dense(dense, grid=grid, capacity=capacity)
 
     @classmethod
     def full(cls, *, grid: VideoGrid, batch: int, num_heads: int) -> "BlockMask":
@@ -143,3 +171,18 @@ class BlockMask:
             kept_tokens = jnp.diff(jnp.take_along_axis(sums, self.row_offsets, -1))
         pairs = kept_tokens.astype(jnp.float32) * lengths.astype(np.float32)
         return pairs.sum(-1) / float(self.grid.num_tokens) ** 2
+
+
+def _check_map(
+    name: str, kept: Array | np.ndarray, num_blocks: int, blocks: str
+) -> None:
+    """Raises unless `kept` is boolean [B, N, num_blocks, num_blocks]."""
+    if not isinstance(kept, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name} is {type(kept).__name__}; expected a boolean array")
+    if kept.ndim != 4 or kept.shape[2:] != (num_blocks, num_blocks):
+        raise ValueError(
+            f"{name} has shape {kept.shape}; expected [batch, heads, {num_blocks}, "
+            f"{num_blocks}], one row and column per {blocks}"
+        )
+    if kept.dtype != np.bool_:
+        raise TypeError(f"{name} has dtype {kept.dtype}; expected bool")

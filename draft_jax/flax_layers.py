@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from draft_jax.attention import draft_attention, scheduled_attention
 from draft_jax.block_mask import BlockMask
@@ -112,84 +112,109 @@ class DraftAttention(nnx.Module):
             self.query_norm = nnx.RMSNorm(heads[1], **norm)
             self.key_norm = nnx.RMSNorm(heads[1], **norm)
 
-    @overload
     def __call__(
         self,
         x: Float[Array, "B T C"],
         *,
         grid: VideoGrid,
         text_lengths: Int[Array, " B"] | None = None,
-        step: None = None,
-        mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
         qk_transform: TokenTransform | None = None,
-    ) -> Float[Array, "B T C_out"]: ...
-
-    @overload
-    def __call__(
-        self,
-        x: Float[Array, "B T C"],
-        *,
-        grid: VideoGrid,
-        text_lengths: Int[Array, " B"] | None = None,
-        step: DraftStep,
-        mask: BlockMask,
-        qk_transform: TokenTransform | None = None,
-    ) -> tuple[Float[Array, "B T C_out"], BlockMask]: ...
-
-    def __call__(
-        self,
-        x: Float[Array, "B T C"],
-        *,
-        grid: VideoGrid,
-        text_lengths: Int[Array, " B"] | None = None,
-        step: DraftStep | None = None,
-        mask: BlockMask | Bool[Array, "#B #N K K"] | None = None,
-        qk_transform: TokenTransform | None = None,
-    ) -> Float[Array, "B T C_out"] | tuple[Float[Array, "B T C_out"], BlockMask]:
-        """Applies the layer.
+    ) -> Float[Array, "B T C_out"]:
+        """Applies the layer, sparse by a new draft.
 
         Args:
           x: Tokens of the sequence, T = `grid.num_tokens`.
           grid: Geometry of the sequence. Static.
           text_lengths: See `draft_attention`.
-          step: This step of a schedule, for this layer. None is always sparse.
-          mask: Without step, pairs to attend to instead of drafting. With step, this
-            layer's mask from the step before, or `initial_mask`.
+          qk_transform: See `project`.
+
+        Returns:
+          The output.
+
+        Raises:
+          ValueError: As `draft_attention`.
+          TypeError: As `draft_attention`.
+        """
+        q, k, v = self.project(x, qk_transform)
+        return self.out(
+            draft_attention(
+                q,
+                k,
+                v,
+                grid=grid,
+                config=self.config,
+                text_lengths=text_lengths,
+                order=self.order,
+                backend=self.backend,
+            )
+        )
+
+    def scheduled(
+        self,
+        x: Float[Array, "B T C"],
+        *,
+        grid: VideoGrid,
+        step: DraftStep,
+        mask: BlockMask,
+        text_lengths: Int[Array, " B"] | None = None,
+        qk_transform: TokenTransform | None = None,
+    ) -> tuple[Float[Array, "B T C_out"], BlockMask]:
+        """Applies the layer on one step of a `SparsitySchedule`.
+
+        Args:
+          x: Tokens of the sequence, T = `grid.num_tokens`.
+          grid: Geometry of the sequence. Static.
+          step: This step, for this layer: `DraftStep.for_layer`.
+          mask: This layer's mask from the step before, or `initial_mask`.
+          text_lengths: See `draft_attention`.
+          qk_transform: See `project`.
+
+        Returns:
+          The output, and the mask to pass on the next step.
+
+        Raises:
+          ValueError: As `scheduled_attention`.
+          TypeError: As `scheduled_attention`.
+        """
+        q, k, v = self.project(x, qk_transform)
+        out, mask = scheduled_attention(
+            q,
+            k,
+            v,
+            grid=grid,
+            config=self.config,
+            step=step,
+            mask=mask,
+            text_lengths=text_lengths,
+            order=self.order,
+            backend=self.backend,
+        )
+        return self.out(out), mask
+
+    def project(
+        self, x: Float[Array, "B T C"], qk_transform: TokenTransform | None = None
+    ) -> tuple[
+        Float[Array, "B T N D"], Float[Array, "B T N D"], Float[Array, "B T N D"]
+    ]:
+        """Projects tokens to queries, keys and values.
+
+        With a mask of your own, attend between `project` and `out`:
+        `layer.out(block_sparse_attention(*layer.project(x), mask, ...))`.
+
+        Args:
+          x: Tokens of the sequence.
           qk_transform: Applied to queries and keys after their norm, such as a rotary
             embedding.
 
         Returns:
-          The output. With step, also the mask to pass on the next step.
-
-        Raises:
-          ValueError: As `draft_attention`, or step is given without a mask.
-          TypeError: As `draft_attention`, or with step mask is not a BlockMask.
+          Queries and keys, normalised and transformed, and values.
         """
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.normalize_qk:
             q, k = self.query_norm(q), self.key_norm(k)
         if qk_transform is not None:
             q, k = qk_transform(q), qk_transform(k)
-        shared: dict[str, Any] = {
-            "grid": grid,
-            "config": self.config,
-            "text_lengths": text_lengths,
-            "order": self.order,
-            "backend": self.backend,
-        }
-        if step is None:
-            return self.out(draft_attention(q, k, v, mask=mask, **shared))
-        if mask is None:
-            raise ValueError(
-                "mask=None, but step is given: pass this layer's mask from the step "
-                "before, or initial_mask(grid, config, ...)"
-            )
-        if not isinstance(mask, BlockMask):
-            raise TypeError(
-                f"mask is {type(mask).__name__}; with step it must be a BlockMask"
-            )
-        out, mask = scheduled_attention(q, k, v, step=step, mask=mask, **shared)
-        return self.out(out), mask
+        return q, k, v
 
 
 def draft_attention_fn(

@@ -160,16 +160,6 @@ def compute_mask(
     return map_heads(of_heads, by_heads, map_size=grid.num_visual_blocks**2)
 
 
-def add_text_blocks(
-    kept: Bool[Array, "B N S S"], grid: VideoGrid
-) -> Bool[Array, "B N R R"]:
-    """Extends a map of visual pairs to all blocks; pairs with text are kept."""
-    before = grid.visual_blocks.start
-    after = grid.num_blocks - grid.visual_blocks.stop
-    margin = (before, after)
-    return jnp.pad(kept, ((0, 0), (0, 0), margin, margin), constant_values=True)
-
-
 def _select_percentile(
     keys: UInt32[Array, "B N S S"],
     forced: Bool[np.ndarray, "S S"],

@@ -68,6 +68,11 @@ def check_order(order: str) -> None:
 
 def check_mask(q: jax.Array, mask: BlockLists, grid: BlockGrid) -> None:
     """Raises unless the mask's lists fit q's batch and heads and the grid."""
+    if not hasattr(mask, "row_offsets"):
+        raise TypeError(
+            f"mask is {type(mask).__name__}; expected a BlockMask: BlockMask."
+            "from_dense and BlockMask.from_visual make one of a boolean map"
+        )
     if mask.grid != grid:
         raise ValueError(f"mask.grid={mask.grid} must equal grid={grid}")
     batch, _, num_heads, _ = q.shape

@@ -18,6 +18,7 @@ from draft_jax import (
     pool_tokens,
     select_blocks,
 )
+from pallas_kernels import block_sparse_attention
 
 pytestmark = pytest.mark.usefixtures("without_annotations")
 
@@ -28,10 +29,6 @@ OTHER_GRID = VideoGrid(1, 4, 6, tile=(2, 2), text_length=5)
 
 def ones(*shape, dtype=jnp.float32):
     return jnp.ones(shape, dtype)
-
-
-def boolean(*shape):
-    return jnp.ones(shape, bool)
 
 
 def mask_with_id(block):
@@ -84,49 +81,6 @@ ATTENTION = {  # changed arguments, error, what its message says
         ValueError,
         r"text_lengths has shape \(1,\); expected \[batch\] = \(2,\)",
     ),
-    "budget 0": (
-        {"budget": 0},
-        ValueError,
-        "budget=0 must be within 1 and 4, the perc",
-    ),
-    "large budget": ({"budget": 5}, ValueError, "budget=5 must be within 1 and 4"),
-    "mask and budget": (
-        {"mask": boolean(1, 1, 4, 4), "budget": 2},
-        ValueError,
-        "budget=2 has no effect when mask is given",
-    ),
-    "mask of another grid": (
-        {"mask": BlockMask.full(grid=OTHER_GRID, batch=2, num_heads=3)},
-        ValueError,
-        "mask.grid=VideoGrid.* must equal grid=VideoGrid",
-    ),
-    "mask of one item": (
-        {"mask": BlockMask.full(grid=GRID, batch=1, num_heads=3)},
-        ValueError,
-        "mask.row_offsets has shape .* batch 2",
-    ),
-    "mask of blocks that are not": (
-        {"mask": mask_with_id(7)},
-        ValueError,
-        r"mask.block_ids\[0, 1, 2\] is 7; accepted are 0 to 4",
-    ),
-    "mask rank": (
-        {"mask": boolean(4, 4)},
-        ValueError,
-        r"mask has shape \(4, 4\); expe",
-    ),
-    "mask of tokens": (
-        {"mask": boolean(1, 1, 29, 29)},
-        ValueError,
-        r"expected \[2, 3, 4, 4\] or \[2, 3, 5, 5\], the first two sizes may be 1",
-    ),
-    "mask heads": ({"mask": boolean(2, 2, 4, 4)}, ValueError, "mask has shape"),
-    "mask numbers": (
-        {"mask": ones(1, 1, 4, 4)},
-        TypeError,
-        "mask is float32; expected a BlockMask or a boolean array",
-    ),
-    "mask list": ({"mask": [[True]]}, TypeError, "mask is list; expected a BlockMask"),
 }
 
 
@@ -136,6 +90,39 @@ def test_draft_attention(case):
     arguments = {name: ones(*SHAPE) for name in "qkv"} | changes
     with pytest.raises(error, match=message):
         draft_attention(**arguments, grid=GRID, config=DraftConfig())
+
+
+MASKS = {  # mask, error, what its message says
+    "another grid": (
+        BlockMask.full(grid=OTHER_GRID, batch=2, num_heads=3),
+        ValueError,
+        "mask.grid=VideoGrid.* must equal grid=VideoGrid",
+    ),
+    "one item": (
+        BlockMask.full(grid=GRID, batch=1, num_heads=3),
+        ValueError,
+        "mask.row_offsets has shape .* batch 2",
+    ),
+    "blocks that are not": (
+        mask_with_id(7),
+        ValueError,
+        r"mask.block_ids\[0, 1, 2\] is 7; accepted are 0 to 4",
+    ),
+    "boolean map": (
+        jnp.ones((2, 3, 5, 5), bool),
+        TypeError,
+        "mask is ArrayImpl; expected a BlockMask: BlockMask.from_dense",
+    ),
+    "list": ([[True]], TypeError, "mask is list; expected a BlockMask"),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_mask(case):
+    mask, error, message = MASKS[case]
+    q = ones(*SHAPE)
+    with pytest.raises(error, match=message):
+        block_sparse_attention(q, q, q, mask, grid=GRID, order="raster")
 
 
 @pytest.mark.parametrize(

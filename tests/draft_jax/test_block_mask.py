@@ -44,6 +44,26 @@ def test_density_counts_token_pairs(side):
     np.testing.assert_allclose(mask.density, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_visual_map_keeps_the_text(side, make):
+    grid = VideoGrid(2, 5, 7, tile=(3, 4), text_length=17, text_side=side)
+    visual = random_dense()[:, :, :8, :8]
+    mask = BlockMask.from_visual(make(visual), grid=grid)
+    np.testing.assert_array_equal(mask.to_dense(), naive_draft.add_text(visual, grid))
+    traced = jax.jit(lambda x: BlockMask.from_visual(x, grid=grid))(visual)
+    np.testing.assert_array_equal(traced.to_dense(), mask.to_dense())
+
+
+def test_capacity_of_a_visual_map_counts_the_text():
+    visual = np.eye(8, dtype=bool)[None, None]  # 8 pairs, 100 - 64 with text
+    mask = BlockMask.from_visual(visual, grid=GRID, capacity=44)
+    assert mask.capacity == 44
+    assert int(mask.to_dense().sum()) == 44
+    with pytest.raises(ValueError, match="capacity=43 is too small: a head keeps 44"):
+        BlockMask.from_visual(visual, grid=GRID, capacity=43)
+
+
 def test_full_mask():
     mask = BlockMask.full(grid=GRID, batch=2, num_heads=1)
     assert mask.to_dense().all()
@@ -103,6 +123,22 @@ def test_stacked_masks_scan():
 def test_bad_dense_mask(dense, capacity, error, message):
     with pytest.raises(error, match=message):
         BlockMask.from_dense(jnp.asarray(dense), grid=GRID, capacity=capacity)
+
+
+@pytest.mark.parametrize(
+    ("visual", "error", "message"),
+    [
+        (np.ones((1, 1, 10, 10), bool), ValueError, r"expected \[batch, heads, 8, 8\]"),
+        (np.ones((8, 8), bool), ValueError, r"visual has shape \(8, 8\)"),
+        (np.ones((1, 1, 8, 8)), TypeError, "visual has dtype float64; expected bool"),
+        ([[True]], TypeError, "visual is list; expected a boolean array"),
+    ],
+    ids=["blocks", "axes", "dtype", "list"],
+)
+@pytest.mark.usefixtures("without_annotations")
+def test_bad_visual_map(visual, error, message):
+    with pytest.raises(error, match=message):
+        BlockMask.from_visual(visual, grid=GRID)
 
 
 def test_density_of_a_long_sequence():

@@ -1,3 +1,7 @@
+"""The whole method against NumPy loops, and what holds of it under transformations."""
+
+import functools
+
 import jax
 import jax.numpy as jnp
 import naive_draft
@@ -6,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draft_jax import BlockMask, DraftConfig, VideoGrid, draft_attention
+from draft_jax import (
+    BlockMask,
+    DraftConfig,
+    VideoGrid,
+    check_finite,
+    compute_mask,
+    draft_attention,
+)
+from pallas_kernels import block_sparse_attention
 
 # Largest error measured against float64 loops: 6e-7.
 F32 = {"rtol": 1e-5, "atol": 3e-6}
@@ -16,7 +28,10 @@ CONFIG = DraftConfig(sparsity=0.6)
 
 attend = jax.jit(
     draft_attention,
-    static_argnames=("grid", "config", "order", "scale", "backend", "return_mask"),
+    static_argnames=("grid", "config", "order", "scale", "backend"),
+)
+mask_of = jax.jit(
+    functools.partial(compute_mask, config=CONFIG), static_argnames=("grid", "order")
 )
 
 
@@ -26,9 +41,9 @@ def random_qkv(grid, seed=0, batch=2, heads=2, dim=8):
     return np.asarray(rng.normal(size=shape), np.float32)
 
 
-def random_mask(grid, seed=0, batch=2, heads=2, blocks=None, density=0.4):
+def random_mask(grid, seed=0, batch=2, heads=2, density=0.4):
     rng = np.random.default_rng(seed)
-    blocks = grid.num_visual_blocks if blocks is None else blocks
+    blocks = grid.num_visual_blocks
     return rng.random((batch, heads, blocks, blocks)) < density
 
 
@@ -46,7 +61,7 @@ def random_mask(grid, seed=0, batch=2, heads=2, blocks=None, density=0.4):
 def test_whole_method_matches_loops(lengths, side, backend):
     grid = VideoGrid(2, 5, 7, tile=(2, 4), text_length=11, text_side=side)
     q, k, v = random_qkv(grid)
-    out, mask = attend(
+    out = attend(
         q,
         k,
         v,
@@ -54,10 +69,9 @@ def test_whole_method_matches_loops(lengths, side, backend):
         config=CONFIG,
         text_lengths=None if lengths is None else jnp.asarray(lengths),
         backend=backend,
-        return_mask=True,
     )
     kept = naive_draft.percentile_mask(q, k, grid, 0.6)
-    np.testing.assert_array_equal(mask.to_dense(), kept)
+    np.testing.assert_array_equal(mask_of(q, k, grid=grid).to_dense(), kept)
     expected = naive_draft.attention(q, k, v, kept, grid, lengths)
     np.testing.assert_allclose(out, expected, **F32)
 
@@ -80,13 +94,11 @@ def test_random_masks_match_loops(sizes, tile, text, side, batch, density, data)
     lengths = None
     if text and data.draw(st.booleans()):
         lengths = np.random.default_rng(seed).integers(0, text + 1, batch)
-    out = attend(
-        q,
-        k,
-        v,
+    out = block_sparse_attention(
+        *map(jnp.asarray, (q, k, v)),
+        BlockMask.from_visual(kept, grid=grid),
         grid=grid,
-        config=CONFIG,
-        mask=jnp.asarray(kept),
+        order="raster",
         text_lengths=None if lengths is None else jnp.asarray(lengths),
     )
     kept = naive_draft.add_text(kept, grid)
@@ -94,40 +106,17 @@ def test_random_masks_match_loops(sizes, tile, text, side, batch, density, data)
     np.testing.assert_allclose(out, expected, **F32)
 
 
-def test_user_masks_of_every_form_agree():
-    q, k, v = random_qkv(GRID)
-    one = random_mask(GRID, batch=1, heads=1)
-    every = naive_draft.add_text(one, GRID)
-    expected = naive_draft.attention(
-        q, k, v, np.broadcast_to(every, (2, 2, *every.shape[2:])), GRID
-    )
-    repeated = jnp.asarray(np.tile(every, (2, 2, 1, 1)))
-    masks = [
-        jnp.asarray(one),
-        jnp.asarray(every),
-        repeated,
-        BlockMask.from_dense(repeated, grid=GRID),
-    ]
-    for mask in masks:
-        out, used = attend(
-            q, k, v, grid=GRID, config=CONFIG, mask=mask, return_mask=True
-        )
-        np.testing.assert_array_equal(used.to_dense(), repeated)
-        np.testing.assert_allclose(out, expected, **F32)
-
-
 def test_raster_and_tiled_order_agree_exactly():
     q, k, v = random_qkv(GRID)
-    raster, mask = attend(q, k, v, grid=GRID, config=CONFIG, return_mask=True)
-    tiled, tiled_mask = attend(
-        *(x[:, GRID.tile_order] for x in (q, k, v)),
-        grid=GRID,
-        config=CONFIG,
-        order="tiled",
-        return_mask=True,
-    )
-    np.testing.assert_array_equal(mask.to_dense(), tiled_mask.to_dense())
+    raster = attend(q, k, v, grid=GRID, config=CONFIG)
+    tiled_qkv = [x[:, GRID.tile_order] for x in (q, k, v)]
+    tiled = attend(*tiled_qkv, grid=GRID, config=CONFIG, order="tiled")
     np.testing.assert_array_equal(raster[:, GRID.tile_order], tiled)
+    masks = [
+        mask_of(q, k, grid=GRID),
+        mask_of(*tiled_qkv[:2], grid=GRID, order="tiled"),
+    ]
+    np.testing.assert_array_equal(*(mask.to_dense() for mask in masks))
 
 
 @pytest.mark.parametrize("selection", ["percentile", "row_topk"])
@@ -176,13 +165,12 @@ def test_permuting_frames_permutes_the_output():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_types_accumulate_in_float32(dtype):
     qkv = [jnp.asarray(x, dtype) for x in random_qkv(GRID)]
-    out, mask = attend(*qkv, grid=GRID, config=CONFIG, return_mask=True)
+    out = attend(*qkv, grid=GRID, config=CONFIG)
     assert out.dtype == dtype
     rounded = [np.asarray(x, np.float32) for x in qkv]
-    kept = np.asarray(mask.to_dense())
-    np.testing.assert_array_equal(
-        kept, naive_draft.percentile_mask(*rounded[:2], GRID, 0.6)
-    )
+    kept = naive_draft.percentile_mask(*rounded[:2], GRID, 0.6)
+    mask = mask_of(*qkv[:2], grid=GRID)
+    np.testing.assert_array_equal(mask.to_dense(), kept)
     expected = naive_draft.attention(*rounded, kept, GRID)
     # Rounding of the output (8 and 11 bits) and of the probabilities.
     error = np.abs(np.asarray(out, np.float32) - expected).max()
@@ -215,13 +203,10 @@ def test_vmap_over_items_equals_a_batch():
     batched = attend(*qkv, grid=GRID, config=CONFIG)
 
     def one_item(q, k, v):
-        return draft_attention(
-            q[None], k[None], v[None], grid=GRID, config=CONFIG, return_mask=True
-        )
+        return draft_attention(q[None], k[None], v[None], grid=GRID, config=CONFIG)
 
-    out, mask = jax.jit(jax.vmap(one_item))(*qkv)
+    out = jax.jit(jax.vmap(one_item))(*qkv)
     np.testing.assert_allclose(out[:, 0], batched, **F32)
-    assert mask.block_ids.shape[:3] == (2, 1, 2)
 
 
 def test_remat_and_scan_over_layers():
@@ -250,9 +235,10 @@ def test_a_new_mask_or_text_length_does_not_recompile():
     q, k, v = map(jnp.asarray, random_qkv(GRID))
 
     @jax.jit
-    def run(mask, lengths):
-        return draft_attention(
-            q, k, v, grid=GRID, config=CONFIG, mask=mask, text_lengths=lengths
+    def run(kept, lengths):
+        mask = BlockMask.from_visual(kept, grid=GRID)
+        return block_sparse_attention(
+            q, k, v, mask, grid=GRID, text_lengths=lengths, order="raster"
         )
 
     for seed, lengths in enumerate([(11, 11), (0, 4)]):
@@ -262,11 +248,11 @@ def test_a_new_mask_or_text_length_does_not_recompile():
 
 def test_check_finite_names_the_first_bad_value():
     q, k, v = map(jnp.asarray, random_qkv(GRID))
-    options = {"grid": GRID, "config": CONFIG, "check_finite": True}
+    check_finite(q=q, k=k, v=v)
     for name, value in (("q", jnp.nan), ("k", jnp.inf), ("v", -jnp.inf)):
         bad = {"q": q, "k": k, "v": v}
         bad[name] = bad[name].at[1, 4, 0, 2].set(value)
         with pytest.raises(ValueError, match=rf"{name}\[1, 4, 0, 2\] is -?(nan|inf)"):
-            draft_attention(**bad, **options)
-    with pytest.raises(ValueError, match="check_finite=True cannot look into traced q"):
-        jax.jit(lambda q: draft_attention(q, k, v, **options))(q)
+            check_finite(**bad)
+    with pytest.raises(ValueError, match="check_finite cannot look into traced keys"):
+        jax.jit(lambda x: check_finite(q=q, keys=x))(k)

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from draft_jax import (
+    BlockMask,
     DraftAttention,
     DraftConfig,
     SparsitySchedule,
@@ -21,6 +22,7 @@ from draft_jax import (
     draft_attention_fn,
     initial_mask,
 )
+from pallas_kernels import block_sparse_attention
 
 GRID = VideoGrid(2, 5, 7, tile=(2, 4), text_length=6)  # S = 12, 1 text block
 CONFIG = DraftConfig(sparsity=0.6)
@@ -385,7 +387,7 @@ def test_schedule_steps_do_not_retrace_the_layer():
     @nnx.jit
     @chex.assert_max_traces(n=1)
     def run(layer, x, step, mask):
-        return layer(x, grid=GRID, step=step, mask=mask)
+        return layer.scheduled(x, grid=GRID, step=step, mask=mask)
 
     outs = []
     for step in plan:
@@ -414,17 +416,33 @@ def test_bad_layer(options, error, message):
 
 
 @pytest.mark.usefixtures("without_annotations")
-def test_step_needs_a_block_mask():
+def test_a_scheduled_layer_needs_a_mask_that_fits():
     layer, step = make_layer(rngs=nnx.Rngs(0)), constant_step(GRID, CONFIG)
-    with pytest.raises(ValueError, match="mask=None, but step is given: pass this"):
-        layer(random_x(), grid=GRID, step=step)
     dense = jnp.ones((2, HEADS, GRID.num_blocks, GRID.num_blocks), bool)
-    with pytest.raises(TypeError, match="with step it must be a BlockMask"):
-        layer(random_x(), grid=GRID, step=step, mask=dense)
+    for mask in (None, dense):
+        with pytest.raises(TypeError, match=r"mask is \w+; expected a BlockMask"):
+            layer.scheduled(random_x(), grid=GRID, step=step, mask=mask)
     other = DraftConfig(sparsity=0.9)
     mask = initial_mask(GRID, other, batch=2, num_heads=HEADS)
     with pytest.raises(ValueError, match=r"mask has capacity \d+; VideoGrid.* need"):
-        layer(random_x(), grid=GRID, step=step, mask=mask)
+        layer.scheduled(random_x(), grid=GRID, step=step, mask=mask)
+
+
+def test_own_mask_between_the_projections():
+    layer, x = make_layer(rngs=nnx.Rngs(0)), random_x()
+    kept = np.random.default_rng(1).random((2, HEADS, 12, 12)) < 0.4
+    q, k, v = layer.project(x)
+    mask = BlockMask.from_visual(kept, grid=GRID)
+    attended = block_sparse_attention(q, k, v, mask, grid=GRID, order="raster")
+    parameters = numpy_parameters(layer)
+    q, k, v = (
+        np.einsum("btc,cnd->btnd", np.asarray(x, np.float64), kernel) + bias
+        for kernel, bias in (parameters[name] for name in ("query", "key", "value"))
+    )
+    want = naive_draft.attention(q, k, v, naive_draft.add_text(kept, GRID), GRID)
+    kernel, bias = parameters["out"]
+    want = np.einsum("btnd,ndc->btc", want, kernel) + bias
+    np.testing.assert_allclose(layer.out(attended), want, **F32)
 
 
 @pytest.mark.usefixtures("without_annotations")
