@@ -17,6 +17,7 @@ Example:
 Source: DraftAttention (arXiv 2505.14708).
 """
 
+from draft_jax import _shadowing  # noqa: F401  first: explains failing imports
 from draft_jax.attention import draft_attention, initial_mask, scheduled_attention
 from draft_jax.attention_plan import AttentionPlan
 from draft_jax.block_mask import BlockMask

@@ -2,70 +2,15 @@
 
 import argparse
 from pathlib import Path
-from typing import get_args
 
 from draft_jax.config import DraftConfig
 from models.cli import options
-from models.cli.model import Request, add_model_options, read_request
+from models.cli.model import Request, read_request
 from models.cli.progress import progress_bar
 from models.diffusion.comparison import Comparison, run_report
 from models.diffusion.pipeline import GenerationResult, VideoPipeline
-from models.diffusion.sampler import GuidanceBatching
 from models.media import metrics, plots
 from models.media import video as video_io
-
-EXAMPLES = """examples:
-  draft-video generate "a red ball bounces over a blue sea"
-  draft-video generate "a red ball bounces" --compare --sparsity 0.9
-  draft-video generate "a green box turns" --dense --seed 7 --output outputs/box
-  draft-video generate "a cat" --size 192x128 --frames 32 --mask-refresh 4
-  draft-video generate "a cat" --checkpoint DIR --size 720p --frames 81
-  draft-video generate "it turns" --checkpoint DIR --image cat.jpg --size 480p
-"""
-
-
-def add_parser(commands) -> None:
-    """Adds the command to the subparsers."""
-    parser = commands.add_parser(
-        "generate",
-        help="make a video from a prompt",
-        description="Makes a video from a prompt and writes it with a report.",
-        epilog=EXAMPLES,
-        formatter_class=options.HelpFormatter,
-    )
-    add_model_options(parser)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        default=argparse.SUPPRESS,
-        help="folder to write to (default: outputs/<prompt>-<seed>)",
-    )
-    parser.add_argument(
-        "--fps",
-        type=float,
-        help="frames per second (default: those the model was trained on)",
-    )
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--dense", action="store_true", help="full attention on every step"
-    )
-    mode.add_argument(
-        "--compare",
-        action="store_true",
-        help="run dense and sparse from the same noise and write both videos, side by "
-        "side too, with PSNR, SSIM, times and kept shares",
-    )
-    options.add_sampling_options(parser)
-    parser.add_argument(
-        "--guidance-batching",
-        choices=get_args(GuidanceBatching),
-        default="one_call",
-        help="run prompt and negative prompt in one model call, or in two calls, "
-        "which need less memory",
-    )
-    options.add_draft_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:

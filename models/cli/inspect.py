@@ -4,60 +4,11 @@ import argparse
 from pathlib import Path
 
 from models.cli import options
-from models.cli.model import add_model_options, read_request
+from models.cli.model import read_request
 from models.cli.progress import progress_bar
 from models.diffusion.inspection import AttentionView, inspect_attention
 from models.media import plots
 from models.media import video as video_io
-
-EXAMPLES = """examples:
-  draft-video inspect "a red ball bounces over a blue sea"
-  draft-video inspect "a red ball bounces" --step 12 --layers 0,3,7 --heads 0
-  draft-video inspect "a green box" --sparsity 0.9 --selection row_topk
-"""
-
-
-def add_parser(commands) -> None:
-    """Adds the command to the subparsers."""
-    parser = commands.add_parser(
-        "inspect",
-        help="draw draft maps and block masks",
-        description="Generates up to a step and draws, per layer and head, the draft "
-        "map and the block mask that follows from it.",
-        epilog=EXAMPLES,
-        formatter_class=options.HelpFormatter,
-    )
-    add_model_options(parser)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="PNG",
-        default=argparse.SUPPRESS,
-        help="picture to write (default: outputs/<prompt>-<seed>-step<step>.png)",
-    )
-    parser.add_argument(
-        "--step",
-        type=int,
-        default=argparse.SUPPRESS,
-        help="step to look at, counted from 0 (default: the middle one)",
-    )
-    parser.add_argument(
-        "--layers",
-        type=options.parse_indices,
-        metavar="I,J",
-        default=argparse.SUPPRESS,
-        help="layers to draw (default: first, middle and last)",
-    )
-    parser.add_argument(
-        "--heads",
-        type=options.parse_indices,
-        metavar="I,J",
-        default=argparse.SUPPRESS,
-        help="heads to draw (default: the first four)",
-    )
-    options.add_sampling_options(parser)
-    options.add_draft_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -3,13 +3,13 @@
 import argparse
 import dataclasses
 import warnings
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import numpy as np
 
 from models.cli import options
+from models.cli.report import run_details
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.media.image import read_image
@@ -20,9 +20,6 @@ from models.wan.sizes import latent_shape, side_multiples, size_like_image
 from models.wan.text import TextOptions
 from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.tiling import Tiling
-
-ImageFit = Literal["aspect", "crop"]
-TextDevice = Literal["default", "cpu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +57,7 @@ class Request:
 
     def details(self) -> dict[str, Any]:
         """What a reader of a report needs to repeat the run."""
-        return options.run_details(self.arguments, self.sampling) | {
+        return run_details(self.arguments, self.sampling) | {
             "image": self._image_details()
         }
 
@@ -84,67 +81,6 @@ class Request:
             "size": list(self.image.shape[:2]),
             "kept": [[part.start, part.stop] for part in self.kept],
         }
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The prompt, the image, and where the model is."""
-    parser.add_argument("prompt", help="what the video shows, in quotes")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="folder of a published Wan model in the original or diffusers layout, or "
-        "its repository on the hub, such as Wan-AI/Wan2.1-T2V-1.3B; or a folder in the "
-        "format of models/mini/weights; the model that ships with the project if left "
-        "out",
-    )
-    parser.add_argument(
-        "--lora",
-        type=options.parse_lora,
-        action="append",
-        default=[],
-        metavar="FILE[:STRENGTH]",
-        help="adapter (safetensors) to merge into a Wan model; may be repeated",
-    )
-    parser.add_argument(
-        "--image",
-        type=Path,
-        metavar="FILE",
-        help="first frame of the video, for image-to-video models",
-    )
-    parser.add_argument(
-        "--image-fit",
-        choices=get_args(ImageFit),
-        default="aspect",
-        help="aspect: the video has the image's aspect ratio and at most as many "
-        "pixels as --size, as in Wan; crop: it has exactly the --size, and the middle "
-        "of an image of another aspect ratio is kept",
-    )
-    parser.add_argument(
-        "--embeddings",
-        type=Path,
-        metavar="PATH",
-        help="folder that keeps embeddings of prompts for Wan models, so that later "
-        "runs do not load the text encoder; or a .safetensors file of embeddings, with "
-        "which none is needed",
-    )
-    parser.add_argument(
-        "--text-device",
-        choices=get_args(TextDevice),
-        default="default",
-        help="where the text encoder of a Wan model runs, before the transformer is "
-        "loaded",
-    )
-    parser.add_argument(
-        "--vae-tile",
-        type=int,
-        metavar="PIXELS",
-        help="run the autoencoder of a Wan model on tiles of this many rows and "
-        "columns, a multiple of 32; saves memory and changes the video a little",
-    )
-    parser.add_argument(
-        "--debug", action="store_true", help="show where an error came from"
-    )
 
 
 def read_request(arguments: argparse.Namespace) -> Request:

@@ -1,14 +1,12 @@
-"""A progress bar for sampler steps, and a line for each stage around them."""
+"""A progress bar for the steps of a sampler."""
 
 import contextlib
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 
-from tqdm import tqdm
-
 from models.diffusion.pipeline import StepReport
+from models.media.video import check_video_extra
 
 
 @contextlib.contextmanager
@@ -16,12 +14,18 @@ def progress_bar(name: str, num_steps: int) -> Iterator[Callable[[StepReport], N
     """Shows steps done and time left on a terminal, and nothing elsewhere.
 
     Args:
-      name: What runs.
+      name: Shown before the bar.
       num_steps: Steps until it is done.
 
     Yields:
       A callback for `VideoPipeline.generate`.
+
+    Raises:
+      MissingExtraError: tqdm is not installed.
     """
+    check_video_extra()
+    from tqdm import tqdm
+
     with tqdm(
         total=num_steps,
         desc=f"{name}: compiling",
@@ -42,27 +46,3 @@ def progress_bar(name: str, num_steps: int) -> Iterator[Callable[[StepReport], N
             bar.update()
 
         yield show
-
-
-@contextlib.contextmanager
-def status_lines() -> Iterator[None]:
-    """Shows what `models` logs of its stages on a terminal, and nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    log, handler = logging.getLogger("models"), _LineHandler(logging.INFO)
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        log.removeHandler(handler)
-
-
-class _LineHandler(logging.Handler):
-    """Writes above a progress bar, which printing would tear."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(f"draft-video: {record.getMessage()}", file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-VIDEO_EXTRA_MODULES = ("imageio_ffmpeg", "matplotlib")
+VIDEO_EXTRA_MODULES = ("imageio_ffmpeg", "matplotlib", "tqdm")
 INSTALL_VIDEO_EXTRA = "pip install '.[video]' in a clone of draft_jax"
 H264_CRF = 16  # 0 is lossless, 23 x264's default; small videos can afford it
 

@@ -31,7 +31,7 @@ FILES = {
 }
 FETCH = """
 import json, sys
-from models.hub import HubError, find_checkpoint
+from models.checkpoints.hub import HubError, find_checkpoint
 cache, *names = sys.argv[1:]
 results = []
 for name in names:

@@ -20,8 +20,8 @@ LOAD = """
 import json, sys
 import jax, jax.numpy as jnp
 from flax import nnx
-from models.conversion import Rule, load_parameters, transpose
-from models.safetensors_io import load_safetensors
+from models.checkpoints.conversion import Rule, load_parameters, transpose
+from models.checkpoints.safetensors_io import load_safetensors
 
 num_layers, width, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 

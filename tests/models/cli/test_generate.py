@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from models.cli import generate, main, options
-from models.cli.entry import build_parser
+from models.cli.parser import build_parser, parse_lora
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import FlowUniPC
@@ -385,7 +385,7 @@ def test_interrupt_during_writing_leaves_whole_files_only(
 WITH_INTERRUPT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from draft_jax.cli import main
+from models.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -465,7 +465,7 @@ def test_noise_levels_of_another_solver_are_refused(checkpoint, capsys):
     [("a.safetensors", "a.safetensors", 1.0), ("b:0.5", "b", 0.5), ("c:d", "c:d", 1.0)],
 )
 def test_adapters(text, file, strength):
-    assert options.parse_lora(text) == (Path(file), strength)
+    assert parse_lora(text) == (Path(file), strength)
 
 
 def test_adapters_need_a_wan_model(checkpoint, capsys):

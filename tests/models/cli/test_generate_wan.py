@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from models.cli import generate, main, options
-from models.cli.entry import build_parser
+from models.cli.parser import build_parser
 from models.diffusion.pipeline import VideoPipeline
 from models.media import video as video_io
 from models.umt5.embeddings import GivenTextEncoder

@@ -1,0 +1,368 @@
+"""The options of all commands and their help, without a word of jax.
+
+Everything here is plain data and text; `options` and `model` turn what was parsed
+into the objects that it stands for.
+"""
+
+import argparse
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from models.cli import choices
+from models.cli.version import package_version
+
+EXIT_BAD_INPUT = 2
+_SAMPLING = choices.SamplingDefaults()
+_DRAFT = choices.DraftDefaults()
+_GENERATE_EXAMPLES = """examples:
+  draft-video generate "a red ball bounces over a blue sea"
+  draft-video generate "a red ball bounces" --compare --sparsity 0.9
+  draft-video generate "a green box turns" --dense --seed 7 --output outputs/box
+  draft-video generate "a cat" --size 192x128 --frames 32 --mask-refresh 4
+  draft-video generate "a cat" --checkpoint DIR --size 720p --frames 81
+  draft-video generate "it turns" --checkpoint DIR --image cat.jpg --size 480p
+"""
+_INSPECT_EXAMPLES = """examples:
+  draft-video inspect "a red ball bounces over a blue sea"
+  draft-video inspect "a red ball bounces" --step 12 --layers 0,3,7 --heads 0
+  draft-video inspect "a green box" --sparsity 0.9 --selection row_topk
+"""
+# Wrapped here: the formatter leaves descriptions as they are.
+_DEFAULTS_OF_MODELS = """\
+Defaults of the shipped model are in brackets. A Wan model takes those of Wan's
+own code for its kind: 81 frames at 480p (1.3B) or 720p (14B; for I2V-14B-480P
+give --size 480p), guidance 5, unipc; from text 50 steps and shift 5, from an
+image 40 steps and shift 5, or 3 at 480p. In the diffusers layout solver, grid
+and shift are those of the folder's scheduler, the shift at every size.
+"""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports errors in one line, without repeating the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the line and exits."""
+        if message.startswith("unrecognized arguments") and " -" not in message:
+            message += " (put the prompt in quotes)"
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults that say something, and examples as they were written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        empty = isinstance(default, Sequence) and not default
+        if empty or any(default is value for value in (argparse.SUPPRESS, None, False)):
+            return action.help  # the seed 0 is shown
+        return f"{action.help} (default: %(default)s)"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands; `command` is the name of the chosen one."""
+    parser = OneLineParser(
+        prog="draft-video",
+        description="Generates videos with draft attention (block-sparse attention "
+        "guided by a low-resolution draft) and shows what it skips.",
+        epilog="Each command has its own --help, with examples.",
+    )
+    version = f"draft-video {package_version()}, Python {platform.python_version()}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(
+        title="commands",
+        metavar="COMMAND",
+        dest="command",
+        required=True,
+        parser_class=OneLineParser,
+    )
+    _add_generate(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="make a video from a prompt",
+        description="Makes a video from a prompt and writes it with a report.",
+        epilog=_GENERATE_EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    _add_model_options(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        default=argparse.SUPPRESS,
+        help="folder to write to (default: outputs/<prompt>-<seed>)",
+    )
+    parser.add_argument(
+        "--fps",
+        type=float,
+        help="frames per second (default: those the model was trained on)",
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--dense", action="store_true", help="full attention on every step"
+    )
+    mode.add_argument(
+        "--compare",
+        action="store_true",
+        help="run dense and sparse from the same noise and write both videos, side by "
+        "side too, with PSNR, SSIM, times and kept shares",
+    )
+    _add_sampling_options(parser)
+    parser.add_argument(
+        "--guidance-batching",
+        choices=choices.GUIDANCE_BATCHINGS,
+        default="one_call",
+        help="run prompt and negative prompt in one model call, or in two calls, "
+        "which need less memory",
+    )
+    _add_draft_options(parser)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="draw draft maps and block masks",
+        description="Generates up to a step and draws, per layer and head, the draft "
+        "map and the block mask that follows from it.",
+        epilog=_INSPECT_EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    _add_model_options(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PNG",
+        default=argparse.SUPPRESS,
+        help="picture to write (default: outputs/<prompt>-<seed>-step<step>.png)",
+    )
+    parser.add_argument(
+        "--step",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="step to look at, counted from 0 (default: the middle one)",
+    )
+    for name, default in (
+        ("layers", "first, middle and last"),
+        ("heads", "the first four"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=parse_indices,
+            metavar="I,J",
+            default=argparse.SUPPRESS,
+            help=f"{name} to draw (default: {default})",
+        )
+    _add_sampling_options(parser)
+    _add_draft_options(parser)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the prompt, the image, and where the model is."""
+    parser.add_argument("prompt", help="what the video shows, in quotes")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="folder of a published Wan model in the original or diffusers layout, or "
+        "its repository on the hub, such as Wan-AI/Wan2.1-T2V-1.3B; or a folder in the "
+        "format of models/mini/weights; the model that ships with the project if left "
+        "out",
+    )
+    parser.add_argument(
+        "--lora",
+        type=parse_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="adapter (safetensors) to merge into a Wan model; may be repeated",
+    )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="first frame of the video, for image-to-video models",
+    )
+    parser.add_argument(
+        "--image-fit",
+        choices=choices.IMAGE_FITS,
+        default="aspect",
+        help="aspect: the video has the image's aspect ratio and at most as many "
+        "pixels as --size, as in Wan; crop: it has exactly the --size, and the middle "
+        "of an image of another aspect ratio is kept",
+    )
+    _add_encoder_options(parser)
+    parser.add_argument(
+        "--debug", action="store_true", help="show where an error came from"
+    )
+
+
+def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how a Wan model's text encoder and autoencoder run."""
+    parser.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="PATH",
+        help="folder that keeps embeddings of prompts for Wan models, so that later "
+        "runs do not load the text encoder; or a .safetensors file of embeddings, with "
+        "which none is needed",
+    )
+    parser.add_argument(
+        "--text-device",
+        choices=choices.TEXT_DEVICES,
+        default="default",
+        help="where the text encoder of a Wan model runs, before the transformer is "
+        "loaded",
+    )
+    parser.add_argument(
+        "--vae-tile",
+        type=int,
+        metavar="PIXELS",
+        help="run the autoencoder of a Wan model on tiles of this many rows and "
+        "columns, a multiple of 32; saves memory and changes the video a little",
+    )
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the fields of `Sampling`; the checkpoint says what is not given."""
+    group = parser.add_argument_group("video", _DEFAULTS_OF_MODELS)
+
+    def add(name: str, shipped: object, help: str, **options: Any) -> None:
+        note = "" if shipped == "" else f" [{shipped}]"
+        group.add_argument(name, help=help + note, default=argparse.SUPPRESS, **options)
+
+    add("--seed", _SAMPLING.seed, "of the noise", type=int)
+    add("--steps", _SAMPLING.num_steps, "sampler steps", type=int, dest="num_steps")
+    add(
+        "--size",
+        f"{_SAMPLING.width}x{_SAMPLING.height}",
+        "width x height in pixels, multiples of 8 for the shipped model, of 16 for "
+        "Wan; 480p is 832x480, 720p is 1280x720",
+        type=parse_size,
+        metavar="WxH",
+    )
+    add(
+        "--frames",
+        _SAMPLING.frames,
+        "frames, a multiple of 2 for the shipped model, 4 n + 1 for Wan",
+        type=int,
+    )
+    add(
+        "--guidance",
+        _SAMPLING.guidance,
+        "strength of classifier-free guidance; 1 turns it off",
+        type=float,
+    )
+    add(
+        "--shift",
+        _SAMPLING.shift,
+        "shift of the noise levels; above 1 spends more steps at high noise",
+        type=float,
+    )
+    add(
+        "--solver",
+        _SAMPLING.solver,
+        "how a step moves the sample; unipc is the solver of Wan",
+        choices=tuple(choices.GRIDS_OF_SOLVERS),
+    )
+    add(
+        "--grid",
+        choices.GRIDS_OF_SOLVERS[_SAMPLING.solver][0],
+        "whose noise levels: wan (Wan's own) or diffusers for unipc, linear or "
+        "diffusers for euler; for a solver other than the checkpoint's wan and linear",
+        choices=sorted(set().union(*choices.GRIDS_OF_SOLVERS.values())),
+    )
+    add(
+        "--negative-prompt",
+        _SAMPLING.negative_prompt,
+        "what guidance leads away from",
+        metavar="TEXT",
+    )
+
+
+def _add_draft_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the fields of `DraftConfig` and `SparsitySchedule`."""
+    group = parser.add_argument_group("draft attention")
+    group.add_argument(
+        "--sparsity",
+        type=float,
+        default=_DRAFT.sparsity,
+        help="share of block pairs that sparse steps skip, in [0, 1)",
+    )
+    group.add_argument(
+        "--selection",
+        choices=choices.SELECTIONS,
+        default=_DRAFT.selection,
+        help="how blocks are chosen from the draft map",
+    )
+    group.add_argument(
+        "--pooling",
+        choices=choices.POOLINGS,
+        default=_DRAFT.pooling,
+        help="how a tile becomes one draft token",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=_DRAFT.top_p,
+        metavar="P",
+        help="probability mass to keep; read by --selection top_p",
+    )
+    group.add_argument(
+        "--dense-fraction",
+        type=float,
+        default=_DRAFT.dense_fraction,
+        metavar="SHARE",
+        help="first share of the steps that stays dense",
+    )
+    group.add_argument(
+        "--dense-layers",
+        type=parse_indices,
+        default=_DRAFT.dense_layers,
+        metavar="I,J",
+        help="layers that are always dense, counted from 0",
+    )
+    group.add_argument(
+        "--mask-refresh",
+        type=int,
+        default=_DRAFT.mask_refresh,
+        metavar="N",
+        help="recompute masks on every N-th sparse step and reuse them in between",
+    )
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Returns width and height of "WxH", or of a name such as "480p", which is wide."""
+    if text in choices.NAMED_SIZES:
+        return choices.NAMED_SIZES[text]
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be WIDTHxHEIGHT in pixels, such as 128x96, or one of "
+            f"{', '.join(choices.NAMED_SIZES)}"
+        )
+    return int(match[1]), int(match[2])
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """Returns file and strength of "FILE:STRENGTH"; the strength is 1 if left out."""
+    name, _, strength = text.rpartition(":")
+    try:
+        return (Path(name), float(strength)) if name else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
+def parse_indices(text: str) -> tuple[int, ...]:
+    """Returns the numbers of "0,3,5"; an empty text is none."""
+    if not re.fullmatch(r"(\d+(,\d+)*)?", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be numbers from 0 with commas between, such as 0,3"
+        )
+    return tuple(int(part) for part in text.split(",") if part)

@@ -1,0 +1,66 @@
+"""Details of a run that its report names, so that it can be repeated."""
+
+import argparse
+import dataclasses
+import os
+import platform
+import re
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from models.cli import options
+from models.cli.version import package_version
+from models.diffusion.sampling import Sampling
+
+_VERSIONS = ("jax", "jaxlib", "flax", "numpy")
+
+
+def run_details(arguments: argparse.Namespace, sampling: Sampling) -> dict[str, Any]:
+    """Returns what a reader of a report needs to repeat the run."""
+    config, schedule = options.draft_from(arguments)
+    device = jax.devices()[0]
+    checkpoint = arguments.checkpoint
+    return {
+        "prompt": arguments.prompt,
+        "command": command_line(arguments.argv),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "checkpoint": "shipped" if checkpoint is None else str(checkpoint),
+        "sampling": dataclasses.asdict(sampling),
+        "loras": [[str(path), strength] for path, strength in arguments.lora],
+        "draft": dataclasses.asdict(config),
+        "schedule": dataclasses.asdict(schedule),
+        "hardware": {
+            "platform": device.platform,
+            "device": device.device_kind,
+            "processor": processor_name(),
+            "cpu_cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
+        },
+        "versions": {
+            "draft-attention-jax": package_version(),
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in _VERSIONS},
+        },
+    }
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """Returns the command as one would type it."""
+    return shlex.join(["draft-video", *argv])
+
+
+def processor_name() -> str:
+    """Returns the name of the processor as the system tells it."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        match = re.search(r"^model name\s*: (.*)$", information.read_text(), re.M)
+        if match is not None:
+            return match[1]
+    return platform.processor() or platform.machine()
