@@ -1,12 +1,7 @@
-"""Moves weights between published checkpoints and our modules, by a table of rules.
-
-One table serves both directions: a rule's pattern names the checkpoint's keys, its
-path names our parameter, and each can be computed from the other.
-"""
+"""Moves weights between published checkpoints and our modules, by a table of rules."""
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-_GROUP = re.compile(r"\(([^()]*)\)")
-_REFERENCE = re.compile(r"\\(\d)")
+from models.checkpoints.rules import Layout, Rule
 
 
 class ConversionError(ValueError):
@@ -30,95 +24,6 @@ class HasFiles(Protocol):
 
     def file_of(self, key: str) -> Path | None:
         """The file that holds a key; None if no file does."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How an array is laid out in a checkpoint, relative to ours.
-
-    Attributes:
-      name: For messages.
-      load: Checkpoint's array to ours, of NumPy or traced by JAX: only moves axes.
-      save: Ours to the checkpoint's; undoes `load`.
-    """
-
-    name: str
-    load: Callable[[Any], Any]
-    save: Callable[[Any], Any]
-
-
-keep = Layout("keep", lambda x: x, lambda x: x)
-# PyTorch's linear layers store [out, in].
-transpose = Layout("transpose", lambda x: x.T, lambda x: x.T)
-# PyTorch's Conv3d stores [out, in, frames, rows, columns].
-conv_3d = Layout(
-    "conv_3d",
-    lambda x: x.transpose(2, 3, 4, 1, 0),
-    lambda x: x.transpose(4, 3, 0, 1, 2),
-)
-# Tables that are stored with a leading axis of size 1 for the batch.
-drop_batch_axis = Layout("drop_batch_axis", lambda x: x[0], lambda x: x[None])
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    r"""One line of the table: checkpoint key, our path, change of layout.
-
-    Args:
-      pattern: Regular expression that matches a whole key. Beside groups, which do
-        not nest, it holds only literal characters, with dots escaped; so it can
-        be turned round to write keys.
-      path: Our parameter's path, dots between attributes, `\1` for the first group.
-        Every group is used once. A number in it is a layer: `blocks.3.to_q.kernel`
-        is slice 3 of the stacked parameter `blocks.to_q.kernel`.
-      layout: Change of layout.
-
-    Raises:
-      ValueError: The pattern cannot be turned round.
-    """
-
-    pattern: str
-    path: str
-    layout: Layout = keep
-
-    def __post_init__(self) -> None:
-        literal = _GROUP.sub("", self.pattern).replace(r"\.", "")
-        used = sorted(_REFERENCE.findall(self.path))
-        groups = [str(i + 1) for i in range(len(_GROUP.findall(self.pattern)))]
-        if re.escape(literal) != literal or used != groups:
-            raise ValueError(
-                f"{self.pattern=} with {self.path=} cannot be turned round: use "
-                "literals with escaped dots and groups, each group once in the path"
-            )
-
-    def path_of(self, key: str) -> str | None:
-        """Our path for a checkpoint key, or None if the rule does not match."""
-        match = _compile(self.pattern).fullmatch(key)
-        return None if match is None else match.expand(self.path)
-
-    def key_of(self, path: str) -> str | None:
-        """The checkpoint key for one of our paths, or None if it does not match."""
-        match = _compile(self._path_pattern).fullmatch(path)
-        if match is None:
-            return None
-        # Groups stand in the path in any order; they are named by their number.
-        values = iter(range(1, len(match.groups()) + 1))
-        filled = _GROUP.sub(lambda _: match[f"g{next(values)}"], self.pattern)
-        return filled.replace(r"\.", ".")
-
-    @functools.cached_property
-    def _path_pattern(self) -> str:
-        """Regular expression for our paths, groups named by their number."""
-        groups = _GROUP.findall(self.pattern)
-        pieces = _REFERENCE.split(self.path)
-        pieces[0::2] = [re.escape(literal) for literal in pieces[0::2]]
-        pieces[1::2] = [f"(?P<g{i}>{groups[int(i) - 1]})" for i in pieces[1::2]]
-        return "".join(pieces)
-
-
-@functools.cache
-def _compile(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,33 +124,33 @@ def _read_arrays(
     """The parameters by name; one checkpoint array at a time is on the host."""
     arrays: dict[str, jax.Array] = {}
     for path, (key, rule) in filled.items():
-        slot, load = slots[path], rule.layout.load
+        slot, layout = slots[path], rule.layout
         shape = shapes[slot.name]
         # Arrays that are read are given no name, which would keep them.
         if slot.layer is None:
-            array = _convert(jnp.asarray(source[key]), load, shape.dtype)
+            array = _convert(jnp.asarray(source[key]), layout, shape.dtype)
         else:
             stack = arrays.pop(slot.name, None)
             if stack is None:
                 stack = jnp.zeros(shape.shape, shape.dtype)
-            array = _insert(stack, jnp.asarray(source[key]), slot.layer, load)
+            array = _insert(stack, jnp.asarray(source[key]), slot.layer, layout)
         # Without waiting, the arrays of many transfers would be held at once.
         arrays[slot.name] = jax.block_until_ready(array)
     return arrays
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _convert(value: jax.Array, load: Callable[[Any], Any], dtype: Any) -> jax.Array:
+def _convert(value: jax.Array, layout: Layout, dtype: Any) -> jax.Array:
     # On CPU the argument may be the mapped file itself, hence the copy.
-    return jnp.copy(load(value).astype(dtype))
+    return jnp.copy(layout.load(value).astype(dtype))
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _insert(
-    stack: jax.Array, value: jax.Array, layer: Any, load: Callable[[Any], Any]
+    stack: jax.Array, value: jax.Array, layer: Any, layout: Layout
 ) -> jax.Array:
     """Overwrites one layer of a stack, in the stack's own memory."""
-    return stack.at[layer].set(load(value).astype(stack.dtype))
+    return stack.at[layer].set(layout.load(value).astype(stack.dtype))
 
 
 def save_parameters(
@@ -349,9 +254,9 @@ def _assign(
         if not matches:
             problems.append(f"unmatched: no rule knows the key {_place(source, key)}")
         elif len(matches) > 1:
-            patterns = [rule.pattern for _, rule in matches]
+            keys = [rule.key for _, rule in matches]
             place = _place(source, key)
-            problems.append(f"ambiguous: {place} matches the rules {patterns}")
+            problems.append(f"ambiguous: {place} matches the rules {keys}")
         else:
             ((path, rule),) = matches
             if path not in slots:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -12,12 +11,19 @@ from flax import nnx
 
 from models.checkpoints.conversion import (
     ConversionError,
-    Layout,
-    Rule,
     best_layout,
-    drop_batch_axis,
     load_parameters,
-    transpose,
+)
+from models.checkpoints.rules import (
+    CONV_2D,
+    LAYER_NORM,
+    LINEAR,
+    Layout,
+    Row,
+    Rule,
+    drop_batch_axis,
+    expand,
+    within,
 )
 from models.checkpoints.safetensors_io import load_safetensors
 from models.clip.config import CLIPVisionConfig
@@ -26,11 +32,23 @@ from models.clip.encoder import CLIPVisionEncoder
 LayoutName = Literal["original", "transformers", "transformers_5"]
 STACKED = ("transformer",)
 
-# PyTorch's Conv2d stores [out, in, rows, columns].
-_conv_2d = Layout(
-    "conv_2d", lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
+_BLOCK = (
+    Row("norm1", "layer_norm1", "norm1", LAYER_NORM),
+    Row("norm2", "layer_norm2", "norm2", LAYER_NORM),
+    Row("attn.proj", "self_attn.out_proj", "attn.proj", LINEAR),
+    Row("mlp.0", "mlp.fc1", "mlp.fc1", LINEAR),
+    Row("mlp.2", "mlp.fc2", "mlp.fc2", LINEAR),
 )
-_class_token = Layout("class_token", lambda x: x[0, 0], lambda x: x[None, None])
+_TABLE = (
+    Row(
+        "patch_embedding",
+        "embeddings.patch_embedding",
+        "patch_embedding",
+        CONV_2D[:1],  # without bias
+    ),
+    Row("pre_norm", "pre_layrnorm", "pre_norm", LAYER_NORM),  # spelt so by transformers
+    *within("transformer.{}", "encoder.layers.{}", "transformer.{}", _BLOCK),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,119 +56,98 @@ class PublishedLayout:
     """The keys of one published layout.
 
     Attributes:
-      rules: Of the weights that are used.
-      layer: What the keys of a layer begin with; `{}` is its number.
-      unused: Regular expression of whole keys that do not bear on the output,
-        beside those of the last layer.
+      rules: Rules of the weights that are used.
+      layer: Start of the keys of a layer, `{}` for its index.
+      unused: Keys that do not bear on the output, beside those of the last layer; a
+        dot at the end stands for every key that starts so.
     """
 
     rules: tuple[Rule, ...]
     layer: str
-    unused: str
+    unused: tuple[str, ...]
+
+    def uses(self, key: str, num_layers: int) -> bool:
+        """Returns whether a key bears on the output of a tower of some depth."""
+        last = self.layer.format(num_layers - 1)
+        return not any(
+            key.startswith(unused) if unused.endswith(".") else key == unused
+            for unused in (*self.unused, last)
+        )
 
 
-_ORIGINAL_BLOCK = r"visual\.transformer\.(\d+)\."
-ORIGINAL = PublishedLayout(
-    rules=(
-        Rule(r"visual\.patch_embedding\.weight", r"patch_embedding.kernel", _conv_2d),
-        Rule(r"visual\.cls_embedding", r"cls_embedding", _class_token),
-        Rule(r"visual\.pos_embedding", r"pos_embedding", drop_batch_axis),
-        Rule(r"visual\.pre_norm\.weight", r"pre_norm.scale"),
-        Rule(r"visual\.pre_norm\.bias", r"pre_norm.bias"),
+def _original() -> PublishedLayout:
+    """Returns the keys of the original checkpoint, which holds a text tower too.
+
+    It stores queries, keys and values as one array. What follows the slash is a third
+    of it; see `_Weights`.
+    """
+    thirds = (
         Rule(
-            _ORIGINAL_BLOCK + r"(norm1|norm2)\.weight",
-            r"transformer.\1.\2.scale",
+            f"visual.transformer.{{}}.attn.to_qkv.{stored}/{part}",
+            f"transformer.{{}}.attn.to_{part}.{ours}",
+            layout,
+        )
+        for part in "qkv"
+        for stored, ours, layout in LINEAR
+    )
+    return PublishedLayout(
+        rules=(
+            Rule("visual.cls_embedding", "cls_embedding", Layout("1 1 dim", "dim")),
+            Rule("visual.pos_embedding", "pos_embedding", drop_batch_axis),
+            *expand((f"visual.{row.original}", row.path, row.kind) for row in _TABLE),
+            *thirds,
         ),
-        Rule(_ORIGINAL_BLOCK + r"(norm1|norm2)\.bias", r"transformer.\1.\2.bias"),
-        # What follows the slash is a third of a stored array; see `_Weights`.
-        Rule(
-            _ORIGINAL_BLOCK + r"attn\.to_qkv\.weight/(q|k|v)",
-            r"transformer.\1.attn.to_\2.kernel",
-            transpose,
+        layer="visual.transformer.{}.",
+        unused=(
+            "visual.post_norm.weight",
+            "visual.post_norm.bias",
+            "visual.head",
+            "textual.",
+            "log_scale",
         ),
-        Rule(
-            _ORIGINAL_BLOCK + r"attn\.to_qkv\.bias/(q|k|v)",
-            r"transformer.\1.attn.to_\2.bias",
-        ),
-        Rule(
-            _ORIGINAL_BLOCK + r"attn\.proj\.weight",
-            r"transformer.\1.attn.proj.kernel",
-            transpose,
-        ),
-        Rule(_ORIGINAL_BLOCK + r"attn\.proj\.bias", r"transformer.\1.attn.proj.bias"),
-        Rule(
-            _ORIGINAL_BLOCK + r"mlp\.0\.weight",
-            r"transformer.\1.mlp.fc1.kernel",
-            transpose,
-        ),
-        Rule(_ORIGINAL_BLOCK + r"mlp\.0\.bias", r"transformer.\1.mlp.fc1.bias"),
-        Rule(
-            _ORIGINAL_BLOCK + r"mlp\.2\.weight",
-            r"transformer.\1.mlp.fc2.kernel",
-            transpose,
-        ),
-        Rule(_ORIGINAL_BLOCK + r"mlp\.2\.bias", r"transformer.\1.mlp.fc2.bias"),
-    ),
-    layer="visual.transformer.{}.",
-    unused=r"visual\.post_norm\.(weight|bias)|visual\.head|textual\..+|log_scale",
-)
+    )
 
 
 def _transformers(prefix: str) -> PublishedLayout:
-    """The keys of `CLIPVisionModel` behind a prefix, dots escaped."""
-    block = prefix + r"encoder\.layers\.(\d+)\."
-    rules = (
-        Rule(prefix + r"embeddings\.class_embedding", r"cls_embedding"),
-        Rule(
-            prefix + r"embeddings\.patch_embedding\.weight",
-            r"patch_embedding.kernel",
-            _conv_2d,
-        ),
-        Rule(prefix + r"embeddings\.position_embedding\.weight", r"pos_embedding"),
-        # Spelt so by the published code.
-        Rule(prefix + r"pre_layrnorm\.weight", r"pre_norm.scale"),
-        Rule(prefix + r"pre_layrnorm\.bias", r"pre_norm.bias"),
-        Rule(block + r"layer_norm(1|2)\.weight", r"transformer.\1.norm\2.scale"),
-        Rule(block + r"layer_norm(1|2)\.bias", r"transformer.\1.norm\2.bias"),
-        Rule(
-            block + r"self_attn\.(q|k|v)_proj\.weight",
-            r"transformer.\1.attn.to_\2.kernel",
-            transpose,
-        ),
-        Rule(
-            block + r"self_attn\.(q|k|v)_proj\.bias",
-            r"transformer.\1.attn.to_\2.bias",
-        ),
-        Rule(
-            block + r"self_attn\.out_proj\.weight",
-            r"transformer.\1.attn.proj.kernel",
-            transpose,
-        ),
-        Rule(block + r"self_attn\.out_proj\.bias", r"transformer.\1.attn.proj.bias"),
-        Rule(
-            block + r"mlp\.(fc1|fc2)\.weight",
-            r"transformer.\1.mlp.\2.kernel",
-            transpose,
-        ),
-        Rule(block + r"mlp\.(fc1|fc2)\.bias", r"transformer.\1.mlp.\2.bias"),
+    """Returns the keys of `CLIPVisionModel` behind a prefix."""
+    projections = (
+        Row(
+            "",
+            f"encoder.layers.{{}}.self_attn.{x}_proj",
+            f"transformer.{{}}.attn.to_{x}",
+            LINEAR,
+        )
+        for x in "qkv"
     )
-    unused = (
-        rf"{prefix}post_layernorm\.(weight|bias)|visual_projection\.weight|"
-        rf"{prefix}embeddings\.position_ids"
+    embeddings = f"{prefix}embeddings"
+    return PublishedLayout(
+        rules=(
+            Rule(f"{embeddings}.class_embedding", "cls_embedding"),
+            Rule(f"{embeddings}.position_embedding.weight", "pos_embedding"),
+            *expand(
+                (prefix + row.library, row.path, row.kind)
+                for row in (*_TABLE, *projections)
+            ),
+        ),
+        layer=prefix + "encoder.layers.{}.",
+        unused=(
+            f"{prefix}post_layernorm.weight",
+            f"{prefix}post_layernorm.bias",
+            f"{embeddings}.position_ids",
+            "visual_projection.weight",
+        ),
     )
-    layer = prefix.replace("\\", "") + "encoder.layers.{}."
-    return PublishedLayout(rules=rules, layer=layer, unused=unused)
 
 
 LAYOUTS: dict[LayoutName, PublishedLayout] = {
-    "original": ORIGINAL,
-    "transformers": _transformers(r"vision_model\."),
+    "original": _original(),
+    "transformers": _transformers("vision_model."),
     "transformers_5": _transformers(""),  # versions 5 and later save no prefix
 }
 
 
 def detect_layout(keys: Iterable[str]) -> LayoutName:
-    """Which layout a checkpoint has: the one whose table knows most of its keys.
+    """Returns the layout of a checkpoint: the one whose table knows most of its keys.
 
     Raises:
       ConversionError: No key is known, or two tables know equally many.
@@ -195,8 +192,7 @@ def load_clip_vision_encoder(
             f"the checkpoint has no key {last}...; num_layers={config.num_layers} "
             "must be the number of its layers"
         )
-    unused = re.compile(f"{layout.unused}|{re.escape(last)}.+")
-    weights = _used_weights(source, unused)
+    weights = _used_weights(source, layout, config.num_layers)
     with jax.default_device(device):
         return load_parameters(
             lambda: CLIPVisionEncoder(config, rngs=nnx.Rngs(0)),
@@ -206,20 +202,19 @@ def load_clip_vision_encoder(
         )
 
 
-_FUSED = re.compile(r"visual\.transformer\.\d+\.attn\.to_qkv\.(weight|bias)")
-
-
-def _used_weights(source: Mapping[str, Any], unused: re.Pattern[str]) -> "_Weights":
+def _used_weights(
+    source: Mapping[str, Any], layout: PublishedLayout, num_layers: int
+) -> "_Weights":
     """The weights less those not used, queries, keys and values apart."""
-    places: dict[str, tuple[str, int | None]] = {}
+    stored: dict[str, tuple[str, int | None]] = {}
     for key in source:
-        if unused.fullmatch(key):
+        if not layout.uses(key, num_layers):
             continue
-        if _FUSED.fullmatch(key):
-            places |= {f"{key}/{part}": (key, i) for i, part in enumerate("qkv")}
+        if any(rule.path_of(f"{key}/q") is not None for rule in layout.rules):
+            stored |= {f"{key}/{part}": (key, i) for i, part in enumerate("qkv")}
         else:
-            places[key] = key, None
-    return _Weights(source, places)
+            stored[key] = key, None
+    return _Weights(source, stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,17 +222,17 @@ class _Weights(Mapping[str, Any]):
     """Some arrays of a checkpoint, or a third of their rows, read when asked for."""
 
     source: Mapping[str, Any]
-    places: Mapping[str, tuple[str, int | None]]  # key of the source, which third
+    stored: Mapping[str, tuple[str, int | None]]  # key of the source, which third
 
     def __getitem__(self, key: str) -> Any:
-        name, third = self.places[key]
+        key, third = self.stored[key]
         if third is None:
-            return self.source[name]
+            return self.source[key]
         # Rows that are no multiple of 3 give unequal parts, which do not fit.
-        return np.array_split(np.atleast_1d(self.source[name]), 3)[third]
+        return np.array_split(np.atleast_1d(self.source[key]), 3)[third]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.stored)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.stored)

@@ -12,12 +12,20 @@ from flax import nnx
 
 from models.checkpoints.conversion import (
     ConversionError,
-    Rule,
     best_layout,
     file_of,
     load_parameters,
     save_parameters,
-    transpose,
+)
+from models.checkpoints.rules import (
+    EMBEDDING,
+    MATRIX,
+    RMS_NORM,
+    Row,
+    Rule,
+    library_rules,
+    original_rules,
+    within,
 )
 from models.checkpoints.safetensors_io import load_safetensors
 from models.umt5.config import UMT5Config
@@ -26,78 +34,41 @@ from models.umt5.encoder import UMT5Encoder
 LayoutName = Literal["original", "transformers"]
 STACKED = ("blocks",)
 
-ORIGINAL_RULES = (
-    Rule(r"token_embedding\.weight", r"token_embedding.embedding"),
-    Rule(r"blocks\.(\d+)\.(norm1|norm2)\.weight", r"blocks.\1.\2.scale"),
-    Rule(
-        r"blocks\.(\d+)\.attn\.(q|k|v|o)\.weight",
-        r"blocks.\1.attn.\2.kernel",
-        transpose,
+# transformers' `layer.0` is self-attention and `layer.1` the feed-forward network.
+_BLOCK = (
+    Row("norm1", "layer.0.layer_norm", "norm1", RMS_NORM),
+    Row("attn.q", "layer.0.SelfAttention.q", "attn.q", MATRIX),
+    Row("attn.k", "layer.0.SelfAttention.k", "attn.k", MATRIX),
+    Row("attn.v", "layer.0.SelfAttention.v", "attn.v", MATRIX),
+    Row("attn.o", "layer.0.SelfAttention.o", "attn.o", MATRIX),
+    Row(
+        "pos_embedding.embedding",
+        "layer.0.SelfAttention.relative_attention_bias",
+        "pos_embedding",
+        EMBEDDING,
     ),
-    Rule(
-        r"blocks\.(\d+)\.ffn\.gate\.0\.weight",
-        r"blocks.\1.ffn.gate.kernel",
-        transpose,
-    ),
-    Rule(
-        r"blocks\.(\d+)\.ffn\.(fc1|fc2)\.weight",
-        r"blocks.\1.ffn.\2.kernel",
-        transpose,
-    ),
-    Rule(
-        r"blocks\.(\d+)\.pos_embedding\.embedding\.weight",
-        r"blocks.\1.pos_embedding.embedding",
-    ),
-    Rule(r"norm\.weight", r"norm.scale"),
+    Row("norm2", "layer.1.layer_norm", "norm2", RMS_NORM),
+    Row("ffn.gate.0", "layer.1.DenseReluDense.wi_0", "ffn.gate", MATRIX),
+    Row("ffn.fc1", "layer.1.DenseReluDense.wi_1", "ffn.fc1", MATRIX),
+    Row("ffn.fc2", "layer.1.DenseReluDense.wo", "ffn.fc2", MATRIX),
 )
-
+_TABLE = (
+    Row("token_embedding", "shared", "token_embedding", EMBEDDING),
+    *within("blocks.{}", "encoder.block.{}", "blocks.{}", _BLOCK),
+    Row("norm", "encoder.final_layer_norm", "norm", RMS_NORM),
+)
 # transformers ties these two: a file holds either, or the same array twice.
-_SHARED = Rule(r"shared\.weight", r"token_embedding.embedding")
-_TIED = Rule(r"encoder\.embed_tokens\.weight", r"token_embedding.embedding")
 _TABLE_KEYS = ("shared.weight", "encoder.embed_tokens.weight")
-# `layer.0` is self-attention and `layer.1` the feed-forward network.
-_ATTENTION = r"encoder\.block\.(\d+)\.layer\.0\."
-_FEED_FORWARD = r"encoder\.block\.(\d+)\.layer\.1\."
-TRANSFORMERS_RULES = (
-    _SHARED,
-    _TIED,
-    Rule(_ATTENTION + r"layer_norm\.weight", r"blocks.\1.norm1.scale"),
-    Rule(
-        _ATTENTION + r"SelfAttention\.(q|k|v|o)\.weight",
-        r"blocks.\1.attn.\2.kernel",
-        transpose,
-    ),
-    Rule(
-        _ATTENTION + r"SelfAttention\.relative_attention_bias\.weight",
-        r"blocks.\1.pos_embedding.embedding",
-    ),
-    Rule(_FEED_FORWARD + r"layer_norm\.weight", r"blocks.\1.norm2.scale"),
-    Rule(
-        _FEED_FORWARD + r"DenseReluDense\.wi_0\.weight",
-        r"blocks.\1.ffn.gate.kernel",
-        transpose,
-    ),
-    Rule(
-        _FEED_FORWARD + r"DenseReluDense\.wi_1\.weight",
-        r"blocks.\1.ffn.fc1.kernel",
-        transpose,
-    ),
-    Rule(
-        _FEED_FORWARD + r"DenseReluDense\.wo\.weight",
-        r"blocks.\1.ffn.fc2.kernel",
-        transpose,
-    ),
-    Rule(r"encoder\.final_layer_norm\.weight", r"norm.scale"),
-)
+_TIED = Rule(_TABLE_KEYS[1], "token_embedding.embedding")
 
 RULES: dict[LayoutName, tuple[Rule, ...]] = {
-    "original": ORIGINAL_RULES,
-    "transformers": TRANSFORMERS_RULES,
+    "original": original_rules(_TABLE),
+    "transformers": (*library_rules(_TABLE), _TIED),
 }
 
 
 def detect_layout(keys: Iterable[str]) -> LayoutName:
-    """Which layout a checkpoint has: the one whose table knows more of its keys.
+    """Returns the layout of a checkpoint: the one whose table knows more of its keys.
 
     Raises:
       ConversionError: Both know equally many, as when no key is known.
@@ -146,7 +117,7 @@ def load_umt5_encoder(
 def export_umt5_encoder(
     model: UMT5Encoder, *, layout: LayoutName = "transformers", dtype: Any = None
 ) -> dict[str, np.ndarray]:
-    """An encoder's weights as arrays by checkpoint key."""
+    """Returns an encoder's weights as arrays by checkpoint key."""
     rules = [rule for rule in RULES[layout] if rule is not _TIED]
     return save_parameters(model, rules, stacked=STACKED, dtype=dtype)
 

@@ -1,5 +1,6 @@
 """Reads and writes Wan transformer checkpoints, original and diffusers layout."""
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -11,13 +12,21 @@ import numpy as np
 from flax import nnx
 
 from models.checkpoints.conversion import (
-    Rule,
     best_layout,
-    conv_3d,
-    drop_batch_axis,
     load_parameters,
     save_parameters,
-    transpose,
+)
+from models.checkpoints.rules import (
+    BATCHED_TABLE,
+    CONV_3D,
+    LAYER_NORM,
+    LINEAR,
+    RMS_NORM,
+    Row,
+    Rule,
+    library_rules,
+    original_rules,
+    within,
 )
 from models.checkpoints.safetensors_io import load_safetensors, save_safetensors
 from models.wan.config import WanConfig
@@ -25,7 +34,7 @@ from models.wan.transformer import WanTransformer
 
 LayoutName = Literal["original", "diffusers"]
 STACKED = ("blocks",)
-# What the model computes in float32 is stored in it too: few numbers, read often.
+# These are computed in float32, so they are stored in it too: few values, read often.
 FLOAT32 = (
     "time_embedder",
     "time_proj",
@@ -38,176 +47,65 @@ FLOAT32 = (
 )
 _ENDING = re.compile(r"\.(weight|bias)$")
 
-_BOTH = (
-    Rule(r"patch_embedding\.weight", r"patch_embedding.kernel", conv_3d),
-    Rule(r"patch_embedding\.bias", r"patch_embedding.bias"),
-)
-
-# Only image-to-video models have the parameters that these tables name.
-_DIFFUSERS_IMAGE_RULES = (
-    Rule(
-        r"condition_embedder\.image_embedder\.(norm1|norm2)\.weight",
-        r"condition_embedder.image_embedder.\1.scale",
-    ),
-    Rule(
-        r"condition_embedder\.image_embedder\.(norm1|norm2)\.bias",
-        r"condition_embedder.image_embedder.\1.bias",
-    ),
-    Rule(
-        r"condition_embedder\.image_embedder\.ff\.net\.0\.proj\.weight",
-        r"condition_embedder.image_embedder.ff.linear_1.kernel",
-        transpose,
-    ),
-    Rule(
-        r"condition_embedder\.image_embedder\.ff\.net\.0\.proj\.bias",
-        r"condition_embedder.image_embedder.ff.linear_1.bias",
-    ),
-    Rule(
-        r"condition_embedder\.image_embedder\.ff\.net\.2\.weight",
-        r"condition_embedder.image_embedder.ff.linear_2.kernel",
-        transpose,
-    ),
-    Rule(
-        r"condition_embedder\.image_embedder\.ff\.net\.2\.bias",
-        r"condition_embedder.image_embedder.ff.linear_2.bias",
-    ),
-    Rule(
-        r"blocks\.(\d+)\.attn2\.(add_k_proj|add_v_proj)\.weight",
-        r"blocks.\1.attn2.\2.kernel",
-        transpose,
-    ),
-    Rule(
-        r"blocks\.(\d+)\.attn2\.(add_k_proj|add_v_proj)\.bias",
-        r"blocks.\1.attn2.\2.bias",
-    ),
-    Rule(
-        r"blocks\.(\d+)\.attn2\.norm_added_k\.weight",
-        r"blocks.\1.attn2.norm_added_k.scale",
-    ),
-)
-_ORIGINAL_IMAGE_RULES = (
-    Rule(r"img_emb\.proj\.0\.weight", r"condition_embedder.image_embedder.norm1.scale"),
-    Rule(r"img_emb\.proj\.0\.bias", r"condition_embedder.image_embedder.norm1.bias"),
-    Rule(r"img_emb\.proj\.4\.weight", r"condition_embedder.image_embedder.norm2.scale"),
-    Rule(r"img_emb\.proj\.4\.bias", r"condition_embedder.image_embedder.norm2.bias"),
-    Rule(
-        r"blocks\.(\d+)\.cross_attn\.norm_k_img\.weight",
-        r"blocks.\1.attn2.norm_added_k.scale",
-    ),
-)
-
-DIFFUSERS_RULES = (
-    *_BOTH,
-    *_DIFFUSERS_IMAGE_RULES,
-    Rule(
-        r"condition_embedder\.(time_embedder|text_embedder)\.(linear_1|linear_2)\.weight",
-        r"condition_embedder.\1.\2.kernel",
-        transpose,
-    ),
-    Rule(
-        r"condition_embedder\.(time_embedder|text_embedder)\.(linear_1|linear_2)\.bias",
-        r"condition_embedder.\1.\2.bias",
-    ),
-    Rule(
-        r"condition_embedder\.time_proj\.weight",
-        r"condition_embedder.time_proj.kernel",
-        transpose,
-    ),
-    Rule(r"condition_embedder\.time_proj\.bias", r"condition_embedder.time_proj.bias"),
-    Rule(
-        r"blocks\.(\d+)\.(attn1|attn2)\.(to_q|to_k|to_v)\.weight",
-        r"blocks.\1.\2.\3.kernel",
-        transpose,
-    ),
-    Rule(
-        r"blocks\.(\d+)\.(attn1|attn2)\.(to_q|to_k|to_v)\.bias",
-        r"blocks.\1.\2.\3.bias",
-    ),
-    Rule(
-        r"blocks\.(\d+)\.(attn1|attn2)\.to_out\.0\.weight",
-        r"blocks.\1.\2.to_out.kernel",
-        transpose,
-    ),
-    Rule(r"blocks\.(\d+)\.(attn1|attn2)\.to_out\.0\.bias", r"blocks.\1.\2.to_out.bias"),
-    Rule(
-        r"blocks\.(\d+)\.(attn1|attn2)\.(norm_q|norm_k)\.weight",
-        r"blocks.\1.\2.\3.scale",
-    ),
-    Rule(r"blocks\.(\d+)\.norm2\.weight", r"blocks.\1.norm2.scale"),
-    Rule(r"blocks\.(\d+)\.norm2\.bias", r"blocks.\1.norm2.bias"),
-    Rule(
-        r"blocks\.(\d+)\.ffn\.net\.0\.proj\.weight",
-        r"blocks.\1.ffn.linear_1.kernel",
-        transpose,
-    ),
-    Rule(r"blocks\.(\d+)\.ffn\.net\.0\.proj\.bias", r"blocks.\1.ffn.linear_1.bias"),
-    Rule(
-        r"blocks\.(\d+)\.ffn\.net\.2\.weight",
-        r"blocks.\1.ffn.linear_2.kernel",
-        transpose,
-    ),
-    Rule(r"blocks\.(\d+)\.ffn\.net\.2\.bias", r"blocks.\1.ffn.linear_2.bias"),
-    Rule(
-        r"blocks\.(\d+)\.scale_shift_table",
-        r"blocks.\1.scale_shift_table",
-        drop_batch_axis,
-    ),
-    Rule(r"proj_out\.weight", r"proj_out.kernel", transpose),
-    Rule(r"proj_out\.bias", r"proj_out.bias"),
-    Rule(r"scale_shift_table", r"scale_shift_table", drop_batch_axis),
-)
-
 # The original numbers the entries of `nn.Sequential`; its `norm3` stands before
 # cross-attention, where diffusers says `norm2`.
-_ORIGINAL_SEQUENTIALS = (
-    (r"time_embedding\.0", r"condition_embedder.time_embedder.linear_1"),
-    (r"time_embedding\.2", r"condition_embedder.time_embedder.linear_2"),
-    (r"text_embedding\.0", r"condition_embedder.text_embedder.linear_1"),
-    (r"text_embedding\.2", r"condition_embedder.text_embedder.linear_2"),
-    (r"time_projection\.1", r"condition_embedder.time_proj"),
-    (r"img_emb\.proj\.1", r"condition_embedder.image_embedder.ff.linear_1"),
-    (r"img_emb\.proj\.3", r"condition_embedder.image_embedder.ff.linear_2"),
-    (r"blocks\.(\d+)\.self_attn\.(q|k|v)", r"blocks.\1.attn1.to_\2"),
-    (r"blocks\.(\d+)\.cross_attn\.(q|k|v)", r"blocks.\1.attn2.to_\2"),
-    (r"blocks\.(\d+)\.cross_attn\.k_img", r"blocks.\1.attn2.add_k_proj"),
-    (r"blocks\.(\d+)\.cross_attn\.v_img", r"blocks.\1.attn2.add_v_proj"),
-    (r"blocks\.(\d+)\.self_attn\.o", r"blocks.\1.attn1.to_out"),
-    (r"blocks\.(\d+)\.cross_attn\.o", r"blocks.\1.attn2.to_out"),
-    (r"blocks\.(\d+)\.ffn\.0", r"blocks.\1.ffn.linear_1"),
-    (r"blocks\.(\d+)\.ffn\.2", r"blocks.\1.ffn.linear_2"),
-    (r"head\.head", r"proj_out"),
+_EMBEDDERS = (
+    Row("time_embedding.0", "time_embedder.linear_1", "time_embedder.linear_1", LINEAR),
+    Row("time_embedding.2", "time_embedder.linear_2", "time_embedder.linear_2", LINEAR),
+    Row("time_projection.1", "time_proj", "time_proj", LINEAR),
+    Row("text_embedding.0", "text_embedder.linear_1", "text_embedder.linear_1", LINEAR),
+    Row("text_embedding.2", "text_embedder.linear_2", "text_embedder.linear_2", LINEAR),
 )
-
-ORIGINAL_RULES = (
-    *_BOTH,
-    *_ORIGINAL_IMAGE_RULES,
+# Only image-to-video models have these, and those of cross-attention with "img".
+_IMAGE_EMBEDDER = (
+    Row("proj.0", "norm1", "norm1", LAYER_NORM),
+    Row("proj.1", "ff.net.0.proj", "ff.linear_1", LINEAR),
+    Row("proj.3", "ff.net.2", "ff.linear_2", LINEAR),
+    Row("proj.4", "norm2", "norm2", LAYER_NORM),
+)
+_ATTENTION = (
+    Row("q", "to_q", "to_q", LINEAR),
+    Row("k", "to_k", "to_k", LINEAR),
+    Row("v", "to_v", "to_v", LINEAR),
+    Row("o", "to_out.0", "to_out", LINEAR),
+    Row("norm_q", "norm_q", "norm_q", RMS_NORM),
+    Row("norm_k", "norm_k", "norm_k", RMS_NORM),
+)
+_IMAGE_ATTENTION = (
+    Row("k_img", "add_k_proj", "add_k_proj", LINEAR),
+    Row("v_img", "add_v_proj", "add_v_proj", LINEAR),
+    Row("norm_k_img", "norm_added_k", "norm_added_k", RMS_NORM),
+)
+_BLOCK = (
+    *within("self_attn", "attn1", "attn1", _ATTENTION),
+    *within("cross_attn", "attn2", "attn2", _ATTENTION + _IMAGE_ATTENTION),
+    Row("norm3", "norm2", "norm2", LAYER_NORM),
+    Row("ffn.0", "ffn.net.0.proj", "ffn.linear_1", LINEAR),
+    Row("ffn.2", "ffn.net.2", "ffn.linear_2", LINEAR),
+    Row("modulation", "scale_shift_table", "scale_shift_table", BATCHED_TABLE),
+)
+_CONDITIONS = "condition_embedder"
+_IMAGE = f"{_CONDITIONS}.image_embedder"
+_TABLE = (
+    Row("patch_embedding", "patch_embedding", "patch_embedding", CONV_3D),
     *(
-        Rule(rf"{key}\.weight", rf"{path}.kernel", transpose)
-        for key, path in _ORIGINAL_SEQUENTIALS
+        Row(original, f"{_CONDITIONS}.{library}", f"{_CONDITIONS}.{path}", kind)
+        for original, library, path, kind in _EMBEDDERS
     ),
-    *(Rule(rf"{key}\.bias", rf"{path}.bias") for key, path in _ORIGINAL_SEQUENTIALS),
-    Rule(
-        r"blocks\.(\d+)\.self_attn\.(norm_q|norm_k)\.weight",
-        r"blocks.\1.attn1.\2.scale",
-    ),
-    Rule(
-        r"blocks\.(\d+)\.cross_attn\.(norm_q|norm_k)\.weight",
-        r"blocks.\1.attn2.\2.scale",
-    ),
-    Rule(r"blocks\.(\d+)\.norm3\.weight", r"blocks.\1.norm2.scale"),
-    Rule(r"blocks\.(\d+)\.norm3\.bias", r"blocks.\1.norm2.bias"),
-    Rule(r"blocks\.(\d+)\.modulation", r"blocks.\1.scale_shift_table", drop_batch_axis),
-    Rule(r"head\.modulation", r"scale_shift_table", drop_batch_axis),
+    *within("img_emb", _IMAGE, _IMAGE, _IMAGE_EMBEDDER),
+    *within("blocks.{}", "blocks.{}", "blocks.{}", _BLOCK),
+    Row("head.head", "proj_out", "proj_out", LINEAR),
+    Row("head.modulation", "scale_shift_table", "scale_shift_table", BATCHED_TABLE),
 )
 
 RULES: dict[LayoutName, tuple[Rule, ...]] = {
-    "original": ORIGINAL_RULES,
-    "diffusers": DIFFUSERS_RULES,
+    "original": original_rules(_TABLE),
+    "diffusers": library_rules(_TABLE),
 }
 
 
 def detect_layout(keys: Iterable[str]) -> LayoutName:
-    """Which layout a checkpoint has: the one whose table knows more of its keys.
+    """Returns the layout of a checkpoint: the one whose table knows more of its keys.
 
     Raises:
       ConversionError: Both know equally many, as when no key is known.
@@ -216,10 +114,10 @@ def detect_layout(keys: Iterable[str]) -> LayoutName:
 
 
 def lora_names(keys: Iterable[str]) -> dict[str, str]:
-    """How adapters may spell the modules of a checkpoint, for `merge_lora`.
+    """Returns how adapters may spell the modules of a checkpoint, for `merge_lora`.
 
     Args:
-      keys: Of a Wan transformer's weights, in either layout.
+      keys: Keys of a Wan transformer's weights, in either layout.
 
     Returns:
       The spellings of both layouts, with dots and with underscores, and the name
@@ -235,7 +133,7 @@ def lora_names(keys: Iterable[str]) -> dict[str, str]:
         for rule in rules:
             if (path := rule.path_of(key)) is None:
                 continue
-            for other in (*ORIGINAL_RULES, *DIFFUSERS_RULES):
+            for other in itertools.chain(*RULES.values()):
                 if (spelled := other.key_of(path)) is not None:
                     module = _ENDING.sub("", spelled)
                     names[module] = names[module.replace(".", "_")] = base
@@ -292,7 +190,7 @@ def save_wan_transformer(
       directory: Where to write.
       stem: Start of the file names.
       layout: Keys and layouts to write.
-      dtype: Of the weights in the file; None keeps the parameters' own.
+      dtype: The weights' dtype in the file; None keeps that of the parameters.
       max_shard_bytes: Most bytes in one file; None for a single file.
 
     Returns:
@@ -307,5 +205,5 @@ def save_wan_transformer(
 def export_wan_transformer(
     model: WanTransformer, *, layout: LayoutName = "diffusers", dtype: Any = None
 ) -> dict[str, np.ndarray]:
-    """A transformer's weights as arrays by checkpoint key."""
+    """Returns a transformer's weights as arrays by checkpoint key."""
     return save_parameters(model, RULES[layout], stacked=STACKED, dtype=dtype)

@@ -20,7 +20,8 @@ LOAD = """
 import json, sys
 import jax, jax.numpy as jnp
 from flax import nnx
-from models.checkpoints.conversion import Rule, load_parameters, transpose
+from models.checkpoints.conversion import load_parameters
+from models.checkpoints.rules import Rule, transpose
 from models.checkpoints.safetensors_io import load_safetensors
 
 num_layers, width, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -36,7 +37,7 @@ class Model(nnx.Module):
         stack = nnx.vmap(lambda rngs: Layer(size, rngs=rngs), in_axes=0, out_axes=0)
         self.layers = nnx.split_rngs(splits=layers)(stack)(nnx.Rngs(0))
 
-RULES = (Rule(r"layers\\.(\\d+)\\.weight", r"layers.\\1.linear.kernel", transpose),)
+RULES = (Rule("layers.{}.weight", "layers.{}.linear.kernel", transpose),)
 
 def load(layers, size, folder):
     source = load_safetensors(folder)

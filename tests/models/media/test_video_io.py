@@ -121,6 +121,6 @@ def test_missing_extra_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(video_io.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         video_io.MissingExtraError,
-        match=r"imageio_ffmpeg, matplotlib, tqdm: run pip install '\.\[video\]' in a clone",
+        match=r"imageio_ffmpeg, matplotlib, tqdm: run pip install '\.\[video\]' in",
     ):
         video_io.write_mp4(tmp_path / "video.mp4", smooth_video(), fps=8)
