@@ -106,8 +106,9 @@ def compile_prepare(shape, over, sharding) -> None:
     import jax
     import jax.numpy as jnp
 
-    from draft_jax.draft.pooling import tile_table
-    from pallas_kernels.pooling.sm90.norm_rope_pool import QKNorm, norm_rope_pool
+    from draft_jax.draft.pooling import tiling_of
+    from pallas_kernels.pooling import QKNorm
+    from pallas_kernels.pooling.sm90.norm_rope_pool import norm_rope_pool
 
     struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     grid, heads = shape.grid, (shape.num_heads, shape.head_dim)
@@ -117,7 +118,7 @@ def compile_prepare(shape, over, sharding) -> None:
     angles = struct((grid.num_visual_tokens, heads[1] // 2), jnp.float32)
     run = functools.partial(
         norm_rope_pool,
-        tiles=tile_table(grid, "tiled"),
+        tiles=tiling_of(grid, "tiled").table,
         visual_tokens=grid.visual_tokens,
         norm=QKNorm(over=over),
     )

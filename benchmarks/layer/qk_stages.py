@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from benchmarks.common.shapes import Shape
 from draft_jax import DraftConfig, QKNorm, norm_rope_pool
-from draft_jax.draft.pooling import tile_table
-from pallas_kernels.pooling.sm90 import norm_rope_pool as norm_rope_pool_sm90
+from draft_jax.draft.pooling import tiling_of
+from pallas_kernels.pooling.sm90 import norm_rope_pool as fused_kernel
 
 NORMS = {"head": QKNorm(over="head"), "heads": QKNorm(over="heads")}
 AHEADS = (1, 2, 3, 4)  # tokens that the kernel loads before their use
@@ -73,12 +73,12 @@ def _prepare(q, k, scale, cos, sin, *, grid, norm, config=None, order="tiled"):
 
 
 def _kernel(q, k, scale, cos, sin, *, grid, norm, ahead):
-    return norm_rope_pool_sm90.norm_rope_pool(
+    return fused_kernel.norm_rope_pool(
         q,
         k,
         (scale, scale),
         (cos, sin),
-        tile_table(grid, "tiled"),
+        tiling_of(grid, "tiled").table,
         grid.visual_tokens,
         norm=norm,
         ahead=ahead,
@@ -88,7 +88,7 @@ def _kernel(q, k, scale, cos, sin, *, grid, norm, ahead):
 def _without_kernel(function):
     def run(*arguments):
         unwanted = mock.patch.object(
-            norm_rope_pool_sm90, "why_unsupported", return_value="unwanted"
+            fused_kernel, "why_unsupported", return_value="unwanted"
         )
         with unwanted:
             return function(*arguments)

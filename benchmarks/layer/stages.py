@@ -26,10 +26,10 @@ from draft_jax import (
 )
 from draft_jax.config import Selection
 from draft_jax.draft import ranking
-from draft_jax.draft.pooling import pool_queries_and_keys, tile_table
+from draft_jax.draft.pooling import pool_queries_and_keys, tiling_of
 from pallas_kernels import BackendName, block_sparse_attention
 from pallas_kernels.common.interfaces import Order
-from pallas_kernels.pooling.sm90 import pool_tiles as pool_tiles_sm90
+from pallas_kernels.pooling.sm90 import pool_tiles as pooling_kernel
 from pallas_kernels.ranking.sm90 import maps as rank_sm90
 
 TINY = Shape(
@@ -76,8 +76,8 @@ def pool_matmul(q, k, *, grid):
 
 
 def pool_kernel(q, k, *, grid, order, reductions=("mean",)):
-    table = tile_table(grid, order)
-    return pool_tiles_sm90.pool_tiles(q, k, table, reductions=reductions)
+    table = tiling_of(grid, order).table
+    return pooling_kernel.pool_tiles(q, k, table, reductions=reductions)
 
 
 def logits_of(q_pooled, k_pooled, precision=jax.lax.Precision.HIGHEST):

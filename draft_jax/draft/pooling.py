@@ -1,23 +1,17 @@
 """Pools each tile of each frame into one draft token."""
 
 import dataclasses
-import functools
-import math
 from typing import get_args
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from draft_jax.config import DraftConfig
-from draft_jax.grid import IntVector, VideoGrid
+from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
-from pallas_kernels.common.device import current_device
 from pallas_kernels.common.interfaces import Order
-from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.validation import check_order
-from pallas_kernels.pooling.sm90 import pool_tiles as pool_tiles_sm90
-from pallas_kernels.pooling.sm90.pool_tiles import Reduction
+from pallas_kernels.pooling import Reduction, Tiling, pool_tiles, reduce_tiles
 
 
 @register_dataclass
@@ -41,7 +35,7 @@ class PooledTokens:
     def from_reductions(
         cls, names: tuple[Reduction, ...], values: tuple[Array, ...]
     ) -> "PooledTokens":
-        """From the reductions of q in the order of `names`, then those of k."""
+        """Names the reductions of q, in the order of `names`, then those of k."""
         num = len(names)
         q, k = (dict(zip(names, values[i : i + num], strict=True)) for i in (0, num))
         return cls(
@@ -49,7 +43,7 @@ class PooledTokens:
         )
 
     def pairs(self, config: DraftConfig) -> list[tuple[Array, Array]]:
-        """Pooled queries and keys of each map that a draft is made of."""
+        """Returns the pooled queries and keys of each map that makes up a draft."""
         pairs = [(self.q_mean, self.k_mean)]
         if "max" in reductions_of(config):
             assert self.q_max is not None, "see check_pooled"
@@ -59,7 +53,7 @@ class PooledTokens:
 
 
 def reductions_of(config: DraftConfig) -> tuple[Reduction, ...]:
-    """What `config.pooling` computes of each tile."""
+    """Returns the reductions of each tile that `config.pooling` stands for."""
     return ("mean", "max") if config.pooling == "mean+max" else ("mean",)
 
 
@@ -120,15 +114,8 @@ def pool_tokens(
     if reduction not in get_args(Reduction):
         raise ValueError(f"{reduction=} must be one of {get_args(Reduction)}")
     check_order(order)
-    padding = 0.0 if reduction == "mean" else -math.inf
-    by_tile = _tiles_of_raster if order == "raster" else _tiles_of_tiled
-    tiles, token_axes = by_tile(x, grid, padding)
-    draft_shape = (x.shape[0], grid.num_visual_blocks, *x.shape[2:])
-    if reduction == "max":
-        return tiles.max(token_axes).astype(jnp.float32).reshape(draft_shape)
-    sums = tiles.sum(token_axes, dtype=jnp.float32).reshape(draft_shape)
-    lengths = grid.block_lengths[grid.visual_blocks].astype(np.float32)
-    return sums / lengths[:, None, None]
+    tiling = dataclasses.replace(tiling_of(grid, order), start=0)
+    return reduce_tiles(x, tiling, reduction=reduction)
 
 
 def pool_queries_and_keys(
@@ -159,87 +146,17 @@ def pool_queries_and_keys(
     Source: DraftAttention (arXiv 2505.14708), low-resolution draft.
     """
     check_order(order)
-    device = current_device(q)
-    cause = pool_tiles_sm90.why_unsupported(q.shape, q.dtype, device)
-    if cause is None:
-        tiles = tile_table(grid, order)
-        pooled = pool_tiles_sm90.pool_tiles(q, k, tiles, reductions=reductions)
-    else:
-        if device.platform == "gpu":
-            warn_once(f"pooling runs on XLA instead of its kernel: {cause}")
-        pooled = tuple(
-            pool_tokens(x[:, grid.visual_tokens], grid, order=order, reduction=name)
-            for x in (q, k)
-            for name in reductions
-        )
+    pooled = pool_tiles(q, k, tiling_of(grid, order), reductions=reductions)
     return PooledTokens.from_reductions(reductions, pooled)
 
 
-@functools.lru_cache(maxsize=64)
-def tile_table(grid: VideoGrid, order: Order) -> Int[np.ndarray, "S 4"]:
-    """First token, tokens between rows, rows and columns of each tile of the video."""
-    rows, columns = grid.tile
-    tile_rows, tile_columns = grid.tiles_per_frame
-    frame, row, column = np.indices((grid.frames, tile_rows, tile_columns))
-    own_rows = np.minimum(rows, grid.height - row * rows)
-    own_columns = np.minimum(columns, grid.width - column * columns)
-    if order == "raster":
-        token = (frame * grid.height + row * rows) * grid.width + column * columns
-        first = (token + grid.visual_tokens.start).ravel()
-        stride = np.full_like(own_columns, grid.width)
-    else:
-        first = grid.block_starts[grid.visual_blocks]
-        stride = own_columns
-    fields = (first, stride.ravel(), own_rows.ravel(), own_columns.ravel())
-    table = np.stack(fields, axis=-1).astype(np.int32)
-    table.flags.writeable = False
-    return table
-
-
-def _tiles_of_raster(
-    x: Array, grid: VideoGrid, padding: float
-) -> tuple[Array, tuple[int, ...]]:
-    """Splits rows and columns into tiles; edges are filled with `padding`."""
-    batch, _, *heads = x.shape
-    x = x.reshape(batch, grid.frames, grid.height, grid.width, *heads)
-    tile_rows, tile_columns = grid.tiles_per_frame
-    rows, columns = grid.tile
-    widths = [(0, 0)] * x.ndim
-    widths[2] = (0, tile_rows * rows - grid.height)
-    widths[3] = (0, tile_columns * columns - grid.width)
-    if grid_has_edges(grid):
-        x = jnp.pad(x, widths, constant_values=padding)
-    x = x.reshape(batch, grid.frames, tile_rows, rows, tile_columns, columns, *heads)
-    return x, (3, 5)
-
-
-def _tiles_of_tiled(
-    x: Array, grid: VideoGrid, padding: float
-) -> tuple[Array, tuple[int, ...]]:
-    """Splits tokens into blocks; short blocks are filled with `padding`."""
-    if grid_has_edges(grid):
-        # A gather, not a segment sum: scatter-adds on a GPU run in any order, and a
-        # last-bit difference between two calls could flip a tie in the selection.
-        x = x.at[:, _token_of_slot(grid)].get(mode="fill", fill_value=padding)
-    blocks = (x.shape[0], grid.num_visual_blocks, grid.block_size)
-    return x.reshape(*blocks, *x.shape[2:]), (2,)
-
-
-def grid_has_edges(grid: VideoGrid) -> bool:
-    """Whether some tile of the video is shorter than a full block."""
-    rows, columns = grid.tile
-    return bool(grid.height % rows or grid.width % columns)
-
-
-@functools.lru_cache(maxsize=64)
-def _token_of_slot(grid: VideoGrid) -> IntVector:
-    """Visual token in each slot of S full blocks; T for the slots without one."""
-    lengths = grid.block_lengths[grid.visual_blocks]
-    starts = np.cumsum(lengths) - lengths
-    slots = np.arange(grid.block_size)
-    tokens = np.where(
-        slots < lengths[:, None], starts[:, None] + slots, grid.num_visual_tokens
+def tiling_of(grid: VideoGrid, order: Order) -> Tiling:
+    """Returns the tiles of a video as the pooling kernels take them."""
+    return Tiling(
+        frames=grid.frames,
+        height=grid.height,
+        width=grid.width,
+        tile=grid.tile,
+        order=order,
+        start=grid.visual_tokens.start,
     )
-    tokens = tokens.ravel().astype(np.int32)
-    tokens.flags.writeable = False
-    return tokens

@@ -7,9 +7,9 @@ import pytest
 
 from draft_jax import DraftConfig, VideoGrid, select_blocks
 from draft_jax.config import static_budget
-from draft_jax.draft import pooling
+from draft_jax.draft.pooling import tiling_of
 from pallas_kernels.common.device import current_device
-from pallas_kernels.pooling.sm90 import pool_tiles as pool_tiles_sm90
+from pallas_kernels.pooling.sm90 import pool_tiles as pooling_kernel
 from pallas_kernels.ranking.sm90 import maps as rank_sm90
 from tests.draft_jax import naive_draft
 from tests.draft_jax.draft import sorted_selection
@@ -90,9 +90,9 @@ def test_pooling_matches_loops(grid, dtype, order):
     shape = (2, grid.num_tokens, 3, 128)
     q, k = (jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2))
     given = [x if order == "raster" else x[:, grid.tile_order] for x in (q, k)]
-    table = pooling.tile_table(grid, order)
+    table = tiling_of(grid, order).table
     got = jax.jit(
-        lambda q, k: pool_tiles_sm90.pool_tiles(q, k, table, reductions=("mean", "max"))
+        lambda q, k: pooling_kernel.pool_tiles(q, k, table, reductions=("mean", "max"))
     )(*given)
     for i, x in enumerate((q, k)):
         visual = np.asarray(x.astype(jnp.float32), np.float64)[:, grid.visual_tokens]

@@ -14,7 +14,7 @@ from draft_jax.config import static_budget
 from draft_jax.draft.pooling import pool_queries_and_keys
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.slow_paths import forget_warnings
-from pallas_kernels.pooling.sm90 import norm_rope_pool as norm_rope_pool_sm90
+from pallas_kernels.pooling.sm90 import norm_rope_pool as fused_kernel
 from tests import tolerances
 from tests.draft_jax import naive_draft
 from tests.pallas_kernels.pooling import naive_norm_rope
@@ -28,7 +28,7 @@ BOTH = DraftConfig(pooling="mean+max")
 @pytest.fixture(autouse=True)
 def hopper():
     good = ((1, 128, 4, 128), "bfloat16", None)
-    if cause := norm_rope_pool_sm90.why_unsupported(*good, current_device()):
+    if cause := fused_kernel.why_unsupported(*good, current_device()):
         pytest.skip(cause)
 
 
@@ -166,7 +166,7 @@ def test_full_size_agrees_with_xla(grid, heads, name):
     fused = jax.jit(prepare)(q, k)
     forget_warnings()
     unwanted = mock.patch.object(
-        norm_rope_pool_sm90, "why_unsupported", return_value="unwanted"
+        fused_kernel, "why_unsupported", return_value="unwanted"
     )
     with unwanted, pytest.warns(UserWarning, match="unwanted"):
         plain = jax.jit(lambda q, k: prepare(q, k))(q, k)

@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 from draft_jax import DraftConfig, SparsitySchedule
-from draft_jax.draft import qk_preparation as qk_prepare
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
 from pallas_kernels.attention import api as dispatch
 from pallas_kernels.attention.sm90 import dense as hopper_dense
+from pallas_kernels.pooling.sm90 import norm_rope_pool as fused_kernel
 from tests.tolerances import GPU_WAN_ERROR_RATIO, GPU_WAN_SHARED_PAIRS
 
 # The package's attribute of this name is the function, not the module.
@@ -97,9 +97,7 @@ def on_xla(parameters, step, masks, dtype):
         jax.default_matmul_precision("highest"),
         mock.patch.dict(dispatch.PREFERENCE, gpu=("xla",)),
         mock.patch.object(hopper_dense, "why_unsupported", **unwanted),
-        mock.patch.object(
-            qk_prepare.norm_rope_pool_sm90, "why_unsupported", **unwanted
-        ),
+        mock.patch.object(fused_kernel, "why_unsupported", **unwanted),
     ):
         return run(parameters, step, masks, dtype=dtype)[0]
 

@@ -28,32 +28,28 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import vector
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.device import Device
+from pallas_kernels.pooling.interfaces import QKNorm, Reduction, Rope, Scales
+from pallas_kernels.pooling.sm90 import emulated, registers
 from pallas_kernels.pooling.sm90.plan import (
-    LOAD_BYTES,
-    Plan,
-    QKNorm,
+    NormRopePoolPlan,
     make_plan,
     text_units,
     why_unsupported_shape,
 )
-from pallas_kernels.pooling.sm90.pool_tiles import Reduction
-
-Rope = tuple[Float[Array, "V half"], Float[Array, "V half"]]
 
 
 def norm_rope_pool(
     q: Float[Array, "B T N D"],
     k: Float[Array, "B T N D"],
-    scales: tuple[Float[Array, " C"], Float[Array, " C"]] | None,
+    scales: Scales | None,
     rope: Rope | None,
     tiles: Int[np.ndarray, "S 4"],
     visual_tokens: slice,
@@ -104,7 +100,7 @@ def norm_rope_pool(
         num_units=len(units),
         visual_start=visual_tokens.start,
         ahead=ahead,
-        emulate=interpret is not None,
+        ops=registers if interpret is None else emulated,
     )
     shared = (*map(_by_parity, scales or ()), *(rope or ()))
     run = functools.partial(_run, units=units, plan=plan, interpret=interpret)
@@ -117,16 +113,16 @@ def why_unsupported(
     norm: QKNorm | None,
     device: Device,
 ) -> str | None:
-    """Why the kernel cannot take arrays of this shape on a device, or None."""
+    """Returns why the kernel cannot take such arrays on a device, or None if it can."""
     return device.why_not_hopper() or why_unsupported_shape(shape, dtype, norm)
 
 
 def _by_parity(scale: Float[Array, " C"]) -> Float[Array, "2 half"]:
-    """The factors of the even channels, then those of the odd ones."""
-    return scale.astype(jnp.float32).reshape(-1, 2).T
+    """Returns the factors of the even channels, then those of the odd ones."""
+    return rearrange(scale.astype(jnp.float32), "(half pair) -> pair half", pair=2)
 
 
-def _run(q, k, *shared, units, plan: Plan, interpret):
+def _run(q, k, *shared, units, plan: NormRopePoolPlan, interpret):
     batch, _, num_heads, head_dim = q.shape
     if plan.norm is not None and plan.norm.over == "heads":
         by_head = (2, num_heads, head_dim // 2)
@@ -146,7 +142,7 @@ def _run(q, k, *shared, units, plan: Plan, interpret):
     )(q, k, jnp.asarray(units, jnp.int32), *shared)
 
 
-def _body(q_gmem, k_gmem, units_gmem, *refs, plan: Plan):
+def _body(q_gmem, k_gmem, units_gmem, *refs, plan: NormRopePoolPlan):
     num_scales = 0 if plan.norm is None else 2
     num_tables = 2 if plan.has_rope else 0
     num_pooled = len(plan.reductions)
@@ -170,7 +166,7 @@ def _body(q_gmem, k_gmem, units_gmem, *refs, plan: Plan):
             results = _walk_tile(*tokens, scale, tables, walk, plan.reductions, plan)
             for ref, groups in zip(pooled, results, strict=True):
                 for own, result in zip(plan.groups, groups, strict=True):
-                    _store(ref.at[batch, unit, heads].at[own], result, plan)
+                    plan.ops.store(ref.at[batch, unit, heads].at[own], result, plan)
 
         if plan.num_units > plan.num_tiles:
 
@@ -186,7 +182,9 @@ def _body(q_gmem, k_gmem, units_gmem, *refs, plan: Plan):
     )
 
 
-def _walk_tile(x_gmem, out_gmem, scale_gmem, tables, walk, reductions, plan: Plan):
+def _walk_tile(
+    x_gmem, out_gmem, scale_gmem, tables, walk, reductions, plan: NormRopePoolPlan
+):
     """Writes the tokens of one tile and returns their reductions, by groups."""
     first, stride, rows, columns = walk
     count = rows * columns
@@ -209,8 +207,8 @@ def _walk_tile(x_gmem, out_gmem, scale_gmem, tables, walk, reductions, plan: Pla
         )
 
     def take(step, state):
-        fetched, place, sums = state
-        fetched = (*fetched, fetch(step + plan.ahead, place[0]))
+        fetched, position, sums = state
+        fetched = (*fetched, fetch(step + plan.ahead, position[0]))
         (token, groups, angles), *fetched = fetched
         written = _prepare_token(groups, angles, scale_gmem, out_gmem.at[token], plan)
         sums = tuple(
@@ -220,28 +218,30 @@ def _walk_tile(x_gmem, out_gmem, scale_gmem, tables, walk, reductions, plan: Pla
             )
             for sums_of_group, values in zip(sums, written, strict=True)
         )
-        return tuple(fetched), advance(*place), sums
+        return tuple(fetched), advance(*position), sums
 
-    place, fetched = (first, jnp.int32(0)), []
+    position, fetched = (first, jnp.int32(0)), []
     for step in range(plan.ahead):
-        fetched.append(fetch(step, place[0]))
-        place = advance(*place)
+        fetched.append(fetch(step, position[0]))
+        position = advance(*position)
     start = tuple(
         (_full(0.0 if name == "mean" else -jnp.inf, plan),) * 2 for name in reductions
     )
     sums = (start,) * len(plan.groups)
-    *_, sums = lax.fori_loop(0, count, take, (tuple(fetched), place, sums))
+    *_, sums = lax.fori_loop(0, count, take, (tuple(fetched), position, sums))
     share = 1.0 / count.astype(jnp.float32)
     return [
         [
-            _join(tuple(x * share for x in own[j]) if name == "mean" else own[j], plan)
+            plan.ops.join(
+                tuple(x * share for x in own[j]) if name == "mean" else own[j], plan
+            )
             for own in sums
         ]
         for j, name in enumerate(reductions)
     ]
 
 
-def _prepare_token(groups, angles, scale_gmem, out_gmem, plan: Plan):
+def _prepare_token(groups, angles, scale_gmem, out_gmem, plan: NormRopePoolPlan):
     """Norms, rotates and stores one token; returns what was stored, in float32."""
     inverses = _inverse_rms(groups, plan)
     written = []
@@ -255,13 +255,13 @@ def _prepare_token(groups, angles, scale_gmem, out_gmem, plan: Plan):
         if angles:
             halves = _rotate(halves, *angles)
         halves = tuple(half.astype(out_gmem.dtype) for half in halves)
-        out_gmem[heads] = _join(halves, plan)
+        out_gmem[heads] = plan.ops.join(halves, plan)
         written.append(tuple(half.astype(jnp.float32) for half in halves))
     return written
 
 
-def _inverse_rms(groups, plan: Plan):
-    """One over the root mean square of the channels, to multiply each group with."""
+def _inverse_rms(groups, plan: NormRopePoolPlan):
+    """Returns one over the root mean square, to multiply each group of heads with."""
     if plan.norm is None:
         return ()
     squares = [sum(half * half for half in _floats(x, plan)) for x in groups]
@@ -279,7 +279,7 @@ def _inverse_rms(groups, plan: Plan):
     return inverses
 
 
-def _load_scale(scale_gmem, heads, plan: Plan):
+def _load_scale(scale_gmem, heads, plan: NormRopePoolPlan):
     assert plan.norm is not None, "else there are no scales"
     layout = plan.half_layout
     if plan.norm.over == "heads":
@@ -293,8 +293,8 @@ def _load_scale(scale_gmem, heads, plan: Plan):
     ]
 
 
-def _floats(x, plan: Plan):
-    return tuple(half.astype(jnp.float32) for half in _split(x, plan))
+def _floats(x, plan: NormRopePoolPlan):
+    return tuple(half.astype(jnp.float32) for half in plan.ops.split(x, plan))
 
 
 def _rotate(halves, cos, sin):
@@ -308,79 +308,11 @@ def _accumulate(name: Reduction, own, values):
     return tuple(add(old, value) for old, value in zip(own, values, strict=True))
 
 
-# ------------------------------------------------------- loads, stores, registers
-
-
 def _load(ref, layout):
     # Tables with the same values for several lanes do not count as optimized.
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def _store(ref, x, plan: Plan):
-    """Stores the result of a tile.
-
-    A lane has 32 neighbouring bytes and stores 16 at a time. jax 0.12 refuses that
-    unless it is told, 0.11 cannot be told; it happens once for each tile.
-    """
-    if plan.emulate or not hasattr(plgpu, "store"):
-        ref[...] = x
-    else:
-        plgpu.store(ref, x, optimized=False)
-
-
-def _full(value: float, plan: Plan):
+def _full(value: float, plan: NormRopePoolPlan):
     shape = (plan.heads_at_once, plan.head_dim // 2)
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), plan.half_layout)
-
-
-def _split(x, plan: Plan):
-    """The even and the odd channels; no data moves between threads."""
-    shape = (plan.heads_at_once, plan.head_dim // 2)
-    if plan.emulate:
-        pairs = x.reshape(*shape, 2)
-        return pairs[..., 0], pairs[..., 1]
-    half = plgpu.ShapeDtypeStruct(shape, x.dtype, layout=plan.half_layout)
-
-    @plgpu.inline_mgpu(arg_types=(plan.layout(plan.vec),), return_type=(half, half))
-    def split(_, x):
-        def part(parity):
-            own = list(range(parity, plan.vec, 2))
-            registers = [vector.shuffle(r, r, own) for r in x.registers.flat]
-            return _array(registers, shape, plan.half_layout)
-
-        return part(0), part(1)
-
-    return split(x)
-
-
-def _join(halves, plan: Plan):
-    """The inverse of `_split`, in registers of at most 16 bytes."""
-    even, odd = halves
-    shape = (plan.heads_at_once, plan.head_dim)
-    if plan.emulate:
-        return jnp.stack([even, odd], axis=-1).reshape(shape)
-    vec = min(plan.vec, LOAD_BYTES[0] // even.dtype.itemsize)
-    joined = plgpu.ShapeDtypeStruct(shape, even.dtype, layout=plan.layout(vec))
-
-    @plgpu.inline_mgpu(arg_types=(plan.half_layout,) * 2, return_type=joined)
-    def join(_, even, odd):
-        half = plan.vec // 2
-        order = [i // 2 + half * (i % 2) for i in range(plan.vec)]
-        registers = [
-            vector.shuffle(a, b, order[start : start + vec])
-            for a, b in zip(even.registers.flat, odd.registers.flat, strict=True)
-            for start in range(0, plan.vec, vec)
-        ]
-        return _array(registers, shape, plan.layout(vec))
-
-    return join(even, odd)
-
-
-def _array(registers, shape, layout):
-    layout = layout.to_mgpu()
-    registers = np.array(registers, dtype=object)
-    return mgpu.FragmentedArray(
-        _registers=registers.reshape(layout.registers_shape(shape)),
-        _layout=layout,
-        _is_signed=None,
-    )

@@ -1,7 +1,7 @@
-"""What the norm-rope-pool kernel for Hopper does, and how it divides the work."""
+"""The work of the norm-rope-pool kernel for Hopper, and how it is divided."""
 
 import dataclasses
-from typing import Literal
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Int
 
 from pallas_kernels.common.interfaces import SUPPORTED_DTYPES
-from pallas_kernels.pooling.sm90.pool_tiles import Reduction
+from pallas_kernels.pooling.interfaces import QKNorm, Reduction
 
 WARPS, LANES = 4, 32  # of a warpgroup, of a warp
 LOAD_BYTES = (16, 8, 4)  # of a thread, widest first
@@ -22,27 +22,7 @@ CHANNELS_AHEAD, MAX_AHEAD = 48, 4  # of a thread, tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QKNorm:
-    """Which RMS norm queries and keys go through; statistics are float32.
-
-    Attributes:
-      over: "heads" for one root mean square of all channels of a token (Wan), "head"
-        for one of each head (HunyuanVideo).
-      eps: Added to the mean square.
-    """
-
-    over: Literal["heads", "head"]
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.over not in ("heads", "head"):
-            raise ValueError(f"{self.over=} must be 'heads' or 'head'")
-        if not self.eps >= 0.0:
-            raise ValueError(f"{self.eps=} must not be negative")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class NormRopePoolPlan:
     """Everything static about one launch."""
 
     norm: QKNorm | None
@@ -55,10 +35,11 @@ class Plan:
     head_dim: int
     vec: int  # channels of one load of a thread
     ahead: int  # tokens
-    emulate: bool  # interpret mode has no operations on registers
+    ops: types.ModuleType  # `registers`, or `emulated` in interpret mode
 
     @property
     def heads_at_once(self) -> int:
+        """Heads that the warpgroup loads with one load of each thread."""
         return heads_at_once(self.head_dim, self.vec)
 
     @property
@@ -72,7 +53,10 @@ class Plan:
         return [pl.ds(first, at_once) for first in range(0, self.heads, at_once)]
 
     def layout(self, vec: int, *, is_half: bool = False):
-        """Thread t holds the same channels in all layouts, in registers of `vec`."""
+        """Returns a layout whose registers have `vec` channels.
+
+        A thread holds the same channels in all layouts.
+        """
         heads = self.heads_at_once
         head_dim, own = self.head_dim, self.vec
         if is_half:
@@ -91,23 +75,26 @@ class Plan:
 
     @property
     def half_layout(self):
-        """Of the even or the odd channels of all heads."""
+        """Layout of the even or the odd channels of all heads."""
         return self.layout(self.vec // 2, is_half=True)
 
 
 def make_plan(
     num_heads: int, head_dim: int, dtype, *, ahead: int | None, **fields
-) -> Plan:
+) -> NormRopePoolPlan:
     """Fills in how the work is divided; `ahead` None takes what registers allow."""
     vec = vec_of(num_heads, head_dim, dtype)
     assert vec is not None, "see why_unsupported_shape"
     heads = heads_of_cta(num_heads, head_dim, vec, fields["norm"])
     own = heads // heads_at_once(head_dim, vec) * vec
     ahead = ahead or max(1, min(MAX_AHEAD, CHANNELS_AHEAD // own))
-    return Plan(heads=heads, head_dim=head_dim, vec=vec, ahead=ahead, **fields)
+    return NormRopePoolPlan(
+        heads=heads, head_dim=head_dim, vec=vec, ahead=ahead, **fields
+    )
 
 
 def why_unsupported_shape(shape, dtype, norm: QKNorm | None) -> str | None:
+    """Returns why no device can take arrays of this shape, or None if one can."""
     if jnp.dtype(dtype).name not in SUPPORTED_DTYPES:
         return f"it takes {', '.join(SUPPORTED_DTYPES)}, not {jnp.dtype(dtype).name}"
     num_heads, head_dim = shape[2:]
@@ -128,7 +115,7 @@ def why_unsupported_shape(shape, dtype, norm: QKNorm | None) -> str | None:
 
 
 def vec_of(num_heads: int, head_dim: int, dtype) -> int | None:
-    """Channels of a load: the widest that divides heads among warps and lanes."""
+    """Returns the channels of a load: most that divide heads among warps and lanes."""
     for nbytes in LOAD_BYTES:
         vec = nbytes // jnp.dtype(dtype).itemsize
         if vec < 2 or head_dim % vec or LANES * vec % head_dim:
@@ -139,12 +126,12 @@ def vec_of(num_heads: int, head_dim: int, dtype) -> int | None:
 
 
 def heads_at_once(head_dim: int, vec: int) -> int:
-    """Heads that the warpgroup loads with one load of each thread."""
+    """Returns the heads that the warpgroup loads with one load of each thread."""
     return WARPS * LANES * vec // head_dim
 
 
 def heads_of_cta(num_heads, head_dim: int, vec: int, norm: QKNorm | None) -> int:
-    """All heads where the norm needs them together, else as many as fit well."""
+    """Returns the heads of a CTA: all if the norm joins them, else what fits well."""
     if norm is not None and norm.over == "heads":
         return num_heads
     at_once = heads_at_once(head_dim, vec)
@@ -154,7 +141,7 @@ def heads_of_cta(num_heads, head_dim: int, vec: int, norm: QKNorm | None) -> int
 
 
 def text_units(num_tokens: int, visual_tokens: slice) -> Int[np.ndarray, "X 4"]:
-    """Runs of text tokens in the form of tiles of one row."""
+    """Returns runs of text tokens in the form of tiles of one row."""
     units = []
     for start, stop in ((0, visual_tokens.start), (visual_tokens.stop, num_tokens)):
         for first in range(start, stop, TEXT_TOKENS):

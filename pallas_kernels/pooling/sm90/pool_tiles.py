@@ -10,7 +10,6 @@ and tiled order, edge tiles and text before the video are the same program.
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.device import Device
 from pallas_kernels.common.interfaces import SUPPORTED_DTYPES
-
-Reduction = Literal["mean", "max"]
+from pallas_kernels.pooling.interfaces import Reduction
 
 THREADS = 128  # of a warpgroup
 BYTES_PER_THREAD = 16  # the widest load
@@ -32,7 +30,7 @@ MAX_UNROLLED = 16  # loads of a row issued together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class PoolPlan:
     """Everything static about one launch."""
 
     columns: int  # of a full tile
@@ -68,7 +66,7 @@ def pool_tiles(
         raise ValueError(f"the pooling kernel cannot take these inputs: {cause}")
     num_channels = q.shape[2] * q.shape[3]
     columns = int(tiles[:, 3].max())
-    plan = Plan(
+    plan = PoolPlan(
         columns=columns,
         chunk=_chunk_of(num_channels, q.dtype.itemsize),
         has_short_rows=bool((tiles[:, 3] < columns).any()),
@@ -81,7 +79,7 @@ def pool_tiles(
 def why_unsupported(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, device: Device
 ) -> str | None:
-    """Why the kernel cannot pool arrays of this shape on a device, or None."""
+    """Returns why the kernel cannot pool such arrays on a device, or None if it can."""
     return device.why_not_hopper() or _why_unsupported_shape(shape, dtype)
 
 
@@ -97,7 +95,7 @@ def _why_unsupported_shape(shape, dtype) -> str | None:
     return None
 
 
-def _run(q, k, *, tiles, plan: Plan, interpret):
+def _run(q, k, *, tiles, plan: PoolPlan, interpret):
     batch, num_tokens, *heads = q.shape
     channels = heads[0] * heads[1]
     out = jax.ShapeDtypeStruct((batch, len(tiles), channels), jnp.float32)
@@ -117,7 +115,7 @@ def _run(q, k, *, tiles, plan: Plan, interpret):
     return tuple(x.reshape(batch, len(tiles), *heads) for x in outs)
 
 
-def _body(q_gmem, k_gmem, tiles_gmem, *outs_gmem, plan: Plan):
+def _body(q_gmem, k_gmem, tiles_gmem, *outs_gmem, plan: PoolPlan):
     tile = lax.axis_index("tile")
     item = lax.axis_index("item")
     channels = pl.ds(lax.axis_index("chunk") * plan.chunk, plan.chunk)
@@ -140,8 +138,8 @@ def _body(q_gmem, k_gmem, tiles_gmem, *outs_gmem, plan: Plan):
     pl.when(is_key)(lambda: pool(k_gmem, outs_gmem[num:], batch))
 
 
-def _reduce_tile(load, first, stride, rows, columns, plan: Plan):
-    """Sums or maxima over the tokens of one tile."""
+def _reduce_tile(load, first, stride, rows, columns, plan: PoolPlan):
+    """Returns sums or maxima over the tokens of one tile."""
 
     def add_tokens(state, tokens):
         values = [load(token) for token in tokens]  # all loads, then all sums
@@ -183,7 +181,7 @@ def _reduce_tile(load, first, stride, rows, columns, plan: Plan):
 
 
 def _chunk_of(channels: int, itemsize: int) -> int:
-    """Channels of a CTA: as wide loads as divide the channels evenly."""
+    """Returns the channels of a CTA: as wide loads as divide all channels evenly."""
     width = BYTES_PER_THREAD // itemsize
     while channels % (THREADS * width):
         width //= 2

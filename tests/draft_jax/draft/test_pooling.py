@@ -1,4 +1,4 @@
-import warnings
+"""Pooling and the draft map against loops."""
 
 import jax.numpy as jnp
 import naive_draft
@@ -8,12 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draft_jax.config import DraftConfig
-from draft_jax.draft import pooling
 from draft_jax.draft.pooling import pool_tokens
 from draft_jax.draft.scores import draft_scores
 from draft_jax.grid import VideoGrid
-from pallas_kernels.common.device import Device
-from pallas_kernels.common.slow_paths import SlowBackendWarning, forget_warnings
 
 # Largest error measured: 2.4e-7 in pooled values, 9e-8 in probabilities.
 F32 = {"rtol": 1e-6, "atol": 1e-6}
@@ -64,34 +61,6 @@ def test_any_grid_pools_like_a_loop(shape, tile, order, reduction, seed):
     x = x[:, grid.tile_order] if order == "tiled" else x
     got = pool_tokens(jnp.asarray(x), grid, order=order, reduction=reduction)
     np.testing.assert_allclose(got, expected, **F32)
-
-
-@pytest.mark.parametrize(
-    ("capability", "heads", "cause"),
-    [
-        ((9, 0), (3, 64), r"multiple of 128, not 3 \* 64: give each device"),
-        ((8, 0), (2, 64), r"needs an NVIDIA Hopper GPU \(sm_90\), not gpu X100"),
-        (None, (2, 64), "needs an NVIDIA Hopper GPU"),
-    ],
-    ids=["channels", "ampere", "not-nvidia"],
-)
-def test_a_gpu_without_the_kernel_warns_once(monkeypatch, capability, heads, cause):
-    device = Device(platform="gpu", kind="X100", compute_capability=capability)
-    monkeypatch.setattr(pooling, "current_device", lambda *arrays: device)
-    q = jnp.ones((1, GRIDS[5].num_tokens, *heads))
-    forget_warnings()
-    with pytest.warns(SlowBackendWarning, match=f"pooling runs on XLA .*{cause}"):
-        pooling.pool_queries_and_keys(q, q, GRIDS[5])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pooling.pool_queries_and_keys(q, q, GRIDS[5])
-
-
-def test_a_cpu_does_not_warn():
-    q = jnp.ones((1, GRIDS[5].num_tokens, 3, 64))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pooling.pool_queries_and_keys(q, q, GRIDS[5])
 
 
 def test_sums_are_taken_in_float32():

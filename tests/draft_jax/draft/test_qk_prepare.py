@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from draft_jax import (
     DraftConfig,
@@ -23,11 +21,6 @@ from draft_jax import (
     norm_rope_pool,
     scheduled_attention,
 )
-from draft_jax.draft import qk_preparation as qk_prepare
-from draft_jax.draft.pooling import pool_queries_and_keys
-from pallas_kernels.common.device import Device
-from pallas_kernels.common.slow_paths import SlowBackendWarning, forget_warnings
-from pallas_kernels.pooling.sm90 import norm_rope_pool as norm_rope_pool_sm90
 from tests import tolerances
 from tests.draft_jax import naive_draft
 from tests.pallas_kernels.pooling import naive_norm_rope
@@ -35,7 +28,6 @@ from tests.pallas_kernels.pooling import naive_norm_rope
 GRID = VideoGrid(1, 5, 6, tile=(2, 4), text_length=3)
 BEFORE = VideoGrid(1, 3, 6, tile=(2, 4), text_length=4, text_side="before")
 CONFIG = DraftConfig(sparsity=0.5, pooling="mean+max")
-H100 = Device(platform="gpu", kind="H100", compute_capability=(9, 0))
 HEADS = (4, 64)
 NORMS = {
     "heads": QKNorm(over="heads"),
@@ -57,19 +49,6 @@ def random_case(grid, norm, dtype="float32", seed=0):
     angles = rng.uniform(0, 7, (grid.num_visual_tokens, HEADS[1] // 2))
     rope = tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
     return q, k, {"norm": norm, "scales": scales, "rope": rope}
-
-
-@pytest.fixture
-def on_hopper():
-    """Dispatch as on an H100; kernels run in interpret mode."""
-    run = functools.partial(
-        norm_rope_pool_sm90.norm_rope_pool, interpret=plgpu.InterpretGPUParams()
-    )
-    with (
-        mock.patch.object(qk_prepare, "current_device", return_value=H100),
-        mock.patch.object(norm_rope_pool_sm90, "norm_rope_pool", run),
-    ):
-        yield
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -99,64 +78,6 @@ def test_xla_path_matches_loops(grid, name, dtype):
         means = naive_draft.pool(visual, grid)
         np.testing.assert_allclose(mean, means, **tolerances.POOLED)
         np.testing.assert_array_equal(largest, naive_draft.pool(visual, grid, np.max))
-
-
-@pytest.mark.slow
-def test_kernel_and_xla_agree(on_hopper):
-    q, k, options = random_case(GRID, NORMS["heads"], "bfloat16")
-    run = functools.partial(norm_rope_pool, grid=GRID, config=CONFIG, **options)
-    fused = run(q, k)
-    cpu = Device(platform="cpu")
-    with mock.patch.object(qk_prepare, "current_device", return_value=cpu):
-        plain = run(q, k)
-    for a, b in zip(fused[:2], plain[:2], strict=True):
-        a, b = (np.asarray(x, np.float64) for x in (a, b))
-        np.testing.assert_allclose(a, b, rtol=2**-7, atol=1e-6)
-    pooled = pool_queries_and_keys(*fused[:2], GRID, reductions=("mean", "max"))
-    for a, b in zip(jax.tree.leaves(fused[2]), jax.tree.leaves(pooled), strict=True):
-        np.testing.assert_allclose(a, b, **tolerances.POOLED)
-
-
-@pytest.mark.slow
-def test_kernel_has_the_gradients_of_the_xla_path(on_hopper):
-    q, k, options = random_case(BEFORE, NORMS["head"])
-    norm, arrays = options.pop("norm"), (options["scales"], options["rope"])
-
-    def loss(q, k, scales, rope, device):
-        with mock.patch.object(qk_prepare, "current_device", return_value=device):
-            q, k, pooled = norm_rope_pool(
-                q, k, grid=BEFORE, config=CONFIG, norm=norm, scales=scales, rope=rope
-            )
-        return jnp.sin(q).sum() + jnp.cos(k).sum() + pooled.q_mean.sum()
-
-    fused, plain = (
-        jax.grad(loss, (0, 1, 2, 3))(q, k, *arrays, device)
-        for device in (H100, Device(platform="cpu"))
-    )
-    for a, b in zip(jax.tree.leaves(fused), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(a, b, **tolerances.GRADIENT["float32"])
-
-
-@pytest.mark.slow
-def test_pooling_can_be_left_to_attention(on_hopper):
-    q, k, options = random_case(GRID, NORMS["none"])
-    run = functools.partial(norm_rope_pool, q, k, grid=GRID, **options)
-    assert run(config=CONFIG, pool_anyway=False)[2] is not None
-    assert run(config=None)[2] is None
-    cpu = Device(platform="cpu")
-    with mock.patch.object(qk_prepare, "current_device", return_value=cpu):
-        assert run(config=CONFIG, pool_anyway=False)[2] is None
-        assert run(config=None)[2] is None
-        assert run(config=CONFIG)[2] is not None
-
-
-def test_a_slower_path_warns_once():
-    forget_warnings()
-    q = jnp.zeros((1, GRID.num_tokens, 3, 64))
-    with mock.patch.object(qk_prepare, "current_device", return_value=H100):
-        with pytest.warns(SlowBackendWarning, match="3 heads of 64 channels"):
-            norm_rope_pool(q, q, grid=GRID, config=None)
-        norm_rope_pool(q, q, grid=GRID, config=None)  # a second one would raise
 
 
 @pytest.mark.parametrize("order", ["raster", "tiled"])

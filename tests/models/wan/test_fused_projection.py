@@ -12,10 +12,10 @@ from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from draft_jax import DraftConfig, VideoGrid, constant_step
-from draft_jax.draft import qk_preparation as qk_prepare
 from models.wan.transformer import WanTransformer
 from pallas_kernels.common.device import Device
-from pallas_kernels.pooling.sm90 import norm_rope_pool as norm_rope_pool_sm90
+from pallas_kernels.pooling import api
+from pallas_kernels.pooling.sm90 import norm_rope_pool as fused_kernel
 from tests import tiny_model, tolerances
 
 H100 = Device(platform="gpu", kind="H100", compute_capability=(9, 0))
@@ -63,13 +63,11 @@ def test_the_kernel_changes_nothing(state):
     plain = jax.jit(run)(parameters)
     interpret = plgpu.InterpretGPUParams()
     kernel = mock.Mock(
-        side_effect=functools.partial(
-            norm_rope_pool_sm90.norm_rope_pool, interpret=interpret
-        )
+        side_effect=functools.partial(fused_kernel.norm_rope_pool, interpret=interpret)
     )
     with (
-        mock.patch.object(qk_prepare, "current_device", return_value=H100),
-        mock.patch.object(norm_rope_pool_sm90, "norm_rope_pool", kernel),
+        mock.patch.object(api, "current_device", return_value=H100),
+        mock.patch.object(fused_kernel, "norm_rope_pool", kernel),
     ):
         fused = jax.jit(lambda parameters: run(parameters))(parameters)
     assert kernel.called

@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from draft_jax import VideoGrid
-from draft_jax.draft.qk_preparation import rotate_pairs
 from models.wan.layers import (
     LayerNorm,
     RMSNorm,
@@ -19,6 +18,7 @@ from models.wan.layers import (
 )
 from models.wan.rope import rope_table, split_head_dim
 from models.wan.transformer import ConditionEmbedder, timestep_embedding
+from pallas_kernels.pooling.xla import rotate_pairs
 from tests import tiny_model
 
 # Against float64; measured on CPU: 3e-7 for norms, 2e-6 for rotations.

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from draft_jax.draft import pooling
+from draft_jax.draft.pooling import tiling_of
 from draft_jax.grid import VideoGrid
 from pallas_kernels.common.device import Device
+from pallas_kernels.pooling import QKNorm
 from pallas_kernels.pooling.sm90 import norm_rope_pool as kernel
-from pallas_kernels.pooling.sm90.norm_rope_pool import QKNorm
 from tests import tolerances
 from tests.draft_jax import naive_draft
 from tests.pallas_kernels.pooling import naive_norm_rope
@@ -87,7 +87,7 @@ def run(given, grid, order, norm):
         k,
         scales,
         rope,
-        pooling.tile_table(grid, order),
+        tiling_of(grid, order).table,
         grid.visual_tokens,
         norm=norm,
         reductions=("mean", "max"),
@@ -130,7 +130,7 @@ def test_mapped_axes(mapped_scales):
     call = functools.partial(
         kernel.norm_rope_pool,
         rope=rope,
-        tiles=pooling.tile_table(grid, "tiled"),
+        tiles=tiling_of(grid, "tiled").table,
         visual_tokens=grid.visual_tokens,
         norm=norm,
         interpret=INTERPRET,
@@ -165,7 +165,7 @@ def test_lowers_for_cuda(dtype, heads, norm, text_side):
                 k,
                 scales,
                 rope,
-                pooling.tile_table(grid, "raster"),
+                tiling_of(grid, "raster").table,
                 grid.visual_tokens,
                 norm=norm,
                 reductions=("mean", "max"),

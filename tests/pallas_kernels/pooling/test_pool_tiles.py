@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from draft_jax.draft import pooling
+from draft_jax.draft.pooling import tiling_of
 from draft_jax.grid import VideoGrid
 from pallas_kernels.common.device import Device
-from pallas_kernels.pooling.sm90 import pool_tiles as pool_tiles_sm90
+from pallas_kernels.pooling.sm90 import pool_tiles as kernel
 from tests.draft_jax import naive_draft
 
 F32 = {"rtol": 1e-5, "atol": 1e-7}
@@ -39,9 +39,9 @@ def test_matches_loops(name, order):
     grid = GRIDS[name]
     q, k = (random_tokens(grid, 2, "bfloat16", seed) for seed in (0, 1))
     given = [x if order == "raster" else x[:, grid.tile_order] for x in (q, k)]
-    got = pool_tiles_sm90.pool_tiles(
+    got = kernel.pool_tiles(
         *given,
-        pooling.tile_table(grid, order),
+        tiling_of(grid, order).table,
         reductions=("mean", "max"),
         interpret=INTERPRET,
     )
@@ -57,10 +57,8 @@ def test_matches_loops(name, order):
 def test_mapped_axes_join_the_batch():
     grid = GRIDS["divisible"]
     q, k = random_tokens(grid, 4, "float32", 0), random_tokens(grid, 2, "float32", 1)
-    table = pooling.tile_table(grid, "tiled")
-    pool = functools.partial(
-        pool_tiles_sm90.pool_tiles, tiles=table, interpret=INTERPRET
-    )
+    table = tiling_of(grid, "tiled").table
+    pool = functools.partial(kernel.pool_tiles, tiles=table, interpret=INTERPRET)
     got = jax.vmap(pool, (0, None))(q.reshape(2, 2, *q.shape[1:]), k)
     want_q, want_k = (
         naive_draft.pool(np.asarray(x, np.float64)[:, grid.raster_order], grid)
@@ -79,8 +77,8 @@ def test_lowers_for_cuda(dtype, heads, width):
     grid = VideoGrid(3, 45, 80, text_length=77)
     q = jax.ShapeDtypeStruct((2, grid.num_tokens, heads, width), dtype)
     pool = functools.partial(
-        pool_tiles_sm90.pool_tiles,
-        tiles=pooling.tile_table(grid, "raster"),
+        kernel.pool_tiles,
+        tiles=tiling_of(grid, "raster").table,
         reductions=("mean", "max"),
     )
     lowered = jax.jit(pool).trace(q, q).lower(lowering_platforms=("cuda",))
@@ -89,11 +87,9 @@ def test_lowers_for_cuda(dtype, heads, width):
 
 def test_causes_are_named():
     shape = (1, 64, 2, 64)
-    assert pool_tiles_sm90.why_unsupported(shape, jnp.bfloat16, H100) is None
-    cpu = pool_tiles_sm90.why_unsupported(shape, "float32", Device(platform="cpu"))
+    assert kernel.why_unsupported(shape, jnp.bfloat16, H100) is None
+    cpu = kernel.why_unsupported(shape, "float32", Device(platform="cpu"))
     assert "sm_90" in str(cpu)
     odd = jnp.zeros((1, 64, 1, 64))
     with pytest.raises(ValueError, match="must be a multiple of 128"):
-        pool_tiles_sm90.pool_tiles(
-            odd, odd, pooling.tile_table(GRIDS["divisible"], "tiled")
-        )
+        kernel.pool_tiles(odd, odd, tiling_of(GRIDS["divisible"], "tiled").table)

@@ -1,0 +1,174 @@
+"""Pooling of tiles, and norm, rotation and pooling of queries and keys.
+
+Each operation has one kernel for Hopper GPUs and XLA operations for the rest. On a GPU
+where the kernel cannot run, a warning says why, once.
+"""
+
+import dataclasses
+import functools
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels.common.device import current_device
+from pallas_kernels.common.slow_paths import warn_once
+from pallas_kernels.pooling import xla
+from pallas_kernels.pooling.interfaces import QKNorm, Reduction, Rope, Scales, Tiling
+from pallas_kernels.pooling.sm90 import norm_rope_pool as fused_kernel
+from pallas_kernels.pooling.sm90 import pool_tiles as pooling_kernel
+
+
+def pool_tiles(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    tiling: Tiling,
+    *,
+    reductions: tuple[Reduction, ...] = ("mean",),
+) -> tuple[Float[Array, "B S N D"], ...]:
+    """Reduces the tokens of each tile of q and of k, in one pass where a kernel can.
+
+    Args:
+      q: Queries of the whole sequence.
+      k: Keys, like q.
+      tiling: Tiles of the frames. Static.
+      reductions: What to compute of each tile: "mean", "max" or both. Static.
+
+    Returns:
+      float32: the reductions of q in the order of `reductions`, then those of k. An
+      edge tile is reduced over the tokens it really has.
+    """
+    device = current_device(q)
+    cause = pooling_kernel.why_unsupported(q.shape, q.dtype, device)
+    if cause is None:
+        return pooling_kernel.pool_tiles(q, k, tiling.table, reductions=reductions)
+    if device.platform == "gpu":
+        warn_once(f"pooling runs on XLA instead of its kernel: {cause}")
+    return xla.pool_tiles(q, k, tiling, reductions=reductions)
+
+
+def norm_rope_pool(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    tiling: Tiling,
+    *,
+    norm: QKNorm | None = None,
+    scales: Scales | None = None,
+    rope: Rope | None = None,
+    reductions: tuple[Reduction, ...] = ("mean",),
+    pool_anyway: bool = True,
+) -> tuple[
+    Float[Array, "B T N D"],
+    Float[Array, "B T N D"],
+    tuple[Float[Array, "B S N D"], ...] | None,
+]:
+    """Norms and rotates queries and keys, and pools the tiles of the results.
+
+    Norm and rotation are float32; values are rounded to the dtype of q once, after
+    both, and pooled as rounded. One pass where a kernel can, XLA operations elsewhere.
+    Tokens outside the frames are neither rotated nor pooled. No gradient flows through
+    the pooled values.
+
+    Args:
+      q: Queries of the whole sequence as projected.
+      k: Keys, like q.
+      tiling: Tiles of the frames. Static.
+      norm: RMS norm to apply, or None. Static.
+      scales: Factors of the channels of q and of k after the norm: N * D for a norm
+        over all heads, D for one per head.
+      rope: Cosine and sine of each channel pair (2i, 2i + 1) of a head, one row for
+        each token of the frames in their order, D / 2 columns. None does not rotate.
+      reductions: What to compute of each tile; none pools nothing. Static.
+      pool_anyway: False does not pool where that would take a pass of its own.
+
+    Returns:
+      q and k in their dtype, and float32 reductions of q in the order of `reductions`,
+      then those of k, or None where nothing was pooled.
+
+    Raises:
+      ValueError: Scales are given without a norm or a norm without scales, or the
+        shape of a scale or of rope does not fit q.
+    """
+    _check_norm(q, norm, scales)
+    _check_rope(q, rope, tiling.tokens)
+    device = current_device(q)
+    cause = fused_kernel.why_unsupported(q.shape, q.dtype, norm, device)
+    if cause is None:
+        task = _Task(tiling=tiling, norm=norm, reductions=reductions)
+        q, k, *pooled = _fused(task, q, k, scales, rope)
+        return q, k, tuple(pooled) if reductions else None
+    if device.is_hopper:
+        warn_once(f"norm_rope_pool runs as XLA operations: {cause}")
+    q, k = xla.norm_rope(q, k, scales, rope, visual_tokens=tiling.tokens, norm=norm)
+    if not (reductions and pool_anyway):
+        return q, k, None
+    fixed = jax.lax.stop_gradient((q, k))
+    return q, k, pool_tiles(*fixed, tiling, reductions=reductions)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Task:
+    """The static arguments of the fused kernel."""
+
+    tiling: Tiling
+    norm: QKNorm | None
+    reductions: tuple[Reduction, ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(task: _Task, q, k, scales, rope):
+    return fused_kernel.norm_rope_pool(
+        q,
+        k,
+        scales,
+        rope,
+        task.tiling.table,
+        task.tiling.tokens,
+        norm=task.norm,
+        reductions=task.reductions,
+    )
+
+
+def _fused_forward(task: _Task, *arrays):
+    return _fused(task, *arrays), arrays
+
+
+def _fused_backward(task: _Task, arrays, cotangents):
+    run = functools.partial(
+        xla.norm_rope, visual_tokens=task.tiling.tokens, norm=task.norm
+    )
+    _, transposed = jax.vjp(run, *arrays)
+    return transposed(tuple(cotangents[:2]))
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _check_norm(q, norm: QKNorm | None, scales) -> None:
+    """Raises ValueError unless the scales are those that the norm of q needs."""
+    if (norm is None) != (scales is None):
+        given = "None" if scales is None else "given"
+        raise ValueError(f"{norm=}, but scales are {given}; give both or neither")
+    if norm is None:
+        return
+    _, _, num_heads, head_dim = q.shape
+    width = num_heads * head_dim if norm.over == "heads" else head_dim
+    for name, scale in zip(("q", "k"), scales, strict=True):
+        if scale.shape != (width,):
+            raise ValueError(
+                f"the scale of {name} has shape {scale.shape}; {norm} needs ({width},)"
+            )
+
+
+def _check_rope(q, rope: Rope | None, visual_tokens: slice) -> None:
+    """Raises ValueError unless rope has a row for each token of the frames."""
+    if rope is None:
+        return
+    head_dim = q.shape[3]
+    expected = (visual_tokens.stop - visual_tokens.start, head_dim // 2)
+    for name, table in zip(("cosines", "sines"), rope, strict=True):
+        if table.shape != expected or head_dim % 2:
+            raise ValueError(
+                f"the {name} of rope have shape {table.shape}; expected {expected}, a "
+                f"row for each visual token and a column for each of {head_dim=} / 2 "
+                "pairs"
+            )

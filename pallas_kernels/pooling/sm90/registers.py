@@ -1,0 +1,73 @@
+"""Operations on the channels in a thread's registers, for the fused kernel (sm_90).
+
+`emulated.py` has the same functions in plain JAX, for interpret mode: a function added
+here needs one there.
+"""
+
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import vector
+
+from pallas_kernels.pooling.sm90.plan import LOAD_BYTES, NormRopePoolPlan
+
+
+def store(ref, x, plan: NormRopePoolPlan):
+    """Stores the result of a tile.
+
+    A lane has 32 neighbouring bytes and stores 16 at a time. jax 0.12 refuses that
+    unless it is told, 0.11 cannot be told; it happens once for each tile.
+    """
+    del plan
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
+
+
+def split(x, plan: NormRopePoolPlan):
+    """Returns the even and the odd channels; no data moves between threads."""
+    shape = (plan.heads_at_once, plan.head_dim // 2)
+    half = plgpu.ShapeDtypeStruct(shape, x.dtype, layout=plan.half_layout)
+
+    @plgpu.inline_mgpu(arg_types=(plan.layout(plan.vec),), return_type=(half, half))
+    def split_registers(_, x):
+        def part(parity):
+            own = list(range(parity, plan.vec, 2))
+            registers = [vector.shuffle(r, r, own) for r in x.registers.flat]
+            return _array(registers, shape, plan.half_layout)
+
+        return part(0), part(1)
+
+    return split_registers(x)
+
+
+def join(halves, plan: NormRopePoolPlan):
+    """Inverts `split`; the registers of the result have at most 16 bytes."""
+    even, odd = halves
+    shape = (plan.heads_at_once, plan.head_dim)
+    vec = min(plan.vec, LOAD_BYTES[0] // even.dtype.itemsize)
+    joined = plgpu.ShapeDtypeStruct(shape, even.dtype, layout=plan.layout(vec))
+
+    @plgpu.inline_mgpu(arg_types=(plan.half_layout,) * 2, return_type=joined)
+    def join_registers(_, even, odd):
+        half = plan.vec // 2
+        order = [i // 2 + half * (i % 2) for i in range(plan.vec)]
+        registers = [
+            vector.shuffle(a, b, order[start : start + vec])
+            for a, b in zip(even.registers.flat, odd.registers.flat, strict=True)
+            for start in range(0, plan.vec, vec)
+        ]
+        return _array(registers, shape, plan.layout(vec))
+
+    return join_registers(even, odd)
+
+
+def _array(registers, shape, layout):
+    layout = layout.to_mgpu()
+    registers = np.array(registers, dtype=object)
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(layout.registers_shape(shape)),
+        _layout=layout,
+        _is_signed=None,
+    )
