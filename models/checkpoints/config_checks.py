@@ -7,7 +7,7 @@ FLOAT_NAMES = ("float32", "bfloat16", "float16")
 
 
 def is_positive_integer(value: Any) -> bool:
-    """Whether a value is an integer of at least 1; booleans are none."""
+    """Returns whether a value is an integer of at least 1; booleans are not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
@@ -25,9 +25,9 @@ def check_dtypes(
     """Raises ValueError if `dtype` or `param_dtype` is not among those accepted.
 
     Args:
-      config: Has both fields.
-      accepted: Names of dtypes.
-      reason: Why others are not, if that needs to be said.
+      config: A configuration that has both fields.
+      accepted: Names of the accepted dtypes.
+      reason: The reason that others are refused, for the message.
     """
     for name in ("dtype", "param_dtype"):
         value = getattr(config, name)

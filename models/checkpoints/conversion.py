@@ -23,12 +23,12 @@ class HasFiles(Protocol):
     """Arrays by key that know where they lie, so that errors can name the file."""
 
     def file_of(self, key: str) -> Path | None:
-        """The file that holds a key; None if no file does."""
+        """Returns the file that holds a key; None if no file does."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """Where one checkpoint array goes: a parameter, or one layer's slice of it."""
+    """The destination of an array: a parameter, or one layer's slice of it."""
 
     name: str  # path of the parameter in the module
     layer: int | None
@@ -38,10 +38,10 @@ class _Slot:
 def best_layout[Name: str](
     keys: Iterable[str], tables: Mapping[Name, Sequence[Rule]]
 ) -> Name:
-    """The layout whose table knows most of a checkpoint's keys.
+    """Returns the layout whose table knows most of a checkpoint's keys.
 
     Args:
-      keys: Of the checkpoint.
+      keys: The checkpoint's keys.
       tables: Rules of each layout, two or more.
 
     Raises:
@@ -121,7 +121,7 @@ def _read_arrays(
     slots: Mapping[str, _Slot],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
-    """The parameters by name; one checkpoint array at a time is on the host."""
+    """Reads the parameters by name; one array at a time is on the host."""
     arrays: dict[str, jax.Array] = {}
     for path, (key, rule) in filled.items():
         slot, layout = slots[path], rule.layout
@@ -206,7 +206,7 @@ def _name(path: Sequence[Any]) -> str:
 def _slots(
     flat: Mapping[tuple, nnx.Variable], stacked: Iterable[str]
 ) -> dict[str, _Slot]:
-    """Every path that must be filled; stacked parameters have one per layer."""
+    """Returns every path to be filled; stacked parameters have one for each layer."""
     stacked = set(stacked)
     slots = {}
     for path, leaf in flat.items():
@@ -224,7 +224,7 @@ def _slots(
 def _checked_assignment(
     source: Mapping[str, Any], rules: Sequence[Rule], slots: Mapping[str, _Slot]
 ) -> dict[str, tuple[str, Rule]]:
-    """Key and rule of each path; raises for everything that does not fit."""
+    """Returns key and rule of each path; raises for everything that does not fit."""
     filled, problems = _assign(source, rules, slots)
     problems += [
         f"missing: {_keys_for(path, rules)} for parameter {path}, "
@@ -273,7 +273,7 @@ def _assign(
 
 
 def _misfit(slot: _Slot, key: str, rule: Rule, source: Mapping[str, Any]) -> str | None:
-    """What is wrong with an array, told by its shape and dtype."""
+    """Returns the problem of an array's shape or dtype; None if there is none."""
     value, place = source[key], _place(source, key)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return f"dtype: {place} is {value.dtype}; expected floating-point numbers"
@@ -285,12 +285,12 @@ def _misfit(slot: _Slot, key: str, rule: Rule, source: Mapping[str, Any]) -> str
 
 
 def file_of(source: Iterable[str], key: str) -> Path | None:
-    """The file of a key, where the source knows it."""
+    """Returns the file of a key, if the source knows it."""
     return source.file_of(key) if isinstance(source, HasFiles) else None
 
 
 def _place(source: Iterable[str], key: str) -> str:
-    """The key and its file, by name alone: the shards of a model share a folder."""
+    """Returns a key with the name of its file; a model's shards share a folder."""
     file = file_of(source, key)
     return key if file is None else f"{key} in {file.name}"
 

@@ -23,7 +23,7 @@ def find_checkpoint(
     revision: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> Path:
-    """The folder of a checkpoint, fetched from the hub if it is not on this machine.
+    """Returns a checkpoint's folder, fetched from the hub if it is not here.
 
     What was fetched once is not fetched again, and a download that was interrupted
     goes on where it stopped. Progress is shown on stderr.

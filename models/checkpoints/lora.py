@@ -3,7 +3,7 @@
 An adapter stores, for a weight W of [out, in], two thin matrices: the merged weight is
 `W + scale * alpha / rank * (up @ down)`. Files differ in how they spell the names; see
 `_ROLES` and `_PREFIXES`. Merging is lazy: each weight is merged when it is read, on
-the device, so a model that is loaded array by array needs no memory for its adapters.
+the device. A model that is loaded array by array needs no memory for its adapters.
 
 Source: Hu et al., arXiv 2106.09685; the spellings are those of diffusers and PEFT,
 of kohya's sd-scripts and musubi-tuner, and of the original models' own names.
@@ -65,7 +65,7 @@ _Parts = Mapping[str, _Part]  # of one module of the model, by role
 
 
 class _Delta(NamedTuple):
-    """What is added to one weight: `factor * up @ down`, or `factor * diff`."""
+    """The term added to one weight: `factor * up @ down`, or `factor * diff`."""
 
     factor: float
     up: Any
@@ -73,11 +73,11 @@ class _Delta(NamedTuple):
 
 
 class MergedArray:
-    """A weight and what adapters add to it; computed in float32 when it is read.
+    """A weight with its adapters, merged in float32 when it is read.
 
     Attributes:
-      shape: Of the weight.
-      dtype: float32.
+      shape: Shape of the weight.
+      dtype: float32, whatever the weight's is.
     """
 
     dtype = np.dtype(np.float32)
@@ -99,7 +99,7 @@ class MergedArray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """How strong an adapter is where its file has no `alpha` tensors."""
+    """The strength of an adapter whose file has no `alpha` tensors."""
 
     alpha: float | None = None  # the rank if None
     patterns: tuple[tuple[re.Pattern[str], float], ...] = ()  # exceptions by module
@@ -117,8 +117,8 @@ class MergedWeights(Mapping[str, Any]):
     """A checkpoint's weights with adapters; see `merge_lora`.
 
     Attributes:
-      weights: Before the adapters.
-      deltas: What they add, by key of `weights`.
+      weights: The weights before the adapters.
+      deltas: The terms that adapters add, by key of `weights`.
     """
 
     weights: Mapping[str, Any]
@@ -129,7 +129,7 @@ class MergedWeights(Mapping[str, Any]):
         return MergedArray(weight, self.deltas[key]) if key in self.deltas else weight
 
     def file_of(self, key: str) -> Path | None:
-        """The file of the weight, where `weights` knows it."""
+        """Returns the file of the weight, if `weights` knows it."""
         return file_of(self.weights, key)
 
     def __iter__(self) -> Iterator[str]:
@@ -200,7 +200,7 @@ def merge_lora(
 def _group(
     lora: Mapping[str, Any], names: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, _Part]], list[str]]:
-    """Tensors by the model's module and their role, and the keys that have none."""
+    """Sorts tensors by module and role; returns the keys that have none as problems."""
     modules: dict[str, dict[str, _Part]] = {}
     problems = []
     for key, value in lora.items():
@@ -232,7 +232,7 @@ def _group(
 def _differences(
     base: str, parts: _Parts, weights: Mapping[str, Any]
 ) -> tuple[list[tuple[str, _Delta]], list[str]]:
-    """Whole differences of a module's weight and bias, and what is wrong with them."""
+    """Returns whole differences of a module's weight and bias, and their problems."""
     deltas, problems = [], []
     for role, target in (
         ("diff", _weight_key(base, weights)),
@@ -253,7 +253,7 @@ def _differences(
 def _low_rank(
     base: str, parts: _Parts, weights: Mapping[str, Any], settings: _Settings
 ) -> tuple[list[tuple[str, _Delta]], list[str]]:
-    """The product of a module's two matrices, and what is wrong with them."""
+    """Returns the product of a module's two matrices, and their problems."""
     halves = [role for role in ("down", "up", "alpha") if role in parts]
     if not halves or (halves == ["alpha"] and "diff" in parts):
         return [], []
@@ -285,7 +285,7 @@ def _low_rank(
 
 
 def _weight_key(base: str, weights: Mapping[str, Any]) -> str:
-    """Modules have a weight; a table has nothing behind its name."""
+    """Returns a module's key; a table has nothing behind its name."""
     return base if base in weights else f"{base}.weight"
 
 
@@ -298,7 +298,7 @@ def _misfit(key: str, value: Any, expected: Sequence[int]) -> str | None:
 
 
 def _read_settings(metadata: Mapping[str, str], origin: str) -> _Settings:
-    """PEFT's settings as diffusers stores them; by default alpha is the rank."""
+    """Reads PEFT's settings as diffusers stores them; alpha is the rank by default."""
     if _METADATA_KEY not in metadata:
         return _Settings()
     try:

@@ -27,8 +27,8 @@ def map_array(
     Args:
       file: An uncompressed file; little-endian, as every checkpoint is.
       offset: Bytes before the array's first element.
-      dtype: Of the elements.
-      shape: Of the array.
+      dtype: The elements' dtype.
+      shape: The array's shape.
       strides: Elements, not bytes, from one index to the next along each axis, none
         negative; by default those of C order.
 
@@ -51,7 +51,7 @@ def map_array(
 
 
 def span_of(shape: Sequence[int], strides: Sequence[int] | None = None) -> int:
-    """Elements from an array's first to its last one in memory, both included."""
+    """Returns how many elements lie between an array's first and last, inclusive."""
     if 0 in shape:
         return 0
     if strides is None:

@@ -41,7 +41,7 @@ _DTYPES = {
 
 
 class _Entry(NamedTuple):
-    """Where a tensor lies."""
+    """The place of a tensor in a file, its dtype and shape."""
 
     file: Path
     offset: int  # bytes, from the start of the file
@@ -99,7 +99,7 @@ class SafetensorsReader(Mapping[str, np.ndarray]):
             raise CheckpointError(f"cannot read {key} from {file}: {error}") from error
 
     def file_of(self, key: str) -> Path:
-        """The file that holds a key."""
+        """Returns the file that holds a key."""
         return self._entries[key].file
 
     def __iter__(self) -> Iterator[str]:
@@ -129,7 +129,7 @@ def save_safetensors(
 
     Args:
       tensors: Arrays by key.
-      directory: Where to write; made if it does not exist.
+      directory: Folder to write to, made if it does not exist.
       stem: Start of the file names.
       max_shard_bytes: Most bytes of tensors in one file; None for a single file.
 
@@ -148,8 +148,8 @@ def save_safetensors(
     count = len(shards)
     files: list[Path] = []
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        part = "" if count == 1 else f"-{number:05}-of-{count:05}"
+    for i, shard in enumerate(shards, start=1):
+        part = "" if count == 1 else f"-{i:05}-of-{count:05}"
         file = directory / f"{stem}{part}.safetensors"
         data = safetensors.numpy.save(
             {key: np.ascontiguousarray(value) for key, value in shard.items()},
@@ -167,7 +167,7 @@ def save_safetensors(
 
 
 def find_files(path: Path, stem: str | None = None) -> list[Path]:
-    """The files of one checkpoint; see `SafetensorsReader` for the arguments."""
+    """Returns the files of one checkpoint; see `SafetensorsReader`."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -192,7 +192,7 @@ def find_files(path: Path, stem: str | None = None) -> list[Path]:
 
 
 def _stem_of(name: str) -> str | None:
-    """Which checkpoint a file belongs to, or None if it is none's."""
+    """Returns the checkpoint that a file belongs to; None if it is none's."""
     if name.endswith(INDEX_SUFFIX):
         return name.removesuffix(INDEX_SUFFIX)
     if not name.endswith(".safetensors"):
@@ -202,7 +202,7 @@ def _stem_of(name: str) -> str | None:
 
 
 def _read_index(file: Path) -> dict[str, str]:
-    """Name of the file of each key."""
+    """Returns the name of each key's file."""
     try:
         weight_map = json.loads(file.read_text())["weight_map"]
         if not all(isinstance(name, str) for name in weight_map.values()):
@@ -232,7 +232,7 @@ def _check_against_index(first: Path, entries: Mapping[str, _Entry]) -> None:
 
 
 def _names_without_index(names: list[str], stem: str | None) -> list[str]:
-    """The single file, or all shards that the first one's name promises."""
+    """Returns the single file, or all shards that the first one's name promises."""
     if f"{stem}.safetensors" in names:
         return [f"{stem}.safetensors"]
     shards = [
@@ -245,7 +245,7 @@ def _names_without_index(names: list[str], stem: str | None) -> list[str]:
 
 
 def _read_header(file: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
-    """Entries by key, and the metadata."""
+    """Returns the entries by key, and the metadata."""
     try:
         # Checks the header: every offset, and that the file ends with the last one.
         with safetensors.safe_open(file, framework="np"):

@@ -85,7 +85,7 @@ class TorchReader(Mapping[str, np.ndarray]):
 
     Attributes:
       file: The file.
-      others: What is in the file beside tensors (numbers, texts), by key.
+      others: Values in the file that are no tensors (numbers, texts), by key.
 
     Raises:
       CheckpointError: The file is missing, truncated, damaged, of another format, or
@@ -132,7 +132,7 @@ class TorchReader(Mapping[str, np.ndarray]):
             ) from error
 
     def file_of(self, key: str) -> Path:
-        """The file, whatever the key."""
+        """Returns the file, whatever the key."""
         return self.file
 
     def __iter__(self) -> Iterator[str]:
@@ -148,7 +148,7 @@ def load_torch(path: str | os.PathLike) -> TorchReader:
 
 
 def _read_records(file: Path) -> dict[str, zipfile.ZipInfo]:
-    """The archive's table of contents, without the folder that holds everything."""
+    """Returns the archive's contents by name, without the folder around everything."""
     try:
         with file.open("rb") as stream:
             start = stream.read(len(_OLD_FORMAT_START))
@@ -235,7 +235,7 @@ def _rebuild_tensor(
     hooks: Any = None,
     metadata: Any = None,
 ) -> _Tensor:
-    """Both `_rebuild_tensor` and `_rebuild_tensor_v2`."""
+    """Serves as `_rebuild_tensor` and as `_rebuild_tensor_v2`."""
     return _rebuild_tensor_v3(
         storage,
         offset,
@@ -296,7 +296,7 @@ def _unpickle(file: Path, records: Mapping[str, zipfile.ZipInfo]) -> Any:
 
 
 def _flatten(file: Path, root: Any) -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dictionaries and lists, with their keys joined by dots."""
+    """Yields the leaves of nested dictionaries and lists, keys joined by dots."""
     if not isinstance(root, dict):
         raise CheckpointError(
             f"{file} holds a {type(root).__name__.lstrip('_').lower()}; expected a "
@@ -328,7 +328,7 @@ def _flatten(file: Path, root: Any) -> Iterator[tuple[str, Any]]:
 def _check_tensor(
     file: Path, key: str, tensor: _Tensor, records: Mapping[str, zipfile.ZipInfo]
 ) -> None:
-    """Names a tensor that is not, or not all, in the file."""
+    """Raises if a tensor is not, or not all, in the file."""
     storage = tensor.storage
     info = records.get(f"data/{storage.record}")
     if info is None:
@@ -349,7 +349,7 @@ def _check_tensor(
 
 
 def _start_of(file: Path, key: str, stream: Any, info: zipfile.ZipInfo) -> int:
-    """Bytes before a record's data; raises if it does not lie within the file."""
+    """Returns the bytes before a record's data; raises if it is not in the file."""
     stream.seek(info.header_offset)
     header = stream.read(_LOCAL_HEADER.size)
     if len(header) == _LOCAL_HEADER.size:

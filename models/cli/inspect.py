@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _spread(num_layers: int) -> tuple[int, ...]:
-    """First, middle and last."""
+    """Returns the first, middle and last layer."""
     return tuple(sorted({0, num_layers // 2, num_layers - 1}))
 
 

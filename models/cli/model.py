@@ -1,4 +1,4 @@
-"""Which model a command runs and on what: checked first, loaded then."""
+"""The model that a command runs and its inputs: checked first, loaded then."""
 
 import argparse
 import dataclasses
@@ -24,11 +24,11 @@ from models.wan.vae.tiling import Tiling
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the options ask for, checked as far as it can be without weights.
+    """The options' request, checked as far as it can be without weights.
 
     Attributes:
       arguments: The parsed command line.
-      sampling: With the model's own settings where the options are silent.
+      sampling: Settings, the model's own if the options are silent.
       image: The first frame in [-1, 1], as the file has it; None without.
       kept: Rows and columns of the image that the video shows.
     """
@@ -39,7 +39,7 @@ class Request:
     kept: tuple[slice, slice] | None = None
 
     def load(self) -> VideoPipeline:
-        """The pipeline; a Wan model's prompts are encoded before its transformer."""
+        """Loads the pipeline; Wan encodes prompts before its transformer is loaded."""
         arguments, sampling = self.arguments, self.sampling
         text = _text_options(arguments)
         if arguments.checkpoint is not None and is_wan(arguments.checkpoint):
@@ -56,13 +56,13 @@ class Request:
         return dataclasses.replace(pipeline, codec=codec)
 
     def details(self) -> dict[str, Any]:
-        """What a reader of a report needs to repeat the run."""
+        """Returns what a reader of a report needs to repeat the run."""
         return run_details(self.arguments, self.sampling) | {
             "image": self._image_details()
         }
 
     def describe_image(self) -> str:
-        """How the image was fitted, in one line."""
+        """Says in one line how the image was fitted."""
         details = self._image_details()
         assert details is not None  # there is an image
         (rows, columns), kept = details["size"], details["kept"]
@@ -168,7 +168,7 @@ def _wan_sampling(arguments: argparse.Namespace, info: WanInfo) -> Sampling:
 
 
 def _tiling(pixels: int) -> Tiling:
-    """Tiles that share a quarter of their sides, as in diffusers."""
+    """Returns tiles that share a quarter of their sides, as in diffusers."""
     if pixels < 32 or pixels % 32:
         raise ValueError(f"--vae-tile {pixels} must be a positive multiple of 32")
     return Tiling(size=(pixels, pixels), overlap=(pixels // 4, pixels // 4))

@@ -1,4 +1,4 @@
-"""The options of all commands and their help, without a word of jax.
+"""The options of all commands and their help, made without importing jax.
 
 Everything here is plain data and text; `options` and `model` turn what was parsed
 into the objects that it stands for.

@@ -30,7 +30,7 @@ _FIXED = {"model_type": "clip_vision_model", "num_channels": 3}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPVisionConfig:
-    """What a CLIP vision tower computes. Hashable, hence a static jit argument.
+    """The sizes and numerics of a CLIP vision tower. Hashable: a static jit argument.
 
     Attributes:
       dim: Width of the residual stream and of the output.
@@ -42,8 +42,8 @@ class CLIPVisionConfig:
       patch_size: Rows and columns of pixels in one token; divides `image_size`.
       activation: "gelu" (exact) or "quick_gelu", x * sigmoid(1.702 x).
       eps: Added to the variance in every norm.
-      dtype: Of the matrix products. Norms, logits, softmax and the residual stream
-        are float32. The original code computes products in float16.
+      dtype: Dtype of the matrix products. Norms, logits, softmax and the residual
+        stream are float32. The original code computes products in float16.
       param_dtype: Parameters are stored in it.
 
     Raises:
@@ -83,12 +83,12 @@ class CLIPVisionConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an image: one for the class, then the patches row by row."""
+        """The number of tokens of an image: one for the class, one for each patch."""
         return 1 + (self.image_size // self.patch_size) ** 2
 
     @classmethod
     def vit_h_14(cls, **changes: Any) -> "CLIPVisionConfig":
-        """ViT-H/14, the image encoder of Wan2.1's image-to-video models."""
+        """Returns ViT-H/14, the image encoder of Wan2.1's image-to-video models."""
         sizes: dict[str, Any] = {
             "dim": 1280,
             "ffn_dim": 5120,

@@ -173,7 +173,7 @@ def load_clip_vision_encoder(
       config: Sizes of the tower, and how to run it. Weights are cast to its
         `param_dtype`.
       stem: Start of the file names, for a directory with several checkpoints.
-      device: Where the weights are put; the default device if None.
+      device: Device that holds the weights; the default device if None.
 
     Returns:
       The tower.
@@ -205,7 +205,7 @@ def load_clip_vision_encoder(
 def _used_weights(
     source: Mapping[str, Any], layout: PublishedLayout, num_layers: int
 ) -> "_Weights":
-    """The weights less those not used, queries, keys and values apart."""
+    """Leaves unused weights out, and takes queries, keys and values apart."""
     stored: dict[str, tuple[str, int | None]] = {}
     for key in source:
         if not layout.uses(key, num_layers):
@@ -219,7 +219,7 @@ def _used_weights(
 
 @dataclasses.dataclass(frozen=True)
 class _Weights(Mapping[str, Any]):
-    """Some arrays of a checkpoint, or a third of their rows, read when asked for."""
+    """Some arrays of a checkpoint, or thirds of their rows, read when asked for."""
 
     source: Mapping[str, Any]
     stored: Mapping[str, tuple[str, int | None]]  # key of the source, which third

@@ -12,6 +12,7 @@ out of it.
 import functools
 from collections.abc import Callable
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +22,7 @@ from models.clip.config import CLIPVisionConfig
 
 
 class CLIPVisionEncoder(nnx.Module):
-    """Pixels to one vector for the whole image and one for each patch.
+    """Turns pixels into one vector for the whole image and one for each patch.
 
     Source: Wan2.1 `VisionTransformer` with `use_31_block=True`; transformers
     `CLIPVisionModel`, `hidden_states[-2]`.
@@ -78,9 +79,8 @@ class CLIPVisionEncoder(nnx.Module):
                 f"pixels of shape {pixels.shape} must be [batch, {config.image_size}, "
                 f"{config.image_size}, 3]"
             )
-        batch = pixels.shape[0]
-        patches = self.patch_embedding(pixels).reshape(batch, -1, config.dim)
-        first = jnp.broadcast_to(self.cls_embedding[...], (batch, 1, config.dim))
+        patches = einops.rearrange(self.patch_embedding(pixels), "B H W E -> B (H W) E")
+        first = einops.repeat(self.cls_embedding[...], "E -> B 1 E", B=len(pixels))
         x = jnp.concatenate([first, patches], axis=1, dtype=jnp.float32)
         x = self.pre_norm(x + self.pos_embedding[...].astype(jnp.float32))
         structure, parameters = nnx.split(self.transformer)
@@ -125,15 +125,20 @@ class Attention(nnx.Module):
         self.proj = _linear(config.dim, config.dim, config, rngs)
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """Attends; the softmax is float32, and probabilities are cast to `dtype`
-        before they multiply the values. Logits [B, N, T, T] exist at once."""
-        heads = (*x.shape[:2], self.num_heads, -1)
-        q, k, v = (to(x).reshape(heads) for to in (self.to_q, self.to_k, self.to_v))
+        """Attends from every token to every other.
+
+        The softmax is float32; probabilities are cast to `dtype` before they
+        multiply the values. Logits [B, N, T, T] exist at once.
+        """
+        q, k, v = (
+            einops.rearrange(project(x), "B T (N D) -> B T N D", N=self.num_heads)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
         # jax.nn.dot_product_attention does not run in float16 on a CPU.
         logits = jnp.einsum("BTND,BSND->BNTS", q, k, preferred_element_type=jnp.float32)
         probabilities = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
         attended = jnp.einsum("BNTS,BSND->BTND", probabilities.astype(v.dtype), v)
-        return self.proj(attended.reshape(x.shape))
+        return self.proj(einops.rearrange(attended, "B T N D -> B T (N D)"))
 
 
 class FeedForward(nnx.Module):
@@ -148,11 +153,12 @@ class FeedForward(nnx.Module):
         self.fc2 = _linear(config.ffn_dim, config.dim, config, rngs)
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Runs the network on each token."""
         return self.fc2(_ACTIVATIONS[self.activation](self.fc1(x)))
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The approximation of GELU that OpenAI's CLIP models were trained with."""
+    """Approximates GELU as OpenAI's CLIP models were trained with it."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -175,7 +181,7 @@ def _linear(
 
 
 def _layer_norm(config: CLIPVisionConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Computes and returns float32."""
+    """Makes a norm that computes and returns float32."""
     return nnx.LayerNorm(
         config.dim,
         epsilon=config.eps,
@@ -187,7 +193,7 @@ def _layer_norm(config: CLIPVisionConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def _stack_blocks(config: CLIPVisionConfig, rngs: nnx.Rngs) -> Block:
-    """One block module whose parameters have a leading layer axis."""
+    """Makes one block module whose parameters have a leading layer axis."""
 
     @nnx.split_rngs(splits=config.num_layers - 1)
     @nnx.vmap(in_axes=0, out_axes=0)

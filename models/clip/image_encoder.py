@@ -1,4 +1,4 @@
-"""Images to the image tokens of cross-attention, by a CLIP tower in memory."""
+"""The image encoder of Wan: images to the image tokens of cross-attention."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ class CLIPImageEncoder:
         Args:
           weights: See `load_clip_vision_encoder`.
           config: Sizes of the tower, and how to run it; `vit_h_14()` if None.
-          device: Where it is put and runs; the default device if None.
+          device: Device that it is put on and runs on; the default one if None.
 
         Raises:
           CheckpointError: A file is missing or damaged.
@@ -59,7 +59,7 @@ class CLIPImageEncoder:
     def encode(
         self, images: Float[Array, "B height width 3"]
     ) -> Float[Array, "B I image_dim"]:
-        """Tokens of some images.
+        """Returns the tokens of some images.
 
         The published pipelines give it the image as it came, before it is resized
         to the size of the video.

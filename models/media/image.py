@@ -14,7 +14,7 @@ _WIDE_MODES = ("I", "F")
 
 
 def read_image(path: Path | str) -> Float[np.ndarray, "height width 3"]:
-    """A picture's colours in [-1, 1].
+    """Reads a picture's colours in [-1, 1].
 
     Turned upright as its camera noted it. Transparency is dropped, as Wan2.1 does it.
 

@@ -1,4 +1,4 @@
-"""How close two videos are: PSNR and SSIM, in float64 NumPy."""
+"""Measures of how close two videos are: PSNR and SSIM, in float64 NumPy."""
 
 import numpy as np
 from jaxtyping import Float
@@ -12,7 +12,7 @@ Video = Float[np.ndarray, "_F _H _W _C"]
 
 
 def psnr(video: Video, reference: Video) -> float:
-    """Peak signal-to-noise ratio in decibel over a whole video.
+    """Computes the peak signal-to-noise ratio over a whole video, in decibel.
 
     Args:
       video: Values in [0, 1].
@@ -31,7 +31,7 @@ def psnr(video: Video, reference: Video) -> float:
 
 
 def ssim(video: Video, reference: Video) -> float:
-    """Structural similarity, averaged over pixels, channels and frames.
+    """Computes structural similarity, averaged over pixels, channels and frames.
 
     The Gaussian-window form of the original paper, with values in [0, 1], as
     `skimage.metrics.structural_similarity(gaussian_weights=True, sigma=1.5,
@@ -79,7 +79,7 @@ def _frame_ssim(frame: np.ndarray, reference: np.ndarray) -> float:
 
 
 def _blur(image: np.ndarray) -> np.ndarray:
-    """Gaussian-weighted means at the pixels whose window lies in the image."""
+    """Averages with Gaussian weights at pixels whose window lies in the image."""
     offsets = np.arange(-SSIM_RADIUS, SSIM_RADIUS + 1)
     weights = np.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
     weights /= weights.sum()

@@ -123,7 +123,7 @@ def check_indices(name: str, indices: tuple[int, ...], size: int) -> None:
 
 
 def _new_figure(*, width: float, height: float) -> "Figure":
-    """A figure of its own: no global pyplot state and no display."""
+    """Makes a figure without global pyplot state and without a display."""
     check_video_extra()
     from matplotlib.figure import Figure
 

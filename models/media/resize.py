@@ -11,7 +11,7 @@ _CUBIC = -0.75  # slope of PyTorch's bicubic kernel at distance 1; Pillow has -0
 def resize_bicubic(
     images: Float[Array, "B _H _W C"], height: int, width: int
 ) -> Float[Array, "B {height} {width} C"]:
-    """Images of another size, without a low-pass filter; overshoot is kept.
+    """Resizes images without a low-pass filter; overshoot is kept.
 
     Args:
       images: Channels last.
@@ -34,7 +34,7 @@ def resize_bicubic(
 
 
 def bicubic_weights(length: int, size: int) -> Float[np.ndarray, "size length"]:
-    """Share of every old sample (second axis) in each new one; rows sum to 1.
+    """Returns each old sample's weight (axis 1) in each new one; rows sum to 1.
 
     Args:
       length: Old samples along one axis.
@@ -57,7 +57,7 @@ def bicubic_weights(length: int, size: int) -> Float[np.ndarray, "size length"]:
 
 
 def _cubic_kernel(distance: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Keys' cubic convolution kernel."""
+    """Evaluates Keys' cubic convolution kernel."""
     a, x = _CUBIC, np.abs(distance)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((x - 5) * x + 8) * x * a - 4 * a

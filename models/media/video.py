@@ -50,10 +50,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     KeyboardInterrupt, removes it and leaves an earlier file at `path` as it was.
 
     Args:
-      path: Where the file shall be. Its folder is made if it does not exist.
+      path: File to write. Its folder is made if it does not exist.
 
     Yields:
-      Where to write.
+      The temporary path to write to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(

@@ -18,7 +18,7 @@ EDGE = 0.008  # width of a soft edge, in frame heights: under one pixel of 96
 
 
 def draw_background(scene: Scene, time, x, y, textures) -> Array:
-    """The scene without its objects, colours in [0, 1]."""
+    """Draws the scene without its objects, colours in [0, 1]."""
     painters = (
         _meadow, _desert, _snow, _sea, _sunset, _night, _brick,
         _checkerboard, _stripes, _plain, _sky, _road, _forest,
@@ -41,7 +41,7 @@ def _ramp(top: Array, bottom: Array, share: Array) -> Array:
 def _cloudy(
     scene: Scene, time, x, y, top: Array, bottom: Array, amount: float
 ) -> Array:
-    """A sky that grows paler downwards, with drifting clouds."""
+    """Draws a sky that grows paler downwards, with drifting clouds."""
     sky = _ramp(top, bottom, y / scene["horizon"])
     shift = scene["random"][0] * 40
     clouds = cloud_noise(x * 2.2 + shift + 0.25 * time, y * 4.5 + shift)
@@ -50,7 +50,7 @@ def _cloudy(
 
 
 def _hills(scene: Scene, x, height: float, row: int) -> Array:
-    """Upper edge of a row of hills."""
+    """Returns the upper edge of a row of hills."""
     phase = scene["random"][row] * 6.3
     wave = jnp.sin(3.1 * x + phase) + 0.5 * jnp.sin(6.7 * x + 2 * phase)
     return scene["horizon"] - height + 0.03 * wave
@@ -62,7 +62,7 @@ def _disc(x, y, centre_x, centre_y, radius: float) -> Array:
 
 
 def _textured(scene: Scene, x, y, textures, index: int, colour: Array) -> Array:
-    """Ground of a colour, with the grain of a real surface."""
+    """Draws ground of a colour, with the grain of a real surface."""
     u, v = x * 0.55 + scene["random"][2], y * 0.75 + scene["random"][3]
     grain = sample_grey(textures, index, u, v) - 0.5
     depth = (y - scene["horizon"]) / (1 - scene["horizon"])
@@ -121,7 +121,7 @@ def _snow(scene: Scene, time, x, y, textures) -> Array:
 
 
 def _waves(scene: Scene, time, x, y) -> Array:
-    """Light of the sea's surface, about 0: rows of waves, closer in the distance."""
+    """Returns the light of waves, about 0; rows stand closer in the distance."""
     depth = jnp.maximum(y - scene["horizon"], 0.0) + 0.05
     phase = 6.3 * scene["random"][1]
     rows = jnp.sin(

@@ -1,4 +1,4 @@
-"""What the procedural scenes can contain, and the words that say it."""
+"""The contents of procedural scenes, and the words that say it."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ SIZES: dict[str, tuple[float, float]] = {  # radius in frame heights
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Background:
-    """A kind of scene; its place in `BACKGROUNDS` is its number in the renderer.
+    """A kind of scene; its index in `BACKGROUNDS` is its id in the renderer.
 
     Attributes:
       name: For the code.
@@ -120,7 +120,7 @@ BACKGROUNDS = (
 )
 BACKGROUND_IDS = {each.name: index for index, each in enumerate(BACKGROUNDS)}
 
-# The place of a shape here is its number in the renderer.
+# The index of a shape here is its id in the renderer.
 SHAPES: dict[str, tuple[str, ...]] = {
     "ball": ("ball", "ball", "sphere"),
     "striped ball": ("striped ball", "beach ball"),
@@ -196,7 +196,7 @@ SAMPLE_PROMPTS = (
 
 
 def all_phrases() -> list[str]:
-    """Every phrase a caption can be built from, for the vocabulary."""
+    """Returns every phrase that a caption can be built from, for the vocabulary."""
     phrases = [*COLOURS, *SIZES, *WAYS.values(), *JOINING_WORDS]
     for background in BACKGROUNDS:
         phrases += [*background.places, *background.alone]

@@ -45,7 +45,7 @@ SMALL_MODEL = (
 
 @dataclasses.dataclass(frozen=True)
 class MiniTextEncoder:
-    """Prompts to context rows."""
+    """The text encoder of a small model: prompts to context rows."""
 
     vocabulary: Vocabulary
     embedding: TextEmbedding
@@ -53,18 +53,18 @@ class MiniTextEncoder:
     def encode(
         self, prompts: Sequence[str]
     ) -> tuple[Float[Array, "B L E"], Int[Array, " B"]]:
-        """Context of the prompts, and how many of its rows are words."""
+        """Returns the context of the prompts, and how many of its rows are words."""
         ids, counts, _ = self.vocabulary.encode(prompts)
         lengths = jnp.asarray(counts)
         return self.embedding(jnp.asarray(ids), lengths), lengths
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that training did not contain."""
+        """Returns the words of the prompt that training did not contain."""
         (unknown,) = self.vocabulary.encode([prompt])[2]
         return unknown
 
     def describe_vocabulary(self) -> str:
-        """The words that training contained."""
+        """Returns a sentence with the words that training contained."""
         return "it knows: " + " ".join(self.vocabulary.words)
 
 
@@ -73,9 +73,9 @@ class MiniCheckpoint:
     """A small model in memory.
 
     Attributes:
-      transformer: Its `config` says the sizes of all parts.
-      text_embedding: Context of cross-attention.
-      vocabulary: Numbers of words.
+      transformer: The transformer, whose `config` says the sizes of all parts.
+      text_embedding: Makes the context of cross-attention.
+      vocabulary: Gives words their ids.
       codec: Videos to latents and back.
     """
 
@@ -158,14 +158,16 @@ class MiniCheckpoint:
 
 
 def is_small_model(folder: Path) -> bool:
-    """Whether a folder holds any of the files of a small model but `config.json`,
-    which many models have."""
+    """Returns whether a folder holds any file of a small model.
+
+    `config.json` does not count: many models have one.
+    """
     patterns = (*FILES[1:], "transformer*.safetensors")
     return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def _check_folder(folder: Path) -> None:
-    """Names what is wrong with a folder before anything is read."""
+    """Raises if files are missing or of another model; reads nothing."""
     if not folder.is_dir():
         raise CheckpointError(
             f"checkpoint {folder} is not a folder; expected {SMALL_MODEL}"

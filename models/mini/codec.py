@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+import einops
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -75,18 +76,18 @@ class LinearCodec:
 
     @property
     def stride(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of pixels behind one latent position."""
+        """The frames, rows and columns of pixels behind one latent position."""
         return PATCH
 
     @property
     def channels(self) -> int:
-        """Latent channels, C."""
+        """The number of latent channels, C."""
         return self.scale.shape[0]
 
     def latent_shape(
         self, *, frames: int, height: int, width: int
     ) -> tuple[int, int, int, int]:
-        """Frames, rows, columns and channels of the latent of a video.
+        """Returns frames, rows, columns and channels of the latent of a video.
 
         Raises:
           ValueError: A side of the video is not a multiple of the stride.
@@ -110,7 +111,7 @@ class LinearCodec:
         save_file({name: np.asarray(getattr(self, name)) for name in fields}, path)
 
     def encode(self, video: Float[Array, "B T Y X 3"]) -> Float[Array, "B F H W C"]:
-        """Latents of a video.
+        """Encodes a video.
 
         Args:
           video: Pixels in [-1, 1]; T a multiple of 2, Y and X of 4.
@@ -125,7 +126,7 @@ class LinearCodec:
         return jnp.matmul(centred, self.basis, precision="highest") / self.scale
 
     def decode(self, latents: Float[Array, "B F H W C"]) -> Float[Array, "B T Y X 3"]:
-        """The video of some latents, float32 in [-1, 1]; T = 2F, Y = 4H, X = 4W."""
+        """Decodes latents to float32 pixels in [-1, 1]; T = 2F, Y = 4H, X = 4W."""
         coefficients = latents.astype(jnp.float32) * self.scale
         patches = jnp.matmul(coefficients, self.basis.T, precision="highest")
         return jnp.clip(from_patches(patches + self.mean), -1.0, 1.0)
@@ -137,33 +138,29 @@ def to_patches(video: Float[Array, "B T Y X 3"]) -> Float[Array, "B F H W P"]:
     Raises:
       ValueError: The frames are not a multiple of 2, or a side not one of 4.
     """
-    batch, frames, height, width, colours = video.shape
+    _, frames, height, width, _ = video.shape
     step_t, step_y, step_x = PATCH
     if frames % step_t or height % step_y or width % step_x:
         raise ValueError(
             f"video of {frames} frames, {height} x {width} pixels: the frames must "
             f"be a multiple of {step_t}, the sides of {step_y}"
         )
-    split = video.reshape(
-        (
-            batch,
-            frames // step_t,
-            step_t,
-            height // step_y,
-            step_y,
-            width // step_x,
-            step_x,
-            colours,
-        )
+    return einops.rearrange(
+        video,
+        "B (F t) (H y) (W x) colours -> B F H W (t y x colours)",
+        t=step_t,
+        y=step_y,
+        x=step_x,
     )
-    ordered = split.transpose(0, 1, 3, 5, 2, 4, 6, 7)
-    return ordered.reshape(*ordered.shape[:4], PATCH_NUMBERS)
 
 
 def from_patches(patches: Float[Array, "B F H W P"]) -> Float[Array, "B T Y X 3"]:
     """Puts patches together again; the inverse of `to_patches`."""
-    batch, frames, rows, columns, _ = patches.shape
     step_t, step_y, step_x = PATCH
-    split = patches.reshape(batch, frames, rows, columns, step_t, step_y, step_x, 3)
-    ordered = split.transpose(0, 1, 4, 2, 5, 3, 6, 7)
-    return ordered.reshape(batch, frames * step_t, rows * step_y, columns * step_x, 3)
+    return einops.rearrange(
+        patches,
+        "B F H W (t y x colours) -> B (F t) (H y) (W x) colours",
+        t=step_t,
+        y=step_y,
+        x=step_x,
+    )

@@ -1,5 +1,6 @@
-"""Measures a trained small model: how uneven its attention is, and how close sparse
-videos come to dense ones.
+"""Measures a trained small model.
+
+It tells how uneven its attention is, and how close sparse videos come to dense ones.
 
     python -m models.mini.evaluate --checkpoint run/weights --output run
 
@@ -45,7 +46,7 @@ def measure_quality(
     Args:
       pipeline: The model.
       prompts: One video each.
-      sampling: Of all videos.
+      sampling: Settings of all videos.
 
     Returns:
       The dense videos, and one row per selection and sparsity.
@@ -92,12 +93,12 @@ def measure_attention(
     sampling: Sampling,
     steps: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """How concentrated full self-attention is at some steps of dense generations.
+    """Measures how concentrated full self-attention is at some dense steps.
 
     Args:
       pipeline: The model.
       prompts: Means are over these, and over heads.
-      sampling: Of the generations.
+      sampling: Settings of the generations.
       steps: Which steps to look at.
 
     Returns:
@@ -133,7 +134,7 @@ def measure_attention(
 def attention_shares(
     q_and_k: tuple[Float[Array, "B T N D"], Float[Array, "B T N D"]], grid: VideoGrid
 ) -> dict[str, Float[Array, "B N"]]:
-    """Shares of one layer's softmax mass; see `measure_attention`."""
+    """Returns shares of one layer's softmax mass; see `measure_attention`."""
     q, k = q_and_k
     masses = block_masses(q, k, grid)
     total = masses.sum((-1, -2))
@@ -152,7 +153,7 @@ def attention_shares(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures by the command line's options."""
+    """Measures as the command line asks."""
     parser = argparse.ArgumentParser(description="Measures a small video model.")
     parser.add_argument("--checkpoint", type=Path, help="default: the one that ships")
     parser.add_argument("--output", type=Path, required=True)

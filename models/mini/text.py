@@ -24,13 +24,13 @@ KERNEL = 5  # words that one convolution sees
 
 
 def split_words(prompt: str) -> list[str]:
-    """Lower-case words of a prompt, punctuation dropped."""
+    """Returns the words of a prompt in lower case, without punctuation."""
     return re.findall(r"[a-z0-9']+", prompt.lower())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """Numbers of the words a model was trained on.
+    """The ids of the words that a model was trained on.
 
     Id 0 is padding, ids from 1 are the known words in order; the last ids are
     buckets that unknown words are hashed into.
@@ -57,7 +57,7 @@ class Vocabulary:
 
     @classmethod
     def from_captions(cls, captions: Iterable[str], **options: int) -> "Vocabulary":
-        """Every word of some captions, in alphabetical order."""
+        """Takes every word of some captions, in alphabetical order."""
         words = {word for caption in captions for word in split_words(caption)}
         return cls(words=tuple(sorted(words)), **options)
 
@@ -73,18 +73,18 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """Rows of the embedding table."""
+        """The number of rows of the embedding table."""
         return 1 + len(self.words) + self.num_buckets
 
     @property
     def first_bucket(self) -> int:
-        """Id of the first bucket for unknown words."""
+        """The id of the first bucket for unknown words."""
         return 1 + len(self.words)
 
     def encode(
         self, prompts: Sequence[str]
     ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, " B"], list[list[str]]]:
-        """Numbers the words of some prompts.
+        """Returns the ids of the words of some prompts.
 
         Args:
           prompts: Any text. Words past `max_length` are left out with a warning.
@@ -92,9 +92,9 @@ class Vocabulary:
         Returns:
           ids: int32, 0 past the end of a prompt.
           lengths: int32, words of each prompt. An empty prompt has length 0.
-          unknown: Of each prompt, the words the model never saw.
+          unknown: The words of each prompt that the model never saw.
         """
-        numbers = {word: 1 + index for index, word in enumerate(self.words)}
+        known = {word: 1 + index for index, word in enumerate(self.words)}
         ids = np.full((len(prompts), self.max_length), PADDING, np.int32)
         lengths = np.zeros(len(prompts), np.int32)
         unknown: list[list[str]] = []
@@ -108,10 +108,10 @@ class Vocabulary:
                 )
             words = words[: self.max_length]
             ids[row, : len(words)] = [
-                numbers.get(word, self._bucket(word)) for word in words
+                known.get(word, self._bucket(word)) for word in words
             ]
             lengths[row] = len(words)
-            unknown.append([word for word in words if word not in numbers])
+            unknown.append([word for word in words if word not in known])
         return ids, lengths, unknown
 
     def _bucket(self, word: str) -> int:
@@ -143,18 +143,18 @@ class TextEmbedding(nnx.Module):
     def __call__(
         self, ids: Int[Array, "B L"], lengths: Int[Array, " B"]
     ) -> Float[Array, "B L E"]:
-        """Context of some prompts.
+        """Embeds some prompts.
 
         Args:
-          ids: What `Vocabulary.encode` returns.
+          ids: Ids that `Vocabulary.encode` returns.
           lengths: Words of each prompt.
 
         Returns:
           float32; rows past a prompt's length are zero.
         """
-        places = jnp.arange(ids.shape[1])
-        inside = (places[None, :] < lengths[:, None])[..., None]
-        context = jnp.where(inside, self.words(ids) + self.positions(places), 0.0)
+        positions = jnp.arange(ids.shape[1])
+        inside = (positions[None, :] < lengths[:, None])[..., None]
+        context = jnp.where(inside, self.words(ids) + self.positions(positions), 0.0)
         for convolution in (self.convolution_0, self.convolution_1):
             mixed = jax.nn.gelu(convolution(_neighbours(context)))
             context = jnp.where(inside, context + mixed, 0.0)
@@ -162,7 +162,7 @@ class TextEmbedding(nnx.Module):
 
 
 def _neighbours(context: Float[Array, "B L E"]) -> Float[Array, "B L K"]:
-    """Each word's vector beside those of the words around it."""
+    """Puts each word's vector beside those of the words around it."""
     length, reach = context.shape[1], KERNEL // 2
     padded = jnp.pad(context, ((0, 0), (reach, reach), (0, 0)))
     shifted = [padded[:, start : start + length] for start in range(KERNEL)]

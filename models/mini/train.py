@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LOG_EVERY = 50  # steps
 STEPS_IN_FLIGHT = 4
-SHEET_PROMPTS = SAMPLE_PROMPTS[:12]  # what a contact sheet shows
+SHEET_PROMPTS = SAMPLE_PROMPTS[:12]  # shown on a contact sheet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,9 @@ class Stage:
     """A part of the training with videos of one length.
 
     Attributes:
-      frames: Of each video.
+      frames: Frames of each video.
       batch: Videos in a step.
-      share: Of the training.
+      share: Share of the training.
     """
 
     frames: int
@@ -61,7 +61,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Length:
-    """How long a training is: in steps, or in seconds of stepping.
+    """The length of a training: in steps, or in seconds of stepping.
 
     Attributes:
       steps: None if the time counts.
@@ -72,7 +72,7 @@ class Length:
     seconds: float | None = None
 
     def share(self, steps: int, seconds: float) -> float:
-        """Share that is over after so many steps, which took so many seconds."""
+        """Returns the share that is over after so many steps, or seconds of them."""
         if self.steps is not None:
             return steps / self.steps
         assert self.seconds is not None, "one of the two is given"
@@ -80,7 +80,7 @@ class Length:
 
 
 def stage_at(stages: tuple[Stage, ...], share: float) -> Stage:
-    """The stage that runs when this share of the training is over."""
+    """Returns the stage that runs when this share of the training is over."""
     total, reached = sum(stage.share for stage in stages), 0.0
     for stage in stages:
         reached += stage.share / total
@@ -91,7 +91,7 @@ def stage_at(stages: tuple[Stage, ...], share: float) -> Stage:
 
 @dataclasses.dataclass
 class Progress:
-    """What a run has done, apart from the parameters.
+    """The record of a run, apart from the parameters.
 
     Attributes:
       seconds: Time spent stepping, without compilation and samples.
@@ -112,7 +112,7 @@ class Run:
     Args:
       trainer: Model and data.
       stages: Parts of the training, in order.
-      length: Of the whole training, all resumed runs together.
+      length: Length of the whole training, all resumed runs together.
       output: Folder for everything that is written.
       workers: Processes that draw scenes.
     """
@@ -142,7 +142,7 @@ class Run:
         """Trains until the length is reached or a moment of `time.monotonic`.
 
         Args:
-          state: Where to start from.
+          state: State to start from.
           deadline: Stop by then, so that a later run can resume.
           save_every: Seconds between checkpoints with samples.
 
@@ -202,7 +202,7 @@ class Run:
         print(f"saved after step {step}", flush=True)
 
     def log(self, step: int) -> dict[str, Any]:
-        """Everything worth knowing about the run, ready for JSON."""
+        """Returns everything worth knowing about the run, ready for JSON."""
         import flax
         import jax
         import optax
@@ -289,7 +289,7 @@ DEFAULT_STAGES = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains by the command line's options."""
+    """Trains as the command line asks."""
     started = time.monotonic()
     options = parse_options(arguments)
     from models.mini.codec import LinearCodec

@@ -36,7 +36,7 @@ Parameters = Any  # {"transformer": nnx.State, "text": nnx.State}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What is minimised and how. Hashable.
+    """The loss and how it is minimised. Hashable.
 
     Attributes:
       model: Sizes of the transformer; its attention must be dense.
@@ -44,7 +44,7 @@ class TrainConfig:
       width: Columns of pixels.
       learning_rate: Peak of AdamW's.
       warmup_steps: Steps over which it rises from 0. It then falls as a cosine.
-      weight_decay: Of matrices, not of biases, norms and tables.
+      weight_decay: Decay of matrices; biases, norms and tables have none.
       betas: AdamW's moments.
       clip: Largest global norm of a gradient.
       ema: Decay of the averaged parameters, which are the ones kept.
@@ -53,7 +53,7 @@ class TrainConfig:
       whitening: See `LinearCodec.fit`.
       remat: Recompute blocks in the backward pass instead of storing what they
         computed; the result is the same.
-      seed: Of parameters, noise, and scenes.
+      seed: Seed of parameters, noise, and scenes.
 
     Raises:
       ValueError: A share is not in [0, 1), a positive number is not positive, or
@@ -96,7 +96,7 @@ class TrainState(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the host hands to a step."""
+    """The data that the host hands to a step."""
 
     ids: Int[np.ndarray, "B L"]
     lengths: Int[np.ndarray, " B"]
@@ -110,7 +110,7 @@ class Trainer:
     """The fixed parts of a training: structure, codec, sources, and optimizer.
 
     Args:
-      config: What is minimised.
+      config: The loss and how it is minimised.
       vocabulary: Numbers the captions.
       codec: Fitted already.
       sources: From `models.mini.renderer.device_sources`.
@@ -123,13 +123,13 @@ class Trainer:
 
     @functools.cached_property
     def structure(self) -> tuple[Any, Any]:
-        """Graph definitions of transformer and text embedding."""
+        """The graph definitions of transformer and text embedding."""
         transformer, text = nnx.eval_shape(lambda: self._modules(0))
         return nnx.graphdef(transformer), nnx.graphdef(text)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW without its learning rate, which every step is told."""
+        """The optimizer: AdamW without its learning rate, which every step is given."""
         config = self.config
         return optax.chain(
             optax.clip_by_global_norm(config.clip),
@@ -138,7 +138,7 @@ class Trainer:
         )
 
     def initial_state(self) -> TrainState:
-        """Random parameters, and averages that start from them."""
+        """Makes random parameters, and averages that start from them."""
         transformer, text = self._modules(self.config.seed)
         parameters = {"transformer": nnx.state(transformer), "text": nnx.state(text)}
         return TrainState(
@@ -149,13 +149,13 @@ class Trainer:
         )
 
     def batch(self, draw: Draw) -> Batch:
-        """Numbers the captions of what `sample_batch` returned."""
+        """Replaces the captions of a drawn batch by their ids."""
         captions, *scenes = draw
         ids, lengths, _ = self.vocabulary.encode(captions)
         return Batch(ids, lengths, *scenes)
 
     def compile_step(self, state: TrainState, batch: Batch) -> Callable:
-        """The step for batches shaped as this one; see `train_step`."""
+        """Compiles the step for batches shaped as this one; see `train_step`."""
 
         def step(state, batch, learning_rate, codec, sources):
             return train_step(self, state, batch, learning_rate, codec, sources)
@@ -173,7 +173,7 @@ class Trainer:
         return run
 
     def checkpoint(self, parameters: Parameters) -> MiniCheckpoint:
-        """A small model of these parameters, ready to be saved."""
+        """Makes a small model of these parameters, ready to be saved."""
         transformer, text = self.structure
         return MiniCheckpoint(
             transformer=nnx.merge(transformer, parameters["transformer"]),
@@ -191,7 +191,7 @@ class Trainer:
 
 
 def decayed(parameters: Parameters) -> Parameters:
-    """True for the matrices, which weight decay pulls towards zero."""
+    """Marks the matrices, which weight decay pulls towards zero."""
 
     def is_matrix(path, _leaf) -> bool:
         return any(getattr(key, "key", None) == "kernel" for key in path)
@@ -207,13 +207,13 @@ def train_step(
     codec: LinearCodec,
     sources: dict[str, Array],
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """One step of AdamW on the flow-matching loss.
+    """Runs one step of AdamW on the flow-matching loss.
 
     Args:
       trainer: Static parts.
       state: Parameters, their averages, moments.
       batch: Captions and scenes.
-      learning_rate: Of this step.
+      learning_rate: Learning rate of this step.
       codec: `trainer.codec`, as an argument so that it is no compiled constant.
       sources: `trainer.sources`, likewise.
 
@@ -270,7 +270,7 @@ def flow_matching_loss(
     lengths: Int[Array | np.ndarray, " B"],
     key: PRNGKeyArray,
 ) -> Float[Array, ""]:
-    """Mean squared error of the predicted velocity at random noise levels.
+    """Returns the mean squared error of the velocity at random noise levels.
 
     Source: Lipman et al., Flow Matching for Generative Modeling, arXiv 2210.02747.
     """
@@ -299,7 +299,7 @@ def flow_matching_loss(
 def sample_noise_levels(
     key: PRNGKeyArray, batch: int, shift: float
 ) -> Float[Array, " B"]:
-    """Noise levels where a sampler of this shift spends its steps.
+    """Draws noise levels where a sampler of this shift spends its steps.
 
     Half of them are uniform over the sampler's steps, half logit-normal, which is
     denser in the middle, where the prediction is hardest. Both are stratified over
@@ -317,7 +317,7 @@ def sample_noise_levels(
 
 
 def learning_rate_at(config: TrainConfig, step: int, share: float) -> float:
-    """A linear rise over the first steps, then a cosine down to zero.
+    """Returns a rate that rises linearly, then falls to zero as a cosine.
 
     Args:
       config: Peak and length of the rise.
@@ -330,7 +330,7 @@ def learning_rate_at(config: TrainConfig, step: int, share: float) -> float:
 
 
 def fit_codec(config: TrainConfig, sources: dict[str, Array]) -> LinearCodec:
-    """The codec's components, from videos like those of the training."""
+    """Fits the codec's components to videos like those of the training."""
     render = jax.jit(
         functools.partial(render_batch, height=config.height, width=config.width)
     )
@@ -347,7 +347,7 @@ def fit_codec(config: TrainConfig, sources: dict[str, Array]) -> LinearCodec:
 
 
 def save_state(folder: Path, state: TrainState, progress: dict[str, Any]) -> None:
-    """Writes what `load_state` reads; a half-written file never replaces a whole one.
+    """Writes a file for `load_state`; half a file never replaces a whole one.
 
     Args:
       folder: Made if it does not exist.
@@ -363,10 +363,10 @@ def save_state(folder: Path, state: TrainState, progress: dict[str, Any]) -> Non
 
 
 def load_state(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """Reads what `save_state` wrote.
+    """Reads a file that `save_state` wrote.
 
     Args:
-      folder: Where it lies.
+      folder: Folder that it lies in.
       like: A state of the same model, such as `Trainer.initial_state`.
 
     Raises:

@@ -41,7 +41,7 @@ _FIXED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UMT5Config:
-    """What a UMT5 encoder computes. Hashable, hence a static jit argument.
+    """The sizes and numerics of a UMT5 encoder. Hashable, hence a static jit argument.
 
     Attributes:
       vocab_size: Rows of the token table; at least as many as the tokenizer has.
@@ -55,7 +55,7 @@ class UMT5Config:
         the query; a multiple of 4.
       max_distance: Tokens; keys this far away or farther share the last bucket.
       eps: Added to the mean square in every norm.
-      dtype: Of the matrix products. Norms, logits, softmax, position bias and the
+      dtype: Dtype of the matrix products. Norms, logits, softmax, position bias and the
         residual stream are float32.
       param_dtype: Parameters are stored in it.
 
@@ -92,7 +92,7 @@ class UMT5Config:
 
     @classmethod
     def xxl(cls, **changes: Any) -> "UMT5Config":
-        """UMT5-XXL, the text encoder of every Wan2.1 model."""
+        """Returns UMT5-XXL, the text encoder of every Wan2.1 model."""
         sizes: dict[str, Any] = {
             "vocab_size": 256384,
             "dim": 4096,

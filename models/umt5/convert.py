@@ -91,7 +91,7 @@ def load_umt5_encoder(
       config: Sizes of the encoder, and how to run it. Weights are cast to its
         `param_dtype`.
       stem: Start of the file names, for a directory with several checkpoints.
-      device: Where the weights are put; the default device if None.
+      device: Device that holds the weights; the default device if None.
 
     Returns:
       The encoder.
@@ -123,7 +123,7 @@ def export_umt5_encoder(
 
 
 def _without_tied_copy(source: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The weights with one token table; ones that differ are refused."""
+    """Leaves out the second token table; raises if the two differ."""
     shared, tied = _TABLE_KEYS
     if shared not in source or tied not in source:
         return source
@@ -147,7 +147,7 @@ class _Without(Mapping[str, Any]):
         return self.source[key]
 
     def file_of(self, key: str) -> Path | None:
-        """The file of a key, where `source` knows it."""
+        """Returns the file of a key, if `source` knows it."""
         return file_of(self.source, key)
 
     def __iter__(self) -> Iterator[str]:

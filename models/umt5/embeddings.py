@@ -47,13 +47,13 @@ class EmbeddingCache:
     identity: str
 
     def path(self, prompt: str) -> Path:
-        """The file of a prompt; prompts that clean to the same text share it."""
+        """Returns a prompt's file; prompts that clean to the same text share it."""
         key = json.dumps([_FORMAT, self.identity, clean_prompt(prompt)])
         digest = hashlib.sha256(key.encode()).hexdigest()
         return Path(self.folder) / f"{digest}.safetensors"
 
     def load(self, prompt: str) -> TokenVectors | None:
-        """The vectors of a prompt, or None if they are not there.
+        """Reads the vectors of a prompt; None if they are not there.
 
         Raises:
           CheckpointError: The file is damaged, or of another prompt or encoder.
@@ -82,7 +82,7 @@ class EmbeddingCache:
 def encoder_identity(
     config: UMT5Config, tokenizer: UMT5Tokenizer, weight_files: Iterable[Path]
 ) -> str:
-    """A name for an encoder that differs whenever its embeddings may.
+    """Returns a name for an encoder that differs whenever its embeddings may.
 
     Covers the configuration, the tokenizer's file and length, and of each weight
     file its size and 256 samples of 64 KiB spread evenly over it: other weights
@@ -90,8 +90,8 @@ def encoder_identity(
     Names and folders of the files do not count, and neither does the device.
 
     Args:
-      config: Of the encoder.
-      tokenizer: Of the encoder.
+      config: The encoder's configuration.
+      tokenizer: The encoder's tokenizer.
       weight_files: Its checkpoint.
 
     Raises:
@@ -114,7 +114,7 @@ class CachedTextEncoder:
     """A `TextEncoder` that loads its encoder only for prompts it has not seen.
 
     Args:
-      cache: Where the vectors are.
+      cache: Stored vectors.
       text_length: Context rows, L.
       load_encoder: Loads the encoder that `cache.identity` names. It is freed as
         soon as the missing prompts are stored. None if there is no encoder.
@@ -127,7 +127,7 @@ class CachedTextEncoder:
     def encode(
         self, prompts: Sequence[str]
     ) -> tuple[Float[Array, "B L E"], Int[Array, " B"]]:
-        """What `UMT5TextEncoder.encode` returns, to the last bit.
+        """Returns the same as `UMT5TextEncoder.encode`, to the last bit.
 
         Raises:
           CheckpointError: A stored embedding is damaged.
@@ -157,11 +157,11 @@ class CachedTextEncoder:
         )
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """None: see `UMT5TextEncoder`."""
+        """Returns no words; see `UMT5TextEncoder`."""
         return []
 
     def describe_vocabulary(self) -> str:
-        """What prompts can be made of."""
+        """Returns in words what prompts can be made of."""
         stored = f"prompts whose embeddings are in {self.cache.folder}"
         return stored if self.load_encoder is None else "any text"
 
@@ -219,7 +219,7 @@ class GivenTextEncoder:
     def encode(
         self, prompts: Sequence[str]
     ) -> tuple[Float[Array, "B L E"], Int[Array, " B"]]:
-        """The context of the prompts, and how many of its rows are tokens.
+        """Returns the context of the prompts, and how many of its rows are tokens.
 
         Raises:
           UnknownPromptError: Embeddings of a prompt were not given.
@@ -236,11 +236,11 @@ class GivenTextEncoder:
         return pad_rows([self.embeddings[p] for p in prompts], self.text_length)
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """None: `encode` refuses a prompt it does not know."""
+        """Returns no words: `encode` refuses a prompt it does not know."""
         return []
 
     def describe_vocabulary(self) -> str:
-        """What prompts can be made of."""
+        """Returns in words what prompts can be made of."""
         return f"exactly the prompts {list(self.embeddings)}"
 
 
@@ -270,7 +270,7 @@ def _write(
 
 
 def _sample_digest(path: Path) -> str:
-    """SHA-256 of a file's size and of bytes spread over it."""
+    """Returns the SHA-256 of a file's size and of bytes spread over it."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -14,7 +14,7 @@ from models.umt5.layers import UMT5Block, relative_position_buckets, rms_norm
 
 
 class UMT5Encoder(nnx.Module):
-    """Token ids to one vector for each token.
+    """Turns token ids into one vector for each token.
 
     Source: Wan2.1 `T5Encoder` and transformers `UMT5EncoderModel`.
     """
@@ -46,7 +46,7 @@ class UMT5Encoder(nnx.Module):
         Args:
           ids: Tokens, 0 <= id < `config.vocab_size`; one outside gives NaN.
           lengths: Tokens of each item, 1 to T. Later ones are padding, which no
-            token attends to, so neither their ids nor their number matter.
+            token attends to, so neither their ids nor their count matter.
 
         Returns:
           float32; rows past an item's length are zero.
@@ -81,15 +81,15 @@ class UMT5Encoder(nnx.Module):
 def random_umt5_encoder(
     config: UMT5Config, *, seed: int = 0, device: jax.Device | None = None
 ) -> UMT5Encoder:
-    """An encoder with random weights, made on the device in one compiled program.
+    """Makes an encoder with random weights on the device, in one compiled program.
 
     For measurements of time and memory at full size: nothing is drawn on the host,
     and weights are drawn in `config.param_dtype`.
 
     Args:
       config: Sizes and dtypes.
-      seed: Of the weights.
-      device: Where they are made; the default device if None.
+      seed: Seed of the weights.
+      device: Device that makes and holds them; the default device if None.
     """
     with jax.default_device(device):
         # "rbg" compiles in half the time of the default generator.
@@ -104,7 +104,7 @@ _compiled_random = nnx.jit(_random, static_argnums=0)
 
 
 def _stack_blocks(config: UMT5Config, rngs: nnx.Rngs) -> UMT5Block:
-    """One block module whose parameters have a leading layer axis."""
+    """Makes one block module whose parameters have a leading layer axis."""
 
     @nnx.split_rngs(splits=config.num_layers)
     @nnx.vmap(in_axes=0, out_axes=0)

@@ -9,6 +9,7 @@ it. The published code keeps the residual stream in bfloat16 too; ours rounds le
 import math
 from collections.abc import Callable
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ from models.umt5.config import UMT5Config
 def relative_position_buckets(
     length: int, num_buckets: int, max_distance: int
 ) -> Int[np.ndarray, "T T"]:
-    """Row of the position table for each query (first axis) and key.
+    """Returns the position table's row for each query (first axis) and key.
 
     Half of the rows are for keys after the query. In each half, the first
     `num_buckets // 4` distances have rows of their own; farther ones share rows
@@ -50,7 +51,7 @@ def relative_position_buckets(
 
 
 class RelativePositionBias(nnx.Module):
-    """A learned number for each head and bucket of distances, added to logits."""
+    """A learned bias for each head and bucket of distances, added to logits."""
 
     def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs) -> None:
         shape = (config.num_buckets, config.num_heads)
@@ -59,9 +60,9 @@ class RelativePositionBias(nnx.Module):
         self.embedding = nnx.Param(init(rngs.params(), shape, dtype))
 
     def __call__(self, buckets: Int[Array, "T T"]) -> Float[Array, "1 N T T"]:
-        """The bias of each query (third axis) and key, float32."""
+        """Returns the bias of each query (third axis) and key, float32."""
         table = self.embedding[...].astype(jnp.float32)
-        return table[buckets].transpose(2, 0, 1)[None]
+        return einops.rearrange(table[buckets], "query key N -> 1 N query key")
 
 
 class Attention(nnx.Module):
@@ -91,8 +92,12 @@ class Attention(nnx.Module):
         The softmax is float32; probabilities are cast to `dtype` before they
         multiply the values. Logits of size [B, N, T, T] exist at once.
         """
-        heads = (*x.shape[:2], self.config.num_heads, self.config.head_dim)
-        q, k, v = (layer(x).reshape(heads) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            einops.rearrange(
+                project(x), "B T (N D) -> B T N D", N=self.config.num_heads
+            )
+            for project in (self.q, self.k, self.v)
+        )
         attended = jax.nn.dot_product_attention(
             q,
             k,
@@ -102,7 +107,7 @@ class Attention(nnx.Module):
             key_value_seq_lengths=lengths,
             implementation="xla",  # cuDNN takes no bias in float32
         )
-        return self.o(attended.reshape(*x.shape[:2], -1))
+        return self.o(einops.rearrange(attended, "B T N D -> B T (N D)"))
 
 
 class FeedForward(nnx.Module):
@@ -117,6 +122,7 @@ class FeedForward(nnx.Module):
         self.fc2 = linear(config.ffn_dim, config.dim, config, rngs)
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Runs the network on each token."""
         gate = jax.nn.gelu(self.gate(x), approximate=True)
         return self.fc2(self.fc1(x) * gate)
 
@@ -157,7 +163,7 @@ def linear(
     *,
     std: float | None = None,
 ) -> nnx.Linear:
-    """A matrix without bias; `std` of its initial values keeps variance if None."""
+    """Makes a matrix without bias; if `std` is None, initial values keep variance."""
     init: Callable = nnx.initializers.normal(std or in_features**-0.5)
     return nnx.Linear(
         in_features,
@@ -171,7 +177,7 @@ def linear(
 
 
 def rms_norm(config: UMT5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """Root mean square norm with a learned scale; computes and returns float32."""
+    """Makes a root mean square norm with a learned scale, float32 inside and out."""
     return nnx.RMSNorm(
         config.dim,
         epsilon=config.eps,

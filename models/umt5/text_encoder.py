@@ -1,4 +1,4 @@
-"""Prompts to the context of cross-attention, by a UMT5 encoder in memory."""
+"""The text encoder of Wan: prompts to the context of cross-attention."""
 
 import dataclasses
 import logging
@@ -33,7 +33,7 @@ class UMT5TextEncoder:
 
     Args:
       model: The encoder.
-      tokenizer: Its `max_length` is the number of context rows, L.
+      tokenizer: The tokenizer; its `max_length` is the count of context rows, L.
 
     Raises:
       ValueError: The tokenizer has more tokens than the encoder.
@@ -68,8 +68,8 @@ class UMT5TextEncoder:
           config: Sizes of the encoder, and how to run it; `UMT5Config.xxl()` with
             `default_dtype` of the device if None.
           max_length: Context rows, L.
-          device: Where the encoder is put and runs, such as `jax.devices("cpu")[0]`;
-            the default device if None.
+          device: Device that the encoder is put on and runs on, such as
+            `jax.devices("cpu")[0]`; the default device if None.
 
         Raises:
           CheckpointError: A file is missing or damaged.
@@ -86,7 +86,7 @@ class UMT5TextEncoder:
     def encode(
         self, prompts: Sequence[str]
     ) -> tuple[Float[Array, "B L E"], Int[Array, " B"]]:
-        """Context of the prompts, and how many of its rows are tokens.
+        """Returns the context of the prompts, and how many of its rows are tokens.
 
         Args:
           prompts: At least one; equal ones are computed once. Each runs by itself,
@@ -105,7 +105,7 @@ class UMT5TextEncoder:
         return pad_rows([rows[prompt] for prompt in prompts], self.tokenizer.max_length)
 
     def embed(self, prompts: Sequence[str]) -> dict[str, Float[np.ndarray, "_ E"]]:
-        """Vectors of each prompt's tokens, by prompt, in host memory.
+        """Returns the vectors of each prompt's tokens, by prompt, in host memory.
 
         Takes and raises what `encode` does.
         """
@@ -132,11 +132,11 @@ class UMT5TextEncoder:
         return rows
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """None: a subword tokenizer writes any word in pieces it knows."""
+        """Returns no words: a subword tokenizer writes any word in pieces it knows."""
         return []
 
     def describe_vocabulary(self) -> str:
-        """What prompts can be made of."""
+        """Returns in words what prompts can be made of."""
         return f"any text; it is split into {self.tokenizer.vocab_size} known pieces"
 
     def free(self) -> None:
@@ -146,7 +146,7 @@ class UMT5TextEncoder:
 
 
 def default_dtype(device: jax.Device | None = None) -> str:
-    """The faster `UMT5Config.dtype` on a device, the default device if None.
+    """Returns the faster `UMT5Config.dtype` of a device, JAX's default one if None.
 
     Without bfloat16 instructions, a CPU runs three full-size layers two to three
     times faster in float32 (measured); weights are widened one layer at a time.
@@ -158,7 +158,7 @@ def default_dtype(device: jax.Device | None = None) -> str:
 def pad_rows(
     rows: Sequence[Float[np.ndarray, "_ E"]], length: int
 ) -> tuple[Float[Array, "B L E"], Int[Array, " B"]]:
-    """Context of a batch from the token vectors of its prompts.
+    """Puts the token vectors of prompts together as the context of a batch.
 
     Args:
       rows: At least one; at most `length` vectors each, of equal width.

@@ -1,4 +1,4 @@
-"""Prompts to token ids, as Wan's own pipeline does it: clean, split, end, pad.
+"""Turns prompts into token ids as Wan's own pipeline does: clean, split, end, pad.
 
 The tokenizer is read from `tokenizer.json`, which both published layouts contain and
 which transformers itself runs. A lone `spiece.model` is refused: a second library
@@ -76,13 +76,13 @@ class UMT5Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens it has, added ones included."""
+        """The number of tokens it has, added ones included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(
         self, prompts: Sequence[str]
     ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, " B"]]:
-        """Tokens of some prompts.
+        """Returns the tokens of some prompts.
 
         Args:
           prompts: Any text; cleaned by `clean_prompt` first. Tokens past
@@ -115,7 +115,7 @@ class UMT5Tokenizer:
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Refuses a single string, which is a sequence of strings too.
+    """Raises for a single string, which is a sequence of strings too.
 
     Raises:
       TypeError: `prompts` is a string.
@@ -128,7 +128,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def clean_prompt(prompt: str) -> str:
-    """Text as Wan's pipeline cleans it before it is split into tokens.
+    """Cleans a text as Wan's pipeline does before it is split into tokens.
 
     Repairs wrongly decoded text and straightens curly quotes (ftfy), replaces HTML
     entities, even ones escaped twice, and makes one space of any whitespace.
@@ -144,25 +144,27 @@ def clean_prompt(prompt: str) -> str:
 
 
 def find_tokenizer(path: Path) -> Path:
-    """The `tokenizer.json` at a path; see `UMT5Tokenizer` for what is accepted.
+    """Finds the `tokenizer.json` at a path; see `UMT5Tokenizer` for what is accepted.
 
     Raises:
-      CheckpointError: There is none; the places looked at are named.
+      CheckpointError: There is none; the folders looked at are named.
     """
     if path.is_file():
         return path
-    places = [path / subfolder for subfolder in _SUBFOLDERS]
-    for place in places:
-        if (place / FILE).is_file():
-            return place / FILE
-    for place in places:
-        if (place / "spiece.model").is_file():
+    folders = [path / subfolder for subfolder in _SUBFOLDERS]
+    for folder in folders:
+        if (folder / FILE).is_file():
+            return folder / FILE
+    for folder in folders:
+        if (folder / "spiece.model").is_file():
             raise CheckpointError(
-                f"{place} has spiece.model but no {FILE}; with transformers, "
-                f"AutoTokenizer.from_pretrained({str(place)!r})"
-                f".save_pretrained({str(place)!r}) writes it"
+                f"{folder} has spiece.model but no {FILE}; with transformers, "
+                f"AutoTokenizer.from_pretrained({str(folder)!r})"
+                f".save_pretrained({str(folder)!r}) writes it"
             )
-    raise CheckpointError(f"found no {FILE} in any of {[str(p) for p in places]}")
+    raise CheckpointError(
+        f"found no {FILE} in any of {[str(folder) for folder in folders]}"
+    )
 
 
 def _require(package: str) -> ModuleType:

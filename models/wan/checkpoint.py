@@ -1,4 +1,4 @@
-"""Folders of published Wan2.1 models: what they hold, and loading it.
+"""Opens folders of published Wan2.1 models and loads their parts.
 
 Two layouts are published; see `models.wan.layouts`.
 """
@@ -29,7 +29,7 @@ from models.wan.layouts import (
 )
 from models.wan.transformer import WanTransformer
 
-# What the solvers here compute; other values in a scheduler's file are refused.
+# Settings that the solvers here have; others in a scheduler's file are refused.
 _SCHEDULER_ALWAYS = {
     "num_train_timesteps": 1000,
     "shift_terminal": None,
@@ -55,7 +55,7 @@ _SCHEDULER_FIXED: dict[str, dict[str, Any]] = {
     "FlowMatchEulerDiscreteScheduler": _SCHEDULER_ALWAYS
     | {"invert_sigmas": False, "stochastic_sampling": False},
 }
-# What diffusers takes for settings that a file leaves out, where that is another.
+# Values that diffusers takes for settings left out, if they are others than these.
 _SCHEDULER_DEFAULTS: dict[str, dict[str, Any]] = {
     "UniPCMultistepScheduler": {
         "prediction_type": "epsilon",
@@ -67,13 +67,13 @@ _SCHEDULER_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerSettings:
-    """How a folder says that its model is sampled.
+    """The sampler that a folder names for its model.
 
     Attributes:
       solver: UniPC of order 2, or Euler steps.
-      grid: Whose noise levels: those of Wan's own code, or of diffusers.
-      shift: Of the noise levels. The original says 5, or 3 for videos from an image
-        at 480p; its folders hold no such number, which is 5 then.
+      grid: Noise levels of Wan's own code, or of diffusers.
+      shift: Shift of the noise levels. The original says 5, or 3 for videos from an
+        image at 480p; its folders do not hold it, and it is 5 then.
     """
 
     solver: Literal["unipc", "euler"] = "unipc"
@@ -87,8 +87,8 @@ class WanFolder:
 
     Attributes:
       path: The folder.
-      layout: How it is laid out.
-      task: What videos are made from: text ("t2v"), or text and an image ("i2v").
+      layout: Published layout.
+      task: Whether videos are made from text ("t2v") or from an image too ("i2v").
       parts: The parts that it was checked for.
       transformer_config: The transformer's `config.json` as it is.
     """
@@ -107,7 +107,7 @@ class WanFolder:
 
         Args:
           path: The folder.
-          parts: What must be there. An image encoder is not asked for in a
+          parts: Parts that must be there. An image encoder is not asked for in a
             text-to-video model, nor a scheduler in the original layout.
 
         Raises:
@@ -158,7 +158,7 @@ class WanFolder:
         )
 
     def config(self, **changes: Any) -> WanConfig:
-        """The transformer's sizes; `changes` as in `WanConfig.from_dict`.
+        """Reads the transformer's sizes; `changes` as in `WanConfig.from_dict`.
 
         Raises:
           CheckpointError: This port lacks what `config.json` asks for.
@@ -170,7 +170,7 @@ class WanFolder:
             raise CheckpointError(f"{file}: {error}") from error
 
     def weights(self, part: Part) -> Mapping[str, Any]:
-        """A part's arrays by key, each read from disk when it is used.
+        """Returns a part's arrays by key, each read from disk when it is used.
 
         Raises:
           CheckpointError: A file is missing or damaged, or the part has no weights.
@@ -184,7 +184,7 @@ class WanFolder:
         return load_safetensors(self.path / part)
 
     def weight_files(self, part: Part) -> list[Path]:
-        """The files of a part's weights; none for a part that has none."""
+        """Returns the files of a part's weights; none for a part that has none."""
         patterns = LAYOUTS[self.layout].get(part, ())
         return sorted(
             file
@@ -194,8 +194,10 @@ class WanFolder:
         )
 
     def part_config(self, part: Part) -> dict[str, Any] | None:
-        """A part's `config.json`; None in the original layout, which has one for the
-        transformer only: its other parts are of one size in every Wan2.1 model.
+        """Reads a part's `config.json`.
+
+        The original layout has one for the transformer only: its other parts are of
+        one size in every Wan2.1 model, and the result is None.
 
         Raises:
           CheckpointError: The file is missing or damaged.
@@ -212,14 +214,14 @@ class WanFolder:
         default: Callable[..., Config],
         **changes: Any,
     ) -> Config:
-        """A part's sizes.
+        """Reads a part's sizes.
 
         Args:
           part: Any but the transformer, which has `config`.
           read: Makes them from the part's `config.json`.
-          default: Makes them where the layout has no such file, or the part was not
+          default: Makes them if the layout has no such file, or the part was not
             checked for.
-          **changes: What both are given, such as `dtype`.
+          **changes: Arguments that both are given, such as `dtype`.
 
         Raises:
           CheckpointError: The file is missing or damaged, or of another model; it is
@@ -240,7 +242,7 @@ class WanFolder:
         return (self.path / LAYOUTS[self.layout]["tokenizer"][0]).parent
 
     def scheduler(self) -> SchedulerSettings:
-        """How the model is sampled.
+        """Reads how the model is sampled.
 
         Raises:
           CheckpointError: The file is missing or damaged, or asks for what no solver
@@ -277,16 +279,16 @@ class WanFolder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanParts:
-    """What a pipeline is made of, opened but not loaded.
+    """The parts of a pipeline, opened but not loaded.
 
     Weights are left on disk, as arrays by key that are read when they are used: a
     part may be loaded to another device, freed before the next is, or not loaded.
 
     Attributes:
-      folder: Where everything comes from.
-      config: Of the transformer.
-      weights: Of the transformer, adapters included.
-      scheduler: How the model is sampled.
+      folder: Folder that everything comes from.
+      config: The transformer's configuration.
+      weights: The transformer's weights, adapters included.
+      scheduler: The sampler that the model is published with.
       text_encoder: UMT5's weights; None if they were not asked for.
       vae: The video autoencoder's weights; None if they were not asked for.
       image_encoder: CLIP's weights; None if they were not asked for, or the model
@@ -304,7 +306,7 @@ class WanParts:
     tokenizer: Path | None
 
     def load_transformer(self) -> WanTransformer:
-        """The transformer, on JAX's default device.
+        """Loads the transformer onto JAX's default device.
 
         Raises:
           CheckpointError: The weights are damaged or do not fit `config.json`; every
@@ -337,7 +339,7 @@ def open_wan_parts(
       dtype: The transformer computes in it.
       param_dtype: Its weights are stored in it, but for the few that it computes
         with in float32 (`models.wan.convert.FLOAT32`); `dtype` if None.
-      parts: What is needed; without the text encoder, say, where embeddings have
+      parts: Parts that are needed; not the text encoder, say, if embeddings have
         been made before. The transformer always is.
       loras: Adapters to merge, each a `.safetensors` file and its strength.
       revision: Branch, tag or commit of a repository.
@@ -377,7 +379,7 @@ def open_wan_parts(
 
 
 def _check_one_transformer(path: Path) -> None:
-    """Refuses Wan2.2's pairs: one of the two alone loads, and makes poor videos."""
+    """Raises for Wan2.2's pairs: one alone would load, and make poor videos."""
     index = path / "model_index.json"
     names = ("high_noise_model", "low_noise_model", "transformer_2")
     pair = [name for name in names if (path / name).is_dir()]

@@ -187,7 +187,7 @@ def save_wan_transformer(
 
     Args:
       model: The model.
-      directory: Where to write.
+      directory: Folder to write to.
       stem: Start of the file names.
       layout: Keys and layouts to write.
       dtype: The weights' dtype in the file; None keeps that of the parameters.

@@ -1,4 +1,4 @@
-"""How published Wan2.1 models are laid out in folders, and telling folders apart.
+"""The layouts of published Wan2.1 folders, and how to tell folders apart.
 
 Two layouts are published: the original's (Wan-AI/Wan2.1-T2V-1.3B, -14B, ...) and that
 of diffusers (the same names with -Diffusers); `LAYOUTS` lists their files.
@@ -44,7 +44,7 @@ _SIGNS: dict[LayoutName, tuple[str, ...]] = {
 
 
 def find_layout(path: str | os.PathLike) -> LayoutName | None:
-    """The layout of a folder of a Wan model, complete or not; None if it is none."""
+    """Returns the layout of a Wan model's folder, complete or not; else None."""
     for layout, signs in _SIGNS.items():
         if any(any(Path(path).glob(sign)) for sign in signs):
             return layout
@@ -52,7 +52,7 @@ def find_layout(path: str | os.PathLike) -> LayoutName | None:
 
 
 def hub_patterns(parts: Collection[Part] = ALL_PARTS) -> list[str]:
-    """Files to fetch for some parts, whichever layout a repository has."""
+    """Returns the files to fetch for some parts, whichever the repository's layout."""
     wanted = [
         pattern
         for layout in LAYOUTS.values()
@@ -67,7 +67,7 @@ def hub_patterns(parts: Collection[Part] = ALL_PARTS) -> list[str]:
 def describe_layouts(
     layouts: Mapping[LayoutName, Mapping[Part, tuple[str, ...]]] = LAYOUTS,
 ) -> str:
-    """What a folder of a model holds, in words; by default that of any model."""
+    """Says in words what a model's folder holds, in any layout by default."""
     return " or ".join(
         f"the {name} layout ({_describe_files(parts)})"
         for name, parts in layouts.items()
@@ -75,7 +75,7 @@ def describe_layouts(
 
 
 def describe_neighbour(path: str | os.PathLike) -> str | None:
-    """What to give in place of a folder that lies in, or around, that of a model.
+    """Says which folder to give in place of one inside, or around, a model's.
 
     Args:
       path: A folder of one part in the diffusers layout, or the folder that the hub's
@@ -95,7 +95,7 @@ def describe_neighbour(path: str | os.PathLike) -> str | None:
 
 
 def _describe_files(parts: Mapping[Part, tuple[str, ...]]) -> str:
-    """The patterns; in a list of all, those of image-to-video models last."""
+    """Lists the patterns, those of image-to-video models last."""
     common, image = (
         ", ".join(
             pattern
@@ -109,7 +109,7 @@ def _describe_files(parts: Mapping[Part, tuple[str, ...]]) -> str:
 
 
 def _snapshots(folder: Path) -> Iterator[Path]:
-    """The revisions of a repository in the hub's cache, that of main first."""
+    """Yields a repository's revisions in the hub's cache, that of main first."""
     if folder.name == "snapshots":
         folder = folder.parent
     main = folder / "refs" / "main"

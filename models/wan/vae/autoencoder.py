@@ -31,7 +31,7 @@ class WanVAE(nnx.Module):
 
     Args:
       config: Sizes and dtypes.
-      rngs: For the initial weights.
+      rngs: Source of the initial weights.
 
     Source: Wan2.1 `WanVAE_` and, for the normalisation of latents, `WanVAE`.
     """
@@ -47,20 +47,20 @@ class WanVAE(nnx.Module):
     def encode_frames(
         self, video: Float[Array, "B T Y X 3"], cache: Cache = None
     ) -> tuple[Float[Array, "B F H W C"], Cache]:
-        """Latents of the next frames of a video.
+        """Encodes the next frames of a video.
 
         Args:
           video: Pixels in [-1, 1]. At the start of a video 1 + n * stride frames,
             later n * stride, with the config's stride in time. Rows and columns
             are multiples of the stride in space.
-          cache: What the call before returned; None at the start of a video.
+          cache: Cache that the last call returned; None at the start of a video.
 
         Returns:
           The mean of the posterior, normalised, float32; and the cache for the
           frames that follow.
 
         Raises:
-          ValueError: The number of frames, rows or columns is not such.
+          ValueError: Frames, rows or columns are no such multiple.
         """
         time, side, _ = self.config.stride
         _, frames, height, width, _ = video.shape
@@ -77,11 +77,11 @@ class WanVAE(nnx.Module):
     def decode_frames(
         self, latents: Float[Array, "B F H W C"], cache: Cache = None
     ) -> tuple[Float[Array, "B T Y X 3"], Cache]:
-        """Pixels of the next latent frames of a video.
+        """Decodes the next latent frames of a video.
 
         Args:
           latents: Normalised, as the transformer has them.
-          cache: What the call before returned; None at the start of a video.
+          cache: Cache that the last call returned; None at the start of a video.
 
         Returns:
           float32 in [-1, 1]: one frame for the first latent frame of a video,
@@ -97,7 +97,7 @@ class WanVAE(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Pixels to mean and log variance of the latent.
+    """Turns pixels into mean and log variance of the latent.
 
     Source: Wan2.1 `Encoder3d`.
     """
@@ -119,6 +119,7 @@ class Encoder(nnx.Module):
         self.conv_out = CausalConv(size, 2 * config.latent_channels, config, rngs=rngs)
 
     def __call__(self, x: Frames, cache: Cache) -> Step:
+        """Runs the next frames of a video."""
         body, head = (None, None) if cache is None else cache
         layers = (self.conv_in, *self.down_blocks, self.mid_block)
         x, body = run_layers(layers, x, body)
@@ -127,7 +128,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to pixels.
+    """Turns latents into pixels.
 
     Source: Wan2.1 `Decoder3d`.
     """
@@ -147,6 +148,7 @@ class Decoder(nnx.Module):
         self.conv_out = CausalConv(config.channels[0], COLOURS, config, rngs=rngs)
 
     def __call__(self, x: Frames, cache: Cache) -> Step:
+        """Runs the next frames of a video."""
         body, head = (None, None) if cache is None else cache
         layers = (self.conv_in, self.mid_block, *self.up_blocks)
         x, body = run_layers(layers, x, body)
@@ -163,6 +165,7 @@ class MidBlock(nnx.Module):
         self.attentions = nnx.List([FrameAttention(dim, config, rngs)])
 
     def __call__(self, x: Frames, cache: Cache) -> Step:
+        """Runs the next frames of a video."""
         layers = (self.resnets[0], self.attentions[0], self.resnets[1])
         return run_layers(layers, x, cache)
 
@@ -175,7 +178,7 @@ class UpBlock(nnx.Module):
       out_features: Channels of the resolution.
       config: Sizes and dtypes.
       temporal: Whether the step doubles the frames, too; None for no step.
-      rngs: For the initial weights.
+      rngs: Source of the initial weights.
     """
 
     def __init__(
@@ -198,5 +201,6 @@ class UpBlock(nnx.Module):
         )
 
     def __call__(self, x: Frames, cache: Cache) -> Step:
+        """Runs the next frames of a video."""
         last = () if self.upsampler is None else (self.upsampler,)
         return run_layers((*self.resnets, *last), x, cache)

@@ -2,7 +2,7 @@
 
 The first chunk is the first frame; each other is the `stride` frames of one latent
 frame, as in the original, and videos of a batch run one after the other. Two compiled
-steps serve any number of frames and videos, and memory beside the videos themselves
+steps serve any count of frames and videos, and memory beside the videos themselves
 does not grow with it. A step hands the cache of the layers to the next, which reuses
 its buffers.
 """
@@ -28,7 +28,7 @@ Latents = Float[Array | np.ndarray, "B F H W C"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class WanVAECodec:
-    """Between pixels in [-1, 1] and the latents of a Wan transformer.
+    """Encodes pixels in [-1, 1] to the latents of a Wan transformer, and back.
 
     Latents are normalised by channel, as the transformer has them. The methods run
     compiled steps one after the other; code under `jax.jit` calls `WanVAE` instead.
@@ -50,40 +50,40 @@ class WanVAECodec:
             return
         for name in ("size", "overlap"):
             value = getattr(self.tiling, name)
-            if any(number % side for number in value):
+            if any(length % side for length in value):
                 raise ValueError(f"tiling.{name}={value} must be multiples of {side}")
 
     @property
     def stride(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of pixels behind one latent position."""
+        """The frames, rows and columns of pixels behind one latent position."""
         return self.model.config.stride
 
     @property
     def channels(self) -> int:
-        """Latent channels, C."""
+        """The number of latent channels, C."""
         return self.model.config.latent_channels
 
     def latent_shape(
         self, *, frames: int, height: int, width: int
     ) -> tuple[int, int, int, int]:
-        """The shape of one video's latent; see `WanVAEConfig.latent_shape`."""
+        """Returns the shape of one video's latent; see `WanVAEConfig.latent_shape`."""
         return self.model.config.latent_shape(frames=frames, height=height, width=width)
 
     def video_shape(
         self, frames: int, rows: int, columns: int
     ) -> tuple[int, int, int, int]:
-        """Frames, height, width and colours of the video of a latent.
+        """Returns frames, height, width and colours of the video of a latent.
 
         Args:
-          frames: Of the latent.
-          rows: Of the latent.
-          columns: Of the latent.
+          frames: Frames of the latent.
+          rows: Rows of the latent.
+          columns: Columns of the latent.
         """
         time, side, _ = self.stride
         return time * (frames - 1) + 1, rows * side, columns * side, COLOURS
 
     def decode(self, latents: Latents) -> Float[Array, "B T Y X 3"]:
-        """The video of some latents.
+        """Decodes latents to videos.
 
         Args:
           latents: Normalised latents.
@@ -101,7 +101,7 @@ class WanVAECodec:
         return _join(self._decode(item) for item in _items(latents))
 
     def decode_to_host(self, latents: Latents) -> Float[np.ndarray, "B T Y X 3"]:
-        """`decode` into the host's memory, one chunk on the device at a time."""
+        """Decodes into the host's memory, one chunk on the device at a time."""
         self._check_latents(latents)
         batch, *size, _ = latents.shape
         video = np.zeros((batch, *self.video_shape(*size)), np.float32)
@@ -109,12 +109,12 @@ class WanVAECodec:
             self._run_tiles(self._decode, latents, video)
             return np.clip(video, -1.0, 1.0, out=video)
         for index, item in enumerate(_items(latents)):
-            for frames, chunk in _place(self._decode(item)):
+            for frames, chunk in _copy_to_host(self._decode(item)):
                 video[index, frames] = chunk[0]
         return video
 
     def decode_chunks(self, latents: Latents) -> Iterator[Float[Array, "B t Y X 3"]]:
-        """The video of some latents chunk by chunk, each as soon as it is started.
+        """Decodes chunk by chunk, and yields each as soon as it is started.
 
         Args:
           latents: Normalised latents. Here a batch runs at once.
@@ -133,7 +133,7 @@ class WanVAECodec:
         return self._decode(latents)
 
     def encode(self, video: Video) -> Float[Array, "B F H W C"]:
-        """Latents of a video: the normalised mean of the posterior.
+        """Encodes videos to the normalised mean of the posterior.
 
         Args:
           video: Pixels in [-1, 1], of a size that `latent_shape` accepts. From a
@@ -187,7 +187,7 @@ class WanVAECodec:
         for tile in self.tiling.tiles(rows, columns, side):
             target, weights = tile.cut(result, scale_out), tile.weights(scale_out)
             for index, item in enumerate(_items(tile.cut(source, scale_in))):
-                for frames, chunk in _place(run(item)):
+                for frames, chunk in _copy_to_host(run(item)):
                     target[index, frames] += weights * chunk[0]
 
     def _check_latents(self, latents: Latents) -> None:
@@ -206,12 +206,12 @@ def _check_floating(name: str, array: Array | np.ndarray) -> None:
 
 
 def _items(batch: Latents | Video) -> Iterator[Array | np.ndarray]:
-    """Batches of one."""
+    """Yields batches of one."""
     return (batch[index : index + 1] for index in range(batch.shape[0]))
 
 
 def _join(videos: Iterable[Iterable[Array]]) -> Array:
-    """One batch of the chunks of each video."""
+    """Joins the chunks of each video, and the videos to a batch."""
     joined = [jnp.concatenate(list(chunks), axis=1) for chunks in videos]
     return joined[0] if len(joined) == 1 else jnp.concatenate(joined)
 
@@ -219,7 +219,7 @@ def _join(videos: Iterable[Iterable[Array]]) -> Array:
 def _run(
     step: Callable, model: WanVAE, frames: Latents | Video, chunk: int
 ) -> Iterator[Array]:
-    """One step for the first frame, then one for each `chunk` frames."""
+    """Runs a step for the first frame, then one for each `chunk` frames."""
     graph, state = nnx.split(model)
     cache = None
     for start in (0, *range(1, frames.shape[1], chunk)):
@@ -236,7 +236,7 @@ def _cut(frames: Latents | Video, start: int, length: int) -> Array | np.ndarray
 
 @functools.partial(jax.jit, static_argnames="length")
 def _cut_on_device(frames: Array, start: int | Array, length: int) -> Array:
-    """A slice whose start is not part of the compiled program."""
+    """Cuts frames; their start is not part of the compiled program."""
     return jax.lax.dynamic_slice_in_dim(frames, start, length, axis=1)
 
 
@@ -254,8 +254,8 @@ def _encode_step(
     return nnx.merge(graph, state).encode_frames(video, cache)
 
 
-def _place(chunks: Iterator[Array]) -> Iterator[tuple[slice, np.ndarray]]:
-    """Chunks on the host and the frames they are, each copied while the next runs."""
+def _copy_to_host(chunks: Iterator[Array]) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields the frames of each chunk, and the chunk, copied while the next runs."""
     start = 0
     ready: Array | None = next(chunks)
     while ready is not None:

@@ -47,7 +47,7 @@ _WAN_2_1_STD = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanVAEConfig:
-    """What the autoencoder computes. Hashable, hence a static jit argument.
+    """The sizes and numerics of the autoencoder. Hashable: a static jit argument.
 
     Attributes:
       base_dim: Channels at full resolution.
@@ -61,7 +61,7 @@ class WanVAEConfig:
       latents_mean: Mean of the encoder's output, by channel. The transformer works
         on latents less this mean, over `latents_std`.
       latents_std: Standard deviation of the encoder's output, by channel.
-      dtype: Of convolutions, matrix products, the feature cache and what passes
+      dtype: Dtype of convolutions, matrix products, the feature cache and what passes
         between layers. Norms, activations, softmax, the latents and the pixels are
         float32 always. float32 as in the original; on GPUs that have it, float32
         products use TF32 unless `jax.default_matmul_precision` says otherwise
@@ -125,12 +125,12 @@ class WanVAEConfig:
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Channels of each resolution, finest first."""
+        """The channels of each resolution, finest first."""
         return tuple(self.base_dim * factor for factor in self.dim_mult)
 
     @property
     def stride(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of pixels behind one latent position.
+        """The frames, rows and columns of pixels behind one latent position.
 
         The first latent frame stands for one frame of the video only.
         """
@@ -140,10 +140,10 @@ class WanVAEConfig:
     def latent_shape(
         self, *, frames: int, height: int, width: int
     ) -> tuple[int, int, int, int]:
-        """Frames, rows, columns and channels of one video's latent.
+        """Returns frames, rows, columns and channels of one video's latent.
 
         Args:
-          frames: Of the video: one more than a multiple of the stride.
+          frames: Frames of the video: one more than a multiple of the stride.
           height: Rows of pixels, a multiple of the stride.
           width: Columns of pixels, likewise.
 
@@ -161,7 +161,7 @@ class WanVAEConfig:
 
     @classmethod
     def wan2_1(cls, **changes: Any) -> "WanVAEConfig":
-        """The autoencoder of Wan2.1, all sizes of the transformer."""
+        """Returns the autoencoder of Wan2.1, of all sizes of the transformer."""
         sizes: dict[str, Any] = {
             "base_dim": 96,
             "latent_channels": 16,

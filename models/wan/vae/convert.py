@@ -141,7 +141,7 @@ def export_wan_vae(
 
 
 def _upsampling(config: WanVAEConfig) -> tuple[Row, ...]:
-    """The decoder's blocks, numbered through in the original, by level elsewhere."""
+    """Returns the decoder's blocks, which only the original numbers through."""
     rows: list[Row] = []
     per_level = config.num_res_blocks + 2  # the last is the step to the next level
     for level in range(len(config.dim_mult)):

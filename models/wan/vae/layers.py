@@ -1,12 +1,12 @@
 """Layers of Wan's causal video autoencoder.
 
 Every layer is a function `(x, cache) -> (x, cache)` of the next frames of a video and
-of what it remembers of the frames before. A cache of None starts a video. How a video
+its memory of the frames before. A cache of None starts a video. How a video
 is cut in chunks does not change the outputs, joined, since a layer remembers as many
 frames as its window reaches back. Layers that look at one frame at a time remember
 nothing, `()`.
 
-Attribute names are those of the diffusers checkpoint, without the numbers of
+Attribute names are those of the diffusers checkpoint, without the indices of
 `nn.Sequential`. Norms, activations and softmax are float32; what enters a convolution
 or matrix product is cast to `config.dtype`, and so is what comes out.
 
@@ -16,6 +16,7 @@ Source: Wan2.1 `wan/modules/vae.py`, where a list indexed by a counter is the ca
 from collections.abc import Sequence
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,14 +24,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from models.wan.vae.config import WanVAEConfig
-from pallas_kernels.attention.dense import dense_attention
+from pallas_kernels import dense_attention
 
 WINDOW = 3  # frames that a convolution in time sees
 NORM_EPS = 1e-12  # smallest length of a vector that the norm divides by
 
 Frames = Float[Array, "B T H W C"]
 Cache = Any  # pytree of frames; None at the start of a video
-Step = tuple[Float[Array, "B t h w O"], Cache]  # what a layer makes of frames
+Step = tuple[Float[Array, "B t h w O"], Cache]  # a layer's output
 
 
 def run_layers(
@@ -51,6 +52,7 @@ class RMSNorm(nnx.Module):
         self.gamma = nnx.Param(jnp.ones(dim, config.param_dtype))
 
     def __call__(self, x: Float[Array, "*axes C"]) -> Float[Array, "*axes C"]:
+        """Normalises the last axis."""
         x = x.astype(jnp.float32)
         length = jnp.sqrt(jnp.square(x).sum(-1, keepdims=True))
         gamma = self.gamma[...].astype(jnp.float32) * x.shape[-1] ** 0.5
@@ -60,17 +62,17 @@ class RMSNorm(nnx.Module):
 class CausalConv(nnx.Module):
     """A convolution whose window ends at the current frame, three frames long.
 
-    Before the video come frames of zeros; rows and columns are padded to keep their
-    number.
+    Before the video come frames of zeros; rows and columns are padded, so that none
+    is lost.
 
     Args:
       in_features: Channels in.
       out_features: Channels out.
       config: dtypes and form of the convolution.
       side: Rows and columns of the window, odd.
-      stride: Frames from one window to the next. The number of frames in a call is a
-        multiple of it; `WINDOW - stride` frames are remembered.
-      rngs: For the initial weights.
+      stride: Frames from one window to the next. A call gets a multiple of
+        it; `WINDOW - stride` frames are remembered.
+      rngs: Source of the initial weights.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class CausalConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_features, config.param_dtype))
 
     def __call__(self, x: Frames, cache: Cache) -> Step:
+        """Runs the next frames of a video."""
         dtype = jnp.dtype(self.config.dtype)
         memory = WINDOW - self.stride
         x = x.astype(dtype)
@@ -118,29 +121,25 @@ def _convolve_3d(
 def _convolve_2d(
     x: Frames, kernel: Float[Array, "3 Y X C O"], stride: int
 ) -> Float[Array, "B t H W O"]:
-    """`_convolve_3d` with the frames of a window side by side in the channels."""
-    batch, frames, *_ = x.shape
-    windows = (frames - WINDOW) // stride + 1
+    """Does the same with the frames of a window side by side in the channels."""
+    windows = (x.shape[1] - WINDOW) // stride + 1
     last = (windows - 1) * stride + 1
     taps = [x[:, tap : tap + last : stride] for tap in range(WINDOW)]
-    images = jnp.concatenate(taps, axis=-1)
-    images = images.reshape(batch * windows, *images.shape[2:])
-    time, rows, columns, channels, out = kernel.shape
-    kernel = kernel.transpose(1, 2, 0, 3, 4)
+    _, rows, columns, *_ = kernel.shape
     images = lax.conv_general_dilated(
-        images,
-        kernel.reshape(rows, columns, time * channels, out),
+        einops.rearrange(jnp.concatenate(taps, axis=-1), "B T H W C -> (B T) H W C"),
+        einops.rearrange(kernel, "T H W C O -> H W (T C) O"),
         window_strides=(1, 1),
         padding=((rows // 2, rows // 2), (columns // 2, columns // 2)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    return images.reshape(batch, windows, *images.shape[1:])
+    return einops.rearrange(images, "(B T) H W O -> B T H W O", T=windows)
 
 
 def pointwise(
     in_features: int, out_features: int, config: WanVAEConfig, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """A convolution of window one, that is a linear layer on each position."""
+    """Makes a convolution of window one: a linear layer on each position."""
     return nnx.Linear(
         in_features,
         out_features,
@@ -170,6 +169,7 @@ class ResidualBlock(nnx.Module):
         )
 
     def __call__(self, x: Frames, cache: Cache) -> Step:
+        """Runs the next frames of a video."""
         first, second = (None, None) if cache is None else cache
         hidden, first = self.conv1(jax.nn.silu(self.norm1(x)), first)
         hidden, second = self.conv2(jax.nn.silu(self.norm2(hidden)), second)
@@ -190,12 +190,16 @@ class FrameAttention(nnx.Module):
         self.proj = pointwise(dim, dim, config, rngs)
 
     def __call__(self, x: Frames, cache: Cache) -> Step:
-        batch, frames, rows, columns, channels = x.shape
-        tokens = x.reshape(batch * frames, rows * columns, 1, channels)
+        """Attends within each frame."""
+        tokens = einops.rearrange(x, "B T H W C -> (B T) (H W) 1 C")
         q, k, v = jnp.split(self.to_qkv(self.norm(tokens)), 3, axis=-1)
         # One head of 384 channels in the published model: no fused kernel takes it.
         out = dense_attention(q, k, v, backend="xla")
-        return x + self.proj(out).reshape(x.shape), ()
+        batch, _, rows, *_ = x.shape
+        frames = einops.rearrange(
+            self.proj(out), "(B T) (H W) 1 C -> B T H W C", B=batch, H=rows
+        )
+        return x + frames, ()
 
 
 class Downsample(nnx.Module):
@@ -227,6 +231,7 @@ class Downsample(nnx.Module):
         )
 
     def __call__(self, x: Frames, cache: Cache) -> Step:
+        """Runs the next frames of a video."""
         x = self.resample(x)
         if self.time_conv is None:
             return x, ()
@@ -266,6 +271,7 @@ class Upsample(nnx.Module):
         )
 
     def __call__(self, x: Frames, cache: Cache) -> Step:
+        """Runs the next frames of a video."""
         if self.time_conv is None:
             cache = ()
         elif cache is not None:
@@ -279,10 +285,8 @@ class Upsample(nnx.Module):
         return self.resample(x.repeat(2, axis=2).repeat(2, axis=3)), cache
 
     def _double_frames(self, x: Frames, cache: Cache) -> Step:
-        """Two frames for each: the two halves of the convolution's channels."""
+        """Makes two frames of each: the two halves of the convolution's channels."""
         assert self.time_conv is not None, "called only if there is one"
         pairs, cache = self.time_conv(x, cache)
-        batch, frames, rows, columns, channels = x.shape
-        pairs = pairs.reshape(batch, frames, rows, columns, 2, channels)
-        pairs = pairs.transpose(0, 1, 4, 2, 3, 5)
-        return pairs.reshape(batch, 2 * frames, rows, columns, channels), cache
+        frames = einops.rearrange(pairs, "B T H W (pair C) -> B (T pair) H W C", pair=2)
+        return frames, cache

@@ -25,7 +25,7 @@ class Tiling:
         multiples, at most a third of `size`, so that no third tile takes part.
 
     Raises:
-      ValueError: A number is not such.
+      ValueError: `size` or `overlap` is not as said.
     """
 
     size: tuple[int, int] = (256, 256)
@@ -35,18 +35,18 @@ class Tiling:
         for name, least in (("size", 1), ("overlap", 0)):
             value = getattr(self, name)
             if len(value) != 2 or not all(
-                isinstance(number, int) and number >= least for number in value
+                isinstance(length, int) and length >= least for length in value
             ):
                 raise ValueError(f"{name}={value!r} must be two integers >= {least}")
         if any(3 * o > s for o, s in zip(self.overlap, self.size, strict=True)):
             raise ValueError(f"{self.overlap=} must be at most a third of {self.size=}")
 
     def tiles(self, rows: int, columns: int, stride: int) -> "Iterator[Tile]":
-        """The tiles of a latent frame, in raster order.
+        """Yields the tiles of a latent frame, in raster order.
 
         Args:
-          rows: Of the latent.
-          columns: Of the latent.
+          rows: Rows of the latent.
+          columns: Columns of the latent.
           stride: Pixels behind one latent position, in each direction.
         """
         row_intervals, column_intervals = (
@@ -61,11 +61,11 @@ class Tiling:
 
 
 class Interval(NamedTuple):
-    """What a tile covers of one axis, in latent positions.
+    """The part of an axis that a tile covers, in latent positions.
 
     Attributes:
       start: First position.
-      size: Number of positions.
+      size: Count of positions.
       before: Positions shared with the tile before.
       after: Positions shared with the tile after.
     """
@@ -76,11 +76,11 @@ class Interval(NamedTuple):
     after: int
 
     def range(self, scale: int) -> slice:
-        """The interval, with `scale` to one latent position."""
+        """Returns the interval in positions of which a latent one has `scale`."""
         return slice(self.start * scale, (self.start + self.size) * scale)
 
     def weights(self, scale: int) -> Float[np.ndarray, " size"]:
-        """One, with linear ramps where tiles overlap; `scale` as in `range`."""
+        """Returns ones, linear ramps where tiles overlap; `scale` as in `range`."""
         inside = (np.arange(self.size * scale) + 0.5) / scale
         weights = np.ones(len(inside))
         if self.before:
@@ -91,27 +91,30 @@ class Interval(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One tile of a frame. `scale` is in positions to one of the latent: 1 for
-    latents, the codec's stride for pixels."""
+    """One tile of a frame.
+
+    The methods' `scale` is how many positions a latent one has: 1 for latents, the
+    codec's stride for pixels.
+    """
 
     rows: Interval
     columns: Interval
 
     def cut(self, frames: np.ndarray, scale: int) -> np.ndarray:
-        """A view of the tile's part of frames [B, T, rows, columns, ...]."""
+        """Returns a view of the tile's part of frames [B, T, rows, columns, ...]."""
         return frames[:, :, self.rows.range(scale), self.columns.range(scale)]
 
     def weights(self, scale: int) -> Float[np.ndarray, "rows columns 1"]:
-        """How much the tile counts at each position; all tiles add up to one."""
+        """Returns the tile's weight at each position; all tiles add up to one."""
         weights = np.outer(self.rows.weights(scale), self.columns.weights(scale))
         return weights[:, :, None].astype(np.float32)
 
 
 def split_axis(length: int, size: int, overlap: int) -> list[Interval]:
-    """The fewest evenly spaced intervals of one size that cover an axis.
+    """Returns the fewest evenly spaced intervals of one size that cover an axis.
 
     Args:
-      length: Of the axis.
+      length: Length of the axis.
       size: Most positions of an interval.
       overlap: Least positions that neighbours share, at most a third of `size`.
     """
