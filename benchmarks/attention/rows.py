@@ -3,8 +3,8 @@
     python -m benchmarks.attention.rows --output benchmarks/results/rows_h100.json
 
 Grids whose blocks do not start at multiples of 8 tokens are read row by row
-(`pallas_kernels/attention/sm90/copies.py`). Here a grid that TMA can read is read both
-ways.
+(`pallas_kernels/attention/sm90/row_copies.py`). Here a grid that TMA can read is read
+both ways.
 """
 
 import argparse
@@ -37,18 +37,20 @@ CASES: dict[str, tuple[Shape, Order]] = {
 def by_rows(grid: BlockGrid, order: Order) -> sm90_geometry.Geometry:
     """The geometry of a grid as if TMA could not read it."""
     with mock.patch.object(sm90_geometry, "_runs", _no_runs):
-        return sm90_geometry.geometry.__wrapped__(grid, order)
+        return sm90_geometry.geometry_of.__wrapped__(grid, order)
 
 
 def _no_runs(grid, order):
     starts = grid.block_starts
-    return starts, np.zeros_like(starts), sm90_geometry.BLOCK, "asked for"
+    return sm90_geometry._Runs(
+        starts, np.zeros_like(starts), sm90_geometry.BLOCK, "asked for"
+    )
 
 
 def compiled(shape: Shape, order: Order, qkv, mask: BlockMask, *, rows: bool):
     """The kernel for these arrays."""
-    found = by_rows if rows else sm90_geometry.geometry
-    with mock.patch.object(hopper, "geometry", found):
+    found = by_rows if rows else sm90_geometry.geometry_of
+    with mock.patch.object(hopper, "geometry_of", found):
         # Its cache does not see the other geometry.
         hopper._run.clear_cache()  # type: ignore[attr-defined]
         return hopper_variants.compiled(shape, qkv, mask, {}, order)

@@ -28,12 +28,7 @@ from pallas_kernels.common.interfaces import Order
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "exact-softmax": {"lazy": False},
-    "no-ping-pong": {"ping_pong": False},
-    "shared-memory-barriers": {"named_barriers": False},
-    "no-overlap": {"overlap": False},
-    "no-pairs": {"pairs": False},
-    "all-rows": {"skip_rows": False},
+    "exact-softmax": {"exact_softmax": True},
     "five-slots": {"num_slots": 5},
     "four-slots": {"num_slots": 4},
 }

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention.sm90.backend import NUM_MULTIPROCESSORS, tile_order
+from pallas_kernels.attention.sm90.schedule import NUM_MULTIPROCESSORS, launch_order
 
 SLOTS = NUM_MULTIPROCESSORS  # CTAs at a time
 START_TICKS = 2
@@ -44,7 +44,7 @@ def longest_first(counts: np.ndarray) -> np.ndarray:
 
 def waves(counts: np.ndarray) -> np.ndarray:
     """The kernel's order."""
-    return np.asarray(tile_order(jnp.asarray(counts, jnp.int32), SLOTS))
+    return np.asarray(launch_order(jnp.asarray(counts, jnp.int32), SLOTS))
 
 
 ORDERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -61,7 +61,7 @@ from models.wan.transformer import WanTransformer
 from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.config import WanVAEConfig
-from pallas_kernels.attention.sm90 import dense as hopper_dense
+from pallas_kernels.attention.sm90 import dense_backend as hopper_dense
 
 TINY = WanConfig(
     dim=48,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.api import BackendChoice
-from pallas_kernels.attention.sm90 import dense as hopper_dense
+from pallas_kernels.attention.sm90 import dense_backend as hopper_dense
 from pallas_kernels.attention.sm90.plan import ALIGNMENT
 from pallas_kernels.common import validation
 from pallas_kernels.common.device import Device, current_device

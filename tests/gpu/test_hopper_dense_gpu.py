@@ -7,7 +7,7 @@ import pytest
 
 from draft_jax.grid import VideoGrid
 from pallas_kernels import dense_attention
-from pallas_kernels.attention.sm90.dense import hopper_dense_attention
+from pallas_kernels.attention.sm90.dense_backend import hopper_dense_attention
 from pallas_kernels.common.device import current_device
 from tests.pallas_kernels.attention.reference import random_qkv
 from tests.tolerances import GPU_GRADIENT_ORDER, GPU_RELATIVE

@@ -16,7 +16,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.attention import reference as oracle
 from pallas_kernels.attention.sm90 import backend as hopper
-from pallas_kernels.attention.sm90.geometry import geometry
+from pallas_kernels.attention.sm90.geometry import geometry_of
 from pallas_kernels.attention.sm90.kernel import attend_blocks_again
 from pallas_kernels.attention.sm90.partition_lists import partition_lists
 from pallas_kernels.attention.sm90.plan import BLOCK, KernelConfig
@@ -111,12 +111,7 @@ def drawn_case(number: int) -> tuple[Case, str]:
 
 
 CONFIGS = {
-    "no-ping-pong": {"ping_pong": False},
-    "no-overlap": {"overlap": False},
-    "shared-memory-barriers": {"named_barriers": False},
-    "exact-softmax": {"lazy": False},
-    "no-pairs": {"pairs": False},
-    "all-rows": {"skip_rows": False},
+    "exact-softmax": {"exact_softmax": True},
     "four-slots": {"num_slots": 4},
 }
 
@@ -292,7 +287,7 @@ def test_every_output_is_written(name, order, monkeypatch, assert_close):
 
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "attend_blocks", first_launch)
-        patch.setattr(hopper, "repair", lambda q, k, v, work, *outputs: outputs[:2])
+        patch.setattr(hopper, "repair", lambda q, k, v, work, *outputs, **_: outputs)
         out, lse = run()
     monkeypatch.setattr(hopper, "attend_blocks", nan_outputs)
     again, lse_again = run()
@@ -405,7 +400,7 @@ def test_huge_logits(scale):
 @pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
 def test_partition_of_lists(density):
     grid = VideoGrid(6, 30, 52, text_length=40)
-    classes = geometry(grid, "tiled").width_of_block
+    classes = geometry_of(grid, "tiled").width_of_block
     mask = compress(random_mask(grid, density=density), grid)
     offsets = mask.row_offsets.reshape(4, -1)
     ids = mask.block_ids.reshape(4, -1)

@@ -13,7 +13,7 @@ from draft_jax import DraftConfig, SparsitySchedule
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
 from pallas_kernels.attention import api as dispatch
-from pallas_kernels.attention.sm90 import dense as hopper_dense
+from pallas_kernels.attention.sm90 import dense_backend as hopper_dense
 from pallas_kernels.pooling.sm90 import norm_rope_pool as fused_kernel
 from tests.tolerances import GPU_WAN_ERROR_RATIO, GPU_WAN_SHARED_PAIRS
 

@@ -1,12 +1,11 @@
 """The consumers of the Hopper kernel: matrix products and softmax.
 
-A consumer owns 64 rows of a query block. In a step it issues the logits of the next key
-block, then the last weights times V, and computes the softmax of the new logits while
-the second product runs.
+A consumer owns ROWS rows of a query block. In a step it issues the logits of the next
+key block, then the last weights times V, and computes the softmax of the new logits
+while the second product runs.
 """
 
 import dataclasses
-import functools
 import math
 from typing import NamedTuple
 
@@ -16,153 +15,61 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.sm90 import copies as sm90_rows
-from pallas_kernels.attention.sm90 import softmax
-from pallas_kernels.attention.sm90 import wgmma as sm90_wgmma
-from pallas_kernels.attention.sm90.plan import (
-    ALIGNMENT,
-    BLOCK,
-    ROWS,
-    Boxes,
-    Plan,
-    Runs,
-    Signals,
-    SingleRows,
-    Tile,
-    Width,
-    as_rows,
-    block_of,
-    bounds_of_width,
-    box_of,
-    for_each_tile,
-    token_of_row,
-)
-from pallas_kernels.attention.sm90.softmax import WGMMA, WGMMA_ROW
+from pallas_kernels.attention.sm90 import softmax as sm90_softmax
+from pallas_kernels.attention.sm90.cta import Cta, QueryBlock
+from pallas_kernels.attention.sm90.lanes import WGMMA, WGMMA_ROW
+from pallas_kernels.attention.sm90.plan import BLOCK, ROWS, Ref, Width
+from pallas_kernels.attention.sm90.softmax import RowState
 
 LN_2 = math.log(2.0)
 
 
-def consume(
-    gmem,
-    plan: Plan,
-    signals: Signals,
-    wg,
-    *,
-    q_smem,
-    kv_smem,
-    lse_smem,
-    q_full,
-    kv_full,
-):
-    """Attention of ROWS query rows of each query block of this CTA."""
-    ping_pong = plan.config.ping_pong
+def consume(cta: Cta) -> None:
+    """Computes ROWS query rows of each query block of this CTA."""
+    signals, wg = cta.signals, cta.wg
+    pl.when(wg == 1)(lambda: signals.give_turn(0))  # consumer 0 issues first
 
-    if ping_pong:  # consumer 0 issues first
-        pl.when(wg == 1)(lambda: signals.give_turn(0))
-
-    def attend_tile(tile, index, slot):
+    def attend(query_block, index, slot):
         del index
-        plgpu.barrier_wait(q_full)
-        queries = _queries(gmem, plan, tile, wg, as_rows(plan, q_smem.at[wg]))
-        state = (_zero_acc(plan), softmax.no_reference(plan), _zero_rows(), slot)
-        for number, width in enumerate(plan.widths):
-            begin, end = bounds_of_width(gmem, plan, tile, number)
-            ring = _Ring(plan, wg, width.tokens, kv_smem, kv_full, signals)
-            state = lax.cond(
-                end > begin,
-                functools.partial(
-                    _attend_width,
-                    gmem,
-                    plan,
-                    tile,
-                    width,
-                    begin,
-                    end,
-                    queries,
-                    ring,
-                ),
-                lambda *state: state,
-                *state,
-            )
-        acc, reference, total, slot = state
-        total = softmax.row_sums(plan, total)
-        _commit_emulated_reads(plan)
-        _store_tile(
-            gmem, plan, tile, wg, acc, reference, total, q_smem.at[wg], lse_smem.at[wg]
-        )
+        signals.wait_q_full()
+        queries = _queries(cta, query_block)
+        state = _empty_rows(cta, slot)
+        for width_index, width in enumerate(cta.plan.widths):
+            begin, end = cta.steps_of_width(query_block, width_index)
+            walk = _Walk(cta, query_block, queries, width, begin, end)
+            state = lax.cond(end > begin, walk.run, lambda state: state, state)
+        total = cta.instructions.row_sums(state.total)
+        cta.instructions.finish_reads()
+        _store(cta, query_block, state._replace(total=total))
         signals.free_q()
-        return slot
+        return state.slot
 
-    for_each_tile(gmem, plan, attend_tile, jnp.int32(0))
+    cta.for_each_query_block(attend, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
-    if ping_pong:  # observe the last turn, which nobody takes
-        pl.when(wg == 0)(lambda: signals.take_turn(0))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ring:
-    """One consumer's view of the K/V ring."""
-
-    plan: Plan
-    wg: jax.Array
-    width: int  # keys of a block that are used
-    kv_smem: jax.Ref
-    kv_full: jax.Ref
-    signals: Signals
-
-    def wait(self, slot):
-        """Waits until a block has landed; once for each."""
-        plgpu.barrier_wait(self.kv_full.at[slot])
-
-    def whole_block(self, slot):
-        return as_rows(self.plan, self.kv_smem.at[slot])
-
-    def block(self, slot):
-        if self.width == BLOCK:
-            return self.whole_block(slot)
-        in_boxes = isinstance(self.plan.copies, Boxes)
-        size = self.width // ALIGNMENT if in_boxes else self.width
-        return as_rows(self.plan, self.kv_smem.at[slot, pl.ds(0, size)])
-
-    def free(self, slot):
-        _commit_emulated_reads(self.plan)
-        self.signals.free_kv(slot)
-
-    def after(self, slot):
-        """The slot filled next. Cheaper than a remainder, which every step would
-        wait for."""
-        return jnp.where(slot == self.plan.config.num_slots - 1, 0, slot + 1)
-
-    def take_turn(self):
-        if self.plan.config.ping_pong:
-            self.signals.take_turn(self.wg)
-
-    def pass_turn(self):
-        if self.plan.config.ping_pong:
-            self.signals.give_turn(1 - self.wg)
+    # Observe the last turn, which nobody takes.
+    pl.when(wg == 0)(lambda: signals.take_turn(0))
 
 
 class _Queries(NamedTuple):
     """The rows of one consumer."""
 
-    rows: jax.Ref
+    rows: Ref
     warp_has_rows: jax.Array | None  # of the query block; None: they all have
 
 
-def _queries(gmem, plan: Plan, tile: Tile, wg, q_rows) -> _Queries:
+def _queries(cta: Cta, query_block: QueryBlock) -> _Queries:
     """Finds out what a short query block leaves to do, and zeros its other rows.
 
     Those are other tokens' queries and not stored either way, but products with zeros
     take less power, which is what limits the kernel.
     """
-    if not (plan.has_short_blocks and plan.config.skip_rows):
+    plan = cta.plan
+    q_rows = cta.instructions.as_matrix(cta.smem.q_smem.at[cta.wg])
+    if not plan.has_short_blocks:
         return _Queries(q_rows, None)
-    length = gmem.lengths[tile.block]
+    length = cta.gmem.work.lengths[query_block.block]
     row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=WGMMA_ROW)
-    if isinstance(boxes := plan.copies, Boxes):
-        is_own = row % boxes.tokens < lax.div(length, jnp.int32(boxes.number))
-    else:
-        is_own = row + wg * ROWS < length
+    is_own = plan.copies.is_row_of_block(row, cta.wg, length)
 
     @pl.when(length < BLOCK)
     def _clear():
@@ -172,92 +79,180 @@ def _queries(gmem, plan: Plan, tile: Tile, wg, q_rows) -> _Queries:
         q_rows[...] = jnp.where(keep, tokens, 0.0)
         plgpu.commit_smem()
 
-    return _Queries(q_rows, softmax.any_of_warp(plan, is_own) != 0)
+    return _Queries(q_rows, cta.instructions.any_of_warp(is_own) != 0)
 
 
-def _zero_acc(plan: Plan):
-    return plgpu.layout_cast(jnp.zeros((ROWS, plan.head_dim), jnp.float32), WGMMA)
-
-
-def _zero_rows():
-    return plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA_ROW)
-
-
-def _attend_width(
-    gmem,
-    plan: Plan,
-    tile: Tile,
-    width: Width,
-    begin,
-    end,
-    queries: _Queries,
-    ring: _Ring,
-    acc,
-    reference,
-    total,
-    slot,
-):
-    """Walks the key blocks of one width, at least one, whose first K is in `slot`.
-
-    Takes and returns the weighted values, the reference of the weights and their
-    partial sums for every row, and the slot of the next block.
-    """
-    valid_of = functools.partial(_valid_keys, gmem, plan, tile, width)
-    valid, next_valid = valid_of(begin), valid_of(begin + 1)
-    q_rows, warp_has_rows = queries
-    dtype = q_rows.dtype
-
-    ring.wait(slot)
-    logits = _logits(plan, q_rows, ring.block(slot))
-    ring.free(slot)
-    logits = _mask_keys(logits, valid)
-    reference = softmax.first_reference(plan, logits, reference, begin == 0)
-    weights, reference, total, correction = softmax.next_weights(
-        plan, logits, reference, total, warp_has_rows
+def _empty_rows(cta: Cta, slot) -> RowState:
+    """Returns the state of rows that have met no block."""
+    acc = jnp.zeros((ROWS, cta.plan.head_dim), jnp.float32)
+    softmax = sm90_softmax.softmax_of(cta.plan, cta.instructions)
+    return RowState(
+        acc=plgpu.layout_cast(acc, WGMMA),
+        weights=None,
+        reference=softmax.no_reference(),
+        total=plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA_ROW),
+        valid=None,
+        slot=slot,
     )
-    acc, weights, reference, total = softmax.correct(
-        plan, correction, acc, weights, reference, total
-    )
-    next_slot = ring.after(slot)
-    ring.wait(next_slot)
 
-    def step(i, carry):
-        """Logits of step i and, overlapped, the product of step i - 1 with V."""
-        acc, weights, reference, total, valid, k_slot = carry
-        next_valid = valid_of(i + 1)
-        v_slot = ring.after(k_slot)
 
-        def weigh(logits):
-            logits = _mask_keys(logits, valid)
-            return softmax.next_weights(plan, logits, reference, total, warp_has_rows)
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+    """One consumer's view of the K/V ring."""
 
-        acc, weights, reference, total, correction = _overlapped_step(
-            plan, q_rows, acc, weights, weigh, ring, k_slot, v_slot
+    cta: Cta
+    width: int  # keys of a block that are used
+
+    def wait(self, slot):
+        """Waits until a block has landed; once for each."""
+        self.cta.signals.wait_kv_full(slot)
+
+    def whole_block(self, slot):
+        """Returns a block as a matrix, with rows past the width."""
+        return self.cta.instructions.as_matrix(self.cta.smem.kv_smem.at[slot])
+
+    def block(self, slot):
+        """Returns the keys of a block that are used, as a matrix."""
+        if self.width == BLOCK:
+            return self.whole_block(slot)
+        copies = self.cta.plan.copies
+        used = copies.first_tokens(self.cta.smem.kv_smem, slot, self.width)
+        return self.cta.instructions.as_matrix(used)
+
+    def free(self, slot):
+        """Lets the producer overwrite a block."""
+        self.cta.instructions.finish_reads()
+        self.cta.signals.free_kv(slot)
+
+    def after(self, slot):
+        """Returns the slot that is filled next.
+
+        Cheaper than a remainder, which every step would wait for.
+        """
+        return jnp.where(slot == self.cta.plan.config.num_slots - 1, 0, slot + 1)
+
+    def take_turn(self):
+        """Waits until this consumer may issue matrix products."""
+        self.cta.signals.take_turn(self.cta.wg)
+
+    def pass_turn(self):
+        """Lets the other consumer issue matrix products."""
+        self.cta.signals.give_turn(1 - self.cta.wg)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """A consumer's walk over the key blocks of one width of a list."""
+
+    cta: Cta
+    query_block: QueryBlock
+    queries: _Queries
+    width: Width
+    begin: jax.Array
+    end: jax.Array
+
+    @property
+    def softmax(self):
+        """How logits become weights."""
+        return sm90_softmax.softmax_of(self.cta.plan, self.cta.instructions)
+
+    @property
+    def ring(self) -> _Ring:
+        """The blocks, cut to the width."""
+        return _Ring(self.cta, self.width.tokens)
+
+    def run(self, state: RowState) -> RowState:
+        """Walks at least one block; the first K is, or will be, in `state.slot`."""
+        ring, dtype = self.ring, self.queries.rows.dtype
+        valid, next_valid = (
+            self._valid_keys(self.begin),
+            self._valid_keys(self.begin + 1),
         )
-        acc, weights, reference, total = softmax.correct(
-            plan, correction, acc, weights, reference, total
+
+        ring.wait(state.slot)
+        logits = self.cta.instructions.logits(self.queries.rows, ring.block(state.slot))
+        ring.free(state.slot)
+        logits = _mask_keys(logits, valid)
+        reference = self.softmax.first_reference(
+            logits, state.reference, self.begin == 0
         )
+        state = self._weigh(state._replace(reference=reference), logits)
+        next_slot = ring.after(state.slot)
+        ring.wait(next_slot)
+        state = state._replace(
+            weights=state.weights.astype(dtype), valid=next_valid, slot=next_slot
+        )
+        state = lax.fori_loop(self.begin + 1, self.end, self._step, state)
+        last = state.slot
+        acc = self.cta.instructions.add_values(
+            state.acc, state.weights, ring.whole_block(last)
+        )
+        ring.free(last)
+        slot = ring.after(last)
+        return state._replace(acc=acc, weights=None, valid=None, slot=slot)
+
+    def _weigh(self, state: RowState, logits) -> RowState:
+        """Turns the first logits of a width into weights."""
+        *new, correction = self.softmax.next_weights(
+            logits, state, self.queries.warp_has_rows
+        )
+        weights, reference, total = new
+        state = state._replace(weights=weights, reference=reference, total=total)
+        return self.softmax.correct(state, correction)
+
+    def _step(self, step, state: RowState) -> RowState:
+        """Computes logits of a step and, overlapped, the product of the one before.
+
+        The step's K has landed before, in `state.slot`, and so has the next one's
+        afterwards. The V of the step before is between them.
+        """
+        ring, dtype = self.ring, self.queries.rows.dtype
+        next_valid = self._valid_keys(step + 1)
+        k_slot, v_slot = state.slot, ring.after(state.slot)
+
+        def use_logits(logits):
+            ring.free(k_slot)
+            logits = _mask_keys(logits, state.valid)
+            weights = self.softmax.next_weights(
+                logits, state, self.queries.warp_has_rows
+            )
+            results = lax.optimization_barrier(tuple(weights))
+            # Looking for the next block here also keeps the compiler from putting the
+            # softmax off until the second product is done: it moves arithmetic past
+            # the wait for a product, but not past this loop.
+            ring.wait(ring.after(v_slot))
+            return results
+
+        ring.take_turn()
+        acc, weights, reference, total, correction = (
+            self.cta.instructions.overlapped_products(
+                self.queries.rows,
+                ring.block(k_slot),
+                state.acc,
+                state.weights,
+                ring.whole_block(v_slot),
+                wait_for_values=lambda: ring.wait(v_slot),
+                after_issue=ring.pass_turn,
+                use_logits=use_logits,
+            )
+        )
+        ring.free(v_slot)
+        state = RowState(acc, weights, reference, total, next_valid, ring.after(v_slot))
+        state = self.softmax.correct(state, correction)
         # Not before the product with the last weights is done: ptxas would take
         # them for the same registers and wait for every single wgmma.
-        weights = weights.astype(dtype)
-        return acc, weights, reference, total, next_valid, ring.after(v_slot)
+        return state._replace(weights=state.weights.astype(dtype))
 
-    weights = weights.astype(dtype)
-    carry = (acc, weights, reference, total, next_valid, next_slot)
-    acc, weights, reference, total, _, last = lax.fori_loop(begin + 1, end, step, carry)
-    acc = _add_values(plan, acc, weights, ring, last)
-    ring.free(last)
-    return acc, reference, total, ring.after(last)
-
-
-def _valid_keys(gmem, plan: Plan, tile: Tile, width: Width, step):
-    """Valid tokens of the key block of a step, or None where all are full."""
-    if not width.masks:
-        return None
-    return gmem.valid[tile.batch, block_of(gmem, plan, tile, step)]
+    def _valid_keys(self, step):
+        """Returns the valid tokens of a step's key block; None where all are full."""
+        if not self.width.masks:
+            return None
+        block = self.cta.key_block(self.query_block, step)
+        return self.cta.gmem.work.valid[self.query_block.batch, block]
 
 
 def _mask_keys(logits, valid):
+    """Sets the logits of keys past the valid ones to -inf."""
     if valid is None:
         return logits
 
@@ -268,171 +263,37 @@ def _mask_keys(logits, valid):
     return lax.cond(valid < logits.shape[1], mask, lambda: logits)
 
 
-def _store_tile(gmem, plan: Plan, tile, wg, acc, reference, total, o_smem, lse_smem):
+def _store(cta: Cta, query_block: QueryBlock, state: RowState) -> None:
     """Normalises ROWS rows and copies those that belong to the block to memory.
 
     They go through the shared memory of their queries, which nobody reads any more.
     """
-    has_key = total != 0.0  # true for NaN, which must not become zero
-    needs_repair = softmax.needs_repair(plan, total, tile.count)
+    plan, gmem, wg = cta.plan, cta.gmem, cta.wg
+    o_smem, lse_smem = cta.smem.q_smem.at[wg], cta.smem.lse_smem.at[wg]
+    softmax = sm90_softmax.softmax_of(plan, cta.instructions)
+    has_key = state.total != 0.0  # true for NaN, which must not become zero
+    needs_repair = softmax.needs_repair(state.total, query_block.count)
     if plan.masks_queries:
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=WGMMA_ROW)
-        has_key &= row + wg * ROWS < gmem.valid[tile.batch, tile.block]
-    safe_total = jnp.where(has_key, total, 1.0)
-    lse = jnp.where(has_key, reference * LN_2 + jnp.log(safe_total), -jnp.inf)
+        valid = gmem.work.valid[query_block.batch, query_block.block]
+        has_key &= row + wg * ROWS < valid
+    safe_total = jnp.where(has_key, state.total, 1.0)
+    lse = state.reference * LN_2 + jnp.log(safe_total)
+    lse = jnp.where(has_key, lse, -jnp.inf)
     if needs_repair is not None:
         lse = jnp.where(needs_repair, jnp.inf, lse)
     factor = jnp.where(has_key, 1.0 / safe_total, 0.0)
-    out = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
+    out = state.acc * lax.broadcast_in_dim(factor, state.acc.shape, [0])
     lse_smem[...] = lse
-    o_rows = as_rows(plan, o_smem)
+    o_rows = cta.instructions.as_matrix(o_smem)
     o_rows[...] = out.astype(o_smem.dtype).reshape(o_rows.shape)
     plgpu.commit_smem()
+    rows = pl.ds(wg * ROWS, ROWS)
     plgpu.copy_smem_to_gmem(
         lse_smem,
-        gmem.lse.at[tile.list_row, tile.block, pl.ds(wg * ROWS, ROWS)],
+        gmem.lse.at[query_block.list_row, query_block.block, rows],
         commit_group=False,
     )
-
-    match plan.copies:
-        case SingleRows():
-            sm90_rows.store(
-                o_smem,
-                sm90_rows.rows_of_block(gmem, tile.block, wg * ROWS),
-                gmem.out.at[tile.batch, :, tile.head],
-                emulate=plan.emulate_wgmma,
-            )
-        case Runs() as runs:
-            _store_runs(gmem, plan, runs, tile, wg, o_smem)
-        case Boxes() as boxes:
-            _store_boxes(gmem, plan, boxes, tile, wg, o_smem)
+    plan.copies.store(cta, query_block, o_smem)
     plgpu.commit_smem_to_gmem_group()
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _store_runs(gmem, plan: Plan, runs: Runs, tile: Tile, wg, o_smem):
-    def store(row, num_rows):
-        token = token_of_row(gmem, runs, tile.block, wg * ROWS + row)
-        target = gmem.out.at[tile.batch, pl.ds(token, num_rows), tile.head]
-        source = o_smem.at[pl.ds(row, num_rows)]
-        plgpu.copy_smem_to_gmem(source, target, commit_group=False)
-
-    def store_all():
-        run = min(runs.tokens, ROWS)
-        for row in range(0, ROWS, run):
-            store(row, run)
-
-    def store_short(length):
-        # A swizzled buffer can be cut at multiples of ALIGNMENT rows, and so are the
-        # short blocks of the sequences that are read in place.
-        @pl.loop(0, lax.div(jnp.maximum(length, 0), jnp.int32(ALIGNMENT)))
-        def _(step):
-            store(step * ALIGNMENT, ALIGNMENT)
-
-    if plan.has_short_blocks:
-        length = gmem.lengths[tile.block] - wg * ROWS
-        lax.cond(length >= ROWS, store_all, lambda: store_short(length))
-    else:
-        store_all()
-
-
-def _store_boxes(gmem, plan: Plan, boxes: Boxes, tile: Tile, wg, o_smem):
-    own = ROWS // boxes.tokens
-
-    def store(width: Width):
-        rows = width.longest // (ALIGNMENT * boxes.number)
-        for number in range(own):
-            source = o_smem.at[pl.ds(number * boxes.rows, rows)]
-            target = box_of(gmem, gmem.out, tile, tile.block, wg * own + number, rows)
-            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
-
-    widest, *others = plan.widths
-    if not others:
-        store(widest)
-    else:
-        is_short = gmem.lengths[tile.block] < widest.longest
-        lax.cond(is_short, lambda: store(others[0]), lambda: store(widest))
-
-
-def _logits(plan: Plan, q_rows, k_block):
-    """q @ k.T, waited for."""
-    if plan.emulate_wgmma:
-        return _emulated_dot(_matrix(q_rows), _matrix(k_block).T)
-
-    def product(logits_ref):
-        plgpu.wgmma(logits_ref, q_rows, k_block.T)
-        return logits_ref[...]
-
-    return pl.run_scoped(product, plgpu.ACC((ROWS, k_block.shape[0]), jnp.float32))
-
-
-def _add_values(plan: Plan, acc, weights, ring: _Ring, slot):
-    """acc + weights @ v, waited for."""
-    if plan.emulate_wgmma:
-        return acc + _emulated_dot(weights, _matrix(ring.block(slot)))
-    acc = sm90_wgmma.issue(acc, weights, ring.whole_block(slot))
-    plgpu.wgmma_wait(0)
-    return sm90_wgmma.settle(acc)
-
-
-def _overlapped_step(
-    plan: Plan, q_rows, acc, weights, weigh, ring: _Ring, k_slot, v_slot
-):
-    """One step: new logits, the last weights times V, and weights of the new logits.
-
-    The block in `k_slot` has landed before; so has the one after `v_slot` afterwards.
-
-    Returns the new acc and what `weigh(logits)` returns.
-    """
-    if plan.emulate_wgmma or not plan.config.overlap:
-        ring.take_turn()
-        logits = _logits(plan, q_rows, ring.block(k_slot))
-        ring.free(k_slot)
-        ring.wait(v_slot)
-        acc = _add_values(plan, acc, weights, ring, v_slot)
-        ring.pass_turn()
-        ring.free(v_slot)
-        ring.wait(ring.after(v_slot))
-        return acc, *weigh(logits)
-
-    def products(logits_ref):
-        plgpu.wgmma(logits_ref, q_rows, ring.block(k_slot).T)
-        ring.wait(v_slot)
-        new_acc = sm90_wgmma.issue(acc, weights, ring.whole_block(v_slot))
-        ring.pass_turn()
-        logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
-        # Keeps the compiler from using the logits before the wait.
-        logits = lax.optimization_barrier(logits)
-        ring.free(k_slot)
-        results = lax.optimization_barrier(weigh(logits))
-        # Looking for the next block here also keeps the compiler from putting the
-        # softmax off until the second product is done: it moves arithmetic past the
-        # wait for a product, but not past this loop.
-        ring.wait(ring.after(v_slot))
-        plgpu.wgmma_wait(0)
-        return sm90_wgmma.settle(new_acc), *results
-
-    # The accumulator is made right before its first product: only then does ptxas
-    # drop the 64 zeros that the product would be added to.
-    ring.take_turn()
-    logits_type = plgpu.ACC((ROWS, ring.width), jnp.float32)
-    acc, *results = pl.run_scoped(products, logits_type)
-    ring.free(v_slot)
-    return acc, *results
-
-
-def _commit_emulated_reads(plan: Plan):
-    """Orders an emulated product's ordinary reads before the copies that follow.
-
-    wgmma reads shared memory as the copies write it and needs nothing.
-    """
-    if plan.emulate_wgmma:
-        plgpu.commit_smem()
-
-
-def _matrix(tokens):
-    return tokens[...].reshape(-1, tokens.shape[-1])
-
-
-def _emulated_dot(a, b):
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)

@@ -1,293 +1,443 @@
-"""Copies of single tokens between global memory and swizzled shared memory (sm_90).
+"""The three ways of copying blocks between global and shared memory.
 
-TMA copies start at multiples of ALIGNMENT tokens. Where blocks do not, each thread of a
-warpgroup copies 16 bytes at a time, from or to wherever its row's token is. Functions
-that copy or wait are for all 128 threads of a warpgroup.
-
-    fetch(array, rows, rows_smem, num_rows=64)   # starts (cp.async)
-    end_group()
-    wait_for_groups(1)                           # all but the last one are done
-    store(rows_smem, rows, array)                # is done when it returns
+`Runs` and `Boxes` are TMA's: one thread starts a copy, and the hardware arrives on a
+barrier. `SingleRows` is for sequences that TMA cannot read: each thread copies 16 bytes
+at a time. A way of copying owns its addresses, its shared memory, its loads and its
+store (`plan.BlockCopies`); nothing else asks which one it is.
 """
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxtyping import Array, Int
 
+from pallas_kernels.attention.sm90.cta import Cta, QueryBlock
 from pallas_kernels.attention.sm90.plan import (
     ALIGNMENT,
     BLOCK,
-    GlobalRefs,
+    NUM_CONSUMERS,
+    ROWS,
+    Width,
     smem_transforms,
 )
-from pallas_kernels.common.inline_ptx import THREADS, asm, const, i32, i64
-
-CHUNK = 16  # bytes that a thread copies at once
-SWIZZLED_ROW = 128  # bytes
-ATOM = ALIGNMENT * SWIZZLED_ROW  # bytes after which the swizzle repeats
-RECIPROCAL_BITS = 16  # row * reciprocal >> 16 is row // run: exact, for rows are few
-COMMON_RUNS = (BLOCK, 16)  # of tiled order, and of tiles 16 tokens wide in raster order
+from pallas_kernels.attention.sm90.row_copies import Rows
 
 
-class Rows(NamedTuple):
-    """Where the tokens of some rows of a block are.
+class RunAddresses(NamedTuple):
+    """Where blocks of runs lie, in units of ALIGNMENT tokens.
 
-    A block is runs of tokens that follow each other in memory, at equal distances: one
-    run in tiled order, rows of a tile in raster order.
+    Attributes:
+      first_unit: Start of each block.
+      units_to_next_run: From the start of a run to that of the next, for each block.
     """
 
-    start: jax.Array  # token of the block's row 0
-    jump: jax.Array  # tokens from the end of a run to the start of the next
-    reciprocal: jax.Array  # of the length of a run, see `reciprocal_of`
-    length: jax.Array  # tokens of the block
-    first: jax.Array  # the first of the rows
+    first_unit: Int[Array | np.ndarray, " R"]
+    units_to_next_run: Int[Array | np.ndarray, " R"]
 
 
-def rows_of_block(gmem: GlobalRefs, block, first=0) -> Rows:
-    """The rows of a block from `first` on."""
+class BoxAddresses(NamedTuple):
+    """Where blocks of boxes lie.
+
+    Attributes:
+      first_row: First row of each block among the rows of all frames.
+      first_column: First column of each block, over ALIGNMENT.
+    """
+
+    first_row: Int[Array | np.ndarray, " R"]
+    first_column: Int[Array | np.ndarray, " R"]
+
+
+class RowAddresses(NamedTuple):
+    """Where blocks that are copied row by row lie.
+
+    Attributes:
+      first_token: First token of each block.
+      gap: Tokens from the end of a run to the start of the next, for each block.
+      reciprocal: Of the length of each block's runs: see `row_copies.reciprocal_of`.
+    """
+
+    first_token: Int[Array | np.ndarray, " R"]
+    gap: Int[Array | np.ndarray, " R"]
+    reciprocal: Int[Array | np.ndarray, " R"]
+
+
+class _AsMatrix:
+    """Blocks that lie in shared memory as matrices of tokens."""
+
+    def smem(self, number, size, head_dim, dtype):
+        """Returns the shared memory of so many groups of `size` tokens."""
+        shape = (number, size, head_dim)
+        return plgpu.SMEM(shape, dtype, transforms=smem_transforms())
+
+    def first_tokens(self, smem, slot, width):
+        """Returns the first tokens of a block in shared memory."""
+        return smem.at[slot, pl.ds(0, width)]
+
+    def is_row_of_block(self, row, consumer, length):
+        """Says which rows of a consumer hold tokens of a block of this length."""
+        return row + consumer * ROWS < length
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs(_AsMatrix):
+    """One TMA copy for each run of tokens that follow each other in memory."""
+
+    tokens: int  # of a run; BLOCK if a block is one
+    start_at_multiples: bool = False  # block r starts at token r * BLOCK
+
+    uses_tma = True
+
+    @property
+    def num_arrivals(self) -> int:
+        """Copies of a key block that arrive on its barrier."""
+        return BLOCK // self.tokens
+
+    @property
+    def num_query_arrivals(self) -> int:
+        """Copies of a query block; each is for one consumer."""
+        return max(self.num_arrivals, NUM_CONSUMERS)
+
+    def loads(self, cta: Cta, query_block: QueryBlock, fill) -> "_TmaLoads":
+        """Returns what copies a query block and its key blocks."""
+        del fill
+        return _TmaLoads(self, cta, query_block)
+
+    def parts(self, width: Width) -> list[tuple[int, int]]:
+        """Lists the first row in shared memory, and the tokens, of a block's copies.
+
+        Runs past the width are copied too: a barrier counts all of them.
+        """
+        return [
+            (row, min(self.tokens, max(width.tokens - row, ALIGNMENT)))
+            for row in range(0, BLOCK, self.tokens)
+        ]
+
+    def query_pieces(self, cta: Cta, query_block: QueryBlock):
+        """Yields the source and target of each copy of a query block."""
+        size = min(self.tokens, ROWS)
+        for row in range(0, BLOCK, size):
+            source = self._tokens(cta, cta.gmem.q, query_block, row, size)
+            target = cta.smem.q_smem.at[row // ROWS, pl.ds(row % ROWS, size)]
+            yield source, target
+
+    def key_pieces(
+        self, cta: Cta, array, query_block: QueryBlock, block, slot, width: Width
+    ):
+        """Yields the source and target of each copy of a key block."""
+        slot_smem = cta.smem.kv_smem.at[slot]
+        for row, size in self.parts(width):
+            token = self._token(cta, block, row)
+            source = array.at[query_block.batch, pl.ds(token, size), query_block.head]
+            yield source, slot_smem.at[pl.ds(row, size)]
+
+    def store(self, cta: Cta, query_block: QueryBlock, o_smem) -> None:
+        """Starts to copy a consumer's rows that belong to the block."""
+
+        def store_run(row, num_rows):
+            target = self._tokens(
+                cta, cta.gmem.out, query_block, cta.wg * ROWS + row, num_rows
+            )
+            source = o_smem.at[pl.ds(row, num_rows)]
+            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+        def store_all():
+            run = min(self.tokens, ROWS)
+            for row in range(0, ROWS, run):
+                store_run(row, run)
+
+        def store_short(length):
+            # A swizzled buffer can be cut at multiples of ALIGNMENT rows, and so are
+            # the short blocks of the sequences that are read in place.
+            @pl.loop(0, lax.div(jnp.maximum(length, 0), jnp.int32(ALIGNMENT)))
+            def _(step):
+                store_run(step * ALIGNMENT, ALIGNMENT)
+
+        if cta.plan.has_short_blocks:
+            length = cta.gmem.work.lengths[query_block.block] - cta.wg * ROWS
+            lax.cond(length >= ROWS, store_all, lambda: store_short(length))
+        else:
+            store_all()
+
+    def _tokens(self, cta: Cta, array, query_block: QueryBlock, row, size):
+        """Returns `size` tokens of the query block in global memory."""
+        token = self._token(cta, query_block.block, row)
+        return array.at[query_block.batch, pl.ds(token, size), query_block.head]
+
+    def _token(self, cta: Cta, block, row):
+        """Returns the token of a row of a block.
+
+        `row` is a multiple of ALIGNMENT, and Mosaic must see that the token is one.
+        """
+        if self.start_at_multiples:
+            return block * BLOCK + row
+        addresses: RunAddresses = cta.gmem.work.addresses
+        first_unit = addresses.first_unit[block]
+        if self.tokens == BLOCK:
+            return first_unit * ALIGNMENT + row
+        run = lax.div(jnp.asarray(row, jnp.int32), jnp.int32(self.tokens))
+        gap = addresses.units_to_next_run[block] - self.tokens // ALIGNMENT
+        return (first_unit + run * gap) * ALIGNMENT + row
+
+
+@dataclasses.dataclass(frozen=True)
+class Boxes:
+    """Raster order: a block is boxes of ALIGNMENT columns, one beside the other.
+
+    One TMA copy takes a box out of an array of frames and rows, columns over ALIGNMENT,
+    ALIGNMENT. In shared memory the boxes follow each other, so the tokens of a block
+    stand in another order there than in tiled order.
+    """
+
+    rows: int  # of a tile; the lowest tiles of a frame may have fewer
+    num_boxes: int  # side by side, each a copy that arrives on the block's barrier
+
+    uses_tma = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a box."""
+        return self.rows * ALIGNMENT
+
+    @property
+    def num_arrivals(self) -> int:
+        """Copies of a key block that arrive on its barrier."""
+        return self.num_boxes
+
+    @property
+    def num_query_arrivals(self) -> int:
+        """Copies of a query block; each is for one consumer."""
+        return max(self.num_boxes, NUM_CONSUMERS)
+
+    def smem(self, number, size, head_dim, dtype):
+        """Returns the shared memory of so many groups of `size` tokens."""
+        shape = (number, size // ALIGNMENT, ALIGNMENT, head_dim)
+        return plgpu.SMEM(shape, dtype, transforms=smem_transforms(in_boxes=True))
+
+    def first_tokens(self, smem, slot, width):
+        """Returns the first tokens of a block in shared memory."""
+        return smem.at[slot, pl.ds(0, width // ALIGNMENT)]
+
+    def is_row_of_block(self, row, consumer, length):
+        """Says which rows of a consumer hold tokens of a block of this length."""
+        del consumer  # each box of a short block is short
+        return row % self.tokens < lax.div(length, jnp.int32(self.num_boxes))
+
+    def loads(self, cta: Cta, query_block: QueryBlock, fill) -> "_TmaLoads":
+        """Returns what copies a query block and its key blocks."""
+        del fill
+        return _TmaLoads(self, cta, query_block)
+
+    def parts(self, width: Width) -> list[tuple[int, int]]:
+        """Lists the first row in shared memory, and the tokens, of a block's copies."""
+        size = width.longest // self.num_boxes
+        return [(box * size, size) for box in range(self.num_boxes)]
+
+    def query_pieces(self, cta: Cta, query_block: QueryBlock):
+        """Yields the source and target of each copy of a query block."""
+        for box in range(self.num_boxes):
+            consumer, place = divmod(box, ROWS // self.tokens)
+            source = self._box(
+                cta, cta.gmem.q, query_block, query_block.block, box, self.rows
+            )
+            rows = pl.ds(place * self.rows, self.rows)
+            yield source, cta.smem.q_smem.at[consumer, rows]
+
+    def key_pieces(
+        self, cta: Cta, array, query_block: QueryBlock, block, slot, width: Width
+    ):
+        """Yields the source and target of each copy of a key block."""
+        slot_smem = cta.smem.kv_smem.at[slot]
+        for box, (row, size) in enumerate(self.parts(width)):
+            first, rows = row // ALIGNMENT, size // ALIGNMENT
+            source = self._box(cta, array, query_block, block, box, rows)
+            yield source, slot_smem.at[pl.ds(first, rows)]
+
+    def store(self, cta: Cta, query_block: QueryBlock, o_smem) -> None:
+        """Starts to copy a consumer's rows that belong to the block."""
+        own = ROWS // self.tokens
+
+        def store_boxes(width: Width):
+            rows = width.longest // (ALIGNMENT * self.num_boxes)
+            for place in range(own):
+                source = o_smem.at[pl.ds(place * self.rows, rows)]
+                box = cta.wg * own + place
+                target = self._box(
+                    cta, cta.gmem.out, query_block, query_block.block, box, rows
+                )
+                plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+        widest, *others = cta.plan.widths
+        if not others:
+            store_boxes(widest)
+        else:
+            length = cta.gmem.work.lengths[query_block.block]
+            lax.cond(
+                length < widest.longest,
+                lambda: store_boxes(others[0]),
+                lambda: store_boxes(widest),
+            )
+
+    def _box(self, cta: Cta, array, query_block: QueryBlock, block, box, rows):
+        """Returns the first rows of one box of a block, [rows, ALIGNMENT, D]."""
+        addresses: BoxAddresses = cta.gmem.work.addresses
+        column = addresses.first_column[block] + box
+        first = addresses.first_row[block]
+        return array.at[
+            query_block.batch, pl.ds(first, rows), column, :, query_block.head
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _TmaLoads:
+    """TMA copies of one query block and its key blocks; they arrive by themselves."""
+
+    copies: Runs | Boxes
+    cta: Cta
+    query_block: QueryBlock
+
+    def load_queries(self) -> None:
+        """Starts to copy the query block."""
+        for source, target in self.copies.query_pieces(self.cta, self.query_block):
+            plgpu.copy_gmem_to_smem(source, target, self.cta.signals.q_full)
+
+    def load_block(self, source, block, slot, fill, width: Width) -> None:
+        """Starts to copy a key block into a free slot of the ring."""
+        del fill
+        kv_full = self.cta.signals.kv_full
+
+        def copy(**options):
+            for piece, target in self.copies.key_pieces(
+                self.cta, source, self.query_block, block, slot, width
+            ):
+                plgpu.copy_gmem_to_smem(piece, target, kv_full.at[slot], **options)
+
+        if self.cta.plan.pairs and self._can_be_halved(width):
+            lax.cond(
+                self.query_block.is_shared,
+                lambda: copy(collective_axes="pair"),
+                lambda: copy(),
+            )
+        else:
+            copy()  # each CTA makes its own, and both still wait for each other
+
+    def finish(self, end) -> None:
+        """Does nothing: the hardware arrives."""
+
+    def _can_be_halved(self, width: Width) -> bool:
+        """Says whether each of the two CTAs can take half of every copy.
+
+        Halves are whole groups of ALIGNMENT tokens, or half the channels of one.
+        """
+        groups = {size // ALIGNMENT for _, size in self.copies.parts(width)}
+        odd = {n for n in groups if n % 2}
+        return self.cta.instructions.copies_for_pairs and (
+            not odd or (odd == {1} and self.cta.plan.head_dim == 128)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleRows(_AsMatrix):
+    """The producer's threads copy each row of a block, for TMA cannot."""
+
+    uses_tma = False
+    num_arrivals = 1  # all threads of the producer arrive together
+    num_query_arrivals = 1
+
+    def loads(self, cta: Cta, query_block: QueryBlock, fill) -> "_RowLoads":
+        """Returns what copies a query block and its key blocks."""
+        return _RowLoads(cta, query_block, fill)
+
+    def store(self, cta: Cta, query_block: QueryBlock, o_smem) -> None:
+        """Copies a consumer's rows that belong to the block."""
+        rows = _rows_of_block(cta, query_block.block, cta.wg * ROWS)
+        target = cta.gmem.out.at[query_block.batch, :, query_block.head]
+        cta.instructions.store_rows(o_smem, rows, target)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowLoads:
+    """Copies by threads of one query block and its key blocks.
+
+    Threads learn that their own copies are done by waiting for groups of them, in the
+    order in which they were started. Only then do they arrive on the barrier of the
+    block: when a later copy has been started. Q is in the group of the first K.
+    """
+
+    cta: Cta
+    query_block: QueryBlock
+    first_fill: jax.Array  # number of the query block's first copy
+
+    @property
+    def copies_ahead(self) -> int:
+        """Copies that are under way while the next one is started.
+
+        A slot is free once its block and the next have arrived and been used, so two
+        slots at least are for blocks that have.
+        """
+        return min(2, self.cta.plan.config.num_slots - 2)
+
+    def load_queries(self) -> None:
+        """Starts to copy the query block."""
+        source = self.cta.gmem.q.at[self.query_block.batch, :, self.query_block.head]
+        for consumer in range(NUM_CONSUMERS):
+            rows = _rows_of_block(self.cta, self.query_block.block, consumer * ROWS)
+            self.cta.instructions.fetch_rows(
+                source, rows, self.cta.smem.q_smem.at[consumer], num_rows=ROWS
+            )
+
+    def load_block(self, source, block, slot, fill, width: Width) -> None:
+        """Starts to copy a key block, and makes one arrive that was started before."""
+        self.cta.instructions.fetch_rows(
+            source.at[self.query_block.batch, :, self.query_block.head],
+            _rows_of_block(self.cta, block),
+            self.cta.smem.kv_smem.at[slot],
+            num_rows=width.tokens,
+        )
+        self.cta.instructions.end_group()
+
+        @pl.when(fill - self.first_fill >= self.copies_ahead)
+        def _():
+            self._arrive(fill, self.copies_ahead)
+
+    def finish(self, end) -> None:
+        """Makes the last copies arrive; `end` is the number of the next one."""
+        for pending in range(self.copies_ahead - 1, -1, -1):
+            pl.when(end - 1 - pending >= self.first_fill)(
+                functools.partial(self._arrive, end - 1, pending)
+            )
+
+        @pl.when(end == self.first_fill)
+        def _no_keys():
+            self.cta.instructions.end_group()
+            self.cta.instructions.wait_for_groups(0)
+            plgpu.barrier_arrive(self.cta.signals.q_full)
+
+    def _arrive(self, last, pending: int):
+        """Waits for the copy `pending` before the last one, and arrives for it."""
+        fill = last - pending
+        self.cta.instructions.wait_for_groups(pending)
+
+        @pl.when(fill == self.first_fill)
+        def _():
+            plgpu.barrier_arrive(self.cta.signals.q_full)
+
+        plgpu.barrier_arrive(self.cta.signals.kv_full.at[self.cta.slot_of(fill)])
+
+
+def _rows_of_block(cta: Cta, block, first=0) -> Rows:
+    """Returns the rows of a block from `first` on."""
+    addresses: RowAddresses = cta.gmem.work.addresses
     return Rows(
-        gmem.starts[block],
-        gmem.strides[block],
-        gmem.reciprocals[block],
-        gmem.lengths[block],
+        addresses.first_token[block],
+        addresses.gap[block],
+        addresses.reciprocal[block],
+        cta.gmem.work.lengths[block],
         jnp.asarray(first, jnp.int32),
     )
-
-
-def reciprocal_of(run):
-    """What `Rows` holds for runs of this length."""
-    return -(-(1 << RECIPROCAL_BITS) // run)
-
-
-def fetch(
-    array: jax.Ref, rows: Rows, rows_smem: jax.Ref, *, num_rows: int, emulate: bool
-) -> None:
-    """Starts to copy rows of a block; rows past its end are zeros or other tokens.
-
-    Args:
-      array: Tokens of one batch item and head in global memory, [T, D] of 2 bytes.
-      rows: Where the tokens are.
-      rows_smem: Where to, [rows, D], as `smem_transforms` says.
-      num_rows: How many, a multiple of 16.
-      emulate: Interpret mode has no PTX.
-    """
-    if not emulate:
-        _copy_rows(_fetch_code, array, rows, rows_smem, num_rows)
-        return
-    token, is_own = _tokens(rows, num_rows)
-    values = jnp.where(is_own[:, None], array[...][token], 0.0)
-    rows_smem[:num_rows] = values.astype(rows_smem.dtype)
-
-
-def store(rows_smem: jax.Ref, rows: Rows, array: jax.Ref, *, emulate: bool) -> None:
-    """Copies all rows within the block; see `fetch`.
-
-    The warpgroup must have committed what it wrote to shared memory.
-    """
-    num_rows = rows_smem.shape[0]
-    if not emulate:
-        _copy_rows(_store_code, array, rows, rows_smem, num_rows)
-        return
-    token, is_own = _tokens(rows, num_rows)
-    values = rows_smem[...]
-
-    def store_row(i, _):
-        @pl.when(is_own[i])
-        def _store():
-            array[token[i], :] = values[i]
-
-        return ()
-
-    lax.fori_loop(0, num_rows, store_row, ())
-
-
-def _tokens(rows: Rows, num_rows: int):
-    """Token of each row, and whether it is the block's, as the code below has it."""
-    row = rows.first + jnp.arange(num_rows, dtype=jnp.int32)
-    is_own = row < rows.length
-    row = jnp.minimum(row, rows.length - 1)
-    run = (row * rows.reciprocal) >> RECIPROCAL_BITS
-    return rows.start + row + run * rows.jump, is_own
-
-
-def end_group(*, emulate: bool) -> None:
-    """What this thread has started since the last call is a group."""
-    if not emulate:
-        _emit("cp.async.commit_group;")
-
-
-def wait_for_groups(pending: int, *, emulate: bool) -> None:
-    """Waits until at most this thread's last `pending` groups are under way.
-
-    wgmma may read the others once every thread has told so on a barrier.
-    """
-    if not emulate:
-        _emit(f"cp.async.wait_group {pending};\nfence.proxy.async.shared::cta;")
-
-
-def _emit(code: str) -> None:
-    @plgpu.inline_mgpu()
-    def emit(_):
-        asm(code, "")
-
-    emit()
-
-
-def _copy_rows(code, array, rows: Rows, rows_smem, num_rows: int) -> None:
-    """Runs code with each thread's first addresses and the distances to the next."""
-    row_bytes = 2 * rows_smem.shape[-1]
-    threads_per_row, atoms_per_row = row_bytes // CHUNK, row_bytes // SWIZZLED_ROW
-    rows_at_once = THREADS // threads_per_row
-    smem_step = rows_at_once // ALIGNMENT * atoms_per_row * ATOM
-
-    @plgpu.inline_mgpu(
-        arg_types=(
-            plgpu.RefType(),
-            plgpu.RefType(smem_transforms()),
-            *(plgpu.Layout.WG_SPLAT for _ in rows),
-        )
-    )
-    def run(_, array, rows_smem, *rows):
-        *place_of_rows, first = (x.registers[()] for x in rows)
-        thread = arith.andi(mgpu.utils.thread_idx(), const(THREADS - 1))
-        row, chunk = _divmod(thread, threads_per_row)
-        # Atoms of a group of rows lie side by side.
-        group, row_in_atom = _divmod(row, ALIGNMENT)
-        atom, place = _divmod(chunk, SWIZZLED_ROW // CHUNK)
-        place = arith.xori(place, row_in_atom)
-        smem = llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(rows_smem))
-        for index, size in (
-            (group, atoms_per_row * ATOM),
-            (atom, ATOM),
-            (row_in_atom, SWIZZLED_ROW),
-            (place, CHUNK),
-        ):
-            smem = arith.addi(smem, arith.muli(index, const(size)))
-        pointer = llvm.ptrtoint(i64(), mgpu.utils.memref_ptr(array))
-        offset = arith.extui(i64(), arith.muli(chunk, const(CHUNK)))
-        array_type = ir.MemRefType(array.type)
-        (stride, _), _ = array_type.get_strides_and_offset()
-        copies = _Copies(
-            places=tuple(i * smem_step for i in range(num_rows // rows_at_once)),
-            rows_at_once=rows_at_once,
-            token_bytes=2 * stride,
-            num_tokens=array_type.shape[0],
-        )
-        asm(
-            code(copies),
-            "r,l,r,r,r,r,r",
-            smem,
-            arith.addi(pointer, offset),
-            arith.addi(first, row),
-            *place_of_rows,
-        )
-
-    run(array, rows_smem, *rows)
-
-
-def _divmod(x, divisor: int):
-    return arith.divui(x, const(divisor)), arith.remui(x, const(divisor))
-
-
-class _Copies(NamedTuple):
-    """What a thread copies, as far as it is known beforehand."""
-
-    places: tuple[int, ...]  # in shared memory, counted from the first
-    rows_at_once: int  # that the warpgroup copies, and so from a row to the next
-    token_bytes: int  # from one token to the next
-    num_tokens: int
-
-
-# Operands of the PTX: a thread's first place in shared memory, its bytes of token 0 and
-# its first row, then start, jump, reciprocal and length of the block.
-
-
-def _fetch_code(copies: _Copies) -> str:
-    """Past the block's end no bytes are read, and 16 zeros are written.
-
-    Every instruction takes power from the consumers, so blocks of COMMON_RUNS have code
-    of their own, where a thread's rows lie at known distances. What it copies past the
-    block's end are other tokens; that must not be past the last one.
-    """
-
-    def copy(place: int) -> str:
-        return (
-            f"selp.b32 size, {CHUNK}, 0, own;\n"
-            f"cp.async.cg.shared.global [$0+{place}], [address], {CHUNK}, size;"
-        )
-
-    common = [_common_runs(copies, run) for run in COMMON_RUNS]
-    return _scope(*common, *_each_row(copies, copy), "DONE:")
-
-
-def _store_code(copies: _Copies) -> str:
-    def copy(place: int) -> str:
-        return (
-            f"ld.shared.v4.b32 {{a, b, c, d}}, [$0+{place}];\n"
-            "@own st.global.v4.b32 [address], {a, b, c, d};"
-        )
-
-    return _scope(*_each_row(copies, copy))
-
-
-def _scope(*lines: str) -> str:
-    registers = (
-        ".reg .pred own, other;",
-        ".reg .b32 last, row, near, run, token, size, a, b, c, d;",
-        ".reg .b64 address, run_bytes;",
-    )
-    return "\n".join(("{", *registers, *lines, "}"))
-
-
-def _each_row(copies: _Copies, copy) -> list[str]:
-    """Finds each row's token and calls `copy(place)` for its code."""
-    lines = ["sub.s32 last, $6, 1;"]
-    for i, place in enumerate(copies.places):
-        lines += [
-            f"add.s32 row, $2, {i * copies.rows_at_once};",
-            "setp.lt.s32 own, row, $6;",
-            "min.s32 near, row, last;",
-            "mul.lo.s32 run, near, $5;",
-            f"shr.u32 run, run, {RECIPROCAL_BITS};",
-            "add.s32 token, near, $3;",
-            "mad.lo.s32 token, run, $4, token;",
-            f"mad.wide.s32 address, token, {copies.token_bytes}, $1;",
-            copy(place),
-        ]
-    return lines
-
-
-def _common_runs(copies: _Copies, run: int) -> str:
-    """Fetches a block whose runs have this length; else goes on after this code."""
-    assert run % copies.rows_at_once == 0
-    step = copies.rows_at_once
-    final_row = (len(copies.places) - 1) * step
-    lines = [
-        f"setp.ne.s32 other, $5, {reciprocal_of(run)};",
-        f"shr.u32 run, $2, {run.bit_length() - 1};",
-        "add.s32 token, $3, $2;",
-        "mad.lo.s32 token, run, $4, token;",
-        f"add.s32 last, token, {final_row};",
-        f"mad.lo.s32 last, $4, {final_row // run}, last;",
-        f"setp.ge.or.s32 other, last, {copies.num_tokens}, other;",
-        f"@other bra NOT_{run};",
-        f"mad.wide.s32 address, token, {copies.token_bytes}, $1;",
-        f"add.s32 run, $4, {run};",
-        f"mul.wide.s32 run_bytes, run, {copies.token_bytes};",
-    ]
-    for i, place in enumerate(copies.places):
-        row = i * step % run
-        if i and not row:
-            lines.append("add.s64 address, address, run_bytes;")
-        lines.append(
-            f"cp.async.cg.shared.global [$0+{place}], "
-            f"[address+{row * copies.token_bytes}], {CHUNK};"
-        )
-    return "\n".join((*lines, "bra DONE;", f"NOT_{run}:"))

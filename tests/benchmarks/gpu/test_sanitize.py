@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu.sanitize import PARTS, Attention
-from pallas_kernels.attention.sm90.geometry import geometry
-from pallas_kernels.attention.sm90.plan import Boxes, SingleRows
+from pallas_kernels.attention.sm90.copies import Boxes, SingleRows
+from pallas_kernels.attention.sm90.geometry import geometry_of
 from pallas_kernels.attention.sm90.softmax import GROWTH, MOST_SUM
 
 ATTENTION = {name: part for name, part in PARTS.items() if isinstance(part, Attention)}
 
 
 def test_places_of_blocks():
-    places = {n: geometry(part.grid, part.order) for n, part in ATTENTION.items()}
+    places = {n: geometry_of(part.grid, part.order) for n, part in ATTENTION.items()}
     named = collections.defaultdict(set)
     for name, own in places.items():
         named[type(own.copies)].add(name)

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from draft_jax.grid import VideoGrid
-from pallas_kernels.attention.sm90 import dense as hopper_dense
+from pallas_kernels.attention.sm90 import dense_backend as hopper_dense
 from pallas_kernels.common.device import Device
 from tests.pallas_kernels.attention.reference import numpy_attention, random_qkv
 from tests.tolerances import ATTENTION

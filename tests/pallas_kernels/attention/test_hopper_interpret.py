@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from draft_jax.grid import VideoGrid
 from pallas_kernels.attention.sm90 import backend as hopper
+from pallas_kernels.attention.sm90 import schedule
 from pallas_kernels.attention.sm90.plan import KernelConfig
 from tests.pallas_kernels.attention.reference import (
     compress,
@@ -52,7 +53,7 @@ CASES = {
         grid=VideoGrid(1, 16, 16),
         head_dim=128,
         dtype="float16",
-        config={"lazy": False, "ping_pong": False},
+        config={"exact_softmax": True},
     ),
     "edge-tile-and-ragged-text": Case(
         grid=VideoGrid(1, 13, 16, text_length=40), text_lengths=(40, 7)
@@ -76,7 +77,7 @@ CASES = {
         grid=VideoGrid(2, 5, 21),
         head_dim=128,
         order="raster",
-        config={"num_slots": 6, "lazy": False},
+        config={"num_slots": 6, "exact_softmax": True},
     ),
     "by-rows-fewer-than-a-block": Case(
         grid=VideoGrid(1, 3, 21, text_length=5), text_lengths=(3, 0)
@@ -89,7 +90,7 @@ pytestmark = pytest.mark.usefixtures("no_races")
 
 @pytest.fixture(autouse=True)
 def few_multiprocessors(monkeypatch):
-    monkeypatch.setattr(hopper, "_num_multiprocessors", lambda: NUM_CTAS)
+    monkeypatch.setattr(schedule, "num_multiprocessors", lambda: NUM_CTAS)
 
 
 def attend(q, k, v, mask, grid, lengths, *, scale=None, order="tiled", **config):
@@ -175,7 +176,7 @@ def test_huge_logits(scale):
 @pytest.mark.slow
 def test_huge_logits_need_the_repair(monkeypatch):
     """Or the test above would say nothing about it."""
-    monkeypatch.setattr(hopper, "repair", lambda q, k, v, work, *rest: rest[:2])
+    monkeypatch.setattr(hopper, "repair", lambda q, k, v, work, *outputs, **_: outputs)
     qkv, dense = huge_inputs()
     mask = compress(dense, HUGE_GRID)
     # Other options than those of any test before: compiled programs are kept.

@@ -29,12 +29,8 @@ CASES = {  # grid, has text_lengths, head_dim, dtype, order
 }
 CONFIGS = {
     "default": {},
-    "no-ping-pong": {"ping_pong": False},
-    "no-overlap": {"overlap": False},
-    "shared-memory-barriers": {"named_barriers": False},
-    "exact-softmax": {"lazy": False},
-    "no-pairs": {"pairs": False},
-    "all-rows": {"skip_rows": False},
+    "exact-softmax": {"exact_softmax": True},
+    "four-slots": {"num_slots": 4},
 }
 
 
@@ -82,7 +78,7 @@ def test_default_configuration_fits_shared_memory(head_dim):
     ("options", "message"),
     [
         ({"num_slots": 2}, "num_slots=2 must be at least 3"),
-        ({"num_slots": 10, "named_barriers": True}, "must be at most 9 with named"),
+        ({"num_slots": 10}, "must be at most 9 with named"),
     ],
     ids=["too-few-slots", "too-many-named-barriers"],
 )

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from benchmarks.attention.wave_model import longest_first
-from pallas_kernels.attention.sm90.backend import tile_order
+from pallas_kernels.attention.sm90.schedule import launch_order
 
 SLOTS = 48
 
 
 def order_of(counts):
-    return np.asarray(tile_order(jnp.asarray(counts, jnp.int32), SLOTS))
+    return np.asarray(launch_order(jnp.asarray(counts, jnp.int32), SLOTS))
 
 
 def start_times(order, counts):

@@ -12,15 +12,24 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.sm90 import backend as hopper
-from pallas_kernels.attention.sm90 import plan as sm90
-from pallas_kernels.attention.sm90.kernel import Work, attend_blocks
+from pallas_kernels.attention.sm90.backend import why_unsupported_shape
+from pallas_kernels.attention.sm90.copies import RunAddresses, Runs
+from pallas_kernels.attention.sm90.cta import Work
+from pallas_kernels.attention.sm90.kernel import attend_blocks
+from pallas_kernels.attention.sm90.plan import (
+    ALIGNMENT,
+    BLOCK,
+    KernelConfig,
+    Plan,
+    Width,
+)
+from pallas_kernels.attention.sm90.repair import repair
 from pallas_kernels.attention.sm90.wgmma import STEP
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.device import Device
 
 # Timed at 32,760 tokens and more, where it beats cuDNN by 13 to 20 %. Shorter sequences
-# have fewer query blocks than fill the card evenly; where cuDNN wins is not known.
+# have fewer query blocks than fill the GPU evenly; where cuDNN wins is not known.
 LEAST_TOKENS = 4096
 
 
@@ -57,72 +66,71 @@ def hopper_dense_attention(
 def why_unsupported(
     shape: tuple[int, ...], dtype: str, device: Device, least_tokens: int = LEAST_TOKENS
 ) -> str | None:
-    """Why the kernel is not used for q of this shape on a device, or None if it is."""
+    """Returns why the kernel is not used for q of this shape on a device, or None."""
     if cause := device.why_not_hopper():
         return cause
     _, num_tokens, _, head_dim = shape
-    if num_tokens < least_tokens or num_tokens % sm90.ALIGNMENT:
+    if num_tokens < least_tokens or num_tokens % ALIGNMENT:
         return (
-            f"it takes a multiple of {sm90.ALIGNMENT} tokens, at least {least_tokens}, "
+            f"it takes a multiple of {ALIGNMENT} tokens, at least {least_tokens}, "
             f"not {num_tokens}"
         )
-    return hopper.why_unsupported_shape(dtype, head_dim, sm90.BLOCK)
+    return why_unsupported_shape(dtype, head_dim, BLOCK)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "masks", "interpret"))
 def _run(q, k, v, lengths, *, scale, masks, interpret):
     batch, num_tokens, num_heads, head_dim = q.shape
-    num_lists, num_blocks = batch * num_heads, -(-num_tokens // sm90.BLOCK)
-    num_tiles = num_lists * num_blocks
-    starts = np.arange(num_blocks, dtype=np.int32) * sm90.BLOCK
-    block_lengths = np.minimum(sm90.BLOCK, num_tokens - starts).astype(np.int32)
+    num_lists, num_blocks = batch * num_heads, -(-num_tokens // BLOCK)
+    num_query_blocks = num_lists * num_blocks
+    starts = np.arange(num_blocks, dtype=np.int32) * BLOCK
+    block_lengths = np.minimum(BLOCK, num_tokens - starts).astype(np.int32)
     unused = jnp.zeros((1, 1), jnp.int32)
     work = Work(
         row_offsets=jnp.zeros((num_lists, 1), jnp.int32),
         block_ids=unused,
         width_ends=unused[None],
         full_list=jnp.arange(num_blocks, dtype=jnp.int32),
-        order=jnp.arange(num_tiles, dtype=jnp.int32),
-        num_tiles=jnp.full(1, num_tiles, jnp.int32),
-        starts=jnp.asarray(starts // sm90.ALIGNMENT),
-        strides=unused[0],
+        launch_order=jnp.arange(num_query_blocks, dtype=jnp.int32),
+        num_query_blocks=jnp.full(1, num_query_blocks, jnp.int32),
+        addresses=RunAddresses(
+            first_unit=jnp.asarray(starts // ALIGNMENT), units_to_next_run=unused[0]
+        ),
         lengths=jnp.asarray(block_lengths),
         valid=jnp.clip(lengths[:, None] - starts, 0, block_lengths),
-        reciprocals=unused[0],
     )
-    config = sm90.KernelConfig.for_head_dim(head_dim)
-    plan = sm90.Plan(
-        config=config,
+    plan = Plan(
+        config=KernelConfig.for_head_dim(head_dim),
         num_blocks=num_blocks,
         num_heads=num_heads,
         head_dim=head_dim,
-        num_ctas=num_tiles,
+        num_ctas=num_query_blocks,
         persistent=False,
-        pairs=config.pairs and num_tiles % 2 == 0,
+        pairs=num_query_blocks % 2 == 0,
         is_dense=True,
         scale=scale,
-        copies=sm90.Runs(sm90.BLOCK, start_at_multiples=True),
+        copies=Runs(BLOCK, start_at_multiples=True),
         widths=_widths(block_lengths, masks),
         masks_queries=masks,
-        has_short_blocks=bool(block_lengths[-1] < sm90.BLOCK),
+        has_short_blocks=bool(block_lengths[-1] < BLOCK),
         grows=q.dtype == jnp.float16,
-        emulate_wgmma=interpret is not None,
+        interpreted=interpret is not None,
     )
     out, lse = attend_blocks(q, k, v, work, plan=plan, interpret=interpret)
-    out, _ = hopper.repair(q, k, v, work, out, lse, plan, interpret)
+    out, _ = repair(q, k, v, work, out, lse, plan=plan, interpret=interpret)
     return (out,)
 
 
-def _widths(lengths: np.ndarray, masks: bool) -> tuple[sm90.Width, ...]:
-    """Full blocks and, where the last one is short, its own.
+def _widths(lengths: np.ndarray, masks: bool) -> tuple[Width, ...]:
+    """Returns the width of full blocks and, where the last one is short, its own.
 
     Its own even where it is as wide as the others (120 tokens, say), unlike in
-    `sm90_geometry`: no step of the others then has to look for masked keys.
+    `geometry`: no step of the others then has to look for masked keys.
     """
     last = int(lengths[-1])
-    num_full = int((lengths == sm90.BLOCK).sum())
-    full = sm90.Width(sm90.BLOCK, sm90.BLOCK, num_full, masks)
-    if last == sm90.BLOCK:
+    num_full = int((lengths == BLOCK).sum())
+    full = Width(BLOCK, BLOCK, num_full, masks)
+    if last == BLOCK:
         return (full,)
     width = -(-last // STEP) * STEP
-    return full, sm90.Width(width, last, 1, masks or last < width)
+    return full, Width(width, last, 1, masks or last < width)

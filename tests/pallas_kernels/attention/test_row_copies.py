@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from draft_jax.grid import VideoGrid
-from pallas_kernels.attention.sm90.copies import (
+from pallas_kernels.attention.sm90.copies import SingleRows
+from pallas_kernels.attention.sm90.geometry import geometry_of
+from pallas_kernels.attention.sm90.plan import BLOCK
+from pallas_kernels.attention.sm90.row_copies import (
     CHUNK,
     _Copies,
     _fetch_code,
     _store_code,
 )
-from pallas_kernels.attention.sm90.geometry import geometry
-from pallas_kernels.attention.sm90.plan import BLOCK, SingleRows
 
 THREADS = 128
 SOME_THREADS = (*range(0, THREADS, 9), 7, 8, 15, 16, 127)
@@ -106,7 +107,7 @@ class Thread:
         return (token, byte // CHUNK) if size else (NO_TOKEN, 0)
 
 
-def threads_of(code, grid, places, block, first, num_rows, head_dim):
+def threads_of(code, grid, addresses, block, first, num_rows, head_dim):
     """Some threads of a warpgroup after they ran the code for some rows."""
     per_row = 2 * head_dim // CHUNK
     rows_at_once = THREADS // per_row
@@ -116,7 +117,7 @@ def threads_of(code, grid, places, block, first, num_rows, head_dim):
         token_bytes=6 * head_dim,  # of three heads
         num_tokens=grid.num_tokens,
     )
-    found = (places.starts, places.strides, places.reciprocals, grid.block_lengths)
+    found = (*addresses, grid.block_lengths)
     for thread in SOME_THREADS:
         row, chunk = divmod(thread, per_row)
         operands = (0, CHUNK * chunk, first + row, *(x[block] for x in found))
@@ -136,12 +137,12 @@ def cases(grid):
 @pytest.mark.parametrize("name", GRIDS)
 def test_fetch_and_store(name, order, head_dim):
     grid = GRIDS[name]
-    places = geometry(grid, order)
-    assert isinstance(places.copies, SingleRows)
+    geometry = geometry_of(grid, order)
+    assert isinstance(geometry.copies, SingleRows)
     tokens = np.arange(grid.num_tokens) if order == "tiled" else grid.tile_order
     for block, first, num_rows in cases(grid):
         start, length = int(grid.block_starts[block]), int(grid.block_lengths[block])
-        sizes = (grid, places, block, first, num_rows, head_dim)
+        sizes = (grid, geometry.addresses, block, first, num_rows, head_dim)
         for row, chunk, step, thread in threads_of(_fetch_code, *sizes):
             rows = first + row + step * np.arange(num_rows // step)
             assert sorted(thread.fetched) == [1000 * i for i in range(len(rows))]
@@ -160,8 +161,8 @@ def test_fetch_and_store(name, order, head_dim):
 
 
 def test_blocks_of_common_runs_and_others_are_tested():
-    tiled = geometry(GRIDS["odd-text"], "tiled")
-    raster = geometry(GRIDS["odd-tiles-and-text"], "raster")
-    runs = set(np.round(2**16 / raster.reciprocals).astype(int).tolist())
+    tiled = geometry_of(GRIDS["odd-text"], "tiled").addresses
+    raster = geometry_of(GRIDS["odd-tiles-and-text"], "raster").addresses
+    runs = set(np.round(2**16 / raster.reciprocal).astype(int).tolist())
     assert runs == {16, 10, BLOCK}
-    assert set(tiled.reciprocals.tolist()) == {2**16 // BLOCK}
+    assert set(tiled.reciprocal.tolist()) == {2**16 // BLOCK}

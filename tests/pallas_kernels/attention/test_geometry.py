@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from draft_jax.grid import VideoGrid
-from pallas_kernels.attention.sm90.copies import reciprocal_of
-from pallas_kernels.attention.sm90.geometry import geometry
-from pallas_kernels.attention.sm90.plan import BLOCK, Boxes, Runs, SingleRows
+from pallas_kernels.attention.sm90.copies import Boxes, Runs, SingleRows
+from pallas_kernels.attention.sm90.geometry import geometry_of
+from pallas_kernels.attention.sm90.plan import BLOCK
+from pallas_kernels.attention.sm90.row_copies import reciprocal_of
 
 GRIDS = {  # grid, is read by TMA in tiled order, in raster order
     "divisible": (VideoGrid(2, 16, 48), True, True),
@@ -30,43 +31,44 @@ GRIDS = {  # grid, is read by TMA in tiled order, in raster order
 @pytest.mark.parametrize("order", ["tiled", "raster"])
 def test_places_hold_the_tokens_of_their_blocks(name, order):
     grid, *by_tma = GRIDS[name]
-    places = geometry(grid, order)
-    assert isinstance(places.copies, SingleRows) != by_tma[order == "raster"]
+    geometry = geometry_of(grid, order)
+    addresses = geometry.addresses
+    assert isinstance(geometry.copies, SingleRows) != by_tma[order == "raster"]
     tokens = np.arange(grid.num_tokens)
     # `memory[i]` is the tiled number of the token that the kernel finds at i.
     memory = tokens if order == "tiled" else grid.raster_order
     for block in range(grid.num_blocks):
         length = int(grid.block_lengths[block])
-        width = places.widths[places.width_of_block[block]]
+        width = geometry.widths[geometry.width_of_block[block]]
         row = np.arange(length)
-        match places.copies:
+        match geometry.copies:
             case SingleRows():
-                found = memory[tokens_by_rows(places, block, row)]
-            case Boxes(number=number):
-                found = tokens_of_boxes(memory, places, block, length, number)
+                found = memory[tokens_by_rows(addresses, block, row)]
+            case Boxes(num_boxes=num_boxes):
+                found = tokens_of_boxes(memory, geometry, block, length, num_boxes)
             case Runs(run):
-                place = 8 * places.starts[block] + row % run
-                place += row // run * 8 * places.strides[block]
+                place = 8 * addresses.first_unit[block] + row % run
+                place += row // run * 8 * addresses.units_to_next_run[block]
                 found = memory[place]
         want = grid.block_starts[block] + np.arange(length)
         assert sorted(found) == want.tolist()
         # The log-sum-exp of the token in row i of the block is at `128 block + i`.
-        if not isinstance(places.copies, Boxes):
+        if not isinstance(geometry.copies, Boxes):
             np.testing.assert_array_equal(found, want)
         elif length == BLOCK:
             in_order = tokens if order == "tiled" else grid.tile_order
-            where = places.scatter[in_order[found]]
+            where = geometry.scatter[in_order[found]]
             np.testing.assert_array_equal(where, BLOCK * block + np.arange(BLOCK))
         assert length <= width.longest <= width.tokens <= BLOCK
         assert width.tokens % 16 == 0
         assert width.masks or length == width.tokens
 
 
-def tokens_by_rows(places, block, row):
-    """As the kernel's instructions have it."""
-    assert (row * places.reciprocals[block] < 2**31).all()
-    run = row * places.reciprocals[block] >> 16
-    return places.starts[block] + row + run * places.strides[block]
+def tokens_by_rows(addresses, block, row):
+    """Finds tokens as the kernel's instructions do."""
+    assert (row * addresses.reciprocal[block] < 2**31).all()
+    run = row * addresses.reciprocal[block] >> 16
+    return addresses.first_token[block] + row + run * addresses.gap[block]
 
 
 @pytest.mark.parametrize("run", range(1, BLOCK + 1))
@@ -75,16 +77,14 @@ def test_reciprocals_divide_rows_exactly(run):
     np.testing.assert_array_equal(row * reciprocal_of(run) >> 16, row // run)
 
 
-def tokens_of_boxes(memory, places, block, length, number_of_boxes):
+def tokens_of_boxes(memory, geometry, block, length, num_boxes):
     """Reads a block box by box, as its copies do."""
-    frames = memory.reshape(places.frame_shape)
-    rows = length // (8 * number_of_boxes)
-    first, column = places.starts[block], places.strides[block]
+    frames = memory.reshape(geometry.frame_shape)
+    rows = length // (8 * num_boxes)
+    first = geometry.addresses.first_row[block]
+    column = geometry.addresses.first_column[block]
     return np.concatenate(
-        [
-            frames[first : first + rows, column + number].ravel()
-            for number in range(number_of_boxes)
-        ]
+        [frames[first : first + rows, column + box].ravel() for box in range(num_boxes)]
     )
 
 
@@ -100,16 +100,16 @@ def tokens_of_boxes(memory, places, block, length, number_of_boxes):
     ids=str,
 )
 def test_boxes_are_for_videos_without_text(grid, has_boxes):
-    assert isinstance(geometry(grid, "raster").copies, Boxes) == has_boxes
-    assert not isinstance(geometry(grid, "tiled").copies, Boxes)
+    assert isinstance(geometry_of(grid, "raster").copies, Boxes) == has_boxes
+    assert not isinstance(geometry_of(grid, "tiled").copies, Boxes)
 
 
 def test_widths_of_480p():
     """Tiles of 8 x 16, 6 x 16, 8 x 4 and 6 x 4 tokens."""
-    places = geometry(VideoGrid(1, 30, 52), "tiled")
-    assert [(w.tokens, w.masks) for w in places.widths] == [
+    geometry = geometry_of(VideoGrid(1, 30, 52), "tiled")
+    assert [(w.tokens, w.masks) for w in geometry.widths] == [
         (128, False),
         (96, False),
         (32, True),
     ]
-    assert np.bincount(places.width_of_block).tolist() == [9, 3, 4]
+    assert np.bincount(geometry.width_of_block).tolist() == [9, 3, 4]

@@ -1,0 +1,84 @@
+"""The producer of the Hopper kernel: it keeps the ring of K and V blocks full."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.attention.sm90.cta import Cta, QueryBlock
+from pallas_kernels.attention.sm90.plan import LoadsOfQueryBlock, Ref, Width
+
+
+def produce(cta: Cta) -> None:
+    """Copies Q, then K and V of every kept block, as far ahead as the ring allows."""
+
+    def load(query_block, index, fill):
+        @pl.when(index > 0)
+        def _():
+            cta.signals.wait_q_free()
+
+        loads = cta.plan.copies.loads(cta, query_block, fill)
+        loads.load_queries()
+        for width_index, width in enumerate(cta.plan.widths):
+            begin, end = cta.steps_of_width(query_block, width_index)
+            _KeyLoads(cta, query_block, width, loads).load(begin, end, fill)
+            fill += 2 * (end - begin)
+        loads.finish(fill)
+        return fill
+
+    fill = cta.for_each_query_block(load, jnp.int32(0))
+
+    @pl.when(cta.num_query_blocks() > 0)
+    def _():
+        cta.signals.wait_q_free()
+
+    is_shared = cta.shares_keys()
+
+    @pl.loop(jnp.maximum(fill - cta.plan.config.num_slots, 0), fill)
+    def _drain(last_fill):
+        # A CTA of a pair stays until the other has what is copied to it.
+        cta.signals.wait_kv_free(cta.slot_of(last_fill), is_shared)
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeyLoads:
+    """Copies of the key blocks of one width of one list."""
+
+    cta: Cta
+    query_block: QueryBlock
+    width: Width
+    loads: LoadsOfQueryBlock
+
+    def load(self, begin, end, fill) -> None:
+        """Copies K of each step, then V of the one before; `fill` counts copies."""
+        k_gmem, v_gmem = self.cta.gmem.k, self.cta.gmem.v
+
+        def load_step(step, blocks):
+            # The next block's number is read before the copies wait for a free slot.
+            block_v, block_k = blocks
+            next_block = self.cta.key_block(self.query_block, step + 1)
+            v_fill = fill + 2 * (step - begin)
+            self._load_block(k_gmem, block_k, v_fill - jnp.minimum(step - begin, 1))
+
+            @pl.when(step > begin)
+            def _():
+                self._load_block(v_gmem, block_v, v_fill)
+
+            return block_k, next_block
+
+        @pl.when(end > begin)
+        def _():
+            first = self.cta.key_block(self.query_block, begin)
+            last, _ = lax.fori_loop(begin, end, load_step, (first, first))
+            self._load_block(v_gmem, last, fill + 2 * (end - begin) - 1)
+
+    def _load_block(self, source: Ref, block, fill) -> None:
+        """Copies a block into its slot of the ring as soon as it is free."""
+        slot = self.cta.slot_of(fill)
+
+        @pl.when(fill >= self.cta.plan.config.num_slots)
+        def _():
+            self.cta.signals.wait_kv_free(slot, self.query_block.is_shared)
+
+        self.loads.load_block(source, block, slot, fill, self.width)
