@@ -7,7 +7,7 @@ from pallas_kernels.attention.api import (
     block_sparse_attention_with_lse,
     chosen_backend,
 )
-from pallas_kernels.attention.dense import dense_attention
+from pallas_kernels.attention.dense_api import dense_attention, why_no_cudnn
 from pallas_kernels.common.slow_paths import SlowBackendWarning
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "block_sparse_attention_with_lse",
     "chosen_backend",
     "dense_attention",
+    "why_no_cudnn",
 ]

@@ -25,7 +25,7 @@ from draft_jax import (
     scheduled_attention,
 )
 from models.wan.config import WanConfig
-from pallas_kernels.attention.dense import dense_attention, why_no_cudnn
+from pallas_kernels import dense_attention, why_no_cudnn
 from pallas_kernels.common.device import current_device
 
 # The original's initialisation of all linear layers but the last.

@@ -1,1 +1,30 @@
 """Interfaces, checks and helpers that all operations share."""
+
+from pallas_kernels.common import validation
+from pallas_kernels.common.batching import fold_mapped_axes
+from pallas_kernels.common.device import Device, current_device, describe_device
+from pallas_kernels.common.interfaces import (
+    SUPPORTED_DTYPES,
+    Backend,
+    BlockGrid,
+    BlockLists,
+    Order,
+    Problem,
+)
+from pallas_kernels.common.slow_paths import SlowBackendWarning, warn_once
+
+__all__ = [
+    "SUPPORTED_DTYPES",
+    "Backend",
+    "BlockGrid",
+    "BlockLists",
+    "Device",
+    "Order",
+    "Problem",
+    "SlowBackendWarning",
+    "current_device",
+    "describe_device",
+    "fold_mapped_axes",
+    "validation",
+    "warn_once",
+]

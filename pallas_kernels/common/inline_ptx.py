@@ -15,16 +15,17 @@ WORD = 32  # bits, and threads of a warp
 
 
 def strided(size: int):
+    """Returns the layout of arrays that lie one element to a register."""
     return plgpu.Layout.WG_STRIDED((size,), vec_size=1)
 
 
 def shaped(size: int, dtype) -> plgpu.ShapeDtypeStruct:
-    """Type of an array that inline code returns."""
+    """Returns the type of an array that inline code returns."""
     return plgpu.ShapeDtypeStruct((size,), jnp.dtype(dtype), layout=strided(size))
 
 
 def array_of(values, is_signed: bool = False):
-    """An array of the elements of a thread, one to a register."""
+    """Makes an array of the elements of a thread, one to a register."""
     registers = np.empty(values.shape, dtype=object)
     for i, value in enumerate(values):
         register = ir.VectorType.get((1,), value.type)
@@ -36,7 +37,7 @@ def array_of(values, is_signed: bool = False):
 
 
 def scalars(*arrays):
-    """The elements of a thread, array by array: registers are vectors of one."""
+    """Yields the elements of a thread, array by array: registers are vectors of one."""
     for registers in zip(*(array.registers.flat for array in arrays), strict=True):
         yield tuple(
             mgpu.utils.vector.extract(x, [], [0])
@@ -47,7 +48,7 @@ def scalars(*arrays):
 
 
 def asm(code: str, constraints: str, *arguments, result=None, is_pure=False):
-    """Inline PTX; what is not pure stays in order with other memory accesses."""
+    """Emits PTX; what is not pure stays in order with other memory accesses."""
     return llvm.inline_asm(
         ir.Type.parse("!llvm.void") if result is None else result,
         arguments,
@@ -58,12 +59,15 @@ def asm(code: str, constraints: str, *arguments, result=None, is_pure=False):
 
 
 def const(value: int, type_=None):
+    """Returns an integer constant, of 32 bits if no type is given."""
     return mgpu.utils.c(value, i32() if type_ is None else type_)
 
 
 def i32():
+    """Returns the type of integers of 32 bits."""
     return ir.IntegerType.get_signless(32)
 
 
 def i64():
+    """Returns the type of integers of 64 bits."""
     return ir.IntegerType.get_signless(64)

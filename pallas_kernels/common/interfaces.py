@@ -17,7 +17,7 @@ from pallas_kernels.common.device import Device
 
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 
-# Of the tokens: blocks one after another, or frame by frame, row by row.
+# Of the tokens: frame by frame and row by row, or blocks one after another.
 Order = Literal["raster", "tiled"]
 
 
@@ -30,37 +30,48 @@ class BlockGrid(Protocol):
     """
 
     @property
-    def num_tokens(self) -> int: ...
+    def num_tokens(self) -> int:
+        """Tokens of the sequence, text included."""
 
     @property
-    def tile(self) -> tuple[int, int]: ...
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of a tile of tokens: one visual block."""
 
     @property
-    def tile_order(self) -> np.ndarray: ...
+    def tile_order(self) -> np.ndarray:
+        """Raster index of each token in tiled order."""
 
     @property
-    def raster_order(self) -> np.ndarray: ...
+    def raster_order(self) -> np.ndarray:
+        """Tiled index of each token in raster order."""
 
     @property
-    def num_blocks(self) -> int: ...
+    def num_blocks(self) -> int:
+        """Blocks of the sequence, text included."""
 
     @property
-    def block_size(self) -> int: ...
+    def block_size(self) -> int:
+        """Most tokens of a block."""
 
     @property
-    def text_length(self) -> int: ...
+    def text_length(self) -> int:
+        """Tokens of text, padding included."""
 
     @property
-    def block_starts(self) -> np.ndarray: ...
+    def block_starts(self) -> np.ndarray:
+        """First token of each block in tiled order."""
 
     @property
-    def block_lengths(self) -> np.ndarray: ...
+    def block_lengths(self) -> np.ndarray:
+        """Tokens of each block."""
 
     @property
-    def text_tokens(self) -> slice: ...
+    def text_tokens(self) -> slice:
+        """Tokens that are text."""
 
     @property
-    def text_blocks(self) -> slice: ...
+    def text_blocks(self) -> slice:
+        """Blocks that are text."""
 
 
 class BlockLists(Protocol):
@@ -73,17 +84,20 @@ class BlockLists(Protocol):
     """
 
     @property
-    def row_offsets(self) -> Int[Array, "B N R+1"]: ...
+    def row_offsets(self) -> Int[Array, "B N R+1"]:
+        """Start of each query block's list in `block_ids`, int32."""
 
     @property
-    def block_ids(self) -> Int[Array, "B N M"]: ...
+    def block_ids(self) -> Int[Array, "B N M"]:
+        """Key blocks of all lists, int32."""
 
     @property
-    def grid(self) -> Any: ...
+    def grid(self) -> Any:
+        """Geometry of the blocks."""
 
 
 def valid_lengths(grid: BlockGrid, text_lengths: Int[Array, " B"]) -> Int[Array, "B R"]:
-    """Tokens of each block of each batch item that are not padding."""
+    """Counts the tokens of each block that are not padding, for each batch item."""
     is_text = np.zeros(grid.num_blocks, bool)
     is_text[grid.text_blocks] = True
     text_end = grid.text_tokens.start + text_lengths[:, None]
@@ -116,9 +130,9 @@ class Backend:
         valid key are zeros in `out` and -inf in `lse`.
       takes_raster: Whether the function takes `order`, and tokens in raster order.
         Others get them in tiled order.
-      why_unsupported: Why it cannot take a problem, or None if it can.
-      why_slow: Why "auto" should tell the user that a faster path exists for this
-        device but does not run, or None.
+      why_unsupported: Returns why it cannot take a problem, or None if it can.
+      why_slow: Returns why "auto" should tell the user that a faster path exists for
+        this device but does not run, or None.
     """
 
     name: str

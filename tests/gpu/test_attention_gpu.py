@@ -10,8 +10,8 @@ from pallas_kernels import (
     block_sparse_attention,
     block_sparse_attention_with_lse,
     dense_attention,
+    why_no_cudnn,
 )
-from pallas_kernels.attention.dense import why_no_cudnn
 from pallas_kernels.common.device import current_device
 from tests.pallas_kernels.attention.reference import (
     compress,

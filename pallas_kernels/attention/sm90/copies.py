@@ -6,8 +6,10 @@ at a time. A way of copying owns its addresses, its shared memory, its loads and
 store (`plan.BlockCopies`); nothing else asks which one it is.
 """
 
+import abc
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -85,19 +87,29 @@ class _AsMatrix:
         return row + consumer * ROWS < length
 
 
-@dataclasses.dataclass(frozen=True)
-class Runs(_AsMatrix):
-    """One TMA copy for each run of tokens that follow each other in memory."""
-
-    tokens: int  # of a run; BLOCK if a block is one
-    start_at_multiples: bool = False  # block r starts at token r * BLOCK
+class _ByTma(abc.ABC):
+    """Blocks that TMA copies, in pieces."""
 
     uses_tma = True
 
     @property
+    @abc.abstractmethod
     def num_arrivals(self) -> int:
         """Copies of a key block that arrive on its barrier."""
-        return BLOCK // self.tokens
+
+    @abc.abstractmethod
+    def parts(self, width: Width) -> list[tuple[int, int]]:
+        """Lists the first row in shared memory, and the tokens, of a block's copies."""
+
+    @abc.abstractmethod
+    def query_pieces(self, cta: Cta, query_block: QueryBlock) -> Iterator[tuple]:
+        """Yields the source and target of each copy of a query block."""
+
+    @abc.abstractmethod
+    def key_pieces(
+        self, cta: Cta, array, query_block: QueryBlock, block, slot, width: Width
+    ) -> Iterator[tuple]:
+        """Yields the source and target of each copy of a key block."""
 
     @property
     def num_query_arrivals(self) -> int:
@@ -108,6 +120,19 @@ class Runs(_AsMatrix):
         """Returns what copies a query block and its key blocks."""
         del fill
         return _TmaLoads(self, cta, query_block)
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs(_AsMatrix, _ByTma):
+    """One TMA copy for each run of tokens that follow each other in memory."""
+
+    tokens: int  # of a run; BLOCK if a block is one
+    start_at_multiples: bool = False  # block r starts at token r * BLOCK
+
+    @property
+    def num_arrivals(self) -> int:
+        """Copies of a key block that arrive on its barrier."""
+        return BLOCK // self.tokens
 
     def parts(self, width: Width) -> list[tuple[int, int]]:
         """Lists the first row in shared memory, and the tokens, of a block's copies.
@@ -187,7 +212,7 @@ class Runs(_AsMatrix):
 
 
 @dataclasses.dataclass(frozen=True)
-class Boxes:
+class Boxes(_ByTma):
     """Raster order: a block is boxes of ALIGNMENT columns, one beside the other.
 
     One TMA copy takes a box out of an array of frames and rows, columns over ALIGNMENT,
@@ -198,8 +223,6 @@ class Boxes:
     rows: int  # of a tile; the lowest tiles of a frame may have fewer
     num_boxes: int  # side by side, each a copy that arrives on the block's barrier
 
-    uses_tma = True
-
     @property
     def tokens(self) -> int:
         """Tokens of a box."""
@@ -209,11 +232,6 @@ class Boxes:
     def num_arrivals(self) -> int:
         """Copies of a key block that arrive on its barrier."""
         return self.num_boxes
-
-    @property
-    def num_query_arrivals(self) -> int:
-        """Copies of a query block; each is for one consumer."""
-        return max(self.num_boxes, NUM_CONSUMERS)
 
     def smem(self, number, size, head_dim, dtype):
         """Returns the shared memory of so many groups of `size` tokens."""
@@ -228,11 +246,6 @@ class Boxes:
         """Says which rows of a consumer hold tokens of a block of this length."""
         del consumer  # each box of a short block is short
         return row % self.tokens < lax.div(length, jnp.int32(self.num_boxes))
-
-    def loads(self, cta: Cta, query_block: QueryBlock, fill) -> "_TmaLoads":
-        """Returns what copies a query block and its key blocks."""
-        del fill
-        return _TmaLoads(self, cta, query_block)
 
     def parts(self, width: Width) -> list[tuple[int, int]]:
         """Lists the first row in shared memory, and the tokens, of a block's copies."""
@@ -298,7 +311,7 @@ class Boxes:
 class _TmaLoads:
     """TMA copies of one query block and its key blocks; they arrive by themselves."""
 
-    copies: Runs | Boxes
+    copies: _ByTma
     cta: Cta
     query_block: QueryBlock
 

@@ -60,14 +60,14 @@ def partition_lists(
 
 
 def _body(offsets_gmem, ids_gmem, classes_gmem, out_gmem, ends_gmem, *, move):
-    chunk, number = lax.axis_index("chunk"), lax.axis_index("map")
+    chunk, head = lax.axis_index("chunk"), lax.axis_index("map")
     move(
         chunk,
-        offsets_gmem.at[number],
-        ids_gmem.at[number],
+        offsets_gmem.at[head],
+        ids_gmem.at[head],
         classes_gmem,
-        out_gmem.at[number],
-        ends_gmem.at[number],
+        out_gmem.at[head],
+        ends_gmem.at[head],
     )
 
 
@@ -102,7 +102,7 @@ def _move_emulated(
     *,
     num_classes: int,
 ):
-    """What `_CODE` does, in plain JAX: interpret mode has no PTX."""
+    """Does what `_CODE` does in plain JAX: interpret mode has no PTX."""
     num_rows, size = offsets_gmem.shape[0] - 1, ids_gmem.shape[0]
     ids, classes = ids_gmem[...], classes_gmem[...]
     lanes = jnp.arange(WORD, dtype=jnp.int32)
@@ -110,10 +110,10 @@ def _move_emulated(
     def move_list(row, _):
         start, stop = offsets_gmem[row], offsets_gmem[row + 1]
 
-        def move_chunk(i, base, *, number: int):
+        def move_chunk(i, base, *, wanted: int):
             entries = start + i * WORD + lanes
             own = ids[jnp.minimum(entries, size - 1)]
-            is_own = (entries < stop) & (classes[own] == number)
+            is_own = (entries < stop) & (classes[own] == wanted)
             before = base + jnp.cumsum(is_own, dtype=jnp.int32) - is_own
             rank_emulated.store_each(
                 jnp.where(is_own, before, size), own, out_gmem, size
@@ -122,10 +122,10 @@ def _move_emulated(
 
         base = start
         num_chunks = lax.div(stop - start + (WORD - 1), jnp.int32(WORD))
-        for number in range(num_classes):
-            move_own = functools.partial(move_chunk, number=number)
+        for class_ in range(num_classes):
+            move_own = functools.partial(move_chunk, wanted=class_)
             base = lax.fori_loop(0, num_chunks, move_own, base)
-            ends_gmem[row, number] = base - start
+            ends_gmem[row, class_] = base - start
         return ()
 
     first = chunk * LISTS_PER_CTA

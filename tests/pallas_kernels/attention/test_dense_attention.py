@@ -10,8 +10,9 @@ import pytest
 
 from draft_jax.grid import VideoGrid
 from pallas_kernels import dense_attention
-from pallas_kernels.attention import dense
-from pallas_kernels.attention.dense import _chunked_attention, choose, why_no_cudnn
+from pallas_kernels.attention import dense_api
+from pallas_kernels.attention.dense_api import choose, why_no_cudnn
+from pallas_kernels.attention.dense_xla import chunked_attention
 from pallas_kernels.common.device import Device
 from pallas_kernels.common.slow_paths import SlowBackendWarning, forget_warnings
 from tests.pallas_kernels.attention.reference import CASES, numpy_attention, random_qkv
@@ -46,7 +47,7 @@ def test_any_chunk_gives_the_same(chunk, one_head_at_a_time):
     weight = weight * valid[:, :, None, None]
 
     def chunked(q, k, v):
-        out = _chunked_attention(
+        out = chunked_attention(
             q,
             k,
             v,
@@ -160,7 +161,7 @@ def test_path_and_warning(case):
 
 
 def test_slower_path_warns_once(monkeypatch):
-    monkeypatch.setattr(dense, "current_device", lambda *arrays: gpu(9, 0))
+    monkeypatch.setattr(dense_api, "current_device", lambda *arrays: gpu(9, 0))
     forget_warnings()
     q, k, v = random_qkv(VideoGrid(1, 4, 8))
     with pytest.warns(SlowBackendWarning, match="dense_attention runs on .*float32"):

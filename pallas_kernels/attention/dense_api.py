@@ -1,4 +1,6 @@
-"""Exact dense attention with bounded memory: what sparse attention is compared to.
+"""Dense attention: the public function, and how its path is chosen.
+
+It is exact, with bounded memory: what sparse attention is compared to.
 
 Long sequences on Hopper run the block-sparse kernel with full lists, which is faster
 than cuDNN; else cuDNN's fused kernel on NVIDIA GPUs, or XLA over chunks of queries, so
@@ -7,7 +9,6 @@ that N x T x T logits never exist at once.
 
 import functools
 import logging
-import math
 from typing import Literal, get_args
 
 import jax
@@ -15,18 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.api import BackendChoice
+from pallas_kernels.attention.dense_xla import chunk_size, chunked_attention
 from pallas_kernels.attention.sm90 import dense_backend as hopper_dense
 from pallas_kernels.attention.sm90.plan import ALIGNMENT
 from pallas_kernels.common import validation
 from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.interfaces import BlockGrid
 from pallas_kernels.common.slow_paths import warn_once
-
-# Logits held at once by the chunked path. On two CPU cores, 2304 tokens and head_dim
-# 128, chunks of 128, 256, 384 and 768 queries take 360, 345, 328 and 312 ms; a GPU
-# needs more logits at a time to fill its cores.
-CPU_CHUNK_LOGITS = 1 << 21
-GPU_CHUNK_LOGITS = 1 << 27
 
 DenseBackendName = Literal["auto", "xla"]
 
@@ -101,13 +97,13 @@ def dense_attention(
     if choice.name == "cudnn":
         out = _cudnn_attention(q, k, v, grid, scale, text_lengths)
     else:
-        out = _chunked_attention(
+        out = chunked_attention(
             q,
             k,
             v,
             valid,
             scale=scale,
-            chunk=_chunk_size(q.shape, device),
+            chunk=chunk_size(q.shape, device),
             one_head_at_a_time=device.platform == "cpu",
         )
     if valid is not None:
@@ -116,7 +112,7 @@ def dense_attention(
 
 
 def why_no_cudnn(dtype: str, head_dim: int, device: Device) -> str | None:
-    """Why cuDNN's attention cannot be used, or None if it can."""
+    """Returns why cuDNN's attention cannot be used, or None if it can."""
     if device.compute_capability is None:
         return f"{device.platform} ({device.kind}) is not an NVIDIA GPU"
     if device.compute_capability < (8, 0):
@@ -140,9 +136,9 @@ def choose(
     """Says which of "hopper", "cudnn" and "xla" runs, and why.
 
     Args:
-      shape: Of q, [B, T, N, D].
-      dtype: Of q.
-      device: What the call is compiled for.
+      shape: Shape of q, [B, T, N, D].
+      dtype: Name of its dtype.
+      device: The device that the call is compiled for.
       pads_before_video: Whether text with lengths stands before the video.
       backend: As passed to `dense_attention`.
 
@@ -192,7 +188,7 @@ def _hopper_attention(grid, scale, q, k, v, text_lengths):
 
 
 def _cudnn_forward(grid, scale, q, k, v, text_lengths):
-    """With gradients all of it is cuDNN's, whose backward pass is the fast one."""
+    """Computes all of it with cuDNN, whose backward pass is the fast one."""
 
     def attend(q, k, v):
         out = _cudnn_attention(q, k, v, grid, scale, text_lengths)
@@ -211,7 +207,7 @@ _hopper_attention.defvjp(_cudnn_forward, _cudnn_backward)
 
 
 def _cudnn_attention(q, k, v, grid, scale, text_lengths):
-    """cuDNN takes the length of a valid prefix of keys, so text goes last.
+    """Calls cuDNN, which takes the length of a valid prefix of keys: text goes last.
 
     The order of keys does not change attention: rolling K and V is enough.
     """
@@ -233,93 +229,3 @@ def _valid_tokens(
     text = grid.text_tokens
     is_padding = (token >= text.start + text_lengths[:, None]) & (token < text.stop)
     return ~is_padding
-
-
-def _chunk_size(shape: tuple[int, ...], device: Device) -> int:
-    """Queries whose logits are held at once; chunks of one call are equal."""
-    batch, num_tokens, num_heads, _ = shape
-    if device.platform == "cpu":
-        queries = CPU_CHUNK_LOGITS // num_tokens
-    else:
-        queries = GPU_CHUNK_LOGITS // (num_tokens * batch * num_heads)
-    queries = min(max(queries, 16), num_tokens)
-    return math.ceil(num_tokens / math.ceil(num_tokens / queries))
-
-
-@functools.partial(jax.jit, static_argnames=("scale", "chunk", "one_head_at_a_time"))
-def _chunked_attention(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
-    v: Float[Array, "B T N D"],
-    valid: Bool[Array, "B T"] | None,
-    *,
-    scale: float,
-    chunk: int,
-    one_head_at_a_time: bool,
-) -> Float[Array, "B T N D"]:
-    """Loops over chunks of queries, and on CPU over batch items and heads too.
-
-    XLA's CPU matmul is 1.6 times faster without batch dimensions; a GPU is only
-    filled by all heads together.
-    """
-    batch, num_tokens, num_heads, head_dim = q.shape
-    valid_keys = None if valid is None else jnp.repeat(valid, num_heads, axis=0)
-    if one_head_at_a_time:  # the CPU: it has no fast matmul of narrow dtypes
-        q_heads, k_heads, v_heads = (
-            _heads_first(x).astype(jnp.float32) for x in (q, k, v)
-        )
-        out = jax.lax.map(
-            lambda args: _attend_in_chunks(*args, scale=scale, chunk=chunk),
-            (q_heads, k_heads, v_heads, valid_keys),
-        )
-    else:
-        q_heads, k_heads, v_heads = (_heads_first(x) for x in (q, k, v))
-        if valid_keys is not None:
-            valid_keys = valid_keys[:, None]
-        out = _attend_in_chunks(
-            q_heads, k_heads, v_heads, valid_keys, scale=scale, chunk=chunk
-        )
-    out = out.reshape(batch, num_heads, num_tokens, head_dim)
-    return out.transpose(0, 2, 1, 3).astype(q.dtype)
-
-
-def _heads_first(x: Float[Array, "B T N D"]) -> Float[Array, "B*N T D"]:
-    batch, num_tokens, num_heads, head_dim = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(batch * num_heads, num_tokens, head_dim)
-
-
-def _attend_in_chunks(
-    q: Float[Array, "*L T D"],
-    k: Float[Array, "*L T D"],
-    v: Float[Array, "*L T D"],
-    valid_keys: Bool[Array, "*L #T T"] | None,
-    *,
-    scale: float,
-    chunk: int,
-) -> Float[Array, "*L T D"]:
-    """Attention of consecutive chunks of queries, one after the other."""
-    num_tokens, head_dim = q.shape[-2:]
-    num_chunks = math.ceil(num_tokens / chunk)
-    padding = [(0, 0)] * (q.ndim - 2) + [(0, num_chunks * chunk - num_tokens), (0, 0)]
-    chunks = jnp.pad(q, padding).reshape(*q.shape[:-2], num_chunks, chunk, head_dim)
-
-    # Recomputed in the backward pass: kept probabilities would be T x T numbers.
-    @jax.checkpoint
-    def attend(q_chunk):
-        logits = scale * jnp.einsum(
-            "...cd,...sd->...cs", q_chunk, k, preferred_element_type=jnp.float32
-        )
-        if valid_keys is not None:
-            logits = jnp.where(valid_keys, logits, -jnp.inf)
-        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-        out = jnp.einsum(
-            "...cs,...sd->...cd",
-            weights.astype(v.dtype),
-            v,
-            preferred_element_type=jnp.float32,
-        )
-        return (out / weights.sum(-1, keepdims=True)).astype(q.dtype)
-
-    out = jax.lax.map(attend, jnp.moveaxis(chunks, -3, 0))
-    out = jnp.moveaxis(out, 0, -3)
-    return out.reshape(*q.shape[:-2], num_chunks * chunk, head_dim)[..., :num_tokens, :]
