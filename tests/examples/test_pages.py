@@ -18,6 +18,15 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+OURS = (
+    "benchmarks/",
+    "draft_jax/",
+    "examples/",
+    "models/",
+    "pallas_kernels/",
+    "tests/",
+)
+RESULTS = ROOT / "benchmarks" / "results"
 PAGES = sorted(DOCS.rglob("*.md"))
 BLOCK = re.compile(
     r"^(<!-- not run: [^\n]+ -->\n)?```python[^\n]*\n(.*?)^```", re.M | re.S
@@ -70,6 +79,21 @@ def test_modules_that_pages_name_exist():
     modules = {name for text in texts for name in MODULE.findall(text)}
     assert "benchmarks.attention.run" in modules
     assert not [name for name in sorted(modules) if not importlib.util.find_spec(name)]
+
+
+def test_files_that_pages_name_exist():
+    """In backquotes: whole paths, names of test files, and JSON files of results."""
+    found = []
+    for page in PAGES:
+        for path in re.findall(r"`([\w./*]+\.(?:py|json))`", page.read_text()):
+            if path.startswith(OURS):
+                found += [(page.name, path, any(ROOT.glob(path)))]
+            elif path.startswith("test_"):
+                found += [(page.name, path, any((ROOT / "tests").rglob(path)))]
+            elif path.endswith("_h100.json"):
+                found += [(page.name, path, (RESULTS / path).is_file())]
+    assert len(found) > 10
+    assert not [(page, path) for page, path, exists in found if not exists]
 
 
 def test_the_readme_is_a_front_page():
