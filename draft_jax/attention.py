@@ -8,12 +8,15 @@ from jaxtyping import Array, Bool, Float, Int
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, mask_capacity
 from draft_jax.draft.pooling import PooledTokens
-from draft_jax.draft.selection import compute_mask
+from draft_jax.draft.selection import unchecked_mask
 from draft_jax.grid import VideoGrid
 from draft_jax.schedule import DraftStep
-from pallas_kernels import BackendName, block_sparse_attention, dense_attention
-from pallas_kernels.common import validation
-from pallas_kernels.common.interfaces import Order
+from pallas_kernels import (
+    BackendName,
+    unchecked_block_sparse_attention,
+    unchecked_dense_attention,
+)
+from pallas_kernels.common import Order, validation
 
 
 def draft_attention(
@@ -63,18 +66,31 @@ def draft_attention(
 
     Source: DraftAttention (arXiv 2505.14708).
     """
-    mask = compute_mask(q, k, grid=grid, config=config, scale=scale, order=order)
-    return block_sparse_attention(
+    known_scale, text_lengths = validation.check_attention(
+        q, k, v, grid=grid, order=order, scale=scale, text_lengths=text_lengths
+    )
+    mask = unchecked_mask(
+        q,
+        k,
+        grid=grid,
+        config=config,
+        budget=None,
+        scale=scale,
+        order=order,
+        pooled=None,
+    )
+    out, _ = unchecked_block_sparse_attention(
         q,
         k,
         v,
         mask,
         grid=grid,
-        scale=scale,
-        text_lengths=text_lengths,
         order=order,
+        scale=known_scale,
+        text_lengths=text_lengths,
         backend=backend,
     )
+    return out
 
 
 def scheduled_attention(
@@ -127,9 +143,9 @@ def scheduled_attention(
     Source: DraftAttention (arXiv 2505.14708); its first steps are dense.
     """
     # Before a conditional, which would not say what is wrong with its branches.
-    validation.check_qkv(q, k, v)
-    validation.check_tokens(q, grid)
-    validation.check_order(order)
+    known_scale, text_lengths = validation.check_attention(
+        q, k, v, grid=grid, order=order, scale=scale, text_lengths=text_lengths
+    )
     if step.dense.ndim:
         raise ValueError(
             f"step.dense has shape {step.dense.shape}; expected a scalar: "
@@ -143,15 +159,19 @@ def scheduled_attention(
         )
 
     def run_dense(mask: BlockMask):
-        out = dense_attention(
-            q, k, v, grid=grid, scale=scale, text_lengths=text_lengths
+        out = unchecked_dense_attention(
+            q, k, v, grid=grid, scale=known_scale, text_lengths=text_lengths
         )
         return out, mask
+
+    def reuse(mask: BlockMask):
+        validation.check_lists(mask)
+        return mask
 
     def run_sparse(mask: BlockMask):
         mask = _choose(
             step.refresh,
-            lambda mask: compute_mask(
+            lambda mask: unchecked_mask(
                 q,
                 k,
                 grid=grid,
@@ -161,18 +181,18 @@ def scheduled_attention(
                 order=order,
                 pooled=pooled,
             ),
-            lambda mask: mask,
+            reuse,
             mask,
         )
-        out = block_sparse_attention(
+        out, _ = unchecked_block_sparse_attention(
             q,
             k,
             v,
             mask,
             grid=grid,
-            scale=scale,
-            text_lengths=text_lengths,
             order=order,
+            scale=known_scale,
+            text_lengths=text_lengths,
             backend=backend,
         )
         return out, mask
@@ -206,4 +226,5 @@ def initial_mask(
     """
     own = jnp.eye(grid.num_visual_blocks, dtype=jnp.bool_)[None, None]
     mask = BlockMask.from_visual(own, grid=grid, capacity=mask_capacity(grid, config))
-    return jax.tree.map(lambda x: jnp.tile(x, (batch, num_heads, 1)), mask)
+    repeated = jax.tree.map(lambda x: jnp.tile(x, (batch, num_heads, 1)), mask)
+    return repeated.vouched_for()

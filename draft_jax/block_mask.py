@@ -78,7 +78,8 @@ class BlockMask:
         words = packed_bits.pack(jnp.asarray(dense))
         first_columns = np.arange(words.shape[-1], dtype=np.int32) * packed_bits.BITS
         row_offsets, block_ids = packed_bits.lists(words, first_columns, capacity)
-        return cls(row_offsets=row_offsets, block_ids=block_ids, grid=grid)
+        mask = cls(row_offsets=row_offsets, block_ids=block_ids, grid=grid)
+        return mask.vouched_for()
 
     @classmethod
     def from_visual(
@@ -124,7 +125,21 @@ class BlockMask:
             row_offsets=jnp.broadcast_to(row_offsets, (*shape, num_blocks + 1)),
             block_ids=jnp.broadcast_to(block_ids, (*shape, num_blocks**2)),
             grid=grid,
-        )
+        ).vouched_for()
+
+    @property
+    def lists_are_valid(self) -> bool:
+        """Whether this package made the lists, so that no kernel has to check them.
+
+        It is known of this object only: one that is built, replaced or mapped from
+        its parts is checked again where it is used.
+        """
+        return self.__dict__.get("_lists_are_valid", False)
+
+    def vouched_for(self) -> "BlockMask":
+        """Returns this mask as one whose lists are valid; for their makers only."""
+        object.__setattr__(self, "_lists_are_valid", True)
+        return self
 
     @property
     def capacity(self) -> int:

@@ -6,8 +6,13 @@ from pallas_kernels.attention.api import (
     block_sparse_attention,
     block_sparse_attention_with_lse,
     chosen_backend,
+    unchecked_block_sparse_attention,
 )
-from pallas_kernels.attention.dense_api import dense_attention, why_no_cudnn
+from pallas_kernels.attention.dense_api import (
+    dense_attention,
+    unchecked_dense_attention,
+    why_no_cudnn,
+)
 from pallas_kernels.common.slow_paths import SlowBackendWarning
 
 __all__ = [
@@ -18,5 +23,7 @@ __all__ = [
     "block_sparse_attention_with_lse",
     "chosen_backend",
     "dense_attention",
+    "unchecked_block_sparse_attention",
+    "unchecked_dense_attention",
     "why_no_cudnn",
 ]

@@ -55,8 +55,18 @@ def draft_scores(
 
     Source: DraftAttention (arXiv 2505.14708), draft attention map.
     """
+    check_draft_inputs(q, k, grid, order)
     pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
     return scores_of_pooled(pooled, grid=grid, config=config, scale=scale)
+
+
+def check_draft_inputs(
+    q: Float[Array, "B T N D"], k: Float[Array, "B T N D"], grid: VideoGrid, order: str
+) -> None:
+    """Raises unless q and k fit each other and the grid, and the order is known."""
+    validation.check_qk(q, k)
+    validation.check_tokens(q, grid)
+    validation.check_order(order)
 
 
 def pool_draft(
@@ -70,13 +80,12 @@ def pool_draft(
 ) -> PooledTokens:
     """Pools queries and keys as `config.pooling` says; see `draft_scores`.
 
+    The caller has checked q, k and order.
+
     Raises:
-      ValueError: As `draft_scores`.
-      TypeError: As `draft_scores`.
+      ValueError: pooled does not fit q, grid or config.
+      TypeError: pooled is not float32.
     """
-    validation.check_qk(q, k)
-    validation.check_tokens(q, grid)
-    validation.check_order(order)
     if pooled is None:
         pooled = pool_queries_and_keys(
             q, k, grid, order=order, reductions=reductions_of(config)

@@ -13,7 +13,11 @@ from draft_jax.config import DraftConfig, mask_capacity, static_budget
 from draft_jax.draft import packed_bits, ranking
 from draft_jax.draft.head_chunks import map_heads
 from draft_jax.draft.pooling import PooledTokens
-from draft_jax.draft.scores import pool_draft, scores_of_pooled
+from draft_jax.draft.scores import (
+    check_draft_inputs,
+    pool_draft,
+    scores_of_pooled,
+)
 from draft_jax.grid import VideoGrid
 from pallas_kernels.common.interfaces import SUPPORTED_DTYPES, Order
 
@@ -72,7 +76,7 @@ def select_blocks(
     _check_budget(budget, most, config)
     budget = jnp.clip(jnp.asarray(budget, jnp.int32), 1, most)
     select = functools.partial(_select, grid=grid, config=config, budget=budget)
-    return map_heads(select, scores, map_size=num_visual**2)
+    return map_heads(select, scores, map_size=num_visual**2).vouched_for()
 
 
 def _check_budget(budget: Any, most: int, config: DraftConfig) -> None:
@@ -148,6 +152,31 @@ def compute_mask(
 
     Source: DraftAttention (arXiv 2505.14708).
     """
+    check_draft_inputs(q, k, grid, order)
+    return unchecked_mask(
+        q,
+        k,
+        grid=grid,
+        config=config,
+        budget=budget,
+        scale=scale,
+        order=order,
+        pooled=pooled,
+    )
+
+
+def unchecked_mask(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    budget: int | Int[Array | np.ndarray, ""] | None,
+    scale: float | None,
+    order: Order,
+    pooled: PooledTokens | None,
+) -> BlockMask:
+    """Computes `compute_mask` for a caller that has checked q, k and order."""
     q, k, pooled = jax.lax.stop_gradient((q, k, pooled))
     pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
 
@@ -157,7 +186,8 @@ def compute_mask(
         return select_blocks(scores, grid=grid, config=config, budget=budget)
 
     by_heads = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), pooled)
-    return map_heads(of_heads, by_heads, map_size=grid.num_visual_blocks**2)
+    mask = map_heads(of_heads, by_heads, map_size=grid.num_visual_blocks**2)
+    return mask.vouched_for()
 
 
 def _select_percentile(

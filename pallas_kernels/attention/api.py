@@ -151,13 +151,55 @@ def block_sparse_attention_with_lse(
       ValueError: As `block_sparse_attention`.
       TypeError: As `block_sparse_attention`.
     """
-    validation.check_qkv(q, k, v)
-    validation.check_tokens(q, grid)
+    scale, text_lengths = validation.check_attention(
+        q, k, v, grid=grid, order=order, scale=scale, text_lengths=text_lengths
+    )
     validation.check_mask(q, mask, grid)
     validation.check_lists(mask)
-    scale = validation.check_scale(scale, q.shape[-1])
-    text_lengths = validation.check_text_lengths(text_lengths, q, grid)
-    validation.check_order(order)
+    return unchecked_block_sparse_attention(
+        q,
+        k,
+        v,
+        mask,
+        grid=grid,
+        order=order,
+        scale=scale,
+        text_lengths=text_lengths,
+        backend=backend,
+    )
+
+
+def unchecked_block_sparse_attention(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"],
+    mask: BlockLists,
+    *,
+    grid: BlockGrid,
+    order: Order,
+    scale: float,
+    text_lengths: Int[Array, " B"] | None,
+    backend: BackendName,
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
+    """Computes `block_sparse_attention_with_lse` for a caller that checks arguments.
+
+    Args:
+      q: See `block_sparse_attention`, like all other arguments.
+      k: Keys.
+      v: Values.
+      mask: Kept block pairs.
+      grid: Geometry of the blocks.
+      order: How the tokens of q, k, v and of both results are ordered.
+      scale: Factor on the logits, as `validation.check_attention` returns it.
+      text_lengths: Valid text tokens, as `validation.check_attention` returns them.
+      backend: A backend by name, or "auto".
+
+    Returns:
+      The output and the log-sum-exp.
+
+    Raises:
+      ValueError: The backend is unknown or does not support the inputs.
+    """
     choice = choose(_describe(q, grid, order), backend)
     if choice.slower_because is not None:
         warn_once(

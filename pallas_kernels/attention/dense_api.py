@@ -75,6 +75,38 @@ def dense_attention(
         validation.check_tokens(q, grid)
     scale = validation.check_scale(scale, q.shape[-1])
     text_lengths = validation.check_text_lengths(text_lengths, q, grid)
+    return unchecked_dense_attention(
+        q, k, v, grid=grid, scale=scale, text_lengths=text_lengths, backend=backend
+    )
+
+
+def unchecked_dense_attention(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"],
+    *,
+    grid: BlockGrid | None,
+    scale: float,
+    text_lengths: Int[Array, " B"] | None,
+    backend: DenseBackendName = "auto",
+) -> Float[Array, "B T N D"]:
+    """Computes `dense_attention` for a caller that checks arguments.
+
+    Args:
+      q: Queries.
+      k: Keys.
+      v: Values.
+      grid: Where the text stands; needed only with `text_lengths`.
+      scale: Factor on the logits.
+      text_lengths: Valid text tokens as int32, within the grid's; None means all.
+      backend: "auto" or "xla".
+
+    Returns:
+      The output in q's dtype.
+
+    Raises:
+      ValueError: The backend is unknown.
+    """
     device = current_device(q)
     valid, pads_before_video = None, False
     if grid is not None and text_lengths is not None:

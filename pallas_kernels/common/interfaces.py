@@ -81,6 +81,9 @@ class BlockLists(Protocol):
     `block_ids[b, n, row_offsets[b, n, r] : row_offsets[b, n, r + 1]]`, each at most
     once. The first offset is 0, none is less than the one before, and entries past the
     last are not read.
+
+    A true attribute `lists_are_valid`, where a mask has it, says that its maker built
+    the lists so; those of other masks are checked where their values are known.
     """
 
     @property

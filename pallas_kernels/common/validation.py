@@ -60,6 +60,29 @@ def check_tokens(q: jax.Array, grid: BlockGrid) -> None:
         )
 
 
+def check_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    grid: BlockGrid,
+    order: str,
+    scale: float | None,
+    text_lengths: jax.Array | None,
+) -> tuple[float, jax.Array | None]:
+    """Raises unless these arguments of an attention function are acceptable.
+
+    Returns:
+      The scale and the text lengths, as `check_scale` and `check_text_lengths` do.
+    """
+    check_qkv(q, k, v)
+    check_tokens(q, grid)
+    scale = check_scale(scale, q.shape[-1])
+    text_lengths = check_text_lengths(text_lengths, q, grid)
+    check_order(order)
+    return scale, text_lengths
+
+
 def check_order(order: str) -> None:
     """Raises ValueError unless `order` names an order of tokens."""
     if order not in get_args(Order):
@@ -97,12 +120,15 @@ def check_lists(mask: BlockLists) -> None:
 
     The values are checked where they are known; under a transformation they are not.
     Entries past a head's last offset are unspecified, and any value will do. Shapes
-    must have been checked.
+    must have been checked. A mask whose maker vouches for it, by a true
+    `lists_are_valid`, is not looked at: nothing then waits for its arrays.
 
     The lists of a long video take 100 MB. They are reduced where they lie, in the time
     of reading them once, and one byte comes to the host; they come only to say what is
     wrong. That waits for the mask, which a call outside jit can afford.
     """
+    if getattr(mask, "lists_are_valid", False):
+        return
     lists = (mask.row_offsets, mask.block_ids)
     if any(isinstance(array, jax.core.Tracer) for array in lists):
         return

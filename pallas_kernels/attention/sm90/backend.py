@@ -50,11 +50,13 @@ def hopper_attention(
     grid: BlockGrid,
     scale: float,
     text_lengths: Int[Array, " B"] | None,
-    order: Order = "tiled",
+    order: Order,
     config: KernelConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
-    """Attention over kept blocks on a Hopper GPU, differentiable in reverse mode.
+    """Computes attention over kept blocks on a Hopper GPU.
+
+    It is differentiable in reverse mode.
 
     Args:
       q: Queries, bfloat16 or float16.
@@ -86,6 +88,26 @@ def hopper_attention(
             f"{config.num_slots=} needs {needed} bytes of shared memory; "
             f"{MAX_SMEM_BYTES} are available"
         )
+    return _attend(
+        q,
+        k,
+        v,
+        mask,
+        grid=grid,
+        scale=scale,
+        text_lengths=text_lengths,
+        order=order,
+        config=config,
+        interpret=interpret,
+    )
+
+
+def _attend(
+    q, k, v, mask, *, grid, scale, text_lengths, order, config=None, interpret=None
+):
+    """Computes `hopper_attention` for inputs that the kernel takes."""
+    if config is None:
+        config = KernelConfig.for_head_dim(q.shape[-1])
     has_lengths = text_lengths is not None
     if text_lengths is None:
         text_lengths = jnp.full(q.shape[0], grid.text_length, jnp.int32)
@@ -243,7 +265,7 @@ def _why_slow(problem: Problem) -> str | None:
 
 BACKEND = Backend(
     name="hopper",
-    function=hopper_attention,
+    function=_attend,
     why_unsupported=_why_unsupported,
     why_slow=_why_slow,
     takes_raster=True,

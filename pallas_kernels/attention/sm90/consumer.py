@@ -275,8 +275,8 @@ def _store(cta: Cta, query_block: QueryBlock, state: RowState) -> None:
     needs_repair = softmax.needs_repair(state.total, query_block.count)
     if plan.masks_queries:
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=WGMMA_ROW)
-        valid = gmem.work.valid[query_block.batch, query_block.block]
-        has_key &= row + wg * ROWS < valid
+        place = query_block.batch, query_block.block
+        has_key &= row + wg * ROWS < gmem.work.valid[place]
     safe_total = jnp.where(has_key, state.total, 1.0)
     lse = state.reference * LN_2 + jnp.log(safe_total)
     lse = jnp.where(has_key, lse, -jnp.inf)

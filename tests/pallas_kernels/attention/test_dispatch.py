@@ -14,6 +14,12 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from draft_jax import (
+    DraftConfig,
+    compute_mask,
+    draft_attention,
+    initial_mask,
+)
 from draft_jax.block_mask import BlockMask
 from draft_jax.grid import VideoGrid
 from pallas_kernels import (
@@ -25,7 +31,7 @@ from pallas_kernels import (
     dense_attention,
 )
 from pallas_kernels.attention import api as dispatch
-from pallas_kernels.common import slow_paths
+from pallas_kernels.common import slow_paths, validation
 from pallas_kernels.common.device import Device
 from pallas_kernels.common.interfaces import Problem
 
@@ -165,6 +171,36 @@ def test_known_mask_is_checked_inside_jit():
     run = jax.jit(lambda q: block_sparse_attention(**arguments(q=q, mask=mask)))
     with pytest.raises(ValueError, match=r"block_ids\[1, 2, 8\] is 3"):
         run(jnp.ones(SHAPE))
+
+
+def test_masks_of_this_package_are_not_fetched(monkeypatch):
+    """The lists of others are looked at, once for each call."""
+    looked_at = []
+    monkeypatch.setattr(
+        validation, "_has_fault", lambda *lists: looked_at.append(lists) or jnp.array(0)
+    )
+    q = jnp.ones(SHAPE)
+    config = DraftConfig(sparsity=0.5)
+    made = (
+        full(),
+        BlockMask.from_dense(jnp.ones((2, 3, 3, 3), bool), grid=GRID),
+        compute_mask(q, q, grid=GRID, config=config),
+        initial_mask(GRID, config, batch=2, num_heads=3),
+    )
+    for mask in made:
+        block_sparse_attention(**arguments(mask=mask))
+    draft_attention(q, q, q, grid=GRID, config=config)
+    assert not looked_at
+    of_users = (
+        BlockMask(
+            row_offsets=made[0].row_offsets, block_ids=made[0].block_ids, grid=GRID
+        ),
+        dataclasses.replace(made[0], grid=GRID),
+        jax.tree.map(lambda x: x + 0, made[0]),
+    )
+    for mask in of_users:
+        block_sparse_attention(**arguments(mask=mask))
+    assert len(looked_at) == len(of_users)
 
 
 def test_text_lengths_need_text():
