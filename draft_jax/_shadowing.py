@@ -3,8 +3,8 @@
 The distribution installs packages of common names, `models` and `pallas_kernels`. A
 project's own folder `models` is found first, and `import models.wan` fails with a text
 that says nothing of it. Having such a folder is no mistake, so nothing is checked
-before an import has failed: the finder stands last in `sys.meta_path`, and Python asks
-it only for modules that all others did not find.
+before an import has failed. The finder stands last in `sys.meta_path`: Python asks it
+only for modules that all others did not find.
 
 This holds in both directions: a folder without `__init__.py` is found after ours.
 A single file `models.py` is not seen; Python itself then says that it is no package.

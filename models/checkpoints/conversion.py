@@ -72,10 +72,10 @@ def load_parameters[M: nnx.Module](
     """Builds a model with the weights of a checkpoint.
 
     The model is built abstractly, so random parameters are never made. Everything is
-    checked by shapes and dtypes alone; then arrays are read one at a time, in the
-    order of `source`, and each goes to its place on the device before the next is
-    read. The host never holds a whole model or stack: with a reader that maps its
-    files, it holds one array.
+    checked by shapes and dtypes alone. Then arrays are read one at a time, in the order
+    of `source`. Each goes to its place on the device before the next is read. The host
+    never holds a whole model or stack: with a reader that maps its files, it holds one
+    array.
 
     Arrays go to JAX's default device; `jax.default_device` names another.
 

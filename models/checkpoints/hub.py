@@ -33,7 +33,7 @@ def find_checkpoint(
       patterns: Files of a repository that are needed, with `*` for any characters;
         no others are fetched.
       revision: Branch, tag or commit of a repository; its main branch if None.
-      cache_dir: Where repositories are kept; Hugging Face's cache folder if None.
+      cache_dir: Folder that keeps repositories; Hugging Face's cache if None.
 
     Returns:
       An existing path. It need not hold what the patterns name.

@@ -21,8 +21,8 @@ def map_array(
 ) -> np.ndarray:
     """Maps an array in a file into memory, without reading it.
 
-    The mapping covers the array alone and goes when the array does, so arrays that
-    are used one after the other never take more memory than the largest.
+    The mapping covers the array alone and goes when the array does. Arrays that are
+    used one after the other never take more memory than the largest.
 
     Args:
       file: An uncompressed file; little-endian, as every checkpoint is.

@@ -1,8 +1,8 @@
 """Tables that say which key of a published checkpoint is which parameter of ours.
 
-A row of a table names a module in the two published layouts and here, and its kind:
-the parameters that it has and how they are stored. A layout's rules follow from the
-rows, one for each parameter. They serve both directions.
+A row of a table names a module in the two published layouts and here. Its kind says
+which parameters it has and how they are stored. A layout's rules follow from the rows,
+one for each parameter. They serve both directions.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ _NUMBER = "{}"
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a checkpoint lays an array out, relative to ours.
+    """The order of an array's axes in a checkpoint, and here.
 
     Attributes:
       stored: Axes in the checkpoint in einops' words, such as "outputs inputs".

@@ -53,8 +53,8 @@ class _Entry(NamedTuple):
 class SafetensorsReader(Mapping[str, np.ndarray]):
     """Tensors of one checkpoint by key, each read from disk when it is used.
 
-    A tensor is a read-only view of its file: shape and dtype cost no reading, and
-    memory is taken by the tensors that are held, not by those that were.
+    A tensor is a read-only view of its file. Shape and dtype cost no reading, and only
+    tensors that are held take memory.
 
     Args:
       path: A `.safetensors` file, or a directory with one checkpoint: a single

@@ -2,8 +2,8 @@
 
 Such a file is a zip archive: `data.pkl` is a pickle that describes the tensors, and
 `data/<number>` are their storages, not compressed. A pickle can name any function of
-any module to be called; the unpickler here knows a handful of names, maps them to
-functions of its own that only note down where a tensor lies, and refuses the rest.
+any module to be called. The unpickler here knows a handful of names and refuses the
+rest. It maps them to functions of its own, which only note down where a tensor lies.
 """
 
 import io

@@ -70,7 +70,7 @@ def _write_single(
     folder: Path, result: GenerationResult, request: Request, fps: float
 ) -> list[Path]:
     arguments = request.arguments
-    (folder / "report.json").unlink(missing_ok=True)  # it tells of the files beside it
+    (folder / "report.json").unlink(missing_ok=True)  # it describes the files beside it
     files = [folder / "video.mp4"]
     video_io.write_mp4(files[0], result.video[0], fps=fps)
     if not arguments.dense:

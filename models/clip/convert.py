@@ -164,8 +164,8 @@ def load_clip_vision_encoder(
 ) -> CLIPVisionEncoder:
     """Builds a vision tower with a checkpoint's weights.
 
-    The last layer, the norm and the head behind it, and the text tower of the
-    original checkpoint are left out; every other key must be known.
+    The last layer, the norm and the head behind it are left out. So is the text tower
+    of the original checkpoint. Every other key must be known.
 
     Args:
       source: A `.safetensors` file, a directory with one, whole or in shards, or

@@ -1,12 +1,11 @@
 """CLIP's vision tower up to its last but one layer.
 
-Attribute names are those of the original Wan checkpoint. Layers share one traced
-block: their parameters are stacked along a leading layer axis and scanned, so the
-program and its compile time do not grow with depth.
+Attribute names are those of the original Wan checkpoint. Layers share one traced block:
+their parameters are stacked along a leading layer axis and scanned. So the program and
+its compile time do not grow with depth.
 
-Where a value changes dtype: the residual stream, norms, logits and softmax are
-float32; what enters a matrix product is cast to `config.dtype`, and so is what comes
-out of it.
+Casts: the residual stream, norms, logits and softmax are float32. Operands and results
+of matrix products are cast to `config.dtype`.
 """
 
 import functools

@@ -113,10 +113,10 @@ def clip_pixels(
     """Resizes images to a square and normalises them, as Wan2.1's own code does.
 
     The whole image is squeezed into the square, by bicubic interpolation without a
-    low-pass filter, and overshoot is kept. transformers' `CLIPImageProcessor`, which
-    diffusers uses, resizes the shorter side with Pillow's filter on 8-bit pixels and
-    cuts the square out of the middle; so its tokens of the same image differ, and
-    those of a wide image miss both ends.
+    low-pass filter, and overshoot is kept. diffusers uses transformers'
+    `CLIPImageProcessor`. It resizes the shorter side with Pillow's filter on 8-bit
+    pixels and cuts the square out of the middle. So its tokens of the same image
+    differ, and those of a wide image miss both ends.
 
     Args:
       images: In [-1, 1].

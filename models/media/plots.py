@@ -73,8 +73,8 @@ def plot_attention(
       path: PNG to write.
       draft_maps: Softmax probabilities between tiles, of all layers and heads.
       masks: Kept pairs, like draft_maps.
-      layers: Which layers to draw, two rows of panels each.
-      heads: Which heads to draw, one column each.
+      layers: Layers to draw, two rows of panels each.
+      heads: Heads to draw, one column each.
       blocks_per_frame: Tiles of a frame; lines separate the frames.
       title: Printed above.
 

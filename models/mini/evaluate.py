@@ -99,7 +99,7 @@ def measure_attention(
       pipeline: The model.
       prompts: Means are over these, and over heads.
       sampling: Settings of the generations.
-      steps: Which steps to look at.
+      steps: Steps to look at.
 
     Returns:
       One entry per step: for each layer the share of softmax mass in the strongest

@@ -15,7 +15,7 @@ Draw = tuple[list[str], Arrays, Arrays, Arrays]
 class Feed:
     """Batches by step; worker processes draw the next ones meanwhile.
 
-    A batch depends on the seed, the step, and its sizes only, so an interrupted
+    A batch depends on the seed, the step, and its sizes only. So an interrupted
     training goes on with the very batches it would have had.
 
     Args:

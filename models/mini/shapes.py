@@ -1,8 +1,8 @@
 """Moving objects of procedural scenes; `SHAPES` in captions.py numbers them.
 
-A shape gives, at each point of a frame of its own (centre 0, radius 1, y down), its
-colour and the distance to its outline, negative inside. Distances need to be right
-near the outline only.
+A shape has a frame of its own: centre 0, radius 1, y down. At each point it gives its
+colour and the distance to its outline, negative inside. Distances need to be right near
+the outline only.
 """
 
 import jax

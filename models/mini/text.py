@@ -1,8 +1,8 @@
 """Words to context vectors: the text side of the small model.
 
-Wan's text encoder has 5.7 billion parameters. The small model's captions come from
-a small grammar, so a table of word vectors and two convolutions, which tell "a red
-ball and a blue box" from "a blue ball and a red box", take its place.
+Wan's text encoder has 5.7 billion parameters. The small model's captions come from a
+small grammar, so a table of word vectors and two convolutions take its place. The
+convolutions tell "a red ball and a blue box" from "a blue ball and a red box".
 """
 
 import dataclasses

@@ -3,9 +3,9 @@
     python -m models.mini.train --sources sources.npz --minutes 15 --output run
 
 `models.mini.sources` makes sources.npz. The output folder gets `weights`, which
-`MiniCheckpoint.load` and `draft-video --checkpoint` read, `log.json`, contact sheets
-of samples, and `state.npz`, from which `--resume run` goes on where a stopped run
-was. docs/mini_model.md says how the shipped weights were made.
+`MiniCheckpoint.load` and `draft-video --checkpoint` read. It gets `log.json` and
+contact sheets of samples, too. From `state.npz`, `--resume run` goes on where a stopped
+run was. docs/mini_model.md says how the shipped weights were made.
 """
 
 # Worker processes import this file: what needs JAX is imported inside functions.

@@ -1,8 +1,8 @@
 """Flow matching for the small model: its state, one step, and how both are stored.
 
-A step renders a batch of videos, encodes them, mixes them with noise, and moves the
-parameters so that the model predicts `noise - clean` better. All of it is one
-compiled program; the host only draws scene parameters (`models.mini.feed`).
+A step renders a batch of videos, encodes them and mixes them with noise. It moves the
+parameters so that the model predicts `noise - clean` better. All of it is one compiled
+program; the host only draws scene parameters (`models.mini.feed`).
 """
 
 import dataclasses
@@ -350,7 +350,7 @@ def save_state(folder: Path, state: TrainState, progress: dict[str, Any]) -> Non
     """Writes a file for `load_state`; half a file never replaces a whole one.
 
     Args:
-      folder: Made if it does not exist.
+      folder: Folder to write to, made if it does not exist.
       state: Everything a step changes.
       progress: JSON values, such as the losses so far.
     """

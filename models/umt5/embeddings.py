@@ -1,7 +1,7 @@
 """Text embeddings without the encoder: stored on disk, or given by the user.
 
-A folder of embeddings has one file for each prompt, named by a hash of the cleaned
-prompt and of the encoder that made it, so encoders never read each other's.
+A folder of embeddings has one file for each prompt. A hash of the cleaned prompt and of
+the encoder names it, so encoders never read each other's.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ class EmbeddingCache:
     Several processes may use one folder: a file appears only when it is complete.
 
     Args:
-      folder: Made if it does not exist.
-      identity: Says which encoder the vectors come from; see `encoder_identity`.
+      folder: Folder of the files, made if it does not exist.
+      identity: Name of the encoder that made the vectors; see `encoder_identity`.
     """
 
     folder: Path | str
@@ -84,10 +84,10 @@ def encoder_identity(
 ) -> str:
     """Returns a name for an encoder that differs whenever its embeddings may.
 
-    Covers the configuration, the tokenizer's file and length, and of each weight
-    file its size and 256 samples of 64 KiB spread evenly over it: other weights
-    differ nearly everywhere, and reading 11 GB would take as long as loading them.
-    Names and folders of the files do not count, and neither does the device.
+    It covers the configuration, the tokenizer's file and length, and the size of each
+    weight file with 256 samples of 64 KiB spread evenly over it. Other weights differ
+    nearly everywhere, and reading 11 GB would take as long as loading them. Names and
+    folders of the files do not count, and neither does the device.
 
     Args:
       config: The encoder's configuration.

@@ -1,7 +1,7 @@
 """The UMT5 encoder.
 
-Layers share one traced block: their parameters are stacked along a leading layer
-axis and scanned, so the program and its compile time do not grow with depth.
+Layers share one traced block: their parameters are stacked along a leading layer axis
+and scanned. So the program and its compile time do not grow with depth.
 """
 
 import jax

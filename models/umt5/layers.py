@@ -1,9 +1,9 @@
 """Layers of a UMT5 encoder block.
 
-Attribute names are those of the original Wan checkpoint. Where a value changes
-dtype: the residual stream, norms, position bias, logits and softmax are float32;
-what enters a matrix product is cast to `config.dtype`, and so is what comes out of
-it. The published code keeps the residual stream in bfloat16 too; ours rounds less.
+Attribute names are those of the original Wan checkpoint. Casts: the residual stream,
+norms, position bias, logits and softmax are float32. Operands and results of matrix
+products are cast to `config.dtype`. The published code keeps the residual stream in
+bfloat16 too; ours rounds less.
 """
 
 import math

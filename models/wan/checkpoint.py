@@ -281,8 +281,8 @@ class WanFolder:
 class WanParts:
     """The parts of a pipeline, opened but not loaded.
 
-    Weights are left on disk, as arrays by key that are read when they are used: a
-    part may be loaded to another device, freed before the next is, or not loaded.
+    Weights are left on disk, as arrays by key that are read when they are used. A part
+    may be loaded to another device, freed before the next is, or not loaded.
 
     Attributes:
       folder: Folder that everything comes from.

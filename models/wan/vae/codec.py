@@ -1,10 +1,10 @@
 """Encodes and decodes whole videos with Wan's autoencoder, a chunk of frames at a time.
 
 The first chunk is the first frame; each other is the `stride` frames of one latent
-frame, as in the original, and videos of a batch run one after the other. Two compiled
-steps serve any count of frames and videos, and memory beside the videos themselves
-does not grow with it. A step hands the cache of the layers to the next, which reuses
-its buffers.
+frame, as in the original. Videos of a batch run one after the other. Two compiled steps
+serve any count of frames and videos, and memory beside the videos themselves does not
+grow with it. A step hands the cache of the layers to the next, which reuses its
+buffers.
 """
 
 import dataclasses

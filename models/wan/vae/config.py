@@ -67,7 +67,7 @@ class WanVAEConfig:
         products use TF32 unless `jax.default_matmul_precision` says otherwise
         (PyTorch does so for convolutions, too).
       param_dtype: Parameters are stored in it.
-      convolution: How convolutions over three frames run; the result differs by
+      convolution: Form of convolutions over three frames; the result differs by
         rounding. "3d": as such. "2d": with the three frames side by side in the
         channels of one 2-D convolution, for which GPU libraries have more kernels.
 

@@ -7,8 +7,8 @@ frames as its window reaches back. Layers that look at one frame at a time remem
 nothing, `()`.
 
 Attribute names are those of the diffusers checkpoint, without the indices of
-`nn.Sequential`. Norms, activations and softmax are float32; what enters a convolution
-or matrix product is cast to `config.dtype`, and so is what comes out.
+`nn.Sequential`. Norms, activations and softmax are float32. Operands and results of
+convolutions and matrix products are cast to `config.dtype`.
 
 Source: Wan2.1 `wan/modules/vae.py`, where a list indexed by a counter is the cache.
 """
@@ -247,8 +247,8 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Doubles rows and columns, halves channels, and if asked doubles the frames.
 
-    The first frame of a video stays one frame, and later frames do not see it: to
-    the convolution in time the video begins after it.
+    The first frame of a video stays one frame, and later frames do not see it. To the
+    convolution in time the video begins after it.
 
     Source: Wan2.1 `Resample`, modes "upsample2d" and "upsample3d"; the first frame
     is its special case "Rep".

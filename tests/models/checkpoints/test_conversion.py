@@ -50,7 +50,7 @@ def make_model():
 
 
 def make_source():
-    """What PyTorch would store: linear [out, in], convolution [out, in, f, h, w]."""
+    """Makes arrays as PyTorch stores them: [out, in] and [out, in, f, h, w]."""
     rng = np.random.default_rng(0)
     source = {"table": rng.normal(size=(1, 6, 4)).astype(np.float32)}
     source["patch.weight"] = rng.normal(size=(5, 4, 1, 2, 3)).astype(np.float32)

@@ -414,7 +414,7 @@ def test_real_interrupt_on_a_terminal(checkpoint, tmp_path):
 
 
 def read_until(terminal, text, seconds=120):
-    """What is printed up to the text, or until the time is over."""
+    """Returns what is printed up to the text, or until the time is over."""
     shown, deadline = "", time.monotonic() + seconds
     while text not in shown and time.monotonic() < deadline:
         if select.select([terminal], [], [], 1.0)[0]:

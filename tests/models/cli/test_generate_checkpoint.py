@@ -11,7 +11,7 @@ from tests.wan_folders import TEXT_TO_VIDEO
 
 @pytest.fixture(autouse=True)
 def stopped(monkeypatch):
-    """What runs as far as loading stops there, as by Ctrl-C."""
+    """Stops a run as it loads, as Ctrl-C would."""
 
     def stop(*_, **__):
         raise KeyboardInterrupt

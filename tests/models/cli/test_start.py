@@ -1,5 +1,6 @@
-"""What the command imports and how long it takes, in processes of its own."""
+"""The command's imports and its time to start, in processes of its own."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -85,7 +86,9 @@ def test_the_command_finds_ours_before_a_folder_of_the_same_name(tmp_path):
     )
     done = python("-c", code, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
     files = ("draft_jax", "models/wan", "pallas_kernels")
-    assert eval(done.stdout) == [str(ROOT / name / "__init__.py") for name in files]
+    assert ast.literal_eval(done.stdout) == [
+        str(ROOT / name / "__init__.py") for name in files
+    ]
 
 
 # ------------------------------------------- plain data says what the classes say

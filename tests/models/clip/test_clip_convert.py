@@ -1,4 +1,4 @@
-"""What is left out of a CLIP checkpoint; parity is in test_clip_encoder."""
+"""Weights that are left out of a CLIP checkpoint; parity is in test_clip_encoder."""
 
 import dataclasses
 import re

@@ -23,7 +23,7 @@ def resizes():
 
 
 def resized(images, size):
-    """What `clip_pixels` gives before it normalises."""
+    """Returns the pixels of `clip_pixels` before it normalises them."""
     pixels = np.asarray(clip_pixels(jnp.asarray(images), size), np.float64)
     return 2 * (pixels * STD + MEAN) - 1
 

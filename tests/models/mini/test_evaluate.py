@@ -1,4 +1,4 @@
-"""How concentrated attention is, against plain NumPy."""
+"""The measures of concentrated attention, against plain NumPy."""
 
 import jax
 import jax.numpy as jnp

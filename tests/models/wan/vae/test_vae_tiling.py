@@ -45,7 +45,7 @@ def video():
 
 
 def blend(left, right, shared):
-    """What a tile has alone, and between them a line from one to the other."""
+    """Each tile keeps its own value; a line leads from one to the other between."""
     ramp = ((np.arange(shared) + 0.5) / shared)[:, None]
     middle = left[..., -shared:, :] * (1 - ramp) + right[..., :shared, :] * ramp
     parts = (left[..., :-shared, :], middle, right[..., shared:, :])
