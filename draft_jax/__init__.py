@@ -17,6 +17,9 @@ Example:
 Source: DraftAttention (arXiv 2505.14708).
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from draft_jax import _shadowing  # noqa: F401  first: explains failing imports
 from draft_jax.attention import draft_attention, initial_mask, scheduled_attention
 from draft_jax.attention_plan import AttentionPlan
@@ -27,11 +30,6 @@ from draft_jax.draft.pooling import PooledTokens, pool_tokens
 from draft_jax.draft.qk_preparation import QKNorm, norm_rope_pool
 from draft_jax.draft.scores import draft_scores
 from draft_jax.draft.selection import compute_mask, select_blocks
-from draft_jax.flax_layers import (
-    DraftAttention,
-    DraftAttentionFn,
-    draft_attention_fn,
-)
 from draft_jax.grid import VideoGrid
 from draft_jax.schedule import (
     DraftStep,
@@ -40,6 +38,13 @@ from draft_jax.schedule import (
     StepPlan,
     constant_step,
 )
+
+if TYPE_CHECKING:
+    from draft_jax.flax_layers import (
+        DraftAttention,
+        DraftAttentionFn,
+        draft_attention_fn,
+    )
 
 __all__ = [
     "AttentionPlan",
@@ -68,3 +73,21 @@ __all__ = [
     "scheduled_attention",
     "select_blocks",
 ]
+
+# Flax takes longer to import than everything else here, so its layers are imported
+# where they are first asked for.
+_FLAX_LAYERS = frozenset({"DraftAttention", "DraftAttentionFn", "draft_attention_fn"})
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the Flax layers on first use."""
+    if name not in _FLAX_LAYERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module("draft_jax.flax_layers"), name)
+    globals()[name] = value  # the next time it is found at once
+    return value
+
+
+def __dir__() -> list[str]:
+    """Lists what `from draft_jax import` takes, the Flax layers too."""
+    return sorted({*globals(), *__all__})

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, UInt32
 
 from pallas_kernels.common.device import current_device
-from pallas_kernels.ranking.sm90 import maps as rank_sm90
+from pallas_kernels.ranking import sm90
 
 BITS = 32  # of a word
 
@@ -68,7 +68,7 @@ def lists(
     flat = words.reshape(*batch, -1)
     columns = np.tile(first_columns, num_rows)
     # A word at a time: rows may have any number of them.
-    if rank_sm90.why_unsupported(BITS, current_device(words)) is None:
+    if sm90.maps.why_unsupported(BITS, current_device(words)) is None:
         block_ids = _write(flat, ends, columns, capacity)
     else:
         block_ids = _look_up(flat, ends, columns, capacity)
@@ -84,12 +84,12 @@ def _write(
 ) -> Int[Array, "*lists M"]:
     """Each word writes its columns where they belong."""
     *batch, size = words.shape
-    padding = -size % rank_sm90.THREADS
+    padding = -size % sm90.maps.THREADS
 
     def padded(x):
         return jnp.pad(x.reshape(-1, size), ((0, 0), (0, padding)))
 
-    block_ids = rank_sm90.write_lists(
+    block_ids = sm90.maps.write_lists(
         padded(words),
         padded(ends - num_set(words)),
         ends[..., -1].reshape(-1),

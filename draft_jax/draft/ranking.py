@@ -16,8 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 from draft_jax.draft import packed_bits
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.slow_paths import warn_once
-from pallas_kernels.ranking.sm90 import maps as rank_sm90
-from pallas_kernels.ranking.sm90 import rows as rank_rows_sm90
+from pallas_kernels.ranking import sm90
 
 KEY_BITS = 32
 # Of a key, found in one pass over the scores: b bits take 2^b - 1 comparisons each, of
@@ -26,7 +25,6 @@ CPU_DIGIT_BITS = 1
 DIGIT_BITS = 2
 FIRST = np.uint32(0xFFFFFFFF)  # ranks before every score
 _LAST = np.uint32(0x007FFFFF)  # of minus infinity
-MASS_UNITS = rank_rows_sm90.MASS_UNITS  # of a probability of 1
 
 
 def rank_keys(scores: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
@@ -48,7 +46,7 @@ def has_kernels(keys: Num[Array, "B N R C"]) -> bool:
     On a GPU without them XLA takes over, many times slower: that warns once.
     """
     device = current_device(keys)
-    cause = rank_sm90.why_unsupported(keys.shape[-1], device)
+    cause = sm90.maps.why_unsupported(keys.shape[-1], device)
     if cause is not None and device.platform == "gpu":
         warn_once(f"selection runs on XLA instead of its kernels: {cause}")
     return cause is None
@@ -97,8 +95,8 @@ def _kth_largest_by_counts(
     flat = keys.reshape(-1, *keys.shape[2:])
     prefix = jnp.zeros(flat.shape[:1], jnp.uint32)
     k = jnp.broadcast_to(k, prefix.shape)
-    for digit in rank_sm90.DIGITS:
-        counts = rank_sm90.count_digits(flat, prefix, digit)
+    for digit in sm90.maps.DIGITS:
+        counts = sm90.maps.count_digits(flat, prefix, digit)
         at_least = jnp.cumsum(counts[:, ::-1], axis=-1, dtype=jnp.int32)[:, ::-1]
         value = (at_least >= k[:, None]).sum(-1, dtype=jnp.int32) - 1
         is_above = jnp.arange(digit.num_values) > value[:, None]
@@ -155,7 +153,7 @@ def pack_rows(
             tied=packed_bits.pack(keys == threshold[..., None]),
             best=packed_bits.pack(keys == keys.max(-1, keepdims=True)),
         )
-    packed = rank_sm90.pack_rows(
+    packed = sm90.maps.pack_rows(
         keys.reshape(-1, *keys.shape[2:]), threshold.reshape(-1, threshold.shape[2])
     )
     shape = (*keys.shape[:3], -1)
@@ -184,7 +182,7 @@ def select_in_rows(
     least, most = (jnp.broadcast_to(x, maps.shape[:2]) for x in (least, most))
     above, tied, count = (
         x.reshape(*scores.shape[:3], *x.shape[2:])
-        for x in rank_rows_sm90.select_in_rows(maps, least, most, forced, wanted=wanted)
+        for x in sm90.rows.select_in_rows(maps, least, most, forced, wanted=wanted)
     )
     return _with_first_ties(above, tied, count)
 

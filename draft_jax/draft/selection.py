@@ -20,6 +20,7 @@ from draft_jax.draft.scores import (
 )
 from draft_jax.grid import VideoGrid
 from pallas_kernels.common.interfaces import SUPPORTED_DTYPES, Order
+from pallas_kernels.ranking import MASS_UNITS
 
 
 def select_blocks(
@@ -229,7 +230,7 @@ def _select_top_p(
     mass: float,
 ) -> UInt32[Array, "B N S W"]:
     """Keeps pairs of each row, best first, until they hold `mass` or are `budget`."""
-    wanted = round(mass * ranking.MASS_UNITS)
+    wanted = round(mass * MASS_UNITS)
     least = jnp.asarray(np.maximum(forced.sum(-1, dtype=np.int32), 1))
     most = jnp.maximum(budget, least)
     if ranking.has_kernels(probabilities):
@@ -248,8 +249,8 @@ def _select_top_p_xla(
 ) -> UInt32[Array, "B N S W"]:
     """`_select_top_p` on any device."""
     keys = _rank_keys(probabilities, forced)
-    units = jnp.nan_to_num(probabilities.astype(jnp.float32)) * ranking.MASS_UNITS
-    units = jnp.round(jnp.clip(units, 0.0, ranking.MASS_UNITS)).astype(jnp.uint32)
+    units = jnp.nan_to_num(probabilities.astype(jnp.float32)) * MASS_UNITS
+    units = jnp.round(jnp.clip(units, 0.0, MASS_UNITS)).astype(jnp.uint32)
 
     def at_or_above(key):
         is_in = keys >= key[..., None]
@@ -279,7 +280,7 @@ def _sum_up_to_one(
     """Sum of the chosen units of each row, at most MASS_UNITS: it cannot wrap."""
 
     def add(a, b):
-        return jnp.minimum(a + b, np.uint32(ranking.MASS_UNITS))
+        return jnp.minimum(a + b, np.uint32(MASS_UNITS))
 
     chosen = jnp.where(is_in, units, jnp.uint32(0))
     return jax.lax.reduce(chosen, np.uint32(0), add, (chosen.ndim - 1,))

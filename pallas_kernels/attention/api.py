@@ -15,8 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import reference as oracle
-from pallas_kernels.attention import xla
-from pallas_kernels.attention.sm90 import backend as hopper
+from pallas_kernels.attention import sm90, xla
 from pallas_kernels.common import validation
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.interfaces import (
@@ -30,8 +29,19 @@ from pallas_kernels.common.slow_paths import warn_once
 
 BackendName = Literal["auto", "hopper", "xla", "oracle"]
 
+# Stands for the Hopper backend's record, whose kernels the first use imports.
+_HOPPER = Backend(
+    name="hopper",
+    function=lambda *arrays, **options: sm90.backend.BACKEND.function(
+        *arrays, **options
+    ),
+    why_unsupported=lambda problem: sm90.backend.BACKEND.why_unsupported(problem),
+    why_slow=lambda problem: sm90.backend.BACKEND.why_slow(problem),
+    takes_raster=True,
+)
+
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (hopper.BACKEND, xla.BACKEND, oracle.BACKEND)
+    backend.name: backend for backend in (_HOPPER, xla.BACKEND, oracle.BACKEND)
 }
 
 # What "auto" tries on each platform, fastest first: the first backend that supports

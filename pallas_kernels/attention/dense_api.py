@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.attention import sm90
 from pallas_kernels.attention.api import BackendChoice
 from pallas_kernels.attention.dense_xla import chunk_size, chunked_attention
-from pallas_kernels.attention.sm90 import dense_backend as hopper_dense
-from pallas_kernels.attention.sm90.plan import ALIGNMENT
 from pallas_kernels.common import validation
 from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.interfaces import BlockGrid
@@ -184,7 +183,7 @@ def choose(
         raise ValueError(f"{backend=} must be one of {get_args(DenseBackendName)}")
     if backend == "xla":
         return BackendChoice(name="xla", reason="named by the caller")
-    no_hopper = hopper_dense.why_unsupported(shape, dtype, device)
+    no_hopper = sm90.dense_backend.why_unsupported(shape, dtype, device)
     if no_hopper is None and pads_before_video:
         no_hopper = (
             "padding of text before the video is not at the end of the keys; a grid "
@@ -196,8 +195,10 @@ def choose(
     no_cudnn = why_no_cudnn(dtype, shape[-1], device)
     if no_cudnn is None:
         batch, num_tokens, *rest = shape
-        aligned = (batch, num_tokens - num_tokens % ALIGNMENT, *rest)
-        can_be_fixed = hopper_dense.why_unsupported(aligned, dtype, device) is None
+        aligned = (batch, num_tokens - num_tokens % sm90.plan.ALIGNMENT, *rest)
+        can_be_fixed = (
+            sm90.dense_backend.why_unsupported(aligned, dtype, device) is None
+        )
         return BackendChoice(
             name="cudnn",
             reason=no_hopper,
@@ -216,7 +217,9 @@ def _hopper_attention(grid, scale, q, k, v, text_lengths):
     lengths = None
     if text_lengths is not None:
         lengths = grid.num_tokens - grid.text_length + text_lengths
-    return hopper_dense.hopper_dense_attention(q, k, v, scale=scale, lengths=lengths)
+    return sm90.dense_backend.hopper_dense_attention(
+        q, k, v, scale=scale, lengths=lengths
+    )
 
 
 def _cudnn_forward(grid, scale, q, k, v, text_lengths):

@@ -12,10 +12,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.slow_paths import warn_once
-from pallas_kernels.pooling import xla
+from pallas_kernels.pooling import sm90, xla
 from pallas_kernels.pooling.interfaces import QKNorm, Reduction, Rope, Scales, Tiling
-from pallas_kernels.pooling.sm90 import norm_rope_pool as fused_kernel
-from pallas_kernels.pooling.sm90 import pool_tiles as pooling_kernel
 
 
 def pool_tiles(
@@ -38,9 +36,9 @@ def pool_tiles(
       edge tile is reduced over the tokens it really has.
     """
     device = current_device(q)
-    cause = pooling_kernel.why_unsupported(q.shape, q.dtype, device)
+    cause = sm90.pool_tiles.why_unsupported(q.shape, q.dtype, device)
     if cause is None:
-        return pooling_kernel.pool_tiles(q, k, tiling.table, reductions=reductions)
+        return sm90.pool_tiles.pool_tiles(q, k, tiling.table, reductions=reductions)
     if device.platform == "gpu":
         warn_once(f"pooling runs on XLA instead of its kernel: {cause}")
     return xla.pool_tiles(q, k, tiling, reductions=reductions)
@@ -91,7 +89,7 @@ def norm_rope_pool(
     _check_norm(q, norm, scales)
     _check_rope(q, rope, tiling.tokens)
     device = current_device(q)
-    cause = fused_kernel.why_unsupported(q.shape, q.dtype, norm, device)
+    cause = sm90.norm_rope_pool.why_unsupported(q.shape, q.dtype, norm, device)
     if cause is None:
         task = _Task(tiling=tiling, norm=norm, reductions=reductions)
         q, k, *pooled = _fused(task, q, k, scales, rope)
@@ -116,7 +114,7 @@ class _Task:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(task: _Task, q, k, scales, rope):
-    return fused_kernel.norm_rope_pool(
+    return sm90.norm_rope_pool.norm_rope_pool(
         q,
         k,
         scales,

@@ -1,1 +1,15 @@
-"""Attention on Hopper GPUs (sm_90), in Pallas Mosaic GPU."""
+"""Attention on Hopper GPUs (sm_90), in Pallas Mosaic GPU.
+
+Modules are imported on first use: `sm90.backend`.
+"""
+
+from typing import TYPE_CHECKING
+
+from pallas_kernels.common.lazy_modules import importer
+
+if TYPE_CHECKING:
+    from pallas_kernels.attention.sm90 import backend, dense_backend, plan
+
+__all__ = ["backend", "dense_backend", "plan"]
+
+__getattr__ = importer(__name__, *__all__)

@@ -1,1 +1,15 @@
-"""Ranking on Hopper GPUs (sm_90), in Pallas Mosaic GPU and PTX."""
+"""Ranking on Hopper GPUs (sm_90), in Pallas Mosaic GPU and PTX.
+
+Modules are imported on first use: `sm90.maps`.
+"""
+
+from typing import TYPE_CHECKING
+
+from pallas_kernels.common.lazy_modules import importer
+
+if TYPE_CHECKING:
+    from pallas_kernels.ranking.sm90 import maps, rows
+
+__all__ = ["maps", "rows"]
+
+__getattr__ = importer(__name__, *__all__)

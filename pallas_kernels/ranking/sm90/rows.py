@@ -24,12 +24,11 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.inline_ptx import THREADS, strided
+from pallas_kernels.ranking.interfaces import MASS_UNITS
 from pallas_kernels.ranking.sm90 import emulated as rank_emulated
 from pallas_kernels.ranking.sm90 import teams as rank_teams_sm90
-from pallas_kernels.ranking.sm90.teams import MAX_UNITS, SCRATCH_WORDS, WARPS, Rows
+from pallas_kernels.ranking.sm90.teams import SCRATCH_WORDS, WARPS, Rows
 
-# Probabilities are added as integers, in any order alike. Sums stop at 1.
-MASS_UNITS = MAX_UNITS
 WARP_COLUMNS = (
     1024  # at most, of a row that one warp holds: 32 registers for each thread
 )

@@ -26,10 +26,11 @@ from pallas_kernels.common.inline_ptx import (
     shaped,
     strided,
 )
+from pallas_kernels.ranking.interfaces import MASS_UNITS
 
 WARPS = 4
 SCRATCH_WORDS = 12  # of shared memory: `or_of_all` has 4, others 4 for each value
-MAX_UNITS = 1 << 30  # of a key; sums stop there
+MAX_UNITS = MASS_UNITS  # of a key; sums stop there
 # Bits of a thread's sum that a warp adds by themselves, 32 * 2^LOW_BITS at most; it
 # adds the bits above them below the count, in one word.
 LOW_BITS = 25
