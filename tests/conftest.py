@@ -14,20 +14,68 @@ from tests.tolerances import MEASURED
 # ever now and then. Read when the CPU backend starts.
 os.environ.setdefault("PJRT_NPROC", "8")
 
-# Most of the suite's time is compilation of small programs for the CPU, and nearly half
-# of that LLVM's optimisation. Beside a GPU nothing is changed.
-if shutil.which("nvidia-smi") is None:
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_backend_optimization_level" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+LEFT_OUT = pytest.StashKey[int]()  # nightly tests that are not run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="run the tests marked nightly, too",
+    )
+    parser.addoption(
+        "--optimized",
+        action="store_true",
+        help="compile for the CPU at XLA's default level, as users do: takes longer",
+    )
     parser.addoption(
         "--require-gpu",
         action="store_true",
         help="fail, instead of skip, tests marked gpu on a machine without one",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Turns LLVM's optimisation off, before any backend has started.
+
+    Most of the suite's time is compilation of small programs for the CPU, and nearly
+    half of that LLVM's optimisation. Beside a GPU nothing is changed.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if config.getoption("--optimized") or "xla_backend_optimization_level" in flags:
+        return
+    if shutil.which("nvidia-smi") is None:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Leaves nightly tests out, but for those of files named on the command line."""
+    if config.getoption("--all") or "nightly" in config.option.markexpr:
+        return
+    folder = config.invocation_params.dir
+    named = {(folder / argument.split("::")[0]).resolve() for argument in config.args}
+    left_out = [
+        item
+        for item in items
+        if item.get_closest_marker("nightly") and item.path not in named
+    ]
+    config.stash[LEFT_OUT] = len(left_out)
+    if hasattr(config, "workeroutput"):  # a worker of xdist, which tells its controller
+        config.workeroutput["left_out"] = len(left_out)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        kept = {*items} - {*left_out}
+        items[:] = [item for item in items if item in kept]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Takes from a worker what only workers know: they all collect the same tests."""
+    output = getattr(node, "workeroutput", None) or {}  # none of one that crashed
+    if "left_out" in output:
+        node.config.stash[LEFT_OUT] = output["left_out"]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -67,7 +115,7 @@ def assert_close(measured):
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Prints what tests measured, the largest of all of them."""
+    """Prints the largest of all values that tests measured, and what was left out."""
     largest: dict[str, float] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -76,3 +124,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
                     largest[name] = max(largest.get(name, 0.0), value)
     for name, value in sorted(largest.items()):
         terminalreporter.write_line(f"{name} {value:.3g}")
+    if left_out := terminalreporter.config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(
+            f"{left_out} nightly tests were left out: ./run test --all runs them too"
+        )

@@ -12,8 +12,6 @@ import pytest
 from models.cli.parser import build_parser
 from tests.wan_folders import TEXT_TO_VIDEO
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PACKAGES = ("draft_jax", "pallas_kernels", "models")

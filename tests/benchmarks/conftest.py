@@ -5,6 +5,11 @@ import sys
 import pytest
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Benchmarks are tools of ours: their tests run before a release."""
+    item.add_marker("nightly")
+
+
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
     """Puts shell programs in place of others; `python` for the one of this process."""

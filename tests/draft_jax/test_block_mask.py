@@ -1,11 +1,11 @@
 import jax
 import jax.numpy as jnp
-import naive_draft
 import numpy as np
 import pytest
 
 from draft_jax.block_mask import BlockMask
 from draft_jax.grid import VideoGrid
+from tests.draft_jax import naive_draft
 
 GRID = VideoGrid(2, 5, 7, tile=(3, 4), text_length=17)  # 8 visual and 2 text blocks
 

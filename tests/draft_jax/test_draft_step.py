@@ -5,7 +5,6 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
-import naive_draft
 import numpy as np
 import pytest
 
@@ -17,6 +16,7 @@ from draft_jax import (
     initial_mask,
     scheduled_attention,
 )
+from tests.draft_jax import naive_draft
 from tests.tolerances import ATTENTION
 
 GRID = VideoGrid(2, 5, 7, tile=(2, 4), text_length=5)  # S = 12, 1 text block

@@ -7,7 +7,6 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import naive_draft
 import numpy as np
 import pytest
 from flax import nnx
@@ -23,6 +22,7 @@ from draft_jax import (
     initial_mask,
 )
 from pallas_kernels import block_sparse_attention
+from tests.draft_jax import naive_draft
 
 GRID = VideoGrid(2, 5, 7, tile=(2, 4), text_length=6)  # S = 12, 1 text block
 CONFIG = DraftConfig(sparsity=0.6)
@@ -366,6 +366,7 @@ def test_scan_over_layers_with_remat_equals_a_loop():
     )
 
 
+@pytest.mark.nightly
 def test_vmap_over_items_equals_a_batch():
     layer, x = make_layer(rngs=nnx.Rngs(0)), random_x()
     batched = layer(x, grid=GRID)

@@ -72,7 +72,7 @@ def large_moves(text, num_elements):
         (EDGES, "raster"),
         (ODD, "tiled"),
         *(
-            pytest.param(*rest, marks=pytest.mark.slow)
+            pytest.param(*rest, marks=pytest.mark.nightly)
             for rest in (
                 (EDGES, "tiled"),
                 (NARROW, "tiled"),

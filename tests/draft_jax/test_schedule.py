@@ -5,7 +5,6 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
-import naive_draft
 import numpy as np
 import pytest
 
@@ -18,6 +17,7 @@ from draft_jax import (
     mask_capacity,
     scheduled_attention,
 )
+from tests.draft_jax import naive_draft
 
 GRID = VideoGrid(2, 5, 7, tile=(2, 4), text_length=5)  # S = 12, 1 text block
 CONFIG = DraftConfig(sparsity=0.6)  # 58 of 144 pairs

@@ -1,12 +1,12 @@
 import itertools
 
-import naive_draft
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draft_jax.grid import VideoGrid
+from tests.draft_jax import naive_draft
 
 sizes = st.integers(1, 20)
 grids = st.builds(

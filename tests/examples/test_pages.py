@@ -14,8 +14,6 @@ import pytest
 from models.cli.parser import build_parser
 from tests.test_readme import shrink
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 OURS = (

@@ -1,7 +1,6 @@
 """Pooling and the draft map against loops."""
 
 import jax.numpy as jnp
-import naive_draft
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +10,7 @@ from draft_jax.config import DraftConfig
 from draft_jax.draft.pooling import pool_tokens
 from draft_jax.draft.scores import draft_scores
 from draft_jax.grid import VideoGrid
+from tests.draft_jax import naive_draft
 
 # Largest error measured: 2.4e-7 in pooled values, 9e-8 in probabilities.
 F32 = {"rtol": 1e-6, "atol": 1e-6}

@@ -2,7 +2,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import naive_draft
 import numpy as np
 import pytest
 
@@ -14,6 +13,7 @@ from draft_jax.config import (
 )
 from draft_jax.draft.selection import select_blocks as select_blocks_eagerly
 from draft_jax.grid import VideoGrid
+from tests.draft_jax import naive_draft
 
 # One program per case: eager calls would compile every operation for itself.
 select_blocks = jax.jit(select_blocks_eagerly, static_argnames=("grid", "config"))

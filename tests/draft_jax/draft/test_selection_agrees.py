@@ -9,6 +9,7 @@ import pytest
 
 from draft_jax import DraftConfig, VideoGrid, select_blocks
 from draft_jax.config import static_budget
+from tests.cases import mostly_nightly
 from tests.draft_jax import naive_draft
 from tests.draft_jax.draft import sorted_selection
 
@@ -107,7 +108,11 @@ def check(scores, grid, config, budget):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.selection)
-@pytest.mark.parametrize("maps", MAPS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "maps",
+    mostly_nightly(MAPS, (random_maps, few_values, any_bits)),
+    ids=lambda f: f.__name__,
+)
 def test_a_thousand_maps(maps, config):
     rng = np.random.default_rng(0)
     size = GRID.num_visual_blocks

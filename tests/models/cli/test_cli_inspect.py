@@ -8,8 +8,6 @@ import pytest
 from models.cli import main
 from tests import tiny_model
 
-pytestmark = pytest.mark.slow
-
 PROMPT = "a red ball"
 SMALL = ("--size", "48x32", "--frames", "4", "--steps", "4")
 
@@ -23,6 +21,7 @@ def run(checkpoint, *arguments):
     return main(["inspect", PROMPT, "--checkpoint", checkpoint, *SMALL, *arguments])
 
 
+@pytest.mark.nightly
 def test_picture_and_table(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(checkpoint, "--sparsity", "0.5", "--dense-layers", "1") == 0

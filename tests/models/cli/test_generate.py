@@ -25,8 +25,6 @@ from models.media import video as video_io
 from models.mini import checkpoint as mini_checkpoint
 from tests import tiny_model
 
-pytestmark = pytest.mark.slow
-
 PROMPT = "a red ball"
 SMALL = ("--size", "48x32", "--frames", "4", "--steps", "4")
 COMPARISON_FILES = {
@@ -157,6 +155,7 @@ def test_comparison_report(comparison):
     )
 
 
+@pytest.mark.nightly
 def test_sparsity_zero_equals_dense(checkpoint, tmp_path, capsys):
     options = ("--sparsity", "0", "--dense-fraction", "0", "--selection", "row_topk")
     assert run(checkpoint, "--compare", *options, "--output", str(tmp_path)) == 0
@@ -171,6 +170,7 @@ def test_sparsity_zero_equals_dense(checkpoint, tmp_path, capsys):
     assert printed[-1] == str(tmp_path / "report.json")
 
 
+@pytest.mark.nightly
 def test_a_seed_gives_the_same_file_and_another_seed_another(
     checkpoint, tmp_path, monkeypatch
 ):
@@ -248,6 +248,7 @@ def test_the_solver_is_passed_on():
     )
 
 
+@pytest.mark.nightly
 def test_guidance_in_two_calls_from_the_command_line(checkpoint, tmp_path, monkeypatch):
     seen = []
     original = VideoPipeline.generate
@@ -359,6 +360,7 @@ def test_interrupt_during_sampling_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.nightly
 def test_interrupt_during_writing_leaves_whole_files_only(
     checkpoint, comparison, tmp_path, monkeypatch
 ):
@@ -390,6 +392,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.nightly
 def test_real_interrupt_on_a_terminal(checkpoint, tmp_path):
     """SIGINT in the middle of a long run whose progress bar is on a terminal."""
     terminal, child_side = pty.openpty()

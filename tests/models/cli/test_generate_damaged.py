@@ -10,7 +10,7 @@ from PIL import Image
 from models.cli import main
 from tests.wan_folders import TEXT_TO_VIDEO, save_image_to_video
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 SMALL = ("--size", "48x32", "--frames", "5", "--steps", "1", "--guidance", "1")
 

@@ -16,8 +16,6 @@ from models.wan.checkpoint import WanParts
 from models.wan.vae.tiling import Tiling
 from tests.wan_folders import TEXT_TO_VIDEO, save_image_to_video
 
-pytestmark = pytest.mark.slow
-
 PROMPT = "a cat"
 SMALL = ("--size", "48x32", "--frames", "5", "--steps", "1", "--dense")
 
@@ -56,6 +54,7 @@ def read_report(folder):
     return json.loads((folder / "report.json").read_text())
 
 
+@pytest.mark.nightly
 def test_later_runs_do_not_load_the_text_encoder(tmp_path, monkeypatch):
     kept = ("--embeddings", tmp_path / "kept")
     assert run(TEXT_TO_VIDEO, tmp_path / "first", *kept) == 0
@@ -99,6 +98,7 @@ def test_prompts_that_a_file_of_embeddings_lacks_are_named(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("fit", "size", "kept"),
     [
@@ -122,6 +122,7 @@ def test_video_of_an_image(image_model, image, tmp_path, capsys, fit, size, kept
     assert capsys.readouterr().out.splitlines()[0] == line
 
 
+@pytest.mark.nightly
 def test_inspect_takes_an_image(image_model, image, tmp_path):
     command = ["inspect", PROMPT, "--checkpoint", str(image_model), *SMALL[:-1]]
     command += ["--image", str(image), "--layers", "0", "--heads", "0"]
@@ -210,6 +211,7 @@ def test_ssim_is_checked_at_the_size_of_the_model(tmp_path, monkeypatch):
     assert seen == [(480, 832), (48, 64)]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("given", "grid"),
     [

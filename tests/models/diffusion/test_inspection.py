@@ -9,8 +9,6 @@ from models.diffusion.inspection import block_masses, inspect_attention
 from models.diffusion.pipeline import VideoPipeline
 from tests import tiny_model
 
-pytestmark = pytest.mark.slow
-
 
 def numpy_masses(q, k, grid):
     """Token by token in raster order, with a dictionary from token to tile."""
@@ -55,6 +53,7 @@ def pipeline(tmp_path_factory):
     return VideoPipeline.from_checkpoint(tiny_model.save_checkpoint(folder))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("step", [0, 2])
 def test_view(pipeline, step):
     steps_run = []
@@ -84,6 +83,7 @@ def test_view(pipeline, step):
     np.testing.assert_array_equal(view.is_dense, [step == 0, True, step == 0])
 
 
+@pytest.mark.nightly
 def test_the_strongest_pairs_are_kept(pipeline):
     view = inspect_attention(
         pipeline, "a ball", tiny_model.SAMPLING, step=0, draft=DraftConfig(sparsity=0.5)

@@ -19,8 +19,6 @@ from models.diffusion.schedulers import FlowUniPC
 from models.wan.transformer import WanTransformer
 from tests import tiny_model
 
-pytestmark = pytest.mark.slow
-
 PROMPT = "a red ball"
 # Relative to latents of size one; measured on CPU: 2e-6.
 ROUNDING = 2e-5
@@ -165,6 +163,7 @@ def test_noise_stands_for_the_seed(pipeline, dense):
         generate(pipeline, noise=jnp.concatenate([noise, noise]))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("sparsity", [None, 0.6], ids=["dense", "draft"])
 def test_batch_items_do_not_influence_each_other(pipeline, sparsity):
     draft = None if sparsity is None else DraftConfig(sparsity=sparsity)
@@ -227,6 +226,7 @@ def test_solvers_do_not_share_a_program(pipeline, dense):
     np.testing.assert_array_equal(again.latents, dense.latents)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("sparsity", [None, 0.6], ids=["dense", "draft"])
 def test_guidance_in_two_calls_agrees_with_one(pipeline, sparsity):
     draft = None if sparsity is None else DraftConfig(sparsity=sparsity)
@@ -362,6 +362,7 @@ def test_token_grids_of_the_published_sizes(pipeline, size, grid):
     assert (got.frames, got.height, got.width) == grid
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("size", "rest", "turned"),
     [("480p", (6, 4), False), ("720p", (5, 0), True)],

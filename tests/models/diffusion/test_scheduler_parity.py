@@ -10,11 +10,13 @@ import safetensors.numpy
 
 from models.diffusion.schedulers import FlowEuler, FlowUniPC
 from tests import tolerances
+from tests.cases import mostly_nightly
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 TENSORS = safetensors.numpy.load_file(FIXTURES / "schedulers.safetensors")
 CASES = sorted({key.split("/")[0] for key in TENSORS if "/" in key})
 UNIPC_CASES = [case for case in CASES if case.startswith("unipc")]
+QUICK = ("euler_linear_3_5", "unipc_wan_20_5")  # the second fits UNIPC_CASES, too
 
 
 def velocity(sample, timestep):
@@ -72,7 +74,7 @@ def test_noise_levels_match(case):
         np.testing.assert_allclose(solver.timesteps, timesteps, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_nightly(CASES, QUICK))
 def test_loop_matches(case):
     got = run_loop(make_solver(case), TENSORS["noise"])
     assert got.dtype == np.float32
@@ -80,7 +82,7 @@ def test_loop_matches(case):
     np.testing.assert_allclose(got, expected, **tolerances.SCHEDULER_LOOP)
 
 
-@pytest.mark.parametrize("case", UNIPC_CASES)
+@pytest.mark.parametrize("case", mostly_nightly(UNIPC_CASES, QUICK[1:]))
 def test_loop_matches_in_double_precision(case):
     with jax.enable_x64(True):
         got = run_loop(make_solver(case), TENSORS["noise"].astype(np.float64))

@@ -46,6 +46,7 @@ def test_vocabulary_is_that_of_the_scenes(shipped):
         assert not encoder.unknown_words(prompt)
 
 
+@pytest.mark.nightly
 def test_samples_follow_the_prompt(shipped, tmp_path):
     """Two frames in four steps: enough for the colours of a background."""
     prompts = ["waves roll over the blue sea", "a red brick wall"]

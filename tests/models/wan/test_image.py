@@ -160,6 +160,7 @@ def test_run_follows_the_flow_equation(pipeline, result):
     np.testing.assert_allclose(result.latents, latents, **tolerances.TINY_RUN)
 
 
+@pytest.mark.nightly
 def test_each_prompt_can_have_its_image(pipeline, result):
     images = np.concatenate([make_images(), -make_images()])
     own = generate(pipeline, images, batch=2)
@@ -167,6 +168,7 @@ def test_each_prompt_can_have_its_image(pipeline, result):
     assert np.abs(own.latents[1] - result.latents[0]).max() > 0.1
 
 
+@pytest.mark.nightly
 def test_prompts_can_share_a_condition(pipeline, result):
     """In two calls."""
     shared = generate(

@@ -78,12 +78,14 @@ def test_text_encoder_is_freed_before_the_transformer_is_loaded(
         wan.text_encoder.encode(["a dog"])
 
 
+@pytest.mark.nightly
 def test_text_encoder_stays_by_default(encoders):
     wan = load_wan(TEXT_TO_VIDEO)
     assert [is_freed(encoder) for encoder, _ in encoders] == [False]
     assert wan.text_encoder is encoders[0][0]
 
 
+@pytest.mark.nightly
 def test_text_encoder_on_the_cpu(encoders):
     device = jax.devices("cpu")[0]
     load_wan(TEXT_TO_VIDEO, text=TextOptions(device=device, prompts=PROMPTS))
@@ -93,6 +95,7 @@ def test_text_encoder_on_the_cpu(encoders):
     assert (config.dtype, config.param_dtype) == ("float32", "float32")
 
 
+@pytest.mark.nightly
 def test_embeddings_are_kept_in_a_folder(encoders, contexts, tmp_path):
     folder = tmp_path / "new"
     text = TextOptions(embeddings=folder, prompts=PROMPTS)
@@ -108,6 +111,7 @@ def test_embeddings_are_kept_in_a_folder(encoders, contexts, tmp_path):
     assert [is_freed(encoder) for encoder, _ in encoders] == [True, True]
 
 
+@pytest.mark.nightly
 def test_another_encoder_has_its_own_embeddings(tmp_path, encoders):
     copy = tmp_path / "copy"
     shutil.copytree(TEXT_TO_VIDEO, copy)

@@ -20,8 +20,6 @@ from models.umt5.config import UMT5Config
 from models.wan.checkpoint import WanFolder
 from models.wan.vae.config import WanVAEConfig
 
-pytestmark = pytest.mark.slow
-
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 FOLDERS = FIXTURES / "wan_folders"
 # Float32 over five guided steps. Measured: latents 2.4e-5 of at most 7.6, in both
@@ -95,6 +93,7 @@ def test_video_of_a_prompt_is_that_of_diffusers(folder):
     np.testing.assert_allclose(result.video, expected["video"], **VIDEO)
 
 
+@pytest.mark.nightly
 def test_video_of_an_image_is_that_of_diffusers(tmp_path):
     """From pixels: image tower and autoencoder see the image too."""
     folder = tmp_path / "image"

@@ -143,11 +143,11 @@ def test_steps_do_not_recompile():
 @pytest.mark.parametrize(
     ("dense_layers", "index", "remat"),
     [
-        pytest.param((), 0, False, id="sparse", marks=pytest.mark.slow),
+        pytest.param((), 0, False, id="sparse", marks=pytest.mark.nightly),
         pytest.param((0,), 0, True, id="first-remat"),
-        pytest.param((1,), 1, False, id="middle-reused", marks=pytest.mark.slow),
+        pytest.param((1,), 1, False, id="middle-reused", marks=pytest.mark.nightly),
         pytest.param((0, 2), 1, False, id="ends-reused"),
-        pytest.param((0, 1, 2), 0, False, id="dense", marks=pytest.mark.slow),
+        pytest.param((0, 1, 2), 0, False, id="dense", marks=pytest.mark.nightly),
     ],
 )
 def test_known_steps_need_no_conditional(dense_layers, index, remat):
@@ -189,7 +189,7 @@ def test_captured_layers_of_several_runs_stay_in_order():
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_gradient_of_layers_in_runs():
     model = make_model(attention="draft", draft=DraftConfig(sparsity=0.7))
     step = scheduled(model, dense_layers=(1,)).step(0)
@@ -317,7 +317,7 @@ def loss_of(model, inputs, **options):
     return jnp.mean(jnp.square(velocity - 1.0))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_remat_changes_neither_loss_nor_gradient():
     model, inputs = make_model(), make_inputs()
 
@@ -347,7 +347,7 @@ def test_every_parameter_learns(dtype):
         assert np.abs(gradient).max() > 0, path
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_gradient_matches_a_finite_difference():
     model, inputs = make_model(), make_inputs()
     structure, state = nnx.split(model)
@@ -371,7 +371,7 @@ def test_gradient_matches_a_finite_difference():
     np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_gradient_descent_lowers_the_loss():
     model, inputs = make_model(), make_inputs()
 

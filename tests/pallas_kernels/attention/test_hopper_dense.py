@@ -20,7 +20,7 @@ HOPPER = Device(platform="gpu", kind="NVIDIA H100", compute_capability=(9, 0))
 
 @pytest.mark.usefixtures("no_races")
 @pytest.mark.parametrize(
-    "lengths", [pytest.param(None, marks=pytest.mark.slow), (176, 130)], ids=str
+    "lengths", [pytest.param(None, marks=pytest.mark.nightly), (176, 130)], ids=str
 )
 def test_interpreted_matches_numpy(lengths):
     """176 tokens: a full block and one of 48; with lengths, rows are cut."""

@@ -16,6 +16,7 @@ from draft_jax.grid import VideoGrid
 from pallas_kernels.attention.sm90 import backend as hopper
 from pallas_kernels.attention.sm90 import schedule
 from pallas_kernels.attention.sm90.plan import KernelConfig
+from tests.cases import mostly_nightly
 from tests.pallas_kernels.attention.reference import (
     compress,
     matrix_attention,
@@ -121,15 +122,9 @@ def inputs(case):
     return qkv, random_mask(case.grid, density=case.density, **sizes)
 
 
-ON_EVERY_JAX = ("uneven-rows", "head-dim-128-exact", "boxes", "by-rows")
-
-
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in ON_EVERY_JAX else pytest.mark.slow)
-        for name in CASES
-    ],
+    mostly_nightly(CASES, ("uneven-rows", "head-dim-128-exact", "boxes", "by-rows")),
 )
 def test_matches_numpy(name):
     case = CASES[name]
@@ -160,7 +155,7 @@ def huge_inputs():
     return (q, k, v), random_mask(HUGE_GRID, batch=1, num_heads=1, density=0.7)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("scale", [1.0, -0.7], ids=str)
 def test_huge_logits(scale):
     """Logits of 1e4 give no NaN; a negative scale turns the largest product around."""
@@ -173,7 +168,7 @@ def test_huge_logits(scale):
     np.testing.assert_allclose(lse, want_lse, rtol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_huge_logits_need_the_repair(monkeypatch):
     """Or the test above would say nothing about it."""
     monkeypatch.setattr(hopper, "repair", lambda q, k, v, work, *outputs, **_: outputs)
@@ -185,7 +180,7 @@ def test_huge_logits_need_the_repair(monkeypatch):
     assert 2 <= failed.sum() <= failed.size
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("growth", [12.0, 60.0], ids=str)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_logits_that_grow_from_block_to_block(growth, dtype):
@@ -261,7 +256,7 @@ def matrix_gradients(qkv, dense, grid, text_lengths=()):
     return gradients_of(loss)(*(x.astype("float32") for x in qkv))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", GRADIENT_CASES)
 def test_gradients_match_dense_matrices(name):
     case = GRADIENT_CASES[name]
@@ -281,7 +276,7 @@ def test_gradients_match_dense_matrices(name):
         assert relative_error(x, y[:, places]) < GRADIENT_RELATIVE[case.dtype]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_vmap_and_grad():
     """A mapped axis joins the batch."""
     case = Case(grid=VideoGrid(1, 13, 16), dtype="float16")

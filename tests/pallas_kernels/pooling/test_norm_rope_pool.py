@@ -98,14 +98,19 @@ def run(given, grid, order, norm):
 @pytest.mark.parametrize(
     ("name", "order", "norm", "dtype", "heads"),
     [
-        ("divisible", "tiled", "heads", "bfloat16", (8, 64)),
-        ("divisible", "raster", "head", "float16", (8, 128)),
         ("edges-and-text", "raster", "heads", "bfloat16", (4, 128)),
-        ("edges-and-text", "tiled", "head", "bfloat16", (4, 128)),
         ("edges-and-text", "tiled", "none", "float16", (8, 64)),
         ("text-before", "raster", "heads", "float32", (4, 64)),
-        ("text-before", "tiled", "heads", "float16", (8, 64)),
-        ("text-before", "raster", "head", "bfloat16", (32, 64)),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in [
+                ("divisible", "tiled", "heads", "bfloat16", (8, 64)),
+                ("divisible", "raster", "head", "float16", (8, 128)),
+                ("edges-and-text", "tiled", "head", "bfloat16", (4, 128)),
+                ("text-before", "tiled", "heads", "float16", (8, 64)),
+                ("text-before", "raster", "head", "bfloat16", (32, 64)),
+            ]
+        ),
     ],
     ids=str,
 )
@@ -122,7 +127,13 @@ def test_without_rotation():
     check(run(given, grid, "raster", norm), given, grid, "raster", norm)
 
 
-@pytest.mark.parametrize("mapped_scales", [False, True], ids=["shared", "mapped"])
+@pytest.mark.parametrize(
+    "mapped_scales",
+    [
+        pytest.param(False, id="shared", marks=pytest.mark.nightly),
+        pytest.param(True, id="mapped"),
+    ],
+)
 def test_mapped_axes(mapped_scales):
     grid, norm = VideoGrid(1, 2, 4, tile=(2, 2)), NORMS["head"]
     q, k, scales, rope = random_case(grid, (4, 64), norm=norm, dtype="float32", batch=2)

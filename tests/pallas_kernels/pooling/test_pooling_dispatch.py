@@ -42,7 +42,9 @@ def interpreted():
 
 
 @pytest.mark.parametrize(
-    "device", [pytest.param(H100, marks=pytest.mark.slow), CPU], ids=["kernel", "xla"]
+    "device",
+    [pytest.param(H100, marks=pytest.mark.nightly), CPU],
+    ids=["kernel", "xla"],
 )
 @pytest.mark.usefixtures("interpreted")
 def test_each_path_agrees_with_the_reference(device):
@@ -67,7 +69,7 @@ def test_each_path_agrees_with_the_reference(device):
             np.testing.assert_allclose(pooled[2 * i + j], expected, **tolerances.POOLED)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("interpreted")
 def test_kernel_has_the_gradients_of_the_xla_path():
     norm = NORMS["head"]
@@ -86,7 +88,7 @@ def test_kernel_has_the_gradients_of_the_xla_path():
         np.testing.assert_allclose(a, b, **tolerances.GRADIENT["float32"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("interpreted")
 def test_pooling_can_be_left_out():
     q, k, _, rope = random_case(RASTER, None)

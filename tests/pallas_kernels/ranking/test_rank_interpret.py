@@ -115,7 +115,7 @@ MAPS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("has_forced", [False, True], ids=["free", "forced"])
 @pytest.mark.parametrize("team", [1, 4], ids=["warp", "warpgroup"])
 @pytest.mark.parametrize("name", MAPS)
@@ -131,7 +131,7 @@ def test_select_in_rows_by_count(monkeypatch, name, team, has_forced):
     check_rows(scores, count, count, forced, want, None, INTERPRET)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("has_forced", [False, True], ids=["free", "forced"])
 @pytest.mark.parametrize("team", [1, 4], ids=["warp", "warpgroup"])
 @pytest.mark.parametrize("name", MAPS)
@@ -163,7 +163,7 @@ def kernels_on_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "side", [pytest.param("before", marks=pytest.mark.slow), "after"]
+    "side", [pytest.param("before", marks=pytest.mark.nightly), "after"]
 )
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("kernels_on_cpu")
