@@ -1,9 +1,12 @@
 """Low-rank adapters (LoRA), merged into a checkpoint's weights as they are loaded.
 
-An adapter stores two thin matrices for a weight W of [out, in]. The merged weight is `W
-+ scale * alpha / rank * (up @ down)`. Files differ in how they spell the names; see
-`_ROLES` and `_PREFIXES`. Merging is lazy: each weight is merged when it is read, on the
-device. A model that is loaded array by array needs no memory for its adapters.
+An adapter stores two thin matrices for a weight W of [out, in]; the merged weight is
+
+    W + scale * alpha / rank * (up @ down)
+
+Files differ in how they spell the names; see `_ROLES` and `_PREFIXES`. Each weight is
+merged when it is read, on the device. So a model that is loaded array by array needs no
+memory for its adapters.
 
 Source: Hu et al., arXiv 2106.09685; the spellings are those of diffusers and PEFT,
 of kohya's sd-scripts and musubi-tuner, and of the original models' own names.
