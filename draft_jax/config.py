@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from draft_jax.grid import VideoGrid
 
 Pooling = Literal["mean", "mean+max"]
+EdgeTiles = Literal["by_tokens", "as_published"]
 Selection = Literal["percentile", "row_topk", "top_p"]
 
 
@@ -24,6 +25,11 @@ class DraftConfig:
         max-pooled queries and keys. The successor of the paper is said to add max
         pooling; its exact form was not public when this was written, so
         "mean+max" is this project's definition.
+      edge_tiles: How much a key tile that is cut off by the frame's edge counts in the
+        softmax of the draft. "by_tokens" weights every key tile by its number of
+        tokens, as if each had the mean's logit: a draft of equal tokens is then exact.
+        "as_published" weights all tiles alike, as the published code does. They are
+        one where the tile divides the frame.
       selection: How block pairs of the video are chosen from the draft map.
         "percentile" ranks all S x S pairs of a head together (the paper);
         "row_topk" gives every query block the same number of key blocks; "top_p"
@@ -46,6 +52,7 @@ class DraftConfig:
     """
 
     pooling: Pooling = "mean"
+    edge_tiles: EdgeTiles = "by_tokens"
     selection: Selection = "percentile"
     sparsity: float = 0.75
     top_p: float = 0.9
@@ -55,6 +62,7 @@ class DraftConfig:
     def __post_init__(self) -> None:
         for name, accepted in (
             ("pooling", get_args(Pooling)),
+            ("edge_tiles", get_args(EdgeTiles)),
             ("selection", get_args(Selection)),
         ):
             if (value := getattr(self, name)) not in accepted:

@@ -33,13 +33,14 @@ def draft_scores(
 
     Pools queries and keys per tile and takes the softmax over the pooled video keys.
     A key tile counts by its tokens: the logarithm of its length is added to its
-    logits, which changes nothing where the tile divides the frame.
+    logits, which changes nothing where the tile divides the frame. With
+    `config.edge_tiles="as_published"` it is not.
 
     Args:
       q: Queries of the whole sequence, T = `grid.num_tokens`; text is left out.
       k: Keys, like q.
       grid: Geometry that defines the tiles.
-      config: `config.pooling` is read.
+      config: `config.pooling` and `config.edge_tiles` are read.
       scale: Factor of the logits; 1 / sqrt(D) by default.
       order: How the visual tokens of q and k are ordered.
       pooled: q and k pooled before, such as by `norm_rope_pool`; q and k are then not
@@ -101,17 +102,17 @@ def scores_of_pooled(
     config: DraftConfig,
     scale: float | None = None,
 ) -> Float[Array, "B N S S"]:
-    """The map of pooled queries and keys; see `draft_scores`.
+    """Returns the map of pooled queries and keys; see `draft_scores`.
 
     Args:
       pooled: Pooled queries and keys, of any heads.
       grid: Geometry that defines the tiles.
-      config: `config.pooling` is read.
+      config: `config.pooling` and `config.edge_tiles` are read.
       scale: Factor of the logits; 1 / sqrt(D) by default.
     """
     if scale is None:
         scale = 1.0 / math.sqrt(pooled.q_mean.shape[-1])
-    log_lengths = np.log(grid.block_lengths[grid.visual_blocks].astype(np.float32))
+    log_weights = _log_weights(grid, config)
     maps = []
     for draft_q, draft_k in pooled.pairs(config):
         # The map is small, and TF32 would reorder scores that are close together.
@@ -120,5 +121,12 @@ def scores_of_pooled(
         )
         # Apart from what follows, or XLA runs cuBLAS and then copies the whole map.
         logits = jax.lax.optimization_barrier(logits)
-        maps.append(jax.nn.softmax(logits * scale + log_lengths, axis=-1))
+        maps.append(jax.nn.softmax(logits * scale + log_weights, axis=-1))
     return maps[0] if len(maps) == 1 else 0.5 * (maps[0] + maps[1])
+
+
+def _log_weights(grid: VideoGrid, config: DraftConfig) -> Float[np.ndarray, " #S"]:
+    """Returns what is added to the logits of each key tile."""
+    if config.edge_tiles == "as_published":
+        return np.zeros(1, np.float32)
+    return np.log(grid.block_lengths[grid.visual_blocks].astype(np.float32))

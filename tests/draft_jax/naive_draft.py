@@ -42,11 +42,14 @@ def pool(x, grid, reduction=np.mean):
     return np.stack([reduction(x[:, tile], axis=1) for tile in members], axis=1)
 
 
-def draft_map(q, k, grid, reduction=np.mean):
-    """q, k [B, T, N, D] of visual tokens in raster order -> [B, N, S, S]."""
+def draft_map(q, k, grid, reduction=np.mean, weights_by_tokens=True):
+    """q, k [B, T, N, D] of visual tokens in raster order -> [B, N, S, S].
+
+    A key tile stands for as many keys as it has tokens, or for one if not by tokens.
+    """
     q, k = q.astype(np.float64), k.astype(np.float64)
     lengths = [
-        len(tile)
+        len(tile) if weights_by_tokens else 1
         for tile in tile_members(grid.frames, grid.height, grid.width, grid.tile)
     ]
     draft_q, draft_k = pool(q, grid, reduction), pool(k, grid, reduction)
@@ -57,7 +60,6 @@ def draft_map(q, k, grid, reduction=np.mean):
             draft_q[b, i, n] @ draft_k[b, j, n] / math.sqrt(dim)
             for j in range(num_tiles)
         ]
-        # A key tile stands for as many keys as it has tokens.
         weights = np.exp(np.array(logits) - max(logits)) * lengths
         out[b, n, i] = weights / weights.sum()
     return out

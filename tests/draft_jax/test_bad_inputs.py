@@ -129,6 +129,7 @@ def test_mask(case):
     ("fields", "message"),
     [
         ({"pooling": "max"}, r"pooling='max' must be one of \('mean', 'mean\+max'\)"),
+        ({"edge_tiles": "equal"}, "edge_tiles='equal' must be one of .'by_tokens', 'a"),
         ({"selection": "topk"}, "selection='topk' must be one of .*'row_topk'"),
         ({"sparsity": 1.0}, r"sparsity=1.0 must be a number in \[0, 1\)"),
         ({"sparsity": -0.1}, r"sparsity=-0.1 must be a number in \[0, 1\)"),
