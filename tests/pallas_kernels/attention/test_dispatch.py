@@ -1,9 +1,7 @@
 """Validation, choice of backend, warnings, and the direction of imports."""
 
-import ast
 import dataclasses
 import importlib
-import pathlib
 import re
 import typing
 import warnings
@@ -35,7 +33,6 @@ from pallas_kernels.common import slow_paths, validation
 from pallas_kernels.common.device import Device
 from pallas_kernels.common.interfaces import Problem
 
-ROOT = pathlib.Path(pallas_kernels.__file__).parent.parent
 GRID = VideoGrid(1, 2, 4, tile=(2, 2), text_length=3)
 SHAPE = (2, GRID.num_tokens, 3, 8)
 
@@ -392,22 +389,3 @@ def test_traced_text_lengths_are_clipped():
     run = jax.jit(lambda x: block_sparse_attention(**arguments(), text_lengths=x))
     got, want = run(jnp.array([-5, 99])), run(jnp.array([0, 3]))
     np.testing.assert_array_equal(got, want)
-
-
-def imported_packages(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield (node.module or "").split(".")[0]
-
-
-def test_imports_point_down():
-    """models -> draft_jax -> pallas_kernels."""
-    forbidden = {"pallas_kernels": {"draft_jax", "models"}, "draft_jax": {"models"}}
-    for package, names in forbidden.items():
-        files = sorted((ROOT / package).rglob("*.py"))
-        assert files
-        for path in files:
-            upward = names.intersection(imported_packages(path))
-            assert not upward, f"{path.relative_to(ROOT)} imports {upward}"
