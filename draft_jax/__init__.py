@@ -25,7 +25,7 @@ from draft_jax.attention import draft_attention, initial_mask, scheduled_attenti
 from draft_jax.attention_plan import AttentionPlan
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, kept_pairs_budget, mask_capacity
-from draft_jax.debugging import check_finite
+from draft_jax.debugging import check_finite, check_positions
 from draft_jax.draft.pooling import PooledTokens, pool_tokens
 from draft_jax.draft.qk_preparation import QKNorm, norm_rope_pool
 from draft_jax.draft.scores import draft_scores
@@ -60,6 +60,7 @@ __all__ = [
     "StepPlan",
     "VideoGrid",
     "check_finite",
+    "check_positions",
     "compute_mask",
     "constant_step",
     "draft_attention",
