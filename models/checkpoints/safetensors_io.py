@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from models.checkpoints.files import write_whole
 from models.checkpoints.memory_map import CheckpointError, map_array
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -155,14 +156,14 @@ def save_safetensors(
             {key: np.ascontiguousarray(value) for key, value in shard.items()},
             metadata={"format": "pt"},
         )
-        _write_whole(file, data)
+        write_whole(file, data)
         files.append(file)
         weight_map |= dict.fromkeys(shard, file.name)
     if count > 1:
         total = sum(value.nbytes for value in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        _write_whole(directory / f"{stem}{INDEX_SUFFIX}", text.encode())
+        write_whole(directory / f"{stem}{INDEX_SUFFIX}", text.encode())
     return files
 
 
@@ -289,12 +290,3 @@ def _split(
         shards[-1][key] = value
         size += value.nbytes
     return shards
-
-
-def _write_whole(file: Path, data: bytes) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

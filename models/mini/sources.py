@@ -192,25 +192,6 @@ class Sources:
         fields = [field.name for field in dataclasses.fields(self)]
         np.savez_compressed(path, **{name: getattr(self, name) for name in fields})
 
-    @classmethod
-    def synthetic(cls, seed: int = 0) -> "Sources":
-        """Makes smooth random sources of the same layout, for tests without wheels."""
-        rng = np.random.default_rng(seed)
-        n = len(PICTURES)
-
-        def blobs(*shape: int) -> UInt8[np.ndarray, "..."]:
-            coarse = rng.integers(0, 256, (shape[0], 5, 5, *shape[3:]), np.uint8)
-            rows, columns = shape[1] // 5 + 1, shape[2] // 5 + 1
-            return coarse.repeat(rows, 1).repeat(columns, 2)[:, : shape[1], : shape[2]]
-
-        return cls(
-            pictures=blobs(n, *WINDOW, 3),
-            sizes=np.tile(np.asarray(WINDOW, np.float32), (n, 1)),
-            clip=blobs(132, 48, 85, 3),
-            textures=blobs(len(TEXTURES), 64, 64),
-            silhouette=blobs(1, 64, 64)[0],
-        )
-
 
 def read_wheel(wheels: Path, package: str, path: str) -> bytes:
     """Reads one file of a wheel.

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Array, Float, Int
 
-from models.checkpoints.safetensors_io import CheckpointError
+from models.checkpoints.files import write_whole
+from models.checkpoints.memory_map import CheckpointError
 from models.umt5.config import TEXT_LENGTH, UMT5Config
 from models.umt5.text_encoder import UMT5TextEncoder, pad_rows
 from models.umt5.tokenizer import UMT5Tokenizer, check_prompts, clean_prompt
@@ -261,12 +261,7 @@ def _write(
     data = safetensors.numpy.save(
         {key: np.ascontiguousarray(value) for key, value in tensors.items()}, metadata
     )
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, data)
 
 
 def _sample_digest(path: Path) -> str:

@@ -7,7 +7,7 @@ and scanned. So the program and its compile time do not grow with depth.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from models.umt5.config import UMT5Config
 from models.umt5.layers import UMT5Block, relative_position_buckets, rms_norm
@@ -76,31 +76,6 @@ class UMT5Encoder(nnx.Module):
         x, _ = jax.lax.scan(run_block, x, parameters)
         inside = jnp.arange(num_tokens) < lengths[:, None]
         return jnp.where(inside[..., None], self.norm(x), 0.0)
-
-
-def random_umt5_encoder(
-    config: UMT5Config, *, seed: int = 0, device: jax.Device | None = None
-) -> UMT5Encoder:
-    """Makes an encoder with random weights on the device, in one compiled program.
-
-    For measurements of time and memory at full size: nothing is drawn on the host,
-    and weights are drawn in `config.param_dtype`.
-
-    Args:
-      config: Sizes and dtypes.
-      seed: Seed of the weights.
-      device: Device that makes and holds them; the default device if None.
-    """
-    with jax.default_device(device):
-        # "rbg" compiles in half the time of the default generator.
-        return _compiled_random(config, jax.random.key(seed, impl="rbg"))
-
-
-def _random(config: UMT5Config, key: Key[Array, ""]) -> UMT5Encoder:
-    return UMT5Encoder(config, rngs=nnx.Rngs(key))
-
-
-_compiled_random = nnx.jit(_random, static_argnums=0)
 
 
 def _stack_blocks(config: UMT5Config, rngs: nnx.Rngs) -> UMT5Block:

@@ -19,7 +19,8 @@ from models.mini.renderer import (
     render_procedural,
 )
 from models.mini.scenes import ASPECT, Mix, sample_batch
-from models.mini.sources import PICTURES, WINDOW, Sources, read_wheel
+from models.mini.sources import WINDOW, Sources, read_wheel
+from tests.synthetic_sources import make_sources
 
 pytestmark = pytest.mark.nightly
 
@@ -28,7 +29,7 @@ HEIGHT, WIDTH = 48, 64
 
 @pytest.fixture(scope="module")
 def sources() -> dict:
-    return device_sources(Sources.synthetic())
+    return device_sources(make_sources())
 
 
 @pytest.fixture(scope="module")
@@ -207,12 +208,11 @@ def test_pixel_grid_covers_the_frame():
 
 
 def test_sources_survive_saving(tmp_path):
-    made = Sources.synthetic(3)
+    made = make_sources(3)
     made.save(tmp_path / "sources.npz")
     loaded = Sources.load(tmp_path / "sources.npz")
     for name, value in vars(made).items():
         np.testing.assert_array_equal(getattr(loaded, name), value)
-    assert len(made.pictures) == len(PICTURES)
 
 
 def test_reading_wheels(tmp_path):

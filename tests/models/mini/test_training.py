@@ -14,7 +14,6 @@ from models.mini.codec import LinearCodec
 from models.mini.feed import Feed
 from models.mini.renderer import device_sources
 from models.mini.scenes import Mix, all_captions, sample_batch
-from models.mini.sources import Sources
 from models.mini.text import Vocabulary
 from models.mini.train import Length, Progress, Run, Stage, parse_options, stage_at
 from models.mini.training import (
@@ -28,6 +27,7 @@ from models.mini.training import (
     save_state,
 )
 from models.wan.config import WanConfig
+from tests.synthetic_sources import make_sources
 
 pytestmark = pytest.mark.nightly
 
@@ -60,7 +60,7 @@ def trainer() -> Trainer:
     config = TrainConfig(
         model=TINY, height=16, width=24, warmup_steps=5, learning_rate=3e-3
     )
-    sources = device_sources(Sources.synthetic())
+    sources = device_sources(make_sources())
     vocabulary = Vocabulary.from_captions(all_captions(), max_length=32)
     videos = np.random.default_rng(0).uniform(-1, 1, (1, 4, 32, 48, 3))
     codec = LinearCodec.fit([videos.cumsum(2).astype(np.float32)], whitening=0.5)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from models.umt5.config import UMT5Config
 from models.umt5.convert import load_umt5_encoder
-from models.umt5.encoder import random_umt5_encoder
+from models.umt5.encoder import UMT5Encoder
 from models.umt5.text_encoder import UMT5TextEncoder
 from models.umt5.tokenizer import UMT5Tokenizer
 
@@ -78,7 +78,8 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def text_encoder(tokenizer):
     """Random weights, with a table large enough for the tokenizer."""
-    return UMT5TextEncoder(model=random_umt5_encoder(TINY), tokenizer=tokenizer)
+    model = UMT5Encoder(TINY, rngs=nnx.Rngs(0))
+    return UMT5TextEncoder(model=model, tokenizer=tokenizer)
 
 
 def copy_of(text_encoder):

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -30,10 +31,7 @@ def config(cases):
 
 
 def assert_same_parameters(one, other):
-    left, right = (dict(nnx.to_flat_state(nnx.state(m))) for m in (one, other))
-    assert left.keys() == right.keys()
-    for path, leaf in left.items():
-        np.testing.assert_array_equal(leaf[...], right[path][...], err_msg=str(path))
+    chex.assert_trees_all_equal(nnx.state(one), nnx.state(other), strict=True)
 
 
 def problems(error):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -29,10 +30,7 @@ def published():
 
 
 def assert_same_parameters(one, other):
-    left, right = (dict(nnx.to_flat_state(nnx.state(m))) for m in (one, other))
-    assert left.keys() == right.keys()
-    for path, leaf in left.items():
-        np.testing.assert_array_equal(leaf[...], right[path][...], err_msg=str(path))
+    chex.assert_trees_all_equal(nnx.state(one), nnx.state(other), strict=True)
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import chex
 import numpy as np
 import pytest
 import safetensors
@@ -175,11 +176,7 @@ def test_whole_folders_are_described(published, layout):
 
 
 def assert_same_parameters(one, other):
-    left, right = (dict(nnx.to_flat_state(nnx.state(m))) for m in (one, other))
-    assert left.keys() == right.keys()
-    for path, leaf in left.items():
-        assert leaf.dtype == right[path].dtype
-        np.testing.assert_array_equal(leaf[...], right[path][...], err_msg=str(path))
+    chex.assert_trees_all_equal(nnx.state(one), nnx.state(other), strict=True)
 
 
 def test_both_layouts_load_to_the_same_model(published):
