@@ -26,7 +26,10 @@ def check_finite(**arrays: Float[Array | np.ndarray, "..."]) -> None:
 
     Example:
 
-        check_finite(q=q, k=k, v=v)
+        import jax.numpy as jnp
+        from draft_jax import check_finite
+
+        check_finite(q=jnp.ones((1, 8, 2, 4)), k=jnp.zeros((1, 8, 2, 4)))
     """
     for name, array in arrays.items():
         if isinstance(array, jax.core.Tracer):

@@ -7,6 +7,8 @@ import textwrap
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from models.cli.parser import build_parser
@@ -22,9 +24,7 @@ SMALL_VIDEO = {"frames": 5, "height": 32, "width": 48, "num_steps": 2}
 
 
 def blocks(language):
-    """Fenced blocks of the README in one language; none if there is no README."""
-    if not README.is_file():
-        return []
+    """Fenced blocks of the README in one language."""
     pattern = rf"^```{language}[^\n]*\n(.*?)^```"
     return re.findall(pattern, README.read_text(), flags=re.M | re.S)
 
@@ -75,14 +75,36 @@ def shrink(code):
     return ast.unparse(ast.fix_missing_locations(tree))
 
 
+def not_finite(scope):
+    """Names of what an example made with NaN or infinity in it."""
+    return [
+        name
+        for name, value in scope.items()
+        if isinstance(value, jax.Array | np.ndarray)
+        and jnp.issubdtype(value.dtype, jnp.inexact)
+        and not jnp.isfinite(value).all()
+    ]
+
+
+def test_examples_are_found():
+    assert blocks("python")
+    assert docstring_examples()
+    assert shell_commands()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_nan_of_any_type_is_noticed(dtype):
+    scope = {"good": jnp.ones(3, dtype), "count": 3, "mask": jnp.ones(3, bool)}
+    assert not_finite(scope) == []
+    assert not_finite(scope | {"bad": jnp.full(3, jnp.nan, dtype)}) == ["bad"]
+
+
 @pytest.mark.parametrize("code", [*blocks("python"), *docstring_examples()])
 def test_python_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for what they write
     scope = {"__name__": "example"}
     exec(compile(shrink(code), "example", "exec"), scope)
-    for name, value in scope.items():
-        if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, float):
-            assert jax.numpy.isfinite(value).all(), name
+    assert not_finite(scope) == []
 
 
 def shell_commands():
@@ -104,9 +126,8 @@ def test_commands_are_accepted(line):
 
 
 def test_files_that_the_readme_links_to_exist():
-    if not README.is_file():
-        pytest.skip("no README in this checkout")
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", README.read_text())
     local = [link for link in links if not re.match(r"[a-z]+:", link)]
+    assert local
     missing = [link for link in local if not (README.parent / link).exists()]
     assert not missing

@@ -25,8 +25,10 @@ GRIDS = {
 
 @pytest.fixture(autouse=True)
 def hopper():
-    if cause := rank_sm90.why_unsupported(990, current_device()):
+    device = current_device()
+    if cause := device.why_not_hopper():
         pytest.skip(cause)
+    assert rank_sm90.why_unsupported(990, device) is None
 
 
 def maps(kind, size, heads, rng):

@@ -28,8 +28,10 @@ BOTH = DraftConfig(pooling="mean+max")
 @pytest.fixture(autouse=True)
 def hopper():
     good = ((1, 128, 4, 128), "bfloat16", None)
-    if cause := fused_kernel.why_unsupported(*good, current_device()):
+    device = current_device()
+    if cause := device.why_not_hopper():
         pytest.skip(cause)
+    assert fused_kernel.why_unsupported(*good, device) is None
 
 
 def random_case(grid, heads, norm, dtype, batch=1, seed=0):

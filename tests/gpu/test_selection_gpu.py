@@ -47,8 +47,10 @@ FORCED = {"keep_own_tile": True, "keep_first_frame": True}
 
 @pytest.fixture(autouse=True)
 def hopper():
-    if cause := rank_sm90.why_unsupported(990, current_device()):
+    device = current_device()
+    if cause := device.why_not_hopper():
         pytest.skip(cause)
+    assert rank_sm90.why_unsupported(990, device) is None
 
 
 def expected_map(scores, grid, config, budget):

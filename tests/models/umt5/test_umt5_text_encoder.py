@@ -171,6 +171,7 @@ def test_a_cache_loads_the_encoder_only_for_new_prompts(
     assert len(loads.made) == 2
     for made in loads.made:
         leaves = jax.tree.leaves(nnx.state(made.model))
+        assert leaves
         assert all(leaf.is_deleted() for leaf in leaves)
     names = sorted(file.suffix for file in (tmp_path / "new").iterdir())
     assert names == [".safetensors"] * 4  # no partial file is left
