@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import einops
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -132,7 +133,9 @@ def read_mp4(path: Path) -> ByteVideo:
     width, height = (int(side) for side in header.split()[1:3])
     rows = np.frombuffer(pixmaps, np.uint8)
     frames = rows.reshape(-1, len(header) + height * width * 3)[:, len(header) :]
-    return frames.reshape(-1, height, width, 3)
+    return einops.rearrange(
+        frames, "F (H W colours) -> F H W colours", H=height, W=width
+    )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

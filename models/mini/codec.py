@@ -60,7 +60,7 @@ class LinearCodec:
         products = np.zeros((PATCH_NUMBERS, PATCH_NUMBERS))
         for batch in videos:
             patches = np.asarray(to_patches(jnp.asarray(batch)), np.float64)
-            rows = patches.reshape(-1, PATCH_NUMBERS)
+            rows = einops.rearrange(patches, "B F H W P -> (B F H W) P")
             count += len(rows)
             total = total + rows.sum(0)
             products = products + rows.T @ rows

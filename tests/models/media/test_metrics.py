@@ -1,3 +1,5 @@
+"""PSNR and SSIM, against worked cases and scikit-image."""
+
 import math
 
 import numpy as np
@@ -32,7 +34,7 @@ def test_equal_videos():
 
 
 def test_values_of_scikit_image():
-    """Constants made with scikit-image 0.26.0 (not a dependency), in float64:
+    """Compares with constants of scikit-image 0.26.0, made in float64.
 
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
     video, reference = (x.astype(float) for x in two_videos())

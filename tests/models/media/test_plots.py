@@ -1,3 +1,5 @@
+"""Pictures: where they differ when what they show differs."""
+
 import matplotlib.image
 import matplotlib.pyplot as plt
 import numpy as np

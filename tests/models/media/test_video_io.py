@@ -1,3 +1,5 @@
+"""Videos, JSON and files that are whole or absent."""
+
 import json
 import signal
 

@@ -1,3 +1,5 @@
+"""Programs of this folder compile fast and run slowly."""
+
 import jax
 import pytest
 
