@@ -4,7 +4,7 @@ A draft, made by pooling queries and keys over the tiles of each frame, tells wh
 blocks of the full attention map matter; only those are computed.
 
 Example:
-
+    ```python
     import jax
     from draft_jax import DraftConfig, VideoGrid, draft_attention
 
@@ -13,6 +13,7 @@ Example:
     q, k, v = jax.random.normal(jax.random.key(0), (3, *shape))
     out = draft_attention(q, k, v, grid=grid, config=DraftConfig(sparsity=0.75))
     print(out.shape)
+    ```
 
 Source: DraftAttention (arXiv 2505.14708).
 """

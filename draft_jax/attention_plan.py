@@ -33,12 +33,13 @@ class AttentionPlan:
       ValueError: One of the two fields is given without the other.
 
     Example:
-
+        ```python
         from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
 
         plan = AttentionPlan.draft(
             DraftConfig(sparsity=0.9), SparsitySchedule(dense_fraction=0.25)
         )
+        ```
     """
 
     config: DraftConfig | None

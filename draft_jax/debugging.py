@@ -25,11 +25,13 @@ def check_finite(**arrays: Float[Array | np.ndarray, "..."]) -> None:
       ValueError: A value is not finite, or an array is traced.
 
     Example:
-
+        ```python
         import jax.numpy as jnp
         from draft_jax import check_finite
 
-        check_finite(q=jnp.ones((1, 8, 2, 4)), k=jnp.zeros((1, 8, 2, 4)))
+        q = k = v = jnp.ones((1, 6, 2, 4))
+        check_finite(q=q, k=k, v=v)
+        ```
     """
     for name, array in arrays.items():
         if isinstance(array, jax.core.Tracer):
@@ -70,8 +72,14 @@ def check_positions(
         can, the cause), the shape does not fit, or position_ids are traced.
 
     Example:
+        ```python
+        import jax.numpy as jnp
+        from draft_jax import VideoGrid, check_positions
 
-        check_positions(position_ids, grid=VideoGrid(21, 45, 80))
+        grid = VideoGrid(frames=21, height=45, width=80)
+        positions = jnp.indices((grid.frames, grid.height, grid.width))  # a model's
+        check_positions(jnp.stack(positions, axis=-1).reshape(-1, 3), grid=grid)
+        ```
     """
     validation.check_order(order)
     if isinstance(position_ids, jax.core.Tracer):

@@ -94,7 +94,7 @@ class StepKind(NamedTuple):
     and none has a conditional.
 
     Example:
-
+        ```python
         import functools
         import jax
         import numpy as np
@@ -120,6 +120,7 @@ class StepKind(NamedTuple):
         for index in range(len(plan)):
             kind, budget = plan.kind(index), plan.budget[index]
             out, mask = attend(q, k, v, mask, budget, kind)
+        ```
 
     Attributes:
       dense: Whether each layer runs dense.

@@ -30,13 +30,14 @@ def blocks(language):
 
 
 def docstring_examples():
-    """Indented code below "Example:" in any docstring of the packages."""
+    """Fenced code below "Example:" in any docstring of the packages."""
     found = []
+    pattern = r"(?m)^Examples?:\n {4}```python\n((?: {4}.*\n|\n)+?) {4}```$"
     for file in (f for name in PACKAGES for f in sorted((ROOT / name).rglob("*.py"))):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 text = (ast.get_docstring(node) or "") + "\n"
-                for code in re.findall(r"(?m)^Examples?:\n\n((?: {4}.*\n|\n)+)", text):
+                for code in re.findall(pattern, text):
                     name = f"{file.relative_to(ROOT)}:{getattr(node, 'name', '')}"
                     found.append(pytest.param(textwrap.dedent(code), id=name))
     return found
