@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.common.machine import host_peak_bytes
 from benchmarks.common.records import ROOT, provenance, write_json
 from draft_jax import BlockMask, DraftConfig, VideoGrid, compute_mask, draft_attention
 from pallas_kernels import block_sparse_attention, dense_attention
@@ -213,23 +214,16 @@ def measure_memory(name: str) -> dict[str, Any]:
 
 
 def print_peak_memory(name: str) -> None:
-    """The child process of `measure_memory`."""
+    """Prints the peaks of one call: the child process of `measure_memory`."""
     case = CASES[name]
     qkv, mask = random_qkv(case), random_mask(case, 1.0)
     call = compile_attention(case, mask)
     jax.block_until_ready((qkv, mask))
-    whole_peak = peak_memory()
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = peak_memory()
+    whole_peak = host_peak_bytes()
+    before = host_peak_bytes(reset=True)
     jax.block_until_ready(call(*qkv, mask))
-    after = peak_memory()
+    after = host_peak_bytes()
     print(json.dumps([before, after, max(whole_peak, after)]))
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process since it was last reset, in bytes."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def describe_run() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Cards, and their clock and power while something is timed, from nvidia-smi."""
+"""GPUs, and their clock and power while something is timed, from nvidia-smi."""
 
 import functools
 import os
@@ -11,8 +11,8 @@ INTERVAL_MS = 50
 
 
 @functools.cache  # records are written after every measurement
-def cards() -> tuple[str, ...]:
-    """Names and drivers of all cards; none where nvidia-smi is missing or fails."""
+def gpus() -> tuple[str, ...]:
+    """Names and drivers of all GPUs; none where nvidia-smi is missing or fails."""
     if not shutil.which("nvidia-smi"):
         return ()
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -21,7 +21,7 @@ def cards() -> tuple[str, ...]:
 
 
 class GpuState:
-    """Samples the card in the background, as a context manager.
+    """Samples the GPU in the background, as a context manager.
 
     After it, `summary` holds the median clock in MHz and power in W, or nothing where
     nvidia-smi is missing.
@@ -33,9 +33,9 @@ class GpuState:
 
     def __enter__(self) -> "GpuState":
         if shutil.which("nvidia-smi"):
-            # Of several cards, the one that the process sees first.
-            card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-            command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", f"--id={card}"]
+            # Of several GPUs, the one that the process sees first.
+            gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", f"--id={gpu}"]
             options = ["--format=csv,noheader,nounits", f"--loop-ms={INTERVAL_MS}"]
             self._process = subprocess.Popen(
                 command + options,

@@ -1,4 +1,4 @@
-"""What a machine has used and what it can do: memory, and the rate of its products."""
+"""Memory that a machine has used, and the rate of its matrix products."""
 
 import contextlib
 import pathlib

@@ -1,6 +1,7 @@
 """JSON records of benchmarks, with what their numbers depend on."""
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
-from benchmarks.common.gpu_state import cards
+from benchmarks.common.gpu_state import gpus
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CODE = ("*.py", "pyproject.toml", "requirements.lock")
@@ -22,7 +23,7 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """Commit, date, command, versions and cards, without starting JAX.
+    """Commit, date, command, versions and GPUs, without starting JAX.
 
     Where the code is a copy of a checkout, the environment variable
     `BENCHMARK_COMMIT` says of which.
@@ -32,19 +33,20 @@ def provenance() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command(),
         "versions": versions(),
-        "gpus": cards(),
+        "gpus": gpus(),
     }
 
 
 def environment() -> dict[str, Any]:
-    """`provenance`, and the device that JAX uses."""
+    """Returns `provenance`, and the device that JAX uses."""
     import jax  # here, for some benchmarks leave the device to other processes
 
     return {"device": jax.devices()[0].device_kind, **provenance()}
 
 
+@functools.cache  # records are written after every measurement
 def commit() -> str:
-    """The checkout's commit, and whether its code has changed since."""
+    """The checkout's commit at the start, and whether its code had changed since."""
     found = _git("rev-parse", "--short", "HEAD")
     if not found:
         return "unknown"
@@ -53,7 +55,7 @@ def commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints; nothing where it is missing or fails."""
+    """Output of a git command; nothing where it is missing or fails."""
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
@@ -64,14 +66,14 @@ def _git(*arguments: str) -> str:
 
 
 def command() -> str:
-    """What this process was started with."""
+    """The command line that started this process."""
     main = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"-m {main.name}" if main else sys.argv[0]
     return " ".join(["python", program, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
+    """Versions of Python and of those packages that are installed."""
     installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

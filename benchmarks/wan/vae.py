@@ -22,7 +22,6 @@ import itertools
 import json
 import os
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from benchmarks.common.machine import host_peak_bytes
 from benchmarks.common.records import ROOT, provenance, write_json
 from models.wan.vae import codec as steps
 from models.wan.vae.autoencoder import WanVAE
@@ -73,7 +73,7 @@ def time_chunks(chunks: Iterable[jax.Array]) -> list[float]:
 
 
 def count_flops(step: Any, model: WanVAE, first: Any, later: Any) -> float:
-    """Of one chunk after the first, by XLA's count before it optimises; 0 if none."""
+    """Arithmetic of a chunk after the first, by XLA's count; 0 if it does not count."""
     graph, state = nnx.split(model)
     _, cache = jax.eval_shape(lambda s, x: step(graph, s, x, None), state, first)
     try:
@@ -84,11 +84,9 @@ def count_flops(step: Any, model: WanVAE, first: Any, later: Any) -> float:
 
 
 def peak_bytes() -> int:
-    """Most memory in use so far."""
+    """Most memory in use so far: of the device, or on CPUs of the process."""
     stats = jax.local_devices()[0].memory_stats()
-    if stats is not None:
-        return stats["peak_bytes_in_use"]
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return host_peak_bytes() if stats is None else stats["peak_bytes_in_use"]
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +138,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_in_process(case: dict[str, Any], limit_s: float) -> dict[str, Any]:
-    """`run_case` in a child; a failure is a record, too."""
+    """Runs `run_case` in a child; a failure is a record, too."""
     command = [sys.executable, "-m", "benchmarks.wan.vae", "--case", json.dumps(case)]
     try:
         done = subprocess.run(

@@ -6,18 +6,34 @@ import sys
 import types
 
 import jax
+import pytest
 
 from benchmarks.common import records
 
 
-def test_commit_is_the_checkouts(monkeypatch):
+@pytest.fixture(autouse=True)
+def forgotten_commit():
+    """Git is asked once; each test starts before that, and leaves no answer behind."""
+    records.commit.cache_clear()
+    yield
+    records.commit.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("answers", "commit"),
+    [
+        ({}, "unknown"),
+        ({"rev-parse": "1a"}, "1a"),
+        ({"rev-parse": "1a", "status": " M x.py"}, "1a, with changes"),
+    ],
+    ids=["no-git", "clean", "changed"],
+)
+def test_commit_is_the_checkouts(monkeypatch, answers, commit):
     monkeypatch.delenv("BENCHMARK_COMMIT", raising=False)
-    monkeypatch.setattr(records, "_git", lambda *_: "")
-    assert records.provenance()["commit"] == "unknown"
-    monkeypatch.setattr(records, "_git", lambda name, *_: {"rev-parse": "1a"}.get(name))
-    assert records.provenance()["commit"] == "1a"
-    monkeypatch.setattr(records, "_git", lambda name, *_: "1a")
-    assert records.provenance()["commit"] == "1a, with changes"
+    monkeypatch.setattr(records, "_git", lambda name, *_: answers.get(name, ""))
+    assert records.provenance()["commit"] == commit
+    monkeypatch.setattr(records, "_git", lambda *_: pytest.fail("git is asked again"))
+    assert records.provenance()["commit"] == commit
     monkeypatch.setenv("BENCHMARK_COMMIT", "2b")
     assert records.provenance()["commit"] == "2b"
 
