@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,14 +100,12 @@ def test_average_follows_parameters(trainer, compiled):
     before = jax.device_get(trainer.initial_state())
     after, _ = compiled(trainer.initial_state(), trainer.batch(draw), 1e-3)
     decay = min(trainer.config.ema, 1 / 10)  # (1 + 0) / (10 + 0)
-    for old, new, mean in zip(
-        jax.tree.leaves(before.parameters),
-        jax.tree.leaves(after.parameters),
-        jax.tree.leaves(after.ema),
-        strict=True,
-    ):
-        expected = decay * old + (1 - decay) * np.asarray(new)
-        np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-7)
+    expected = jax.tree.map(
+        lambda old, new: decay * old + (1 - decay) * np.asarray(new),
+        before.parameters,
+        jax.device_get(after.parameters),
+    )
+    chex.assert_trees_all_close(after.ema, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_resumed_run_equals_uninterrupted(trainer, compiled, tmp_path):
@@ -124,7 +123,7 @@ def test_resumed_run_equals_uninterrupted(trainer, compiled, tmp_path):
     resumed.progress = Progress(**progress)
     final = resumed.train(loaded)
     assert resumed.progress.videos == 6 * STAGE.batch
-    jax.tree.map(np.testing.assert_array_equal, final, whole)
+    chex.assert_trees_all_equal(final, whole, strict=True)
 
 
 class _StopAfter(Length):
@@ -265,4 +264,4 @@ def test_feed_of_processes_equals_feed_in_process():
             got = ahead.get(step, batch=4, frames=frames)
             expected = plain.get(step, batch=4, frames=frames)
             assert got[0] == expected[0]
-            jax.tree.map(np.testing.assert_array_equal, got[1:], expected[1:])
+            chex.assert_trees_all_equal(got[1:], expected[1:], strict=True)
