@@ -57,6 +57,7 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """Shape [B, T, N, D] of Q, of K and of V."""
         return self.batch, self.grid.num_tokens, self.num_heads, self.head_dim
 
 
@@ -127,6 +128,7 @@ def time_in_turns(
 
 
 def summary(times_ms: list[float]) -> dict[str, Any]:
+    """Minimum, median and quartiles of milliseconds."""
     low, median, high = np.percentile(times_ms, (25, 50, 75))
     return {
         "min_ms": round(min(times_ms), 3),
@@ -239,6 +241,7 @@ def describe_run() -> dict[str, Any]:
 
 
 def cpu_model() -> str:
+    """Name of the processor."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
@@ -246,6 +249,7 @@ def cpu_model() -> str:
 
 
 def describe_case(case: Case) -> dict[str, Any]:
+    """Sizes of a case, for its record."""
     grid = case.grid
     return {
         "shape": list(case.shape),
@@ -258,6 +262,7 @@ def describe_case(case: Case) -> dict[str, Any]:
 
 
 def find_row(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The row of a variant."""
     return next(row for row in rows if row["name"] == name)
 
 
@@ -284,6 +289,7 @@ def check(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_rows(title: str, rows: list[dict[str, Any]], reference: str) -> None:
+    """Prints a table with times relative to one row's."""
     print(f"\n{title}")
     print(f"{'':34}{'median':>10}{'min':>10}{'quartiles':>20}{'time':>8}")
     full = find_row(rows, reference)["median_ms"]

@@ -7,12 +7,9 @@ the next takes over: six rounds of it (`benchmarks.common.timing.take_turns` say
 Losses are those of each round, per useful FLOP.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import json
-import pathlib
 import statistics
 from collections.abc import Callable
 
@@ -26,7 +23,8 @@ from benchmarks.common.inputs import (
     random_mask,
     smooth_inputs,
 )
-from benchmarks.common.records import write_results
+from benchmarks.common.options import add_output, add_turns, make_parser
+from benchmarks.common.records import ResultFile
 from benchmarks.common.shapes import DENSITIES, SHAPES, Shape
 from benchmarks.common.timing import take_turns
 from draft_jax import BlockMask
@@ -40,16 +38,15 @@ PROGRAMS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Times all programs at all densities."""
+    parser = make_parser(__doc__)
     parser.add_argument("--densities", nargs="+", type=float, default=[*DENSITIES])
     parser.add_argument("--masks", nargs="+", default=["random", "draft"])
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--settle", type=float, default=0.5, help="seconds")
-    parser.add_argument("--block", type=float, default=1.0, help="seconds")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file")
+    add_turns(parser, rounds=6, settle=0.5, block=1.0)
+    add_output(parser)
     options = parser.parse_args()
     shapes = {name: SHAPES[name] for _, name, _ in PROGRAMS}
-    results: list[dict[str, object]] = []
+    stored = ResultFile(options.output)
     programs = None
     for kind in options.masks:
         make = random_inputs if kind == "random" else smooth_inputs
@@ -68,11 +65,8 @@ def main() -> None:
                 for label, name, _ in PROGRAMS
             }
             turns = take_turns(calls, options.rounds, options.settle, options.block)
-            results += summaries(kind, density, shapes, masks, turns)
-            for result in results[-len(PROGRAMS) :]:
-                print(json.dumps(result), flush=True)
-            if options.output is not None:
-                write_results(options.output, results)
+            for result in summaries(kind, density, shapes, masks, turns):
+                stored.add(result)
 
 
 def make_mask(kind: str, shape: Shape, qkv, density: float) -> BlockMask:

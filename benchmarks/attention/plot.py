@@ -4,11 +4,12 @@
         docs/images/attention_h100.png
 """
 
-import argparse
 import json
 import pathlib
 
 from matplotlib.figure import Figure
+
+from benchmarks.common.options import make_parser
 
 LABELS = {
     ("ours", "random"): "draft_jax, random masks",
@@ -47,7 +48,8 @@ def draw(document: dict, shape: str, axes) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Draws one shape of a JSON file."""
+    parser = make_parser(__doc__)
     parser.add_argument("results", type=pathlib.Path)
     parser.add_argument("picture", type=pathlib.Path)
     parser.add_argument("--shape", default="hunyuan")

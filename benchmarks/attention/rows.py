@@ -7,17 +7,15 @@ Grids whose blocks do not start at multiples of 8 tokens are read row by row
 both ways.
 """
 
-import argparse
 import functools
-import json
-import pathlib
 from unittest import mock
 
 import numpy as np
 
 from benchmarks.attention import variants as hopper_variants
 from benchmarks.common.inputs import random_inputs, random_mask
-from benchmarks.common.records import write_results
+from benchmarks.common.options import add_output, add_turns, make_parser
+from benchmarks.common.records import ResultFile
 from benchmarks.common.shapes import SHAPES, Shape
 from benchmarks.common.timing import slowdown, take_turns
 from draft_jax import BlockMask, VideoGrid
@@ -57,15 +55,14 @@ def compiled(shape: Shape, order: Order, qkv, mask: BlockMask, *, rows: bool):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Times all cases at all densities."""
+    parser = make_parser(__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--densities", nargs="+", type=float, default=[0.1, 0.25])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--settle", type=float, default=0.3, help="seconds")
-    parser.add_argument("--block", type=float, default=0.6, help="seconds")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file")
+    add_turns(parser, rounds=3, settle=0.3, block=0.6)
+    add_output(parser)
     options = parser.parse_args()
-    results: list[dict[str, object]] = []
+    stored = ResultFile(options.output)
     for name in options.cases:
         shape, order = CASES[name]
         qkv = random_inputs(shape)
@@ -81,12 +78,7 @@ def main() -> None:
             calls = {w: functools.partial(p, *qkv, mask) for w, p in programs.items()}
             turns = take_turns(calls, options.rounds, options.settle, options.block)
             losses = slowdown(turns, "rows", over="tma")
-            results.append(
-                {"case": name, "density": density, **losses, "rounds": turns}
-            )
-            print(json.dumps(results[-1]), flush=True)
-            if options.output is not None:
-                write_results(options.output, results)
+            stored.add({"case": name, "density": density, **losses, "rounds": turns})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import functools
 import math
 import os
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +31,8 @@ from benchmarks.common.inputs import (
     random_mask,
     smooth_inputs,
 )
-from benchmarks.common.records import write_results
+from benchmarks.common.options import add_output, make_parser
+from benchmarks.common.records import ResultFile
 from benchmarks.common.shapes import DENSITIES, SHAPES, Shape
 from benchmarks.common.timing import measure
 from draft_jax import BlockMask
@@ -122,7 +122,7 @@ class ShapeRun:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES])
     parser.add_argument("--densities", nargs="+", type=float, default=[*DENSITIES])
     parser.add_argument(
@@ -132,17 +132,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS]
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file")
+    add_output(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs all shapes; exits with an error where this project's kernel failed."""
     options = parse(arguments)
-    results: list[dict[str, Any]] = []
+    stored = ResultFile(options.output)
 
     def report(result):
-        results.append(result)
+        stored.keep(result)
         rate = result.get("effective_tflops", math.nan)
         print(
             f"{result['shape']:14s} {result['contender']:15s} {result['mask']:7s}"
@@ -150,14 +150,14 @@ def main(arguments: list[str] | None = None) -> None:
             f"{rate:8.0f} TFLOP/s  {result.get('error', '')}",
             flush=True,
         )
-        if options.output is not None:
-            write_results(options.output, results)
 
     for name in options.shapes:
         ShapeRun(name, options, report).run()
-    failed = [r for r in results if r["contender"] == "ours" and "error" in r]
+    failed = [r for r in stored.results if r["contender"] == "ours" and "error" in r]
     if failed:
-        sys.exit(f"this project's kernel failed in {len(failed)} of {len(results)}")
+        sys.exit(
+            f"this project's kernel failed in {len(failed)} of {len(stored.results)}"
+        )
 
 
 if __name__ == "__main__":

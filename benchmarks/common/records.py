@@ -88,6 +88,29 @@ def write_results(path: pathlib.Path, results: list, **facts: object) -> None:
     write_json(path, {"environment": environment() | facts, "results": results})
 
 
+class ResultFile:
+    """Results that are printed and stored as they come.
+
+    A run that is cut off has then told what it saw.
+    """
+
+    def __init__(self, path: pathlib.Path | None, **facts: object) -> None:
+        """Takes the file, None for none, and what its environment says beside ours."""
+        self.path, self.facts = path, facts
+        self.results: list[dict[str, Any]] = []
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Prints a result as a line of JSON and writes the file anew."""
+        print(json.dumps(result), flush=True)
+        self.keep(result)
+
+    def keep(self, result: dict[str, Any]) -> None:
+        """Writes the file anew without printing."""
+        self.results.append(result)
+        if self.path is not None:
+            write_results(self.path, self.results, **self.facts)
+
+
 def write_json(path: pathlib.Path, document: object) -> None:
     """Writes a JSON file, and its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common.options import add_output, make_parser
 from benchmarks.common.programs import cache_in, run_limited
 from benchmarks.common.records import provenance, write_json
 from tests.tolerances import MEASURED
@@ -64,17 +65,21 @@ class Results:
         self.session: pytest.Session | None = None
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
+        """Keeps the session, which the limit of time stops."""
         self.session = session
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Notes the tests of a run in one process."""
         self.collected.update(item.nodeid for item in session.items)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node, ids) -> None:
+        """Notes the tests that a worker has found."""
         del node
         self.collected.update(ids)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Notes the outcome of a test and writes the record."""
         test = report.nodeid
         tells = report.when == "call" or report.outcome != "passed"
         if tells and self.outcomes.get(test) != "failed":  # teardown comes last
@@ -100,6 +105,7 @@ class Results:
             controller.shouldstop = f"the limit of {self.limit} s is over"
 
     def save(self) -> None:
+        """Writes the record with all that is known so far."""
         outcomes = [*self.outcomes.values()]
         not_run = sorted(self.collected - self.outcomes.keys())
         self.run |= {
@@ -120,7 +126,7 @@ class Results:
 
 def run_tests(options: argparse.Namespace) -> bool:
     """Runs pytest in this process; its workers are others."""
-    # Processes that share a card take memory as they need it.
+    # Processes that share a GPU take memory as they need it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     run = provenance()
     results = Results(run, recorder(options.output), options.limit)
@@ -201,7 +207,8 @@ def _failure(status: int | None, output: str) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Reads the command line."""
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(required=True)
     tests = commands.add_parser("tests", help="the tests marked gpu")
     tests.add_argument("pytest", nargs="*", help="its arguments, after --")
@@ -214,7 +221,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     sanitizers.add_argument("--jobs", type=int, default=2, help="parts at a time")
     sanitizers.set_defaults(run=run_sanitizers)
     for command in (tests, sanitizers):
-        command.add_argument("--output", type=pathlib.Path, help="JSON file")
+        add_output(command)
         command.add_argument(
             "--limit", type=float, default=float("inf"), help="seconds for all of it"
         )
@@ -227,6 +234,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs one command; the exit status is 1 if anything failed or did not run."""
     options = parse(arguments)
     sys.exit(0 if options.run(options) else 1)
 

@@ -1,13 +1,12 @@
-"""Runs every kernel once on small shapes, for NVIDIA's compute-sanitizer.
+r"""Runs every kernel once on small shapes, for NVIDIA's compute-sanitizer.
 
-    compute-sanitizer --tool memcheck --kernel-regex kns=sm90 \\
+    compute-sanitizer --tool memcheck --kernel-regex kns=sm90 \
         python -m benchmarks.gpu.sanitize by-rows
 
 `benchmarks.gpu.run sanitize` does that for all parts, a few side by side, under each
 tool, and records what came out.
 """
 
-import argparse
 import dataclasses
 import os
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common.inputs import random_mask
+from benchmarks.common.options import make_parser
 from draft_jax import DraftConfig, QKNorm, VideoGrid, draft_attention, norm_rope_pool
 from pallas_kernels import block_sparse_attention, dense_attention
 from pallas_kernels.common.interfaces import Order
@@ -42,9 +42,11 @@ class Attention:
 
     @property
     def batch(self) -> int:
+        """Batch items: one for each text length."""
         return len(self.text_lengths) or 1
 
     def qkv(self) -> tuple[jax.Array, ...]:
+        """Makes q, k and v, whose logits grow from key block to key block if asked."""
         grid = self.grid
         size = (self.batch, grid.num_tokens, self.heads, self.head_dim)
         q, k, v = inputs(size, self.dtype)
@@ -56,6 +58,7 @@ class Attention:
         return q, k.at[..., 0].set(jnp.asarray(growing, k.dtype)[:, None]), v
 
     def __call__(self) -> None:
+        """Runs the kernel at each density."""
         lengths = jnp.asarray(self.text_lengths, jnp.int32)
         attend = jax.jit(
             lambda q, k, v, mask, lengths: block_sparse_attention(
@@ -75,24 +78,26 @@ class Attention:
 
 
 def inputs(size: tuple[int, ...], dtype: str = "bfloat16") -> tuple[jax.Array, ...]:
+    """Makes q, k and v from a standard normal distribution."""
     keys = jax.random.split(jax.random.key(0), 3)
     return tuple(jax.random.normal(key, size, dtype) for key in keys)
 
 
 def check(name: str, *arrays: jax.Array) -> None:
+    """Stops the program if a value is not finite."""
     for array in arrays:
         assert np.isfinite(np.asarray(array, np.float32)).all(), name
     print(f"{name}: finite", flush=True)
 
 
 def dense() -> None:
-    """Dense attention."""
+    """Runs dense attention."""
     qkv = inputs((1, 4096 + 72, HEADS, HEAD_DIM))
     check("dense", jax.jit(dense_attention)(*qkv))
 
 
 def draft() -> None:
-    """Pooling and selection, and the attention that follows."""
+    """Runs pooling and selection, and the attention that follows."""
     grid = TEXT_GRID
     for selection in ("percentile", "row_topk", "top_p"):
         config = DraftConfig(selection=selection, sparsity=0.5)
@@ -106,7 +111,7 @@ def draft() -> None:
 
 
 def prepare() -> None:
-    """Norm, rotation and pooling."""
+    """Runs norm, rotation and pooling."""
     grid = TEXT_GRID
     angles = jnp.ones((grid.num_visual_tokens, HEAD_DIM // 2))
     q, k, pooled = norm_rope_pool(
@@ -149,7 +154,8 @@ PARTS: dict[str, Callable[[], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Runs the parts that are named."""
+    parser = make_parser(__doc__)
     parser.add_argument("parts", nargs="*", choices=PARTS, help="default: all")
     for part in parser.parse_args().parts or PARTS:
         PARTS[part]()

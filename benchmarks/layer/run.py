@@ -9,16 +9,16 @@
 `measure` compiles all programs before the first is timed and runs them on the same
 random normal inputs. A sample is the mean of a few calls in a row, so that waiting for
 the GPU counts little; figures are medians of samples. On a GPU, CUPTI also reports the
-time of every GPU kernel in a run of its own; `layer_account` says how the time of a
-layer is attributed. `temp_mb` is what XLA's buffer assignment sets aside for
+time of every GPU kernel in a run of its own; `benchmarks.layer.account` says how the
+time of a layer is attributed. `temp_mb` is what XLA's buffer assignment sets aside for
 intermediate values: not what the allocator holds, nor what cuDNN or the driver take for
 themselves.
 
-`turns` lets layers in tiled and in raster order take turns, as `edges` does, since the
-card's clock moves by more between two stages of `measure` than they differ by.
-`memory` asks the device what one layer needed. The allocator's peak is of the process,
-so it takes one stage; run it again for another. The file gets each part under its own
-key and keeps the others.
+`turns` lets layers in tiled and in raster order take turns, as the edge benchmark does
+(`benchmarks.attention.edges`): the GPU's clock moves by more between two stages of
+`measure` than they differ by. `memory` asks the device what one layer needed. The
+allocator's peak is of the process, so it takes one stage; run it again for another. The
+file gets each part under its own key and keeps the others.
 """
 
 import argparse
@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.common.inputs import random_inputs
+from benchmarks.common.options import add_output, add_turns, make_parser
 from benchmarks.common.records import environment, write_json
 from benchmarks.common.shapes import Shape
 from benchmarks.common.timing import slowdown, spread, take_turns
@@ -127,7 +128,7 @@ def memory_of(program) -> dict[str, float]:
 
 
 def describe(programs, shape: Shape) -> Results:
-    """What is known of programs without running them; errors of those that failed."""
+    """Describes programs without running them; of those that failed, the error."""
     size = shape.grid.num_tokens * shape.num_heads * shape.head_dim
     results: Results = {}
     for name, program in programs.items():
@@ -227,11 +228,12 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def backends() -> tuple[BackendName, str]:
-    """Of sparse and of dense attention on this device."""
+    """Backends of sparse and of dense attention on this device."""
     return ("hopper", "cudnn") if jax.default_backend() == "gpu" else ("xla", "xla")
 
 
 def report(name: str, result: dict[str, Any]) -> None:
+    """Prints a line about a stage."""
     rate = result.get("gb_per_s", math.nan)
     print(
         f"{name:32s}{result.get('median_ms', math.nan):9.3f} ms"
@@ -248,6 +250,7 @@ def report(name: str, result: dict[str, Any]) -> None:
 
 
 def problem(name: str) -> dict[str, Any]:
+    """Sizes of a shape, for the record."""
     shape = LAYER_SHAPES[name]
     return {
         "name": name,
@@ -283,7 +286,7 @@ def turn_cases(name: str) -> dict[str, tuple[Shape, float]]:
 
 
 def turns(options: argparse.Namespace) -> None:
-    """Layers in tiled and raster order take turns; losses are those of each round."""
+    """Runs layers in tiled and raster order in turns; losses are those of a round."""
     cases = turn_cases(options.shape)
     backend, _ = backends()
     table = {
@@ -358,30 +361,29 @@ def memory(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Reads the command line."""
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("measure", help="time all stages on this device")
     command.add_argument("--shape", choices=LAYER_SHAPES, default="hunyuan")
     command.add_argument("--samples", type=int, default=20)
     command.add_argument("--only", default="", help="regular expression of stages")
     command.add_argument("--skip", default="^$", help="regular expression of stages")
-    command.add_argument("--output", type=pathlib.Path, help="JSON file")
+    add_output(command)
     command.set_defaults(run=measure)
     command = commands.add_parser("turns", help="tiled against raster order")
     command.add_argument("--shape", choices=UNALIGNED, default="hunyuan")
-    command.add_argument("--rounds", type=int, default=3)
-    command.add_argument("--settle", type=float, default=0.3, help="seconds")
-    command.add_argument("--block", type=float, default=0.7, help="seconds")
-    command.add_argument("--output", type=pathlib.Path, help="JSON file")
+    add_turns(command, rounds=3, settle=0.3, block=0.7)
+    add_output(command)
     command.set_defaults(run=turns)
     command = commands.add_parser("memory", help="peak of one layer on this device")
     command.add_argument("--shape", choices=LAYER_SHAPES, default="hunyuan")
     command.add_argument("--stage", default="layer/tiled/0.9")
-    command.add_argument("--output", type=pathlib.Path, help="JSON file")
+    add_output(command)
     command.set_defaults(run=memory)
     command = commands.add_parser("plot", help="draw a JSON file")
     command.add_argument("results", type=pathlib.Path)
-    command.add_argument("--output", type=pathlib.Path, help="PNG file")
+    add_output(command, "PNG file")
     command.set_defaults(run=draw)
     return parser.parse_args(arguments)
 
@@ -394,6 +396,7 @@ def draw(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Runs one command."""
     options = parse()
     options.run(options)
 

@@ -57,7 +57,7 @@ class Stage:
 
 
 def pool_xla(q, k, *, grid, order):
-    """Both tensors through the XLA path."""
+    """Pools both tensors through the XLA path."""
     return pool_tokens(q, grid, order=order), pool_tokens(k, grid, order=order)
 
 
@@ -76,16 +76,18 @@ def pool_matmul(q, k, *, grid):
 
 
 def pool_kernel(q, k, *, grid, order, reductions=("mean",)):
+    """Pools both tensors through the kernel, whatever the library would choose."""
     table = tiling_of(grid, order).table
     return pooling_kernel.pool_tiles(q, k, table, reductions=reductions)
 
 
 def logits_of(q_pooled, k_pooled, precision=jax.lax.Precision.HIGHEST):
+    """Products of pooled queries with pooled keys."""
     return jnp.einsum("bqnd,bknd->bnqk", q_pooled, k_pooled, precision=precision)
 
 
 def softmax_and_select(logits, *, shape: Shape, config):
-    """What follows the logits: the map, the selection and the lists."""
+    """Turns logits into the map, the selection and the lists."""
     scores = jax.nn.softmax(logits * shape.head_dim**-0.5, axis=-1)
     return select_blocks(scores, grid=shape.grid, config=config)
 
@@ -122,7 +124,7 @@ def stages(shape: Shape, backend: BackendName, dense: str) -> dict[str, Stage]:
 
 
 def tensor_bytes(shape: Shape) -> int:
-    """Of Q."""
+    """Bytes of Q."""
     size = shape.grid.num_tokens * shape.num_heads * shape.head_dim
     return size * jnp.dtype(shape.dtype).itemsize
 

@@ -1,4 +1,4 @@
-"""What a step of a Wan transformer computes, and where a profile says its time goes."""
+"""Arithmetic of a step of a Wan transformer, and where a profile says its time goes."""
 
 import dataclasses
 import re
@@ -85,7 +85,7 @@ class _Once:
 
 
 def profile(run: Callable[[], Any]) -> tuple[Any, list[Launch]]:
-    """What `run` returns, and every GPU kernel it launched, in order, by CUPTI."""
+    """Runs a step; returns its result and every GPU kernel in order, by CUPTI."""
     from jax.experimental.mosaic.gpu import profiler
 
     result, launches = profiler.measure(_Once(run), aggregate=False)()

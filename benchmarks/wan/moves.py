@@ -13,13 +13,10 @@ of step that `models.diffusion.sampler` compiles is looked at; a conditional wou
 for the host.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
-import pathlib
 import re
 import sys
 from unittest import mock
@@ -34,7 +31,8 @@ from flax import nnx
 from jax._src.lib import cuda_versions
 
 from benchmarks.attention.compile_hopper import h100_sharding
-from benchmarks.common.records import write_results
+from benchmarks.common.options import add_output, make_parser
+from benchmarks.common.records import ResultFile
 from benchmarks.layer.account import token_sized_moves
 from benchmarks.wan.run import latent_shape
 from draft_jax import DraftConfig, StepKind
@@ -123,7 +121,7 @@ def compile_call(kind: str, height: int, width: int, frames: int):
 
 
 def moves(text: str, num_tokens: int, channels: int) -> dict[str, list[str]]:
-    """What the program moves in its layers and outside of them."""
+    """Lists what the program moves in its layers and outside of them."""
     large = token_sized_moves(text, num_tokens * channels)
     tables = token_sized_moves(text, num_tokens * TABLE_WIDTH)
     with_tokens = re.compile(rf"[\[,]{num_tokens}[,\]]")
@@ -132,12 +130,13 @@ def moves(text: str, num_tokens: int, channels: int) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Compiles each kind of step at each size and lists what it moves."""
+    parser = make_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["480x832", "768x1280"])
     parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file")
+    add_output(parser)
     options = parser.parse_args()
-    results = []
+    stored = ResultFile(options.output, device="compiled for an H100, not run")
     for size, kind in itertools.product(options.sizes, KINDS):
         height, width = map(int, size.split("x"))
         program, num_tokens, channels = compile_call(
@@ -146,7 +145,7 @@ def main() -> None:
         text = program.as_text()
         found = moves(text, num_tokens, channels)
         conditionals = len(re.findall(r" conditional\(", text))
-        results.append(
+        stored.add(
             {"size": size, "step": kind, "tokens": num_tokens, "channels": channels}
             | found
             | {
@@ -154,10 +153,6 @@ def main() -> None:
                 "temp_gb": program.memory_analysis().temp_size_in_bytes / 1e9,
             }
         )
-        print(json.dumps(results[-1]), flush=True)
-        if options.output is not None:
-            where = "compiled for an H100, not run"
-            write_results(options.output, results, device=where)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from flax import nnx
 
 from benchmarks.common.gpu_state import GpuState
 from benchmarks.common.machine import GB, device_memory, host_peak_bytes, matmul_rate
+from benchmarks.common.options import height_by_width, make_parser
 from benchmarks.common.records import environment, write_json
 from benchmarks.wan import account as wan_account
 from benchmarks.wan import vae as wan_vae
@@ -88,11 +89,12 @@ class Mode:
 
     @property
     def program(self) -> tuple[bool, bool, bool]:
-        """What it is compiled for."""
+        """Properties that decide on a program: modes alike in them share one."""
         return self.sparsity is None, self.layer_0_dense, self.reuse
 
     @classmethod
     def parse(cls, name: str) -> "Mode":
+        """Reads a name; the module says which there are."""
         match = re.fullmatch(r"(dense|0\.\d+)(\+layer0)?(\+reuse)?", name)
         if match is None or (match[1] == "dense" and name != "dense"):
             raise argparse.ArgumentTypeError(
@@ -107,7 +109,7 @@ class Mode:
 
 
 def load(folder: pathlib.Path) -> tuple[WanTransformer, dict[str, Any]]:
-    """The model through the loader that users have, and what that took."""
+    """Loads the model as users do, and measures what that takes."""
     shards = [file.stat().st_size for file in folder.glob("transformer/*.safetensors")]
     if not shards:
         raise SystemExit(
@@ -153,7 +155,7 @@ def matmul_rates(config: WanConfig, num_tokens: int) -> dict[str, dict[str, Any]
 
 @functools.cache
 def latent_shape(size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
-    """Of Wan's autoencoder."""
+    """Shape of the latent that Wan's autoencoder makes of a video."""
     config = WanVAEConfig.wan2_1()
     abstract = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
     codec = WanVAECodec(model=abstract)
@@ -377,7 +379,7 @@ def decode(size: tuple[int, int], options) -> dict[str, Any]:
 
 
 def attempt(function, *arguments) -> dict[str, Any]:
-    """What it returns, or its error as a record: other parts still run."""
+    """Calls a function; an error becomes a record, so that other parts still run."""
     try:
         return function(*arguments) or {}
     except Exception as error:
@@ -441,11 +443,8 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    def size(text: str) -> tuple[int, int]:
-        height, width = map(int, text.split("x"))
-        return height, width
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Reads the command line."""
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(required=True)
     for function in (write, measure):
         command = commands.add_parser(function.__name__, help=function.__doc__)
@@ -455,7 +454,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = commands.choices["write"].add_argument
     add("--shard-bytes", type=int, default=wan_weights.MAX_SHARD_BYTES)
     add = commands.choices["measure"].add_argument
-    add("--sizes", nargs="+", type=size, help="HEIGHTxWIDTH, small ones first")
+    add(
+        "--sizes",
+        nargs="+",
+        type=height_by_width,
+        help="HEIGHTxWIDTH, small ones first",
+    )
     add("--frames", type=int, help="of the video")
     default = [Mode.parse(name) for name in ("dense", "0.75", "0.9")]
     add("--modes", nargs="+", type=Mode.parse, default=default, help="sparsest last")
@@ -485,6 +489,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    """Runs one command."""
     options = parse()
     options.run(options)
 

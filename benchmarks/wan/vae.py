@@ -21,7 +21,6 @@ import argparse
 import itertools
 import json
 import os
-import pathlib
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.common.machine import host_peak_bytes
+from benchmarks.common.options import add_output, height_by_width, make_parser
 from benchmarks.common.records import ROOT, provenance, write_json
 from models.wan.vae import codec as steps
 from models.wan.vae.autoencoder import WanVAE
@@ -152,13 +152,10 @@ def run_in_process(case: dict[str, Any], limit_s: float) -> dict[str, Any]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    def size(text: str) -> tuple[int, int]:
-        height, width = map(int, text.split("x"))
-        return height, width
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Reads the command line."""
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--sizes", nargs="+", type=size, default=[(480, 832), (720, 1280)])
+    add("--sizes", nargs="+", type=height_by_width, default=[(480, 832), (720, 1280)])
     add("--frames", type=int, default=81)
     add("--dtypes", nargs="+", default=["float32", "bfloat16"])
     add("--convolutions", nargs="+", choices=("3d", "2d"), default=["3d", "2d"])
@@ -167,7 +164,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tile", type=int, default=0, help="side of tiles in pixels; 0 for none")
     add("--tiny", action="store_true", help="a small model and video")
     add("--limit", type=float, default=240, help="seconds for each case")
-    add("--output", type=pathlib.Path, help="JSON file")
+    add_output(parser)
     add("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.base_dim = 96
