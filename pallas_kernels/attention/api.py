@@ -82,7 +82,7 @@ def block_sparse_attention(
     text_lengths: Int[Array, " B"] | None = None,
     backend: BackendName = "auto",
 ) -> Float[Array, "B T N D"]:
-    """Softmax attention of each query block over the key blocks it keeps.
+    """Computes softmax attention of each query block over the key blocks it keeps.
 
     Args:
       q: Queries, text included, T = grid.num_tokens. float32,

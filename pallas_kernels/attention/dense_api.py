@@ -38,7 +38,7 @@ def dense_attention(
     text_lengths: Int[Array, " B"] | None = None,
     backend: DenseBackendName = "auto",
 ) -> Float[Array, "B T N D"]:
-    """Softmax attention of every query over every valid key.
+    """Computes softmax attention of every query over every valid key.
 
     The order of visual tokens does not matter. Differentiable in reverse mode, with
     memory linear in T. Which path runs is decided while tracing, from q's device or

@@ -1,7 +1,7 @@
 """Block-sparse attention as plain masked softmax: the reference for every backend.
 
-It expands the kept blocks to a token-by-token mask and holds the whole N x T x T
-logits in float32, so it is for tests and small sizes. It shares no helper with the
+It expands the kept blocks to a token-by-token mask. It holds the whole N x T x T logits
+in float32, so it is for tests and small sizes. It shares no helper with the
 kernels.
 """
 
@@ -25,7 +25,7 @@ def oracle_attention(
     scale: float,
     text_lengths: Int[Array, " B"] | None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
-    """Softmax over the kept and valid keys of each query, in float32.
+    """Computes a softmax over the kept and valid keys of each query, in float32.
 
     Args:
       q: Queries in tiled order.
@@ -66,7 +66,7 @@ def oracle_attention(
 def _token_mask(
     mask: BlockLists, grid: BlockGrid, text_lengths: Int[Array, " B"] | None
 ) -> Bool[Array, "B N T T"]:
-    """True where a query token attends to a key token."""
+    """Returns a map that is true where a query token attends to a key token."""
     batch, num_heads, capacity = mask.block_ids.shape
     entry = jnp.arange(capacity)
     # The row of an entry is the number of rows that end at or before it; entries

@@ -39,7 +39,7 @@ class KernelConfig:
 
     @classmethod
     def for_platform(cls, platform: str) -> "KernelConfig":
-        """Chosen by measurement on two CPU cores; by occupancy elsewhere.
+        """Chooses by measurement on two CPU cores, by occupancy elsewhere.
 
         On the CPU, groups of 256 to 1,024 and steps of 128 and 256 tokens are within
         10 % of each other; longer steps waste more on the end of short rows. A GPU
@@ -78,7 +78,7 @@ def xla_attention(
     text_lengths: Int[Array, " B"] | None,
     config: KernelConfig | None = None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
-    """Attention over kept blocks only, differentiable in reverse mode.
+    """Computes attention over kept blocks only; differentiable in reverse mode.
 
     Args:
       q: Queries in tiled order.
@@ -109,12 +109,12 @@ def attention_gradients(
     grid: BlockGrid,
     scale: float,
 ) -> tuple[Array | None, ...]:
-    """Gradients of any backend's forward pass, for use in a `jax.custom_vjp`.
+    """Computes gradients of any backend's forward pass, for a `jax.custom_vjp`.
 
     Args:
       residuals: q, k, v, row_offsets, block_ids, text_lengths, and the forward
         pass's output and log-sum-exp.
-      cotangents: Of the output and the log-sum-exp.
+      cotangents: Cotangents of the output and the log-sum-exp.
       grid: Geometry of the blocks.
       scale: Factor on the logits.
 
@@ -160,7 +160,7 @@ def _forward(static, q, k, v, row_offsets, block_ids, text_lengths):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(static, residuals, cotangents):
-    """FlashAttention's backward pass over the kept blocks.
+    """Runs FlashAttention's backward pass over the kept blocks.
 
     ds = p * (dp - delta), where delta = sum(out * dout) - dlse holds for both
     outputs. Rows without a key have lse = -inf; their probabilities are zero.
@@ -257,7 +257,7 @@ def _query_grad_step(own, others, valid, carry, *, scale):
 
 
 def _key_grad_step(own, others, valid, carry, *, scale):
-    """Here a row owns keys and walks the query blocks that keep it."""
+    """Adds a step of dK and dV: a row owns keys and walks the queries that keep it."""
     (k, v, length), (q, d_out, lse, delta) = own, others
     d_k, d_v = carry
     is_key = jnp.arange(k.shape[1]) < length[:, None]
@@ -367,7 +367,7 @@ def _transpose(lists: _Lists, num_blocks: int) -> _Lists:
 
 
 def _repeat_heads(lengths: Int[Array, "B R"], num_heads: int) -> Int[Array, " L"]:
-    """A block's length for each batch item and head."""
+    """Repeats a block's length for each batch item and head."""
     return jnp.repeat(lengths[:, None], num_heads, axis=1).ravel()
 
 
@@ -389,7 +389,7 @@ def _to_blocks(
 def _from_blocks(
     x: Float[Array, "L P ..."], grid: BlockGrid, batch: int
 ) -> Float[Array, "B T N ..."]:
-    """The inverse of `_to_blocks`."""
+    """Joins blocks to a sequence: the inverse of `_to_blocks`."""
     num_blocks, block_size = grid.num_blocks, grid.block_size
     x = x.reshape(batch, -1, num_blocks, block_size, *x.shape[2:])
     x = jnp.moveaxis(x, 1, 3)

@@ -15,8 +15,3 @@ def warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, SlowBackendWarning, stacklevel=3)
-
-
-def forget_warnings() -> None:
-    """Makes every message be issued once more."""
-    _warned.clear()

@@ -157,7 +157,7 @@ def check_lists(mask: BlockLists) -> None:
 
 
 def _faults(row_offsets, block_ids, xp=jnp) -> dict[str, jax.Array]:
-    """Which entries of the lists are wrong: the first three of offsets, then of ids."""
+    """Finds wrong entries of the lists: the first three of offsets, then of ids."""
     row = xp.arange(row_offsets.shape[-1])
     before = xp.concatenate([row_offsets[..., :1], row_offsets[..., :-1]], axis=-1)
     is_used = xp.arange(block_ids.shape[-1]) < row_offsets[..., -1:]

@@ -19,7 +19,6 @@ from draft_jax import (
 )
 from pallas_kernels import SlowBackendWarning, block_sparse_attention
 from pallas_kernels.attention import api as dispatch
-from pallas_kernels.common import slow_paths
 from tests.draft_jax import naive_draft
 from tests.pallas_kernels.attention.reference import (
     compress,
@@ -27,6 +26,7 @@ from tests.pallas_kernels.attention.reference import (
     random_qkv,
 )
 from tests.tolerances import GPU_ATTENTION
+from tests.warnings_once import forget_warnings
 
 # The package's attribute of this name is the function, not the module.
 
@@ -105,7 +105,7 @@ def test_a_gpu_without_a_fused_kernel_is_told_once(monkeypatch):
     grid = VideoGrid(1, 8, 16)
     q, k, v = random_qkv(grid, head_dim=64)
     mask = compress(np.ones((2, 2, 1, 1), bool), grid)
-    slow_paths.forget_warnings()
+    forget_warnings()
     kind = re.escape(jax.devices()[0].device_kind)
     with pytest.warns(
         SlowBackendWarning, match=rf"'xla': .*through the memory of {kind}"

@@ -13,11 +13,11 @@ from draft_jax import DraftConfig, QKNorm, VideoGrid, compute_mask, norm_rope_po
 from draft_jax.config import static_budget
 from draft_jax.draft.pooling import pool_queries_and_keys
 from pallas_kernels.common.device import current_device
-from pallas_kernels.common.slow_paths import forget_warnings
 from pallas_kernels.pooling.sm90 import norm_rope_pool as fused_kernel
 from tests import tolerances
 from tests.draft_jax import naive_draft
 from tests.pallas_kernels.pooling import naive_norm_rope
+from tests.warnings_once import forget_warnings
 
 pytestmark = pytest.mark.gpu
 

@@ -16,13 +16,13 @@ from draft_jax.config import static_budget
 from draft_jax.draft import head_chunks
 from pallas_kernels import SlowBackendWarning
 from pallas_kernels.common.device import current_device
-from pallas_kernels.common.slow_paths import forget_warnings
 from pallas_kernels.ranking.sm90 import maps as rank_sm90
 from pallas_kernels.ranking.sm90 import rows as rank_rows_sm90
 from tests.draft_jax import naive_draft
 from tests.draft_jax.draft import sorted_selection
 from tests.pallas_kernels.ranking import row_selection
 from tests.pallas_kernels.ranking.row_selection import check_mask, check_rows, softmax
+from tests.warnings_once import forget_warnings
 
 pytestmark = pytest.mark.gpu
 

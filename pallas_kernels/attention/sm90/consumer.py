@@ -1,8 +1,8 @@
 """The consumers of the Hopper kernel: matrix products and softmax.
 
-A consumer owns ROWS rows of a query block. In a step it issues the logits of the next
-key block, then the last weights times V, and computes the softmax of the new logits
-while the second product runs.
+A consumer owns ROWS rows of a query block. In a step it issues two products: the logits
+of the next key block, then the last weights times V. While the second one runs it
+computes the softmax of the new logits.
 """
 
 import dataclasses
@@ -153,7 +153,7 @@ class _Walk:
 
     @property
     def softmax(self):
-        """How logits become weights."""
+        """The softmax of this launch."""
         return sm90_softmax.softmax_of(self.cta.plan, self.cta.instructions)
 
     @property

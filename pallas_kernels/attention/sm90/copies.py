@@ -73,9 +73,9 @@ class RowAddresses(NamedTuple):
 class _AsMatrix:
     """Blocks that lie in shared memory as matrices of tokens."""
 
-    def smem(self, number, size, head_dim, dtype):
+    def smem(self, num_groups, size, head_dim, dtype):
         """Returns the shared memory of so many groups of `size` tokens."""
-        shape = (number, size, head_dim)
+        shape = (num_groups, size, head_dim)
         return plgpu.SMEM(shape, dtype, transforms=smem_transforms())
 
     def first_tokens(self, smem, slot, width):
@@ -233,9 +233,9 @@ class Boxes(_ByTma):
         """Copies of a key block that arrive on its barrier."""
         return self.num_boxes
 
-    def smem(self, number, size, head_dim, dtype):
+    def smem(self, num_groups, size, head_dim, dtype):
         """Returns the shared memory of so many groups of `size` tokens."""
-        shape = (number, size // ALIGNMENT, ALIGNMENT, head_dim)
+        shape = (num_groups, size // ALIGNMENT, ALIGNMENT, head_dim)
         return plgpu.SMEM(shape, dtype, transforms=smem_transforms(in_boxes=True))
 
     def first_tokens(self, smem, slot, width):
@@ -385,7 +385,7 @@ class _RowLoads:
 
     cta: Cta
     query_block: QueryBlock
-    first_fill: jax.Array  # number of the query block's first copy
+    first_fill: jax.Array  # `fill` of the query block's first copy
 
     @property
     def copies_ahead(self) -> int:
@@ -420,7 +420,7 @@ class _RowLoads:
             self._arrive(fill, self.copies_ahead)
 
     def finish(self, end) -> None:
-        """Makes the last copies arrive; `end` is the number of the next one."""
+        """Makes the last copies arrive; `end` is the `fill` of the next one."""
         for pending in range(self.copies_ahead - 1, -1, -1):
             pl.when(end - 1 - pending >= self.first_fill)(
                 functools.partial(self._arrive, end - 1, pending)

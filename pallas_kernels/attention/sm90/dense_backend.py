@@ -42,7 +42,7 @@ def hopper_dense_attention(
     lengths: Int[Array, " B"] | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Float[Array, "B T N D"]:
-    """Attention of every token over the first `lengths` ones; forward only.
+    """Computes attention of every token over the first `lengths`; forward only.
 
     Args:
       q: Queries, bfloat16 or float16; T is a multiple of 8 and at least 128.

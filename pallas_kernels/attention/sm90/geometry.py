@@ -56,12 +56,19 @@ class Geometry:
 def geometry_of(grid: BlockGrid, order: Order) -> Geometry:
     """Decides how the kernel reads a sequence: in whole blocks, or row by row.
 
-    Swizzled copies start at multiples of 8 tokens. In tiled order that holds for tiles
-    of 8 x 16 on every grid whose edge tiles have a multiple of 8 tokens, which takes in
-    45 x 80 and 30 x 52. In raster order a block is rows of a tile, which must start at
-    multiples of 8 tokens too and be as long as the tile is wide: 45 x 80 does, 30 x 52
-    does not. Without text the rows are copied together, in boxes of 8 columns. Other
-    sequences are read and written row by row.
+    Swizzled copies start at multiples of 8 tokens. In tiled order tiles of 8 x 16 do so
+    where edge tiles have a multiple of 8 tokens, such as on 45 x 80 and 30 x 52. In
+    raster order a block is rows of a tile, which must start at multiples of 8 tokens
+    too and be as long as the tile is wide: 45 x 80 does, 30 x 52 does not. Without text
+    the rows are copied together, in boxes of 8 columns. Other sequences are read and
+    written row by row.
+
+    Args:
+      grid: Geometry of the blocks.
+      order: How the tokens are ordered in memory.
+
+    Returns:
+      The way of copying, and where blocks lie for it.
     """
     copies: Runs | Boxes | SingleRows
     addresses: RunAddresses | BoxAddresses | RowAddresses

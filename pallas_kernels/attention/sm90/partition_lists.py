@@ -1,7 +1,7 @@
 """Orders each kept-block list by classes of blocks, for Hopper (sm_90).
 
-The attention kernel walks blocks of one width after another. A warp moves one list: for
-each class it reads the list 32 entries at a time, votes on which are of the class, and
+The attention kernel walks blocks of one width after another. A warp moves one list. For
+each class it reads the list 32 entries at a time and votes on which are of the class;
 each lane writes its entry behind those of the lanes before it. The order within a class
 stays. Lists are short (a hundred entries), so this takes microseconds.
 """
@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Int
 
+from pallas_kernels.common.emulation import store_each
 from pallas_kernels.common.inline_ptx import WORD, asm, const, i64
-from pallas_kernels.ranking.sm90 import emulated as rank_emulated
 
 LISTS_PER_CTA = 4  # one for each warp of a warpgroup
 
@@ -115,9 +115,7 @@ def _move_emulated(
             own = ids[jnp.minimum(entries, size - 1)]
             is_own = (entries < stop) & (classes[own] == wanted)
             before = base + jnp.cumsum(is_own, dtype=jnp.int32) - is_own
-            rank_emulated.store_each(
-                jnp.where(is_own, before, size), own, out_gmem, size
-            )
+            store_each(jnp.where(is_own, before, size), own, out_gmem, size)
             return base + is_own.sum(dtype=jnp.int32)
 
         base = start

@@ -86,7 +86,7 @@ class BlockCopies(Protocol):
 
     @property
     def uses_tma(self) -> bool:
-        """Whether copies are TMA's, which two CTAs can make for each other."""
+        """Says whether TMA copies, which two CTAs can let it do for each other."""
 
     @property
     def num_arrivals(self) -> int:
@@ -97,7 +97,7 @@ class BlockCopies(Protocol):
         """Arrivals that complete a query block on `q_full`."""
 
     def smem(
-        self, number: int, size: int, head_dim: int, dtype: jax.typing.DTypeLike
+        self, num_groups: int, size: int, head_dim: int, dtype: jax.typing.DTypeLike
     ) -> Any:
         """Returns the shared memory of so many groups of `size` tokens."""
 

@@ -55,7 +55,7 @@ class _KeyLoads:
         k_gmem, v_gmem = self.cta.gmem.k, self.cta.gmem.v
 
         def load_step(step, blocks):
-            # The next block's number is read before the copies wait for a free slot.
+            # The next block's id is read before the copies wait for a free slot.
             block_v, block_k = blocks
             next_block = self.cta.key_block(self.query_block, step + 1)
             v_fill = fill + 2 * (step - begin)

@@ -23,9 +23,9 @@ from pallas_kernels.attention.sm90.plan import (
 class Signals:
     """Everything that a warpgroup waits for, and what ends the wait.
 
-    On the GPU q_free, kv_free and turn are the hardware's named barriers, where an
-    arrival is one instruction of a warp, while all its threads arrive on a barrier in
-    shared memory one by one.
+    On the GPU q_free, kv_free and turn are the hardware's named barriers. An arrival is
+    one instruction of a warp there; on a barrier in shared memory all its threads
+    arrive one by one.
     """
 
     q_full: Ref

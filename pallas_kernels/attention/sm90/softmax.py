@@ -6,10 +6,10 @@ output; it only must be close enough to the logits for float32. There are two wa
 `FirstBlockSoftmax`, the usual one. The reference is the maximum of the row's first
 block, and later blocks are not searched for theirs. Bfloat16 has float32's range, so
 the reference just stays: weights may become as large as 2**64. A weight of float16
-holds 2**15, so there a row grows its reference where its sum of weights shows that
-logits have grown by more than GROWTH powers of two. Either way a row whose sum ends
-outside what float32 adds safely gets an infinite log-sum-exp, and `repair` has its
-query block computed again, exactly.
+holds 2**15. There a row grows its reference where its sum of weights shows that logits
+have grown by more than GROWTH powers of two. Either way a row whose sum ends outside
+what float32 adds safely gets an infinite log-sum-exp, and `repair` computes its query
+block again, exactly.
 
 `RunningSoftmax`, exact: the running maximum of online softmax (Milakov and Gimelshein,
 arXiv 1805.02867) in each step, as FlashAttention does.

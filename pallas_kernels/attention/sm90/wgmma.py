@@ -88,7 +88,7 @@ def settle(acc):
 
 
 def _advance(descriptor, offset: int):
-    """A descriptor of the matrix that begins `offset` bytes later."""
+    """Returns a descriptor of the matrix that begins `offset` bytes later."""
     if not offset:
         return descriptor
     i64 = ir.IntegerType.get_signless(64)

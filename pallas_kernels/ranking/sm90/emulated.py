@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.common.emulation import store_each
 from pallas_kernels.common.inline_ptx import THREADS, WORD
 from pallas_kernels.ranking.sm90.teams import MAX_UNITS, Rows
 
@@ -51,19 +52,6 @@ def store_zeros(first, stride: int, ids_gmem, capacity: int):
 
 def warpgroup_barrier():
     """Interpret mode has one thread for a warpgroup."""
-
-
-def store_each(place, values, out_gmem, capacity: int):
-    """Stores a value at each place below the capacity, one after another."""
-    is_stored = place < capacity
-    order = jnp.argsort(jnp.logical_not(is_stored), stable=True)
-
-    def store(i, _):
-        chosen = order[i]
-        out_gmem[place[chosen]] = values[chosen]
-        return ()
-
-    lax.fori_loop(0, is_stored.sum(dtype=jnp.int32), store, ())
 
 
 def _votes(flags):

@@ -9,7 +9,7 @@ import pytest
 from draft_jax.draft import ranking
 from pallas_kernels import SlowBackendWarning
 from pallas_kernels.common.device import Device
-from pallas_kernels.common.slow_paths import forget_warnings
+from tests.warnings_once import forget_warnings
 
 
 @pytest.mark.parametrize("bits", [1, 2])

@@ -14,9 +14,10 @@ from pallas_kernels.attention import dense_api
 from pallas_kernels.attention.dense_api import choose, why_no_cudnn
 from pallas_kernels.attention.dense_xla import chunked_attention
 from pallas_kernels.common.device import Device
-from pallas_kernels.common.slow_paths import SlowBackendWarning, forget_warnings
+from pallas_kernels.common.slow_paths import SlowBackendWarning
 from tests.pallas_kernels.attention.reference import CASES, numpy_attention, random_qkv
 from tests.tolerances import ATTENTION, GRADIENT
+from tests.warnings_once import forget_warnings
 
 # The package's attribute of this name is the function, not the module.
 

@@ -29,9 +29,10 @@ from pallas_kernels import (
     dense_attention,
 )
 from pallas_kernels.attention import api as dispatch
-from pallas_kernels.common import slow_paths, validation
+from pallas_kernels.common import validation
 from pallas_kernels.common.device import Device
 from pallas_kernels.common.interfaces import Problem
+from tests.warnings_once import forget_warnings
 
 GRID = VideoGrid(1, 2, 4, tile=(2, 2), text_length=3)
 SHAPE = (2, GRID.num_tokens, 3, 8)
@@ -371,7 +372,7 @@ def test_unsupported_preference_is_passed_over_with_its_cause(monkeypatch):
 
 def test_slower_path_warns_once(monkeypatch):
     monkeypatch.setattr(dispatch, "current_device", lambda *arrays: HOPPER)
-    slow_paths.forget_warnings()
+    forget_warnings()
     with pytest.warns(
         SlowBackendWarning, match="'xla': .*it gathers .*memory of NVIDIA H100"
     ):
@@ -380,7 +381,7 @@ def test_slower_path_warns_once(monkeypatch):
         warnings.simplefilter("error")
         block_sparse_attention(**arguments())
         block_sparse_attention(**arguments(), backend="xla")
-    slow_paths.forget_warnings()
+    forget_warnings()
     with pytest.warns(SlowBackendWarning):
         block_sparse_attention(**arguments())
 

@@ -13,11 +13,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import SlowBackendWarning
 from pallas_kernels.common.device import Device
-from pallas_kernels.common.slow_paths import forget_warnings
 from pallas_kernels.pooling import Tiling, api, norm_rope_pool, pool_tiles, reference
 from pallas_kernels.pooling.sm90 import norm_rope_pool as fused_kernel
 from tests import tolerances
 from tests.pallas_kernels.pooling.cases import NORMS, TILINGS, random_case
+from tests.warnings_once import forget_warnings
 
 H100 = Device(platform="gpu", kind="H100", compute_capability=(9, 0))
 CPU = Device(platform="cpu")
