@@ -7,7 +7,7 @@ model or method code. `draft_jax.VideoGrid` is a `BlockGrid` and
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +21,7 @@ SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 Order = Literal["raster", "tiled"]
 
 
+@runtime_checkable  # for tests that check types
 class BlockGrid(Protocol):
     """Static, hashable geometry: a sequence cut into consecutive blocks.
 
@@ -74,6 +75,7 @@ class BlockGrid(Protocol):
         """Blocks that are text."""
 
 
+@runtime_checkable
 class BlockLists(Protocol):
     """Kept key blocks of every query block, as compressed sparse rows.
 

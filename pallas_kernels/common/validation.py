@@ -156,7 +156,7 @@ def check_lists(mask: BlockLists) -> None:
         raise ValueError(f"mask.{name}[{place}] is {value}; {accepted[cause]}")
 
 
-def _faults(row_offsets, block_ids, xp=jnp) -> dict[str, jax.Array]:
+def _faults(row_offsets, block_ids, xp=jnp) -> dict[str, jax.Array | np.ndarray]:
     """Finds wrong entries of the lists: the first three of offsets, then of ids."""
     row = xp.arange(row_offsets.shape[-1])
     before = xp.concatenate([row_offsets[..., :1], row_offsets[..., :-1]], axis=-1)

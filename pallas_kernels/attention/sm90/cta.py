@@ -30,7 +30,7 @@ class Work(NamedTuple):
       valid: Tokens of each block of each batch item that are not padding.
     """
 
-    row_offsets: Int[Array, "L R+1"]
+    row_offsets: Int[Array, "L offsets"]
     block_ids: Int[Array, "L M"]
     width_ends: Int[Array, "L R widths"]
     full_list: Int[Array, " R"]

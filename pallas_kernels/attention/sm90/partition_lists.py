@@ -24,7 +24,7 @@ LISTS_PER_CTA = 4  # one for each warp of a warpgroup
 
 
 def partition_lists(
-    row_offsets: Int[Array, "L R+1"],
+    row_offsets: Int[Array, "L offsets"],
     block_ids: Int[Array, "L M"],
     class_of_block: Int[np.ndarray, " R"],
     *,

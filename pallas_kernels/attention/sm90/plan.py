@@ -1,7 +1,7 @@
 """Static description of one launch: sizes, configuration, ways of copying, memory."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,7 @@ class Width:
     masks: bool  # some block of the class has fewer valid tokens
 
 
+@runtime_checkable  # for tests that check types
 class LoadsOfQueryBlock(Protocol):
     """Copies of one query block and of the key blocks that it keeps.
 
@@ -81,6 +82,7 @@ class LoadsOfQueryBlock(Protocol):
         """Makes all copies arrive; `end` is the `fill` of the next query block."""
 
 
+@runtime_checkable
 class BlockCopies(Protocol):
     """A way of copying blocks between global and shared memory: see `copies`."""
 

@@ -120,6 +120,7 @@ BAD_INPUTS = {  # changed arguments, error, what its message says
 }
 
 
+@pytest.mark.usefixtures("without_jaxtyping")
 @pytest.mark.parametrize("case", BAD_INPUTS)
 def test_bad_input_is_named(case):
     changes, error, message = BAD_INPUTS[case]
@@ -138,6 +139,7 @@ def test_unused_entries_of_a_mask_may_be_anything():
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.usefixtures("without_jaxtyping")
 def test_order_has_no_default():
     """A wrong order gives wrong numbers, so none is assumed."""
     given = arguments()
@@ -219,6 +221,7 @@ def test_text_lengths_need_text():
         dense_attention(q, q, q, text_lengths=lengths)
 
 
+@pytest.mark.usefixtures("without_jaxtyping")
 def test_dense_attention_checks_its_inputs():
     q = jnp.ones(SHAPE)
     with pytest.raises(ValueError, match="v has shape"):
