@@ -146,17 +146,8 @@ def scheduled_attention(
     known_scale, text_lengths = validation.check_attention(
         q, k, v, grid=grid, order=order, scale=scale, text_lengths=text_lengths
     )
-    if step.dense.ndim:
-        raise ValueError(
-            f"step.dense has shape {step.dense.shape}; expected a scalar: "
-            "pass step.for_layer(layer)"
-        )
-    validation.check_mask(q, mask, grid)
-    if mask.capacity != (capacity := mask_capacity(grid, config)):
-        raise ValueError(
-            f"mask has capacity {mask.capacity}; {grid} and {config} need {capacity}: "
-            "start from initial_mask(grid, config, ...)"
-        )
+    _check_step(step)
+    _check_mask(mask, q, grid, config)
 
     def run_dense(mask: BlockMask):
         out = unchecked_dense_attention(
@@ -200,8 +191,29 @@ def scheduled_attention(
     return _choose(step.dense, run_dense, run_sparse, mask)
 
 
+def _check_step(step: DraftStep) -> None:
+    """Raises unless the step is that of one layer."""
+    if step.dense.ndim:
+        raise ValueError(
+            f"step.dense has shape {step.dense.shape}; expected a scalar: "
+            "pass step.for_layer(layer)"
+        )
+
+
+def _check_mask(
+    mask: BlockMask, q: Float[Array, "B T N D"], grid: VideoGrid, config: DraftConfig
+) -> None:
+    """Raises unless the mask fits q and the grid, and new masks fit in its place."""
+    validation.check_mask(q, mask, grid)
+    if mask.capacity != (capacity := mask_capacity(grid, config)):
+        raise ValueError(
+            f"mask has capacity {mask.capacity}; {grid} and {config} need {capacity}: "
+            "start from initial_mask(grid, config, ...)"
+        )
+
+
 def _choose(predicate: Bool[Array | np.ndarray, ""], if_true, if_false, *operands):
-    """`lax.cond`, decided now where the predicate is known."""
+    """Chooses like `lax.cond`, but at once where the predicate is known."""
     if isinstance(predicate, jax.core.Tracer):
         return jax.lax.cond(predicate, if_true, if_false, *operands)
     return (if_true if predicate else if_false)(*operands)

@@ -12,7 +12,7 @@ from draft_jax.schedule import SparsitySchedule, StepPlan
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
-    """How a model attends in one run: a choice of run time, not of architecture.
+    """Attention of one run: a choice of run time, not of architecture.
 
     The same weights run under any plan. `dense()` and `draft()` build the two kinds.
     Hashable: a static argument of jit, and part of the key of a compiled program.

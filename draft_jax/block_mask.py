@@ -1,4 +1,4 @@
-"""Which key blocks each query block attends to, in the form a kernel walks."""
+"""Masks of block pairs, in the form that a kernel walks."""
 
 import dataclasses
 
@@ -116,7 +116,7 @@ class BlockMask:
 
     @classmethod
     def full(cls, *, grid: VideoGrid, batch: int, num_heads: int) -> "BlockMask":
-        """The mask that keeps every pair: dense attention in block-sparse form."""
+        """Returns the mask that keeps every pair, which is dense attention."""
         num_blocks = grid.num_blocks
         row_offsets = np.arange(num_blocks + 1, dtype=np.int32) * num_blocks
         block_ids = np.tile(np.arange(num_blocks, dtype=np.int32), num_blocks)
@@ -152,7 +152,7 @@ class BlockMask:
         return jnp.diff(self.row_offsets, axis=-1)
 
     def row_ids(self) -> Int[Array, "B N M"]:
-        """Query block of each kept pair; R for the entries that are not read."""
+        """Returns the query block of each kept pair; R for entries not read."""
         entries = jnp.arange(self.capacity, dtype=jnp.int32)
         search = jax.vmap(
             jax.vmap(lambda offsets: jnp.searchsorted(offsets, entries, side="right"))
@@ -160,7 +160,7 @@ class BlockMask:
         return search(self.row_offsets[..., 1:]).astype(jnp.int32)
 
     def to_dense(self) -> Bool[Array, "B N R R"]:
-        """The boolean map of kept block pairs, text blocks included."""
+        """Returns the boolean map of kept block pairs, text blocks included."""
         num_blocks = self.grid.num_blocks
 
         def scatter(rows, columns):

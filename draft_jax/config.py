@@ -1,4 +1,4 @@
-"""What DraftAttention computes, and the sizes that follow from it."""
+"""Options of DraftAttention, and the sizes that follow from them."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ Selection = Literal["percentile", "row_topk", "top_p"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftConfig:
-    """What is computed. Changing a field changes the result.
+    """Options of the method. Changing a field changes the result.
 
     Hashable, so it serves as a static jit argument.
 
@@ -76,7 +76,7 @@ class DraftConfig:
 
 
 def kept_pairs_budget(sparsity: float, num_visual_blocks: int) -> int:
-    """Visual block pairs kept per head: exactly ceil((1 - sparsity) * S * S).
+    """Returns the visual block pairs kept per head: ceil((1 - sparsity) * S * S).
 
     The decimal value of `sparsity` counts, not its binary approximation: 0.7 of 10
     pairs skips 7, although `(1 - 0.7) * 10` is above 3 in floating point.
@@ -99,7 +99,7 @@ def kept_pairs_budget(sparsity: float, num_visual_blocks: int) -> int:
 
 
 def static_budget(sparsity: float, grid: VideoGrid, config: DraftConfig) -> int:
-    """Pairs that selection ranks within: per head, or per row where rows rank alone.
+    """Returns the pairs to keep among those that selection ranks together.
 
     Args:
       sparsity: Share of visual block pairs skipped, in [0, 1).
@@ -119,7 +119,7 @@ def static_budget(sparsity: float, grid: VideoGrid, config: DraftConfig) -> int:
 
 
 def mask_capacity(grid: VideoGrid, config: DraftConfig) -> int:
-    """Most block pairs a head can keep: the static size of every mask.
+    """Returns the most block pairs a head can keep: the static size of every mask.
 
     It covers the budget at `config.sparsity`, the pairs forced by `keep_own_tile`
     and `keep_first_frame`, one pair for each row that would be empty, and all pairs
@@ -151,7 +151,7 @@ def check_sparsity(name: str, value: object) -> None:
 
 
 def _forced_pairs(grid: VideoGrid, config: DraftConfig) -> tuple[int, int]:
-    """Most forced pairs of a row, and forced pairs of a head."""
+    """Returns the most forced pairs of a row, and the forced pairs of a head."""
     num_visual = grid.num_visual_blocks
     first_frame = num_visual // grid.frames if config.keep_first_frame else 0
     # The own tiles of first-frame rows are already among the first frame's keys.
@@ -166,5 +166,5 @@ def _kept_share(sparsity: float, pairs: int) -> int:
 
 
 def is_real(value: object) -> bool:
-    """Whether `value` is a real number; True and False are not."""
+    """Returns whether `value` is a real number; True and False are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer
@@ -225,7 +226,7 @@ def draft_attention_fn(
     scale: float | None = None,
     backend: BackendName = "auto",
 ) -> "DraftAttentionFn":
-    """An `attention_fn` for the attention layers of Flax.
+    """Makes an `attention_fn` for the attention layers of Flax.
 
     For `flax.nnx.MultiHeadAttention` and `flax.linen.MultiHeadDotProductAttention`.
     What block-sparse attention cannot do (masks and biases over tokens, dropout,
@@ -252,7 +253,7 @@ def draft_attention_fn(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftAttentionFn:
-    """See `draft_attention_fn`."""
+    """Draft attention as Flax calls it; `draft_attention_fn` makes one."""
 
     grid: VideoGrid
     config: DraftConfig
@@ -330,7 +331,7 @@ class DraftAttentionFn:
         *batch, _, _, _ = query.shape
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
         out = draft_attention(
-            *(x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)),
+            *(rearrange(x, "... T N D -> (...) T N D") for x in (query, key, value)),
             grid=self.grid,
             config=self.config,
             order=self.order,

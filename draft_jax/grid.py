@@ -78,7 +78,7 @@ class VideoGrid:
 
     @property
     def num_visual_tokens(self) -> int:
-        """F x H x W."""
+        """Number of visual tokens, F x H x W."""
         return self.frames * self.height * self.width
 
     @property
@@ -110,25 +110,25 @@ class VideoGrid:
 
     @property
     def visual_tokens(self) -> slice:
-        """Where the visual tokens lie in the sequence, in either order."""
+        """Slice of the sequence that holds the visual tokens, in either order."""
         start = self.text_length if self.text_side == "before" else 0
         return slice(start, start + self.num_visual_tokens)
 
     @property
     def text_tokens(self) -> slice:
-        """Where the text tokens lie in the sequence, in either order."""
+        """Slice of the sequence that holds the text tokens, in either order."""
         start = 0 if self.text_side == "before" else self.num_visual_tokens
         return slice(start, start + self.text_length)
 
     @property
     def visual_blocks(self) -> slice:
-        """Where the visual blocks lie in the list of blocks."""
+        """Slice of the list of blocks that holds the visual blocks."""
         start = self.num_text_blocks if self.text_side == "before" else 0
         return slice(start, start + self.num_visual_blocks)
 
     @property
     def text_blocks(self) -> slice:
-        """Where the text blocks lie in the list of blocks."""
+        """Slice of the list of blocks that holds the text blocks."""
         start = 0 if self.text_side == "before" else self.num_visual_blocks
         return slice(start, start + self.num_text_blocks)
 
@@ -212,7 +212,7 @@ def _visual_block_lengths(grid: VideoGrid) -> np.ndarray:
 
 
 def _chunk_lengths(total: int, chunk: int) -> np.ndarray:
-    """Lengths of the consecutive chunks of `total`; only the last is shorter."""
+    """Returns the lengths of the chunks of `total`; only the last is shorter."""
     starts = np.arange(0, total, chunk)
     return np.minimum(chunk, total - starts)
 

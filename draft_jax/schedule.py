@@ -18,7 +18,7 @@ from draft_jax.pytree import register_dataclass
 @register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftStep:
-    """What one denoising step does, as a pytree of arrays.
+    """One denoising step of a plan, as a pytree of arrays.
 
     Plans hold NumPy's, so that values are known wherever no jit traces them. As an
     argument of a jitted function no value of a step recompiles it, but `dense` and
@@ -88,7 +88,7 @@ class DraftStep:
 
 
 class StepKind(NamedTuple):
-    """All of a step but its budget. Hashable: a static argument of jit.
+    """A step without its budget. Hashable: a static argument of jit.
 
     There is a program for each kind of step then, two or three in a usual schedule,
     and none has a conditional.
@@ -131,7 +131,7 @@ class StepKind(NamedTuple):
     refresh: bool
 
     def step(self, budget: Int[Array | np.ndarray | np.integer, ""]) -> DraftStep:
-        """The step with this budget, which may be traced; the rest is known."""
+        """Returns the step with this budget, which may be traced; the rest is known."""
         return DraftStep(
             dense=np.asarray(self.dense),
             budget=_known(budget),
@@ -162,7 +162,7 @@ class StepPlan:
         return self.step(index)
 
     def step(self, index: int) -> DraftStep:
-        """The step at `index`."""
+        """Returns the step at `index`."""
         return DraftStep(
             dense=self.dense[index],
             budget=np.asarray(self.budget[index]),
@@ -170,19 +170,19 @@ class StepPlan:
         )
 
     def kind(self, index: int) -> StepKind:
-        """What the step at `index` does, but for its budget."""
+        """Returns the kind of the step at `index`: all of it but the budget."""
         dense = tuple(map(bool, self.dense[index]))
         # Without a sparse layer there is nothing to refresh: one kind, not two.
         return StepKind(dense, bool(self.refresh[index]) and not all(dense))
 
     def stacked(self) -> DraftStep:
-        """All steps with a leading axis, to scan over."""
+        """Returns all steps with a leading axis, to scan over."""
         return DraftStep(dense=self.dense, budget=self.budget, refresh=self.refresh)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsitySchedule:
-    """When attention is dense and how sparse it is otherwise.
+    """Rules for when attention is dense, and how sparse it is otherwise.
 
     A layer runs dense on a step if any of the three rules says so. Hashable.
 
@@ -242,17 +242,20 @@ class SparsitySchedule:
 
     @classmethod
     def paper(cls) -> "SparsitySchedule":
-        """The paper's rule: the first 25 % of the steps are dense."""
+        """Returns the paper's rule: the first 25 % of the steps are dense."""
         return cls(dense_fraction=0.25)
 
     @classmethod
     def wan_published(cls) -> "SparsitySchedule":
-        """The published code's rule for Wan2.1: t > 925 or block 0; sparsity 0.75."""
+        """Returns the rule of the published code for Wan2.1; sparsity 0.75.
+
+        Dense where t > 925 or in block 0.
+        """
         return cls(dense_above_timestep=925.0, dense_layers=(0,), sparsity=0.75)
 
     @classmethod
     def hunyuan_published(cls) -> "SparsitySchedule":
-        """The published code's rule for HunyuanVideo; sparsity 0.9.
+        """Returns the rule of the published code for HunyuanVideo; sparsity 0.9.
 
         Dense where t > 945 or in the double blocks 0 and 1. Layers are counted with
         the double blocks first.
@@ -261,7 +264,7 @@ class SparsitySchedule:
 
     @classmethod
     def hunyuan_custom_published(cls) -> "SparsitySchedule":
-        """The published code's rule for HunyuanCustom; sparsity 0.9.
+        """Returns the rule of the published code for HunyuanCustom; sparsity 0.9.
 
         Dense where t > 975 or in the double blocks 0 and 1. Layers are counted with
         the double blocks first.
@@ -353,7 +356,10 @@ def _is_int(value: object) -> bool:
 
 
 def _known(values: Any) -> Any:
-    """NumPy's array, unless jit traces the values: jax.numpy would trace them too."""
+    """Returns NumPy's array, unless jit traces the values.
+
+    jax.numpy would trace known ones too.
+    """
     return values if isinstance(values, jax.core.Tracer) else np.asarray(values)
 
 
@@ -370,7 +376,9 @@ def _scalar(name: str, value: Any, kind: Any, expected: str) -> Any:
 def constant_step(
     grid: VideoGrid, config: DraftConfig, *, dense: bool = False
 ) -> DraftStep:
-    """A step for one layer without a schedule: the config's sparsity, a new mask.
+    """Makes a step for one layer without a schedule.
+
+    It has the sparsity of the config and makes a new mask.
 
     Args:
       grid: Geometry of the sequence.

@@ -29,7 +29,7 @@ def draft_scores(
     order: Order = "raster",
     pooled: PooledTokens | None = None,
 ) -> Float[Array, "B N S S"]:
-    """Attention probabilities between the tiles of a video.
+    """Computes attention probabilities between the tiles of a video.
 
     Pools queries and keys per tile and takes the softmax over the pooled video keys.
     A key tile counts by its tokens: the logarithm of its length is added to its

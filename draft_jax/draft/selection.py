@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from draft_jax.block_mask import BlockMask
@@ -102,7 +103,7 @@ def _select(
     config: DraftConfig,
     budget: Int[Array, ""],
 ) -> BlockMask:
-    """`select_blocks` for some heads."""
+    """Selects the blocks of some heads; see `select_blocks`."""
     forced = _forced_pairs(grid, config)
     match config.selection:
         case "percentile":
@@ -182,11 +183,11 @@ def unchecked_mask(
     pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
 
     def of_heads(by_heads: Any) -> BlockMask:
-        own = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), by_heads)
+        own = jax.tree.map(lambda x: rearrange(x, "B N S D -> B S N D"), by_heads)
         scores = scores_of_pooled(own, grid=grid, config=config, scale=scale)
         return select_blocks(scores, grid=grid, config=config, budget=budget)
 
-    by_heads = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), pooled)
+    by_heads = jax.tree.map(lambda x: rearrange(x, "B S N D -> B N S D"), pooled)
     mask = map_heads(of_heads, by_heads, map_size=grid.num_visual_blocks**2)
     return mask.vouched_for()
 
@@ -247,7 +248,7 @@ def _select_top_p_xla(
     most: Int[Array, " S"],
     wanted: np.uint32,
 ) -> UInt32[Array, "B N S W"]:
-    """`_select_top_p` on any device."""
+    """Selects as `_select_top_p` does, on any device."""
     keys = _rank_keys(probabilities, forced)
     units = jnp.nan_to_num(probabilities.astype(jnp.float32)) * MASS_UNITS
     units = jnp.round(jnp.clip(units, 0.0, MASS_UNITS)).astype(jnp.uint32)
@@ -277,7 +278,7 @@ def _select_top_p_xla(
 def _sum_up_to_one(
     is_in: Bool[Array, "B N S S"], units: UInt32[Array, "B N S S"]
 ) -> UInt32[Array, "B N S"]:
-    """Sum of the chosen units of each row, at most MASS_UNITS: it cannot wrap."""
+    """Adds the chosen units of each row, up to MASS_UNITS: sums cannot wrap."""
 
     def add(a, b):
         return jnp.minimum(a + b, np.uint32(MASS_UNITS))
@@ -319,13 +320,13 @@ def _add_text_words(
 def _rank_keys(
     scores: Float[Array, "B N S S"], forced: Bool[np.ndarray, "S S"]
 ) -> UInt32[Array, "B N S S"]:
-    """Keys of the scores; forced pairs rank before all others."""
+    """Returns keys of the scores; forced pairs rank before all others."""
     keys = ranking.rank_keys(scores)
     return jnp.where(forced, ranking.FIRST, keys) if forced.any() else keys
 
 
 def _words_of(forced: Bool[np.ndarray, "S S"]) -> UInt32[np.ndarray, "S W"] | None:
-    """Bits of the forced pairs, or None if there are none."""
+    """Returns the bits of the forced pairs, or None if there are none."""
     if not forced.any():
         return None
     size = forced.shape[-1]
@@ -336,7 +337,7 @@ def _words_of(forced: Bool[np.ndarray, "S S"]) -> UInt32[np.ndarray, "S W"] | No
 
 @functools.lru_cache(maxsize=64)
 def _forced_pairs(grid: VideoGrid, config: DraftConfig) -> Bool[np.ndarray, "S S"]:
-    """Pairs that `keep_own_tile` and `keep_first_frame` always keep."""
+    """Returns the pairs that `keep_own_tile` and `keep_first_frame` keep always."""
     num_visual = grid.num_visual_blocks
     forced = np.zeros((num_visual, num_visual), np.bool_)
     if config.keep_own_tile:

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +75,7 @@ def test_capacity_that_just_fits():
     dense = random_dense()
     most = int(dense.sum((-2, -1)).max())
     mask = BlockMask.from_dense(jnp.asarray(dense), grid=GRID, capacity=most)
-    assert mask.block_ids.shape == (2, 3, most)
+    chex.assert_shape(mask.block_ids, (2, 3, most))
     np.testing.assert_array_equal(mask.to_dense(), dense)
 
 

@@ -167,7 +167,7 @@ def test_attention_fn_takes_any_number_of_batch_axes():
     q, k, v = jnp.asarray(rng.normal(size=shape), jnp.float32)
     attend = draft_attention_fn(GRID, CONFIG, scale=0.5)
     batched = attend(q, k, v)
-    assert batched.shape == shape[1:]
+    chex.assert_shape(batched, shape[1:])
     for item in range(2):
         tokens = [np.asarray(x[item], np.float64) for x in (q, k, v)]
         # A scale of 0.5 instead of 1 / sqrt(8) in the draft and in the attention.

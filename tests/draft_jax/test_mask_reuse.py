@@ -1,7 +1,9 @@
 """A step that reuses its mask runs neither pooling nor selection."""
 
+import dataclasses
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -89,7 +91,7 @@ def test_only_a_refresh_pools_and_selects(program, is_wanted):
 def test_a_known_reuse_has_no_trace_of_a_new_mask(program, is_wanted):
     """A step whose values are known: closed over, where another is an argument."""
     layer, step, mask = program
-    reuse = type(step)(dense=step.dense, budget=step.budget, refresh=np.asarray(False))
+    reuse = dataclasses.replace(step, refresh=np.asarray(False))
     for known, num_expected in ((step, 1), (reuse, 0)):
         jaxpr = jax.make_jaxpr(functools.partial(layer, known))(mask).jaxpr
         paths = list(conditions_around(jaxpr, is_wanted))
@@ -99,7 +101,7 @@ def test_a_known_reuse_has_no_trace_of_a_new_mask(program, is_wanted):
 
 def test_a_known_reuse_returns_its_mask_untouched(program):
     layer, step, mask = program
-    reuse = type(step)(dense=step.dense, budget=step.budget, refresh=np.asarray(False))
+    reuse = dataclasses.replace(step, refresh=np.asarray(False))
     jaxpr = jax.make_jaxpr(functools.partial(layer, reuse))(mask).jaxpr
     assert jaxpr.outvars[1:] == jaxpr.invars
 
@@ -115,11 +117,11 @@ def test_a_reused_mask_is_returned_and_used(program):
     layer, step, mask = program
     run = jax.jit(layer)
     out, new = run(step, mask)
-    reuse = type(step)(dense=step.dense, budget=step.budget, refresh=np.asarray(False))
+    reuse = dataclasses.replace(step, refresh=np.asarray(False))
     again, kept = run(reuse, new)
-    jax.tree.map(np.testing.assert_array_equal, kept, new)
+    chex.assert_trees_all_equal(kept, new)
     np.testing.assert_array_equal(out, again)
     other, kept = run(reuse, mask)
-    jax.tree.map(np.testing.assert_array_equal, kept, mask)
+    chex.assert_trees_all_equal(kept, mask)
     assert not np.array_equal(out, other)
     assert run._cache_size() == 1
