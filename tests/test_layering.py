@@ -202,7 +202,6 @@ def test_kernels_are_used_by_exported_names(package):
     assert not private
 
 
-@pytest.mark.xfail(strict=True, reason=IN_WORK)
 def test_tests_of_packages_do_without_benchmarks():
     """Expected values and orders come from the packages, not from tools above them."""
     own = sorted((ROOT / "tests").rglob("*.py"))

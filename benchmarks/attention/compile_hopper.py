@@ -127,6 +127,7 @@ def compile_prepare(shape, over, sharding) -> None:
 
 
 def main() -> None:
+    """Compiles what is asked for and prints the reports of ptxas."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["hunyuan", "hunyuan-edges"])
     parser.add_argument("--variants", nargs="+", default=["default"])

@@ -59,7 +59,7 @@ def _our_program(grid: VideoGrid):
 
 
 def cudnn_dense(shape: Shape, qkv):
-    """cuDNN's flash attention through JAX."""
+    """Flash attention of cuDNN, through JAX."""
     run = jax.jit(
         functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     )

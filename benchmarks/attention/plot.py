@@ -1,7 +1,9 @@
-"""Draws what `benchmarks.attention.run` stored: time against density.
+r"""Draws what `benchmarks.attention.run` stored: time against density.
 
     python -m benchmarks.attention.plot benchmarks/results/attention_h100.json \
         docs/images/attention_h100.png
+
+The name of the picture says its format.
 """
 
 import json

@@ -8,7 +8,6 @@ its times are not the benchmark's, its shares of cycles are what to read.
 
 import argparse
 import csv
-import json
 import os
 import pathlib
 import sys
@@ -16,8 +15,9 @@ import tempfile
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+from benchmarks.common.options import add_output, make_parser
 from benchmarks.common.programs import cache_in, run_limited
-from benchmarks.common.records import write_results
+from benchmarks.common.records import ResultFile
 from benchmarks.common.shapes import SHAPES
 
 CALLS = 2  # the first one warms up
@@ -115,31 +115,30 @@ def metrics(report: str) -> dict[str, object]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Reads the command line."""
+    parser = make_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="hunyuan")
     parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.1])
     parser.add_argument("--contenders", nargs="+", choices=KERNELS, default=[*KERNELS])
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for each")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file")
+    add_output(parser)
     parser.add_argument("--call", dest="contender", choices=KERNELS, help=call.__doc__)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Profiles each contender; exits with an error if one could not be."""
     options = parse(arguments)
     if options.contender is not None:
         call(options)
         return
-    results = []
+    stored = ResultFile(options.output)
     for contender in options.contenders:
         for density in options.densities if contender == "ours" else [1.0]:
             found = profile(options, contender, density)
             case = {"contender": contender, "shape": options.shape, "density": density}
-            results.append(case | found)
-            print(json.dumps(results[-1], indent=1), flush=True)
-            if options.output is not None:
-                write_results(options.output, results)
-    if any("error" in result for result in results):
+            stored.add(case | found)
+    if any("error" in result for result in stored.results):
         sys.exit(1)
 
 

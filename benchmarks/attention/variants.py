@@ -5,12 +5,9 @@
 All programs are compiled before the first is timed: a busy host delays launches.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import json
-import pathlib
 from typing import Any
 
 import jax
@@ -18,7 +15,8 @@ import numpy as np
 
 from benchmarks.attention.contenders import cudnn_dense
 from benchmarks.common.inputs import random_inputs, random_mask
-from benchmarks.common.records import write_results
+from benchmarks.common.options import add_output, make_parser
+from benchmarks.common.records import ResultFile
 from benchmarks.common.shapes import SHAPES, Shape
 from benchmarks.common.timing import measure
 from draft_jax import BlockMask
@@ -63,17 +61,18 @@ def compiled(
 
 
 def _with_wait(call):
-    """A call as `measure` wants it."""
+    """Adds to a call how to wait for it, as `measure` wants it."""
     return call, jax.block_until_ready
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Times the variants, and cuDNN before and after them."""
+    parser = make_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="hunyuan")
     parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.1])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file")
+    add_output(parser)
     options = parser.parse_args()
     shape = SHAPES[options.shape]
     qkv = random_inputs(shape)
@@ -83,13 +82,10 @@ def main() -> None:
         configs = [VARIANTS[name] for name in options.variants]
         compiled_ones = pool.map(compile_one, configs)
         programs = dict(zip(options.variants, compiled_ones, strict=True))
-    results = []
+    stored = ResultFile(options.output)
 
     def report(name, density, result):
-        results.append({"variant": name, "density": density, **result})
-        print(json.dumps(results[-1]), flush=True)
-        if options.output is not None:
-            write_results(options.output, results)
+        stored.add({"variant": name, "density": density, **result})
 
     def time_cudnn():
         make = functools.partial(cudnn_dense, shape, qkv)

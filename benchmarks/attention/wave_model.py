@@ -33,6 +33,7 @@ def random_lists(num_heads: int, num_blocks: int, density: float, full: int) -> 
 
 
 def as_numbered(counts: np.ndarray) -> np.ndarray:
+    """Query blocks in the order of their numbers."""
     return np.arange(counts.size)
 
 
@@ -83,6 +84,7 @@ def simulate(lists: Lists, order: np.ndarray, capacity: int, slots: int = SLOTS)
 
 
 def main() -> None:
+    """Prints hits and ticks of each order."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=990)
     parser.add_argument("--heads", type=int, default=12)
