@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import naive_draft
 import numpy as np
 import pytest
 
 from draft_jax import DraftConfig, VideoGrid, compute_mask, draft_scores, pool_tokens
+from tests.draft_jax import naive_draft
 
 EDGES = VideoGrid(2, 45, 80)  # 5 x 5 tiles and 5 of 5 rows in each frame: S = 60
 EVEN = VideoGrid(1, 16, 48)
