@@ -113,7 +113,7 @@ def scheduled_attention(
     Dense or sparse, and a new or a reused mask, are chosen by the values of `step`.
     Where they are known (`StepKind` shows how), they choose when the program is traced:
     it has no conditional, and there is one program for each kind of step. Where jit
-    traces them (the step is its argument), one program serves all steps, with two
+    traces them (the step is its argument), one program serves all steps. It has two
     conditionals in each layer, for which XLA waits on the host on a GPU. (Under vmap
     over `step` both branches run.) `budget` may be traced either way. Outside jit a
     step of arrays on a device is read, which waits for them; plans hold NumPy's arrays.

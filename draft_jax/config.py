@@ -92,8 +92,7 @@ def kept_pairs_budget(sparsity: float, num_visual_blocks: int) -> int:
       ValueError: sparsity is not in [0, 1).
 
     Source: DraftAttention (arXiv 2505.14708). The published code keeps every score
-    that is at least as large as the largest one to drop, hence one pair (and all its
-    ties) more.
+    as large as the largest one to drop, hence one pair (and all its ties) more.
     """
     return _kept_share(sparsity, num_visual_blocks**2)
 
@@ -121,9 +120,9 @@ def static_budget(sparsity: float, grid: VideoGrid, config: DraftConfig) -> int:
 def mask_capacity(grid: VideoGrid, config: DraftConfig) -> int:
     """Returns the most block pairs a head can keep: the static size of every mask.
 
-    It covers the budget at `config.sparsity`, the pairs forced by `keep_own_tile`
-    and `keep_first_frame`, one pair for each row that would be empty, and all pairs
-    with text.
+    It covers the budget at `config.sparsity` and the pairs forced by `keep_own_tile`
+    and `keep_first_frame`. Beyond them it has one pair for each row that would be
+    empty, and all pairs with text.
 
     Args:
       grid: Geometry that defines the blocks.

@@ -21,7 +21,7 @@ class DraftStep:
     """One denoising step of a plan, as a pytree of arrays.
 
     Plans hold NumPy's, so that values are known wherever no jit traces them. As an
-    argument of a jitted function no value of a step recompiles it, but `dense` and
+    argument of a jitted function no value of a step recompiles it. But `dense` and
     `refresh` then become conditionals, which wait for the host; see `StepKind`.
 
     Attributes:

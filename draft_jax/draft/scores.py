@@ -50,8 +50,8 @@ def draft_scores(
       float32 probabilities; each row sums to 1.
 
     Raises:
-      ValueError: q or k is not [B, T, N, D] of `grid.num_tokens` tokens, their shapes
-        differ, order is unknown, or pooled does not fit q, grid or config.
+      ValueError: q or k is not [B, T, N, D] of `grid.num_tokens` tokens, or they
+        differ. Or order is unknown, or pooled does not fit.
       TypeError: q's dtype is not supported, k has another, or pooled is not float32.
 
     Source: DraftAttention (arXiv 2505.14708), draft attention map.
