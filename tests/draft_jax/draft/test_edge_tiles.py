@@ -7,7 +7,7 @@ import pytest
 
 from draft_jax import DraftConfig, VideoGrid, compute_mask, draft_scores, pool_tokens
 from tests.draft_jax import naive_draft
-from tests.draft_jax 
+
 EDGES = VideoGrid(2, 45, 80)  # 5 x 5 tiles and 5 of 5 rows in each frame: S = 60
 EVEN = VideoGrid(1, 16, 48)
 F32 = {"rtol": 1e-5, "atol": 1e-7}  # 6e-8 measured
