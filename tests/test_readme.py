@@ -55,7 +55,7 @@ class Shrink(ast.NodeTransformer):
 
     def visit_Call(self, node):
         self.generic_visit(node)
-        if ast.unparse(node.func) == "Sampling.wan":
+        if ast.unparse(node.func) == "wan_sampling":
             small = [ast.keyword(k, ast.Constant(v)) for k, v in SMALL_VIDEO.items()]
             kept = [k for k in node.keywords if k.arg not in SMALL_VIDEO]
             return ast.Call(node.func, node.args, kept + small)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.diffusion.pipeline import Sampling
+from models.diffusion.sampling import Sampling
 from models.mini.checkpoint import MiniCheckpoint
 from models.mini.codec import PATCH_NUMBERS, LinearCodec
 from models.mini.text import TextEmbedding, Vocabulary

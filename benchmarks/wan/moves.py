@@ -35,9 +35,10 @@ from benchmarks.common.options import add_output, make_parser
 from benchmarks.common.records import ResultFile
 from benchmarks.layer.account import token_sized_moves
 from benchmarks.wan.run import latent_shape
-from draft_jax import DraftConfig, StepKind
+from draft_jax import AttentionPlan, DraftConfig, StepKind
 from draft_jax.attention import initial_mask
 from models.wan.config import WanConfig
+from models.wan.inputs import WanInputs
 from models.wan.transformer import WanTransformer
 from pallas_kernels.common.device import Device
 
@@ -84,7 +85,8 @@ def compile_call(kind: str, height: int, width: int, frames: int):
     config = dataclasses.replace(WanConfig.t2v_14b(), num_layers=2)
     draft = DraftConfig(sparsity=0.9)
     model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
-    structure, state = nnx.split(model.with_attention("draft", draft))
+    attention = AttentionPlan.draft(draft)
+    structure, state = nnx.split(model)
     latent = latent_shape((height, width), frames)
     grid = model.grid(latent)
     mask = jax.eval_shape(
@@ -96,11 +98,8 @@ def compile_call(kind: str, height: int, width: int, frames: int):
 
     def call(state, latents, timesteps, context, lengths, budget, masks):
         return nnx.merge(structure, state)(
-            latents=latents,
-            timesteps=timesteps,
-            context=context,
-            context_lengths=lengths,
-            image_tokens=None,
+            WanInputs(latents, timesteps, context, lengths),
+            attention=attention,
             step=KINDS[kind].step(budget),
             masks=masks,
         )

@@ -53,7 +53,8 @@ from benchmarks.common.records import environment, write_json
 from benchmarks.wan import account as wan_account
 from benchmarks.wan import vae as wan_vae
 from benchmarks.wan import weights as wan_weights
-from draft_jax import DraftConfig, SparsitySchedule
+from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
+from models.diffusion.interfaces import TextContext
 from models.diffusion.sampler import Sampler, SamplerState, StepInputs
 from models.diffusion.schedulers import make_solver
 from models.wan.checkpoint import Part, open_wan_parts
@@ -167,14 +168,17 @@ def make_sampler(
 ) -> Sampler:
     """A sampler with one step for each mode."""
     sparsities = [mode.sparsity for mode in modes if mode.sparsity is not None]
-    draft = DraftConfig(sparsity=min(sparsities)) if sparsities else None
     per_step = tuple(mode.sparsity or min(sparsities, default=0.0) for mode in modes)
+    attention = AttentionPlan.dense()
+    if sparsities:
+        attention = AttentionPlan.draft(
+            DraftConfig(sparsity=min(sparsities)), SparsitySchedule(sparsity=per_step)
+        )
     sampler = Sampler.create(
         model,
         latent_shape=shape,
         solver=make_solver("unipc", num_steps=len(modes), shift=5.0),
-        draft=draft,
-        schedule=SparsitySchedule(sparsity=per_step),
+        attention=attention,
         guidance_batching="one_call" if options.guidance == "off" else options.guidance,
     )
     if sampler.plan is None:
@@ -194,7 +198,7 @@ def make_inputs(config: WanConfig, guided: bool) -> StepInputs:
     size = (rows, config.text_length, config.text_dim)
     context = jax.random.normal(jax.random.key(1), size, config.compute_dtype)
     lengths = jnp.asarray([config.text_length // 4, config.text_length // 3][:rows])
-    return StepInputs(context, lengths, guidance=jnp.float32(5.0))
+    return StepInputs(TextContext(context, lengths), guidance=jnp.float32(5.0))
 
 
 class Steps:

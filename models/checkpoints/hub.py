@@ -9,7 +9,23 @@ from typing import Any
 from models.checkpoints.memory_map import CheckpointError
 
 INSTALL_WAN_EXTRA = "pip install '.[wan]' in a clone of draft_jax"
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+# Names of files: no model is a repository whose name ends so, a path may.
+_FILE_SUFFIXES = frozenset(
+    [
+        ".bin",
+        ".ckpt",
+        ".gguf",
+        ".gz",
+        ".json",
+        ".onnx",
+        ".pt",
+        ".pth",
+        ".safetensors",
+        ".tar",
+        ".zip",
+    ]
+)
 
 
 class HubError(CheckpointError):
@@ -46,14 +62,44 @@ def find_checkpoint(
     path = Path(name).expanduser()
     if path.exists():
         return path
-    repository = os.fspath(name)
-    if not _REPOSITORY.fullmatch(repository) or repository.startswith("."):
-        raise HubError(
-            f"{repository} does not exist; expected a folder, or a repository on the "
-            "hub such as Wan-AI/Wan2.1-T2V-1.3B"
-        )
+    if not is_repository_name(name):
+        raise HubError(why_not_found(name))
     return _fetch(
-        repository, allow_patterns=[*patterns], revision=revision, cache_dir=cache_dir
+        os.fspath(name),
+        allow_patterns=[*patterns],
+        revision=revision,
+        cache_dir=cache_dir,
+    )
+
+
+def is_repository_name(name: str | os.PathLike) -> bool:
+    """Tells whether a path that does not exist may be a repository, `owner/name`.
+
+    It may not if it looks like a path that was mistyped: if it starts with ".", "~"
+    or "/", has another number of slashes than one, ends as a file does, or begins
+    with a folder that exists here.
+    """
+    text = os.fspath(name)
+    if not _REPOSITORY.fullmatch(text):
+        return False
+    path = Path(text)
+    return path.suffix.lower() not in _FILE_SUFFIXES and not path.parent.exists()
+
+
+def why_not_found(name: str | os.PathLike) -> str:
+    """Says that a name is neither a path nor a repository, and what lies nearest."""
+    path = Path(name).expanduser().absolute()
+    nearest = next(parent for parent in path.parents if parent.exists())
+    looks_local = ""
+    if _REPOSITORY.fullmatch(os.fspath(name)) and nearest == path.parent:
+        looks_local = (
+            "; a repository of this name is fetched from a working directory without "
+            f"a folder {nearest.name}"
+        )
+    return (
+        f"{os.fspath(name)} does not exist; expected a folder, or a repository on the "
+        f"hub (owner/name, such as Wan-AI/Wan2.1-T2V-1.3B); of the path, {nearest} "
+        f"exists{looks_local}"
     )
 
 

@@ -3,12 +3,13 @@
 import argparse
 from pathlib import Path
 
-from draft_jax.config import DraftConfig
+from draft_jax import AttentionPlan
 from models.cli import options
 from models.cli.model import Request, read_request
 from models.cli.progress import progress_bar
 from models.diffusion.comparison import Comparison, run_report
-from models.diffusion.pipeline import GenerationResult, VideoPipeline
+from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.results import GenerationResult
 from models.media import metrics, plots
 from models.media import video as video_io
 
@@ -16,7 +17,7 @@ from models.media import video as video_io
 def run(arguments: argparse.Namespace) -> None:
     """Generates and writes; everything that can be wrong is checked first."""
     video_io.check_video_extra()
-    draft, _ = options.draft_from(arguments)
+    sparse = AttentionPlan.draft(*options.draft_from(arguments))
     fps = arguments.fps
     if fps is not None and not 0 < fps < float("inf"):
         raise ValueError(f"--fps {fps} must be a positive, finite number")
@@ -34,13 +35,13 @@ def run(arguments: argparse.Namespace) -> None:
         print(request.describe_image())
     if arguments.compare:
         comparison = Comparison(
-            dense=_generate(pipeline, request, None),
-            sparse=_generate(pipeline, request, draft),
+            dense=_generate(pipeline, request, AttentionPlan.dense()),
+            sparse=_generate(pipeline, request, sparse),
         )
         files = comparison.write(folder, fps=fps, details=request.details())
         print(_compare_summary(comparison))
     else:
-        attention = None if arguments.dense else draft
+        attention = AttentionPlan.dense() if arguments.dense else sparse
         result = _generate(pipeline, request, attention)
         files = _write_single(folder, result, request, fps)
         print(_times("video", result))
@@ -49,18 +50,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _generate(
-    pipeline: VideoPipeline, request: Request, draft: DraftConfig | None
+    pipeline: VideoPipeline, request: Request, attention: AttentionPlan
 ) -> GenerationResult:
     arguments, sampling = request.arguments, request.sampling
-    _, schedule = options.draft_from(arguments)
-    name = "dense" if draft is None else "sparse"
+    name = "dense" if attention.is_dense else "sparse"
     with progress_bar(name, sampling.num_steps) as callback:
         return pipeline.generate(
             arguments.prompt,
             sampling,
             image=request.image,
-            draft=draft,
-            schedule=schedule,
+            attention=attention,
             guidance_batching=arguments.guidance_batching,
             callback=callback,
         )

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from draft_jax import AttentionPlan
 from models.cli import options
 from models.cli.model import read_request
 from models.cli.progress import progress_bar
@@ -14,7 +15,7 @@ from models.media import video as video_io
 def run(arguments: argparse.Namespace) -> None:
     """Runs the model and draws."""
     video_io.check_video_extra()
-    draft, schedule = options.draft_from(arguments)
+    attention = AttentionPlan.draft(*options.draft_from(arguments))
     path = getattr(arguments, "output", None)
     if path is not None and path.suffix.lower() != ".png":
         raise ValueError(f"--output {path} must end in .png")
@@ -28,11 +29,11 @@ def run(arguments: argparse.Namespace) -> None:
     if path is None:
         name = f"{options.slug(arguments.prompt)}-{sampling.seed}-step{step}.png"
         path = Path("outputs") / name
-    config = pipeline.model.config
-    layers = getattr(arguments, "layers", _spread(config.num_layers))
-    heads = getattr(arguments, "heads", tuple(range(min(4, config.num_heads))))
-    plots.check_indices("layers", layers, config.num_layers)
-    plots.check_indices("heads", heads, config.num_heads)
+    model = pipeline.model
+    layers = getattr(arguments, "layers", _spread(model.num_layers))
+    heads = getattr(arguments, "heads", tuple(range(min(4, model.num_heads))))
+    plots.check_indices("layers", layers, model.num_layers)
+    plots.check_indices("heads", heads, model.num_heads)
     with progress_bar(f"to step {step}", step) as callback:
         view = inspect_attention(
             pipeline,
@@ -40,8 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
             sampling,
             image=request.image,
             step=step,
-            draft=draft,
-            schedule=schedule,
+            attention=attention,
             callback=callback,
         )
     blocks = view.grid.num_visual_blocks

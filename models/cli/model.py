@@ -10,13 +10,14 @@ import numpy as np
 
 from models.cli import options
 from models.cli.report import run_details
+from models.diffusion.contexts import as_prompts
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
+from models.loading import WAN, find_family, load_pipeline
 from models.media.image import read_image
-from models.wan.conditions import as_prompts, check_image_is_wanted
 from models.wan.image import kept_part
-from models.wan.loading import WanInfo, describe_wan, is_wan
-from models.wan.sizes import latent_shape, side_multiples, size_like_image
+from models.wan.loading import WanInfo, describe_wan
+from models.wan.sizes import size_like_image
 from models.wan.text import TextOptions
 from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.tiling import Tiling
@@ -42,12 +43,10 @@ class Request:
         """Loads the pipeline; Wan encodes prompts before its transformer is loaded."""
         arguments, sampling = self.arguments, self.sampling
         text = _text_options(arguments)
-        if arguments.checkpoint is not None and is_wan(arguments.checkpoint):
+        if find_family(arguments.checkpoint) is WAN:
             negative = (sampling.negative_prompt,) if sampling.guided else ()
             text = dataclasses.replace(text, prompts=(arguments.prompt, *negative))
-        pipeline = VideoPipeline.from_checkpoint(
-            arguments.checkpoint, loras=arguments.lora, text=text
-        )
+        pipeline = load_pipeline(arguments.checkpoint, loras=arguments.lora, text=text)
         if arguments.vae_tile is None:
             return pipeline
         tiling = _tiling(arguments.vae_tile)
@@ -99,19 +98,19 @@ def read_request(arguments: argparse.Namespace) -> Request:
     options.sampling_from(arguments)  # what is wrong with any model
     image = None if arguments.image is None else read_image(arguments.image)
     path = arguments.checkpoint
-    if path is None or not is_wan(path):
+    if find_family(path) is not WAN:
         _check_fits_small_model(arguments)
         sampling = options.sampling_from(arguments, Sampling())
         if path is None:
             _note_large_size(sampling)
         return Request(arguments=arguments, sampling=sampling)
     info = describe_wan(path, text=_text_options(arguments))
-    check_image_is_wanted(info.config, given=image is not None)
+    info.conditioning.check_image(given=image is not None)
     sampling = _wan_sampling(arguments, info)
     if image is None:
-        latent_shape(sampling, info.config, info.vae)
+        info.conditioning.latent_shape(sampling, info.vae)
         return Request(arguments=arguments, sampling=sampling)
-    multiples = side_multiples(info.config, info.vae)
+    multiples = info.conditioning.side_multiples(info.vae)
     if arguments.image_fit == "aspect":
         height, width = size_like_image(
             image.shape[:2],
@@ -119,7 +118,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
             multiples=multiples,
         )
         sampling = dataclasses.replace(sampling, height=height, width=width)
-    latent_shape(sampling, info.config, info.vae)
+    info.conditioning.latent_shape(sampling, info.vae)
     size = sampling.height, sampling.width
     return Request(
         arguments=arguments,

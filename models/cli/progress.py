@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from models.diffusion.pipeline import StepReport
+from models.diffusion.results import StepReport
 from models.media.video import check_video_extra
 
 

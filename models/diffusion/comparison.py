@@ -1,4 +1,4 @@
-"""Dense against sparse: the same noise twice, and what differs."""
+"""Dense against sparse: two runs from the same noise, and how they differ."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from models.diffusion.pipeline import GenerationResult
+from models.diffusion.results import GenerationResult
 from models.media import plots
 from models.media import video as video_io
 from models.media.metrics import psnr, ssim
@@ -30,7 +30,7 @@ class Comparison:
             raise ValueError(f"videos of shapes {shapes} must be equal, one video each")
 
     def report(self) -> dict[str, Any]:
-        """Everything measured, ready for strict JSON.
+        """Returns everything measured, ready for strict JSON.
 
         PSNR and SSIM are of the sparse video against the dense one, before video
         compression. `psnr_db` is null for equal videos, where it is infinite.
@@ -55,7 +55,7 @@ class Comparison:
         }
 
     def dense_steps(self) -> np.ndarray:
-        """Which steps of the sparse run were dense in every layer, [steps]."""
+        """Returns which steps of the sparse run were dense in every layer, [steps]."""
         return self.sparse.dense.all(axis=1)
 
     def write(
@@ -67,7 +67,7 @@ class Comparison:
         report always belongs to the files beside it.
 
         Args:
-          folder: Where to; made if it does not exist.
+          folder: Folder to write to; made if it does not exist.
           fps: Frames per second of the videos.
           details: Entries to put in front of the report, such as the prompt.
 
@@ -95,7 +95,7 @@ class Comparison:
 
 
 def run_report(result: GenerationResult) -> dict[str, Any]:
-    """Times and kept shares of one run, ready for strict JSON."""
+    """Returns times and kept shares of one run, ready for strict JSON."""
     return {
         "time_ms_per_step": [round(float(value), 3) for value in result.time_ms],
         "time_ms_median_step": float(np.median(result.time_ms)),

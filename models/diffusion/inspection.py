@@ -1,4 +1,4 @@
-"""What self-attention looks like at one step of a generation."""
+"""A look at self-attention at one step of a generation."""
 
 import dataclasses
 import functools
@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from draft_jax.config import DraftConfig
-from draft_jax.draft.scores import draft_scores
-from draft_jax.draft.selection import compute_mask
-from draft_jax.grid import VideoGrid
-from draft_jax.schedule import SparsitySchedule
-from models.diffusion.interfaces import ImageCondition
-from models.diffusion.pipeline import Images, Sampling, VideoPipeline
-from models.diffusion.sampler import StepReport, model_inputs
+from draft_jax import (
+    AttentionPlan,
+    DraftConfig,
+    VideoGrid,
+    compute_mask,
+    draft_scores,
+)
+from models.diffusion.interfaces import ImageCondition, Images
+from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.results import StepReport
+from models.diffusion.sampling import Sampling
 
 TOP_SHARE = 0.1  # of block pairs, in `AttentionView.top_mass`
 
@@ -31,8 +34,8 @@ class AttentionView:
       top_mass: Share of the true softmax mass in the strongest 10 % of tile pairs,
         for the masses between tiles summed from full attention.
       kept_mass: Share of the true softmax mass in the kept pairs.
-      grid: Which tokens the tiles are.
-      timestep: Of the step that was looked at.
+      grid: Geometry of the tokens; says which of them a tile holds.
+      timestep: Timestep of the step that was looked at.
       is_dense: Whether the schedule runs each layer dense at this step, so that its
         mask would not be used.
     """
@@ -53,8 +56,7 @@ def inspect_attention(
     *,
     step: int,
     image: Images | ImageCondition | None = None,
-    draft: DraftConfig | None = None,
-    schedule: SparsitySchedule | None = None,
+    attention: AttentionPlan | None = None,
     callback: Callable[[StepReport], None] | None = None,
 ) -> AttentionView:
     """Generates up to a step and looks at the attention there.
@@ -62,25 +64,32 @@ def inspect_attention(
     Args:
       pipeline: Model, text encoder and codec.
       prompt: One prompt.
-      sampling: What is sampled.
-      step: Which step to look at, 0 to num_steps - 1.
+      sampling: Settings of the run; the pipeline's by default.
+      step: Step to look at, 0 to num_steps - 1.
       image: As in `VideoPipeline.generate`.
-      draft: Draft attention, `DraftConfig()` by default.
-      schedule: The paper's by default; it rules the steps before this one.
+      attention: Draft attention, with defaults if None; its schedule rules the
+        steps before this one.
       callback: Called after each step.
 
     Returns:
       Draft maps, masks and how much of the true attention they cover.
 
     Raises:
-      ValueError: As `VideoPipeline.generate`, or there is no such step.
+      ValueError: As `VideoPipeline.generate`; or there is no such step, or attention
+        is dense, which has no masks.
     """
     sampling = pipeline.sampling if sampling is None else sampling
-    draft = DraftConfig() if draft is None else draft
+    if attention is None:
+        attention = AttentionPlan.draft(DraftConfig())
+    if attention.config is None:
+        raise ValueError(
+            "attention=AttentionPlan.dense() has no masks to look at; pass "
+            "AttentionPlan.draft(config, schedule)"
+        )
     if not 0 <= step < sampling.num_steps:
         raise ValueError(f"{step=} must be in 0 .. {sampling.num_steps - 1}")
     sampler, state, inputs = pipeline.start(
-        prompt, sampling, image=image, draft=draft, schedule=schedule
+        prompt, sampling, image=image, attention=attention
     )
     if step:
         programs, _ = pipeline.compile(sampler, state, inputs)
@@ -89,15 +98,19 @@ def inspect_attention(
             if callback is not None:
                 callback(report)
     step_plan, timestep = sampler.step_plan(step), sampler.solver.timesteps[step]
-    captured = sampler.model.capture_qk(
-        **model_inputs(state.latents, timestep, inputs),
+    model = sampler.model
+    captured = model.capture_qk(
+        model.step_inputs(state.latents, timestep, inputs.context, inputs.image),
+        attention=attention,
         step=step_plan,
         masks=state.masks,
     )
-    grid = sampler.model.grid(sampler.latent_shape)
+    grid = model.grid(sampler.latent_shape)
     q, k = (part[:, :1] for part in captured)  # item 0 is the prompt
-    assert step_plan is not None  # draft is not None
-    look = functools.partial(_look, budget=step_plan.budget, grid=grid, draft=draft)
+    assert step_plan is not None  # attention is not dense
+    look = functools.partial(
+        _look, budget=step_plan.budget, grid=grid, draft=attention.config
+    )
     fields = jax.jit(lambda q, k: jax.lax.map(look, (q, k)))(q, k)
     return AttentionView(
         **{name: np.asarray(value[:, 0]) for name, value in fields.items()},
@@ -114,7 +127,7 @@ def _look(
     grid: VideoGrid,
     draft: DraftConfig,
 ) -> dict[str, Array]:
-    """Draft maps, masks and masses of one layer; each with a batch axis."""
+    """Returns draft maps, masks and masses of one layer; each with a batch axis."""
     q, k = q_and_k
     scores = draft_scores(q, k, grid=grid, config=draft, order="tiled")
     mask = compute_mask(
@@ -139,12 +152,12 @@ def _look(
 def block_masses(
     q: Float[Array, "B T N D"], k: Float[Array, "B T N D"], grid: VideoGrid
 ) -> Float[Array, "B N S S"]:
-    """Softmax mass of full attention between the tiles, summed over their tokens.
+    """Sums the softmax mass of full attention between the tiles over their tokens.
 
     Args:
       q: Queries in tiled order, without text.
       k: Keys like q.
-      grid: Which tokens the tiles are.
+      grid: Geometry of the tokens; says which of them a tile holds.
 
     Returns:
       float32; row r sums to the number of tokens of tile r. One head's T x T map

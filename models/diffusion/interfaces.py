@@ -1,27 +1,41 @@
-"""What a pipeline needs of its parts, and what it hands from one to another."""
+"""Interfaces of a pipeline's parts, and what it hands from one to another.
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+Pipeline, sampler and inspection know a model family by these alone. A family is a
+`VideoModel` with its `Conditioning`, a `Codec` and encoders.
+"""
 
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from draft_jax import AttentionPlan, BlockMask, DraftStep, VideoGrid
+from models.diffusion.sampling import Sampling
 
 LatentShape = tuple[int, int, int, int]  # frames, rows, columns, channels
 
+# One image, or one for each prompt.
+Images = (
+    Float[Array | np.ndarray, "height width 3"]
+    | Float[Array | np.ndarray, "B height width 3"]
+)
+
 
 class TextContext(NamedTuple):
-    """What cross-attention sees of some prompts, as a text encoder makes it."""
+    """Rows that cross-attention sees of some prompts, as a text encoder makes them."""
 
     embeddings: Float[Array, "B L text_dim"]  # padding included
     lengths: Int[Array, " B"]  # how many rows are real
 
 
 class ImageCondition(NamedTuple):
-    """What an image-to-video model sees of its images.
+    """Channels and tokens that an image-to-video model sees of its images.
 
     One item serves all prompts, or there is one for each.
     """
 
-    latents: Float[Array, "B F H W condition"]  # see `image.condition_latents`
+    latents: Float[Array, "B F H W condition"]  # see `wan.image.condition_latents`
     tokens: Float[Array, "B I image_dim"] | None  # None for models without
 
 
@@ -32,18 +46,18 @@ class TextEncoder(Protocol):
     def encode(
         self, prompts: Sequence[str]
     ) -> tuple[Float[Array, "B L text_dim"], Int[Array, " B"]]:
-        """Context rows, padding included, and how many of them are real."""
+        """Returns context rows, padding included, and how many of them are real."""
 
 
 @runtime_checkable
 class ClosedVocabulary(Protocol):
-    """A text encoder that knows some words only."""
+    """Knows some words only; a text encoder may."""
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that training did not contain."""
+        """Returns words of the prompt that training did not contain."""
 
     def describe_vocabulary(self) -> str:
-        """What prompts can be made of, in a few words for a person."""
+        """Says in a few words for a person what prompts can be made of."""
 
 
 @runtime_checkable
@@ -53,20 +67,22 @@ class ImageEncoder(Protocol):
     def encode(
         self, images: Float[Array, "B height width 3"]
     ) -> Float[Array, "B I image_dim"]:
-        """Tokens of images in [-1, 1] of any size; Wan takes CLIP's last but one
-        layer, 257 tokens of 1280."""
+        """Returns tokens of images in [-1, 1] of any size.
+
+        Wan takes CLIP's last but one layer, 257 tokens of 1280.
+        """
 
 
 @runtime_checkable
 class LatentSizes(Protocol):
-    """What a codec, or its configuration, says of its latents."""
+    """Sizes of latents, as a codec or its configuration tells them."""
 
     @property
     def stride(self) -> tuple[int, int, int]:
         """Frames, rows and columns of pixels in one latent position."""
 
     def latent_shape(self, *, frames: int, height: int, width: int) -> LatentShape:
-        """Frames, rows, columns and channels of the latent of a video.
+        """Returns frames, rows, columns and channels of the latent of a video.
 
         Raises:
           ValueError: Names a side that the codec has no latent for, and what it
@@ -81,9 +97,142 @@ class Codec(LatentSizes, Protocol):
     def encode(
         self, video: Float[Array, "B frames height width 3"]
     ) -> Float[Array, "B F H W C"]:
-        """Latents of pixels in [-1, 1], of the strength the transformer expects."""
+        """Returns latents of pixels in [-1, 1], as strong as the model expects."""
 
     def decode(
         self, latents: Float[Array, "B F H W C"]
     ) -> Float[Array, "B frames height width 3"]:
-        """Pixels in [-1, 1]."""
+        """Returns pixels in [-1, 1]."""
+
+
+@runtime_checkable
+class Conditioning(Protocol):
+    """Rules of a family for requests: which sizes, texts and images suit its model."""
+
+    def latent_shape(self, sampling: Sampling, codec: LatentSizes) -> LatentShape:
+        """Returns the shape of a video's latent.
+
+        Raises:
+          ValueError: A side of the video does not suit the codec or the model, or
+            the two do not fit each other.
+        """
+
+    def check_image(self, *, given: bool) -> None:
+        """Checks that an image is given exactly where the model takes one.
+
+        Raises:
+          ValueError: It is missing, or given to a model that takes none.
+        """
+
+    def check_context(self, name: str, context: TextContext) -> None:
+        """Checks that a context has the model's sizes.
+
+        Raises:
+          ValueError: It does not; the message calls it `name`.
+        """
+
+    def image_condition(
+        self,
+        images: Images,
+        sampling: Sampling,
+        *,
+        codec: Codec,
+        image_encoder: ImageEncoder | None,
+    ) -> ImageCondition:
+        """Returns what the model is told of first frames.
+
+        Raises:
+          ValueError: They are no images, or a part for them is missing.
+        """
+
+    def repeat_condition(
+        self, image: ImageCondition, batch: int, latent_shape: LatentShape
+    ) -> ImageCondition:
+        """Returns the condition of every item of a batch.
+
+        Raises:
+          ValueError: It fits neither the batch nor the model.
+        """
+
+
+@runtime_checkable
+class VideoModel(Protocol):
+    """A diffusion transformer as sampler and inspection know it; an `nnx.Module`."""
+
+    @property
+    def config(self) -> Hashable:
+        """Sizes and dtypes. Models of equal configurations share programs."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of self-attention, in the order that masks and schedules have."""
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of each layer."""
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """Rules for requests."""
+
+    def grid(self, latent_shape: tuple[int, ...]) -> VideoGrid:
+        """Returns the tokens of one latent: [F, H, W, C], or with a batch axis.
+
+        Raises:
+          ValueError: The model does not take the shape.
+        """
+
+    def step_inputs(
+        self,
+        latents: Float[Array, "B F H W C"],
+        timestep: Float[Array, ""] | float,
+        context: TextContext,
+        image: ImageCondition | None,
+    ) -> Any:
+        """Returns the model's own inputs for one step, a pytree.
+
+        Args:
+          latents: Noisy latents.
+          timestep: Noise level of all items.
+          context: Rows of the prompts, or of prompts and then their negative prompts:
+            a multiple of B.
+          image: Condition of the B items, for an image-to-video model.
+
+        Returns:
+          First argument of `__call__` and `capture_qk`, whose arrays have one row
+          for each of the context.
+        """
+
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        attention: AttentionPlan,
+        step: DraftStep | None,
+        masks: BlockMask | None,
+    ) -> tuple[Float[Array, "rows F H W C"], BlockMask | None]:
+        """Predicts the velocity of noisy latents.
+
+        Args:
+          inputs: The model's own; see `step_inputs`.
+          attention: Dense or draft attention.
+          step: The schedule's entry for this step, with draft attention.
+          masks: Masks that the step before returned, stacked over layers.
+
+        Returns:
+          The velocity in float32, and the masks for the next step; None with dense
+          attention.
+        """
+
+    def capture_qk(
+        self,
+        inputs: Any,
+        *,
+        attention: AttentionPlan,
+        step: DraftStep | None,
+        masks: BlockMask | None,
+    ) -> tuple[Float[Array, "layers B T N D"], Float[Array, "layers B T N D"]]:
+        """Returns queries and keys of every layer, as self-attention sees them.
+
+        Takes what `__call__` takes. Tokens are in tiled order.
+        """

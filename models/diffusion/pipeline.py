@@ -1,90 +1,50 @@
-"""Text, or an image and text, to video: encoders, the sampler around the transformer,
-and the codec."""
+"""A pipeline from text, or an image and text, to video.
+
+Encoders, the sampler around the transformer, and the codec; the model's family is
+known by `interfaces` alone.
+"""
 
 import dataclasses
 import logging
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from flax import nnx
+from jaxtyping import Array, Float
 
-from draft_jax.config import DraftConfig
-from draft_jax.schedule import SparsitySchedule, StepKind
+from draft_jax import AttentionPlan, StepKind
+from models.diffusion.contexts import as_prompts, join_contexts
 from models.diffusion.interfaces import (
     ClosedVocabulary,
     Codec,
     ImageCondition,
     ImageEncoder,
+    Images,
     LatentShape,
     TextContext,
     TextEncoder,
+    VideoModel,
 )
+from models.diffusion.results import GenerationResult, StepReport
 from models.diffusion.sampler import (
     GuidanceBatching,
     Sampler,
     SamplerState,
     StepInputs,
-    StepReport,
 )
 from models.diffusion.sampling import Sampling
-from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
-from models.umt5.text_encoder import default_dtype
-from models.wan.conditions import (
-    as_prompts,
-    check_context,
-    check_image_is_wanted,
-    join_contexts,
-    repeat_condition,
-)
-from models.wan.image import as_images, condition_latents, fit_images
-from models.wan.layouts import ALL_PARTS, Part
-from models.wan.loading import is_wan, load_wan
-from models.wan.sizes import latent_shape, side_multiples
-from models.wan.text import TextOptions
-from models.wan.transformer import WanTransformer
 
 _LOG = logging.getLogger(__name__)
 
-# One image, or one for each prompt.
-Images = (
-    Float[Array | np.ndarray, "height width 3"]
-    | Float[Array | np.ndarray, "B height width 3"]
-)
+DENSE = AttentionPlan.dense()
 
 
 class UnknownWordWarning(UserWarning):
     """A prompt has words that the text encoder was not trained on."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationResult:
-    """Videos and how they came about.
-
-    Attributes:
-      video: Values in [0, 1], one video per prompt.
-      latents: What the codec decoded.
-      time_ms: Duration of each step, without compilation.
-      compile_ms: Time to trace and compile the steps; 0 if all were compiled before.
-      decode_ms: Time of the codec, its compilation included.
-      kept_density: Share of token pairs computed, mean over batch and heads; 1.0
-        where a step and layer ran dense.
-      dense: Which steps and layers ran dense.
-      timesteps: Model timestep of each step.
-    """
-
-    video: Float[np.ndarray, "B frames height width 3"]
-    latents: Float[np.ndarray, "B F H W C"]
-    time_ms: Float[np.ndarray, " steps"]
-    compile_ms: float
-    decode_ms: float
-    kept_density: Float[np.ndarray, "steps layers"]
-    dense: Bool[np.ndarray, "steps layers"]
-    timesteps: Float[np.ndarray, " steps"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,18 +52,17 @@ class VideoPipeline:
     """A transformer with its encoders and codec.
 
     Args:
-      model: The transformer. Its own choice of attention is not used; `generate`
-        says which one runs.
+      model: The transformer; `models.loading.load_pipeline` reads one.
       text_encoder: Makes the context of the prompts. None if `generate` is always
         given the context itself, so that a large encoder can be freed first.
       codec: Decodes latents, and says their shape.
       image_encoder: Makes the image tokens of an image-to-video model. None if there
         are none, or `generate` is always given the condition itself.
-      sampling: What is sampled if `generate` is not told: the checkpoint's settings.
+      sampling: Settings if `generate` is not told: those of the checkpoint.
       fps: Frames per second of the videos that the model was trained on.
     """
 
-    model: WanTransformer
+    model: VideoModel
     text_encoder: TextEncoder | None
     codec: Codec
     image_encoder: ImageEncoder | None = None
@@ -113,62 +72,17 @@ class VideoPipeline:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    @classmethod
-    def from_checkpoint(
-        cls,
-        path: Path | str | None = None,
-        *,
-        parts: Collection[Part] = ALL_PARTS,
-        loras: Iterable[tuple[Path | str, float]] = (),
-        text: TextOptions | None = None,
-    ) -> "VideoPipeline":
-        """Loads a checkpoint, by default the model that ships.
-
-        Computes in float32 on CPU and in bfloat16 elsewhere, Wan's codec in float32.
-
-        Args:
-          path: A folder in the format of `models/mini/weights`, or a published Wan
-            model: its folder, or its repository on the hub.
-          parts: What to load of a Wan model; see `open_wan_parts`.
-          loras: Adapters to merge into a Wan model, each with its strength.
-          text: Where a Wan model's text encoder runs, whether it is freed before the
-            transformer is loaded, and where embeddings are kept. By default it stays
-            on the default device.
-
-        Returns:
-          A pipeline with the weights in memory.
-
-        Raises:
-          CheckpointError: The folder is missing, incomplete, or of another format.
-          ConversionError: An adapter does not fit.
-          ImportError: An optional package is needed and not installed.
-          UnknownPromptError: `text` gives embeddings that lack one of its prompts.
-          ValueError: `parts` lacks the VAE, or options for Wan models are given for
-            another one.
-        """
-        if path is not None and is_wan(path):
-            return cls(**vars(load_wan(path, parts=parts, loras=loras, text=text)))
-        _check_nothing_is_for_wan(loras, text or TextOptions())
-        checkpoint = MiniCheckpoint.load(path, dtype=default_dtype())
-        return cls(
-            model=checkpoint.transformer,
-            text_encoder=MiniTextEncoder(
-                checkpoint.vocabulary, checkpoint.text_embedding
-            ),
-            codec=checkpoint.codec,
-        )
-
     def latent_shape(self, sampling: Sampling) -> LatentShape:
-        """Frames, rows, columns and channels of the latent of a video.
+        """Returns frames, rows, columns and channels of the latent of a video.
 
         Raises:
           ValueError: A side of the video does not suit the codec or the
             transformer's patches, or codec and transformer differ in channels.
         """
-        return latent_shape(sampling, self.model.config, self.codec)
+        return self.model.conditioning.latent_shape(sampling, self.codec)
 
     def encode(self, prompts: str | Sequence[str]) -> TextContext:
-        """The context of prompts, which `generate` takes in their place.
+        """Returns the context of prompts, which `generate` takes in their place.
 
         Raises:
           ValueError: There is no text encoder, no prompt, or an empty one.
@@ -178,12 +92,10 @@ class VideoPipeline:
         return self._encode(prompts)
 
     def encode_images(self, images: Images, sampling: Sampling) -> ImageCondition:
-        """The condition of first frames, which `generate` takes in their place.
+        """Returns the condition of first frames, which `generate` takes in their place.
 
-        Images of another size than the video are resized as Wan2.1 does it, after the
-        middle was cut out of those of clearly another aspect ratio: see `fit_images`
-        and `kept_part` in `models.wan.image`. The image encoder sees what is kept in
-        the image's own pixels.
+        The model's family says how an image of another size is fitted; see the
+        `image_condition` of its conditioning.
 
         Args:
           images: First frames in [-1, 1], of any size.
@@ -194,23 +106,14 @@ class VideoPipeline:
           ValueError: The images are not such, or there is no encoder for the tokens
             that the model takes.
         """
-        config = self.model.config
-        kept, images = fit_images(
-            as_images(images),
-            (sampling.height, sampling.width),
-            side_multiples(config, self.codec),
-        )
         _LOG.info("encoding the image")
-        tokens = None
-        if config.image_dim is not None:
-            if self.image_encoder is None:
-                raise ValueError(
-                    "this pipeline has no image encoder: pass an ImageCondition"
-                )
-            tokens = self.image_encoder.encode(kept)
-        latents = condition_latents(self.codec, images, frames=sampling.frames)
-        _check_codec_output("latent that the codec made of the image", latents)
-        return ImageCondition(latents, tokens)
+        condition = self.model.conditioning.image_condition(
+            images, sampling, codec=self.codec, image_encoder=self.image_encoder
+        )
+        _check_codec_output(
+            "latent that the codec made of the image", condition.latents
+        )
+        return condition
 
     def generate(
         self,
@@ -220,8 +123,7 @@ class VideoPipeline:
         image: Images | ImageCondition | None = None,
         negative_context: TextContext | None = None,
         noise: Float[Array | np.ndarray, "B F H W C"] | None = None,
-        draft: DraftConfig | None = None,
-        schedule: SparsitySchedule | None = None,
+        attention: AttentionPlan = DENSE,
         guidance_batching: GuidanceBatching = "one_call",
         callback: Callable[[StepReport], None] | None = None,
     ) -> GenerationResult:
@@ -234,16 +136,14 @@ class VideoPipeline:
         Args:
           prompts: One or more prompts, or their context, sampled as one batch. The
             noise of an item depends on the seed and its position only.
-          sampling: What is sampled; `self.sampling` by default.
+          sampling: Settings of the run; `self.sampling` by default.
           image: First frame in [-1, 1] of any size (`encode_images` says how it is
             fitted), one or one for each prompt, or its condition; for an
             image-to-video model and only there.
           negative_context: Stands for `sampling.negative_prompt`: one item, or one
             for each prompt. Not read if the guidance is 1.
           noise: Stands for the initial latents that `sampling.seed` draws.
-          draft: Draft attention by this configuration; None is dense attention.
-          schedule: Which steps and layers stay dense all the same;
-            `SparsitySchedule.paper()` by default. Not read if `draft` is None.
+          attention: Dense attention, or draft attention with its schedule.
           guidance_batching: Whether a guided step runs prompts and negative prompts
             in "one_call" or "two_calls"; two need less memory.
           callback: Called after each step.
@@ -263,8 +163,7 @@ class VideoPipeline:
             image=image,
             negative_context=negative_context,
             noise=noise,
-            draft=draft,
-            schedule=schedule,
+            attention=attention,
             guidance_batching=guidance_batching,
         )
         programs, compile_ms = self.compile(sampler, state, inputs)
@@ -301,28 +200,26 @@ class VideoPipeline:
         image: Images | ImageCondition | None = None,
         negative_context: TextContext | None = None,
         noise: Float[Array | np.ndarray, "B F H W C"] | None = None,
-        draft: DraftConfig | None,
-        schedule: SparsitySchedule | None,
+        attention: AttentionPlan = DENSE,
         guidance_batching: GuidanceBatching = "one_call",
     ) -> tuple[Sampler, SamplerState, StepInputs]:
-        """What `generate` runs its first step with, for loops of your own.
+        """Prepares what `generate` runs its first step with, for loops of your own.
 
         Takes and raises what `generate` does.
         """
-        check_image_is_wanted(self.model.config, given=image is not None)
+        self.model.conditioning.check_image(given=image is not None)
         shape = self.latent_shape(sampling)
         context = self._context(prompts, sampling, negative_context)
         sampler = Sampler.create(
             self.model,
             latent_shape=shape,
             solver=sampling.make_solver(),
-            draft=draft,
-            schedule=schedule,
+            attention=attention,
             guidance_batching=guidance_batching,
         )
         batch = len(context.lengths) // (2 if sampling.guided else 1)
         inputs = StepInputs(
-            *context,
+            context,
             guidance=jnp.float32(sampling.guidance),
             image=self._image(image, sampling, batch, shape),
         )
@@ -340,14 +237,21 @@ class VideoPipeline:
     def compile(
         self, sampler: Sampler, state: SamplerState, inputs: StepInputs
     ) -> tuple[dict[StepKind | None, Callable], float]:
-        """The compiled steps and the milliseconds that took; 0 if known from before."""
-        leaves = jax.tree.leaves((state, inputs))
+        """Returns compiled steps and the milliseconds that took; 0 if known before."""
+        arrays = nnx.state(sampler.model), state, inputs
         key = (
             sampler.model.config,
             sampler.latent_shape,
             type(sampler.solver),
+            # Not the schedule: programs that two schedules share are looked up by
+            # their kind below.
+            sampler.attention.config,
             sampler.guidance_batching,
-            tuple((leaf.shape, leaf.dtype.name) for leaf in leaves),
+            # Shardings tell the devices too; a program serves no others.
+            tuple(
+                (leaf.shape, leaf.dtype.name, leaf.sharding)
+                for leaf in jax.tree.leaves(arrays)
+            ),
         )
         known = self._compiled.setdefault(key, {})
         missing = [kind for kind in sampler.kinds if kind not in known]
@@ -363,10 +267,10 @@ class VideoPipeline:
         sampling: Sampling,
         negative: TextContext | None,
     ) -> TextContext:
-        """Rows of the prompts and, with guidance, those of negative prompts."""
-        config = self.model.config
+        """Returns rows of the prompts and, with guidance, those of negative prompts."""
+        check_context = self.model.conditioning.check_context
         if isinstance(prompts, TextContext):
-            check_context("prompts", prompts, config)
+            check_context("prompts", prompts)
             positive = prompts
         else:
             positive = self.encode(prompts)
@@ -374,7 +278,7 @@ class VideoPipeline:
             return positive
         if negative is None:
             negative = self._encode([sampling.negative_prompt])
-        check_context("negative_context", negative, config)
+        check_context("negative_context", negative)
         return join_contexts(positive, negative)
 
     def _image(
@@ -384,12 +288,12 @@ class VideoPipeline:
         batch: int,
         shape: LatentShape,
     ) -> ImageCondition | None:
-        """The condition of every item of the batch."""
+        """Returns the condition of every item of the batch."""
         if image is None:
             return None
         if not isinstance(image, ImageCondition):
             image = self.encode_images(image, sampling)
-        return repeat_condition(image, batch, shape, self.model.config)
+        return self.model.conditioning.repeat_condition(image, batch, shape)
 
     def _encode(self, prompts: list[str]) -> TextContext:
         if self.text_encoder is None:
@@ -413,21 +317,6 @@ class VideoPipeline:
                 UnknownWordWarning,
                 skip_file_prefixes=(__file__,),  # the caller's line
             )
-
-
-def _check_nothing_is_for_wan(
-    loras: Iterable[tuple[Path | str, float]], text: TextOptions
-) -> None:
-    """Raises ValueError if arguments are given that a small model has no use for."""
-    adapters = [str(file) for file, _ in loras]
-    given = [f"loras={adapters}"] if adapters else []
-    given += [
-        f"text.{field.name}={value!s}"
-        for field in dataclasses.fields(text)
-        if (value := getattr(text, field.name)) != field.default
-    ]
-    if given:
-        raise ValueError(f"{' and '.join(given)}: arguments that fit Wan models only")
 
 
 def _check_codec_output(what: str, array: Float[Array | np.ndarray, "..."]) -> None:

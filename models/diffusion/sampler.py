@@ -2,23 +2,33 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from draft_jax.attention import initial_mask
-from draft_jax.block_mask import BlockMask
-from draft_jax.config import DraftConfig
-from draft_jax.schedule import DraftStep, SparsitySchedule, StepKind, StepPlan
-from models.diffusion.interfaces import ImageCondition, LatentShape
+from draft_jax import (
+    AttentionPlan,
+    BlockMask,
+    DraftStep,
+    StepKind,
+    StepPlan,
+    initial_mask,
+)
+from models.diffusion.interfaces import (
+    ImageCondition,
+    LatentShape,
+    TextContext,
+    VideoModel,
+)
+from models.diffusion.results import StepReport
 from models.diffusion.schedulers import Solver
-from models.wan.transformer import WanTransformer
 
 # How a guided step runs the model on prompts and negative prompts: as one batch, or
 # one after the other, which needs less memory.
@@ -26,7 +36,7 @@ GuidanceBatching = Literal["one_call", "two_calls"]
 
 
 class SamplerState(NamedTuple):
-    """What one step hands to the next."""
+    """State that one step hands to the next."""
 
     latents: Float[Array, "B F H W C"]  # float32
     # Leaves [layers, rows, ...], or [2, layers, B, ...] with guidance in two calls;
@@ -36,42 +46,15 @@ class SamplerState(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """What is the same for every step. With guidance, prompts come first and their
-    negative prompts after them, so 2 B rows; without it, B rows."""
+    """Inputs that are the same for every step.
 
-    context: Float[Array, "rows L text_dim"]
-    context_lengths: Int[Array, " rows"]
-    guidance: Float[Array, ""]
-    image: ImageCondition | None = None  # B rows; for an image-to-video model
-
-
-class ModelInputs(TypedDict):
-    """What the transformer takes, by argument."""
-
-    latents: Float[Array, "rows F H W C"]
-    timesteps: Float[Array, " rows"]
-    context: Float[Array, "rows L text_dim"]
-    context_lengths: Int[Array, " rows"]
-    image_tokens: Float[Array, "rows I image_dim"] | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """One finished step, as callbacks get it.
-
-    Attributes:
-      index: 0 to num_steps - 1.
-      num_steps: Steps of the run.
-      timestep: What the model was told, 0 to 1000.
-      time_ms: Until the result was there.
-      kept_density: Share of token pairs each layer computed; 1.0 where dense.
+    With guidance, prompts come first and their negative prompts after them, so 2 B
+    rows; without it, B rows.
     """
 
-    index: int
-    num_steps: int
-    timestep: float
-    time_ms: float
-    kept_density: Float[np.ndarray, " layers"]
+    context: TextContext
+    guidance: Float[Array, ""]
+    image: ImageCondition | None = None  # B rows; for an image-to-video model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,16 +62,18 @@ class Sampler:
     """A transformer with its attention, noise levels and schedule worked out.
 
     Attributes:
-      model: With the attention that the run uses.
+      model: The transformer.
       solver: Noise levels, and the step between them.
-      latent_shape: Of one item.
-      plan: What each step does; None with dense attention.
+      latent_shape: Shape of one item's latent.
+      attention: Dense or draft attention.
+      plan: The schedule's entry for each step; None with dense attention.
       guidance_batching: How guided steps run the model.
     """
 
-    model: WanTransformer
+    model: VideoModel
     solver: Solver
     latent_shape: LatentShape
+    attention: AttentionPlan
     plan: StepPlan | None
     guidance_batching: GuidanceBatching = "one_call"
 
@@ -102,22 +87,20 @@ class Sampler:
     @classmethod
     def create(
         cls,
-        model: WanTransformer,
+        model: VideoModel,
         *,
         latent_shape: LatentShape,
         solver: Solver,
-        draft: DraftConfig | None,
-        schedule: SparsitySchedule | None,
+        attention: AttentionPlan,
         guidance_batching: GuidanceBatching = "one_call",
     ) -> "Sampler":
-        """Sets the model's attention and works the schedule out.
+        """Works the schedule out for a model and a size.
 
         Args:
-          model: Transformer with any attention.
-          latent_shape: Of one item.
+          model: The transformer.
+          latent_shape: Shape of one item's latent.
           solver: Noise levels, and the step between them.
-          draft: Options of draft attention; None is dense attention.
-          schedule: The paper's by default. Not read if `draft` is None.
+          attention: Dense attention, or draft attention with its schedule.
           guidance_batching: Whether a guided step runs prompts and negative prompts
             in "one_call" or "two_calls". Two need less memory; results agree up to
             rounding.
@@ -126,22 +109,16 @@ class Sampler:
           ValueError: The schedule or the latent's shape does not fit the model, or
             there is no such batching.
         """
-        plan = None
-        if draft is None:
-            model = model.with_attention("dense")
-        else:
-            model = model.with_attention("draft", draft)
-            schedule = SparsitySchedule.paper() if schedule is None else schedule
-            plan = schedule.plan(
-                solver.timesteps,
-                num_layers=model.config.num_layers,
-                grid=model.grid(latent_shape),
-                config=draft,
-            )
+        plan = attention.steps(
+            solver.timesteps,
+            num_layers=model.num_layers,
+            grid=model.grid(latent_shape),
+        )
         return cls(
             model=model,
             solver=solver,
             latent_shape=latent_shape,
+            attention=attention,
             plan=plan,
             guidance_batching=guidance_batching,
         )
@@ -151,14 +128,14 @@ class Sampler:
         """Which steps and layers run dense."""
         if self.plan is not None:
             return self.plan.dense
-        return np.ones((self.solver.num_steps, self.model.config.num_layers), np.bool_)
+        return np.ones((self.solver.num_steps, self.model.num_layers), np.bool_)
 
     def step_plan(self, index: int) -> DraftStep | None:
-        """The schedule's entry of a step."""
+        """Returns the schedule's entry of a step; None with dense attention."""
         return None if self.plan is None else self.plan.step(index)
 
     def initial_state(self, batch: int, *, seed: int, guided: bool) -> SamplerState:
-        """Pure noise and masks to start from.
+        """Returns pure noise and masks to start from.
 
         Item `i` gets noise from `fold_in(key(seed), i)`, so that it does not depend
         on how many items are sampled together.
@@ -166,23 +143,26 @@ class Sampler:
         keys = [jax.random.fold_in(jax.random.key(seed), item) for item in range(batch)]
         noise = [jax.random.normal(key, self.latent_shape) for key in keys]
         latents = jnp.stack(noise)
-        masks = None if self.plan is None else self._initial_masks(batch, guided)
+        masks = self._initial_masks(batch, guided)
         return SamplerState(latents, masks, self.solver.initial_history(latents))
 
-    def _initial_masks(self, batch: int, guided: bool) -> BlockMask:
-        config = self.model.config
+    def _initial_masks(self, batch: int, guided: bool) -> BlockMask | None:
+        """Returns arrays of their own for each layer, for steps reuse the memory."""
+        config = self.attention.config
+        if config is None:
+            return None
         two_calls = guided and self.guidance_batching == "two_calls"
         mask = initial_mask(
             self.model.grid(self.latent_shape),
-            config.draft,
+            config,
             batch=batch * (2 if guided and not two_calls else 1),
-            num_heads=config.num_heads,
+            num_heads=self.model.num_heads,
         )
-        repeats = (*((2,) if two_calls else ()), config.num_layers, 1, 1, 1)
+        repeats = (*((2,) if two_calls else ()), self.model.num_layers, 1, 1, 1)
         return jax.tree.map(lambda leaf: jnp.tile(leaf, repeats), mask)
 
     def kind(self, index: int) -> StepKind | None:
-        """Which program a step needs; None with dense attention."""
+        """Returns which program a step needs; None with dense attention."""
         return None if self.plan is None else self.plan.kind(index)
 
     @property
@@ -200,8 +180,8 @@ class Sampler:
 
         Args:
           state: From `initial_state`.
-          inputs: What `run_step` is given.
-          kinds: Which steps; all of `self.kinds` by default.
+          inputs: Inputs that `run_step` will be given.
+          kinds: Kinds of steps; all of `self.kinds` by default.
         """
         kinds = self.kinds if kinds is None else list(kinds)
         lowered = [self._lower(state, inputs, kind) for kind in kinds]
@@ -211,21 +191,26 @@ class Sampler:
 
     def _lower(self, state: SamplerState, inputs: StepInputs, kind: StepKind | None):
         structure, _ = nnx.split(self.model)
-        update, predict = self.solver.update, _in_one_call
-        if self.guidance_batching == "two_calls" and _is_guided(state, inputs):
-            predict = _in_two_calls
+        attention, update = self.attention, self.solver.update
+        two_calls = self.guidance_batching == "two_calls" and _is_guided(state, inputs)
 
         def step_fn(parameters, state, inputs, timestep, coefficients, budget):
             model = nnx.merge(structure, parameters)
             step = None if kind is None else kind.step(budget)
-            velocity, masks = predict(model, state, inputs, timestep, step)
+
+            def call(context, masks):
+                rows = model.step_inputs(state.latents, timestep, context, inputs.image)
+                return model(rows, attention=attention, step=step, masks=masks)
+
+            predict = functools.partial(_in_two_calls, call) if two_calls else call
+            velocity, masks = predict(inputs.context, state.masks)
             latents, history = update(
                 state.latents,
                 _guide(velocity, inputs, len(state.latents)),
                 state.history,
                 coefficients,
             )
-            kept_density = _density_of_layers(masks, step, model.config.num_layers)
+            kept_density = _density_of_layers(masks, step, model.num_layers)
             finite = jnp.isfinite(latents).all()
             return SamplerState(latents, masks, history), kept_density, finite
 
@@ -242,10 +227,10 @@ class Sampler:
         """Runs a step and waits for its result.
 
         Args:
-          programs: What `compile` returned.
+          programs: Programs that `compile` returned.
           state: From `initial_state` or the step before; its buffers are reused.
           inputs: As given to `compile`.
-          index: Which step.
+          index: Number of the step, from 0.
 
         Raises:
           FloatingPointError: The result is not finite.
@@ -280,72 +265,27 @@ class Sampler:
         return nnx.state(self.model), state, inputs, timestep, coefficients, budget
 
 
-def model_inputs(
-    latents: Float[Array, "B F H W C"],
-    timestep: Float[Array, ""] | float,
-    inputs: StepInputs,
-) -> ModelInputs:
-    """The model's arguments, one row for each of the context."""
-    rows = inputs.context.shape[0]
-    repeats = rows // latents.shape[0]
-    tokens = None
-    if inputs.image is not None:
-        latents = jnp.concatenate([latents, inputs.image.latents], axis=-1)
-        tokens = inputs.image.tokens
-    return {
-        "latents": jnp.concatenate([latents] * repeats),
-        "timesteps": jnp.full(rows, timestep, jnp.float32),
-        "context": inputs.context,
-        "context_lengths": inputs.context_lengths,
-        "image_tokens": None if tokens is None else jnp.concatenate([tokens] * repeats),
-    }
-
-
 def _is_guided(state: SamplerState, inputs: StepInputs) -> bool:
-    return inputs.context.shape[0] > state.latents.shape[0]
-
-
-def _in_one_call(
-    model: WanTransformer,
-    state: SamplerState,
-    inputs: StepInputs,
-    timestep: Float[Array, ""],
-    step: DraftStep | None,
-) -> tuple[Float[Array, "rows F H W C"], BlockMask | None]:
-    """Velocities and masks of all rows as one batch."""
-    rows = model_inputs(state.latents, timestep, inputs)
-    return model(**rows, step=step, masks=state.masks)
+    """Whether there are rows of negative prompts."""
+    return len(jax.tree.leaves(inputs.context)[0]) > len(state.latents)
 
 
 def _in_two_calls(
-    model: WanTransformer,
-    state: SamplerState,
-    inputs: StepInputs,
-    timestep: Float[Array, ""],
-    step: DraftStep | None,
+    call: Callable, context: TextContext, masks: BlockMask | None
 ) -> tuple[Float[Array, "rows F H W C"], BlockMask | None]:
-    """Velocities and masks of the prompts' rows, then of the negative prompts'.
+    """Runs `call` on the prompts' rows, then on those of the negative prompts.
 
     A loop, for XLA may run what is unrolled side by side.
     """
-
-    def call(half):
-        (context, lengths), masks = half
-        part = inputs._replace(context=context, context_lengths=lengths)
-        return _in_one_call(model, state._replace(masks=masks), part, timestep, step)
-
-    halves = jax.tree.map(
-        lambda rows: rows.reshape(2, -1, *rows.shape[1:]),
-        (inputs.context, inputs.context_lengths),
-    )
-    velocity, masks = jax.lax.map(call, (halves, state.masks))
+    halves = jax.tree.map(lambda rows: rows.reshape(2, -1, *rows.shape[1:]), context)
+    velocity, masks = jax.lax.map(lambda half: call(*half), (halves, masks))
     return velocity.reshape(-1, *velocity.shape[2:]), masks
 
 
 def _guide(
     velocity: Float[Array, "rows F H W C"], inputs: StepInputs, batch: int
 ) -> Float[Array, "B F H W C"]:
-    """Classifier-free guidance where there are rows of negative prompts."""
+    """Applies classifier-free guidance where there are rows of negative prompts."""
     if velocity.shape[0] == batch:
         return velocity
     positive, negative = velocity[:batch], velocity[batch:]
@@ -355,7 +295,7 @@ def _guide(
 def _density_of_layers(
     masks: BlockMask | None, step: DraftStep | None, num_layers: int
 ) -> Float[Array, " layers"]:
-    """Share of token pairs each layer computed, the mean of rows and heads."""
+    """Returns each layer's share of computed token pairs, mean of rows and heads."""
     if step is None or masks is None:
         return jnp.ones(num_layers)
     calls = masks.row_offsets.shape[:-4]  # (2,) with guidance in two calls

@@ -19,16 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from draft_jax.config import DraftConfig, Selection
-from draft_jax.draft.selection import compute_mask
-from draft_jax.grid import VideoGrid
-from draft_jax.schedule import SparsitySchedule, constant_step
+from draft_jax import (
+    AttentionPlan,
+    DraftConfig,
+    SparsitySchedule,
+    VideoGrid,
+    compute_mask,
+    constant_step,
+)
+from draft_jax.config import Selection
 from models.diffusion.inspection import TOP_SHARE, block_masses
-from models.diffusion.pipeline import Sampling, VideoPipeline
-from models.diffusion.sampler import model_inputs
+from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.sampling import Sampling
 from models.media.metrics import psnr, ssim
 from models.media.video import write_json
 from models.mini.captions import SAMPLE_PROMPTS
+from models.mini.pipeline import load_mini
 from models.mini.samples import draw_sheet
 
 SELECTIONS: tuple[Selection, ...] = ("percentile", "row_topk")
@@ -60,9 +66,8 @@ def measure_quality(
             schedule = SparsitySchedule(
                 dense_fraction=DENSE_FRACTION, sparsity=sparsity
             )
-            sparse = pipeline.generate(
-                list(prompts), sampling, draft=draft, schedule=schedule
-            )
+            attention = AttentionPlan.draft(draft, schedule)
+            sparse = pipeline.generate(list(prompts), sampling, attention=attention)
             with concurrent.futures.ThreadPoolExecutor() as pool:
                 decibels = list(pool.map(psnr, sparse.video, dense.video))
                 likeness = list(pool.map(ssim, sparse.video, dense.video))
@@ -105,19 +110,21 @@ def measure_attention(
       One entry per step: for each layer the share of softmax mass in the strongest
       10 % of tile pairs, and in the pairs that the draft keeps.
     """
-    sampler, state, inputs = pipeline.start(
-        list(prompts), sampling, draft=None, schedule=None
-    )
+    sampler, state, inputs = pipeline.start(list(prompts), sampling)
     programs, _ = pipeline.compile(sampler, state, inputs)
-    grid = sampler.model.grid(sampler.latent_shape)
+    model = sampler.model
+    grid = model.grid(sampler.latent_shape)
     look = jax.jit(
         lambda q, k: jax.lax.map(functools.partial(attention_shares, grid=grid), (q, k))
     )
     rows = []
     for index, timestep in enumerate(sampler.solver.timesteps):
         if index in steps:
-            captured = sampler.model.capture_qk(
-                **model_inputs(state.latents, timestep, inputs)
+            model_inputs = model.step_inputs(
+                state.latents, timestep, inputs.context, inputs.image
+            )
+            captured = model.capture_qk(
+                model_inputs, attention=sampler.attention, step=None, masks=None
             )
             # The second half of the rows is the negative prompt's.
             shares = look(*(part[:, : len(prompts)] for part in captured))
@@ -160,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=len(SAMPLE_PROMPTS))
     options = parser.parse_args(arguments)
     prompts, sampling = SAMPLE_PROMPTS[: options.prompts], Sampling()
-    pipeline = VideoPipeline.from_checkpoint(options.checkpoint)
+    pipeline = load_mini(options.checkpoint)
     attention = measure_attention(
         pipeline, prompts[:ATTENTION_PROMPTS], sampling, ATTENTION_STEPS
     )

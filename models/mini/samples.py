@@ -6,22 +6,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from models.diffusion.pipeline import Sampling, VideoPipeline
+from models.diffusion.sampling import Sampling
 from models.media.video import atomic_path, to_bytes
-from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
+from models.mini.checkpoint import MiniCheckpoint
+from models.mini.pipeline import pipeline_of
 
 FRAMES_SHOWN = 5
 CAPTION_HEIGHT = 14  # pixels
 GAP = 2  # pixels
-
-
-def pipeline_of(checkpoint: MiniCheckpoint) -> VideoPipeline:
-    """Makes a pipeline around a model in memory."""
-    return VideoPipeline(
-        model=checkpoint.transformer,
-        text_encoder=MiniTextEncoder(checkpoint.vocabulary, checkpoint.text_embedding),
-        codec=checkpoint.codec,
-    )
 
 
 def contact_sheet(

@@ -26,6 +26,7 @@ from models.mini.feed import Draw, Feed
 from models.mini.renderer import render_batch
 from models.mini.text import TextEmbedding, Vocabulary
 from models.wan.config import WanConfig
+from models.wan.inputs import WanInputs
 from models.wan.transformer import WanTransformer
 
 STATE_FILE = "state.npz"
@@ -39,7 +40,7 @@ class TrainConfig:
     """The loss and how it is minimised. Hashable.
 
     Attributes:
-      model: Sizes of the transformer; its attention must be dense.
+      model: Sizes of the transformer, which attends densely in training.
       height: Rows of pixels of the training videos.
       width: Columns of pixels.
       learning_rate: Peak of AdamW's.
@@ -56,8 +57,7 @@ class TrainConfig:
       seed: Seed of parameters, noise, and scenes.
 
     Raises:
-      ValueError: A share is not in [0, 1), a positive number is not positive, or
-        the attention is not dense.
+      ValueError: A share is not in [0, 1), or a positive number is not positive.
     """
 
     model: WanConfig = dataclasses.field(default_factory=WanConfig.mini)
@@ -82,8 +82,6 @@ class TrainConfig:
         for name in ("height", "width", "learning_rate", "clip", "shift"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
-        if self.model.attention != "dense":
-            raise ValueError(f"{self.model.attention=} must be 'dense' in training")
 
 
 class TrainState(NamedTuple):
@@ -287,10 +285,7 @@ def flow_matching_loss(
     text = nnx.merge(text_graph, parameters["text"])
     transformer = nnx.merge(transformer_graph, parameters["transformer"])
     velocity, _ = transformer(
-        noisy,
-        MAX_TIMESTEP * sigma,
-        text(ids, lengths),
-        context_lengths=lengths,
+        WanInputs(noisy, MAX_TIMESTEP * sigma, text(ids, lengths), lengths),
         remat=config.remat,
     )
     return jnp.mean(jnp.square(velocity - (noise - latents)))

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from models.diffusion.dtypes import default_dtype
 from models.umt5.config import TEXT_LENGTH, UMT5Config
 from models.umt5.convert import load_umt5_encoder
 from models.umt5.encoder import UMT5Encoder
@@ -27,7 +28,7 @@ _SHORTEST = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UMT5TextEncoder:
-    """Tokenizer and encoder; a `TextEncoder` of `models.diffusion.pipeline`.
+    """Tokenizer and encoder; a `TextEncoder` of `models.diffusion.interfaces`.
 
     It runs where its weights are; results go to the default device.
 
@@ -143,16 +144,6 @@ class UMT5TextEncoder:
         """Deletes the weights from the device, whoever else holds them."""
         for leaf in jax.tree.leaves(nnx.state(self.model)):
             leaf.delete()
-
-
-def default_dtype(device: jax.Device | None = None) -> str:
-    """Returns the faster `UMT5Config.dtype` of a device, JAX's default one if None.
-
-    Without bfloat16 instructions, a CPU runs three full-size layers two to three
-    times faster in float32 (measured); weights are widened one layer at a time.
-    """
-    platform = jax.default_backend() if device is None else device.platform
-    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def pad_rows(

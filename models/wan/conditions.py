@@ -1,90 +1,126 @@
-"""What a batch is conditioned on, checked and brought to the size of the batch."""
+"""Wan's rules for requests: which sizes, texts and images suit a transformer."""
 
-from collections.abc import Sequence
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from models.diffusion.interfaces import ImageCondition, LatentShape, TextContext
+from models.diffusion.interfaces import (
+    Codec,
+    ImageCondition,
+    ImageEncoder,
+    Images,
+    LatentShape,
+    LatentSizes,
+    TextContext,
+)
+from models.diffusion.sampling import Sampling
+from models.wan import sizes
 from models.wan.config import WanConfig
+from models.wan.image import as_images, condition_latents, fit_images
 
 
-def as_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """One or more prompts as a list; raises ValueError if there is none or an empty."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError(f"{prompts=} must be at least one prompt, none empty")
-    return prompts
-
-
-def takes_image(config: WanConfig) -> bool:
-    """Whether a transformer starts from an image: it then has channels for it."""
-    return config.in_channels != config.out_channels
-
-
-def check_image_is_wanted(config: WanConfig, *, given: bool) -> None:
-    """Raises ValueError if an image is missing, or given where none is taken."""
-    if given == takes_image(config):
-        return
-    kind = "a text-to-video" if given else "an image-to-video"
-    raise ValueError(
-        f"image is {'given' if given else 'missing'}, but this is {kind} model"
-    )
-
-
-def check_context(name: str, context: TextContext, config: WanConfig) -> None:
-    """Raises ValueError if a context does not have the transformer's sizes."""
-    shape, lengths = context.embeddings.shape, context.lengths.shape
-    expected = (config.text_length, config.text_dim)
-    if shape[1:] != expected or lengths != shape[:1] or not shape[0]:
-        raise ValueError(
-            f"{name} has embeddings of shape {shape} and lengths of shape "
-            f"{lengths}; expected [batch, text_length, text_dim] = [batch, "
-            f"{expected[0]}, {expected[1]}] and [batch]"
-        )
-
-
-def join_contexts(positive: TextContext, negative: TextContext) -> TextContext:
-    """The rows of the prompts, then those of their negative prompts.
-
-    Raises:
-      ValueError: There is neither one negative item nor one for each prompt.
-    """
-    batch, rows = len(positive.lengths), len(negative.lengths)
-    if rows not in (1, batch):
-        raise ValueError(
-            f"negative_context has {rows} items; expected 1 or {batch}, one for "
-            "each prompt"
-        )
-    return TextContext(
-        *(
-            jnp.concatenate([one, jnp.repeat(other, batch // rows, axis=0)])
-            for one, other in zip(positive, negative, strict=True)
-        )
-    )
-
-
-def repeat_condition(
-    image: ImageCondition, batch: int, latent_shape: LatentShape, config: WanConfig
-) -> ImageCondition:
-    """The condition of every item of a batch.
+@dataclasses.dataclass(frozen=True)
+class WanConditioning:
+    """The `Conditioning` of a Wan transformer.
 
     Args:
-      image: One item, or one for each of the batch.
-      batch: Items.
-      latent_shape: Of one item.
-      config: Of the transformer.
-
-    Raises:
-      ValueError: There are other numbers of items, or the latents do not fit.
+      config: Sizes of the transformer.
     """
-    items = len(image.latents)
-    sides = (*latent_shape[:-1], config.in_channels - config.out_channels)
-    if items not in (1, batch) or image.latents.shape[1:] != sides:
+
+    config: WanConfig
+
+    def latent_shape(self, sampling: Sampling, codec: LatentSizes) -> LatentShape:
+        """Returns the shape of a video's latent; see `sizes.latent_shape`."""
+        return sizes.latent_shape(sampling, self.config, codec)
+
+    def side_multiples(self, codec: LatentSizes) -> tuple[int, int]:
+        """Returns the multiples that height and width of a video must be."""
+        return sizes.side_multiples(self.config, codec)
+
+    def check_image(self, *, given: bool) -> None:
+        """Checks that an image is given exactly where the model starts from one.
+
+        Raises:
+          ValueError: It is missing, or given to a text-to-video model.
+        """
+        if given == self.config.takes_image:
+            return
+        kind = "a text-to-video" if given else "an image-to-video"
         raise ValueError(
-            f"image has {items} items with latents of shape "
-            f"{image.latents.shape[1:]}; expected 1 or {batch} of shape {sides}"
+            f"image is {'given' if given else 'missing'}, but this is {kind} model"
         )
-    return jax.tree.map(
-        lambda leaf: jnp.repeat(leaf, batch // len(leaf), axis=0), image
-    )
+
+    def check_context(self, name: str, context: TextContext) -> None:
+        """Checks that a context has the transformer's sizes.
+
+        Raises:
+          ValueError: It does not; the message calls it `name`.
+        """
+        shape, lengths = context.embeddings.shape, context.lengths.shape
+        expected = (self.config.text_length, self.config.text_dim)
+        if shape[1:] != expected or lengths != shape[:1] or not shape[0]:
+            raise ValueError(
+                f"{name} has embeddings of shape {shape} and lengths of shape "
+                f"{lengths}; expected [batch, text_length, text_dim] = [batch, "
+                f"{expected[0]}, {expected[1]}] and [batch]"
+            )
+
+    def image_condition(
+        self,
+        images: Images,
+        sampling: Sampling,
+        *,
+        codec: Codec,
+        image_encoder: ImageEncoder | None,
+    ) -> ImageCondition:
+        """Returns what the model is told of first frames.
+
+        Images of another size than the video are resized as Wan2.1 does it, after the
+        middle was cut out of those of clearly another aspect ratio: see `fit_images`
+        and `kept_part` in `models.wan.image`. The image encoder sees what is kept in
+        the image's own pixels.
+
+        Raises:
+          ValueError: The images are not such, or there is no encoder for the tokens
+            that the model takes.
+        """
+        kept, images = fit_images(
+            as_images(images),
+            (sampling.height, sampling.width),
+            self.side_multiples(codec),
+        )
+        tokens = None
+        if self.config.image_dim is not None:
+            if image_encoder is None:
+                raise ValueError(
+                    "this pipeline has no image encoder: pass an ImageCondition"
+                )
+            tokens = image_encoder.encode(kept)
+        latents = condition_latents(codec, images, frames=sampling.frames)
+        return ImageCondition(latents, tokens)
+
+    def repeat_condition(
+        self, image: ImageCondition, batch: int, latent_shape: LatentShape
+    ) -> ImageCondition:
+        """Returns the condition of every item of a batch.
+
+        Args:
+          image: One item, or one for each of the batch.
+          batch: Number of items.
+          latent_shape: Shape of one item's latent.
+
+        Raises:
+          ValueError: There are other numbers of items, or the latents do not fit.
+        """
+        items = len(image.latents)
+        channels = self.config.in_channels - self.config.out_channels
+        sides = (*latent_shape[:-1], channels)
+        if items not in (1, batch) or image.latents.shape[1:] != sides:
+            raise ValueError(
+                f"image has {items} items with latents of shape "
+                f"{image.latents.shape[1:]}; expected 1 or {batch} of shape {sides}"
+            )
+        return jax.tree.map(
+            lambda leaf: jnp.repeat(leaf, batch // len(leaf), axis=0), image
+        )

@@ -1,19 +1,16 @@
-"""Sizes of a Wan2.1 transformer, and which attention it runs."""
+"""Sizes of a Wan2.1 transformer."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax.numpy as jnp
 
-from draft_jax.config import DraftConfig
 from models.checkpoints.config_checks import (
     check_dtypes,
     check_positive_integers,
     is_positive_integer,
 )
-
-AttentionName = Literal["dense", "draft"]
 
 # Published name of each of our fields in a diffusers `config.json`.
 _DIFFUSERS_FIELDS = {
@@ -57,7 +54,9 @@ _QK_NORM_NAME = "rms_norm_across_heads"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanConfig:
-    """What a Wan transformer computes. Hashable, hence a static jit argument.
+    """Sizes and dtypes of a Wan transformer. Hashable: a static argument of jit.
+
+    How it attends is a choice of run time: an `AttentionPlan`.
 
     Attributes:
       dim: Width of the residual stream; `num_heads` divides it.
@@ -77,8 +76,6 @@ class WanConfig:
       rope_theta: Base of the rotary frequencies.
       qk_norm: RMS norm of queries and keys over all of `dim`.
       cross_attn_norm: Affine layer norm before cross-attention.
-      attention: Self-attention: exact, or draft attention by `draft`.
-      draft: Options of draft attention; not read when `attention` is "dense".
       tile: Rows and columns of tokens in one attention block.
       dtype: Of the matrix products and attention. Norms, softmax, modulation,
         rotary embedding, time embedding and the residual stream stay float32.
@@ -104,8 +101,6 @@ class WanConfig:
     rope_theta: float = 10000.0
     qk_norm: bool = True
     cross_attn_norm: bool = True
-    attention: AttentionName = "dense"
-    draft: DraftConfig = dataclasses.field(default_factory=DraftConfig)
     tile: tuple[int, int] = (8, 16)
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
@@ -132,10 +127,6 @@ class WanConfig:
             raise ValueError(f"{self.eps=} must be positive")
         if not self.rope_theta > 1.0:
             raise ValueError(f"{self.rope_theta=} must be greater than 1")
-        if self.attention not in get_args(AttentionName):
-            raise ValueError(
-                f"{self.attention=} must be one of {get_args(AttentionName)}"
-            )
         check_dtypes(self)
 
     @property
@@ -148,9 +139,14 @@ class WanConfig:
         """`dtype` as a dtype object."""
         return jnp.dtype(self.dtype)
 
+    @property
+    def takes_image(self) -> bool:
+        """Whether the model starts from an image: it then has channels for it."""
+        return self.in_channels != self.out_channels
+
     @classmethod
     def t2v_1_3b(cls, **changes: Any) -> "WanConfig":
-        """Wan2.1-T2V-1.3B."""
+        """Returns the sizes of Wan2.1-T2V-1.3B."""
         sizes: dict[str, Any] = {
             "dim": 1536,
             "ffn_dim": 8960,
@@ -161,7 +157,7 @@ class WanConfig:
 
     @classmethod
     def t2v_14b(cls, **changes: Any) -> "WanConfig":
-        """Wan2.1-T2V-14B."""
+        """Returns the sizes of Wan2.1-T2V-14B."""
         sizes: dict[str, Any] = {
             "dim": 5120,
             "ffn_dim": 13824,
@@ -172,7 +168,7 @@ class WanConfig:
 
     @classmethod
     def i2v_14b(cls, **changes: Any) -> "WanConfig":
-        """Wan2.1-I2V-14B, for 480p and 720p alike.
+        """Returns the sizes of Wan2.1-I2V-14B, for 480p and 720p alike.
 
         Channels come in as 16 of noise, 4 of mask and 16 of the image's latent.
         """
@@ -180,7 +176,7 @@ class WanConfig:
 
     @classmethod
     def mini(cls, **changes: Any) -> "WanConfig":
-        """The small model that ships with this project."""
+        """Returns the sizes of the small model that ships with this project."""
         sizes: dict[str, Any] = {
             "dim": 384,
             "ffn_dim": 1536,
@@ -199,7 +195,7 @@ class WanConfig:
         Args:
           published: The parsed file. Keys that start with "_", such as
             "_class_name", are ignored.
-          **changes: Fields to set or override, such as `attention`, `tile`, or the
+          **changes: Fields to set or override, such as `dtype`, `tile`, or the
             `text_length` that diffusers keeps outside its model configuration.
 
         Returns:
@@ -223,10 +219,10 @@ class WanConfig:
         return cls(**(sizes | changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """The sizes as diffusers names them in `config.json`; see `from_dict`.
+        """Returns the sizes as diffusers names them in `config.json`.
 
-        Compute options (attention, tile, dtypes) and the length of the text are
-        not part of a diffusers configuration and are left out.
+        `from_dict` reads them. Compute options (tile, dtypes) and the length of the
+        text are not part of a diffusers configuration and are left out.
         """
         named = {key: getattr(self, ours) for key, ours in _DIFFUSERS_FIELDS.items()}
         return named | {

@@ -8,9 +8,11 @@ in the original under autocast; what enters a matrix product or attention is cas
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -24,6 +26,7 @@ from draft_jax import (
     norm_rope_pool,
     scheduled_attention,
 )
+from models.diffusion.capture import sow_if_captured
 from models.wan.config import WanConfig
 from pallas_kernels import dense_attention, why_no_cudnn
 from pallas_kernels.common.device import current_device
@@ -43,7 +46,7 @@ def linear(
     dtype: str | None = None,
     kernel_init: Callable = XAVIER_UNIFORM,
 ) -> nnx.Linear:
-    """A dense layer that computes in `dtype`, `config.dtype` by default."""
+    """Returns a dense layer that computes in `dtype`, `config.dtype` by default."""
     return nnx.Linear(
         in_features,
         out_features,
@@ -55,7 +58,7 @@ def linear(
 
 
 def layer_norm(x: Float[Array, "*axes E"], eps: float) -> Float[Array, "*axes E"]:
-    """Zero mean and unit variance over the last axis, in float32."""
+    """Returns zero mean and unit variance over the last axis, in float32."""
     x = x.astype(jnp.float32)
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
@@ -122,26 +125,133 @@ class MLP(nnx.Module):
 
 
 def gelu_tanh(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """GELU by its tanh approximation."""
+    """Applies GELU by its tanh approximation."""
     return jax.nn.gelu(x, approximate=True)
 
 
 def gelu_exact(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """GELU by the error function."""
+    """Applies GELU by the error function."""
     return jax.nn.gelu(x, approximate=False)
 
 
-class Attention(nnx.Module):
-    """Projections and norms around an attention; the attention itself is the caller's.
+class BlockInputs(NamedTuple):
+    """Inputs that all blocks of one call share.
 
-    With `image`, a second pair of keys and values that image tokens go through.
-
-    Source: Wan2.1 `WanSelfAttention`, `WanT2VCrossAttention`, `WanI2VCrossAttention`.
+    Attributes:
+      text: Embedded text in `config.dtype`.
+      image: Embedded image tokens, for an image-to-video model.
+      modulation: Projected time embedding, float32.
+      rope: Cosine and sine per token, in tiled order.
+      grid: Geometry of the tokens.
+      draft: Options of draft attention; None is dense attention.
     """
 
-    def __init__(
-        self, config: WanConfig, *, image: bool = False, rngs: nnx.Rngs
-    ) -> None:
+    text: Float[Array, "B L E"]
+    image: Float[Array, "B I E"] | None
+    modulation: Float[Array, "B 6 E"]
+    rope: RopeTable
+    grid: VideoGrid
+    draft: DraftConfig | None
+
+
+class SelfAttention(nnx.Module):
+    """Self-attention of video tokens, dense or by a draft.
+
+    Sows its queries and keys as "q" and "k"; see `models.diffusion.capture`.
+
+    Source: Wan2.1 `WanSelfAttention`.
+    """
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.to_q = linear(dim, dim, config, rngs)
+        self.to_k = linear(dim, dim, config, rngs)
+        self.to_v = linear(dim, dim, config, rngs)
+        self.to_out = linear(dim, dim, config, rngs)
+        self.norm_q = RMSNorm(config, rngs=rngs) if config.qk_norm else None
+        self.norm_k = RMSNorm(config, rngs=rngs) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        inputs: BlockInputs,
+        step: DraftStep | None,
+        mask: BlockMask | None,
+    ) -> tuple[Float[Array, "B T E"], BlockMask | None]:
+        """Attends within the video.
+
+        Args:
+          x: Tokens in tiled order, in `config.dtype`.
+          inputs: Inputs that all blocks share.
+          step: This layer's part of the schedule (`dense` is a scalar); None with
+            dense attention.
+          mask: The layer's mask from the step before; None with a None step.
+
+        Returns:
+          The projected result, and the mask in use.
+        """
+        q, k, v, pooled = self._project(x, inputs)
+        sow_if_captured(self, q=q, k=k)
+        if inputs.draft is None:
+            attended = dense_attention(q, k, v)
+        else:
+            assert step is not None, "WanTransformer makes one"
+            assert mask is not None, "WanTransformer makes one"
+            attended, mask = scheduled_attention(
+                q,
+                k,
+                v,
+                grid=inputs.grid,
+                config=inputs.draft,
+                step=step,
+                mask=mask,
+                order="tiled",
+                pooled=pooled,
+            )
+        return self.to_out(merge_heads(attended)), mask
+
+    def _project(
+        self, x: Float[Array, "B T E"], inputs: BlockInputs
+    ) -> tuple[
+        Float[Array, "B T N D"],
+        Float[Array, "B T N D"],
+        Float[Array, "B T N D"],
+        PooledTokens | None,
+    ]:
+        """Returns queries, keys and values, in the dtype of `x`.
+
+        Norm and rotation are float32; the RMS is over all heads together. Pooled as
+        `inputs.draft` says where that comes with them for free.
+        """
+        norm, scales = None, None
+        if self.norm_q is not None and self.norm_k is not None:
+            norm = QKNorm(over="heads", eps=self.norm_q.eps)
+            scales = (self.norm_q.scale[...], self.norm_k.scale[...])
+        q, k, pooled = norm_rope_pool(
+            split_heads(self.to_q(x), self.num_heads),
+            split_heads(self.to_k(x), self.num_heads),
+            grid=inputs.grid,
+            config=inputs.draft,
+            norm=norm,
+            scales=scales,
+            rope=inputs.rope,
+            order="tiled",
+            pool_anyway=False,
+        )
+        return q, k, split_heads(self.to_v(x), self.num_heads), pooled
+
+
+class CrossAttention(nnx.Module):
+    """Attention of video tokens to text, and to an image beside it.
+
+    With `image`, a second pair of keys and values is made of image tokens; what is
+    attended to in text and image is added.
+
+    Source: Wan2.1 `WanT2VCrossAttention`, `WanI2VCrossAttention`.
+    """
+
+    def __init__(self, config: WanConfig, *, image: bool, rngs: nnx.Rngs) -> None:
         dim = config.dim
         self.num_heads = config.num_heads
         self.dtype = config.dtype
@@ -156,77 +266,39 @@ class Attention(nnx.Module):
         has_norm = image and config.qk_norm
         self.norm_added_k = RMSNorm(config, rngs=rngs) if has_norm else None
 
-    def project(
+    def __call__(
         self,
         x: Float[Array, "B T E"],
-        context: Float[Array, "B L E"],
-    ) -> tuple[
-        Float[Array, "B T N D"], Float[Array, "B L N D"], Float[Array, "B L N D"]
-    ]:
-        """Queries from x, keys and values from context, per head, in `dtype`.
+        text: Float[Array, "B L E"],
+        image: Float[Array, "B I E"] | None,
+    ) -> Float[Array, "B T E"]:
+        """Attends to embedded text and image tokens; in and out in `config.dtype`.
 
         Norms are float32; the RMS is over all heads together.
         """
-        q, k = self.to_q(x), self.to_k(context)
-        q = self._split_heads(q if self.norm_q is None else self.norm_q(q))
-        k = self._split_heads(k if self.norm_k is None else self.norm_k(k))
-        v = self._split_heads(self.to_v(context))
-        return q.astype(self.dtype), k.astype(self.dtype), v
+        q, k = self.to_q(x), self.to_k(text)
+        q = self._heads(q if self.norm_q is None else self.norm_q(q))
+        k = self._heads(k if self.norm_k is None else self.norm_k(k))
+        v = self._heads(self.to_v(text))
+        q = q.astype(self.dtype)
+        attended = attend_to_all(q, k.astype(self.dtype), v)
+        if image is not None:
+            attended += attend_to_all(q, *self._project_image(image))
+        return self.to_out(merge_heads(attended))
 
-    def project_video(
-        self,
-        x: Float[Array, "B T E"],
-        rope: RopeTable,
-        grid: VideoGrid,
-        draft: DraftConfig | None,
-    ) -> tuple[
-        Float[Array, "B T N D"],
-        Float[Array, "B T N D"],
-        Float[Array, "B T N D"],
-        PooledTokens | None,
-    ]:
-        """Queries, keys and values of video tokens in tiled order, in `dtype`.
-
-        Norm and rotation are float32; the RMS is over all heads together. Pooled as
-        `draft` says where that comes with them for free.
-        """
-        norm, scales = None, None
-        if self.norm_q is not None and self.norm_k is not None:
-            norm = QKNorm(over="heads", eps=self.norm_q.eps)
-            scales = (self.norm_q.scale[...], self.norm_k.scale[...])
-        q, k, pooled = norm_rope_pool(
-            self._split_heads(self.to_q(x)),
-            self._split_heads(self.to_k(x)),
-            grid=grid,
-            config=draft,
-            norm=norm,
-            scales=scales,
-            rope=rope,
-            order="tiled",
-            pool_anyway=False,
-        )
-        return q, k, self._split_heads(self.to_v(x)), pooled
-
-    def project_image(
+    def _project_image(
         self, image: Float[Array, "B I E"]
     ) -> tuple[Float[Array, "B I N D"], Float[Array, "B I N D"]]:
-        """Keys and values of embedded image tokens, as `project` makes those of text.
-
-        Only for attention that was made with `image`.
-        """
+        """Returns keys and values of embedded image tokens."""
         assert self.add_k_proj is not None, "made with image"
         assert self.add_v_proj is not None, "made with image"
         k = self.add_k_proj(image)
         if self.norm_added_k is not None:
             k = self.norm_added_k(k).astype(self.dtype)
-        return self._split_heads(k), self._split_heads(self.add_v_proj(image))
+        return self._heads(k), self._heads(self.add_v_proj(image))
 
-    def merge(self, heads: Float[Array, "B T N D"]) -> Float[Array, "B T E"]:
-        """The output projection of the heads put side by side."""
-        return self.to_out(heads.reshape(*heads.shape[:2], -1))
-
-    def _split_heads(self, x: Float[Array, "B T E"]) -> Float[Array, "B T N D"]:
-        return x.reshape(*x.shape[:2], self.num_heads, -1)
+    def _heads(self, x: Float[Array, "B T E"]) -> Float[Array, "B T N D"]:
+        return split_heads(x, self.num_heads)
 
 
 class WanBlock(nnx.Module):
@@ -236,9 +308,11 @@ class WanBlock(nnx.Module):
     """
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
-        self.config = config
-        self.attn1 = Attention(config, rngs=rngs)
-        self.attn2 = Attention(config, image=config.image_dim is not None, rngs=rngs)
+        self.dtype, self.eps = config.dtype, config.eps
+        self.attn1 = SelfAttention(config, rngs=rngs)
+        self.attn2 = CrossAttention(
+            config, image=config.image_dim is not None, rngs=rngs
+        )
         self.norm2 = LayerNorm(config, rngs=rngs) if config.cross_attn_norm else None
         sizes = (config.dim, config.ffn_dim, config.dim)
         self.ffn = MLP(sizes, gelu_tanh, config, rngs=rngs)
@@ -247,97 +321,61 @@ class WanBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T E"],
-        context: Float[Array, "B L E"],
-        modulation: Float[Array, "B 6 E"],
-        rope: RopeTable,
-        grid: VideoGrid,
+        inputs: BlockInputs,
         step: DraftStep | None,
         mask: BlockMask | None,
-        image: Float[Array, "B I E"] | None = None,
-    ) -> tuple[
-        Float[Array, "B T E"],
-        BlockMask | None,
-        tuple[Float[Array, "B T N D"], Float[Array, "B T N D"]],
-    ]:
+    ) -> tuple[Float[Array, "B T E"], BlockMask | None]:
         """Runs the block.
 
         Args:
           x: The residual stream, float32, tokens in tiled order.
-          context: Embedded text in `config.dtype`.
-          modulation: The projected time embedding, float32.
-          rope: Cosine and sine per token, in tiled order.
-          grid: Geometry of the tokens.
-          step: This layer's part of the schedule (`dense` is a scalar); None
-            when `config.attention` is "dense".
+          inputs: Inputs that all blocks share.
+          step: This layer's part of the schedule; see `SelfAttention`.
           mask: The layer's mask from the step before; None with a None step.
-          image: Embedded image tokens, for an image-to-video model.
 
         Returns:
-          The residual stream, the mask in use, and self-attention's q and k.
+          The residual stream, and the mask in use.
         """
-        config = self.config
-        rows = self.scale_shift_table[...].astype(jnp.float32) + modulation
+        rows = self.scale_shift_table[...].astype(jnp.float32) + inputs.modulation
         shift_1, scale_1, gate_1, shift_3, scale_3, gate_3 = (
             rows[:, row, None] for row in range(6)
         )
-        hidden = layer_norm(x, config.eps) * (1 + scale_1) + shift_1
-        hidden = hidden.astype(config.dtype)
-        draft = None if config.attention == "dense" else config.draft
-        q, k, v, pooled = self.attn1.project_video(hidden, rope, grid, draft)
-        attended, mask = self._self_attention(q, k, v, pooled, grid, step, mask)
-        x = x + self.attn1.merge(attended).astype(jnp.float32) * gate_1
+        hidden = layer_norm(x, self.eps) * (1 + scale_1) + shift_1
+        attended, mask = self.attn1(hidden.astype(self.dtype), inputs, step, mask)
+        x = x + attended.astype(jnp.float32) * gate_1
 
         hidden = x if self.norm2 is None else self.norm2(x)
-        q2, k2, v2 = self.attn2.project(hidden.astype(config.dtype), context)
-        attended = cross_attention(q2, k2, v2)
-        if image is not None:
-            attended += cross_attention(q2, *self.attn2.project_image(image))
-        x = x + self.attn2.merge(attended).astype(jnp.float32)
+        attended = self.attn2(hidden.astype(self.dtype), inputs.text, inputs.image)
+        x = x + attended.astype(jnp.float32)
 
-        hidden = layer_norm(x, config.eps) * (1 + scale_3) + shift_3
-        hidden = self.ffn(hidden.astype(config.dtype))
-        return x + hidden.astype(jnp.float32) * gate_3, mask, (q, k)
+        hidden = layer_norm(x, self.eps) * (1 + scale_3) + shift_3
+        hidden = self.ffn(hidden.astype(self.dtype))
+        return x + hidden.astype(jnp.float32) * gate_3, mask
 
-    def _self_attention(
-        self,
-        q: Float[Array, "B T N D"],
-        k: Float[Array, "B T N D"],
-        v: Float[Array, "B T N D"],
-        pooled: PooledTokens | None,
-        grid: VideoGrid,
-        step: DraftStep | None,
-        mask: BlockMask | None,
-    ) -> tuple[Float[Array, "B T N D"], BlockMask | None]:
-        if self.config.attention == "dense":
-            return dense_attention(q, k, v), mask
-        assert step is not None, "WanTransformer makes one"
-        assert mask is not None, "WanTransformer makes one"
-        return scheduled_attention(
-            q,
-            k,
-            v,
-            grid=grid,
-            config=self.config.draft,
-            step=step,
-            mask=mask,
-            order="tiled",
-            pooled=pooled,
-        )
+
+def split_heads(x: Float[Array, "B T E"], num_heads: int) -> Float[Array, "B T N D"]:
+    """Splits channels into heads, E = N * D."""
+    return rearrange(x, "B T (N D) -> B T N D", N=num_heads)
+
+
+def merge_heads(x: Float[Array, "B T N D"]) -> Float[Array, "B T E"]:
+    """Puts heads side by side, E = N * D."""
+    return rearrange(x, "B T N D -> B T (N D)")
 
 
 def modulation_table(rows: int, config: WanConfig, rngs: nnx.Rngs) -> nnx.Param:
-    """A learned table that is added to the time embedding."""
+    """Returns a learned table that is added to the time embedding."""
     values = jax.random.normal(rngs.params(), (rows, config.dim))
     values = values / math.sqrt(config.dim)
     return nnx.Param(values.astype(config.param_dtype))
 
 
-def cross_attention(
+def attend_to_all(
     q: Float[Array, "B T N D"],
     k: Float[Array, "B L N D"],
     v: Float[Array, "B L N D"],
 ) -> Float[Array, "B T N D"]:
-    """Softmax attention of video tokens over all text rows, without a mask.
+    """Attends to all text rows, or all image tokens, without a mask.
 
     The softmax is float32. cuDNN where it can run; elsewhere logits of size
     [B, N, T, L] exist at once, which short texts allow.

@@ -11,22 +11,15 @@ from models.checkpoints.conversion import ConversionError
 from models.checkpoints.memory_map import CheckpointError
 from models.clip.config import CLIPVisionConfig
 from models.clip.image_encoder import CLIPImageEncoder
-from models.diffusion.interfaces import TextEncoder
-from models.diffusion.sampling import Sampling, WanSize, WanTask, wan_shift
-from models.mini.checkpoint import SMALL_MODEL, is_small_model
-from models.umt5.text_encoder import default_dtype
+from models.diffusion.dtypes import default_dtype
+from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.sampling import Sampling
 from models.wan.checkpoint import WanFolder, WanParts, open_wan_parts
-from models.wan.conditions import takes_image
+from models.wan.conditions import WanConditioning
 from models.wan.config import WanConfig
-from models.wan.layouts import (
-    ALL_PARTS,
-    Part,
-    describe_layouts,
-    describe_neighbour,
-    find_layout,
-)
+from models.wan.layouts import ALL_PARTS, Part
+from models.wan.sampling import WanSize, WanTask, wan_sampling, wan_shift
 from models.wan.text import TEXT_PARTS, TextOptions, load_text_encoder
-from models.wan.transformer import WanTransformer
 from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.config import WanVAEConfig
 from models.wan.vae.convert import load_wan_vae
@@ -37,25 +30,13 @@ WAN_FPS = 16.0  # of the videos that Wan was trained on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoadedWan:
-    """The fields of a `VideoPipeline`."""
-
-    model: WanTransformer
-    text_encoder: TextEncoder | None
-    codec: WanVAECodec
-    image_encoder: CLIPImageEncoder | None
-    sampling: Sampling
-    fps: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class WanInfo:
-    """What a Wan folder says of its model, told without reading weights.
+    """Settings of a Wan model, read from its folder without reading weights.
 
     Attributes:
-      config: Of the transformer.
-      vae: Of the autoencoder.
-      sampling: The settings that `generate` takes by default.
+      config: Sizes of the transformer.
+      vae: Sizes of the autoencoder.
+      sampling: Settings that `generate` takes by default.
       own_shift: Whether the folder has a scheduler, which says its shift.
     """
 
@@ -64,33 +45,18 @@ class WanInfo:
     sampling: Sampling
     own_shift: bool
 
+    @property
+    def conditioning(self) -> WanConditioning:
+        """Wan's rules for requests."""
+        return WanConditioning(self.config)
+
     def sampling_at(self, height: int, width: int) -> Sampling:
-        """The settings for another size: the shift that Wan takes there."""
+        """Returns the settings for another size: the shift that Wan takes there."""
         sampling = dataclasses.replace(self.sampling, height=height, width=width)
         if self.own_shift:
             return sampling
         shift = wan_shift(_task(self.config), height, width)
         return dataclasses.replace(sampling, shift=shift)
-
-
-def is_wan(path: Path | str) -> bool:
-    """Whether a checkpoint is a Wan folder, or else a name to look for on the hub.
-
-    Raises:
-      CheckpointError: It is a path of neither a Wan model nor a small one.
-    """
-    path = Path(path)
-    if find_layout(path) is not None or not path.exists():
-        return True
-    if is_small_model(path):
-        return False
-    raise CheckpointError(
-        f"{path} holds no model; "
-        + (
-            describe_neighbour(path)
-            or f"expected a Wan model in {describe_layouts()}, or {SMALL_MODEL}"
-        )
-    )
 
 
 def describe_wan(
@@ -118,8 +84,8 @@ def load_wan(
     parts: Collection[Part] = ALL_PARTS,
     loras: Iterable[tuple[Path | str, float]] = (),
     text: TextOptions | None = None,
-) -> LoadedWan:
-    """Loads what a pipeline needs: text first, for it may be freed; then the rest.
+) -> VideoPipeline:
+    """Loads a pipeline: text first, for it may be freed; then the rest.
 
     Args:
       path: The model's folder, or its repository on the hub.
@@ -151,7 +117,7 @@ def load_wan(
     with _naming(wan.folder, "vae"):
         codec = WanVAECodec(model=load_wan_vae(wan.vae, vae))
     _LOG.info("loading the transformer")
-    return LoadedWan(
+    return VideoPipeline(
         model=wan.load_transformer(),
         text_encoder=text_encoder,
         codec=codec,
@@ -195,7 +161,7 @@ def _load_image_encoder(wan: WanParts) -> CLIPImageEncoder | None:
 
 
 def _sampling(wan: WanParts) -> Sampling:
-    """Wan's own settings for this model; a folder of diffusers has its scheduler's.
+    """Returns Wan's own settings, or the scheduler's in a folder of diffusers.
 
     The 1.3B model was trained at 480p only.
     """
@@ -204,8 +170,8 @@ def _sampling(wan: WanParts) -> Sampling:
         settings["shift"] = wan.scheduler.shift
         settings["grid"] = wan.scheduler.grid if wan.scheduler.grid != "wan" else None
     size: WanSize = "720p" if wan.config.dim >= WanConfig.t2v_14b().dim else "480p"
-    return Sampling.wan(size, task=_task(wan.config), **settings)
+    return wan_sampling(size, task=_task(wan.config), **settings)
 
 
 def _task(config: WanConfig) -> WanTask:
-    return "image" if takes_image(config) else "text"
+    return "image" if config.takes_image else "text"

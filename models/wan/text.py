@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from models.checkpoints.memory_map import CheckpointError
+from models.diffusion.dtypes import default_dtype
 from models.diffusion.interfaces import TextEncoder
 from models.umt5.config import UMT5Config
 from models.umt5.embeddings import (
@@ -17,7 +18,7 @@ from models.umt5.embeddings import (
     GivenTextEncoder,
     encoder_identity,
 )
-from models.umt5.text_encoder import UMT5TextEncoder, default_dtype
+from models.umt5.text_encoder import UMT5TextEncoder
 from models.umt5.tokenizer import UMT5Tokenizer
 from models.wan.checkpoint import WanFolder, WanParts
 from models.wan.layouts import Part

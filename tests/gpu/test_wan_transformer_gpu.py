@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from draft_jax import DraftConfig, SparsitySchedule
+from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
 from models.wan.config import WanConfig
+from models.wan.inputs import WanInputs
 from models.wan.transformer import WanTransformer
 from pallas_kernels.attention import api as dispatch
 from pallas_kernels.attention.sm90 import dense_backend as hopper_dense
@@ -36,11 +37,11 @@ CONFIG = WanConfig(
     text_dim=64,
     text_length=32,
     freq_dim=64,
-    attention="draft",
-    draft=DraftConfig(sparsity=0.75),
     dtype="bfloat16",
     param_dtype="float32",
 )
+
+ATTENTION = AttentionPlan.draft(DraftConfig(sparsity=0.75))
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +60,19 @@ def plan():
         np.array([900.0, 600.0]),
         num_layers=CONFIG.num_layers,
         grid=model.grid(LATENT_SHAPE),
-        config=CONFIG.draft,
+        config=ATTENTION.config,
     )
 
 
 def make_inputs():
     keys = jax.random.split(jax.random.key(1), 2)
     context = jax.random.normal(keys[0], (1, CONFIG.text_length, CONFIG.text_dim))
-    return {
-        "latents": jax.random.normal(keys[1], LATENT_SHAPE),
-        "timesteps": jnp.full(1, 700.0),
-        "context": context,
-        "context_lengths": jnp.full(1, 20),
-    }
+    return WanInputs(
+        latents=jax.random.normal(keys[1], LATENT_SHAPE),
+        timesteps=jnp.full(1, 700.0),
+        context=context,
+        context_lengths=jnp.full(1, 20),
+    )
 
 
 def run(parameters, step, masks=None, *, dtype="bfloat16"):
@@ -83,7 +84,8 @@ def run(parameters, step, masks=None, *, dtype="bfloat16"):
 
     @jax.jit
     def call(parameters, inputs, masks):
-        return nnx.merge(structure, parameters)(**inputs, step=step, masks=masks)
+        model = nnx.merge(structure, parameters)
+        return model(inputs, attention=ATTENTION, step=step, masks=masks)
 
     program = call.lower(parameters, make_inputs(), masks).compile()
     velocity, masks = program(parameters, make_inputs(), masks)
@@ -138,7 +140,8 @@ def test_traced_steps_give_what_known_ones_do(parameters, plan):
 
     @jax.jit
     def traced(parameters, inputs, step, masks):
-        return nnx.merge(structure, parameters)(**inputs, step=step, masks=masks)
+        model = nnx.merge(structure, parameters)
+        return model(inputs, attention=ATTENTION, step=step, masks=masks)
 
     masks = None
     for index in range(2):

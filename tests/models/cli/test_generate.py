@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 
 from models.cli import generate, main, options
+from models.cli import model as cli_model
 from models.cli.parser import build_parser, parse_lora
 from models.diffusion.pipeline import VideoPipeline
-from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import FlowUniPC
+from models.loading import load_pipeline
 from models.media import video as video_io
 from models.mini import checkpoint as mini_checkpoint
+from models.wan.sampling import wan_sampling
 from tests import tiny_model
 
 PROMPT = "a red ball"
@@ -175,8 +177,8 @@ def test_a_seed_gives_the_same_file_and_another_seed_another(
     checkpoint, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    pipeline = VideoPipeline.from_checkpoint(checkpoint)  # compiled only once
-    monkeypatch.setattr(VideoPipeline, "from_checkpoint", lambda *_, **__: pipeline)
+    pipeline = load_pipeline(checkpoint)  # compiled only once
+    monkeypatch.setattr(cli_model, "load_pipeline", lambda *_, **__: pipeline)
     for folder, seed in (("one", "5"), ("same", "5"), ("other", "6")):
         assert run(checkpoint, "--seed", seed, "--output", folder) == 0
     one, same, other = (
@@ -434,7 +436,7 @@ def read_until(terminal, text, seconds=120):
 def test_what_is_not_given_is_the_checkpoints():
     parser = build_parser()
     arguments = parser.parse_args(["generate", "a cat", "--size", "64x32"])
-    default = Sampling.wan("480p", grid="diffusers", seed=3)
+    default = wan_sampling("480p", grid="diffusers", seed=3)
     sampling = options.sampling_from(arguments, default)
     assert sampling == dataclasses.replace(default, width=64, height=32)
 
@@ -452,7 +454,7 @@ def test_what_is_not_given_is_the_checkpoints():
 )
 def test_noise_levels_of_a_checkpoint_are_kept(given, solver, grid):
     arguments = build_parser().parse_args(["generate", "a cat", *given.split()])
-    default = Sampling.wan("480p", grid="diffusers")
+    default = wan_sampling("480p", grid="diffusers")
     sampling = options.sampling_from(arguments, default)
     assert (sampling.solver, sampling.grid) == (solver, grid)
 

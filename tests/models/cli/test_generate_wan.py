@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from models.cli import generate, main, options
+from models.cli import model as cli_model
 from models.cli.parser import build_parser
 from models.diffusion.pipeline import VideoPipeline
 from models.media import video as video_io
@@ -78,7 +79,7 @@ def test_text_options_are_passed_on(tmp_path, monkeypatch):
         seen.append(text)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(VideoPipeline, "from_checkpoint", stop)
+    monkeypatch.setattr(cli_model, "load_pipeline", stop)
     for chosen in (("--text-device", "cpu"), ("--guidance", "1")):
         assert run(TEXT_TO_VIDEO, tmp_path / "out", *chosen) == 130
     assert seen[0].device.platform == "cpu"

@@ -16,6 +16,7 @@ from models.cli import choices
 from models.cli.parser import build_parser
 from models.diffusion import sampling, schedulers
 from models.diffusion.sampler import GuidanceBatching
+from models.wan.sampling import WAN_PIXELS
 
 ROOT = Path(__file__).parents[3]
 # Packages of which none is needed to parse options or to print help.
@@ -105,7 +106,7 @@ def test_choices_are_those_of_the_configurations():
     ):
         assert get_args(grids) == choices.GRIDS_OF_SOLVERS[solver]
     assert {
-        name: (width, height) for name, (height, width) in sampling.WAN_PIXELS.items()
+        name: (width, height) for name, (height, width) in WAN_PIXELS.items()
     } == choices.NAMED_SIZES
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models.diffusion.comparison import Comparison, run_report
-from models.diffusion.pipeline import GenerationResult
+from models.diffusion.results import GenerationResult
 
 STEPS, LAYERS = 4, 2
 

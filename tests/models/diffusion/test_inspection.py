@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from draft_jax import DraftConfig, SparsitySchedule, VideoGrid
+from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule, VideoGrid
 from models.diffusion.inspection import block_masses, inspect_attention
-from models.diffusion.pipeline import VideoPipeline
+from models.loading import load_pipeline
 from tests import tiny_model
 
 
@@ -50,7 +50,7 @@ def test_block_masses_take_no_text():
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    return VideoPipeline.from_checkpoint(tiny_model.save_checkpoint(folder))
+    return load_pipeline(tiny_model.save_checkpoint(folder))
 
 
 @pytest.mark.nightly
@@ -62,8 +62,10 @@ def test_view(pipeline, step):
         "a red ball",
         tiny_model.SAMPLING,
         step=step,
-        draft=DraftConfig(sparsity=0.5),
-        schedule=SparsitySchedule(dense_fraction=0.25, dense_layers=(1,)),
+        attention=AttentionPlan.draft(
+            DraftConfig(sparsity=0.5),
+            SparsitySchedule(dense_fraction=0.25, dense_layers=(1,)),
+        ),
         callback=lambda report: steps_run.append(report.index),
     )
     assert steps_run == list(range(step))
@@ -85,8 +87,9 @@ def test_view(pipeline, step):
 
 @pytest.mark.nightly
 def test_the_strongest_pairs_are_kept(pipeline):
+    attention = AttentionPlan.draft(DraftConfig(sparsity=0.5))
     view = inspect_attention(
-        pipeline, "a ball", tiny_model.SAMPLING, step=0, draft=DraftConfig(sparsity=0.5)
+        pipeline, "a ball", tiny_model.SAMPLING, step=0, attention=attention
     )
     for draft_map, mask in zip(
         view.draft_maps.reshape(-1, 64), view.masks.reshape(-1, 64), strict=True
@@ -96,8 +99,20 @@ def test_the_strongest_pairs_are_kept(pipeline):
 
 
 def test_sparsity_zero_keeps_all_mass(pipeline):
+    attention = AttentionPlan.draft(DraftConfig(sparsity=0.0))
     view = inspect_attention(
-        pipeline, "a ball", tiny_model.SAMPLING, step=0, draft=DraftConfig(sparsity=0.0)
+        pipeline, "a ball", tiny_model.SAMPLING, step=0, attention=attention
     )
     assert view.masks.all()
     np.testing.assert_allclose(view.kept_mass, 1.0, rtol=1e-6)
+
+
+def test_dense_attention_has_nothing_to_look_at(pipeline):
+    with pytest.raises(ValueError, match="has no masks to look at; pass AttentionPlan"):
+        inspect_attention(
+            pipeline,
+            "a ball",
+            tiny_model.SAMPLING,
+            step=0,
+            attention=AttentionPlan.dense(),
+        )

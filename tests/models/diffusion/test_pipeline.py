@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from draft_jax import DraftConfig, SparsitySchedule
-from models.diffusion.pipeline import (
-    Sampling,
-    TextContext,
-    UnknownWordWarning,
-    VideoPipeline,
-)
+from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
+from models.diffusion.interfaces import TextContext
+from models.diffusion.pipeline import UnknownWordWarning
+from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import FlowUniPC
+from models.loading import load_pipeline
+from models.wan.inputs import WanInputs
+from models.wan.sampling import wan_sampling
 from models.wan.transformer import WanTransformer
 from tests import tiny_model
 
@@ -32,12 +32,19 @@ def checkpoint():
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    return VideoPipeline.from_checkpoint(tiny_model.save_checkpoint(folder))
+    return load_pipeline(tiny_model.save_checkpoint(folder))
 
 
 def generate(pipeline, prompt=PROMPT, **options):
     sampling = dataclasses.replace(tiny_model.SAMPLING, **options.pop("sampling", {}))
     return pipeline.generate(prompt, sampling, **options)
+
+
+def plan_of(sparsity):
+    """The paper's schedule; None is dense attention."""
+    if sparsity is None:
+        return AttentionPlan.dense()
+    return AttentionPlan.draft(DraftConfig(sparsity=sparsity))
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +55,12 @@ def dense(pipeline):
 def test_dense_run_follows_the_flow_equation(pipeline, dense):
     """The sampler's loop once more: one model call per prompt, guidance in NumPy."""
     sampling = tiny_model.SAMPLING
-    latents = pipeline.start(PROMPT, sampling, draft=None, schedule=None)[1].latents
+    latents = pipeline.start(PROMPT, sampling)[1].latents
     latents = np.asarray(latents)
     contexts = [pipeline.text_encoder.encode([text]) for text in (PROMPT, "")]
     sigmas = 3 * np.linspace(1, 0, 5) / (1 + 2 * np.linspace(1, 0, 5))
     predict = nnx.jit(
-        lambda model, latents, time, text: model(
-            latents, time, text[0], context_lengths=text[1]
-        )[0]
+        lambda model, latents, time, text: model(WanInputs(latents, time, *text))[0]
     )
     for sigma, next_sigma in itertools.pairwise(sigmas):
         time = jnp.full(1, 1000 * sigma, jnp.float32)
@@ -87,9 +92,8 @@ def test_result_of_a_dense_run(dense):
 @pytest.mark.parametrize("selection", ["percentile", "row_topk"])
 def test_sparsity_zero_gives_the_dense_video(pipeline, dense, selection):
     draft = DraftConfig(sparsity=0.0, selection=selection)
-    sparse = generate(
-        pipeline, draft=draft, schedule=SparsitySchedule(dense_fraction=0.0)
-    )
+    attention = AttentionPlan.draft(draft, SparsitySchedule(dense_fraction=0.0))
+    sparse = generate(pipeline, attention=attention)
     assert not sparse.dense.any()
     np.testing.assert_array_equal(sparse.kept_density, np.ones((4, 3)))
     np.testing.assert_allclose(sparse.video, dense.video, rtol=0, atol=ROUNDING)
@@ -97,11 +101,9 @@ def test_sparsity_zero_gives_the_dense_video(pipeline, dense, selection):
 
 def test_schedule_and_kept_shares(pipeline, dense):
     """Half of 8 x 8 tile pairs, on the last three steps and but for layer 1."""
-    sparse = generate(
-        pipeline,
-        draft=DraftConfig(sparsity=0.5),
-        schedule=SparsitySchedule(dense_fraction=0.25, dense_layers=(1,)),
-    )
+    schedule = SparsitySchedule(dense_fraction=0.25, dense_layers=(1,))
+    attention = AttentionPlan.draft(DraftConfig(sparsity=0.5), schedule)
+    sparse = generate(pipeline, attention=attention)
     expected = np.zeros((4, 3), np.bool_)
     expected[0] = expected[:, 1] = True
     np.testing.assert_array_equal(sparse.dense, expected)
@@ -116,14 +118,12 @@ def test_schedule_and_kept_shares(pipeline, dense):
 def test_a_program_for_each_kind_of_step(pipeline):
     """Four sparse steps of two sparsities: budgets share programs."""
     pipeline = dataclasses.replace(pipeline)  # with nothing compiled
-    start = pipeline.start(
-        PROMPT,
-        tiny_model.SAMPLING,
-        draft=DraftConfig(sparsity=0.5),
-        schedule=SparsitySchedule(
-            sparsity=(0.5, 0.5, 0.6, 0.6), mask_refresh=2, dense_layers=(1,)
-        ),
+    config = DraftConfig(sparsity=0.5)
+    schedule = SparsitySchedule(
+        sparsity=(0.5, 0.5, 0.6, 0.6), mask_refresh=2, dense_layers=(1,)
     )
+    attention = AttentionPlan.draft(config, schedule)
+    start = pipeline.start(PROMPT, tiny_model.SAMPLING, attention=attention)
     kinds = [((False, True, False), True), ((False, True, False), False)]
     assert start[0].kinds == kinds
     programs, compile_ms = pipeline.compile(*start)
@@ -132,12 +132,9 @@ def test_a_program_for_each_kind_of_step(pipeline):
     for kind in kinds:
         assert " conditional(" not in programs[kind].as_text()
     # Another schedule of the same shapes compiles only what is new.
-    start = pipeline.start(
-        PROMPT,
-        tiny_model.SAMPLING,
-        draft=DraftConfig(sparsity=0.5),
-        schedule=SparsitySchedule(dense_fraction=0.25, dense_layers=(1,)),
-    )
+    schedule = SparsitySchedule(dense_fraction=0.25, dense_layers=(1,))
+    attention = AttentionPlan.draft(config, schedule)
+    start = pipeline.start(PROMPT, tiny_model.SAMPLING, attention=attention)
     before = dict(programs)
     again, _ = pipeline.compile(*start)
     assert start[0].kinds == [((True, True, True), False), kinds[0]]
@@ -154,7 +151,7 @@ def test_seed_decides_the_video(pipeline, dense):
 
 
 def test_noise_stands_for_the_seed(pipeline, dense):
-    start = pipeline.start(PROMPT, tiny_model.SAMPLING, draft=None, schedule=None)
+    start = pipeline.start(PROMPT, tiny_model.SAMPLING)
     noise = start[1].latents
     for _ in range(2):  # it is still there after a run
         result = generate(pipeline, noise=noise, sampling={"seed": 5})
@@ -166,9 +163,9 @@ def test_noise_stands_for_the_seed(pipeline, dense):
 @pytest.mark.nightly
 @pytest.mark.parametrize("sparsity", [None, 0.6], ids=["dense", "draft"])
 def test_batch_items_do_not_influence_each_other(pipeline, sparsity):
-    draft = None if sparsity is None else DraftConfig(sparsity=sparsity)
-    alone = generate(pipeline, draft=draft)
-    both = generate(pipeline, [PROMPT, "the blue sea"], draft=draft)
+    attention = plan_of(sparsity)
+    alone = generate(pipeline, attention=attention)
+    both = generate(pipeline, [PROMPT, "the blue sea"], attention=attention)
     assert both.video.shape[0] == 2
     np.testing.assert_allclose(both.video[0], alone.video[0], rtol=0, atol=ROUNDING)
     assert np.abs(both.video[1] - alone.video[0]).max() > 0.05
@@ -181,8 +178,8 @@ def test_guidance_of_one_does_not_run_the_negative_prompt(pipeline):
     ]
     np.testing.assert_array_equal(results[0].video, results[1].video)
     sampling = dataclasses.replace(tiny_model.SAMPLING, guidance=1.0)
-    inputs = pipeline.start(PROMPT, sampling, draft=None, schedule=None)[2]
-    assert inputs.context.shape[0] == 1
+    inputs = pipeline.start(PROMPT, sampling)[2]
+    assert inputs.context.embeddings.shape[0] == 1
     guided = [
         generate(pipeline, sampling={"negative_prompt": text}) for text in ("", "boat")
     ]
@@ -196,14 +193,12 @@ def test_unipc_run_follows_its_solver(pipeline):
     by_object = generate(pipeline, sampling={"solver": solver, "shift": 1.0})
     np.testing.assert_array_equal(by_name.latents, by_object.latents)
     np.testing.assert_array_equal(by_name.timesteps, solver.timesteps)
-    state = pipeline.start(PROMPT, tiny_model.SAMPLING, draft=None, schedule=None)[1]
+    state = pipeline.start(PROMPT, tiny_model.SAMPLING)[1]
     latents = state.latents
     history = solver.initial_history(latents)
     contexts = [pipeline.text_encoder.encode([text]) for text in (PROMPT, "")]
     predict = nnx.jit(
-        lambda model, latents, time, text: model(
-            latents, time, text[0], context_lengths=text[1]
-        )[0]
+        lambda model, latents, time, text: model(WanInputs(latents, time, *text))[0]
     )
     for index, timestep in enumerate(solver.timesteps):
         time = jnp.full(1, timestep, jnp.float32)
@@ -229,9 +224,9 @@ def test_solvers_do_not_share_a_program(pipeline, dense):
 @pytest.mark.nightly
 @pytest.mark.parametrize("sparsity", [None, 0.6], ids=["dense", "draft"])
 def test_guidance_in_two_calls_agrees_with_one(pipeline, sparsity):
-    draft = None if sparsity is None else DraftConfig(sparsity=sparsity)
-    one = generate(pipeline, draft=draft)
-    two = generate(pipeline, draft=draft, guidance_batching="two_calls")
+    attention = plan_of(sparsity)
+    one = generate(pipeline, attention=attention)
+    two = generate(pipeline, attention=attention, guidance_batching="two_calls")
     scale = np.abs(one.latents).max()
     np.testing.assert_allclose(two.latents, one.latents, rtol=0, atol=ROUNDING * scale)
     np.testing.assert_allclose(two.kept_density, one.kept_density, rtol=0, atol=1e-6)
@@ -260,7 +255,7 @@ def test_callback_sees_every_step_and_may_stop_the_run(pipeline):
 
 
 def test_damaged_weights_are_named_with_the_step(checkpoint, pipeline):
-    broken = checkpoint.transformer.with_attention("dense")
+    broken = nnx.merge(*nnx.split(checkpoint.transformer))  # a copy
     broken.proj_out.bias = type(broken.proj_out.bias)(jnp.full(64, jnp.nan))
     damaged = dataclasses.replace(pipeline, model=broken)
     with pytest.raises(FloatingPointError, match="not finite after step 1 of 4"):
@@ -356,9 +351,9 @@ class CausalCodec:
 )
 def test_token_grids_of_the_published_sizes(pipeline, size, grid):
     causal = dataclasses.replace(pipeline, codec=CausalCodec())
-    shape = causal.latent_shape(Sampling.wan(size))
+    shape = causal.latent_shape(wan_sampling(size))
     assert shape == (grid[0], 2 * grid[1], 2 * grid[2], 16)
-    got = WanTransformer.grid(pipeline.model, shape)
+    got = pipeline.model.grid(shape)
     assert (got.frames, got.height, got.width) == grid
 
 
@@ -374,7 +369,7 @@ def test_runs_at_the_published_sizes(pipeline, size, rest, turned):
     shapes = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
     model = nnx.merge(nnx.split(shapes)[0], nnx.state(pipeline.model))
     published = dataclasses.replace(pipeline, model=model, codec=CausalCodec())
-    sides = dataclasses.asdict(Sampling.wan(size))
+    sides = dataclasses.asdict(wan_sampling(size))
     height, width = (sides[side] for side in ("height", "width"))
     assert (height // 16 % 8, width // 16 % 16) == rest
     if turned:
@@ -384,10 +379,11 @@ def test_runs_at_the_published_sizes(pipeline, size, rest, turned):
     whole = generate(
         published,
         sampling=sampling,
-        draft=DraftConfig(sparsity=0.0),
-        schedule=SparsitySchedule(dense_fraction=0.0),
+        attention=AttentionPlan.draft(
+            DraftConfig(sparsity=0.0), SparsitySchedule(dense_fraction=0.0)
+        ),
     )
-    sparse = generate(published, sampling=sampling, draft=DraftConfig(sparsity=0.75))
+    sparse = generate(published, sampling=sampling, attention=plan_of(0.75))
     assert dense.video.shape == (1, 1, height, width, 3)
     np.testing.assert_allclose(whole.latents, dense.latents, rtol=0, atol=ROUNDING)
     assert np.isfinite(sparse.latents).all()

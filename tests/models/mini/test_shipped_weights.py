@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.diffusion.pipeline import Sampling
+from models.diffusion.sampling import Sampling
 from models.mini.captions import SAMPLE_PROMPTS
 from models.mini.checkpoint import SHIPPED, MiniCheckpoint, MiniTextEncoder
-from models.mini.samples import draw_sheet, pipeline_of
+from models.mini.pipeline import pipeline_of
+from models.mini.samples import draw_sheet
 from models.mini.scenes import all_captions
 from models.mini.text import Vocabulary
 from models.wan.config import WanConfig

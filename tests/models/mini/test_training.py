@@ -250,7 +250,6 @@ def test_options(tmp_path, capsys):
         ("ema", 1.0, r"ema=1\.0 must be in \[0, 1\)"),
         ("caption_dropout", -0.1, "caption_dropout"),
         ("learning_rate", 0.0, "learning_rate=0.0 must be positive"),
-        ("model", WanConfig.mini(attention="draft"), "must be 'dense' in training"),
     ],
 )
 def test_bad_config(field, value, text):

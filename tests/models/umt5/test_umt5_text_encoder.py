@@ -9,7 +9,8 @@ import safetensors.numpy
 from flax import nnx
 
 from models.checkpoints.safetensors_io import CheckpointError
-from models.diffusion.pipeline import TextEncoder
+from models.diffusion.dtypes import default_dtype
+from models.diffusion.interfaces import TextEncoder
 from models.umt5.config import UMT5Config
 from models.umt5.convert import export_umt5_encoder
 from models.umt5.embeddings import (
@@ -18,7 +19,7 @@ from models.umt5.embeddings import (
     GivenTextEncoder,
     encoder_identity,
 )
-from models.umt5.text_encoder import UMT5TextEncoder, default_dtype, pad_rows
+from models.umt5.text_encoder import UMT5TextEncoder, pad_rows
 from models.umt5.tokenizer import UMT5Tokenizer
 from tests.models.umt5.conftest import FIXTURES, copy_of
 

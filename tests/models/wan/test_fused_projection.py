@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from draft_jax import DraftConfig, VideoGrid, constant_step
+from draft_jax import AttentionPlan, DraftConfig, VideoGrid, constant_step
+from models.wan.inputs import WanInputs
 from models.wan.transformer import WanTransformer
 from pallas_kernels.common.device import Device
 from pallas_kernels.pooling import api
@@ -23,7 +24,7 @@ H100 = Device(platform="gpu", kind="H100", compute_capability=(9, 0))
 
 
 @functools.cache
-def make_model(attention):
+def make_model():
     """Heads as the kernel takes them, and an output layer that is not zero."""
     config = dataclasses.replace(
         tiny_model.CONFIG,
@@ -31,8 +32,6 @@ def make_model(attention):
         num_heads=4,
         num_layers=1,
         tile=(2, 2),
-        attention=attention,
-        draft=DraftConfig(sparsity=0.5),
     )
     model = WanTransformer(config, rngs=nnx.Rngs(0))
     kernel = model.proj_out.kernel
@@ -45,7 +44,9 @@ def make_model(attention):
     mostly_nightly(("refresh", "reuse", "dense-step", "dense-model"), ("refresh",)),
 )
 def test_the_kernel_changes_nothing(state):
-    model = make_model("dense" if state == "dense-model" else "draft")
+    model, attention = make_model(), AttentionPlan.dense()
+    if state != "dense-model":
+        attention = AttentionPlan.draft(DraftConfig(sparsity=0.5))
     grid, config = VideoGrid(1, 3, 4, tile=(2, 2)), model.config
     rng = np.random.default_rng(0)
     latents = jnp.asarray(rng.normal(size=(1, 1, 6, 8, 16)), jnp.float32)
@@ -54,7 +55,7 @@ def test_the_kernel_changes_nothing(state):
     step = None
     if state != "dense-model":
         step = dataclasses.replace(
-            constant_step(grid, config.draft),
+            constant_step(grid, attention.config),
             dense=np.full(config.num_layers, state == "dense-step"),
             refresh=np.asarray(state == "refresh"),
         )
@@ -62,7 +63,11 @@ def test_the_kernel_changes_nothing(state):
 
     def run(parameters):
         merged = nnx.merge(structure, parameters)
-        return merged(latents, jnp.ones(1) * 500, context, step=step)
+        return merged(
+            WanInputs(latents, jnp.ones(1) * 500, context),
+            attention=attention,
+            step=step,
+        )
 
     plain = jax.jit(run)(parameters)
     interpret = plgpu.InterpretGPUParams()

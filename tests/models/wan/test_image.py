@@ -11,10 +11,12 @@ import safetensors.numpy
 from flax import nnx
 
 from models.diffusion.interfaces import ImageCondition, TextContext
-from models.diffusion.pipeline import Sampling, VideoPipeline
+from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import FlowEuler
 from models.wan.config import WanConfig
 from models.wan.image import condition_latents, kept_part
+from models.wan.inputs import WanInputs
 from models.wan.transformer import WanTransformer
 from tests import tolerances
 
@@ -127,8 +129,6 @@ def test_run_follows_the_flow_equation(pipeline, result):
         SAMPLING,
         image=make_images(),
         negative_context=make_context(seed=1),
-        draft=None,
-        schedule=None,
     )
     latents = start[1].latents
     mask = np.zeros((1, 3, 4, 6, 4), np.float32)
@@ -139,11 +139,12 @@ def test_run_follows_the_flow_equation(pipeline, result):
     tokens = MeanColours().encode(jnp.asarray(make_images()))
     predict = nnx.jit(
         lambda model, latents, time, context: model(
-            jnp.concatenate([latents, condition], axis=-1),
-            time,
-            context.embeddings,
-            context_lengths=context.lengths,
-            image_tokens=tokens,
+            WanInputs(
+                jnp.concatenate([latents, condition], axis=-1),
+                time,
+                *context,
+                image_tokens=tokens,
+            )
         )[0]
     )
     solver = FlowEuler(num_steps=3, shift=2.0)
@@ -252,8 +253,10 @@ def test_text_to_video_models_take_no_image(pipeline):
         generate(plain, make_images())
     with pytest.raises(ValueError, match=r"image_tokens are given, .*image_dim=None"):
         plain.model(
-            jnp.zeros((1, 1, 4, 4, 16)),
-            jnp.zeros(1),
-            make_context().embeddings,
-            image_tokens=jnp.zeros((1, 3, 6)),
+            WanInputs(
+                jnp.zeros((1, 1, 4, 4, 16)),
+                jnp.zeros(1),
+                make_context().embeddings,
+                image_tokens=jnp.zeros((1, 3, 6)),
+            )
         )

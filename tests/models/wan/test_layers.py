@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,15 +10,17 @@ import pytest
 from flax import nnx
 
 from draft_jax import VideoGrid
+from models.diffusion.capture import call_and_capture
+from models.wan.embeddings import ConditionEmbedder, timestep_embedding
 from models.wan.layers import (
+    BlockInputs,
     LayerNorm,
     RMSNorm,
     WanBlock,
-    cross_attention,
+    attend_to_all,
     layer_norm,
 )
 from models.wan.rope import rope_table, split_head_dim
-from models.wan.transformer import ConditionEmbedder, timestep_embedding
 from pallas_kernels.pooling.xla import rotate_pairs
 from tests import tiny_model
 
@@ -88,13 +91,13 @@ def test_timestep_embedding_matches_numpy():
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-4)
 
 
-def test_cross_attention_matches_numpy():
+def test_attend_to_all_matches_numpy():
     q, k, v = normal(1, 7, 2, 12), normal(1, 5, 2, 12, seed=1), normal(1, 5, 2, 12)
     logits = np.einsum("btnd,blnd->bntl", q, k) / np.sqrt(12)
     weights = np.exp(logits)
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bntl,blnd->btnd", weights, v)
-    got = cross_attention(*(jnp.float32(x) for x in (q, k, v)))
+    got = attend_to_all(*(jnp.float32(x) for x in (q, k, v)))
     np.testing.assert_allclose(got, expected, **F32)
 
 
@@ -112,14 +115,24 @@ def block_inputs():
     x = jnp.float32(normal(1, grid.num_tokens, 24))
     context = jnp.bfloat16(normal(1, 6, 24, seed=1))
     modulation = jnp.float32(normal(1, 6, 24, seed=2))
-    return x, context, modulation, rope_table(grid, 12), grid, None, None
+    shared = BlockInputs(
+        text=context,
+        image=None,
+        modulation=modulation,
+        rope=rope_table(grid, 12),
+        grid=grid,
+        draft=None,
+    )
+    return x, shared
 
 
 def test_residual_stream_stays_float32(narrow_block):
-    x, mask, (q, k) = narrow_block(*block_inputs())
+    (x, mask), sown = call_and_capture(narrow_block, *block_inputs(), None, None)
     assert x.dtype == jnp.float32
-    assert q.dtype == k.dtype == jnp.bfloat16
     assert mask is None
+    chex.assert_shape(list(sown["attn1"].values()), (1, 2 * 4 * 6, 2, 12))
+    chex.assert_type(list(sown["attn1"].values()), jnp.bfloat16)
+    assert sorted(sown["attn1"]) == ["k", "q"]
 
 
 def test_norms_are_float32_for_narrow_inputs():
@@ -146,13 +159,13 @@ def test_time_embedding_is_float32_and_text_is_narrow():
 def test_only_matrix_products_are_narrow(narrow_block):
     """Exponentials, roots, divisions: none of them takes bfloat16 but GELU's tanh."""
     structure, state = nnx.split(narrow_block)
-    x, context, modulation, rope, grid, *_ = block_inputs()
+    x, shared = block_inputs()
 
-    def run(state, x, context, modulation):
-        block = nnx.merge(structure, state)
-        return block(x, context, modulation, rope, grid, None, None)[0]
+    def run(state, x, text, modulation):
+        inputs = shared._replace(text=text, modulation=modulation)
+        return nnx.merge(structure, state)(x, inputs, None, None)[0]
 
-    program = jax.make_jaxpr(run)(state, x, context, modulation)
+    program = jax.make_jaxpr(run)(state, x, shared.text, shared.modulation)
     narrow = {
         equation.primitive.name
         for equation in equations(program.jaxpr)

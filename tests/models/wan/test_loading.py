@@ -10,8 +10,7 @@ import pytest
 from flax import nnx
 
 from models.checkpoints.memory_map import CheckpointError
-from models.diffusion.pipeline import VideoPipeline
-from models.diffusion.sampling import Sampling
+from models.loading import load_pipeline
 from models.umt5.embeddings import (
     CachedTextEncoder,
     GivenTextEncoder,
@@ -19,9 +18,9 @@ from models.umt5.embeddings import (
 )
 from models.umt5.text_encoder import UMT5TextEncoder
 from models.wan.checkpoint import WanParts
-from models.wan.conditions import takes_image
 from models.wan.layouts import ALL_PARTS
 from models.wan.loading import describe_wan, load_wan
+from models.wan.sampling import wan_sampling
 from models.wan.text import TextOptions
 from tests import tiny_model
 from tests.wan_folders import TEXT_TO_VIDEO, save_image_to_video
@@ -171,13 +170,13 @@ def test_wrong_parts_are_named_before_the_transformer_is_loaded(
 def test_what_a_folder_says_without_its_weights(tmp_path, monkeypatch):
     monkeypatch.delattr(WanParts, "load_transformer")
     info = describe_wan(TEXT_TO_VIDEO)
-    assert not takes_image(info.config)
+    assert not info.config.takes_image
     assert info.vae.stride == (4, 8, 8)
-    assert info.sampling == Sampling.wan("480p", shift=3.0, grid="diffusers")
+    assert info.sampling == wan_sampling("480p", shift=3.0, grid="diffusers")
     wide = info.sampling_at(720, 1280)  # the folder's scheduler has the shift
     assert wide == dataclasses.replace(info.sampling, height=720, width=1280)
     image = describe_wan(save_image_to_video(tmp_path / "image"))
-    assert takes_image(image.config)
+    assert image.config.takes_image
     assert image.sampling.num_steps == 40
 
 
@@ -195,7 +194,7 @@ def test_small_models_take_no_text_options(tmp_path):
     folder = tiny_model.save_checkpoint(tmp_path)
     text = TextOptions(embeddings=tmp_path / "kept", prompts=("a cat",))
     with pytest.raises(ValueError, match="fit Wan models only") as error:
-        VideoPipeline.from_checkpoint(folder, loras=[("a.safetensors", 1.0)], text=text)
+        load_pipeline(folder, loras=[("a.safetensors", 1.0)], text=text)
     assert str(error.value).startswith(
         "loras=['a.safetensors'] and text.prompts=('a cat',) and "
         f"text.embeddings={tmp_path / 'kept'}: arguments that fit"
@@ -206,7 +205,7 @@ def test_folders_of_no_model_are_told_what_is_accepted(tmp_path):
     (tmp_path / "config.json").write_text("{}")  # many models have one
     for path in (tmp_path, tmp_path / "config.json"):
         with pytest.raises(CheckpointError) as error:
-            VideoPipeline.from_checkpoint(path)
+            load_pipeline(path)
         message = str(error.value)
         assert message.startswith(f"{path} holds no model; expected a Wan model in the")
         assert "the original layout (config.json, diff" in message
@@ -222,7 +221,7 @@ def test_folders_of_one_part_are_told_the_whole(tmp_path, part, monkeypatch):
         monkeypatch.chdir(folder / part if path == "." else folder)
         message = f"it is only the {part} of a model: give the whole, {folder}"
         with pytest.raises(CheckpointError, match=f"{message}$"):
-            VideoPipeline.from_checkpoint(path)
+            load_pipeline(path)
 
 
 @pytest.mark.parametrize("below", ["", "snapshots"])
@@ -232,11 +231,11 @@ def test_folders_of_the_hubs_cache_are_told_the_snapshot(tmp_path, below):
         shutil.copytree(TEXT_TO_VIDEO, folder / "snapshots" / revision)
     message = f"holds no model; the hub's cache .* give {folder}/snapshots/"
     with pytest.raises(CheckpointError, match=f"{message}a1$"):
-        VideoPipeline.from_checkpoint(folder / below)
+        load_pipeline(folder / below)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("b2")
     with pytest.raises(CheckpointError, match=f"{message}b2$"):
-        VideoPipeline.from_checkpoint(folder / below)
+        load_pipeline(folder / below)
     shutil.rmtree(folder / "snapshots")  # refs alone are no model
     with pytest.raises(CheckpointError, match="holds no model; expected a Wan model"):
-        VideoPipeline.from_checkpoint(folder)
+        load_pipeline(folder)

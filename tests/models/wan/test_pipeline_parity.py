@@ -13,7 +13,8 @@ import pytest
 import safetensors
 
 from models.diffusion.interfaces import ImageCondition, TextContext
-from models.diffusion.pipeline import Sampling, VideoPipeline
+from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import make_solver
 from models.wan.config import WanConfig
 from models.wan.convert import load_wan_transformer

@@ -14,10 +14,11 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
+from models.loading import load_pipeline
 from models.umt5.config import UMT5Config
 from models.wan.checkpoint import WanFolder
+from models.wan.sampling import wan_sampling
 from models.wan.vae.config import WanVAEConfig
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -81,8 +82,8 @@ def test_video_of_a_prompt_is_that_of_diffusers(folder):
     expected = read_expected("expected")
     settings = expected["settings"]
     sampling = make_sampling(settings)
-    pipeline = VideoPipeline.from_checkpoint(folder)
-    own = Sampling.wan("480p", solver="unipc", shift=sampling.shift)
+    pipeline = load_pipeline(folder)
+    own = wan_sampling("480p", solver="unipc", shift=sampling.shift)
     if folder.name == "diffusers":
         own = dataclasses.replace(own, grid=sampling.grid)
     else:  # whose folder says nothing: the settings of its code
@@ -102,7 +103,7 @@ def test_video_of_an_image_is_that_of_diffusers(tmp_path):
     shutil.copytree(FOLDERS / "image", folder, dirs_exist_ok=True)
     expected = read_expected("expected_image")
     settings = expected["settings"]
-    result = VideoPipeline.from_checkpoint(folder).generate(
+    result = load_pipeline(folder).generate(
         settings["prompt"],
         make_sampling(settings),
         image=expected["image"].astype(np.float32) / 127.5 - 1.0,

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from models.diffusion.sampling import Sampling
 from models.wan.config import WanConfig
+from models.wan.sampling import wan_sampling
 from models.wan.sizes import latent_shape, side_multiples, size_like_image
 from models.wan.vae.config import WanVAEConfig
 
@@ -29,7 +29,7 @@ SIZES = {"480p": 480 * 832, "720p": 720 * 1280}
 )
 def test_any_size_that_can_be_patched(size, expected):
     height, width = size
-    sampling = Sampling.wan("720p", height=height, width=width)
+    sampling = wan_sampling("720p", height=height, width=width)
     assert latent_shape(sampling, CONFIG, VAE) == expected
 
 
@@ -44,14 +44,14 @@ def test_any_size_that_can_be_patched(size, expected):
 )
 def test_other_sizes_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        latent_shape(Sampling.wan("480p", **changes), CONFIG, VAE)
+        latent_shape(wan_sampling("480p", **changes), CONFIG, VAE)
 
 
 def test_patches_of_several_frames():
     config = dataclasses.replace(CONFIG, patch_size=(2, 2, 1))
     assert side_multiples(config, VAE) == (16, 8)
     with pytest.raises(ValueError, match="frames=81 gives 21 latent frames, which mus"):
-        latent_shape(Sampling.wan(), config, VAE)
+        latent_shape(wan_sampling(), config, VAE)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Against diffusers' WanTransformer3DModel; see tests/fixtures/make_wan_fixtures."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 import safetensors
 from flax import nnx
 
-from draft_jax import DraftConfig, SparsitySchedule
+from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
 from models.wan.config import WanConfig
 from models.wan.convert import load_wan_transformer
+from models.wan.inputs import WanInputs
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 CASES = sorted(file.stem.removeprefix("wan_") for file in FIXTURES.glob("wan_*.safe*"))
@@ -47,23 +49,24 @@ def load_case(name, **changes):
             **changes,
         },
     )
-    inputs = {
+    inputs = WanInputs(
         # diffusers keeps channels before frames.
-        "latents": jnp.asarray(tensors["inputs/latents"].transpose(0, 2, 3, 4, 1)),
-        "timesteps": jnp.asarray(tensors["inputs/timesteps"]),
-        "context": jnp.asarray(context),
-        "context_lengths": jnp.asarray(tensors["inputs/context_lengths"]),
-    }
+        latents=jnp.asarray(tensors["inputs/latents"].transpose(0, 2, 3, 4, 1)),
+        timesteps=jnp.asarray(tensors["inputs/timesteps"]),
+        context=jnp.asarray(context),
+        context_lengths=jnp.asarray(tensors["inputs/context_lengths"]),
+    )
     if config.image_dim is not None:
-        inputs["image_tokens"] = jnp.asarray(tensors["inputs/image_tokens"])
+        tokens = jnp.asarray(tensors["inputs/image_tokens"])
+        inputs = inputs._replace(image_tokens=tokens)
     expected = tensors["outputs/velocity"].transpose(0, 2, 3, 4, 1)
     return load_wan_transformer(weights, config), inputs, expected
 
 
-@nnx.jit
-def run(model, inputs, step=None):
+@functools.partial(nnx.jit, static_argnames="attention")
+def run(model, inputs, step=None, attention=AttentionPlan.dense()):  # noqa: B008
     with jax.default_matmul_precision("highest"):
-        return model(**inputs, step=step)
+        return model(inputs, attention=attention, step=step)
 
 
 def test_there_are_fixtures():
@@ -90,38 +93,38 @@ def test_the_tile_does_not_change_the_result(tile):
 @pytest.mark.parametrize("name", ["ragged", "wide_head"])
 def test_draft_that_skips_nothing_matches_diffusers(name, selection):
     config = DraftConfig(sparsity=0.0, selection=selection)
-    model, inputs, expected = load_case(name, attention="draft", draft=config)
-    got, masks = run(model, inputs)
+    model, inputs, expected = load_case(name)
+    got, masks = run(model, inputs, attention=AttentionPlan.draft(config))
     assert masks.row_offsets.shape[0] == model.config.num_layers
     np.testing.assert_allclose(got, expected, rtol=0, atol=PARITY_ATOL)
 
 
 def test_a_mix_of_dense_and_full_sparse_layers_matches_diffusers():
     config = DraftConfig(sparsity=0.0)
-    model, inputs, expected = load_case("wide_head", attention="draft", draft=config)
+    model, inputs, expected = load_case("wide_head")
     plan = SparsitySchedule(dense_layers=(0, 2)).plan(
         np.array([900.0, 500.0]),
         num_layers=model.config.num_layers,
-        grid=model.grid(inputs["latents"].shape),
+        grid=model.grid(inputs.latents.shape),
         config=config,
     )
-    got, _ = run(model, inputs, plan.step(0))
+    got, _ = run(model, inputs, plan.step(0), AttentionPlan.draft(config))
     np.testing.assert_allclose(got, expected, rtol=0, atol=PARITY_ATOL)
 
 
 def test_real_sparsity_changes_the_result():
-    model, inputs, expected = load_case(
-        "ragged", attention="draft", draft=DraftConfig(sparsity=0.8)
+    model, inputs, expected = load_case("ragged")
+    got, _ = run(
+        model, inputs, attention=AttentionPlan.draft(DraftConfig(sparsity=0.8))
     )
-    got, _ = run(model, inputs)
     assert np.isfinite(got).all()
     assert np.abs(got - expected).max() > 1e-2
 
 
 def test_image_tokens_change_the_result():
     model, inputs, expected = load_case("image")
-    tokens = inputs["image_tokens"]
-    got, _ = run(model, inputs | {"image_tokens": tokens.at[1].multiply(-1.0)})
+    tokens = inputs.image_tokens.at[1].multiply(-1.0)
+    got, _ = run(model, inputs._replace(image_tokens=tokens))
     np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=PARITY_ATOL)
     assert np.abs(got[1] - expected[1]).max() > 1e-2
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from draft_jax import DraftConfig, SparsitySchedule
+from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
 from models.wan import layers
 from models.wan.config import WanConfig
+from models.wan.inputs import WanInputs
 from models.wan.transformer import WanTransformer, kept_density
 
 TINY = WanConfig(
@@ -28,6 +29,11 @@ TINY = WanConfig(
     dtype="float32",
 )
 LATENT_SHAPE = (2, 3, 10, 14, 4)
+ATTENTION = {
+    "dense": AttentionPlan.dense(),
+    "draft": AttentionPlan.draft(DraftConfig()),
+}
+SPARSE = AttentionPlan.draft(DraftConfig(sparsity=0.7))
 
 
 def make_model(seed=0, **changes):
@@ -47,67 +53,69 @@ def _split_model(seed, **changes):
 def make_inputs(seed=0, shape=LATENT_SHAPE):
     rng = np.random.default_rng(seed)
     batch = shape[0]
-    return {
-        "latents": jnp.asarray(rng.normal(size=shape), jnp.float32),
-        "timesteps": jnp.asarray(rng.uniform(0, 1000, batch), jnp.float32),
-        "context": jnp.asarray(rng.normal(size=(batch, 5, 10)), jnp.float32),
-        "context_lengths": jnp.asarray([3, 5][:batch], jnp.int32),
-    }
+    return WanInputs(
+        latents=jnp.asarray(rng.normal(size=shape), jnp.float32),
+        timesteps=jnp.asarray(rng.uniform(0, 1000, batch), jnp.float32),
+        context=jnp.asarray(rng.normal(size=(batch, 5, 10)), jnp.float32),
+        context_lengths=jnp.asarray([3, 5][:batch], jnp.int32),
+    )
 
 
-@nnx.jit
-def run(model, inputs, step=None, masks=None):
-    return model(**inputs, step=step, masks=masks)
+@functools.partial(nnx.jit, static_argnames="attention")
+def run(model, inputs, step=None, masks=None, attention=ATTENTION["dense"]):
+    return model(inputs, attention=attention, step=step, masks=masks)
+
+
+run_sparse = functools.partial(run, attention=SPARSE)
 
 
 def item(inputs, index):
-    return {name: value[index : index + 1] for name, value in inputs.items()}
+    return jax.tree.map(lambda value: value[index : index + 1], inputs)
 
 
 @pytest.mark.parametrize("attention", ["dense", "draft"])
 def test_batch_items_do_not_influence_each_other(attention):
-    model, inputs = make_model(attention=attention), make_inputs()
-    both, _ = run(model, inputs)
+    model, inputs, attention = make_model(), make_inputs(), ATTENTION[attention]
+    both, _ = run(model, inputs, attention=attention)
     for index in range(2):
-        alone, _ = run(model, item(inputs, index))
+        alone, _ = run(model, item(inputs, index), attention=attention)
         np.testing.assert_allclose(both[index], alone[0], rtol=0, atol=2e-6)
 
 
 def test_text_past_its_length_is_ignored():
     model, inputs = make_model(), make_inputs()
     before, _ = run(model, inputs)
-    context = inputs["context"].at[0, 3:].set(7.0)  # item 0 has 3 rows of text
-    after, _ = run(model, inputs | {"context": context})
+    context = inputs.context.at[0, 3:].set(7.0)  # item 0 has 3 rows of text
+    after, _ = run(model, inputs._replace(context=context))
     np.testing.assert_array_equal(before, after)
-    context = inputs["context"].at[0, 2].set(7.0)
-    after, _ = run(model, inputs | {"context": context})
+    context = inputs.context.at[0, 2].set(7.0)
+    after, _ = run(model, inputs._replace(context=context))
     assert np.abs(after[0] - before[0]).max() > 1e-3
 
 
 def test_the_untrained_model_predicts_zero():
-    velocity, _ = WanTransformer(TINY, rngs=nnx.Rngs(0))(**make_inputs())
+    velocity, _ = WanTransformer(TINY, rngs=nnx.Rngs(0))(make_inputs())
     np.testing.assert_array_equal(velocity, np.zeros(LATENT_SHAPE, np.float32))
 
 
 def scheduled(model, **rules):
-    """A plan of three steps for draft attention."""
+    """A plan of three steps for `SPARSE`."""
     return SparsitySchedule(**rules).plan(
         np.array([900.0, 600.0, 300.0]),
         num_layers=3,
         grid=model.grid(LATENT_SHAPE),
-        config=model.config.draft,
+        config=SPARSE.config,
     )
 
 
 def test_masks_pass_from_step_to_step():
-    config = DraftConfig(sparsity=0.7)
-    model = make_model(attention="draft", draft=config)
+    model = make_model()
     first, second = make_inputs(0), make_inputs(1)
     plan = scheduled(model, dense_layers=(1,), mask_refresh=2)
-    _, masks = run(model, first, plan.step(0))
-    _, reused = run(model, second, plan.step(1), masks)
+    _, masks = run_sparse(model, first, plan.step(0))
+    _, reused = run_sparse(model, second, plan.step(1), masks)
     jax.tree.map(np.testing.assert_array_equal, masks, reused)
-    _, renewed = run(model, second, plan.step(2), masks)
+    _, renewed = run_sparse(model, second, plan.step(2), masks)
     assert (renewed.block_ids != masks.block_ids).any()
     density = kept_density(masks, plan.step(0))
     assert density.shape == (3, 2, 2)
@@ -116,13 +124,12 @@ def test_masks_pass_from_step_to_step():
 
 
 def test_steps_do_not_recompile():
-    config = DraftConfig(sparsity=0.7)
-    model = make_model(attention="draft", draft=config)
+    model = make_model()
     plan = SparsitySchedule(dense_fraction=0.5).plan(
         np.linspace(1000.0, 100.0, 4),
         num_layers=3,
         grid=model.grid(LATENT_SHAPE),
-        config=config,
+        config=SPARSE.config,
     )
     traces = 0
 
@@ -130,7 +137,7 @@ def test_steps_do_not_recompile():
     def run_counted(inputs, step, masks):
         nonlocal traces
         traces += 1
-        return model(**inputs, step=step, masks=masks)
+        return model(inputs, attention=SPARSE, step=step, masks=masks)
 
     inputs = make_inputs()
     _, masks = run_counted(inputs, plan.step(0), None)
@@ -152,14 +159,14 @@ def test_steps_do_not_recompile():
 )
 def test_known_steps_need_no_conditional(dense_layers, index, remat):
     """Layers in runs that do the same, against one scan that looks at each flag."""
-    model = make_model(attention="draft", draft=DraftConfig(sparsity=0.7))
+    model = make_model()
     plan = scheduled(model, dense_layers=dense_layers, mask_refresh=2)
     structure, parameters = nnx.split(model)
-    _, masks = run(model, make_inputs(1), plan.step(0))
+    _, masks = run_sparse(model, make_inputs(1), plan.step(0))
 
     def traced(parameters, inputs, masks, step):
         merged = nnx.merge(structure, parameters)
-        return merged(**inputs, step=step, masks=masks, remat=remat)
+        return merged(inputs, attention=SPARSE, step=step, masks=masks, remat=remat)
 
     def known(parameters, inputs, masks):
         return traced(parameters, inputs, masks, plan.step(index))
@@ -175,28 +182,31 @@ def test_known_steps_need_no_conditional(dense_layers, index, remat):
 
 
 def test_captured_layers_of_several_runs_stay_in_order():
-    model = make_model(attention="draft", draft=DraftConfig(sparsity=0.7))
+    model = make_model()
     step = scheduled(model, dense_layers=(0, 2)).step(0)
 
     @nnx.jit
     def traced(model, inputs, step):
-        return model.capture_qk(**inputs, step=step)
+        return model.capture_qk(inputs, attention=SPARSE, step=step)
 
-    known = nnx.jit(functools.partial(WanTransformer.capture_qk, step=step))
+    known = nnx.jit(
+        functools.partial(WanTransformer.capture_qk, attention=SPARSE, step=step)
+    )
     expected = traced(model, make_inputs(), step)
-    for ours, theirs in zip(known(model, **make_inputs()), expected, strict=True):
+    for ours, theirs in zip(known(model, make_inputs()), expected, strict=True):
         assert ours.shape[0] == 3
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
 @pytest.mark.nightly
 def test_gradient_of_layers_in_runs():
-    model = make_model(attention="draft", draft=DraftConfig(sparsity=0.7))
+    model = make_model()
     step = scheduled(model, dense_layers=(1,)).step(0)
     structure, parameters = nnx.split(model)
 
     def loss(parameters, step):
-        velocity, _ = nnx.merge(structure, parameters)(**make_inputs(), step=step)
+        model = nnx.merge(structure, parameters)
+        velocity, _ = model(make_inputs(), attention=SPARSE, step=step)
         return jnp.square(velocity).mean()
 
     got = jax.jit(jax.grad(lambda parameters: loss(parameters, step)))(parameters)
@@ -207,13 +217,12 @@ def test_gradient_of_layers_in_runs():
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
 
-def test_with_attention_shares_the_parameters():
-    dense, inputs = make_model(), make_inputs()
-    draft = dense.with_attention("draft", DraftConfig(sparsity=0.0))
-    assert draft.config.attention == draft.blocks.config.attention == "draft"
-    assert draft.proj_out.kernel[...] is dense.proj_out.kernel[...]
-    expected, _ = run(dense, inputs)
-    got, _ = run(draft, inputs)
+def test_the_same_model_runs_dense_and_sparse():
+    model, inputs = make_model(), make_inputs()
+    expected, _ = run(model, inputs)
+    everything = AttentionPlan.draft(DraftConfig(sparsity=0.0))
+    got, masks = run(model, inputs, attention=everything)
+    np.testing.assert_array_equal(kept_density(masks), np.ones((3, 2, 2)))
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6)
 
 
@@ -227,7 +236,7 @@ def test_capture_qk_gives_what_attention_sees(monkeypatch):
         return v
 
     monkeypatch.setattr(layers, "dense_attention", spy)
-    q, k = model.capture_qk(**inputs)
+    q, k = model.capture_qk(inputs)
     jax.effects_barrier()
     assert q.shape == k.shape == (1, 2, 3 * 5 * 7, 2, 12)
     np.testing.assert_array_equal(q[0], seen[0][0])
@@ -239,7 +248,7 @@ def test_captured_queries_are_in_tiled_order():
     captured = []
     for tile in ((2, 4), (1, 8)):  # (1, 8) is raster order
         model = make_model(num_layers=1, tile=tile)
-        captured.append(model.capture_qk(**make_inputs(shape=shape))[0])
+        captured.append(model.capture_qk(make_inputs(shape=shape))[0])
     raster_position = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]
     tiled, raster = captured
     np.testing.assert_allclose(tiled, raster[:, :, raster_position], rtol=0, atol=1e-6)
@@ -258,9 +267,13 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-def trace(model, inputs):
+def trace(model, inputs, attention):
     structure, state = nnx.split(model)
-    return jax.make_jaxpr(lambda state: nnx.merge(structure, state)(**inputs))(state)
+
+    def call(state):
+        return nnx.merge(structure, state)(inputs, attention=attention)
+
+    return jax.make_jaxpr(call)(state)
 
 
 @pytest.mark.parametrize("attention", ["dense", "draft"])
@@ -269,8 +282,8 @@ def test_layers_do_not_reorder_tokens(attention, monkeypatch):
     monkeypatch.setattr(
         layers, "scheduled_attention", lambda q, k, v, *, mask, **_: (v, mask)
     )
-    model, inputs = make_model(attention=attention), make_inputs()
-    program = trace(model, inputs)
+    model, inputs = make_model(), make_inputs()
+    program = trace(model, inputs, ATTENTION[attention])
     num_tokens = model.grid(LATENT_SHAPE).num_tokens
     scans = [e for e in program.eqns if e.primitive.name == "scan"]
     (blocks,) = (e for e in scans if e.params["length"] == 3)
@@ -298,12 +311,13 @@ def test_layers_do_not_reorder_tokens(attention, monkeypatch):
 @pytest.mark.parametrize("attention", ["dense", "draft"])
 def test_the_program_does_not_grow_with_depth(attention):
     def program_size(num_layers):
-        model = make_model(attention=attention, num_layers=num_layers)
-        structure, state = nnx.split(model)
-        inputs = make_inputs()
-        lowered = jax.jit(lambda state: nnx.merge(structure, state)(**inputs)[0]).lower(
-            state
-        )
+        structure, state = nnx.split(make_model(num_layers=num_layers))
+        inputs, plan = make_inputs(), ATTENTION[attention]
+
+        def call(state):
+            return nnx.merge(structure, state)(inputs, attention=plan)[0]
+
+        lowered = jax.jit(call).lower(state)
         return len(lowered.as_text().splitlines())
 
     assert program_size(2) == program_size(8)
@@ -313,7 +327,7 @@ def test_the_program_does_not_grow_with_depth(attention):
 
 
 def loss_of(model, inputs, **options):
-    velocity, _ = model(**inputs, **options)
+    velocity, _ = model(inputs, **options)
     return jnp.mean(jnp.square(velocity - 1.0))
 
 
@@ -404,27 +418,35 @@ def test_gradient_descent_lowers_the_loss():
             {},
             r"context_lengths has shape \(1,\); expected \(2,\)",
         ),
-        ({}, {"attention": "dense"}, "step and masks belong to draft attention"),
         ({}, {"num_layers": 2}, r"step.dense has shape \(3,\); .* of the 2 layers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.usefixtures("without_jaxtyping")
 def test_bad_inputs_are_named(changes, options, message):
-    config = DraftConfig()
-    model = make_model(**({"attention": "draft"} | options))
+    model = make_model(**options)
     plan = SparsitySchedule().plan(
-        np.array([500.0]), num_layers=3, grid=model.grid(LATENT_SHAPE), config=config
+        np.array([500.0]),
+        num_layers=3,
+        grid=model.grid(LATENT_SHAPE),
+        config=SPARSE.config,
     )
     with pytest.raises(ValueError, match=message):
-        model(**(make_inputs() | changes), step=plan.step(0))
+        model(make_inputs()._replace(**changes), attention=SPARSE, step=plan.step(0))
+
+
+def test_dense_attention_takes_no_step():
+    model = make_model()
+    step = scheduled(model).step(0)
+    with pytest.raises(ValueError, match="step and masks belong to draft attention"):
+        model(make_inputs(), step=step)
 
 
 def test_masks_of_another_grid_are_refused():
-    model = make_model(attention="draft")
-    _, masks = run(model, make_inputs(shape=(2, 2, 10, 14, 4)))
+    model = make_model()
+    _, masks = run_sparse(model, make_inputs(shape=(2, 2, 10, 14, 4)))
     with pytest.raises(ValueError, match=r"masks.grid=.* must equal the latents'"):
-        model(**make_inputs(), masks=masks)
+        model(make_inputs(), attention=SPARSE, masks=masks)
 
 
 def test_grid_takes_latents_with_and_without_batch():

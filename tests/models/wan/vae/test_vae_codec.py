@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.diffusion.pipeline import Codec
+from models.diffusion.interfaces import Codec
 from models.wan.vae import codec as codec_module
 from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.codec import WanVAECodec

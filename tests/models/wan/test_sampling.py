@@ -2,12 +2,12 @@
 
 import pytest
 
-from models.diffusion.sampling import (
+from models.diffusion.schedulers import FlowUniPC
+from models.wan.sampling import (
     WAN_IMAGE_NEGATIVE_PROMPT,
     WAN_NEGATIVE_PROMPT,
-    Sampling,
+    wan_sampling,
 )
-from models.diffusion.schedulers import FlowUniPC
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from models.diffusion.schedulers import FlowUniPC
     ids=str,
 )
 def test_settings_of_the_original(size, task, expected):
-    sampling = Sampling.wan(size, task=task)
+    sampling = wan_sampling(size, task=task)
     height, width, num_steps, shift = expected
     assert (sampling.frames, sampling.height, sampling.width) == (81, height, width)
     assert sampling.make_solver() == FlowUniPC(num_steps=num_steps, shift=shift)
@@ -42,11 +42,11 @@ def test_negative_prompts():
 
 
 def test_changes_and_their_checks():
-    sampling = Sampling.wan("480p", height=832, width=480, guidance=1.0, seed=3)
+    sampling = wan_sampling("480p", height=832, width=480, guidance=1.0, seed=3)
     assert (sampling.height, sampling.width, sampling.seed) == (832, 480, 3)
     assert not sampling.guided
     with pytest.raises(ValueError, match="frames=0 must be a positive integer"):
-        Sampling.wan(frames=0)
+        wan_sampling(frames=0)
 
 
 @pytest.mark.parametrize(
@@ -60,4 +60,4 @@ def test_changes_and_their_checks():
 @pytest.mark.usefixtures("without_jaxtyping")
 def test_unknown_presets_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Sampling.wan(**arguments)
+        wan_sampling(**arguments)

@@ -1,0 +1,39 @@
+"""Prompts and contexts of a batch: checked, and joined for guidance."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from models.diffusion.interfaces import TextContext
+
+
+def as_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """Returns one or more prompts as a list.
+
+    Raises:
+      ValueError: There is no prompt, or an empty one.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError(f"{prompts=} must be at least one prompt, none empty")
+    return prompts
+
+
+def join_contexts(positive: TextContext, negative: TextContext) -> TextContext:
+    """Returns the rows of the prompts, then those of their negative prompts.
+
+    Raises:
+      ValueError: There is neither one negative item nor one for each prompt.
+    """
+    batch, rows = len(positive.lengths), len(negative.lengths)
+    if rows not in (1, batch):
+        raise ValueError(
+            f"negative_context has {rows} items; expected 1 or {batch}, one for "
+            "each prompt"
+        )
+    return TextContext(
+        *(
+            jnp.concatenate([one, jnp.repeat(other, batch // rows, axis=0)])
+            for one, other in zip(positive, negative, strict=True)
+        )
+    )
