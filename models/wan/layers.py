@@ -29,7 +29,7 @@ from draft_jax import (
 from models.diffusion.capture import sow_if_captured
 from models.wan.config import WanConfig
 from pallas_kernels import dense_attention, why_no_cudnn
-from pallas_kernels.common.device import current_device
+from pallas_kernels.common import current_device
 
 # The original's initialisation of all linear layers but the last.
 XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
