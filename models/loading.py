@@ -101,7 +101,6 @@ def load_pipeline(
         another one.
 
     Example:
-
         from models.loading import load_pipeline
 
         result = load_pipeline().generate("a red ball bounces over a blue sea")
