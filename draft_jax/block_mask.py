@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from draft_jax.draft import packed_bits
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
+from pallas_kernels import ranking
 
 
 @register_dataclass
@@ -75,9 +75,9 @@ class BlockMask:
                 raise ValueError(
                     f"{capacity=} is too small: a head keeps {most_kept} pairs"
                 )
-        words = packed_bits.pack(jnp.asarray(dense))
-        first_columns = np.arange(words.shape[-1], dtype=np.int32) * packed_bits.BITS
-        row_offsets, block_ids = packed_bits.lists(words, first_columns, capacity)
+        words = ranking.pack(jnp.asarray(dense))
+        first_columns = np.arange(words.shape[-1], dtype=np.int32) * ranking.WORD_BITS
+        row_offsets, block_ids = ranking.compress_rows(words, first_columns, capacity)
         mask = cls(row_offsets=row_offsets, block_ids=block_ids, grid=grid)
         return mask.vouched_for()
 

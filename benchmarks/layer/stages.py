@@ -25,12 +25,12 @@ from draft_jax import (
     select_blocks,
 )
 from draft_jax.config import Selection
-from draft_jax.draft import ranking
 from draft_jax.draft.pooling import pool_queries_and_keys, tiling_of
 from pallas_kernels import BackendName, block_sparse_attention
 from pallas_kernels.common.interfaces import Order
 from pallas_kernels.pooling.sm90 import pool_tiles as pooling_kernel
-from pallas_kernels.ranking.sm90 import maps as rank_sm90
+from pallas_kernels.ranking import xla as ranking_xla
+from pallas_kernels.ranking.sm90 import backend as ranking_kernels
 
 TINY = Shape(
     grid=VideoGrid(2, 16, 24, tile=(4, 8)), num_heads=2, head_dim=64, dtype="float32"
@@ -97,8 +97,10 @@ def without_kernels(function, digit_bits: int):
 
     def run(*arguments):
         with (
-            mock.patch.object(rank_sm90, "why_unsupported", return_value="unwanted"),
-            mock.patch.object(ranking, "DIGIT_BITS", digit_bits),
+            mock.patch.object(
+                ranking_kernels, "why_unsupported", return_value="unwanted"
+            ),
+            mock.patch.object(ranking_xla, "DIGIT_BITS", digit_bits),
         ):
             return function(*arguments)
 

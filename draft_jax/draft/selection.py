@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, mask_capacity, static_budget
-from draft_jax.draft import packed_bits, ranking
 from draft_jax.draft.head_chunks import map_heads
 from draft_jax.draft.pooling import PooledTokens
 from draft_jax.draft.scores import (
@@ -20,8 +19,8 @@ from draft_jax.draft.scores import (
     scores_of_pooled,
 )
 from draft_jax.grid import VideoGrid
+from pallas_kernels import ranking
 from pallas_kernels.common.interfaces import SUPPORTED_DTYPES, Order
-from pallas_kernels.ranking import MASS_UNITS
 
 
 def select_blocks(
@@ -105,15 +104,22 @@ def _select(
 ) -> BlockMask:
     """Selects the blocks of some heads; see `select_blocks`."""
     forced = _forced_pairs(grid, config)
+    per_row = forced.sum(-1, dtype=np.int32)
     match config.selection:
         case "percentile":
-            kept = _select_percentile(_rank_keys(scores, forced), forced, budget)
+            count = jnp.maximum(budget, int(forced.sum()))
+            kept = ranking.select_in_maps(scores, count, forced=forced)
         case "row_topk":
-            kept = _select_row_topk(scores, forced, budget)
+            count = jnp.maximum(budget, per_row)
+            kept = ranking.select_in_rows(scores, count, forced=forced)
         case "top_p":
-            kept = _select_top_p(scores, forced, budget, mass=config.top_p)
+            least = jnp.asarray(np.maximum(per_row, 1))
+            most = jnp.maximum(budget, least)
+            kept = ranking.select_to_mass(
+                scores, least, most, forced=forced, mass=config.top_p
+            )
     words, first_columns = _add_text_words(kept, grid)
-    row_offsets, block_ids = packed_bits.lists(
+    row_offsets, block_ids = ranking.compress_rows(
         words, first_columns, mask_capacity(grid, config)
     )
     return BlockMask(row_offsets=row_offsets, block_ids=block_ids, grid=grid)
@@ -192,101 +198,6 @@ def unchecked_mask(
     return mask.vouched_for()
 
 
-def _select_percentile(
-    keys: UInt32[Array, "B N S S"],
-    forced: Bool[np.ndarray, "S S"],
-    budget: Int[Array, ""],
-) -> UInt32[Array, "B N S W"]:
-    """Ranks all pairs of a head together; an empty row then gets its best pair."""
-    count = jnp.maximum(budget, int(forced.sum()))
-    threshold = ranking.kth_largest_of_map(keys, count)
-    of_rows = jnp.broadcast_to(threshold[..., None], keys.shape[:3])
-    packed = ranking.pack_rows(keys, of_rows)
-    kept = packed.largest_of_map(count)
-    is_empty = (kept == 0).all(-1, keepdims=True)
-    return jnp.where(is_empty, packed.best_of_row(), kept)
-
-
-def _select_row_topk(
-    scores: Float[Array, "B N S S"],
-    forced: Bool[np.ndarray, "S S"],
-    budget: Int[Array, ""],
-) -> UInt32[Array, "B N S W"]:
-    """Ranks the pairs of each row; every row has the same budget."""
-    count = jnp.maximum(budget, forced.sum(-1, dtype=np.int32))
-    if ranking.has_kernels(scores):
-        return ranking.select_in_rows(
-            scores, count, count, _words_of(forced), wanted=None
-        )
-    keys = _rank_keys(scores, forced)
-    threshold = ranking.kth_largest_of_row(keys, count)
-    return ranking.pack_rows(keys, threshold).largest_of_row(count)
-
-
-def _select_top_p(
-    probabilities: Float[Array, "B N S S"],
-    forced: Bool[np.ndarray, "S S"],
-    budget: Int[Array, ""],
-    *,
-    mass: float,
-) -> UInt32[Array, "B N S W"]:
-    """Keeps pairs of each row, best first, until they hold `mass` or are `budget`."""
-    wanted = round(mass * MASS_UNITS)
-    least = jnp.asarray(np.maximum(forced.sum(-1, dtype=np.int32), 1))
-    most = jnp.maximum(budget, least)
-    if ranking.has_kernels(probabilities):
-        return ranking.select_in_rows(
-            probabilities, least, most, _words_of(forced), wanted=wanted
-        )
-    return _select_top_p_xla(probabilities, forced, least, most, np.uint32(wanted))
-
-
-def _select_top_p_xla(
-    probabilities: Float[Array, "B N S S"],
-    forced: Bool[np.ndarray, "S S"],
-    least: Int[Array, " S"],
-    most: Int[Array, " S"],
-    wanted: np.uint32,
-) -> UInt32[Array, "B N S W"]:
-    """Selects as `_select_top_p` does, on any device."""
-    keys = _rank_keys(probabilities, forced)
-    units = jnp.nan_to_num(probabilities.astype(jnp.float32)) * MASS_UNITS
-    units = jnp.round(jnp.clip(units, 0.0, MASS_UNITS)).astype(jnp.uint32)
-
-    def at_or_above(key):
-        is_in = keys >= key[..., None]
-        return is_in.sum(-1, dtype=jnp.int32), _sum_up_to_one(is_in, units)
-
-    def reached(key):
-        count, held = at_or_above(key)
-        return (count >= least) & ((held >= wanted) | (count >= most))
-
-    threshold = ranking.largest_key(reached, keys.shape[:3])
-    is_above = keys > threshold[..., None]
-    above = is_above.sum(-1, dtype=jnp.int32)
-    held = _sum_up_to_one(is_above, units)
-    missing = wanted - jnp.minimum(held, wanted)
-    # Pairs at the threshold are equal, so they hold the same mass.
-    each = jnp.where(keys == threshold[..., None], units, 0).max(-1)
-    num_missing = -(
-        -missing.astype(jnp.int32) // jnp.maximum(each, 1).astype(jnp.int32)
-    )
-    count = jnp.clip(above + num_missing, least, most)
-    return ranking.pack_rows(keys, threshold).largest_of_row(count)
-
-
-def _sum_up_to_one(
-    is_in: Bool[Array, "B N S S"], units: UInt32[Array, "B N S S"]
-) -> UInt32[Array, "B N S"]:
-    """Adds the chosen units of each row, up to MASS_UNITS: sums cannot wrap."""
-
-    def add(a, b):
-        return jnp.minimum(a + b, np.uint32(MASS_UNITS))
-
-    chosen = jnp.where(is_in, units, jnp.uint32(0))
-    return jax.lax.reduce(chosen, np.uint32(0), add, (chosen.ndim - 1,))
-
-
 def _add_text_words(
     kept: UInt32[Array, "B N S W"], grid: VideoGrid
 ) -> tuple[UInt32[Array, "B N R words"], Int[np.ndarray, " words"]]:
@@ -296,13 +207,13 @@ def _add_text_words(
     stand beside those of the video: nothing is shifted into them.
     """
     starts = [
-        np.arange(blocks.start, blocks.stop, packed_bits.BITS, dtype=np.int32)
+        np.arange(blocks.start, blocks.stop, ranking.WORD_BITS, dtype=np.int32)
         for blocks in (grid.visual_blocks, grid.text_blocks)
     ]
     if not grid.num_text_blocks:
         return kept, starts[0]
     full = [
-        packed_bits.full(count)
+        ranking.all_set(count)
         for count in (grid.num_visual_blocks, grid.num_text_blocks)
     ]
     text_columns = jnp.broadcast_to(full[1], (*kept.shape[:-1], full[1].size))
@@ -315,24 +226,6 @@ def _add_text_words(
     text_rows = jnp.broadcast_to(row, (*kept.shape[:2], grid.num_text_blocks, row.size))
     rows = [text_rows, visual_rows] if is_before else [visual_rows, text_rows]
     return jnp.concatenate(rows, axis=-2), np.concatenate(starts)
-
-
-def _rank_keys(
-    scores: Float[Array, "B N S S"], forced: Bool[np.ndarray, "S S"]
-) -> UInt32[Array, "B N S S"]:
-    """Returns keys of the scores; forced pairs rank before all others."""
-    keys = ranking.rank_keys(scores)
-    return jnp.where(forced, ranking.FIRST, keys) if forced.any() else keys
-
-
-def _words_of(forced: Bool[np.ndarray, "S S"]) -> UInt32[np.ndarray, "S W"] | None:
-    """Returns the bits of the forced pairs, or None if there are none."""
-    if not forced.any():
-        return None
-    size = forced.shape[-1]
-    padded = np.pad(forced, ((0, 0), (0, -size % packed_bits.BITS)))
-    octets = np.packbits(padded, axis=-1, bitorder="little")
-    return octets.view("<u4").astype(np.uint32)
 
 
 @functools.lru_cache(maxsize=64)

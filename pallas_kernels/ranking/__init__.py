@@ -1,5 +1,19 @@
-"""Selection of the largest entries of draft maps."""
+"""Ranking of scores: the largest of a map or of each row, as bits and as lists."""
 
-from pallas_kernels.ranking.interfaces import MASS_UNITS
+from pallas_kernels.ranking.api import (
+    compress_rows,
+    select_in_maps,
+    select_in_rows,
+    select_to_mass,
+)
+from pallas_kernels.ranking.packed_bits import WORD_BITS, all_set, pack
 
-__all__ = ["MASS_UNITS"]
+__all__ = [
+    "WORD_BITS",
+    "all_set",
+    "compress_rows",
+    "pack",
+    "select_in_maps",
+    "select_in_rows",
+    "select_to_mass",
+]

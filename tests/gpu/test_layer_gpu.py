@@ -10,7 +10,7 @@ from draft_jax.config import static_budget
 from draft_jax.draft.pooling import tiling_of
 from pallas_kernels.common.device import current_device
 from pallas_kernels.pooling.sm90 import pool_tiles as pooling_kernel
-from pallas_kernels.ranking.sm90 import maps as rank_sm90
+from pallas_kernels.ranking.sm90 import backend
 from tests.draft_jax import naive_draft
 from tests.draft_jax.draft import sorted_selection
 
@@ -28,7 +28,7 @@ def hopper():
     device = current_device()
     if cause := device.why_not_hopper():
         pytest.skip(cause)
-    assert rank_sm90.why_unsupported(990, device) is None
+    assert backend.why_unsupported(990, device) is None
 
 
 def maps(kind, size, heads, rng):

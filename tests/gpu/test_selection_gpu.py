@@ -16,8 +16,9 @@ from draft_jax.config import static_budget
 from draft_jax.draft import head_chunks
 from pallas_kernels import SlowBackendWarning
 from pallas_kernels.common.device import current_device
-from pallas_kernels.ranking.sm90 import maps as rank_sm90
-from pallas_kernels.ranking.sm90 import rows as rank_rows_sm90
+from pallas_kernels.ranking.sm90 import backend
+from pallas_kernels.ranking.sm90.maps import MAX_COLUMNS
+from pallas_kernels.ranking.sm90.rows import WARP_COLUMNS
 from tests.draft_jax import naive_draft
 from tests.draft_jax.draft import sorted_selection
 from tests.pallas_kernels.ranking import row_selection
@@ -50,7 +51,7 @@ def hopper():
     device = current_device()
     if cause := device.why_not_hopper():
         pytest.skip(cause)
-    assert rank_sm90.why_unsupported(990, device) is None
+    assert backend.why_unsupported(990, device) is None
 
 
 def expected_map(scores, grid, config, budget):
@@ -149,7 +150,7 @@ def test_the_longest_rows(selection):
     grid = VideoGrid(8, 64, 128, tile=(1, 8), text_length=24)
     config = DraftConfig(sparsity=0.9, selection=selection)
     size = grid.num_visual_blocks
-    assert size == rank_sm90.MAX_COLUMNS
+    assert size == MAX_COLUMNS
     scores = softmax(np.random.default_rng(0), (1, 1, size, size))
     select = jax.jit(functools.partial(select_blocks, grid=grid, config=config))
     mask = select(jnp.asarray(scores))
@@ -215,7 +216,7 @@ def test_heads_in_chunks_of_the_same_scores(monkeypatch, selection):
 
 
 def test_rows_beyond_the_kernels_warn():
-    grid = VideoGrid(1, 1, rank_sm90.MAX_COLUMNS + 1, tile=(1, 1))
+    grid = VideoGrid(1, 1, MAX_COLUMNS + 1, tile=(1, 1))
     config = DraftConfig(sparsity=0.999, selection="row_topk")
     size = grid.num_visual_blocks
     shape = jax.ShapeDtypeStruct((1, 1, size, size), jnp.float32)
@@ -225,5 +226,5 @@ def test_rows_beyond_the_kernels_warn():
 
 
 def test_both_kinds_of_teams_are_tested():
-    assert GRIDS["hunyuan"].num_visual_blocks <= rank_rows_sm90.WARP_COLUMNS
-    assert GRIDS["warpgroups"].num_visual_blocks > rank_rows_sm90.WARP_COLUMNS
+    assert GRIDS["hunyuan"].num_visual_blocks <= WARP_COLUMNS
+    assert GRIDS["warpgroups"].num_visual_blocks > WARP_COLUMNS

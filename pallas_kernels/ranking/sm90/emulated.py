@@ -1,4 +1,4 @@
-"""The functions of `rank_registers_sm90` and `rank_teams_sm90` in plain JAX.
+"""The functions of `registers` and `teams` in plain JAX.
 
 GPU interpret mode runs them in place of PTX. Values are whole arrays of a warpgroup
 there, element i * 128 + t being what register i of thread t holds.
@@ -11,43 +11,49 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common.emulation import store_each
 from pallas_kernels.common.inline_ptx import THREADS, WORD
-from pallas_kernels.ranking.sm90.teams import MAX_UNITS, Rows
+from pallas_kernels.ranking.keys import MASS_UNITS
+from pallas_kernels.ranking.sm90.teams import Rows
 
-# ---------------------------------------------------- of rank_registers_sm90
+# --------------------------------------------------------------- of registers
 
 
 def load_row(row_gmem, dtype=jnp.uint32):
+    """Emulates `registers.load_row`."""
     row = row_gmem[...]
     assert row.dtype == dtype
     return jnp.pad(row, (0, -row.size % THREADS))
 
 
 def add_ones(values, is_counted, counts_smem):
-    numbers = jnp.arange(counts_smem.shape[0], dtype=values.dtype)
-    is_equal = (values[:, None] == numbers) & is_counted[:, None]
+    """Emulates `registers.add_ones`."""
+    candidates = jnp.arange(counts_smem.shape[0], dtype=values.dtype)
+    is_equal = (values[:, None] == candidates) & is_counted[:, None]
     counts_smem[...] = counts_smem[...] + is_equal.sum(0, dtype=jnp.int32)
 
 
 def store_votes(flags, words_gmem):
+    """Emulates `registers.store_votes`."""
     words_gmem[...] = _votes(flags.reshape(-1, WORD))
 
 
 def store_columns(words, starts, columns, ids_gmem, capacity: int):
+    """Emulates `registers.store_columns`."""
     lanes = jnp.arange(WORD, dtype=jnp.uint32)
     is_set = ((words[:, None] >> lanes) & 1) == 1
-    place = starts[:, None] + jnp.cumsum(is_set, axis=1, dtype=jnp.int32) - 1
+    entry = starts[:, None] + jnp.cumsum(is_set, axis=1, dtype=jnp.int32) - 1
     # What no thread stores goes nowhere; stores are made one by one, so that two
-    # to one place would be a race.
-    place = jnp.where(is_set, place, capacity).reshape(-1)
+    # to one entry would be a race.
+    entry = jnp.where(is_set, entry, capacity).reshape(-1)
     column = (columns[:, None] + lanes.astype(jnp.int32)).reshape(-1)
-    store_each(place, column, ids_gmem, capacity)
+    store_each(entry, column, ids_gmem, capacity)
 
 
 def store_zeros(first, stride: int, ids_gmem, capacity: int):
+    """Emulates `registers.store_zeros`."""
     steps = jnp.arange(-(-capacity // stride), dtype=jnp.int32) * stride
-    place = first + steps[:, None] + jnp.arange(THREADS, dtype=jnp.int32)
-    place = place.reshape(-1)
-    store_each(place, jnp.zeros_like(place), ids_gmem, capacity)
+    entry = first + steps[:, None] + jnp.arange(THREADS, dtype=jnp.int32)
+    entry = entry.reshape(-1)
+    store_each(entry, jnp.zeros_like(entry), ids_gmem, capacity)
 
 
 def warpgroup_barrier():
@@ -60,10 +66,11 @@ def _votes(flags):
     return jnp.where(flags, bits, jnp.uint32(0)).sum(-1, dtype=jnp.uint32)
 
 
-# -------------------------------------------------------- of rank_teams_sm90
+# -------------------------------------------------------------------- of teams
 
 
 def load_rows(matrix_gmem, first, rows: Rows):
+    """Emulates `teams.load_rows`."""
     loaded = []
     for i in range(rows.per_cta):
         row = matrix_gmem[jnp.minimum(first + i, rows.num_rows - 1), :]
@@ -74,6 +81,7 @@ def load_rows(matrix_gmem, first, rows: Rows):
 
 
 def load_flags(words_gmem, first, rows: Rows):
+    """Emulates `teams.load_flags`."""
     loaded = []
     for i in range(rows.per_cta):
         words = words_gmem[lax.rem(first + i, words_gmem.shape[0]), :]
@@ -83,6 +91,7 @@ def load_flags(words_gmem, first, rows: Rows):
 
 
 def load_values(values_gmem, first, rows: Rows):
+    """Emulates `teams.load_values`."""
     values = [
         values_gmem[jnp.minimum(first + i, rows.num_rows - 1)]
         for i in range(rows.per_cta)
@@ -91,16 +100,19 @@ def load_values(values_gmem, first, rows: Rows):
 
 
 def spread(values, rows: Rows):
+    """Emulates `teams.spread`."""
     return jnp.tile(values, rows.registers)
 
 
 def units_of(words, units: int):
+    """Emulates `teams.units_of`."""
     x = lax.bitcast_convert_type(words, jnp.float32) * jnp.float32(units)
     x = jnp.where(jnp.isnan(x), 0.0, jnp.clip(x, 0.0, units))
     return jnp.round(x).astype(jnp.uint32)
 
 
 def totals_from(keys, value, units, scratch_smem, rows: Rows):
+    """Emulates `teams.totals_from`."""
     is_in = keys >= spread(value, rows)
     count = _reduced(is_in.astype(jnp.uint32), jnp.sum, rows).astype(jnp.int32)
     if units is None:
@@ -109,15 +121,18 @@ def totals_from(keys, value, units, scratch_smem, rows: Rows):
 
 
 def reduce_rows(values, operation: str, scratch_smem, rows: Rows):
+    """Emulates `teams.reduce_rows`."""
     functions = {"add": jnp.sum, "min": jnp.min, "max": jnp.max}
     return _reduced(values, functions[operation], rows)
 
 
 def or_of_all(values, scratch_smem, rows: Rows):
+    """Emulates `teams.or_of_all`."""
     return lax.reduce(values, jnp.uint32(0), lax.bitwise_or, (0,))
 
 
 def store_row_votes(flags, words_gmem, first, rows: Rows):
+    """Emulates `teams.store_row_votes`."""
     shape = (rows.registers, rows.per_cta, rows.team, WORD)
     words = _votes(flags.reshape(shape))
     for i in range(rows.per_cta):
@@ -126,6 +141,7 @@ def store_row_votes(flags, words_gmem, first, rows: Rows):
 
 
 def store_values(values, values_gmem, first, rows: Rows):
+    """Emulates `teams.store_values`."""
     for i in range(rows.per_cta):
         _store_if_row(values[i * rows.lanes], values_gmem, first + i, rows)
 
@@ -146,7 +162,7 @@ def _by_register(row, rows: Rows):
 
 def _sum_up_to_max(units, axis):
     def add(a, b):
-        return jnp.minimum(a + b, jnp.uint32(MAX_UNITS))
+        return jnp.minimum(a + b, jnp.uint32(MASS_UNITS))
 
     return lax.reduce(units, jnp.uint32(0), add, axis)
 

@@ -1,4 +1,4 @@
-"""What selection needs of maps of integer keys, for Hopper (sm_90): three kernels.
+"""Three kernels on maps of integer keys, for selection on Hopper GPUs (sm_90).
 
 count_digits   how many keys of a map have each value of a digit: a histogram in shared
                memory, by atomic additions of integers, whose order does not matter
@@ -8,10 +8,9 @@ write_lists    the columns of the set bits, one after another: a thread for each
 
 No key is 0: zeros pad the rows in registers. The first two kernels read the keys once
 each and are bound by that. A warpgroup works on one row at a time, thread t on the keys
-t, t + 128, ... . `rank_rows_sm90.py` selects within rows.
+t, t + 128, ... . `rows.py` selects within rows.
 
-What is written in PTX comes from `rank_registers_sm90`, or from `rank_emulated` in
-interpret mode.
+PTX comes from `registers`, or what stands for it from `emulated` in interpret mode.
 """
 
 import dataclasses
@@ -26,13 +25,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int, UInt32
 
 from pallas_kernels.common.batching import fold_mapped_axes
-from pallas_kernels.common.device import Device
 from pallas_kernels.common.inline_ptx import THREADS, WORD
-from pallas_kernels.ranking.sm90 import emulated as rank_emulated
-from pallas_kernels.ranking.sm90 import registers as rank_registers_sm90
+from pallas_kernels.ranking.sm90 import emulated, registers
 
 Interpret = plgpu.InterpretGPUParams | None
-NUM_CTAS = 132 * 8  # of count_digits: what an H100 or H200 holds at a time
+NUM_CTAS = 132 * 8  # of count_digits: as many as an H100 or H200 holds at a time
 ROWS_IN_FLIGHT = 2  # whose loads are issued together
 MAX_COLUMNS = 8192  # held in registers, 64 for each thread
 
@@ -46,19 +43,11 @@ class Digit:
 
     @property
     def num_values(self) -> int:
+        """Values that the digit can have."""
         return 1 << self.bits
 
 
 DIGITS = (Digit(21, 11), Digit(10, 11), Digit(0, 10))  # of a key, first to last
-
-
-def why_unsupported(columns: int, device: Device) -> str | None:
-    """Why the kernels cannot take rows of this many keys on a device, or None."""
-    if cause := device.why_not_hopper():
-        return cause
-    if columns > MAX_COLUMNS:
-        return f"they take rows of at most {MAX_COLUMNS} keys, not {columns}"
-    return None
 
 
 def count_digits(
@@ -68,13 +57,16 @@ def count_digits(
     *,
     interpret: Interpret = None,
 ) -> Int[Array, "L values"]:
-    """Counts the keys of each map by a digit, of those whose higher bits are `prefix`.
+    """Counts the keys of each map whose higher bits are `prefix`, by a digit.
 
     Args:
       keys: Maps, without zeros.
       prefix: The bits above the digit, shifted down; 0 where there are none.
       digit: Which bits to count by.
       interpret: Run on the CPU in GPU interpret mode.
+
+    Returns:
+      Keys of each value of the digit.
     """
     num_lists, num_rows, _ = keys.shape
     num_parts = max(1, min(num_rows, NUM_CTAS // num_lists))
@@ -105,11 +97,11 @@ def count_digits(
 def _count_body(
     keys_gmem, prefix_gmem, out_gmem, *, counts_smem, digit: Digit, num_parts: int, ops
 ):
-    part, number = lax.axis_index("part"), lax.axis_index("map")
+    part, map_index = lax.axis_index("part"), lax.axis_index("map")
     num_rows = keys_gmem.shape[1]
     counts_smem[...] = jnp.zeros(counts_smem.shape, jnp.int32)
     ops.warpgroup_barrier()
-    prefix = prefix_gmem[number]
+    prefix = prefix_gmem[map_index]
 
     def count(keys):
         value = (keys >> digit.shift) & (digit.num_values - 1)
@@ -124,7 +116,7 @@ def _count_body(
     def step(i, _):
         rows = [
             ops.load_row(
-                keys_gmem.at[number, part + (i * ROWS_IN_FLIGHT + j) * num_parts]
+                keys_gmem.at[map_index, part + (i * ROWS_IN_FLIGHT + j) * num_parts]
             )
             for j in range(ROWS_IN_FLIGHT)
         ]
@@ -136,12 +128,12 @@ def _count_body(
     lax.fori_loop(0, num_steps, step, ())
 
     def rest(i, _):
-        count(ops.load_row(keys_gmem.at[number, part + i * num_parts]))
+        count(ops.load_row(keys_gmem.at[map_index, part + i * num_parts]))
         return ()
 
     lax.fori_loop(num_steps * ROWS_IN_FLIGHT, num_own, rest, ())
     ops.warpgroup_barrier()
-    out_gmem[number, part] = counts_smem[...]
+    out_gmem[map_index, part] = counts_smem[...]
 
 
 def pack_rows(
@@ -150,11 +142,11 @@ def pack_rows(
     *,
     interpret: Interpret = None,
 ) -> tuple[UInt32[Array, "L R W"], UInt32[Array, "L R W"], UInt32[Array, "L R W"]]:
-    """Packs, of each row, the keys above a threshold, those at it, and the largest.
+    """Packs the keys of each row above a threshold, those at it, and the largest.
 
     Args:
       keys: Maps, without zeros.
-      threshold: Of each row; not 0.
+      threshold: Threshold of each row; not 0.
       interpret: Run on the CPU in GPU interpret mode.
 
     Returns:
@@ -178,12 +170,12 @@ def pack_rows(
 
 
 def _pack_body(keys_gmem, threshold_gmem, above_gmem, tied_gmem, best_gmem, *, ops):
-    row, number = lax.axis_index("row"), lax.axis_index("map")
-    keys = ops.load_row(keys_gmem.at[number, row])
-    threshold = threshold_gmem[number, row]
-    ops.store_votes(keys > threshold, above_gmem.at[number, row])
-    ops.store_votes(keys == threshold, tied_gmem.at[number, row])
-    ops.store_votes(keys == jnp.max(keys), best_gmem.at[number, row])
+    row, map_index = lax.axis_index("row"), lax.axis_index("map")
+    keys = ops.load_row(keys_gmem.at[map_index, row])
+    threshold = threshold_gmem[map_index, row]
+    ops.store_votes(keys > threshold, above_gmem.at[map_index, row])
+    ops.store_votes(keys == threshold, tied_gmem.at[map_index, row])
+    ops.store_votes(keys == jnp.max(keys), best_gmem.at[map_index, row])
 
 
 def write_lists(
@@ -199,11 +191,14 @@ def write_lists(
 
     Args:
       words: Sets of columns; K is a multiple of THREADS.
-      starts: Place of the first column of each word.
-      totals: Columns of each list; the places after them get 0.
+      starts: Entry of the first column of each word.
+      totals: Columns of each list; the entries after them get 0.
       columns: Column of the lowest bit of each word.
-      capacity: Places, M. What would come later is not written.
+      capacity: Entries of a list, M. Later ones are not written.
       interpret: Run on the CPU in GPU interpret mode.
+
+    Returns:
+      The lists.
     """
 
     def run(words, starts, totals):
@@ -227,17 +222,17 @@ def write_lists(
 def _write_body(
     words_gmem, starts_gmem, totals_gmem, columns_gmem, ids_gmem, *, capacity: int, ops
 ):
-    chunk, number = lax.axis_index("chunk"), lax.axis_index("list")
+    chunk, list_index = lax.axis_index("chunk"), lax.axis_index("list")
     own = pl.ds(chunk * THREADS, THREADS)
-    words = ops.load_row(words_gmem.at[number, own])
-    starts = ops.load_row(starts_gmem.at[number, own], jnp.int32)
+    words = ops.load_row(words_gmem.at[list_index, own])
+    starts = ops.load_row(starts_gmem.at[list_index, own], jnp.int32)
     columns = ops.load_row(columns_gmem.at[own], jnp.int32)
-    ops.store_columns(words, starts, columns, ids_gmem.at[number], capacity)
-    first = totals_gmem[number] + chunk * THREADS
+    ops.store_columns(words, starts, columns, ids_gmem.at[list_index], capacity)
+    first = totals_gmem[list_index] + chunk * THREADS
     stride = words_gmem.shape[1]
-    ops.store_zeros(first, stride, ids_gmem.at[number], capacity)
+    ops.store_zeros(first, stride, ids_gmem.at[list_index], capacity)
 
 
 def _operations(interpret: Interpret):
-    """The module with what Pallas has no operation for."""
-    return rank_registers_sm90 if interpret is None else rank_emulated
+    """Returns the module with the operations that Pallas lacks."""
+    return registers if interpret is None else emulated

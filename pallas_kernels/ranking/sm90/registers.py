@@ -1,7 +1,7 @@
-"""What the ranking kernels need and Pallas has no operation for, in PTX (sm_90).
+"""Operations in PTX (sm_90) that the kernels on maps need and Pallas lacks.
 
-`rank_emulated.py` has the same functions in plain JAX, for interpret mode: a function
-added here or in `rank_teams_sm90.py` needs one there.
+`emulated.py` has the same functions in plain JAX, for interpret mode: a function added
+here or in `teams.py` needs one there.
 """
 
 import jax.numpy as jnp
@@ -145,14 +145,14 @@ def store_zeros(first, stride: int, ids_gmem, capacity: int):
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, plgpu.RefType()))
     def store(_, first, ids):
         pointer = llvm.ptrtoint(i64(), mgpu.utils.memref_ptr(ids))
-        place = arith.addi(first.registers[()], mgpu.utils.thread_idx())
+        own_first = arith.addi(first.registers[()], mgpu.utils.thread_idx())
         asm(
             "{.reg .pred p; .reg .s32 i; .reg .u64 a; mov.s32 i, $1; "
             "LOOP: setp.ge.s32 p, i, $2; @p bra DONE; mad.wide.s32 a, i, 4, $0; "
             "st.global.u32 [a], 0; add.s32 i, i, $3; bra LOOP; DONE: }",
             "l,r,r,r",
             pointer,
-            place,
+            own_first,
             const(capacity),
             const(stride),
         )
@@ -161,6 +161,8 @@ def store_zeros(first, stride: int, ids_gmem, capacity: int):
 
 
 def warpgroup_barrier():
+    """Waits for all threads of the warpgroup."""
+
     @plgpu.inline_mgpu()
     def wait(_):
         mgpu.utils.warpgroup_barrier()

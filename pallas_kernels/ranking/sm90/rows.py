@@ -7,8 +7,7 @@ and for a mass also a sum, of what is at least a candidate. Bits that all keys s
 not searched, and the search ends when all rows are determined: after 9 to 17 of 32
 steps on softmax maps of 990 columns.
 
-What is written in PTX comes from `rank_teams_sm90`, or from `rank_emulated` in
-interpret mode.
+PTX comes from `teams`, or what stands for it from `emulated` in interpret mode.
 """
 
 import dataclasses
@@ -24,21 +23,16 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.inline_ptx import THREADS, strided
-from pallas_kernels.ranking.interfaces import MASS_UNITS
-from pallas_kernels.ranking.sm90 import emulated as rank_emulated
-from pallas_kernels.ranking.sm90 import teams as rank_teams_sm90
+from pallas_kernels.ranking.keys import FIRST, INFINITY, LAST, MASS_UNITS, SIGN
+from pallas_kernels.ranking.sm90 import emulated, teams
 from pallas_kernels.ranking.sm90.teams import SCRATCH_WORDS, WARPS, Rows
 
-WARP_COLUMNS = (
-    1024  # at most, of a row that one warp holds: 32 registers for each thread
-)
-FIRST = np.uint32(0xFFFFFFFF)  # key that ranks before every score
-_LAST = np.uint32(0x007FFFFF)  # key of minus infinity and of NaN
-_SIGN = np.uint32(0x80000000)
+# Columns of a row that one warp holds, at most: 32 registers for each thread.
+WARP_COLUMNS = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class RowsPlan:
     """Everything static about one launch."""
 
     rows: Rows
@@ -73,7 +67,6 @@ def select_in_rows(
       for the rest, and how many to keep in all: at least as many as the former, at most
       as many as both.
     """
-
     run = functools.partial(_run, forced=forced, wanted=wanted, interpret=interpret)
     return fold_mapped_axes(run)(scores, least, most)
 
@@ -85,8 +78,8 @@ def _run(scores, least, most, *, forced, wanted, interpret):
         columns=columns,
         team=1 if columns <= WARP_COLUMNS else WARPS,
     )
-    plan = Plan(rows=rows, wanted=wanted, has_forced=forced is not None)
-    ops = rank_teams_sm90 if interpret is None else rank_emulated
+    plan = RowsPlan(rows=rows, wanted=wanted, has_forced=forced is not None)
+    ops = teams if interpret is None else emulated
     words = jax.ShapeDtypeStruct((rows.num_rows, rows.num_words), jnp.uint32)
     outs = plgpu.kernel(
         functools.partial(_body, plan=plan, ops=ops),
@@ -106,7 +99,7 @@ def _run(scores, least, most, *, forced, wanted, interpret):
     return tuple(x.reshape(num_maps, num_rows, *x.shape[1:]) for x in outs)
 
 
-def _body(scores_gmem, least_gmem, most_gmem, *refs, scratch_smem, plan: Plan, ops):
+def _body(scores_gmem, least_gmem, most_gmem, *refs, scratch_smem, plan: RowsPlan, ops):
     *forced_gmem, above_gmem, tied_gmem, count_gmem = refs
     rows = plan.rows
     first = lax.axis_index("step") * rows.per_cta
@@ -144,22 +137,22 @@ def _body(scores_gmem, least_gmem, most_gmem, *refs, scratch_smem, plan: Plan, o
 
 
 def _rank_keys(bits):
-    """Integers in the order of float32 numbers; -0 and 0 are one, NaN is -inf."""
-    keys = jnp.where(bits > _SIGN, bits ^ FIRST, bits | _SIGN)
-    return jnp.where((bits & ~_SIGN) > np.uint32(0x7F800000), _LAST, keys)
+    """Returns integers in the order of float32 numbers; -0 is 0, NaN is -inf."""
+    keys = jnp.where(bits > SIGN, bits ^ FIRST, bits | SIGN)
+    return jnp.where((bits & ~SIGN) > INFINITY, LAST, keys)
 
 
-def _bisect(totals_from, or_of_all, bounds, plan: Plan):
+def _bisect(totals_from, or_of_all, bounds, plan: RowsPlan):
     """Narrows, for each row, a range of keys until what it keeps is determined.
 
     Each row keeps what is above its range, and of what is in its range the first ones.
     In the end the keys in a range are equal, or one, or all kept.
 
     Args:
-      totals_from: Count and units of the keys that are at least a value of their row.
-      or_of_all: Bitwise or over all rows.
+      totals_from: Adds up count and units of the keys that reach a value of their row.
+      or_of_all: Takes the bitwise or over all rows.
       bounds: Least and most keys to keep, largest and smallest key, for each row.
-      plan: Of the launch.
+      plan: Plan of the launch.
 
     Returns:
       First and last key of the range, and count and units of the keys above it.
@@ -201,7 +194,7 @@ def _bisect(totals_from, or_of_all, bounds, plan: Plan):
 
 
 def _count_to_mass(num_above, held_above, each, least, most, wanted: int):
-    """Keys to keep: those above, and as many tied ones of `each` as the mass takes."""
+    """Counts the keys to keep: all above, and as many tied ones as the mass takes."""
     missing = jnp.uint32(wanted) - jnp.minimum(held_above, jnp.uint32(wanted))
     each = jnp.maximum(each, jnp.uint32(1))
     num_tied = lax.div(missing + each - jnp.uint32(1), each).astype(jnp.int32)

@@ -1,7 +1,8 @@
-"""What kernels on many short rows need and Pallas has no operation for (sm_90).
+"""Operations in PTX (sm_90) that kernels on many short rows need and Pallas lacks.
 
-Teams of warps work on several rows at once; see `Rows`. What a row has one of, such as
-its threshold, is an array of 128, the same for all threads of its team.
+Teams of warps work on several rows at once; see `Rows`. A value of a row, such as its
+threshold, is an array of 128, the same for all threads of its team. `emulated.py` has
+the same functions in plain JAX.
 """
 
 import dataclasses
@@ -26,11 +27,10 @@ from pallas_kernels.common.inline_ptx import (
     shaped,
     strided,
 )
-from pallas_kernels.ranking.interfaces import MASS_UNITS
+from pallas_kernels.ranking.keys import MASS_UNITS
 
 WARPS = 4
 SCRATCH_WORDS = 12  # of shared memory: `or_of_all` has 4, others 4 for each value
-MAX_UNITS = MASS_UNITS  # of a key; sums stop there
 # Bits of a thread's sum that a warp adds by themselves, 32 * 2^LOW_BITS at most; it
 # adds the bits above them below the count, in one word.
 LOW_BITS = 25
@@ -44,8 +44,9 @@ class Rows:
     Thread t of a team holds the columns t, t + lanes, ... of its row.
 
     Attributes:
-      num_rows: Of the matrix. Teams without a row load the last one and store nothing.
-      columns: Of the matrix.
+      num_rows: Rows of the matrix. Teams without a row load the last one and store
+        nothing.
+      columns: Columns of the matrix.
       team: Warps of a team, 1 or 4.
     """
 
@@ -65,7 +66,7 @@ class Rows:
 
     @property
     def registers(self) -> int:
-        """Of each thread."""
+        """Registers of each thread."""
         return -(-self.columns // self.lanes)
 
     @property
@@ -75,7 +76,7 @@ class Rows:
 
     @property
     def num_words(self) -> int:
-        """Of the bits of a row."""
+        """Words of the bits of a row."""
         return -(-self.columns // WORD)
 
 
@@ -93,7 +94,7 @@ def load_rows(matrix_gmem, first, rows: Rows):
         ),
     )
     def load(_, matrix, first):
-        row, _, rank = _place(first, rows)
+        row, _, rank = _row_of_thread(first, rows)
         row = arith.minui(row, const(rows.num_rows - 1))
         own = arith.addi(_wide_mul(row, rows.columns), arith.extui(i64(), rank))
         address = _address(matrix, own)
@@ -118,7 +119,7 @@ def load_rows(matrix_gmem, first, rows: Rows):
 
 
 def load_flags(words_gmem, first, rows: Rows):
-    """Loads a bit for each column of each team's row, of row % R of packed rows."""
+    """Loads a bit for each column of each team's row, from row % R of packed rows."""
     num_flag_rows = words_gmem.shape[0]
 
     @plgpu.inline_mgpu(
@@ -126,7 +127,7 @@ def load_flags(words_gmem, first, rows: Rows):
         return_type=shaped(rows.size, jnp.bool_),
     )
     def load(_, words, first):
-        row, _, rank = _place(first, rows)
+        row, _, rank = _row_of_thread(first, rows)
         row = arith.remui(row, const(num_flag_rows))
         pointer = _address(words, _wide_mul(row, rows.num_words))
         lane = arith.andi(rank, const(WORD - 1))
@@ -159,7 +160,7 @@ def load_values(values_gmem, first, rows: Rows):
         return_type=shaped(THREADS, jnp.int32),
     )
     def load(_, values, first):
-        row, _, _ = _place(first, rows)
+        row, _, _ = _row_of_thread(first, rows)
         row = arith.minui(row, const(rows.num_rows - 1))
         address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(values), [row], i32())
         loaded = np.array([llvm.load(i32(), address)], dtype=object)
@@ -185,9 +186,10 @@ def spread(values, rows: Rows):
 
 
 def units_of(words, units: int):
-    """The float32 of each word in multiples of 1 / units: 0 to units; NaN is 0.
+    """Converts the float32 of each word to multiples of 1 / units; NaN is 0.
 
-    `units` is a power of two, so only the conversion rounds: to nearest, ties to even.
+    Results are 0 to units. `units` is a power of two, so only the conversion rounds: to
+    nearest, ties to even.
     """
     layout = strided(words.shape[0])
 
@@ -214,17 +216,17 @@ def units_of(words, units: int):
 
 
 def totals_from(keys, value, units, scratch_smem, rows: Rows):
-    """How many keys of each row are at least a value, and the sum of their units.
+    """Counts the keys of each row that reach a value, and adds up their units.
 
     Args:
       keys: uint32.
       value: uint32, one for each row.
-      units: uint32, at most MAX_UNITS each; or None: no sum then.
+      units: uint32, at most MASS_UNITS each; or None: no sum then.
       scratch_smem: SCRATCH_WORDS words.
       rows: How the rows lie.
 
     Returns:
-      Counts in int32, and sums in uint32 or None: MAX_UNITS where a sum is larger.
+      Counts in int32, and sums in uint32 or None: MASS_UNITS where a sum is larger.
     """
     layout, row_layout = strided(rows.size), strided(THREADS)
     has_units = units is not None
@@ -254,7 +256,7 @@ def totals_from(keys, value, units, scratch_smem, rows: Rows):
 
 
 def _count_at_least(value, elements):
-    """A thread's keys that are at least a value: a predicated addition for each."""
+    """Counts a thread's keys that reach a value: a predicated addition for each."""
     count = const(0)
     for (key,) in elements:
         count = asm(
@@ -270,15 +272,15 @@ def _count_at_least(value, elements):
 
 
 def _sums_of_team(value, elements, scratch, rows: Rows):
-    """Count, and sum of units up to MAX_UNITS, of a team's keys that reach a value.
+    """Counts a team's keys that reach a value, and adds their units up to MASS_UNITS.
 
-    A sum is cut to MAX_UNITS before it can pass 32 bits: after two additions in a
+    A sum is cut to MASS_UNITS before it can pass 32 bits: after two additions in a
     thread, and by adding its low and high bits apart in a warp.
     """
     pair = ir.Type.parse("!llvm.struct<(i32, i32)>")
     count = held = const(0)
     for i, (key, units) in enumerate(elements):
-        limit = f"min.u32 $1, $1, {MAX_UNITS};" if i % 2 else ""
+        limit = f"min.u32 $1, $1, {MASS_UNITS};" if i % 2 else ""
         both = asm(
             f"{{.reg .pred p; setp.ge.u32 p, $4, $5; @p add.u32 $0, $0, {ONE_IN_COUNT};"
             f"@p add.u32 $1, $1, $6; {limit}}}",
@@ -292,14 +294,14 @@ def _sums_of_team(value, elements, scratch, rows: Rows):
             is_pure=True,
         )
         count, held = (llvm.extractvalue(i32(), both, [i]) for i in range(2))
-    held = arith.minui(held, const(MAX_UNITS))
+    held = arith.minui(held, const(MASS_UNITS))
     high = arith.addi(count, arith.shrui(held, const(LOW_BITS)))
     low = arith.andi(held, const((1 << LOW_BITS) - 1))
     high = _reduce_warp(high, "add")
     low = _reduce_warp(low, "add")
     count = arith.divui(high, const(ONE_IN_COUNT))
     high = arith.andi(high, const(ONE_IN_COUNT - 1))
-    high = arith.minui(high, const(MAX_UNITS >> LOW_BITS))
+    high = arith.minui(high, const(MASS_UNITS >> LOW_BITS))
     held = _add_up_to_max(arith.shli(high, const(LOW_BITS)), low)
     if rows.team == 1:
         return [count, held]
@@ -308,11 +310,11 @@ def _sums_of_team(value, elements, scratch, rows: Rows):
 
 
 def _add_up_to_max(a, b):
-    return arith.minui(arith.addi(a, b), const(MAX_UNITS))
+    return arith.minui(arith.addi(a, b), const(MASS_UNITS))
 
 
 def reduce_rows(values, operation: str, scratch_smem, rows: Rows):
-    """The "add", "min" or "max" of the elements of each row, uint32."""
+    """Reduces the elements of each row by "add", "min" or "max", uint32."""
     combine = {"add": arith.addi, "min": arith.minui, "max": arith.maxui}[operation]
 
     @plgpu.inline_mgpu(
@@ -338,7 +340,7 @@ def _reduce(value, operation: str, scratch, rows: Rows):
 
 
 def or_of_all(values, scratch_smem, rows: Rows):
-    """The bitwise or of one word for each row, as a scalar."""
+    """Takes the bitwise or of one word for each row, as a scalar."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), strided(THREADS)),
@@ -407,7 +409,7 @@ def store_row_votes(flags, words_gmem, first, rows: Rows):
         arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, strided(rows.size))
     )
     def store(_, words, first, flags):
-        row, is_row, rank = _place(first, rows)
+        row, is_row, rank = _row_of_thread(first, rows)
         pointer = _address(words, _wide_mul(row, rows.num_words))
         lane = arith.andi(rank, const(WORD - 1))
         is_first = arith.cmpi(arith.CmpIPredicate.eq, lane, const(0))
@@ -438,7 +440,7 @@ def store_values(values, values_gmem, first, rows: Rows):
         arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, strided(THREADS))
     )
     def store(_, out, first, values):
-        row, is_row, rank = _place(first, rows)
+        row, is_row, rank = _row_of_thread(first, rows)
         is_first = arith.cmpi(arith.CmpIPredicate.eq, rank, const(0))
         ((value,),) = scalars(values)
         asm(
@@ -455,8 +457,8 @@ def store_values(values, values_gmem, first, rows: Rows):
     store(values_gmem, jnp.asarray(first, jnp.int32), values)
 
 
-def _place(first, rows: Rows):
-    """Row of a thread's team, whether it exists, and the thread's rank in the team."""
+def _row_of_thread(first, rows: Rows):
+    """Returns the row of a thread's team, if it exists, and the rank in the team."""
     thread = mgpu.utils.thread_idx()
     shift = rows.lanes.bit_length() - 1
     row = arith.addi(first.registers[()], arith.shrui(thread, const(shift)))
@@ -465,11 +467,11 @@ def _place(first, rows: Rows):
 
 
 def _wide_mul(row, columns: int):
-    """Words before a row, in 64 bits: a matrix may have more than 2^32."""
+    """Returns the words before a row in 64 bits: a matrix may have more than 2^32."""
     return arith.muli(arith.extui(i64(), row), const(columns, i64()))
 
 
 def _address(ref, index):
-    """Address of a word, as an integer."""
+    """Returns the address of a word, as an integer."""
     pointer = llvm.ptrtoint(i64(), mgpu.utils.memref_ptr(ref))
     return arith.addi(pointer, arith.muli(index, const(4, i64())))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ranking.sm90 import rows as rank_rows_sm90
+from pallas_kernels.ranking.sm90 import rows as row_kernel
 
 
 def unpack(words, columns):
@@ -52,7 +52,7 @@ def minus_infinity(rng, shape):
 def check_rows(scores, least, most, forced, want, wanted, interpret=None):
     """Runs the kernel and compares what it keeps, after ties, with `want`."""
     rows, columns = scores.shape[:2], scores.shape[-1]
-    above, tied, count = rank_rows_sm90.select_in_rows(
+    above, tied, count = row_kernel.select_in_rows(
         jnp.asarray(scores),
         *(jnp.broadcast_to(jnp.asarray(x), rows) for x in (least, most)),
         pack(forced) if forced.any() else None,

@@ -1,6 +1,6 @@
 """The selection kernels in GPU interpret mode with race detection.
 
-PTX cannot run there: `rank_emulated` stands in for it. Everything around it is tested:
+PTX cannot run there: `emulated` stands in for it. Everything around it is tested:
 grids, who works on which row, thresholds, offsets, cuts. `tests/gpu` runs the PTX.
 """
 
@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from draft_jax import DraftConfig, VideoGrid, select_blocks
 from draft_jax.config import static_budget
-from pallas_kernels.ranking.sm90 import maps as rank_sm90
-from pallas_kernels.ranking.sm90 import rows as rank_rows_sm90
+from pallas_kernels.ranking.sm90 import backend, maps
+from pallas_kernels.ranking.sm90 import rows as row_kernel
 from tests.draft_jax import naive_draft
 from tests.draft_jax.draft import sorted_selection
 from tests.pallas_kernels.ranking.row_selection import (
@@ -41,16 +41,16 @@ CONFIGS = {
 pytestmark = pytest.mark.usefixtures("no_races")
 
 
-@pytest.mark.parametrize("digit", rank_sm90.DIGITS, ids=str)
+@pytest.mark.parametrize("digit", maps.DIGITS, ids=str)
 def test_count_digits(monkeypatch, digit):
-    monkeypatch.setattr(rank_sm90, "NUM_CTAS", 4)  # so that a CTA walks 3 or 4 rows
+    monkeypatch.setattr(maps, "NUM_CTAS", 4)  # so that a CTA walks 3 or 4 rows
     rng = np.random.default_rng(digit.shift)
     keys = rng.integers(1, 2**32, (2, 7, 140), dtype=np.uint32)
     keys[1] &= 0x7FFF  # so that the first digit is the same, 0
     keys |= 1
     prefix = np.array([keys[0, 0, 0], 0], np.uint64) >> (digit.shift + digit.bits)
     prefix = prefix.astype(np.uint32)
-    counts = rank_sm90.count_digits(
+    counts = maps.count_digits(
         jnp.asarray(keys), jnp.asarray(prefix), digit, interpret=INTERPRET
     )
     for i in range(2):
@@ -67,7 +67,7 @@ def test_pack_rows(columns):
     rng = np.random.default_rng(columns)
     keys = rng.integers(1, 9, (2, 3, columns), dtype=np.uint32)
     threshold = rng.integers(1, 9, (2, 3), dtype=np.uint32)
-    above, tied, best = rank_sm90.pack_rows(
+    above, tied, best = maps.pack_rows(
         jnp.asarray(keys), jnp.asarray(threshold), interpret=INTERPRET
     )
     at = threshold[..., None]
@@ -87,7 +87,7 @@ def test_write_lists(capacity):
     columns = (np.arange(256, dtype=np.int32) * 40) % 1000
     num = np.bitwise_count(words).astype(np.int32)
     ends = num.cumsum(-1, dtype=np.int32)
-    got = rank_sm90.write_lists(
+    got = maps.write_lists(
         *(jnp.asarray(x) for x in (words, ends - num, ends[:, -1])),
         columns,
         capacity,
@@ -121,7 +121,7 @@ MAPS = {
 @pytest.mark.parametrize("name", MAPS)
 def test_select_in_rows_by_count(monkeypatch, name, team, has_forced):
     """Maps of 5 rows: the last step of teams of one warp has two rows of four."""
-    monkeypatch.setattr(rank_rows_sm90, "WARP_COLUMNS", 1024 if team == 1 else 0)
+    monkeypatch.setattr(row_kernel, "WARP_COLUMNS", 1024 if team == 1 else 0)
     rng = np.random.default_rng(0)
     scores = MAPS[name](rng, (2, 5, 70))
     forced = rng.random((5, 70)) < 0.1 * has_forced
@@ -136,7 +136,7 @@ def test_select_in_rows_by_count(monkeypatch, name, team, has_forced):
 @pytest.mark.parametrize("team", [1, 4], ids=["warp", "warpgroup"])
 @pytest.mark.parametrize("name", MAPS)
 def test_select_in_rows_by_mass(monkeypatch, name, team, has_forced):
-    monkeypatch.setattr(rank_rows_sm90, "WARP_COLUMNS", 1024 if team == 1 else 0)
+    monkeypatch.setattr(row_kernel, "WARP_COLUMNS", 1024 if team == 1 else 0)
     rng = np.random.default_rng(1)
     scores = MAPS[name](rng, (2, 5, 70))
     scores[0, 0] = 0
@@ -152,10 +152,10 @@ def test_select_in_rows_by_mass(monkeypatch, name, team, has_forced):
 @pytest.fixture
 def kernels_on_cpu(monkeypatch):
     """Selection takes its kernels, in interpret mode."""
-    monkeypatch.setattr(rank_sm90, "why_unsupported", lambda columns, device: None)
+    monkeypatch.setattr(backend, "why_unsupported", lambda columns, device: None)
     for module, names in (
-        (rank_sm90, ("count_digits", "pack_rows", "write_lists")),
-        (rank_rows_sm90, ("select_in_rows",)),
+        (maps, ("count_digits", "pack_rows", "write_lists")),
+        (row_kernel, ("select_in_rows",)),
     ):
         for name in names:
             kernel = functools.partial(getattr(module, name), interpret=INTERPRET)

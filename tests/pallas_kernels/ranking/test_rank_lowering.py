@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ranking.sm90 import maps as rank_sm90
-from pallas_kernels.ranking.sm90 import rows as rank_rows_sm90
+from pallas_kernels.ranking.sm90 import maps
+from pallas_kernels.ranking.sm90.rows import select_in_rows
 
 LISTS, SIZE = 24, 990
 WORDS = -(-SIZE // 32)
@@ -22,10 +22,10 @@ def lower(function, *shapes):
     return lowered.as_text()
 
 
-@pytest.mark.parametrize("digit", rank_sm90.DIGITS, ids=str)
+@pytest.mark.parametrize("digit", maps.DIGITS, ids=str)
 def test_count_digits_lowers(digit):
     text = lower(
-        lambda keys, prefix: rank_sm90.count_digits(keys, prefix, digit),
+        lambda keys, prefix: maps.count_digits(keys, prefix, digit),
         ((LISTS, SIZE, SIZE), U32),
         ((LISTS,), U32),
     )
@@ -33,7 +33,7 @@ def test_count_digits_lowers(digit):
 
 
 def test_pack_rows_lowers():
-    text = lower(rank_sm90.pack_rows, ((LISTS, SIZE, SIZE), U32), ((LISTS, SIZE), U32))
+    text = lower(maps.pack_rows, ((LISTS, SIZE, SIZE), U32), ((LISTS, SIZE), U32))
     assert "mosaic_gpu" in text
 
 
@@ -41,7 +41,7 @@ def test_write_lists_lowers():
     total = SIZE * WORDS
     columns = np.tile(np.arange(WORDS, dtype=np.int32) * 32, SIZE)
     text = lower(
-        lambda words, starts, totals: rank_sm90.write_lists(
+        lambda words, starts, totals: maps.write_lists(
             words, starts, totals, columns, 100_000
         ),
         ((LISTS, total), U32),
@@ -59,7 +59,7 @@ def test_select_in_rows_lowers(columns, wanted, has_forced):
     rows = 5
     forced = np.zeros((rows, -(-columns // 32)), np.uint32) if has_forced else None
     text = lower(
-        lambda scores, least, most: rank_rows_sm90.select_in_rows(
+        lambda scores, least, most: select_in_rows(
             scores, least, most, forced, wanted=wanted
         ),
         ((LISTS, rows, columns), jnp.float32),

@@ -1,0 +1,46 @@
+"""Each device gets the kernels or the XLA path of the ranking."""
+
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import SlowBackendWarning
+from pallas_kernels.common.device import Device
+from pallas_kernels.ranking import api, select_in_maps, xla
+from pallas_kernels.ranking.sm90 import backend
+from tests.warnings_once import forget_warnings
+
+
+@pytest.mark.parametrize(
+    ("columns", "capability", "cause"),
+    [
+        (8192, (9, 0), None),
+        (8193, (9, 0), "rows of at most 8192 keys, not 8193"),
+        (90, (8, 0), r"Hopper GPU \(sm_90\), not gpu X100"),
+        (90, None, "Hopper"),
+    ],
+    ids=str,
+)
+def test_a_gpu_without_kernels_warns_once(monkeypatch, columns, capability, cause):
+    device = Device(platform="gpu", kind="X100", compute_capability=capability)
+    monkeypatch.setattr(api, "current_device", lambda *arrays: device)
+    scores = jnp.zeros((1, 1, 1, columns))
+    forget_warnings()
+    if cause is None:
+        assert api._implementation(scores) is backend
+        return
+    with pytest.warns(SlowBackendWarning, match=f"selection runs on XLA.*{cause}"):
+        assert api._implementation(scores) is xla
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert api._implementation(scores) is xla
+
+
+def test_a_cpu_does_not_warn():
+    scores = jnp.zeros((1, 1, 1, 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        words = select_in_maps(scores, jnp.int32(2), forced=np.zeros((1, 9), bool))
+    np.testing.assert_array_equal(words, [[[[0b11]]]])
