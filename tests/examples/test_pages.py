@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from models.cli.parser import build_parser
+from tests.cases import mostly_nightly
 from tests.test_readme import shrink
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +63,15 @@ def test_there_are_pages_and_commands():
     assert len(list(commands())) > 10
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p))], ids=names)
+WITH_PYTHON = [page for page in PAGES if any(blocks(page))]
+MOST_TIME = {"other_models.md"}  # half a minute
+
+
+@pytest.mark.parametrize(
+    "page",
+    mostly_nightly(WITH_PYTHON, [p for p in WITH_PYTHON if names(p) not in MOST_TIME]),
+    ids=names,
+)
 def test_python_of_pages_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for what they write
     running, skipped = blocks(page)
