@@ -18,8 +18,7 @@ from draft_jax.config import DraftConfig
 from draft_jax.grid import VideoGrid
 from draft_jax.schedule import DraftStep
 from pallas_kernels import BackendName
-from pallas_kernels.common.interfaces import Order
-from pallas_kernels.common.validation import check_order
+from pallas_kernels.common import Order, validation
 
 # Turns the tokens of q or k, e.g. by a rotary embedding: [B, T, N, D] to the same.
 TokenTransform = Callable[[jax.Array], jax.Array]
@@ -84,7 +83,7 @@ class DraftAttention(nnx.Module):
             raise ValueError(f"{num_heads=} must be a positive integer")
         if qkv_features % num_heads:
             raise ValueError(f"{qkv_features=} must be a multiple of {num_heads=}")
-        check_order(order)
+        validation.check_order(order)
         self.num_heads = num_heads
         self.config = config
         self.order = order
@@ -245,7 +244,7 @@ def draft_attention_fn(
     Raises:
       ValueError: order is unknown.
     """
-    check_order(order)
+    validation.check_order(order)
     return DraftAttentionFn(
         grid=grid, config=config, order=order, scale=scale, backend=backend
     )

@@ -40,7 +40,6 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "models.cli": ("models", *LIBRARY),
     "benchmarks": ("models", *LIBRARY),
 }
-IN_WORK = "on its way; remove this mark once the test passes"
 # Where packages above may take names of the kernels from: what these export.
 EXPORTING = (
     "pallas_kernels",
@@ -176,13 +175,7 @@ def modules_below(package: str) -> set[str]:
     return {m.removeprefix(prefix) for m in EXPORTING if m.startswith(prefix)}
 
 
-@pytest.mark.parametrize(
-    "package",
-    [
-        pytest.param("draft_jax", marks=pytest.mark.xfail(strict=True, reason=IN_WORK)),
-        "models",
-    ],
-)
+@pytest.mark.parametrize("package", ["draft_jax", "models"])
 def test_kernels_are_used_by_exported_names(package):
     allowed = {module: exported(module) for module in EXPORTING}
     used, private = 0, []

@@ -9,8 +9,7 @@ from jaxtyping import Array, Float
 from draft_jax.config import DraftConfig
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
-from pallas_kernels.common.interfaces import Order
-from pallas_kernels.common.validation import check_order
+from pallas_kernels.common import Order, validation
 from pallas_kernels.pooling import Reduction, Tiling, pool_tiles, reduce_tiles
 
 
@@ -113,7 +112,7 @@ def pool_tokens(
         )
     if reduction not in get_args(Reduction):
         raise ValueError(f"{reduction=} must be one of {get_args(Reduction)}")
-    check_order(order)
+    validation.check_order(order)
     tiling = dataclasses.replace(tiling_of(grid, order), start=0)
     return reduce_tiles(x, tiling, reduction=reduction)
 
@@ -145,7 +144,7 @@ def pool_queries_and_keys(
 
     Source: DraftAttention (arXiv 2505.14708), low-resolution draft.
     """
-    check_order(order)
+    validation.check_order(order)
     pooled = pool_tiles(q, k, tiling_of(grid, order), reductions=reductions)
     return PooledTokens.from_reductions(reductions, pooled)
 

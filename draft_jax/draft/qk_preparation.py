@@ -6,8 +6,7 @@ from draft_jax.config import DraftConfig
 from draft_jax.draft.pooling import PooledTokens, reductions_of, tiling_of
 from draft_jax.grid import VideoGrid
 from pallas_kernels import pooling
-from pallas_kernels.common.interfaces import Order
-from pallas_kernels.common.validation import check_order, check_qk, check_tokens
+from pallas_kernels.common import Order, validation
 from pallas_kernels.pooling import QKNorm, Rope, Scales
 
 
@@ -54,9 +53,9 @@ def norm_rope_pool(
         norm or a norm without scales, or order is unknown.
       TypeError: q's dtype is not supported, or k has another.
     """
-    check_qk(q, k)
-    check_tokens(q, grid)
-    check_order(order)
+    validation.check_qk(q, k)
+    validation.check_tokens(q, grid)
+    validation.check_order(order)
     reductions = () if config is None else reductions_of(config)
     q, k, pooled = pooling.norm_rope_pool(
         q,

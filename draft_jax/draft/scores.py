@@ -15,8 +15,7 @@ from draft_jax.draft.pooling import (
     reductions_of,
 )
 from draft_jax.grid import VideoGrid
-from pallas_kernels.common import validation
-from pallas_kernels.common.interfaces import Order
+from pallas_kernels.common import Order, validation
 
 
 def draft_scores(

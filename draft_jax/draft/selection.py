@@ -20,7 +20,7 @@ from draft_jax.draft.scores import (
 )
 from draft_jax.grid import VideoGrid
 from pallas_kernels import ranking
-from pallas_kernels.common.interfaces import SUPPORTED_DTYPES, Order
+from pallas_kernels.common import SUPPORTED_DTYPES, Order
 
 
 def select_blocks(
