@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-# Of the maps of one chunk, one float32 map for each head; the logits, the softmax and
+# Bytes of a chunk's maps, one float32 map for each head; the logits, the softmax and
 # the keys of a chunk are two or three times as much. A head of 8,192 draft tokens is as
 # large. Hunyuan's 24 heads of 990 take 94 MB: cutting that would only add launches.
 MAX_CHUNK_BYTES = 2**28
@@ -48,7 +48,7 @@ def map_heads(
 
 
 def _heads_of_chunk(total: int, head_bytes: int) -> int:
-    """The largest divisor of `total` whose heads fit; 1 if a single one does not."""
+    """Returns the largest divisor of `total` whose heads fit, or 1 if none does."""
     fitting = max(1, MAX_CHUNK_BYTES // head_bytes)
     divisors = (d for d in range(1, math.isqrt(total) + 1) if total % d == 0)
     both = {d for small in divisors for d in (small, total // small)}

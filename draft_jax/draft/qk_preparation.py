@@ -45,8 +45,7 @@ def norm_rope_pool(
         dense attention does not need.
 
     Returns:
-      q and k in their dtype, and what `draft_attention` and `scheduled_attention` take
-      as `pooled`.
+      q and k in their dtype, and `pooled` of `compute_mask` and `scheduled_attention`.
 
     Raises:
       ValueError: Shapes do not fit each other or the grid, scales are given without a

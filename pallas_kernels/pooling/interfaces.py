@@ -18,7 +18,7 @@ Rope = tuple[Float[Array, "V half"], Float[Array, "V half"]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How the frames of a sequence are cut into tiles, and where their tokens stand.
+    """The tiles of the frames of a sequence, and where their tokens stand.
 
     Tiles at the bottom and right edge of a frame may be smaller. They are numbered
     frame by frame, row by row. Hashable, so it serves as a static jit argument.

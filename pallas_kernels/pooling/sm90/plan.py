@@ -13,12 +13,12 @@ from jaxtyping import Int
 from pallas_kernels.common.interfaces import SUPPORTED_DTYPES
 from pallas_kernels.pooling.interfaces import QKNorm, Reduction
 
-WARPS, LANES = 4, 32  # of a warpgroup, of a warp
-LOAD_BYTES = (16, 8, 4)  # of a thread, widest first
-TEXT_TOKENS = 128  # of a CTA
-MAX_CHANNELS = 48  # of a token that a thread holds in registers
-CHUNK_CHANNELS = 24  # that a thread should hold where heads can be divided
-CHANNELS_AHEAD, MAX_AHEAD = 48, 4  # of a thread, tokens
+WARPS, LANES = 4, 32  # warps of a warpgroup, lanes of a warp
+LOAD_BYTES = (16, 8, 4)  # bytes of a thread's load, widest first
+TEXT_TOKENS = 128  # text tokens of a CTA
+MAX_CHANNELS = 48  # channels of a token that a thread holds in registers
+CHUNK_CHANNELS = 24  # channels that a thread should hold where heads divide
+CHANNELS_AHEAD, MAX_AHEAD = 48, 4  # channels of a thread, tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class NormRopePoolPlan:
     num_tiles: int
     num_units: int  # tiles and runs of text tokens
     visual_start: int  # token of the first row of the rotary table
-    heads: int  # of a CTA
+    heads: int  # heads of a CTA
     head_dim: int
     vec: int  # channels of one load of a thread
     ahead: int  # tokens

@@ -24,7 +24,7 @@ from pallas_kernels.common.device import Device
 from pallas_kernels.common.interfaces import SUPPORTED_DTYPES
 from pallas_kernels.pooling.interfaces import Reduction
 
-THREADS = 128  # of a warpgroup
+THREADS = 128  # threads of a warpgroup
 BYTES_PER_THREAD = 16  # the widest load
 MAX_UNROLLED = 16  # loads of a row issued together
 
@@ -33,7 +33,7 @@ MAX_UNROLLED = 16  # loads of a row issued together
 class PoolPlan:
     """Everything static about one launch."""
 
-    columns: int  # of a full tile
+    columns: int  # columns of a full tile
     chunk: int  # channels of a CTA
     has_short_rows: bool  # some tile has fewer columns
     reductions: tuple[Reduction, ...]

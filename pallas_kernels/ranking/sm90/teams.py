@@ -30,7 +30,7 @@ from pallas_kernels.common.inline_ptx import (
 from pallas_kernels.ranking.keys import MASS_UNITS
 
 WARPS = 4
-SCRATCH_WORDS = 12  # of shared memory: `or_of_all` has 4, others 4 for each value
+SCRATCH_WORDS = 12  # in shared memory: `or_of_all` has 4, others 4 for each value
 # Bits of a thread's sum that a warp adds by themselves, 32 * 2^LOW_BITS at most; it
 # adds the bits above them below the count, in one word.
 LOW_BITS = 25
@@ -39,7 +39,7 @@ ONE_IN_COUNT = 1 << 16  # above 32 * 2^(30 - LOW_BITS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """How the rows of a matrix are dealt to teams of warps, one row to each team.
+    """The rows of a matrix as they are dealt to teams of warps, one to each team.
 
     Thread t of a team holds the columns t, t + lanes, ... of its row.
 
