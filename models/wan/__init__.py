@@ -1,0 +1,1 @@
+"""Wan2.1: transformer, autoencoder, and the loading of published checkpoints."""

@@ -67,6 +67,7 @@ class ImageEmbedder(nnx.Module):
         self.norm2 = LayerNorm(config, eps=_IMAGE_NORM_EPS, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "B I image"]) -> Float[Array, "B I E"]:
+        """Projects image tokens to the width of the model."""
         hidden = self.ff(self.norm1(tokens).astype(self.dtype))
         return self.norm2(hidden).astype(self.dtype)
 

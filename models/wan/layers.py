@@ -85,6 +85,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(size, dtype))
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Normalises each token, in float32."""
         scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
         return layer_norm(x, self.eps) * scale + bias
 
@@ -97,6 +98,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(config.dim, jnp.dtype(config.param_dtype)))
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Normalises each token, in float32."""
         x = x.astype(jnp.float32)
         mean_square = jnp.square(x).mean(-1, keepdims=True)
         scale = self.scale[...].astype(jnp.float32)
@@ -121,6 +123,7 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: Float[Array, "*axes I"]) -> Float[Array, "*axes O"]:
+        """Applies both layers to the last axis."""
         return self.linear_2(self.activation(self.linear_1(x)))
 
 
