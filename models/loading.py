@@ -6,6 +6,7 @@ A family is an entry of `FAMILIES`; nothing else knows them all.
 import dataclasses
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from models.checkpoints.hub import is_repository_name, why_not_found
 from models.checkpoints.memory_map import CheckpointError
@@ -54,7 +55,9 @@ def _load_mini(
 ) -> VideoPipeline:
     """Loads a small model, for which `parts` has no meaning."""
     del parts
-    _check_nothing_is_for_wan(loras, text or TextOptions())
+    if given := arguments_for_wan(loras, text or TextOptions()):
+        named = " and ".join(f"{name}={value!s}" for name, value in given.items())
+        raise ValueError(f"{named}: arguments that fit Wan models only")
     return load_mini(path)
 
 
@@ -136,18 +139,12 @@ def find_family(path: Path | str | None) -> Family:
     )
 
 
-def _check_nothing_is_for_wan(loras: Loras, text: TextOptions) -> None:
-    """Checks that no argument is given that a small model has no use for.
-
-    Raises:
-      ValueError: One is; all are named.
-    """
-    adapters = [str(file) for file, _ in loras]
-    given = [f"loras={adapters}"] if adapters else []
-    given += [
-        f"text.{field.name}={value!s}"
+def arguments_for_wan(loras: Loras, text: TextOptions) -> dict[str, Any]:
+    """Returns the arguments given that only Wan models have a use for, by name."""
+    files = [str(file) for file, _ in loras]
+    given: dict[str, Any] = {"loras": files} if files else {}
+    return given | {
+        f"text.{field.name}": value
         for field in dataclasses.fields(text)
         if (value := getattr(text, field.name)) != field.default
-    ]
-    if given:
-        raise ValueError(f"{' and '.join(given)}: arguments that fit Wan models only")
+    }

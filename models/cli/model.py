@@ -13,7 +13,7 @@ from models.cli.report import run_details
 from models.diffusion.contexts import as_prompts
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
-from models.loading import WAN, find_family, load_pipeline
+from models.loading import WAN, arguments_for_wan, find_family, load_pipeline
 from models.media.image import read_image
 from models.wan.image import kept_part
 from models.wan.loading import WanInfo, describe_wan
@@ -133,11 +133,16 @@ def _check_fits_small_model(arguments: argparse.Namespace) -> None:
     image = arguments.image
     if image is not None:
         raise ValueError(f"--image {image} is given, but this is a text-to-video model")
-    given = [f"--lora {file}" for file, _ in arguments.lora]
-    if arguments.embeddings is not None:
-        given.append(f"--embeddings {arguments.embeddings}")
-    if arguments.text_device != "default":
-        given.append(f"--text-device {arguments.text_device}")
+    for_wan = arguments_for_wan(arguments.lora, _text_options(arguments))
+    given = [f"--lora {file}" for file in for_wan.pop("loras", ())]
+    given += [
+        f"{flag} {getattr(arguments, name)}"
+        for field, flag, name in (
+            ("text.embeddings", "--embeddings", "embeddings"),
+            ("text.device", "--text-device", "text_device"),
+        )
+        if field in for_wan
+    ]
     if arguments.vae_tile is not None:
         given.append(f"--vae-tile {arguments.vae_tile}")
     if given:
