@@ -85,7 +85,7 @@ def _attend_in_chunks(
     q: Float[Array, "*L T D"],
     k: Float[Array, "*L T D"],
     v: Float[Array, "*L T D"],
-    valid_keys: Bool[Array, "*L #T T"] | None,
+    valid_keys: Bool[Array, "... T"] | None,
     *,
     scale: float,
     chunk: int,

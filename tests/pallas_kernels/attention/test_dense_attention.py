@@ -174,6 +174,7 @@ def test_slower_path_warns_once(monkeypatch):
         dense_attention(q, k, v, backend="xla")
 
 
+@pytest.mark.usefixtures("without_jaxtyping")
 def test_unknown_backend_is_named():
     q, k, v = random_qkv(VideoGrid(1, 4, 8))
     with pytest.raises(ValueError, match=r"backend='hopper' must be one of \('auto'"):
