@@ -93,10 +93,7 @@ def inspect_attention(
     )
     if step:
         programs, _ = pipeline.compile(sampler, state, inputs)
-        for index in range(step):
-            state, report = sampler.run_step(programs, state, inputs, index)
-            if callback is not None:
-                callback(report)
+        state, _ = sampler.run_steps(programs, state, inputs, step, callback)
     step_plan, timestep = sampler.step_plan(step), sampler.solver.timesteps[step]
     model = sampler.model
     captured = model.capture_qk(

@@ -14,7 +14,7 @@ from draft_jax import DraftStep
 def runs_of_layers(
     step: DraftStep | None, num_layers: int
 ) -> list[tuple[range, bool | None]]:
-    """Layers that follow each other and do the same, and whether that is dense.
+    """Returns layers that follow each other and do the same, and if that is dense.
 
     One run of all layers, and None, where that is not known before the program runs.
     """
@@ -30,7 +30,7 @@ def runs_of_layers(
 
 
 def scan_layers(body: Callable, carry: Any, stacked: Any, layers: range):
-    """`lax.scan` over some layers of stacked arrays; `body` also gets their indices."""
+    """Scans over some layers of stacked arrays; `body` also gets their indices."""
     indices = jnp.arange(layers.start, layers.stop)
     if all(len(leaf) == len(layers) for leaf in jax.tree.leaves(stacked)):
         return jax.lax.scan(body, carry, (indices, stacked))

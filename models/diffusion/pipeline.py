@@ -167,26 +167,18 @@ class VideoPipeline:
             guidance_batching=guidance_batching,
         )
         programs, compile_ms = self.compile(sampler, state, inputs)
-        reports = []
-        for index in range(sampling.num_steps):
-            state, report = sampler.run_step(programs, state, inputs, index)
-            reports.append(report)
-            if callback is not None:
-                callback(report)
+        state, reports = sampler.run_steps(
+            programs, state, inputs, sampling.num_steps, callback
+        )
         latents = state.latents
         del state, inputs  # masks can be large, and so is what decoding needs
-        _LOG.info("decoding the video")
-        start = time.perf_counter()
-        # A whole video at 720p takes a gigabyte: chunks leave the device one by one.
-        decode = getattr(self.codec, "decode_to_host", self.codec.decode)
-        video = np.asarray(decode(latents), np.float32)
-        _check_codec_output("video that the codec decoded", video)
+        video, decode_ms = self._decode(latents)
         return GenerationResult(
-            video=np.clip(0.5 * (video + 1.0), 0.0, 1.0),
+            video=video,
             latents=np.asarray(latents),
             time_ms=np.array([report.time_ms for report in reports]),
             compile_ms=compile_ms,
-            decode_ms=1e3 * (time.perf_counter() - start),
+            decode_ms=decode_ms,
             kept_density=np.stack([report.kept_density for report in reports]),
             dense=sampler.dense,
             timesteps=sampler.solver.timesteps,
@@ -260,6 +252,19 @@ class VideoPipeline:
         start = time.perf_counter()
         known |= sampler.compile(state, inputs, missing)
         return known, 1e3 * (time.perf_counter() - start)
+
+    def _decode(
+        self, latents: Float[Array, "B F H W C"]
+    ) -> tuple[Float[np.ndarray, "B frames height width 3"], float]:
+        """Returns the video in [0, 1], and the milliseconds that decoding took."""
+        _LOG.info("decoding the video")
+        start = time.perf_counter()
+        # A whole video at 720p takes a gigabyte: chunks leave the device one by one.
+        decode = getattr(self.codec, "decode_to_host", self.codec.decode)
+        video = np.asarray(decode(latents), np.float32)
+        _check_codec_output("video that the codec decoded", video)
+        video = np.clip(0.5 * (video + 1.0), 0.0, 1.0)
+        return video, 1e3 * (time.perf_counter() - start)
 
     def _context(
         self,

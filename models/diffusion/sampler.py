@@ -255,6 +255,23 @@ class Sampler:
             kept_density=np.asarray(kept_density),
         )
 
+    def run_steps(
+        self,
+        programs: dict[StepKind | None, Callable],
+        state: SamplerState,
+        inputs: StepInputs,
+        num_steps: int,
+        callback: Callable[[StepReport], None] | None = None,
+    ) -> tuple[SamplerState, list[StepReport]]:
+        """Runs the first steps, and calls back after each; see `run_step`."""
+        reports = []
+        for index in range(num_steps):
+            state, report = self.run_step(programs, state, inputs, index)
+            reports.append(report)
+            if callback is not None:
+                callback(report)
+        return state, reports
+
     def _arguments(self, state: SamplerState, inputs: StepInputs, index: int) -> tuple:
         timestep = jnp.float32(self.solver.timesteps[index])
         coefficients = jax.tree.map(
@@ -266,7 +283,7 @@ class Sampler:
 
 
 def _is_guided(state: SamplerState, inputs: StepInputs) -> bool:
-    """Whether there are rows of negative prompts."""
+    """Tells whether there are rows of negative prompts."""
     return len(jax.tree.leaves(inputs.context)[0]) > len(state.latents)
 
 

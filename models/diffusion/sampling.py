@@ -64,7 +64,7 @@ class Sampling:
         return self.guidance != 1.0
 
     def make_solver(self) -> Solver:
-        """The solver that `solver`, `num_steps` and `shift` describe."""
+        """Returns the solver that `solver`, `num_steps` and `shift` describe."""
         if isinstance(self.solver, Solver):
             return self.solver
         return make_solver(

@@ -40,13 +40,13 @@ class Solver(Protocol):
 
     @property
     def timesteps(self) -> Float[np.ndarray, " steps"]:
-        """What the model is told at each step; falls from at most 1000."""
+        """The model's timestep at each step; falls from at most 1000."""
 
     def initial_history(self, latents: Float[Array, "*shape"]) -> Any:
-        """What a first step takes for the history: a pytree of new arrays."""
+        """Returns the history that a first step takes: a pytree of new arrays."""
 
     def coefficients(self, index: int) -> Any:
-        """Numbers of a step: a pytree of arrays whose shapes no step changes."""
+        """Returns a step's numbers: a pytree of arrays of the same shapes each step."""
 
     def update(
         self,
@@ -55,7 +55,7 @@ class Solver(Protocol):
         history: Any,
         coefficients: Any,
     ) -> tuple[Float[Array, "*shape"], Any]:
-        """The sample at the next noise level, and the history for the next step."""
+        """Returns the sample at the next noise level, and the next step's history."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class FlowEuler:
 
     @functools.cached_property
     def timesteps(self) -> Float[np.ndarray, " steps"]:
-        """What the model is told at each step, 1000 * sigma."""
+        """The model's timestep at each step, 1000 * sigma."""
         return _read_only(MAX_TIMESTEP * self.sigmas[:-1])
 
     @functools.cached_property
@@ -111,11 +111,11 @@ class FlowEuler:
         return _read_only(np.diff(self.sigmas))
 
     def initial_history(self, latents: Float[Array, "*shape"]) -> tuple[()]:
-        """Nothing: a step needs none."""
+        """Returns nothing: a step needs none."""
         return ()
 
     def coefficients(self, index: int) -> Float[np.ndarray, ""]:
-        """The size of a step.
+        """Returns the size of a step.
 
         Raises:
           ValueError: index is outside the grid.
@@ -130,7 +130,7 @@ class FlowEuler:
         history: tuple[()],
         coefficients: Float[Array | np.ndarray, ""],
     ) -> tuple[Float[Array, "*shape"], tuple[()]]:
-        """The sample at the next noise level; see `Solver.update`."""
+        """Returns the sample at the next noise level; see `Solver.update`."""
         return euler_step(latents, velocity, coefficients), history
 
     def step(
@@ -166,7 +166,7 @@ def euler_step(
 
 
 class UniPCHistory(NamedTuple):
-    """What a UniPC step needs of those before it."""
+    """Arrays that a UniPC step needs of those before it."""
 
     sample: Float[Array, "*shape"]  # the corrected sample of the last step
     clean: Float[Array, "*shape"]  # the clean sample predicted there
@@ -232,15 +232,15 @@ class FlowUniPC:
 
     @functools.cached_property
     def timesteps(self) -> Float[np.ndarray, " steps"]:
-        """What the model is told at each step: 1000 * sigma, rounded down."""
+        """The model's timestep at each step: 1000 * sigma, rounded down."""
         return _read_only(np.floor(MAX_TIMESTEP * self._unrounded_sigmas))
 
     def initial_history(self, latents: Float[Array, "*shape"]) -> UniPCHistory:
-        """Zeros, which the first steps give no weight."""
+        """Returns zeros, which the first steps give no weight."""
         return UniPCHistory(*(jnp.zeros_like(latents) for _ in range(3)))
 
     def coefficients(self, index: int) -> UniPCCoefficients:
-        """The weights of a step, float64.
+        """Returns the weights of a step, float64.
 
         Raises:
           ValueError: index is outside the grid.
@@ -257,7 +257,7 @@ class FlowUniPC:
         history: UniPCHistory,
         coefficients: UniPCCoefficients,
     ) -> tuple[Float[Array, "*shape"], UniPCHistory]:
-        """The sample at the next noise level; see `Solver.update`."""
+        """Returns the sample at the next noise level; see `Solver.update`."""
         sigma, corrector, predictor = coefficients
         clean = latents - sigma * velocity
         parts = (latents, history.sample, clean, history.clean, history.earlier)
@@ -299,7 +299,7 @@ class FlowUniPC:
 def make_solver(
     name: SolverName, *, num_steps: int, shift: float, grid: str | None = None
 ) -> Solver:
-    """A solver by its name, as checkpoints and command lines give it.
+    """Returns a solver by its name, as checkpoints and command lines give it.
 
     Args:
       name: "euler" is `FlowEuler`, "unipc" is `FlowUniPC`.
@@ -364,7 +364,7 @@ def _corrector_weights(
 
 
 def _half_log_snr(sigmas: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """log((1 - sigma) / sigma); infinite at 0."""
+    """Returns log((1 - sigma) / sigma); infinite at 0."""
     with np.errstate(divide="ignore"):
         return np.log1p(-sigmas) - np.log(sigmas)
 
@@ -372,7 +372,7 @@ def _half_log_snr(sigmas: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 def _combine(
     weights: Float[Array | np.ndarray, " n"], parts: tuple[Array, ...]
 ) -> Array:
-    """The weighted sum of arrays of one shape."""
+    """Returns the weighted sum of arrays of one shape."""
     total = weights[0] * parts[0]
     for index in range(1, len(parts)):
         total += weights[index] * parts[index]

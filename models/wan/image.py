@@ -14,7 +14,7 @@ _MOST = 1.5
 def condition_latents(
     codec: Codec, images: Float[Array, "B height width 3"], *, frames: int
 ) -> Float[Array, "B F H W condition"]:
-    """Channels that say what the first frame is, and that no other one is known.
+    """Returns channels that tell the first frame, and that no other is known.
 
     They stand after those of the noisy latent in the transformer's input: a mask with
     one channel for each pixel frame of a latent frame, then the latent of a video
@@ -45,7 +45,7 @@ def condition_latents(
 def as_images(
     images: Float[Array | np.ndarray, "..."],
 ) -> Float[Array, "B height width 3"]:
-    """A batch in float32 of one or more first frames.
+    """Returns a batch in float32 of one or more first frames.
 
     Raises:
       ValueError: They are not colour images, or not in [-1, 1].
@@ -73,7 +73,7 @@ def kept_part(
     video_size: tuple[int, int],
     multiples: tuple[int, int],
 ) -> tuple[slice, slice]:
-    """The rows and columns of an image that fill a video of another aspect ratio.
+    """Returns the rows and columns of an image that fill a video of another shape.
 
     Scaled until it covers the video, the image stands out on two sides. By less than
     one of `multiples` nothing is cut: the whole image is squeezed, which is what Wan
@@ -104,7 +104,7 @@ def fit_images(
     video_size: tuple[int, int],
     multiples: tuple[int, int],
 ) -> tuple[Float[Array, "B _h _w 3"], Float[Array, "B height width 3"]]:
-    """Images of any size as first frames of a video.
+    """Fits images of any size to be first frames of a video.
 
     Args:
       images: In [-1, 1].

@@ -8,7 +8,7 @@ from draft_jax.grid import VideoGrid
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int, int]:
-    """Channels of a head that turn with the frame, the row and the column.
+    """Returns channels of a head that turn with the frame, the row and the column.
 
     Rows and columns get `2 * (head_dim // 6)` each and frames the rest: 44, 42, 42
     of 128.
@@ -20,7 +20,7 @@ def split_head_dim(head_dim: int) -> tuple[int, int, int]:
 def rope_table(
     grid: VideoGrid, head_dim: int, theta: float = 10000.0
 ) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
-    """Cosine and sine of each token's rotation angles, in tiled order.
+    """Returns cosine and sine of each token's rotation angles, in tiled order.
 
     Frequencies and angles are computed in float64 by NumPy for each axis alone and
     rounded to float32; only these short tables enter the program as constants.

@@ -1,4 +1,4 @@
-"""Which sizes a model can make: the shape of a latent, and what suits an image."""
+"""Sizes that a model can make: the shape of a latent, and what suits an image."""
 
 import math
 
@@ -8,7 +8,10 @@ from models.wan.config import WanConfig
 
 
 def side_multiples(config: WanConfig, sizes: LatentSizes) -> tuple[int, int]:
-    """Rows and columns of pixels behind one token; sides of videos are multiples."""
+    """Returns rows and columns of pixels behind one token.
+
+    Height and width of videos are multiples of them.
+    """
     _, *strides = sizes.stride
     _, *patches = config.patch_size
     rows, columns = (
@@ -20,7 +23,7 @@ def side_multiples(config: WanConfig, sizes: LatentSizes) -> tuple[int, int]:
 def latent_shape(
     sampling: Sampling, config: WanConfig, sizes: LatentSizes
 ) -> LatentShape:
-    """Frames, rows, columns and channels of the latent of a video.
+    """Returns frames, rows, columns and channels of the latent of a video.
 
     Args:
       sampling: Says frames, height and width.
@@ -59,7 +62,7 @@ def latent_shape(
 def size_like_image(
     image_size: tuple[int, int], *, area: int, multiples: tuple[int, int]
 ) -> tuple[int, int]:
-    """Height and width of a video with an image's aspect ratio, and at most an area.
+    """Returns height and width with an image's aspect ratio, and at most an area.
 
     Args:
       image_size: Rows and columns of the image.

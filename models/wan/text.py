@@ -1,4 +1,4 @@
-"""Where a Wan model's text embeddings come from: its encoder, or the disk."""
+"""Sources of a Wan model's text embeddings: its encoder, or the disk."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ TEXT_PARTS: tuple[Part, ...] = ("text_encoder", "tokenizer")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """How a Wan model's prompts become embeddings.
+    """Options of how a Wan model's prompts become embeddings.
 
     Attributes:
       prompts: Encoded before the transformer is loaded, after which the text encoder
@@ -58,7 +58,7 @@ class TextOptions:
 
 
 def load_text_encoder(wan: WanParts, options: TextOptions) -> TextEncoder | None:
-    """What makes contexts; `options.prompts` have been through it.
+    """Returns what makes contexts; `options.prompts` have been through it.
 
     Args:
       wan: The opened model.

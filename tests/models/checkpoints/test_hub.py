@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from models.checkpoints.hub import HubError, find_checkpoint
+from models.checkpoints.hub import HubError, find_checkpoint, is_repository_name
 
 PATTERNS = ["config.json", "*.safetensors"]
 NAME = "Wan-AI/Wan2.1-T2V-1.3B"
@@ -106,6 +106,30 @@ def test_paths_that_do_not_exist_are_not_fetched(hub, name, tmp_path, monkeypatc
     with pytest.raises(HubError, match="does not exist; expected a folder, or a repos"):
         find_checkpoint(name, patterns=PATTERNS)
     assert hub.calls == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Wan-AI/Wan2.1-T2V-1.3B", True),
+        ("owner_1/model.v2", True),
+        ("owner/model/", False),
+        ("owner//model", False),
+        ("-owner/model", False),
+        ("owner/.model", False),
+        ("owner/model name", False),
+        ("owner/m\u00f6del", False),
+        ("owner/model.SAFETENSORS", False),
+        ("owner/config.json", False),
+        ("here/model", False),
+        ("", False),
+    ],
+    ids=ascii,
+)
+def test_names_that_may_be_repositories(tmp_path, monkeypatch, name, expected):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert is_repository_name(name) == expected
 
 
 @pytest.mark.parametrize(

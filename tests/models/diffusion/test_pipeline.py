@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -140,6 +141,22 @@ def test_a_program_for_each_kind_of_step(pipeline):
     assert start[0].kinds == [((True, True, True), False), kinds[0]]
     assert again[kinds[0]] is before[kinds[0]]
     assert set(again) == {*kinds, start[0].kinds[0]}
+
+
+def test_programs_are_kept_by_sharding(pipeline):
+    """Arrays elsewhere need a program of their own; the first one refuses them."""
+    pipeline = dataclasses.replace(pipeline)  # with nothing compiled
+    start = pipeline.start(PROMPT, tiny_model.SAMPLING)
+    first, _ = pipeline.compile(*start)
+    again, compile_ms = pipeline.compile(*start)
+    assert again is first
+    assert compile_ms == 0.0
+    mesh = jax.make_mesh((1,), ("devices",))
+    spread = jax.NamedSharding(mesh, jax.P())
+    sampler, state, inputs = start
+    other, compile_ms = pipeline.compile(sampler, state, jax.device_put(inputs, spread))
+    assert other is not first
+    assert compile_ms > 0.0
 
 
 def test_seed_decides_the_video(pipeline, dense):
