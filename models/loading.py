@@ -104,10 +104,12 @@ def load_pipeline(
         another one.
 
     Example:
+        ```py
         from models.loading import load_pipeline
 
         result = load_pipeline().generate("a red ball bounces over a blue sea")
         print(result.video.shape)  # one video, frames, height, width, colours
+        ```
     """
     return find_family(path).load(path, parts=parts, loras=loras, text=text)
 
