@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from draft_jax import (
@@ -177,10 +178,6 @@ def block_masses(
             by_key.T, tile_of_token, num_segments=grid.num_blocks
         )
 
-    batch, tokens, heads, dim = q.shape
-    flat = (
-        part.transpose(0, 2, 1, 3).reshape(batch * heads, tokens, dim)
-        for part in (q, k)
-    )
+    flat = (rearrange(part, "B T N D -> (B N) T D") for part in (q, k))
     masses = jax.lax.map(one_head, tuple(flat))
-    return masses.reshape(batch, heads, grid.num_blocks, grid.num_blocks)
+    return rearrange(masses, "(B N) rows columns -> B N rows columns", B=len(q))

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -294,9 +295,12 @@ def _in_two_calls(
 
     A loop, for XLA may run what is unrolled side by side.
     """
-    halves = jax.tree.map(lambda rows: rows.reshape(2, -1, *rows.shape[1:]), context)
+    halves = jax.tree.map(
+        lambda rows: rearrange(rows, "(halves B) ... -> halves B ...", halves=2),
+        context,
+    )
     velocity, masks = jax.lax.map(lambda half: call(*half), (halves, masks))
-    return velocity.reshape(-1, *velocity.shape[2:]), masks
+    return rearrange(velocity, "halves B ... -> (halves B) ..."), masks
 
 
 def _guide(

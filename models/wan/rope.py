@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float
 
 from draft_jax.grid import VideoGrid
@@ -45,7 +46,6 @@ def rope_table(
         shape = [1, 1, 1, channels // 2]
         shape[axis] = size
         tables.append(angles.reshape(shape))
-    visual_order = grid.tile_order
 
     def assemble(function) -> Float[Array, "T half"]:
         parts = [
@@ -55,6 +55,6 @@ def rope_table(
             for table in tables
         ]
         raster = jnp.concatenate(parts, axis=-1)
-        return raster.reshape(grid.num_tokens, head_dim // 2)[visual_order]
+        return rearrange(raster, "F H W half -> (F H W) half")[grid.tile_order]
 
     return assemble(np.cos), assemble(np.sin)
