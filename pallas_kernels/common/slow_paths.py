@@ -1,6 +1,15 @@
 """The warning that a call runs slower than its device allows, issued once."""
 
+import os
+import pathlib
 import warnings
+
+# The packages that lie beside each other: the warning shows the line that called them.
+_ROOT = pathlib.Path(__file__).parents[2]
+_OURS = tuple(
+    f"{_ROOT / package}{os.sep}"
+    for package in ("pallas_kernels", "draft_jax", "models")
+)
 
 
 class SlowBackendWarning(UserWarning):
@@ -11,7 +20,11 @@ _warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """Issues a SlowBackendWarning unless the same message was issued before."""
+    """Issues a SlowBackendWarning unless the same message was issued before.
+
+    It is shown with the line outside this project that led here, however many of our
+    functions lie between.
+    """
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, SlowBackendWarning, stacklevel=3)
+        warnings.warn(message, SlowBackendWarning, skip_file_prefixes=_OURS)

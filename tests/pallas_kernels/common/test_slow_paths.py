@@ -1,0 +1,40 @@
+"""The warning of a slow path: which line it is shown with."""
+
+import subprocess
+import sys
+
+# A process of its own: under test every function is wrapped by a checker of types,
+# whose lines would be the ones that called.
+SCRIPT = """
+import functools, warnings
+import jax.numpy as jnp
+from draft_jax import DraftConfig, VideoGrid, compute_mask, draft_attention
+from pallas_kernels import dense_attention
+from pallas_kernels.common import device
+
+a100 = device.Device(platform="gpu", kind="A100", compute_capability=(8, 0))
+device.describe_device = lambda _: a100
+grid = VideoGrid(1, 4, 8, tile=(4, 4))
+x = jnp.ones((1, grid.num_tokens, 1, 8))
+config = DraftConfig(sparsity=0.5)
+for call in (
+    functools.partial(compute_mask, x, x, grid=grid, config=config),
+    functools.partial(draft_attention, x, x, x, grid=grid, config=config),
+    functools.partial(dense_attention, x, x, x),
+):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        call()
+    print(call.func.__name__, {w.filename for w in warned})
+"""
+
+
+def test_slow_paths_show_the_line_that_called():
+    """Whatever lies between: an operation, the method, or both."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        f"{name} {{'<string>'}}"
+        for name in ("compute_mask", "draft_attention", "dense_attention")
+    ]
