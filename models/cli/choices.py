@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 SELECTIONS = ("percentile", "row_topk", "top_p")  # `DraftConfig.selection`
 POOLINGS = ("mean", "mean+max")  # `DraftConfig.pooling`
+EDGE_TILES = ("by_tokens", "as_published")  # `DraftConfig.edge_tiles`
 GUIDANCE_BATCHINGS = ("one_call", "two_calls")
 IMAGE_FITS = ("aspect", "crop")
 TEXT_DEVICES = ("default", "cpu")
@@ -40,6 +41,7 @@ class DraftDefaults(NamedTuple):
     sparsity: float = 0.75
     selection: str = "percentile"
     pooling: str = "mean"
+    edge_tiles: str = "by_tokens"
     top_p: float = 0.9
     dense_fraction: float = 0.25
     dense_layers: tuple[int, ...] = ()

@@ -52,6 +52,7 @@ def draft_from(arguments: argparse.Namespace) -> tuple[DraftConfig, SparsitySche
     """Returns the draft's settings and the schedule that the options describe."""
     config = DraftConfig(
         pooling=arguments.pooling,
+        edge_tiles=arguments.edge_tiles,
         selection=arguments.selection,
         sparsity=arguments.sparsity,
         top_p=arguments.top_p,

@@ -308,6 +308,12 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
         help="how a tile becomes one draft token",
     )
     group.add_argument(
+        "--edge-tiles",
+        choices=choices.EDGE_TILES,
+        default=_DRAFT.edge_tiles,
+        help="how short tiles at the edges of a frame weigh in the draft",
+    )
+    group.add_argument(
         "--top-p",
         type=float,
         default=_DRAFT.top_p,

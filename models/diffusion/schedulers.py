@@ -160,8 +160,10 @@ def euler_step(
     velocity: Float[Array, "*shape"],
     step_size: float | Float[Array | np.ndarray, ""],
 ) -> Float[Array, "*shape"]:
-    """`latents + step_size * velocity`; the size may be traced, so one compilation
-    serves every step."""
+    """Returns `latents + step_size * velocity`.
+
+    The size may be traced, so one compilation serves every step.
+    """
     return (latents + step_size * velocity).astype(latents.dtype)
 
 

@@ -30,15 +30,15 @@ from pallas_kernels.common.interfaces import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelConfig:
-    """How it is computed. Changing a field changes only time and rounding."""
+class ChunkConfig:
+    """How much is computed at once. Fields change only time and rounding."""
 
     group_tokens: int  # query tokens walked together, in whole blocks
     step_tokens: int  # key tokens gathered per row and step, in whole blocks
     upcast: bool  # multiply in float32 also for narrow inputs
 
     @classmethod
-    def for_platform(cls, platform: str) -> "KernelConfig":
+    def for_platform(cls, platform: str) -> "ChunkConfig":
         """Chooses by measurement on two CPU cores, by occupancy elsewhere.
 
         On the CPU, groups of 256 to 1,024 and steps of 128 and 256 tokens are within
@@ -76,7 +76,7 @@ def xla_attention(
     grid: BlockGrid,
     scale: float,
     text_lengths: Int[Array, " B"] | None,
-    config: KernelConfig | None = None,
+    config: ChunkConfig | None = None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
     """Computes attention over kept blocks only; differentiable in reverse mode.
 
@@ -95,7 +95,7 @@ def xla_attention(
       for queries without a valid key.
     """
     if config is None:
-        config = KernelConfig.for_platform(current_device(q).platform)
+        config = ChunkConfig.for_platform(current_device(q).platform)
     if text_lengths is None:
         text_lengths = jnp.full(q.shape[0], grid.text_length, jnp.int32)
     static = (grid, scale, config)
@@ -121,7 +121,7 @@ def attention_gradients(
     Returns:
       Cotangents of the first six residuals; None for those of integers.
     """
-    config = KernelConfig.for_platform(current_device(residuals[0]).platform)
+    config = ChunkConfig.for_platform(current_device(residuals[0]).platform)
     return _backward((grid, scale, config), residuals, cotangents)
 
 
@@ -279,7 +279,7 @@ def _walk(
     step: Callable[..., Any],
     finish: Callable[[Any, Any], tuple[Array, ...]],
     num_blocks: int,
-    config: KernelConfig,
+    config: ChunkConfig,
 ) -> tuple[Array, ...]:
     """Runs `step` over each row's list of blocks, a group of rows at a time.
 
@@ -372,7 +372,7 @@ def _repeat_heads(lengths: Int[Array, "B R"], num_heads: int) -> Int[Array, " L"
 
 
 def _to_blocks(
-    x: Float[Array, "B T N D"], grid: BlockGrid, config: KernelConfig
+    x: Float[Array, "B T N D"], grid: BlockGrid, config: ChunkConfig
 ) -> Float[Array, "L P D"]:
     """Cuts a sequence into blocks; short ones are filled up with other tokens."""
     batch, _, num_heads, head_dim = x.shape

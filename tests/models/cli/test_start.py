@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 
 from draft_jax import DraftConfig, SparsitySchedule
-from draft_jax.config import Pooling, Selection
+from draft_jax.config import EdgeTiles, Pooling, Selection
 from models.cli import choices
 from models.cli.parser import build_parser
 from models.diffusion import sampling, schedulers
@@ -98,6 +98,7 @@ def test_the_command_finds_ours_before_a_folder_of_the_same_name(tmp_path):
 def test_choices_are_those_of_the_configurations():
     assert get_args(Selection) == choices.SELECTIONS
     assert get_args(Pooling) == choices.POOLINGS
+    assert get_args(EdgeTiles) == choices.EDGE_TILES
     assert get_args(GuidanceBatching) == choices.GUIDANCE_BATCHINGS
     assert get_args(schedulers.SolverName) == tuple(choices.GRIDS_OF_SOLVERS)
     for solver, grids in (
@@ -127,6 +128,7 @@ def test_every_choice_is_offered():
     for option, values in (
         ("--selection", choices.SELECTIONS),
         ("--pooling", choices.POOLINGS),
+        ("--edge-tiles", choices.EDGE_TILES),
         ("--guidance-batching", choices.GUIDANCE_BATCHINGS),
         ("--image-fit", choices.IMAGE_FITS),
         ("--text-device", choices.TEXT_DEVICES),

@@ -10,7 +10,7 @@ import pytest
 from draft_jax.block_mask import BlockMask
 from draft_jax.grid import VideoGrid
 from pallas_kernels import block_sparse_attention
-from pallas_kernels.attention.xla import KernelConfig, xla_attention
+from pallas_kernels.attention.xla import ChunkConfig, xla_attention
 from tests.pallas_kernels.attention.reference import (
     CASES,
     compress,
@@ -68,7 +68,7 @@ def test_any_config_gives_the_same(group_tokens, step_tokens, upcast):
     grid, lengths = CASES["text-before-ragged"]
     q, k, v = random_qkv(grid)
     dense = random_mask(grid)
-    config = KernelConfig(
+    config = ChunkConfig(
         group_tokens=group_tokens, step_tokens=step_tokens, upcast=upcast
     )
     out, lse = xla_attention(

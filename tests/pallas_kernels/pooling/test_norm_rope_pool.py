@@ -215,5 +215,9 @@ def test_causes_are_named():
             "raster",
             norm,
         )
+
+
+@pytest.mark.usefixtures("without_jaxtyping")
+def test_an_unknown_norm_is_named():
     with pytest.raises(ValueError, match="must be 'heads' or 'head'"):
         QKNorm(over="rows")

@@ -27,6 +27,7 @@ def test_tables(name):
     assert tiling.has_edges == (tiling.lengths < tiling.tile_size).any()
 
 
+@pytest.mark.usefixtures("without_jaxtyping")
 def test_an_unknown_order_is_named():
     with pytest.raises(ValueError, match="order='columns' must be one of"):
         Tiling(frames=1, height=1, width=1, tile=(1, 1), order="columns")
