@@ -47,7 +47,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def h100_sharding():
-    """Where the arrays of a program lie that is compiled for one H100."""
+    """Returns the sharding of arrays of a program that is compiled for one H100."""
     import jax
     from jax.experimental import topologies
 

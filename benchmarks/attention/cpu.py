@@ -229,7 +229,7 @@ def print_peak_memory(name: str) -> None:
 
 
 def describe_run() -> dict[str, Any]:
-    """Where, when and with what the numbers were made."""
+    """Returns the machine, date and versions of the numbers."""
     return {
         **provenance(),
         "cpu": cpu_model(),

@@ -1,4 +1,4 @@
-"""What edge blocks cost: a grid that tiles divide and one they do not take turns.
+"""The cost of edge blocks: grids that tiles divide, and do not, take turns.
 
     python -m benchmarks.attention.edges --output benchmarks/results/edges_h100.json
 

@@ -1,4 +1,4 @@
-"""What copying blocks row by row costs: one grid by TMA and by rows, taking turns.
+"""The cost of copies row by row: one grid by TMA and by rows, taking turns.
 
     python -m benchmarks.attention.rows --output benchmarks/results/rows_h100.json
 

@@ -1,4 +1,4 @@
-"""How often key blocks are found in L2, by the order in which CTAs take query blocks.
+"""A model of how often key blocks are found in L2, by the order of query blocks.
 
     python -m benchmarks.attention.wave_model --blocks 992 --density 0.25
 

@@ -35,7 +35,7 @@ def rows_at(out, tokens: np.ndarray) -> np.ndarray:
 
 
 def compare(out, want: np.ndarray, tokens: np.ndarray) -> dict[str, object]:
-    """What is recorded of an output: its error, or that it is another one."""
+    """Returns the record of an output: its error, or that it is another one."""
     got = rows_at(out, tokens)
     if got.shape != want.shape:
         return {"error": f"rows of shape {got.shape}, not {want.shape} as ours"}

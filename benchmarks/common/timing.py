@@ -124,7 +124,7 @@ def take_turns(
 
 
 def slowdown(turns: Turns, own: str, *, over: str) -> dict[str, object]:
-    """By how much a program takes longer than another, as a share, by round."""
+    """Returns by what share a program takes longer than another, for each round."""
     rounds = zip(turns[own]["ms"], turns[over]["ms"], strict=True)
     losses = [round(ms / other - 1, 4) for ms, other in rounds]
     return {"loss": statistics.median(losses), "losses": losses}

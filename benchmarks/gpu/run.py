@@ -169,7 +169,7 @@ def run_sanitizers(options: argparse.Namespace) -> bool:
 def sanitize(
     part: str, tools: list[str], deadline: float, cache: str
 ) -> tuple[str, dict[str, str]]:
-    """How many errors or hazards each tool finds in one part, or what failed.
+    """Counts the errors or hazards that each tool finds in one part.
 
     The part runs without a tool first, which compiles it into the cache.
     """
@@ -200,7 +200,7 @@ def sanitize(
 
 
 def _failure(status: int | None, output: str) -> str:
-    """How a program ended, and the end of what it printed."""
+    """Describes how a program ended, with the end of what it printed."""
     ended = "stopped by the limit" if status is None else f"exit status {status}"
     tail = "\n".join(output.strip().splitlines()[-5:])[-LONGEST_CAUSE:]
     return f"{ended}: {tail}"

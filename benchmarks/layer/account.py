@@ -1,4 +1,4 @@
-"""Where the GPU time of a layer goes, by its own kernels, and what it moves.
+"""An account of a layer's GPU time by kernel, and of what it moves.
 
 `attention_ms` is the sparse kernel's main launch and `beyond_ms` every other kernel of
 the same program, its short second launch (the repair) included. Names of XLA's fusions
@@ -69,7 +69,7 @@ def kernel_times(program, arguments, iterations: int) -> dict[str, Any]:
 
 
 def around_attention(kernels: Kernels) -> tuple[Kernels, float, Kernels] | None:
-    """What comes before the main launch of attention, its time, and what follows."""
+    """Splits kernels: before attention's main launch, its time, and the rest."""
     launches = [i for i, k in enumerate(kernels) if k["name"].startswith(ATTENTION)]
     if not launches:
         return None

@@ -26,7 +26,7 @@ def plot(results: pathlib.Path, output: pathlib.Path) -> None:
     """Two stacked bars of each layer: all of it, and all but the sparse kernel.
 
     Parts are GPU time of the layer's own kernels, see `layer_account`. The wall time of
-    a call is told on the left, beside them: it is of another run, and the card's clock
+    a call is told on the left, beside them: it is of another run, and the GPU's clock
     moves by more than the gaps between kernels are.
     """
     from matplotlib.figure import Figure

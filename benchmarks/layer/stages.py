@@ -150,7 +150,7 @@ def pooling_stages(shape: Shape, backend: BackendName) -> dict[str, Stage]:
 
 
 def selection_stages(shape: Shape) -> dict[str, Stage]:
-    """From the pooled Q and K to the lists, in parts and at once (`mask`)."""
+    """Returns stages from pooled Q and K to lists, in parts and at once (`mask`)."""
     grid, half = shape.grid, functools.partial
     table: dict[str, Stage] = {}
     for precision in ("highest", "high", "default"):

@@ -5,13 +5,11 @@
         --output benchmarks/results/wan_14b_h100.json
     python -m benchmarks.wan.run measure --model tiny    # any machine; `write` it first
 
-`write` makes a folder with random weights, which `measure` loads as published ones are
-loaded. A step is the pipeline's own: guidance by default in two calls of the model one
-after the other, and UniPC. Each kind of step has its program, as in the pipeline; modes
-that differ in sparsity alone share one. peak_gb is that of the process so far, not of a
-mode. "dense" is the library's dense attention, on Hopper its own kernel; --cudnn adds
-steps of a program with cuDNN's instead. Sizes run in the order given: name small ones
-first. The file is written anew after each part. What a case has:
+`write` makes a folder with random weights, which `measure` loads like published ones. A
+step is the pipeline's own, UniPC with guidance, by default in two calls of the model.
+Each kind of step has its program; modes that differ in sparsity alone share one. peak_gb
+is that of the process so far. "dense" is the library's dense attention; --cudnn adds
+steps with cuDNN's. Name small sizes first. The file is written anew after each part:
 
   samples_ms       steps, until the result is there; each program has run once before
   kept_density     share of token pairs that self-attention computed
@@ -81,7 +79,7 @@ GUIDANCE = ("two_calls", "one_call", "off")
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """How self-attention runs in a step; see the module's text."""
+    """A way to run self-attention in a step; see the module's text."""
 
     name: str
     sparsity: float | None  # None is dense
@@ -303,7 +301,7 @@ def measure_cudnn(model, size, options) -> dict[str, Any]:
 def _compare(
     modes: dict[str, dict[str, Any]], cudnn: dict[str, Any] | None = None
 ) -> None:
-    """How much faster each mode is than each dense step."""
+    """Returns how much faster each mode is than each dense step."""
     for name, dense in (("speedup", modes.get("dense")), ("over_cudnn", cudnn)):
         if dense is None:
             continue

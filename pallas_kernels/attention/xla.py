@@ -31,7 +31,7 @@ from pallas_kernels.common.interfaces import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChunkConfig:
-    """How much is computed at once. Fields change only time and rounding."""
+    """Amounts computed at once. Fields change only time and rounding."""
 
     group_tokens: int  # query tokens walked together, in whole blocks
     step_tokens: int  # key tokens gathered per row and step, in whole blocks
@@ -51,7 +51,7 @@ class ChunkConfig:
 
 
 class _Lists(NamedTuple):
-    """For L = B * N * R rows: which blocks each one walks, in CSR form."""
+    """Blocks that each of L = B * N * R rows walks, in CSR form."""
 
     start: Int[Array, " L"]  # first entry in ids[head]
     length: Int[Array, " L"]  # entries
@@ -350,7 +350,7 @@ def _row_lists(row_offsets, block_ids) -> _Lists:
 
 
 def _transpose(lists: _Lists, num_blocks: int) -> _Lists:
-    """For each key block the query blocks that keep it, in ascending order."""
+    """Returns the query blocks that keep each key block, in ascending order."""
     num_heads, capacity = lists.ids.shape
     ends = (lists.start + lists.length).reshape(num_heads, num_blocks)
     entry = jnp.arange(capacity)

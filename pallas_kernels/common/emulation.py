@@ -1,4 +1,4 @@
-"""What several kernels do in interpret mode in place of PTX."""
+"""Stand-ins for PTX that several kernels share in interpret mode."""
 
 import jax.numpy as jnp
 from jax import lax

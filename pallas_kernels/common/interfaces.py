@@ -1,4 +1,4 @@
-"""What a backend takes and promises, and how dispatch asks whether it can run.
+"""Interfaces of backends: what they take and promise, and when they can run.
 
 The package knows masks and grids only by structure, so that kernels depend on no
 model or method code. `draft_jax.VideoGrid` is a `BlockGrid` and

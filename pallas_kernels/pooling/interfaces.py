@@ -48,7 +48,7 @@ class Tiling:
 
     @property
     def tokens(self) -> slice:
-        """Where the tokens of the frames stand in the sequence."""
+        """Positions of the frames' tokens in the sequence."""
         return slice(self.start, self.start + self.frames * self.height * self.width)
 
     @property

@@ -33,7 +33,7 @@ from pallas_kernels.attention.sm90.row_copies import Rows
 
 
 class RunAddresses(NamedTuple):
-    """Where blocks of runs lie, in units of ALIGNMENT tokens.
+    """Addresses of blocks of runs, in units of ALIGNMENT tokens.
 
     Attributes:
       first_unit: Start of each block.
@@ -45,7 +45,7 @@ class RunAddresses(NamedTuple):
 
 
 class BoxAddresses(NamedTuple):
-    """Where blocks of boxes lie.
+    """Addresses of blocks of boxes.
 
     Attributes:
       first_row: First row of each block among the rows of all frames.
@@ -57,7 +57,7 @@ class BoxAddresses(NamedTuple):
 
 
 class RowAddresses(NamedTuple):
-    """Where blocks that are copied row by row lie.
+    """Addresses of blocks that are copied row by row.
 
     Attributes:
       first_token: First token of each block.

@@ -1,4 +1,4 @@
-"""What the roles of one CTA share: memory, signals, and its query blocks."""
+"""The context that the roles of one CTA share: memory, signals, query blocks."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from pallas_kernels.attention.sm90.signals import Signals
 
 
 class Work(NamedTuple):
-    """What to compute, for L = B * N lists of R query blocks each.
+    """Arrays that say what to compute, for L = B * N lists of R query blocks each.
 
     Outside the kernel its parts are arrays, inside references to global memory.
 

@@ -1,4 +1,4 @@
-"""What interpret mode does in place of instructions of sm_90, in plain JAX."""
+"""Stand-ins of interpret mode for instructions of sm_90, in plain JAX."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Where the blocks of a sequence lie in the arrays that the Hopper kernel reads."""
+"""Positions of a sequence's blocks in the arrays that the Hopper kernel reads."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ MAX_WIDTHS = 3  # each is a loop of its own in the kernel's code
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Where blocks lie, for one order of the tokens.
+    """Positions of blocks, for one order of the tokens.
 
     Attributes:
       copies: How blocks are copied.

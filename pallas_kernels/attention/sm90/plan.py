@@ -23,7 +23,7 @@ MAX_SMEM_BYTES = 227 * 1024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """How it is computed. Changing a field changes only time and rounding.
+    """Choices of how it is computed. Fields change only time and rounding.
 
     Attributes:
       num_slots: K or V blocks in flight.

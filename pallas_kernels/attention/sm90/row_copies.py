@@ -33,7 +33,7 @@ COMMON_RUNS = (BLOCK, 16)  # of tiled order, and of tiles 16 tokens wide in rast
 
 
 class Rows(NamedTuple):
-    """Where the tokens of some rows of a block are.
+    """Positions of the tokens of some rows of a block.
 
     A block is runs of tokens that follow each other in memory, at equal distances: one
     run in tiled order, rows of a tile in raster order.
@@ -149,7 +149,7 @@ def _divmod(x, divisor: int):
 
 
 class _Copies(NamedTuple):
-    """What a thread copies, as far as it is known beforehand."""
+    """The copies of one thread, as far as they are known beforehand."""
 
     places: tuple[int, ...]  # in shared memory, counted from the first
     rows_at_once: int  # that the warpgroup copies, and so from a row to the next

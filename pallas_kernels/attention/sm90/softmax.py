@@ -41,7 +41,7 @@ NO_MAXIMUM = -1e38
 
 
 class RowState(NamedTuple):
-    """What a consumer carries from key block to key block for each of its rows.
+    """State that a consumer carries from key block to key block for each row.
 
     Attributes:
       acc: Accumulator: float32 weights times values, [ROWS, D].
