@@ -7,7 +7,7 @@
 
 `write` makes a folder with random weights, which `measure` loads like published ones. A
 step is the pipeline's own, UniPC with guidance, by default in two calls of the model.
-Each kind of step has its program; modes that differ in sparsity alone share one. peak_gb
+Each kind of step has its program; modes that differ in sparsity share one. peak_gb
 is that of the process so far. "dense" is the library's dense attention; --cudnn adds
 steps with cuDNN's. Name small sizes first. The file is written anew after each part:
 
