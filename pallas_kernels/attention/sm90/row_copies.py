@@ -10,7 +10,7 @@ that copy or wait are for all 128 threads of a warpgroup.
     store(rows_smem, rows, array)                # is done when it returns
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.mosaic import gpu as mgpu
@@ -24,6 +24,9 @@ from pallas_kernels.attention.sm90.plan import (
     smem_transforms,
 )
 from pallas_kernels.common.inline_ptx import THREADS, asm, const, i32, i64
+
+# A `jax.Ref`, or a part of one by `.at[...]`, which has no public type.
+Memory = Any
 
 CHUNK = 16  # bytes that a thread copies at once
 SWIZZLED_ROW = 128  # bytes
@@ -51,7 +54,7 @@ def reciprocal_of(run):
     return -(-(1 << RECIPROCAL_BITS) // run)
 
 
-def fetch(array: jax.Ref, rows: Rows, rows_smem: jax.Ref, *, num_rows: int) -> None:
+def fetch(array: Memory, rows: Rows, rows_smem: Memory, *, num_rows: int) -> None:
     """Starts to copy rows of a block; rows past its end are zeros or other tokens.
 
     Args:
@@ -63,7 +66,7 @@ def fetch(array: jax.Ref, rows: Rows, rows_smem: jax.Ref, *, num_rows: int) -> N
     _copy_rows(_fetch_code, array, rows, rows_smem, num_rows)
 
 
-def store(rows_smem: jax.Ref, rows: Rows, array: jax.Ref) -> None:
+def store(rows_smem: Memory, rows: Rows, array: Memory) -> None:
     """Copies all rows within the block; see `fetch`.
 
     The warpgroup must have committed what it wrote to shared memory.
