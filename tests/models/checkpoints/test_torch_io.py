@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pickle
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from models.checkpoints import torch_io
 from models.checkpoints.memory_map import CheckpointError
 from models.checkpoints.torch_io import load_torch
 
@@ -264,6 +266,92 @@ def test_deep_nesting_is_told(tmp_path):
     data = b"\x80\x02" + b"}X\x01\x00\x00\x00a" * depth + b"N" + b"s" * depth + b"."
     file = write_pth(tmp_path / "deep.pth", data)
     with pytest.raises(CheckpointError, match=r"deep\.pth is nested too deeply"):
+        load_torch(file)
+
+
+def doubled(times, first=b"(N", container=b"t", pair=b"\x86"):
+    """Pickle of a container that holds twice what holds twice what ... `times` deep."""
+    step = b"q\x00h\x00" + pair  # keep it under number 0, and pair it with itself
+    return first + container + step * times
+
+
+def text(value):
+    return b"X" + len(value).to_bytes(4, "little") + value
+
+
+TUPLE = b"(" + b"N" * 10**4 + b"t"  # a tuple of ten thousand values
+COSTLY = {  # pickle after its first two bytes, message
+    "lists": (b"}" + text(b"a") + doubled(200) + b"s.", "more than 1000000 values"),
+    "keys": (
+        b"}"
+        + text(b"k" * 10**6)
+        + b"}"
+        + b"".join(text(b"%d" % i) + b"Ns" for i in range(1000))
+        + b"s.",
+        r"keys of more than \d+ characters",
+    ),
+    "key": (b"}" + doubled(200) + b"Ns.", "a key is a tuple; expected a text"),
+    "keys of a set": (b"\x8f(" + doubled(200) + b"\x90.", "a key is a tuple"),
+    "items": (
+        b"ccollections\nOrderedDict\n((" + doubled(200) + b"N\x86ltR.",
+        "a key is a tuple",
+    ),
+    "copies": (
+        TUPLE + b"q\x01" + b"ctorch\nSize\nq\x02" + b"h\x02h\x01\x85R0" * 3000 + b"}.",
+        "asks for more work than",
+    ),
+    "state": (
+        b"ccollections\nOrderedDict\n)R}("
+        + b"".join(text(b"%d" % i) + b"N" for i in range(10**4))
+        + b"uq\x01"
+        + b"bh\x01" * 3000
+        + b"b.",
+        "asks for more work than",
+    ),
+    "number": (
+        b"}" + text(b"a") + b"\x8b\xa0\x86\x01\x00" + b"\x7f" * 100_000 + b"s.",
+        "more than 128 bits",
+    ),
+    "storage": (doubled(200) + b"Q.", "unknown storage"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("case", COSTLY)
+def test_few_bytes_cannot_ask_for_work(tmp_path, case):
+    """All of these took for ever, or gigabytes."""
+    data, message = COSTLY[case]
+    file = write_pth(tmp_path / "small.pth", b"\x80\x02" + data)
+    with pytest.raises(CheckpointError, match=rf"small\.pth.*{message}"):
+        load_torch(file)
+
+
+def test_few_bytes_cannot_ask_for_memory(tmp_path):
+    """The dictionary is kept under a number of half a billion, of which it is one."""
+    file = write_pth(tmp_path / "small.pth", b"\x80\x02}r\xff\xff\xff\x1f.")
+    tracemalloc.start()
+    try:
+        assert not load_torch(file)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize("name", ["size", "offset", "shape", "strides"])
+def test_sizes_past_64_bits_are_refused(tmp_path, name):
+    value = 2**63 if name in ("size", "offset") else (2**63,)
+    file = write_pth(tmp_path / "a.pth", tensor_pickle(**{name: value}))
+    with pytest.raises(CheckpointError, match=r"not a plain tensor|unknown storage"):
+        load_torch(file)
+
+
+def test_a_description_larger_than_any_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_io, "MAX_PICKLE_BYTES", 50)
+    file = write_pth(tmp_path / "a.pth", tensor_pickle(), storages={"0": FOUR})
+    with pytest.raises(
+        CheckpointError, match=r"data\.pkl has \d+ bytes, more than the"
+    ):
         load_torch(file)
 
 
