@@ -124,62 +124,78 @@ class _Unpickler(pickle._Unpickler):
             )
 
 
-def _limited(opcode: int, run: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Returns an opcode's function with what it does counted and checked.
+def _count_one(unpickler: _Unpickler) -> None:
+    unpickler._count(1)
 
-    Most opcodes take from the stack what others have put there, so their number bounds
-    the work. Three go through objects that are used again, keys are hashed each time,
-    and whole numbers may have any length.
-    """
-    code = bytes([opcode])
 
-    def count_arguments(unpickler: _Unpickler) -> None:
-        argument = unpickler.stack[-1]
-        if opcode == pickle.BUILD[0] and not isinstance(
-            unpickler.stack[-2], OrderedDict
-        ):
-            raise TypeError("a state is given to something other than a dictionary")
-        parts = argument if isinstance(argument, tuple) else (argument,)
-        unpickler._count(1 + len(parts) + sum(map(_length, parts)))
+def _count_arguments(unpickler: _Unpickler) -> None:
+    argument = unpickler.stack[-1]
+    parts = argument if isinstance(argument, tuple) else (argument,)
+    unpickler._count(1 + len(parts) + sum(map(_length, parts)))
+
+
+def _count_state(unpickler: _Unpickler) -> None:
+    if not isinstance(unpickler.stack[-2], OrderedDict):
+        raise TypeError("a state is given to something other than a dictionary")
+    _count_arguments(unpickler)
+
+
+def _check_one_key(unpickler: _Unpickler) -> None:
+    unpickler._count(1)
+    _check_keys(unpickler.stack[-2:-1])
+
+
+def _check_every_second(unpickler: _Unpickler) -> None:
+    unpickler._count(1)
+    _check_keys(unpickler.stack[::2])
+
+
+def _check_all(unpickler: _Unpickler) -> None:
+    unpickler._count(1)
+    _check_keys(unpickler.stack)
+
+
+def _check_number(unpickler: _Unpickler) -> None:
+    if unpickler.stack[-1].bit_length() > 128:
+        raise ValueError("a whole number of more than 128 bits")
+
+
+_Check = Callable[[_Unpickler], None]
+# Most opcodes take from the stack what others have put there, so their number bounds
+# the work. These go through objects that are used again, or hash keys.
+_BEFORE: dict[bytes, _Check] = {
+    pickle.REDUCE: _count_arguments,
+    pickle.NEWOBJ: _count_arguments,
+    pickle.NEWOBJ_EX: _count_arguments,
+    pickle.BUILD: _count_state,
+    pickle.SETITEM: _check_one_key,
+    pickle.SETITEMS: _check_every_second,
+    pickle.DICT: _check_every_second,
+    pickle.ADDITEMS: _check_all,
+    pickle.FROZENSET: _check_all,
+}
+# Whole numbers may have any length.
+_AFTER: dict[bytes, _Check] = dict.fromkeys(
+    (pickle.INT, pickle.LONG, pickle.LONG1, pickle.LONG4), _check_number
+)
+
+
+def _limited(opcode: bytes, run: _Check) -> _Check:
+    """Returns an opcode's function with what it does counted and checked."""
+    before, after = _BEFORE.get(opcode, _count_one), _AFTER.get(opcode)
+
+    def run_checked(unpickler: _Unpickler) -> None:
+        before(unpickler)
         run(unpickler)
+        if after is not None:
+            after(unpickler)
 
-    def check_keys(unpickler: _Unpickler) -> None:
-        unpickler._count(1)
-        if opcode == pickle.SETITEM[0]:
-            _check_keys(unpickler.stack[-2:-1])
-        elif opcode in (pickle.ADDITEMS[0], pickle.FROZENSET[0]):
-            _check_keys(unpickler.stack)
-        else:
-            _check_keys(unpickler.stack[::2])
-        run(unpickler)
-
-    def check_number(unpickler: _Unpickler) -> None:
-        unpickler._count(1)
-        run(unpickler)
-        if unpickler.stack[-1].bit_length() > 128:
-            raise ValueError("a whole number of more than 128 bits")
-
-    def count_one(unpickler: _Unpickler) -> None:
-        unpickler._count(1)
-        run(unpickler)
-
-    if code in (pickle.REDUCE, pickle.BUILD, pickle.NEWOBJ, pickle.NEWOBJ_EX):
-        return count_arguments
-    if code in (
-        pickle.SETITEM,
-        pickle.SETITEMS,
-        pickle.DICT,
-        pickle.ADDITEMS,
-        pickle.FROZENSET,
-    ):
-        return check_keys
-    if code in (pickle.INT, pickle.LONG, pickle.LONG1, pickle.LONG4):
-        return check_number
-    return count_one
+    return run_checked
 
 
 _Unpickler.dispatch = {
-    opcode: _limited(opcode, run) for opcode, run in pickle._Unpickler.dispatch.items()
+    number: _limited(bytes([number]), run)
+    for number, run in pickle._Unpickler.dispatch.items()
 }
 
 
