@@ -42,7 +42,7 @@ def pool(x, grid, reduction=np.mean):
     return np.stack([reduction(x[:, tile], axis=1) for tile in members], axis=1)
 
 
-def draft_map(q, k, grid, reduction=np.mean, weights_by_tokens=True):
+def draft_map(q, k, grid, reduction=np.mean, weights_by_tokens=True, scale=None):
     """q, k [B, T, N, D] of visual tokens in raster order -> [B, N, S, S].
 
     A key tile stands for as many keys as it has tokens, or for one if not by tokens.
@@ -54,12 +54,10 @@ def draft_map(q, k, grid, reduction=np.mean, weights_by_tokens=True):
     ]
     draft_q, draft_k = pool(q, grid, reduction), pool(k, grid, reduction)
     batch, num_tiles, heads, dim = draft_q.shape
+    scale = 1 / math.sqrt(dim) if scale is None else scale
     out = np.zeros((batch, heads, num_tiles, num_tiles))
     for b, n, i in np.ndindex(batch, heads, num_tiles):
-        logits = [
-            draft_q[b, i, n] @ draft_k[b, j, n] / math.sqrt(dim)
-            for j in range(num_tiles)
-        ]
+        logits = [draft_q[b, i, n] @ draft_k[b, j, n] * scale for j in range(num_tiles)]
         weights = np.exp(np.array(logits) - max(logits)) * lengths
         out[b, n, i] = weights / weights.sum()
     return out
@@ -136,10 +134,10 @@ def add_text(kept, grid):
     return out
 
 
-def percentile_mask(q, k, grid, sparsity):
+def percentile_mask(q, k, grid, sparsity, scale=None):
     """The paper's mask of the whole sequence: q, k [B, T, N, D] -> [B, N, R, R]."""
     visual = grid.visual_tokens
-    scores = draft_map(q[:, visual], k[:, visual], grid)
+    scores = draft_map(q[:, visual], k[:, visual], grid, scale=scale)
     pairs = Fraction(1) - Fraction(str(sparsity))
     budget = math.ceil(pairs * scores.shape[-1] ** 2)
     kept = [[select_percentile(s, budget) for s in item] for item in scores]

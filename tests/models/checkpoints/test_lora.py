@@ -168,6 +168,25 @@ def test_convolutions_biases_and_tables():
         )
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["low rank first", "difference first"])
+def test_a_difference_and_a_low_rank_part_of_one_weight_add(order):
+    weights = {"x.weight": random_array((4, 3)), "x.bias": random_array(4, 1)}
+    down, up = random_array((2, 3), 2), random_array((4, 2), 3)
+    difference, bias = random_array((4, 3), 4), random_array(4, 5)
+    lora = {
+        "x.lora_down.weight": down,
+        "x.lora_up.weight": up,
+        "x.diff": difference,
+        "x.diff_b": bias,
+    }
+    lora = dict(list(lora.items())[::order])
+    merged = merge_lora(weights, lora, {"x": "x"}, scale=0.5)
+    expected = weights["x.weight"] + 0.5 * (up @ down + difference)
+    np.testing.assert_allclose(np.asarray(merged["x.weight"]), expected, **MERGED)
+    expected = weights["x.bias"] + 0.5 * bias
+    np.testing.assert_allclose(np.asarray(merged["x.bias"]), expected, **MERGED)
+
+
 def settings(**values):
     return {
         "lora_adapter_metadata": json.dumps(

@@ -103,6 +103,32 @@ def test_a_damaged_index_is_named(tmp_path, text):
         load_safetensors(tmp_path)
 
 
+def test_an_index_that_names_another_shard_is_refused(tmp_path):
+    """Two keys that changed places: each exists, in the other's file."""
+    save_safetensors(make_tensors(), tmp_path, stem="model", max_shard_bytes=256)
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    places = index["weight_map"]
+    places["key.0"], places["key.2"] = places["key.2"], places["key.0"]
+    file.write_text(json.dumps(index))
+    message = (
+        r"promises 2 keys that are not in their files: "
+        r"key\.0 \(model-00002-of-00003\.safetensors\), key\.2 \(model-00001-of"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load_safetensors(tmp_path)
+
+
+def test_an_index_that_names_a_missing_key_is_refused(tmp_path):
+    save_safetensors(make_tensors(), tmp_path, stem="model", max_shard_bytes=256)
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["absent"] = "model-00001-of-00003.safetensors"
+    file.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"promises 1 keys .*: absent \(model-00"):
+        load_safetensors(tmp_path)
+
+
 def test_a_key_in_two_files_is_named(tmp_path):
     for part in (1, 2):
         name = f"model-0000{part}-of-00002.safetensors"

@@ -1,6 +1,7 @@
 """Validation, choice of backend, warnings, and the direction of imports."""
 
 import dataclasses
+import functools
 import importlib
 import re
 import typing
@@ -389,7 +390,30 @@ def test_slower_path_warns_once(monkeypatch):
         block_sparse_attention(**arguments())
 
 
-def test_traced_text_lengths_are_clipped():
-    run = jax.jit(lambda x: block_sparse_attention(**arguments(), text_lengths=x))
-    got, want = run(jnp.array([-5, 99])), run(jnp.array([0, 3]))
-    np.testing.assert_array_equal(got, want)
+@pytest.mark.parametrize("side", ["after", "before"])
+def test_traced_text_lengths_are_clipped(side):
+    """The lengths that backends get, of which some read no further than they say."""
+    grid = dataclasses.replace(GRID, text_side=side)
+    q = jnp.zeros((4, *SHAPE[1:]))
+    clip = jax.jit(lambda x: validation.check_text_lengths(x, q, grid))
+    np.testing.assert_array_equal(clip(jnp.array([-5, 99, 2, 4])), [0, 3, 2, 3])
+
+
+ATTENTIONS = {
+    "xla": functools.partial(block_sparse_attention, backend="xla"),
+    "oracle": functools.partial(block_sparse_attention, backend="oracle"),
+    "dense": lambda q, k, v, mask, order, **options: dense_attention(
+        q, k, v, **options
+    ),
+}
+
+
+@pytest.mark.parametrize("side", ["after", "before"])
+@pytest.mark.parametrize("attend", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_traced_text_lengths_act_like_the_nearest_inside(attend, side):
+    grid = dataclasses.replace(GRID, text_side=side)
+    values = jax.random.normal(jax.random.key(0), SHAPE)
+    call = functools.partial(attend, **arguments(v=values, mask=full(grid), grid=grid))
+    got = jax.jit(lambda x: call(text_lengths=x))(jnp.array([-5, 99]))
+    np.testing.assert_array_equal(got, call(text_lengths=jnp.array([0, 3])))
+    assert not np.allclose(got, call())
