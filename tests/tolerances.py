@@ -3,6 +3,10 @@
 Inputs are rounded to the dtype before both sides compute, and the reference is
 float64 NumPy, so a tolerance covers the kernel's own arithmetic and the rounding of
 its output. Values are for numpy.testing.assert_allclose.
+
+Bounds of relative L2 errors of narrow dtypes are 1.2 times what was measured on both
+supported versions of jax, which agree to three digits: twice would hide one more
+rounding.
 """
 
 # How properties of a test begin that its fixture `measured` recorded.
@@ -26,8 +30,8 @@ LSE = {
 GRADIENT = {"float32": {"rtol": 0, "atol": 2e-5}}
 
 # Relative L2 error of the Hopper kernel's gradients against float32 matrices. Measured
-# in interpret mode: bfloat16 2.5e-3, float16 3.1e-4, which is the rounding of results.
-GRADIENT_RELATIVE = {"bfloat16": 4e-3, "float16": 5e-4}
+# in interpret mode: bfloat16 2.5e-3, float16 3.13e-4, which is the rounding of results.
+GRADIENT_RELATIVE = {"bfloat16": 3e-3, "float16": 3.8e-4}
 
 # Float32 logits of size 1e4 carry an absolute error of about 1e4 * 2^-23 * a few,
 # which the exponential turns into a relative error of the weights.
@@ -67,8 +71,12 @@ GPU_RELATIVE = {"bfloat16": 4e-3, "float16": 5e-4}
 UMT5_PARITY = {"rtol": 0, "atol": 1e-5}
 
 # Relative L2 error of the bfloat16 UMT5 encoder against transformers in float32.
-# Measured on CPU: 1.0e-2 (wide_inner); transformers' own bfloat16: 1.1e-2.
-UMT5_BFLOAT16_RELATIVE = 1.5e-2
+# Measured on CPU: 6.21e-3 and 1.004e-2; transformers' own bfloat16: 8.8e-3 and 1.07e-2.
+UMT5_BFLOAT16_RELATIVE = {"far": 7.4e-3, "wide_inner": 1.2e-2}
+
+# Relative L2 error of a bfloat16 Wan transformer against diffusers' in float32.
+# Measured on CPU: 4.44e-3 (divided) and 5.27e-3 (image).
+WAN_BFLOAT16_RELATIVE = {"divided": 5.3e-3, "image": 6.3e-3}
 # Samples of size 2.5 anywhere in a sampling loop of up to 50 steps, against the
 # published scheduler in float32. Measured on CPU: 1.7e-6 (Euler), 2.1e-6 (UniPC; the
 # published float32 loop itself is 1.4e-6 from its float64 one).
@@ -89,8 +97,8 @@ PUBLISHED_RUN = {"rtol": 0, "atol": 5e-5}
 # pixels 3.0e-6, latents 1.5e-6.
 VAE_PARITY = {"rtol": 0, "atol": 1e-5}
 
-# Its pixels with bfloat16 convolutions, relative L2 error. Measured on CPU: 0.0073.
-VAE_BFLOAT16 = 0.02
+# Its pixels with bfloat16 convolutions, relative L2 error. Measured on CPU: 7.29e-3.
+VAE_BFLOAT16 = 8.7e-3
 
 # Its tiled against whole frames, relative L2 error, for random weights, whose attention
 # is strong. Measured on CPU: pixels 0.12, latents 0.021.
@@ -106,8 +114,8 @@ GPU_VAE_RELATIVE = {"float32": 5e-3, "bfloat16": 3e-2}
 # CPU: 1.9e-6; from an image, with the resize: 6.1e-6.
 CLIP_PARITY = {"rtol": 0, "atol": 1e-5}
 # Relative L2 error of the tower with narrow products against transformers in float32.
-# Measured on CPU: bfloat16 6.8e-3, float16 7.2e-4.
-CLIP_NARROW_RELATIVE = {"bfloat16": 1e-2, "float16": 1.2e-3}
+# Measured on CPU: bfloat16 6.80e-3, float16 7.22e-4.
+CLIP_NARROW_RELATIVE = {"bfloat16": 8.1e-3, "float16": 8.6e-4}
 # Bicubic resize of noise in [-1, 1] against torch, and the pixels normalised from it.
 # Measured on CPU: 1.7e-6 (61x45), 5.1e-7 (720x1280).
 BICUBIC = {"rtol": 0, "atol": 5e-6}

@@ -1,6 +1,5 @@
 """Products of narrow inputs are summed in float32, on XLA as in the kernels."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
