@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -36,7 +38,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Turns LLVM's optimisation off, before any backend has started.
+    """Sets the environment of the tests, before any backend has started."""
+    keep_out_of_the_users_cache(config)
+    turn_optimisation_off(config)
+
+
+def keep_out_of_the_users_cache(config: pytest.Config) -> None:
+    """Gives `draft-video` a cache of its own; workers of xdist share it.
+
+    Matplotlib's list of fonts lies in the user's cache too and takes seconds to make.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    fonts = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("MPLCONFIGDIR", str(fonts / "matplotlib"))
+    cache = tempfile.TemporaryDirectory(prefix="draft-video-tests-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["XDG_CACHE_HOME"] = cache.name
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+
+def turn_optimisation_off(config: pytest.Config) -> None:
+    """Turns LLVM's optimisation off.
 
     Most of the suite's time is compilation of small programs for the CPU, and nearly
     half of that LLVM's optimisation. Beside a GPU nothing is changed.

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from models.cli.compile_cache import compile_cache
 from models.cli.messages import one_line, one_line_warnings, status_lines, write_line
 from models.cli.parser import EXIT_BAD_INPUT, build_parser
 
@@ -42,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     """Runs the chosen command; an error a user can cause becomes one line."""
     try:
-        with one_line_warnings(), status_lines():
-            # Imported now: parsing, the help and the version do without jax.
+        cache = compile_cache(enabled=not arguments.no_compile_cache)
+        # jax is imported now: parsing, the help and the version do without.
+        with one_line_warnings(), status_lines(), cache:
             command = importlib.import_module(f"models.cli.{arguments.command}")
             command.run(arguments)
     except Exception as error:

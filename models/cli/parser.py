@@ -199,6 +199,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_encoder_options(parser)
     parser.add_argument(
+        "--no-compile-cache",
+        action="store_true",
+        help="compile anew, instead of keeping compiled programs in the user's cache "
+        "folder (or in JAX_COMPILATION_CACHE_DIR)",
+    )
+    parser.add_argument(
         "--debug", action="store_true", help="show where an error came from"
     )
 
