@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.checkpoints.listing import list_names, list_problems
 from models.checkpoints.rules import Layout, Rule
 
 
 class ConversionError(ValueError):
-    """A checkpoint and a model do not fit; the message lists every offender."""
+    """A checkpoint and a model do not fit; the message lists the first offenders."""
 
 
 @runtime_checkable
@@ -55,7 +56,7 @@ def best_layout[Name: str](
     second, first = sorted(known.values())[-2:]
     if first == second:
         raise ConversionError(
-            f"cannot tell the layout of {len(keys)} keys, e.g. {sorted(keys)[:5]}: "
+            f"cannot tell the layout of {len(keys)} keys, {list_names(sorted(keys))}: "
             f"keys known to each table: {known}"
         )
     return max(known, key=lambda name: known[name])
@@ -93,10 +94,10 @@ def load_parameters[M: nnx.Module](
       The model. Floating-point weights are cast to the parameters' dtypes.
 
     Raises:
-      ConversionError: Lists every key that matches no rule or several, or leads to
-        no parameter; every parameter filled twice or never; every wrong shape and
-        every dtype that is not floating-point. Names each key's file if `source`
-        is one of `HasFiles`.
+      ConversionError: Counts, and lists the first of, keys that match no rule or
+        several, or lead to no parameter; parameters filled twice or never; wrong
+        shapes, and dtypes that are not floating-point. Names each key's file if
+        `source` is one of `HasFiles`.
     """
     structure, state = nnx.split(nnx.eval_shape(make_model))
     flat = dict(nnx.to_flat_state(state))
@@ -301,5 +302,6 @@ def _keys_for(path: str, rules: Iterable[Rule]) -> str:
 
 
 def _conversion_error(problems: Sequence[str], num_keys: int) -> ConversionError:
-    lines = "".join(f"\n  {problem}" for problem in sorted(problems))
-    return ConversionError(f"{len(problems)} problems in {num_keys} weights:{lines}")
+    return ConversionError(
+        f"{len(problems)} problems in {num_keys} weights:{list_problems(problems)}"
+    )

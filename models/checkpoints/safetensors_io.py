@@ -15,7 +15,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from models.checkpoints.files import write_whole
+from models.checkpoints.files import find_visible, write_whole
+from models.checkpoints.listing import list_names
 from models.checkpoints.memory_map import CheckpointError, map_array
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -173,7 +174,7 @@ def find_files(path: Path, stem: str | None = None) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist")
-    names = sorted(file.name for file in path.iterdir())
+    names = [file.name for file in find_visible(path, "*")]
     stems = sorted({found for name in names if (found := _stem_of(name)) is not None})
     if stem is None and len(stems) == 1:
         (stem,) = stems
@@ -188,7 +189,9 @@ def find_files(path: Path, stem: str | None = None) -> list[Path]:
     else:
         wanted = _names_without_index(names, stem)
     if missing := [name for name in wanted if name not in names]:
-        raise CheckpointError(f"{path} lacks the checkpoint files {missing}")
+        raise CheckpointError(
+            f"{path} lacks the checkpoint files {list_names(map(repr, missing))}"
+        )
     return [path / name for name in wanted]
 
 
@@ -228,7 +231,7 @@ def _check_against_index(first: Path, entries: Mapping[str, _Entry]) -> None:
     if wrong:
         raise CheckpointError(
             f"{file} promises {len(wrong)} keys that are not in their files: "
-            + ", ".join(sorted(wrong))
+            + list_names(sorted(wrong))
         )
 
 

@@ -160,7 +160,7 @@ def _check_number(unpickler: _Unpickler) -> None:
         raise ValueError("a whole number of more than 128 bits")
 
 
-_Check = Callable[[_Unpickler], None]
+_Check = Callable[[Any], None]  # of an unpickler
 # Most opcodes take from the stack what others have put there, so their number bounds
 # the work. These go through objects that are used again, or hash keys.
 _BEFORE: dict[bytes, _Check] = {

@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.checkpoints.conversion import ConversionError
+from models.checkpoints.files import find_visible
 from models.checkpoints.safetensors_io import CheckpointError
 from models.mini.codec import PATCH_NUMBERS, LinearCodec
 from models.mini.text import TextEmbedding, Vocabulary
@@ -163,7 +164,7 @@ def is_small_model(folder: Path) -> bool:
     `config.json` does not count: many models have one.
     """
     patterns = (*FILES[1:], "transformer*.safetensors")
-    return any(any(folder.glob(pattern)) for pattern in patterns)
+    return any(find_visible(folder, pattern) for pattern in patterns)
 
 
 def _check_folder(folder: Path) -> None:
@@ -174,7 +175,7 @@ def _check_folder(folder: Path) -> None:
         )
     present = {file.name for file in folder.iterdir()}
     missing = [name for name in FILES if name not in present]
-    if not any(folder.glob("transformer*.safetensors")):
+    if not find_visible(folder, "transformer*.safetensors"):
         missing.append("transformer*.safetensors")
     if not missing:
         return

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.checkpoints.conversion import ConversionError
+from models.checkpoints.files import find_visible
 from models.checkpoints.hub import find_checkpoint
 from models.checkpoints.lora import merge_lora
 from models.checkpoints.memory_map import CheckpointError
@@ -140,7 +141,7 @@ class WanFolder:
             f"{pattern} ({part})"
             for part, patterns in needed.items()
             for pattern in patterns
-            if not any(path.glob(pattern))
+            if not find_visible(path, pattern)
         ]
         if missing and (neighbour := describe_neighbour(path)):
             raise CheckpointError(f"{path} is not a whole Wan model; {neighbour}")
@@ -190,7 +191,7 @@ class WanFolder:
             file
             for pattern in patterns
             if not pattern.endswith(".json")
-            for file in self.path.glob(pattern)
+            for file in find_visible(self.path, pattern)
         )
 
     def part_config(self, part: Part) -> dict[str, Any] | None:

@@ -221,8 +221,10 @@ class WanConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the sizes as diffusers names them in `config.json`.
 
-        `from_dict` reads them. Compute options (tile, dtypes) and the length of the
-        text are not part of a diffusers configuration and are left out.
+        `from_dict` reads them. diffusers has no transformer without norms of queries
+        and keys; without them `qk_norm` is false. Compute options (tile, dtypes) and
+        the length of the text are not part of a diffusers configuration and are left
+        out.
         """
         named = {key: getattr(self, ours) for key, ours in _DIFFUSERS_FIELDS.items()}
         return named | {
@@ -230,7 +232,7 @@ class WanConfig:
             "added_kv_proj_dim": None if self.image_dim is None else self.dim,
             "attention_head_dim": self.head_dim,
             "patch_size": list(self.patch_size),
-            "qk_norm": _QK_NORM_NAME if self.qk_norm else None,
+            "qk_norm": _QK_NORM_NAME if self.qk_norm else False,
         }
 
 
@@ -263,8 +265,8 @@ def _are_sizes(values: tuple, length: int) -> bool:
 def _read_diffusers_only(published: Mapping[str, Any]) -> dict[str, Any]:
     heads, head_dim = published["num_attention_heads"], published["attention_head_dim"]
     qk_norm = published.get("qk_norm", _QK_NORM_NAME)
-    if qk_norm not in (_QK_NORM_NAME, None):
-        raise ValueError(f"{qk_norm=} must be {_QK_NORM_NAME!r} or null")
+    if qk_norm not in (_QK_NORM_NAME, None, False):
+        raise ValueError(f"{qk_norm=} must be {_QK_NORM_NAME!r}, null or false")
     dim = heads * head_dim
     added = published.get("added_kv_proj_dim")
     expected = None if published.get("image_dim") is None else dim
@@ -276,7 +278,7 @@ def _read_diffusers_only(published: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "dim": dim,
         "patch_size": tuple(published.get("patch_size", (1, 2, 2))),
-        "qk_norm": qk_norm is not None,
+        "qk_norm": qk_norm is not False,  # of null diffusers makes norms, too
     }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
+from models.checkpoints.files import find_visible
 from models.wan.convert import LayoutName
 
 Part = Literal[
@@ -46,7 +47,7 @@ _SIGNS: dict[LayoutName, tuple[str, ...]] = {
 def find_layout(path: str | os.PathLike) -> LayoutName | None:
     """Returns the layout of a Wan model's folder, complete or not; else None."""
     for layout, signs in _SIGNS.items():
-        if any(any(Path(path).glob(sign)) for sign in signs):
+        if any(find_visible(path, sign) for sign in signs):
             return layout
     return None
 
@@ -115,4 +116,4 @@ def _snapshots(folder: Path) -> Iterator[Path]:
     main = folder / "refs" / "main"
     if main.is_file():
         yield folder / "snapshots" / main.read_text().strip()
-    yield from sorted((folder / "snapshots").glob("*"))
+    yield from find_visible(folder / "snapshots", "*")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from models.checkpoints.files import write_whole
+from models.checkpoints.files import find_visible, write_whole
 
 
 def names_in(folder):
@@ -33,3 +33,14 @@ def test_a_write_that_fails_leaves_the_older_file(tmp_path, monkeypatch):
         write_whole(file, b"new")
     assert file.read_bytes() == b"old"
     assert names_in(tmp_path) == ["weights.bin"]
+
+
+def test_hidden_files_are_not_found(tmp_path):
+    for name in ("a.bin", "._a.bin", "in/b.bin", "in/.b.bin", ".cache/c.bin"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    assert find_visible(tmp_path, "*.bin") == [tmp_path / "a.bin"]
+    assert find_visible(tmp_path, "*/*.bin") == [tmp_path / "in" / "b.bin"]
+    # The folder itself may lie in a hidden one, as the hub's cache does.
+    assert find_visible(tmp_path / ".cache", "*") == [tmp_path / ".cache" / "c.bin"]

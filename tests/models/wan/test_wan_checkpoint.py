@@ -1,6 +1,7 @@
 """Folders as they are published, with small weights."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -173,6 +174,35 @@ def test_whole_folders_are_described(published, layout):
         assert folder.weight_files(part) == named
         config = None if layout == "original" else {"part": part}
         assert folder.part_config(part) == config
+
+
+@LAYOUTS
+def test_hidden_files_are_no_weights(copies, layout):
+    """As macOS lays them beside files, downloads and editors beside what they write."""
+    folder = copies / layout
+    expected = {
+        part: WanFolder.open(folder).weight_files(part)
+        for part in ("transformer", "vae", "text_encoder")
+    }
+    for file in [file for file in folder.rglob("*") if file.is_file()]:
+        (file.parent / f"._{file.name}").write_bytes(b"Mac OS X")
+        (file.parent / f".{file.name}").write_bytes(file.read_bytes())
+        cache = file.parent / ".cache"
+        cache.mkdir(exist_ok=True)
+        (cache / file.name).write_bytes(b"half")
+    opened = WanFolder.open(folder)
+    assert {part: opened.weight_files(part) for part in expected} == expected
+    open_wan_parts(folder, **CHANGES).load_transformer()
+    for file in itertools.chain(*expected.values()):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"lacks .*safetensors"):
+        WanFolder.open(folder)
+
+
+def test_hidden_files_are_no_model(tmp_path):
+    for name in ("._Wan2.1_VAE.pth", "._diffusion_pytorch_model.safetensors"):
+        (tmp_path / name).write_bytes(b"Mac OS X")
+    assert find_layout(tmp_path) is None
 
 
 def assert_same_parameters(one, other):

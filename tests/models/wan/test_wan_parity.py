@@ -24,14 +24,17 @@ CASES = sorted(file.stem.removeprefix("wan_") for file in FIXTURES.glob("wan_*.s
 PARITY_ATOL = 8e-6
 
 
-def load_case(name, **changes):
-    """The model, its inputs as keyword arguments, and diffusers' output."""
+def load_case(name, published=None, **changes):
+    """The model, its inputs as keyword arguments, and diffusers' output.
+
+    `published` are keys to change in the stored configuration.
+    """
     tensors = {}
     with safetensors.safe_open(FIXTURES / f"wan_{name}.safetensors", "np") as file:
         for key in file.keys():  # noqa: SIM118
             tensors[key] = file.get_tensor(key)
         metadata = file.metadata()
-    published = json.loads(metadata["config"])
+    published = json.loads(metadata["config"]) | (published or {})
     weights = {
         key.removeprefix("weights/"): value
         for key, value in tensors.items()
@@ -80,6 +83,13 @@ def test_dense_matches_diffusers(name):
     got, masks = run(model, inputs)
     assert masks is None
     assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, rtol=0, atol=PARITY_ATOL)
+
+
+def test_no_name_for_the_norm_still_means_the_norm():
+    """diffusers' `WanAttention` makes it without looking at `qk_norm`."""
+    model, inputs, expected = load_case("divided", published={"qk_norm": None})
+    got, _ = run(model, inputs)
     np.testing.assert_allclose(got, expected, rtol=0, atol=PARITY_ATOL)
 
 
