@@ -20,7 +20,12 @@ PACKAGES = ("pallas_kernels", "draft_jax", "models", "benchmarks")
 # What each part may import besides itself and the standard library's like. The longest
 # name that fits a module is its part.
 MODEL_FAMILIES = ("models.wan", "models.mini", "models.umt5", "models.clip")
-MODEL_BASE = ("models.diffusion", "models.media", "models.checkpoints")
+MODEL_BASE = (
+    "models.diffusion",
+    "models.media",
+    "models.checkpoints",
+    "models.files",
+)
 LIBRARY = ("draft_jax", "pallas_kernels")
 ARROWS: dict[str, tuple[str, ...]] = {
     "pallas_kernels": (),
@@ -30,8 +35,9 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "pallas_kernels.attention": ("pallas_kernels.common", "pallas_kernels.ranking"),
     "draft_jax": ("pallas_kernels",),
     "models": (*MODEL_FAMILIES, *MODEL_BASE, *LIBRARY),
-    "models.checkpoints": (),
-    "models.media": (),
+    "models.files": (),
+    "models.checkpoints": ("models.files",),
+    "models.media": ("models.files",),
     "models.diffusion": ("models.media", "models.checkpoints", *LIBRARY),
     "models.umt5": (*MODEL_BASE, *LIBRARY),
     "models.clip": (*MODEL_BASE, *LIBRARY),

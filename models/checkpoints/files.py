@@ -1,7 +1,6 @@
-"""Files: written whole or not at all, and found unless they are hidden."""
+"""Files of a folder that count: those that are not hidden."""
 
 import os
-import secrets
 from pathlib import Path
 
 
@@ -17,16 +16,3 @@ def find_visible(folder: str | os.PathLike, pattern: str) -> list[Path]:
         for path in folder.glob(pattern)
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Writes a file beside its place and renames it, which is atomic.
-
-    Several processes may write the same file: each has a partial file of its own.
-    """
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -15,9 +15,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from models.checkpoints.files import find_visible, write_whole
+from models.checkpoints.files import find_visible
 from models.checkpoints.listing import list_names
 from models.checkpoints.memory_map import CheckpointError, map_array
+from models.files import write_whole
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")

@@ -1,12 +1,14 @@
 """Pictures of what sparse attention does."""
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from models.media.video import atomic_path, check_video_extra
+from models.files import write_whole
+from models.media.video import check_video_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,5 +133,7 @@ def _new_figure(*, width: float, height: float) -> "Figure":
 
 
 def _save(figure: "Figure", path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    # In memory first: Pillow's errors of writing do not say that a disk is full.
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(path, picture.getvalue())

@@ -1,18 +1,18 @@
 """Writes and reads videos, pictures and JSON. A file is whole or absent."""
 
-import contextlib
+import errno
 import importlib.util
 import json
 import os
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import einops
 import numpy as np
 from jaxtyping import Float, UInt8
+
+from models.files import whole_file, write_whole
 
 VIDEO_EXTRA_MODULES = ("imageio_ffmpeg", "matplotlib", "tqdm")
 INSTALL_VIDEO_EXTRA = "pip install '.[video]' in a clone of draft_jax"
@@ -42,35 +42,6 @@ def check_video_extra() -> None:
         )
 
 
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Gives a temporary path that becomes `path` when the block succeeds.
-
-    The temporary file lies in the same folder, so that the final rename is atomic,
-    and keeps the suffix, by which writers choose their format. Any exception, also
-    KeyboardInterrupt, removes it and leaves an earlier file at `path` as it was.
-
-    Args:
-      path: File to write. Its folder is made if it does not exist.
-
-    Yields:
-      The temporary path to write to.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        prefix=f".{path.stem}-", suffix=f".partial{path.suffix}", dir=path.parent
-    )
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp makes files that only the owner reads; give the usual rights.
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def to_bytes(video: FloatVideo) -> ByteVideo:
     """Rounds values in [0, 1] to 0 .. 255; values outside are clipped."""
     return np.rint(np.clip(video, 0.0, 1.0) * 255.0).astype(np.uint8)
@@ -96,7 +67,7 @@ def write_mp4(path: Path, video: FloatVideo, *, fps: int | float) -> None:
     Raises:
       ValueError: The suffix is not .mp4, a side is odd, or fps is not positive.
       MissingExtraError: imageio-ffmpeg is not installed.
-      OSError: ffmpeg failed.
+      OSError: ffmpeg failed, or the disk is full.
     """
     height, width = video.shape[1:3]
     if path.suffix != ".mp4":
@@ -105,7 +76,7 @@ def write_mp4(path: Path, video: FloatVideo, *, fps: int | float) -> None:
         raise ValueError(f"frames of {height} x {width} pixels: both must be even")
     if not 0 < fps < float("inf"):
         raise ValueError(f"{fps=} must be a positive, finite number")
-    with atomic_path(path) as temporary:
+    with whole_file(path) as temporary:
         _run_ffmpeg(
             *f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split(),
             *f"-an -c:v libx264 -crf {H264_CRF} -pix_fmt yuv420p".split(),
@@ -145,8 +116,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
       ValueError: A number is infinite or NaN, which JSON cannot say.
     """
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, f"{text}\n".encode())
 
 
 def _run_ffmpeg(*arguments: str, stdin: bytes | None = None) -> bytes:
@@ -164,12 +134,9 @@ def _run_ffmpeg(*arguments: str, stdin: bytes | None = None) -> bytes:
         command, input=stdin, capture_output=True, start_new_session=True
     )
     if done.returncode != 0:
-        words = done.stderr.decode(errors="replace").strip().splitlines() or ["no text"]
-        raise OSError(f"ffmpeg failed with status {done.returncode}: {words[-1]}")
+        words = done.stderr.decode(errors="replace").strip()
+        if os.strerror(errno.ENOSPC) in words:
+            raise OSError(errno.ENOSPC, words)
+        line = (words.splitlines() or ["no text"])[-1]
+        raise OSError(f"ffmpeg failed with status {done.returncode}: {line}")
     return done.stdout
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

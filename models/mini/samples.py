@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Float
 
 from models.diffusion.sampling import Sampling
-from models.media.video import atomic_path, to_bytes
+from models.files import whole_file
+from models.media.video import to_bytes
 from models.mini.checkpoint import MiniCheckpoint
 from models.mini.pipeline import pipeline_of
 
@@ -70,5 +71,5 @@ def draw_sheet(
         for place, frame in enumerate(to_bytes(video[shown])):
             corner = (left + place * (width + GAP), top + CAPTION_HEIGHT)
             sheet.paste(Image.fromarray(frame), corner)
-    with atomic_path(path) as temporary:
+    with whole_file(path) as temporary:
         sheet.save(temporary, optimize=True)

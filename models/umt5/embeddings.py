@@ -16,8 +16,8 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Array, Float, Int
 
-from models.checkpoints.files import write_whole
 from models.checkpoints.memory_map import CheckpointError
+from models.files import write_whole
 from models.umt5.config import TEXT_LENGTH, UMT5Config
 from models.umt5.text_encoder import UMT5TextEncoder, pad_rows
 from models.umt5.tokenizer import UMT5Tokenizer, check_prompts, clean_prompt

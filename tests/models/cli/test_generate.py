@@ -21,6 +21,7 @@ from models.cli import model as cli_model
 from models.cli.parser import build_parser, parse_lora
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.schedulers import FlowUniPC
+from models.files import whole_file
 from models.loading import load_pipeline
 from models.media import video as video_io
 from models.mini import checkpoint as mini_checkpoint
@@ -373,7 +374,7 @@ def test_interrupt_during_writing_leaves_whole_files_only(
     (tmp_path / "report.json").write_text("{}")
 
     def stop(path, *_, **__):
-        with video_io.atomic_path(path) as temporary:
+        with whole_file(path) as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
 

@@ -7,6 +7,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
+from models.files import whole_file
 from models.media import video as video_io
 from models.media.metrics import psnr
 
@@ -53,7 +54,7 @@ def test_failed_write_leaves_the_old_file_only(tmp_path, error):
     path.write_text("old")
 
     def write_half():
-        with video_io.atomic_path(path) as temporary:
+        with whole_file(path) as temporary:
             temporary.write_text("half of the ne")
             raise error
 
