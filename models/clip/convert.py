@@ -25,7 +25,7 @@ from models.checkpoints.rules import (
     expand,
     within,
 )
-from models.checkpoints.safetensors_io import load_safetensors
+from models.checkpoints.weights import open_weights
 from models.clip.config import CLIPVisionConfig
 from models.clip.encoder import CLIPVisionEncoder
 
@@ -183,7 +183,7 @@ def load_clip_vision_encoder(
       ConversionError: Weights and `config` do not fit; every offender is listed.
     """
     if not isinstance(source, Mapping):
-        source = load_safetensors(source, stem=stem)
+        source = open_weights(source, stem=stem)
     layout = LAYOUTS[detect_layout(source)]
     last = layout.layer.format(config.num_layers - 1)
     # Only the unused layer tells a tower of this depth from a shallower one.

@@ -1,9 +1,7 @@
 """Reads UMT5 encoder checkpoints, original Wan and transformers layout."""
 
-import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -13,7 +11,6 @@ from flax import nnx
 from models.checkpoints.conversion import (
     ConversionError,
     best_layout,
-    file_of,
     load_parameters,
     save_parameters,
 )
@@ -27,7 +24,8 @@ from models.checkpoints.rules import (
     original_rules,
     within,
 )
-from models.checkpoints.safetensors_io import load_safetensors
+from models.checkpoints.views import without_keys
+from models.checkpoints.weights import open_weights
 from models.umt5.config import UMT5Config
 from models.umt5.encoder import UMT5Encoder
 
@@ -60,6 +58,8 @@ _TABLE = (
 # transformers ties these two: a file holds either, or the same array twice.
 _TABLE_KEYS = ("shared.weight", "encoder.embed_tokens.weight")
 _TIED = Rule(_TABLE_KEYS[1], "token_embedding.embedding")
+_TOKEN_TABLES = ("token_embedding.weight", *_TABLE_KEYS)
+_BESIDE = ("spiece_model",)  # the tokenizer, which ComfyUI keeps in the file
 
 RULES: dict[LayoutName, tuple[Rule, ...]] = {
     "original": original_rules(_TABLE),
@@ -74,6 +74,13 @@ def detect_layout(keys: Iterable[str]) -> LayoutName:
       ConversionError: Both know equally many, as when no key is known.
     """
     return best_layout(keys, RULES)
+
+
+def open_umt5_weights(
+    path: str | os.PathLike, *, stem: str | None = None
+) -> Mapping[str, Any]:
+    """Opens an encoder's checkpoint; see `open_weights`."""
+    return open_weights(path, stem=stem, beside=_BESIDE, tables=_TOKEN_TABLES)
 
 
 def load_umt5_encoder(
@@ -101,7 +108,7 @@ def load_umt5_encoder(
       ConversionError: Weights and `config` do not fit; every offender is listed.
     """
     if not isinstance(source, Mapping):
-        source = load_safetensors(source, stem=stem)
+        source = open_umt5_weights(source, stem=stem)
     layout = detect_layout(source)
     if layout == "transformers":
         source = _without_tied_copy(source)
@@ -131,27 +138,4 @@ def _without_tied_copy(source: Mapping[str, Any]) -> Mapping[str, Any]:
         raise ConversionError(
             f"{shared} and {tied} differ; one token table serves as both"
         )
-    return _Without(source, tied)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Without(Mapping[str, Any]):
-    """A mapping less one of its keys; nothing is read before it is asked for."""
-
-    source: Mapping[str, Any]
-    hidden: str
-
-    def __getitem__(self, key: str) -> Any:
-        if key == self.hidden:
-            raise KeyError(key)
-        return self.source[key]
-
-    def file_of(self, key: str) -> Path | None:
-        """Returns the file of a key, if `source` knows it."""
-        return file_of(self.source, key)
-
-    def __iter__(self) -> Iterator[str]:
-        return (key for key in self.source if key != self.hidden)
-
-    def __len__(self) -> int:
-        return len(self.source) - 1
+    return without_keys(source, [tied])

@@ -15,8 +15,6 @@ from models.checkpoints.files import find_visible
 from models.checkpoints.hub import find_checkpoint
 from models.checkpoints.lora import merge_lora
 from models.checkpoints.memory_map import CheckpointError
-from models.checkpoints.safetensors_io import load_safetensors
-from models.checkpoints.torch_io import load_torch
 from models.wan.config import WanConfig
 from models.wan.convert import LayoutName, load_wan_transformer, lora_names
 from models.wan.layouts import (
@@ -28,6 +26,7 @@ from models.wan.layouts import (
     find_layout,
     hub_patterns,
 )
+from models.wan.part_files import open_part_weights
 from models.wan.transformer import WanTransformer
 
 # Settings that the solvers here have; others in a scheduler's file are refused.
@@ -178,11 +177,14 @@ class WanFolder:
         """
         if part not in LAYOUTS[self.layout] or part in ("tokenizer", "scheduler"):
             raise CheckpointError(f"{part=} has no weights in the {self.layout} layout")
-        if self.layout == "original" and part == "transformer":
-            return load_safetensors(self.path, stem="diffusion_pytorch_model")
-        if self.layout == "original":
-            return load_torch(self.path / LAYOUTS["original"][part][0])
-        return load_safetensors(self.path / part)
+        path, stem = self.path, None
+        if self.layout == "diffusers":
+            path /= part
+        elif part == "transformer":
+            stem = "diffusion_pytorch_model"
+        else:
+            path /= LAYOUTS["original"][part][0]
+        return open_part_weights(part, path, stem=stem)
 
     def weight_files(self, part: Part) -> list[Path]:
         """Returns the files of a part's weights; none for a part that has none."""

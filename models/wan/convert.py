@@ -28,12 +28,15 @@ from models.checkpoints.rules import (
     original_rules,
     within,
 )
-from models.checkpoints.safetensors_io import load_safetensors, save_safetensors
+from models.checkpoints.safetensors_io import save_safetensors
+from models.checkpoints.weights import open_weights
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
 
 LayoutName = Literal["original", "diffusers"]
 STACKED = ("blocks",)
+# That other programs put before the keys of the original or of diffusers.
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # These are computed in float32, so they are stored in it too: few values, read often.
 FLOAT32 = (
     "time_embedder",
@@ -140,6 +143,13 @@ def lora_names(keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def open_transformer_weights(
+    path: str | os.PathLike, *, stem: str | None = None
+) -> Mapping[str, Any]:
+    """Opens a transformer's checkpoint; see `open_weights`."""
+    return open_weights(path, stem=stem, prefixes=_PREFIXES)
+
+
 def load_wan_transformer(
     source: str | os.PathLike | Mapping[str, Any],
     config: WanConfig,
@@ -164,7 +174,7 @@ def load_wan_transformer(
       ConversionError: Weights and `config` do not fit; every offender is listed.
     """
     if not isinstance(source, Mapping):
-        source = load_safetensors(source, stem=stem)
+        source = open_transformer_weights(source, stem=stem)
     return load_parameters(
         lambda: WanTransformer(config, rngs=nnx.Rngs(0)),
         source,

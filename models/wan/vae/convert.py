@@ -24,11 +24,13 @@ from models.checkpoints.rules import (
     weight_and_bias,
     within,
 )
-from models.checkpoints.safetensors_io import load_safetensors
+from models.checkpoints.weights import open_weights
 from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.config import WanVAEConfig
 
 LayoutName = Literal["original", "diffusers"]
+# That other programs put before the keys of the original.
+_PREFIXES = ("vae.", "first_stage_model.", "model.")
 
 # Convolutions of window one, which are linear layers here.
 _POINT_2D = weight_and_bias(Layout("outputs inputs 1 1", "inputs outputs"))
@@ -101,14 +103,19 @@ def detect_layout(keys: Iterable[str], config: WanVAEConfig) -> LayoutName:
     )
 
 
+def open_vae_weights(path: str | os.PathLike) -> Mapping[str, Any]:
+    """Opens an autoencoder's checkpoint; see `open_weights`."""
+    return open_weights(path, prefixes=_PREFIXES)
+
+
 def load_wan_vae(
     source: str | os.PathLike | Mapping[str, Any], config: WanVAEConfig
 ) -> WanVAE:
     """Builds an autoencoder with a checkpoint's weights.
 
     Args:
-      source: A `.safetensors` file, a directory with one, or arrays by key, as read
-        from `Wan2.1_VAE.pth`. Layout original or diffusers, told by the keys.
+      source: A `.safetensors` or `.pth` file, a directory with the former, or arrays
+        by key. Layout original or diffusers, told by the keys.
       config: Sizes of the model, and how to run it. Weights are cast to its
         `param_dtype`.
 
@@ -122,7 +129,7 @@ def load_wan_vae(
     Source: diffusers `scripts/convert_wan_to_diffusers.py`, for the names.
     """
     if not isinstance(source, Mapping):
-        source = load_safetensors(source)
+        source = open_vae_weights(source)
     rules = make_rules(config, detect_layout(source, config))
     return load_parameters(lambda: WanVAE(config, rngs=nnx.Rngs(0)), source, rules)
 
