@@ -14,13 +14,18 @@ MAX_CHUNK_BYTES = 2**28
 
 
 def map_heads(
-    function: Callable[..., Any], arrays: Any, *, map_size: int, itemsize: int = 4
+    function: Callable[..., Any],
+    arrays: Any,
+    *,
+    map_size: int,
+    itemsize: int = 4,
+    max_bytes: int,
 ) -> Any:
     """Applies a function to arrays of heads, to few heads at a time if maps are large.
 
     The choice is static. Chunks run one after another; each has the same number of
-    heads, the largest that divides all of them and whose maps fit `MAX_CHUNK_BYTES`,
-    but at least one head.
+    heads, the largest that divides all of them and whose maps fit `max_bytes`, but at
+    least one head.
 
     Args:
       function: Takes `arrays` with any batch and heads; treats heads independently. Its
@@ -28,13 +33,15 @@ def map_heads(
       arrays: Arrays [B, N, ...].
       map_size: Elements of the map of one head.
       itemsize: Bytes of an element.
+      max_bytes: Bytes of the maps of a chunk, such as `MAX_CHUNK_BYTES`. Whoever
+        calls this under jit passes it as a static argument.
 
     Returns:
       What the function returns for all heads.
     """
     batch, num_heads = jax.tree.leaves(arrays)[0].shape[:2]
     total = batch * num_heads
-    heads = _heads_of_chunk(total, map_size * itemsize)
+    heads = _heads_of_chunk(total, map_size * itemsize, max_bytes)
     if heads == total:
         return function(arrays)
 
@@ -47,9 +54,9 @@ def map_heads(
     return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, arrays)))
 
 
-def _heads_of_chunk(total: int, head_bytes: int) -> int:
+def _heads_of_chunk(total: int, head_bytes: int, max_bytes: int) -> int:
     """Returns the largest divisor of `total` whose heads fit, or 1 if none does."""
-    fitting = max(1, MAX_CHUNK_BYTES // head_bytes)
+    fitting = max(1, max_bytes // head_bytes)
     divisors = (d for d in range(1, math.isqrt(total) + 1) if total % d == 0)
     both = {d for small in divisors for d in (small, total // small)}
     return max((d for d in both if d <= fitting), default=1)

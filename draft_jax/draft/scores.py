@@ -1,5 +1,6 @@
 """The draft: a low-resolution attention map of the video."""
 
+import functools
 import math
 
 import jax
@@ -16,6 +17,7 @@ from draft_jax.draft.pooling import (
 )
 from draft_jax.grid import VideoGrid
 from pallas_kernels.common import Order, validation
+from pallas_kernels.common.static import jit_once, split_scale
 
 
 def draft_scores(
@@ -57,6 +59,13 @@ def draft_scores(
     """
     check_draft_inputs(q, k, grid, order)
     pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
+    known_scale, scale_array = split_scale(scale)
+    return _scores(pooled, scale_array, grid=grid, config=config, scale=known_scale)
+
+
+@functools.partial(jit_once, static_argnames=("grid", "config", "scale"))
+def _scores(pooled, scale_array, *, grid, config, scale):
+    scale = scale_array if scale is None else scale
     return scores_of_pooled(pooled, grid=grid, config=config, scale=scale)
 
 

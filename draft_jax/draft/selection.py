@@ -1,6 +1,8 @@
 """Turns draft maps into block masks of static size."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, mask_capacity, static_budget
-from draft_jax.draft.head_chunks import map_heads
+from draft_jax.draft import head_chunks
 from draft_jax.draft.pooling import PooledTokens
 from draft_jax.draft.scores import (
     check_draft_inputs,
@@ -20,7 +22,9 @@ from draft_jax.draft.scores import (
 )
 from draft_jax.grid import VideoGrid
 from pallas_kernels import ranking
-from pallas_kernels.common import SUPPORTED_DTYPES, Order
+from pallas_kernels.common import SUPPORTED_DTYPES, Order, current_device
+from pallas_kernels.common.static import jit_once, split_scale
+from pallas_kernels.ranking import RankingPath
 
 
 def select_blocks(
@@ -66,22 +70,64 @@ def select_blocks(
             f"scores has shape {scores.shape}; expected [batch, heads, {num_visual}, "
             f"{num_visual}], one row and column per visual block of {grid}"
         )
-    most = static_budget(config.sparsity, grid, config)
     if scores.dtype.name not in SUPPORTED_DTYPES:
         raise TypeError(
             f"scores has dtype {scores.dtype.name}; accepted are "
             f"{', '.join(SUPPORTED_DTYPES)}"
         )
+    _check_budget(budget, grid, config)
+    task = _Task.of(scores, grid, config)
+    return _select_in_chunks(task, scores, budget).vouched_for()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What the programs of selection are compiled for, beside shapes."""
+
+    grid: VideoGrid
+    config: DraftConfig
+    path: RankingPath
+    max_chunk_bytes: int
+
+    @classmethod
+    def of(cls, array: Array, grid: VideoGrid, config: DraftConfig) -> "_Task":
+        """Returns the task of a call on this array, which says the device."""
+        path = ranking.choose_path(grid.num_visual_blocks, current_device(array))
+        return cls(
+            grid=grid,
+            config=config,
+            path=path,
+            max_chunk_bytes=head_chunks.MAX_CHUNK_BYTES,
+        )
+
+    def map_heads(self, function: Callable[[Any], BlockMask], arrays: Any) -> BlockMask:
+        """Makes the masks of few heads at a time where maps are large."""
+        return head_chunks.map_heads(
+            function,
+            arrays,
+            map_size=self.grid.num_visual_blocks**2,
+            max_bytes=self.max_chunk_bytes,
+        )
+
+
+@functools.partial(jit_once, static_argnums=0)
+def _select_in_chunks(task: _Task, scores, budget) -> BlockMask:
+    budget = _clipped(budget, task)
+    return task.map_heads(lambda own: _select(own, task, budget), scores)
+
+
+def _clipped(budget: Any, task: _Task) -> Int[Array, ""]:
+    most = static_budget(task.config.sparsity, task.grid, task.config)
     if budget is None:
         budget = most
-    _check_budget(budget, most, config)
-    budget = jnp.clip(jnp.asarray(budget, jnp.int32), 1, most)
-    select = functools.partial(_select, grid=grid, config=config, budget=budget)
-    return map_heads(select, scores, map_size=num_visual**2).vouched_for()
+    return jnp.clip(jnp.asarray(budget, jnp.int32), 1, most)
 
 
-def _check_budget(budget: Any, most: int, config: DraftConfig) -> None:
+def _check_budget(budget: Any, grid: VideoGrid, config: DraftConfig) -> None:
     """Raises unless the budget is an integer, and within bounds where it is known."""
+    if budget is None:
+        return
+    most = static_budget(config.sparsity, grid, config)
     is_traced = isinstance(budget, jax.core.Tracer)
     value = budget if is_traced else np.asarray(budget)
     if not jnp.issubdtype(value.dtype, jnp.integer):
@@ -96,31 +142,28 @@ def _check_budget(budget: Any, most: int, config: DraftConfig) -> None:
 
 
 def _select(
-    scores: Float[Array, "B N S S"],
-    *,
-    grid: VideoGrid,
-    config: DraftConfig,
-    budget: Int[Array, ""],
+    scores: Float[Array, "B N S S"], task: _Task, budget: Int[Array, ""]
 ) -> BlockMask:
     """Selects the blocks of some heads; see `select_blocks`."""
+    grid, config, path = task.grid, task.config, task.path
     forced = _forced_pairs(grid, config)
     per_row = forced.sum(-1, dtype=np.int32)
     match config.selection:
         case "percentile":
             count = jnp.maximum(budget, int(forced.sum()))
-            kept = ranking.select_in_maps(scores, count, forced=forced)
+            kept = ranking.select_in_maps(scores, count, forced=forced, path=path)
         case "row_topk":
             count = jnp.maximum(budget, per_row)
-            kept = ranking.select_in_rows(scores, count, forced=forced)
+            kept = ranking.select_in_rows(scores, count, forced=forced, path=path)
         case "top_p":
             least = jnp.asarray(np.maximum(per_row, 1))
             most = jnp.maximum(budget, least)
             kept = ranking.select_to_mass(
-                scores, least, most, forced=forced, mass=config.top_p
+                scores, least, most, forced=forced, mass=config.top_p, path=path
             )
     words, first_columns = _add_text_words(kept, grid)
     row_offsets, block_ids = ranking.compress_rows(
-        words, first_columns, mask_capacity(grid, config)
+        words, first_columns, mask_capacity(grid, config), path=path
     )
     return BlockMask(row_offsets=row_offsets, block_ids=block_ids, grid=grid)
 
@@ -187,15 +230,28 @@ def unchecked_mask(
     """Computes `compute_mask` for a caller that has checked q, k and order."""
     q, k, pooled = jax.lax.stop_gradient((q, k, pooled))
     pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
+    _check_budget(budget, grid, config)
+    task = _Task.of(pooled.q_mean, grid, config)
+    known_scale, scale_array = split_scale(scale)
+    mask = _draft_in_chunks(task, known_scale, pooled, budget, scale_array)
+    return mask.vouched_for()
+
+
+@functools.partial(jit_once, static_argnums=(0, 1))
+def _draft_in_chunks(
+    task: _Task, scale: float | None, pooled: PooledTokens, budget, scale_array
+) -> BlockMask:
+    """Selects from the scores of pooled queries and keys, a few heads at a time."""
+    budget = _clipped(budget, task)
+    scale = scale_array if scale is None else scale
 
     def of_heads(by_heads: Any) -> BlockMask:
         own = jax.tree.map(lambda x: rearrange(x, "B N S D -> B S N D"), by_heads)
-        scores = scores_of_pooled(own, grid=grid, config=config, scale=scale)
-        return select_blocks(scores, grid=grid, config=config, budget=budget)
+        scores = scores_of_pooled(own, grid=task.grid, config=task.config, scale=scale)
+        return _select(scores, task, budget)
 
     by_heads = jax.tree.map(lambda x: rearrange(x, "B S N D -> B N S D"), pooled)
-    mask = map_heads(of_heads, by_heads, map_size=grid.num_visual_blocks**2)
-    return mask.vouched_for()
+    return task.map_heads(of_heads, by_heads)
 
 
 def _add_text_words(

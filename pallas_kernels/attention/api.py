@@ -7,7 +7,7 @@ To add a backend, write a module with a `BACKEND` record, add it to `BACKENDS` a
 import dataclasses
 import functools
 import logging
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import reference as oracle
 from pallas_kernels.attention import sm90, xla
 from pallas_kernels.common import validation
-from pallas_kernels.common.device import current_device
+from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.interfaces import (
     Backend,
     BlockGrid,
@@ -26,6 +26,7 @@ from pallas_kernels.common.interfaces import (
     Problem,
 )
 from pallas_kernels.common.slow_paths import warn_once
+from pallas_kernels.common.static import jit_once, split_scale
 
 BackendName = Literal["auto", "hopper", "xla", "oracle"]
 
@@ -210,23 +211,71 @@ def unchecked_block_sparse_attention(
     Raises:
       ValueError: The backend is unknown or does not support the inputs.
     """
-    choice = choose(_describe(q, grid, order), backend)
+    device = current_device(q)
+    choice = choose(_describe(q, grid, order, device), backend)
     if choice.slower_because is not None:
         warn_once(
             f"block_sparse_attention runs on backend {choice.name!r}: "
             f"{choice.slower_because}"
         )
     _logger.debug("%s: %s", choice.name, choice.reason)
-    chosen = BACKENDS[choice.name]
-    attend = functools.partial(
-        chosen.function, grid=grid, scale=scale, text_lengths=text_lengths
+    known_scale, scale_array = split_scale(scale)
+    return _attend(
+        q,
+        k,
+        v,
+        mask.row_offsets,
+        mask.block_ids,
+        text_lengths,
+        scale_array,
+        grid=grid,
+        order=order,
+        scale=known_scale,
+        backend=BACKENDS[choice.name],
+        device=device,
     )
-    if chosen.takes_raster:
-        return attend(q, k, v, mask, order=order)
+
+
+class _Lists(NamedTuple):
+    """The lists of a mask, of whatever class, as backends take them."""
+
+    row_offsets: Int[Array, "B N R+1"]
+    block_ids: Int[Array, "B N M"]
+    grid: Any
+
+
+@functools.partial(
+    jit_once, static_argnames=("grid", "order", "scale", "backend", "device")
+)
+def _attend(
+    q,
+    k,
+    v,
+    row_offsets,
+    block_ids,
+    text_lengths,
+    scale_array,
+    *,
+    grid: BlockGrid,
+    order: Order,
+    scale: float | None,
+    backend: Backend,
+    device: Device,
+):
+    """Runs a backend, in tiled order if it takes no other."""
+    mask = _Lists(row_offsets, block_ids, grid)
+    options: dict[str, Any] = {
+        "grid": grid,
+        "scale": scale_array if scale is None else scale,
+        "text_lengths": text_lengths,
+        "device": device,
+    }
+    if backend.takes_raster:
+        return backend.function(q, k, v, mask, order=order, **options)
     if order == "tiled":
-        return attend(q, k, v, mask)
+        return backend.function(q, k, v, mask, **options)
     q, k, v = (_take(x, grid.tile_order, axis=1) for x in (q, k, v))
-    out, lse = attend(q, k, v, mask)
+    out, lse = backend.function(q, k, v, mask, **options)
     out = _take(out, grid.raster_order, axis=1)
     return out, _take(lse, grid.raster_order, axis=2)
 
@@ -253,7 +302,7 @@ def chosen_backend(
       ValueError: As `block_sparse_attention` would for the order or the backend.
     """
     validation.check_order(order)
-    return choose(_describe(q, grid, order), backend)
+    return choose(_describe(q, grid, order, current_device(q)), backend)
 
 
 def choose(problem: Problem, backend: str) -> BackendChoice:
@@ -290,12 +339,12 @@ def _take(x: jax.Array, indices: np.ndarray, *, axis: int) -> jax.Array:
 
 
 def _describe(
-    q: jax.Array | jax.ShapeDtypeStruct, grid: BlockGrid, order: Order
+    q: jax.Array | jax.ShapeDtypeStruct, grid: BlockGrid, order: Order, device: Device
 ) -> Problem:
     return Problem(
         head_dim=q.shape[-1],
         dtype=q.dtype.name,
         grid=grid,
         order=order,
-        device=current_device(q),
+        device=device,
     )

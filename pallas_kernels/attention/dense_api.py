@@ -22,6 +22,7 @@ from pallas_kernels.common import validation
 from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.interfaces import BlockGrid
 from pallas_kernels.common.slow_paths import warn_once
+from pallas_kernels.common.static import jit_once, split_scale
 
 DenseBackendName = Literal["auto", "xla"]
 
@@ -107,10 +108,9 @@ def unchecked_dense_attention(
       ValueError: The backend is unknown.
     """
     device = current_device(q)
-    valid, pads_before_video = None, False
+    has_padding, pads_before_video = False, False
     if grid is not None and text_lengths is not None:
-        valid = _valid_tokens(grid, text_lengths)
-        pads_before_video = grid.text_tokens.start == 0
+        has_padding, pads_before_video = True, grid.text_tokens.start == 0
     choice = choose(
         q.shape,
         q.dtype.name,
@@ -123,9 +123,39 @@ def unchecked_dense_attention(
             f"dense_attention runs on backend {choice.name!r}: {choice.slower_because}"
         )
     _logger.debug("%s: %s", choice.name, choice.reason)
-    if choice.name == "hopper":
+    known_scale, scale_array = split_scale(scale)
+    return _attend(
+        q,
+        k,
+        v,
+        text_lengths,
+        scale_array,
+        path=choice.name,
+        grid=grid if has_padding else None,
+        scale=known_scale,
+        device=device,
+    )
+
+
+@functools.partial(jit_once, static_argnames=("path", "grid", "scale", "device"))
+def _attend(
+    q,
+    k,
+    v,
+    text_lengths,
+    scale_array,
+    *,
+    path: str,
+    grid: BlockGrid | None,
+    scale: float | None,
+    device: Device,
+):
+    """Runs the chosen path; `grid` says where the text of the lengths stands."""
+    scale = scale_array if scale is None else scale
+    valid = None if grid is None else _valid_tokens(grid, text_lengths)
+    if path == "hopper":
         return _hopper_attention(grid, scale, q, k, v, text_lengths)
-    if choice.name == "cudnn":
+    if path == "cudnn":
         out = _cudnn_attention(q, k, v, grid, scale, text_lengths)
     else:
         out = chunked_attention(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common.device import current_device
+from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.interfaces import (
     Backend,
     BlockGrid,
@@ -410,9 +410,14 @@ def _why_slow(problem: Problem) -> str | None:
     return None
 
 
+def _attention_on(*arrays, device: Device, **options):
+    config = ChunkConfig.for_platform(device.platform)
+    return xla_attention(*arrays, config=config, **options)
+
+
 BACKEND = Backend(
     name="xla",
-    function=xla_attention,
+    function=_attention_on,
     why_unsupported=lambda problem: None,
     why_slow=_why_slow,
 )

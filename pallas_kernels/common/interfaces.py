@@ -130,9 +130,10 @@ class Backend:
 
     Attributes:
       name: What callers pass as `backend`.
-      function: `f(q, k, v, mask, *, grid, scale, text_lengths) -> (out, lse)`.
-        Inputs were validated. `text_lengths` is int32 [B] or None. Rows without a
-        valid key are zeros in `out` and -inf in `lse`.
+      function: `f(q, k, v, mask, *, grid, scale, text_lengths, device)` returns the
+        output and the log-sum-exp. It is traced once for the arguments that are not
+        arrays. Inputs were validated. `text_lengths` is int32 [B] or None. Rows
+        without a valid key are zeros in the output and -inf in the log-sum-exp.
       takes_raster: Whether the function takes `order`, and tokens in raster order.
         Others get them in tiled order.
       why_unsupported: Returns why it cannot take a problem, or None if it can.

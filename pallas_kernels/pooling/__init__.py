@@ -1,8 +1,7 @@
 """Pooling of tokens into draft tokens, alone or with norm and rotation."""
 
-from pallas_kernels.pooling.api import norm_rope_pool, pool_tiles
+from pallas_kernels.pooling.api import norm_rope_pool, pool_tiles, reduce_tiles
 from pallas_kernels.pooling.interfaces import QKNorm, Reduction, Rope, Scales, Tiling
-from pallas_kernels.pooling.xla import reduce_tiles
 
 __all__ = [
     "QKNorm",

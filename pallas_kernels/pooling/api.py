@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.slow_paths import warn_once
+from pallas_kernels.common.static import jit_once
 from pallas_kernels.pooling import sm90, xla
 from pallas_kernels.pooling.interfaces import QKNorm, Reduction, Rope, Scales, Tiling
 
@@ -37,11 +38,38 @@ def pool_tiles(
     """
     device = current_device(q)
     cause = sm90.pool_tiles.why_unsupported(q.shape, q.dtype, device)
-    if cause is None:
-        return sm90.pool_tiles.pool_tiles(q, k, tiling.table, reductions=reductions)
-    if device.platform == "gpu":
+    if cause is not None and device.platform == "gpu":
         warn_once(f"pooling runs on XLA instead of its kernel: {cause}")
+    return _pool_tiles(
+        q, k, tiling=tiling, reductions=reductions, has_kernel=cause is None
+    )
+
+
+@functools.partial(jit_once, static_argnames=("tiling", "reductions", "has_kernel"))
+def _pool_tiles(
+    q, k, *, tiling: Tiling, reductions: tuple[Reduction, ...], has_kernel: bool
+):
+    if has_kernel:
+        return sm90.pool_tiles.pool_tiles(q, k, tiling.table, reductions=reductions)
     return xla.pool_tiles(q, k, tiling, reductions=reductions)
+
+
+@functools.partial(jit_once, static_argnames=("tiling", "reduction"))
+def reduce_tiles(
+    x: Float[Array, "B T N D"], tiling: Tiling, *, reduction: Reduction = "mean"
+) -> Float[Array, "B S N D"]:
+    """Reduces the tokens of each tile of one array, as XLA operations.
+
+    Args:
+      x: Tokens of the whole sequence.
+      tiling: Tiles of the frames. Static.
+      reduction: "mean", or "max" for the largest value of each channel. Static.
+
+    Returns:
+      float32. Means are taken in float32; an edge tile is reduced over the tokens it
+      really has.
+    """
+    return xla.reduce_tiles(x, tiling, reduction=reduction)
 
 
 def norm_rope_pool(
@@ -90,13 +118,13 @@ def norm_rope_pool(
     _check_rope(q, rope, tiling.tokens)
     device = current_device(q)
     cause = sm90.norm_rope_pool.why_unsupported(q.shape, q.dtype, norm, device)
+    task = _Task(tiling=tiling, norm=norm, reductions=reductions)
     if cause is None:
-        task = _Task(tiling=tiling, norm=norm, reductions=reductions)
         q, k, *pooled = _fused(task, q, k, scales, rope)
         return q, k, tuple(pooled) if reductions else None
     if device.is_hopper:
         warn_once(f"norm_rope_pool runs as XLA operations: {cause}")
-    q, k = xla.norm_rope(q, k, scales, rope, visual_tokens=tiling.tokens, norm=norm)
+    q, k = _norm_rope(task, q, k, scales, rope)
     if not (reductions and pool_anyway):
         return q, k, None
     fixed = jax.lax.stop_gradient((q, k))
@@ -105,15 +133,27 @@ def norm_rope_pool(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Task:
-    """The static arguments of the fused kernel."""
+    """The static arguments of norm, rotation and pooling."""
 
     tiling: Tiling
     norm: QKNorm | None
     reductions: tuple[Reduction, ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jit_once, static_argnums=0)
+def _norm_rope(task: _Task, q, k, scales, rope):
+    return xla.norm_rope(
+        q, k, scales, rope, visual_tokens=task.tiling.tokens, norm=task.norm
+    )
+
+
+@functools.partial(jit_once, static_argnums=0)
 def _fused(task: _Task, q, k, scales, rope):
+    return _differentiable_kernel(task, q, k, scales, rope)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable_kernel(task: _Task, q, k, scales, rope):
     return sm90.norm_rope_pool.norm_rope_pool(
         q,
         k,
@@ -126,19 +166,16 @@ def _fused(task: _Task, q, k, scales, rope):
     )
 
 
-def _fused_forward(task: _Task, *arrays):
-    return _fused(task, *arrays), arrays
+def _forward(task: _Task, *arrays):
+    return _differentiable_kernel(task, *arrays), arrays
 
 
-def _fused_backward(task: _Task, arrays, cotangents):
-    run = functools.partial(
-        xla.norm_rope, visual_tokens=task.tiling.tokens, norm=task.norm
-    )
-    _, transposed = jax.vjp(run, *arrays)
+def _backward(task: _Task, arrays, cotangents):
+    _, transposed = jax.vjp(functools.partial(_norm_rope, task), *arrays)
     return transposed(tuple(cotangents[:2]))
 
 
-_fused.defvjp(_fused_forward, _fused_backward)
+_differentiable_kernel.defvjp(_forward, _backward)
 
 
 def _check_norm(q, norm: QKNorm | None, scales) -> None:

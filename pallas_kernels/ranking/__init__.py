@@ -1,6 +1,8 @@
 """Ranking of scores: the largest of a map or of each row, as bits and as lists."""
 
 from pallas_kernels.ranking.api import (
+    RankingPath,
+    choose_path,
     compress_rows,
     select_in_maps,
     select_in_rows,
@@ -10,7 +12,9 @@ from pallas_kernels.ranking.packed_bits import WORD_BITS, all_set, pack
 
 __all__ = [
     "WORD_BITS",
+    "RankingPath",
     "all_set",
+    "choose_path",
     "compress_rows",
     "pack",
     "select_in_maps",

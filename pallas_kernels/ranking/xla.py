@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from pallas_kernels.common.device import current_device
 from pallas_kernels.ranking import packed_bits
 from pallas_kernels.ranking.keys import MASS_UNITS, rank_keys
 
@@ -23,27 +22,17 @@ CPU_DIGIT_BITS = 1
 DIGIT_BITS = 2
 
 
-def select_in_maps(
-    scores: Float[Array, "B N R C"],
-    count: Int[Array, ""],
-    forced: Bool[np.ndarray, "R C"],
-) -> UInt32[Array, "B N R W"]:
-    """Selects the best scores of each map; see `pallas_kernels.ranking`."""
-    keys = rank_keys(scores, forced)
-    threshold = kth_largest_of_map(keys, count)
-    of_rows = jnp.broadcast_to(threshold[..., None], keys.shape[:3])
-    return _pack_rows(keys, of_rows).largest_of_map(count)
-
-
 def select_in_rows(
     scores: Float[Array, "B N R C"],
     count: Int[Array, " R"],
     forced: Bool[np.ndarray, "R C"],
+    *,
+    digit_bits: int,
 ) -> UInt32[Array, "B N R W"]:
     """Selects the best scores of each row; see `pallas_kernels.ranking`."""
     keys = rank_keys(scores, forced)
-    threshold = kth_largest_of_row(keys, count)
-    return _pack_rows(keys, threshold).largest_of_row(count)
+    threshold = kth_largest_of_row(keys, count, digit_bits=digit_bits)
+    return pack_rows(keys, threshold).largest_of_row(count)
 
 
 def select_to_mass(
@@ -52,6 +41,8 @@ def select_to_mass(
     most: Int[Array, " R"],
     forced: Bool[np.ndarray, "R C"],
     wanted: int,
+    *,
+    digit_bits: int,
 ) -> UInt32[Array, "B N R W"]:
     """Selects the fewest probabilities of a mass; see `pallas_kernels.ranking`.
 
@@ -61,6 +52,7 @@ def select_to_mass(
       most: Probabilities to keep at most.
       forced: Probabilities that rank before all others.
       wanted: Mass to reach, in units of 1 / MASS_UNITS.
+      digit_bits: See `largest_key`.
     """
     keys = rank_keys(probabilities, forced)
     mass = np.uint32(wanted)
@@ -75,7 +67,7 @@ def select_to_mass(
         count, held = at_or_above(key)
         return (count >= least) & ((held >= mass) | (count >= most))
 
-    threshold = largest_key(reached, keys.shape[:3])
+    threshold = largest_key(reached, keys.shape[:3], digit_bits=digit_bits)
     is_above = keys > threshold[..., None]
     above = is_above.sum(-1, dtype=jnp.int32)
     held = _sum_up_to_one(is_above, units)
@@ -86,34 +78,36 @@ def select_to_mass(
         -missing.astype(jnp.int32) // jnp.maximum(each, 1).astype(jnp.int32)
     )
     count = jnp.clip(above + num_missing, least, most)
-    return _pack_rows(keys, threshold).largest_of_row(count)
+    return pack_rows(keys, threshold).largest_of_row(count)
 
 
 def kth_largest_of_map(
-    keys: UInt32[Array, "B N R C"], k: Int[Array, ""]
+    keys: UInt32[Array, "B N R C"], k: Int[Array, ""], *, digit_bits: int
 ) -> UInt32[Array, "B N"]:
     """Finds the k-th largest key of each map, k from 1."""
 
     def reached(key):
         return (keys >= key[..., None, None]).sum((-2, -1), dtype=jnp.int32) >= k
 
-    return largest_key(reached, keys.shape[:2])
+    return largest_key(reached, keys.shape[:2], digit_bits=digit_bits)
 
 
 def kth_largest_of_row(
-    keys: UInt32[Array, "B N R C"], k: Int[Array, " #R"]
+    keys: UInt32[Array, "B N R C"], k: Int[Array, " #R"], *, digit_bits: int
 ) -> UInt32[Array, "B N R"]:
     """Finds the k-th largest key of each row, k from 1."""
 
     def reached(key):
         return (keys >= key[..., None]).sum(-1, dtype=jnp.int32) >= k
 
-    return largest_key(reached, keys.shape[:3])
+    return largest_key(reached, keys.shape[:3], digit_bits=digit_bits)
 
 
 def largest_key(
     reached: Callable[[UInt32[Array, "*groups"]], Bool[Array, "*groups"]],
     groups: tuple[int, ...],
+    *,
+    digit_bits: int,
 ) -> UInt32[Array, "*groups"]:
     """Finds the largest key for which `reached` holds, which must hold for 0.
 
@@ -121,17 +115,18 @@ def largest_key(
       reached: Whether enough lies at or above a key of each group; never true for a
         key and false for a smaller one.
       groups: Shape of the groups.
+      digit_bits: Bits of a key that are found in one pass.
     """
-    bits = CPU_DIGIT_BITS if current_device().platform == "cpu" else DIGIT_BITS
 
     def find_digit(i, key):
-        shift = (KEY_BITS - bits * (i + 1)).astype(jnp.uint32)
-        candidates = [key | (jnp.uint32(n) << shift) for n in range(1, 1 << bits)]
+        # Without jit the loop's index is Python's.
+        shift = jnp.asarray(KEY_BITS - digit_bits * (i + 1), jnp.uint32)
+        candidates = [key | (jnp.uint32(n) << shift) for n in range(1, 1 << digit_bits)]
         digit = sum(reached(candidate).astype(jnp.uint32) for candidate in candidates)
         return key | (digit << shift)
 
     first = jnp.zeros(groups, jnp.uint32)
-    return jax.lax.fori_loop(0, KEY_BITS // bits, find_digit, first)
+    return jax.lax.fori_loop(0, KEY_BITS // digit_bits, find_digit, first)
 
 
 def list_columns(
@@ -164,7 +159,7 @@ def list_columns(
     return jnp.where(index < size, column, 0)
 
 
-def _pack_rows(
+def pack_rows(
     keys: UInt32[Array, "B N R C"], threshold: UInt32[Array, "B N R"]
 ) -> packed_bits.PackedRows:
     """Compares the keys with the threshold of their row."""

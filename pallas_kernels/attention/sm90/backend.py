@@ -265,7 +265,7 @@ def _why_slow(problem: Problem) -> str | None:
 
 BACKEND = Backend(
     name="hopper",
-    function=_attend,
+    function=lambda *arrays, device, **options: _attend(*arrays, **options),
     why_unsupported=_why_unsupported,
     why_slow=_why_slow,
     takes_raster=True,

@@ -8,7 +8,6 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from pallas_kernels.common.device import Device
 from pallas_kernels.common.inline_ptx import THREADS
 from pallas_kernels.ranking import packed_bits
-from pallas_kernels.ranking.keys import rank_keys
 from pallas_kernels.ranking.sm90 import maps, rows
 
 
@@ -24,18 +23,6 @@ def why_unsupported(columns: int, device: Device) -> str | None:
     if columns > maps.MAX_COLUMNS:
         return f"they take rows of at most {maps.MAX_COLUMNS} keys, not {columns}"
     return None
-
-
-def select_in_maps(
-    scores: Float[Array, "B N R C"],
-    count: Int[Array, ""],
-    forced: Bool[np.ndarray, "R C"],
-) -> UInt32[Array, "B N R W"]:
-    """Selects the best scores of each map; see `pallas_kernels.ranking`."""
-    keys = rank_keys(scores, forced)
-    threshold = kth_largest_of_map(keys, count)
-    of_rows = jnp.broadcast_to(threshold[..., None], keys.shape[:3])
-    return _pack_rows(keys, of_rows).largest_of_map(count)
 
 
 def select_in_rows(
@@ -119,7 +106,7 @@ def _select_in_rows(
     return packed_bits.with_first_ties(above, tied, count)
 
 
-def _pack_rows(
+def pack_rows(
     keys: UInt32[Array, "B N R C"], threshold: UInt32[Array, "B N R"]
 ) -> packed_bits.PackedRows:
     """Compares the keys with the threshold of their row."""

@@ -19,8 +19,7 @@ HEAD_BYTES = 4 * 18 * 18
     [(24, 24, 24), (24, 23, 12), (24, 7, 6), (24, 1, 1), (24, 0, 1), (7, 6, 1)],
     ids=str,
 )
-def test_chunks_are_the_largest_that_fit(monkeypatch, total, limit, expected):
-    monkeypatch.setattr(head_chunks, "MAX_CHUNK_BYTES", 100 * limit + 99)
+def test_chunks_are_the_largest_that_fit(total, limit, expected):
     sizes = []
 
     def function(x):
@@ -28,7 +27,7 @@ def test_chunks_are_the_largest_that_fit(monkeypatch, total, limit, expected):
         return x + 1
 
     x = jnp.arange(total * 5.0).reshape(1, total, 5)
-    got = head_chunks.map_heads(function, x, map_size=25)
+    got = head_chunks.map_heads(function, x, map_size=25, max_bytes=100 * limit + 99)
     np.testing.assert_array_equal(got, np.asarray(x) + 1)
     assert {batch * heads for batch, heads in sizes} == {expected}
 

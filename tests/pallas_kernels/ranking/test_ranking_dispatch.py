@@ -8,8 +8,7 @@ import pytest
 
 from pallas_kernels import SlowBackendWarning
 from pallas_kernels.common.device import Device
-from pallas_kernels.ranking import api, select_in_maps, xla
-from pallas_kernels.ranking.sm90 import backend
+from pallas_kernels.ranking import choose_path, select_in_maps
 from tests.warnings_once import forget_warnings
 
 
@@ -23,19 +22,17 @@ from tests.warnings_once import forget_warnings
     ],
     ids=str,
 )
-def test_a_gpu_without_kernels_warns_once(monkeypatch, columns, capability, cause):
+def test_a_gpu_without_kernels_warns_once(columns, capability, cause):
     device = Device(platform="gpu", kind="X100", compute_capability=capability)
-    monkeypatch.setattr(api, "current_device", lambda *arrays: device)
-    scores = jnp.zeros((1, 1, 1, columns))
     forget_warnings()
     if cause is None:
-        assert api._implementation(scores) is backend
+        assert choose_path(columns, device).selects_in_kernels
         return
     with pytest.warns(SlowBackendWarning, match=f"selection runs on XLA.*{cause}"):
-        assert api._implementation(scores) is xla
+        assert not choose_path(columns, device).selects_in_kernels
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert api._implementation(scores) is xla
+        assert not choose_path(columns, device).selects_in_kernels
 
 
 def test_a_cpu_does_not_warn():
