@@ -213,14 +213,12 @@ def _mutate(root: Path, site: _Site, choice: tuple[str, int]) -> dict[str, Any] 
     """Returns the mutant, or None if the operator changes nothing that is read."""
     name, occurrence = choice
     source = (root / site.path).read_text()
-    mutated = mutate_code(source, _operators()[name], occurrence)
-    if mutated is None or mutated == source:
-        return None
     try:
-        changed = ast.dump(ast.parse(mutated)) != ast.dump(ast.parse(source))
-    except SyntaxError:
+        mutated = mutate_code(source, _operators()[name], occurrence)
+        is_same = ast.dump(ast.parse(mutated)) == ast.dump(ast.parse(source))
+    except (AttributeError, SyntaxError):  # it knows no `except module.Error`
         return None
-    if not changed:
+    if is_same:
         return None
     start = _common(source, mutated)
     same = _common(source[start:][::-1], mutated[start:][::-1])

@@ -160,7 +160,7 @@ def gather_lines(
     for name, entry in workers.map(gather, stale, end):
         known[name] = entry
         path.write_text(json.dumps(known))
-    found = {}
+    found: dict[str, Any] = {}
     for name in wanted:
         found |= known.get(name, {}).get("tests", {})
     return TestsOfLines(found)
@@ -216,7 +216,8 @@ class Trial:
     def _parts(self, tests: list[str]) -> list[list[str]]:
         """Divides the tests in two runs: the likeliest of few files, and the others."""
         total = 0.0
-        first, second = [], []
+        first: list[str] = []
+        second: list[str] = []
         files: set[str] = set()
         for test in tests:
             if test in self._failing:
