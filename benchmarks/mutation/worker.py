@@ -21,7 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-_OPTIONS = ["-q", "-x", "--tb=line", "--no-header", "-p", "no:cacheprovider"]
+_OPTIONS = [
+    *("-q", "-x", "--tb=line", "--no-header", "-p", "no:cacheprovider"),
+    *("-m", "not nightly and not gpu"),
+]
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S.*?)(?: - |$)", re.MULTILINE)
 # Imported once, before all forks. None of them starts a backend.
 _SLOW_IMPORTS = (
