@@ -8,14 +8,16 @@ from jaxtyping import Real
 from draft_jax.config import DraftConfig
 from draft_jax.grid import VideoGrid
 from draft_jax.schedule import SparsitySchedule, StepPlan
+from pallas_kernels.common import register_configuration
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
     """Attention of one run: a choice of run time, not of architecture.
 
     The same weights run under any plan. `dense()` and `draft()` build the two kinds.
-    Hashable: a static argument of jit, and part of the key of a compiled program.
+    Hashable, and a pytree without leaves: jit takes it as any argument, static.
 
     Three things are called a plan, each made from the one before it:
 

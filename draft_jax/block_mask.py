@@ -13,7 +13,7 @@ from pallas_kernels import ranking
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class BlockMask:
     """Kept block pairs per batch item and head, as compressed sparse rows.
 
@@ -23,7 +23,8 @@ class BlockMask:
     in ascending order. Shapes are static: the capacity M bounds the kept pairs of
     one head, and entries at or past `row_offsets[b, n, R]` are 0 and not read.
 
-    A pytree whose leaves are the two arrays; `grid` is static.
+    A pytree whose leaves are the two arrays; `grid` is static. `==` and `hash` go by
+    identity; `to_dense` makes arrays that can be compared.
 
     Attributes:
       row_offsets: int32 [B, N, R + 1], non-decreasing, first entry 0.

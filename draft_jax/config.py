@@ -7,17 +7,20 @@ from fractions import Fraction
 from typing import Literal, get_args
 
 from draft_jax.grid import VideoGrid
+from pallas_kernels.common import make_plain, register_configuration
 
 Pooling = Literal["mean", "mean+max"]
 EdgeTiles = Literal["by_tokens", "as_published"]
 Selection = Literal["percentile", "row_topk", "top_p"]
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftConfig:
     """Options of the method. Changing a field changes the result.
 
-    Hashable, so it serves as a static jit argument.
+    Hashable, and a pytree without leaves: jit takes it as any argument, static.
+    NumPy's numbers become Python's.
 
     Args:
       pooling: How the tokens of a tile become one draft token. "mean" is the
@@ -60,6 +63,7 @@ class DraftConfig:
     keep_first_frame: bool = False
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name, accepted in (
             ("pooling", get_args(Pooling)),
             ("edge_tiles", get_args(EdgeTiles)),

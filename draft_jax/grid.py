@@ -13,16 +13,20 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
+from pallas_kernels.common import make_plain, register_configuration
+
 IntVector = Int[np.ndarray, " L"]
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True)
 class VideoGrid:
     """Static geometry of one sequence: a video latent and, optionally, text.
 
     Every size is allowed. Where the tile does not divide the frame, tiles at the
     bottom and right edge are shorter blocks; no token is added, dropped, or shared
-    between frames. Instances are hashable and serve as static jit arguments.
+    between frames. Instances are hashable, and pytrees without leaves: jit takes them
+    as any argument, static. NumPy's integers become Python's, lists tuples.
 
     Args:
       frames: Latent frames after patchifying, F.
@@ -49,6 +53,7 @@ class VideoGrid:
     text_side: Literal["before", "after"] = "after"
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ("frames", "height", "width"):
             if not _is_int(value := getattr(self, name)) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer")
@@ -165,7 +170,7 @@ class VideoGrid:
         return bool((self.block_lengths < self.block_size).any())
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Geometry:
     tile_order: np.ndarray
     raster_order: np.ndarray
@@ -224,4 +229,4 @@ def _freeze(array: np.ndarray) -> np.ndarray:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool)

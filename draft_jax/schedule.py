@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Real
 from draft_jax.config import DraftConfig, check_sparsity, is_real, static_budget
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
+from pallas_kernels.common import make_plain, register_configuration
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class DraftStep:
     """One denoising step of a plan, as a pytree of arrays.
 
@@ -87,15 +88,16 @@ class DraftStep:
         return dataclasses.replace(self, dense=dense)
 
 
-class StepKind(NamedTuple):
-    """A step without its budget. Hashable: a static argument of jit.
+@register_configuration
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepKind:
+    """A step without its budget: jit takes it as any argument, static.
 
-    There is a program for each kind of step then, two or three in a usual schedule,
-    and none has a conditional.
+    It is hashable, and a pytree without leaves. There is a program for each kind of
+    step, two or three in a usual schedule, and none has a conditional.
 
     Example:
         ```python
-        import functools
         import jax
         import numpy as np
         from draft_jax import (
@@ -108,7 +110,7 @@ class StepKind(NamedTuple):
             np.array([1000, 900, 700, 400]), num_layers=1, grid=grid, config=config
         )
 
-        @functools.partial(jax.jit, static_argnames="kind")
+        @jax.jit
         def attend(q, k, v, mask, budget, kind):
             step = kind.step(budget).for_layer(0)
             return scheduled_attention(
@@ -130,6 +132,9 @@ class StepKind(NamedTuple):
     dense: tuple[bool, ...]
     refresh: bool
 
+    def __post_init__(self) -> None:
+        make_plain(self)
+
     def step(self, budget: Int[Array | np.ndarray | np.integer, ""]) -> DraftStep:
         """Returns the step with this budget, which may be traced; the rest is known."""
         return DraftStep(
@@ -139,9 +144,13 @@ class StepKind(NamedTuple):
         )
 
 
+@register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class StepPlan:
     """A schedule worked out for given timesteps, layers, grid and config.
+
+    A pytree of its arrays. Under jit, as an argument, it gives steps of traced values
+    and an index may be traced; `kind` needs known values.
 
     Attributes:
       dense: bool [steps, L].
@@ -150,41 +159,59 @@ class StepPlan:
       refresh: bool [steps], whether masks are recomputed.
     """
 
-    dense: Bool[np.ndarray, "steps L"]
-    sparsity: Float[np.ndarray, " steps"]
-    budget: Int[np.ndarray, " steps"]
-    refresh: Bool[np.ndarray, " steps"]
+    dense: Bool[Array | np.ndarray, "steps L"]
+    sparsity: Float[Array | np.ndarray, " steps"]
+    budget: Int[Array | np.ndarray, " steps"]
+    refresh: Bool[Array | np.ndarray, " steps"]
 
     def __len__(self) -> int:
         return len(self.dense)
 
-    def __getitem__(self, index: int) -> DraftStep:
+    def __getitem__(
+        self, index: int | Integer[Array | np.ndarray | np.integer, ""]
+    ) -> DraftStep:
         return self.step(index)
 
-    def step(self, index: int) -> DraftStep:
-        """Returns the step at `index`."""
+    def step(
+        self, index: int | Integer[Array | np.ndarray | np.integer, ""]
+    ) -> DraftStep:
+        """Returns the step at `index`, which may be traced.
+
+        Raises:
+          IndexError: There is no such step; a traced index is not checked.
+        """
+        is_traced = isinstance(index, jax.core.Tracer)
+        if not is_traced and not -len(self) <= index < len(self):
+            raise IndexError(f"step {index} is not one of the plan's {len(self)}")
+
+        def take(values: Any) -> Any:
+            return _known((jnp.asarray(values) if is_traced else values)[index])
+
         return DraftStep(
-            dense=self.dense[index],
-            budget=np.asarray(self.budget[index]),
-            refresh=np.asarray(self.refresh[index]),
+            dense=take(self.dense),
+            budget=take(self.budget),
+            refresh=take(self.refresh),
         )
 
     def kind(self, index: int) -> StepKind:
         """Returns the kind of the step at `index`: all of it but the budget."""
         dense = tuple(map(bool, self.dense[index]))
         # Without a sparse layer there is nothing to refresh: one kind, not two.
-        return StepKind(dense, bool(self.refresh[index]) and not all(dense))
+        refresh = bool(self.refresh[index]) and not all(dense)
+        return StepKind(dense=dense, refresh=refresh)
 
     def stacked(self) -> DraftStep:
         """Returns all steps with a leading axis, to scan over."""
         return DraftStep(dense=self.dense, budget=self.budget, refresh=self.refresh)
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsitySchedule:
     """Rules for when attention is dense, and how sparse it is otherwise.
 
-    A layer runs dense on a step if any of the three rules says so. Hashable.
+    A layer runs dense on a step if any of the three rules says so. Hashable, and a
+    pytree without leaves. NumPy's numbers become Python's, lists tuples.
 
     Args:
       dense_fraction: The first share of the steps is dense: step i of n where
@@ -214,6 +241,7 @@ class SparsitySchedule:
     mask_refresh: int = 1
 
     def __post_init__(self) -> None:
+        make_plain(self)
         fraction = self.dense_fraction
         if fraction is not None and not (is_real(fraction) and 0.0 <= fraction <= 1.0):
             raise ValueError(f"dense_fraction={fraction!r} must be None or in [0, 1]")

@@ -14,7 +14,7 @@ from pallas_kernels.pooling import Reduction, Tiling, pool_tiles, reduce_tiles
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PooledTokens:
     """Queries and keys pooled over the tiles of a video, float32.
 

@@ -23,7 +23,7 @@ from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.tiling import Tiling
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """The options' request, checked as far as it can be without weights.
 

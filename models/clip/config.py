@@ -10,6 +10,7 @@ from models.checkpoints.config_checks import (
     check_positive_integers,
     check_published,
 )
+from pallas_kernels.common import make_plain, register_configuration
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 
@@ -28,6 +29,7 @@ _PUBLISHED_FIELDS = {
 _FIXED = {"model_type": "clip_vision_model", "num_channels": 3}
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPVisionConfig:
     """The sizes and numerics of a CLIP vision tower. Hashable: a static jit argument.
@@ -63,6 +65,7 @@ class CLIPVisionConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        make_plain(self)
         sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
         check_positive_integers(self, sizes)
         if self.num_layers < 2:

@@ -13,7 +13,7 @@ from models.media import video as video_io
 from models.media.metrics import psnr, ssim
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Comparison:
     """A dense and a sparse run of one prompt from the same noise.
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from draft_jax import AttentionPlan, BlockMask, DraftStep, VideoGrid
+from draft_jax.pytree import register_named_tuple
 from models.diffusion.sampling import Sampling
 
 LatentShape = tuple[int, int, int, int]  # frames, rows, columns, channels
@@ -22,6 +23,7 @@ Images = (
 )
 
 
+@register_named_tuple
 class TextContext(NamedTuple):
     """Rows that cross-attention sees of some prompts, as a text encoder makes them."""
 
@@ -29,6 +31,7 @@ class TextContext(NamedTuple):
     lengths: Int[Array, " B"]  # how many rows are real
 
 
+@register_named_tuple
 class ImageCondition(NamedTuple):
     """Channels and tokens that an image-to-video model sees of its images.
 

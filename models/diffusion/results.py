@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class StepReport:
     """One finished step, as callbacks get it.
 
@@ -25,7 +25,7 @@ class StepReport:
     kept_density: Float[np.ndarray, " layers"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class GenerationResult:
     """Videos and how they came about.
 

@@ -22,6 +22,7 @@ from draft_jax import (
     StepPlan,
     initial_mask,
 )
+from draft_jax.pytree import register_named_tuple
 from models.diffusion.interfaces import (
     ImageCondition,
     LatentShape,
@@ -36,6 +37,7 @@ from models.diffusion.schedulers import Solver
 GuidanceBatching = Literal["one_call", "two_calls"]
 
 
+@register_named_tuple
 class SamplerState(NamedTuple):
     """State that one step hands to the next."""
 
@@ -46,6 +48,7 @@ class SamplerState(NamedTuple):
     history: Any  # the solver's
 
 
+@register_named_tuple
 class StepInputs(NamedTuple):
     """Inputs that are the same for every step.
 
@@ -128,7 +131,7 @@ class Sampler:
     def dense(self) -> Bool[np.ndarray, "steps layers"]:
         """Which steps and layers run dense."""
         if self.plan is not None:
-            return self.plan.dense
+            return np.asarray(self.plan.dense)
         return np.ones((self.solver.num_steps, self.model.num_layers), np.bool_)
 
     def step_plan(self, index: int) -> DraftStep | None:

@@ -3,8 +3,10 @@
 import dataclasses
 
 from models.diffusion.schedulers import Solver, SolverName, make_solver
+from pallas_kernels.common import make_plain, register_configuration
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Settings of a run. Changing a field changes the video.
@@ -42,6 +44,7 @@ class Sampling:
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ("frames", "height", "width"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from draft_jax.pytree import register_named_tuple
+from pallas_kernels.common import make_plain, register_configuration
+
 MAX_TIMESTEP = 1000.0  # the timestep of pure noise, for every published model
 
 SolverName = Literal["euler", "unipc"]
@@ -58,6 +61,7 @@ class Solver(Protocol):
         """Returns the sample at the next noise level, and the next step's history."""
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowEuler:
     """First-order (Euler) solver of the flow-matching equation.
@@ -88,6 +92,7 @@ class FlowEuler:
     grid: EulerGrid = "linear"
 
     def __post_init__(self) -> None:
+        make_plain(self)
         _check_grid(self.num_steps, self.shift, self.grid, get_args(EulerGrid))
 
     @functools.cached_property
@@ -167,6 +172,7 @@ def euler_step(
     return (latents + step_size * velocity).astype(latents.dtype)
 
 
+@register_named_tuple
 class UniPCHistory(NamedTuple):
     """Arrays that a UniPC step needs of those before it."""
 
@@ -175,6 +181,7 @@ class UniPCHistory(NamedTuple):
     earlier: Float[Array, "*shape"]  # and one step before that
 
 
+@register_named_tuple
 class UniPCCoefficients(NamedTuple):
     """Weights of one UniPC step, which is linear in what it combines."""
 
@@ -186,6 +193,7 @@ class UniPCCoefficients(NamedTuple):
     predictor: Float[Array | np.ndarray, "3"]
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowUniPC:
     """Second-order UniPC, the solver of Wan's own sampler.
@@ -217,6 +225,7 @@ class FlowUniPC:
     grid: UniPCGrid = "wan"
 
     def __post_init__(self) -> None:
+        make_plain(self)
         _check_grid(self.num_steps, self.shift, self.grid, get_args(UniPCGrid))
         if not (self.sigmas[0] < 1.0 and (np.diff(self.sigmas) < 0.0).all()):
             raise ValueError(

@@ -18,7 +18,7 @@ LATENT_CHANNELS = 16
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LinearCodec:
     """Projects each patch of a video on its first principal components.
 

@@ -163,7 +163,7 @@ CLIP_PARTS = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Sources:
     """Arrays of all sources, uint8, small enough to live on a GPU.
 

@@ -19,6 +19,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from draft_jax.pytree import register_named_tuple
 from models.diffusion.schedulers import MAX_TIMESTEP
 from models.mini.checkpoint import MiniCheckpoint
 from models.mini.codec import LinearCodec
@@ -28,6 +29,7 @@ from models.mini.text import TextEmbedding, Vocabulary
 from models.wan.config import WanConfig
 from models.wan.inputs import WanInputs
 from models.wan.transformer import WanTransformer
+from pallas_kernels.common import make_plain, register_configuration
 
 STATE_FILE = "state.npz"
 FIT_BATCHES, FIT_BATCH, FIT_FRAMES = 8, 32, 8  # videos that the codec is fitted to
@@ -35,6 +37,7 @@ FIT_SEED = 1_000_003  # apart from every training step's
 Parameters = Any  # {"transformer": nnx.State, "text": nnx.State}
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The loss and how it is minimised. Hashable.
@@ -76,6 +79,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ("ema", "caption_dropout", "weight_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be in [0, 1)")
@@ -84,6 +88,7 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
 
 
+@register_named_tuple
 class TrainState(NamedTuple):
     """Everything that a step changes."""
 
@@ -93,6 +98,7 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
+@register_named_tuple
 class Batch(NamedTuple):
     """The data that the host hands to a step."""
 

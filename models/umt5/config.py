@@ -10,6 +10,7 @@ from models.checkpoints.config_checks import (
     check_positive_integers,
     check_published,
 )
+from pallas_kernels.common import make_plain, register_configuration
 
 # float16 is left out on purpose: activations of T5 encoders overflow it, which the
 # original code hides by clamping infinities.
@@ -39,6 +40,7 @@ _FIXED = {
 }
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UMT5Config:
     """The sizes and numerics of a UMT5 encoder. Hashable, hence a static jit argument.
@@ -77,6 +79,7 @@ class UMT5Config:
     param_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        make_plain(self)
         sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
         check_positive_integers(self, sizes)
         if self.num_buckets % 4:

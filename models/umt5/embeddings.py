@@ -166,7 +166,7 @@ class CachedTextEncoder:
         return stored if self.load_encoder is None else "any text"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class GivenTextEncoder:
     """A `TextEncoder` that knows exactly the embeddings it was given.
 

@@ -11,6 +11,7 @@ from models.checkpoints.config_checks import (
     check_positive_integers,
     is_positive_integer,
 )
+from pallas_kernels.common import make_plain, register_configuration
 
 # Published name of each of our fields in a diffusers `config.json`.
 _DIFFUSERS_FIELDS = {
@@ -52,6 +53,7 @@ _OTHER_TYPES = {
 _QK_NORM_NAME = "rms_norm_across_heads"
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanConfig:
     """Sizes and dtypes of a Wan transformer. Hashable: a static argument of jit.
@@ -106,6 +108,7 @@ class WanConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        make_plain(self)
         optional = () if self.image_dim is None else ("image_dim",)
         check_positive_integers(self, _POSITIVE_FIELDS + optional)
         for name, length in (("patch_size", 3), ("tile", 2)):

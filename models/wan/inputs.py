@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
+from draft_jax.pytree import register_named_tuple
 from models.wan.config import WanConfig
 
 
+@register_named_tuple
 class WanInputs(NamedTuple):
     """Arrays that one call of a Wan transformer takes; a pytree.
 

@@ -26,6 +26,7 @@ from draft_jax import (
     norm_rope_pool,
     scheduled_attention,
 )
+from draft_jax.pytree import register_named_tuple
 from models.diffusion.capture import sow_if_captured
 from models.wan.config import WanConfig
 from pallas_kernels import dense_attention, why_no_cudnn
@@ -137,6 +138,7 @@ def gelu_exact(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     return jax.nn.gelu(x, approximate=False)
 
 
+@register_named_tuple
 class BlockInputs(NamedTuple):
     """Inputs that all blocks of one call share.
 

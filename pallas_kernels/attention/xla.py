@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.common.configuration import make_plain, register_configuration
 from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.interfaces import (
     Backend,
@@ -29,6 +30,7 @@ from pallas_kernels.common.interfaces import (
 )
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChunkConfig:
     """Amounts computed at once. Fields change only time and rounding."""
@@ -36,6 +38,9 @@ class ChunkConfig:
     group_tokens: int  # query tokens walked together, in whole blocks
     step_tokens: int  # key tokens gathered per row and step, in whole blocks
     upcast: bool  # multiply in float32 also for narrow inputs
+
+    def __post_init__(self) -> None:
+        make_plain(self)
 
     @classmethod
     def for_platform(cls, platform: str) -> "ChunkConfig":

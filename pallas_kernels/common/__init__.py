@@ -2,6 +2,14 @@
 
 from pallas_kernels.common import validation
 from pallas_kernels.common.batching import fold_mapped_axes
+from pallas_kernels.common.configuration import (
+    describe,
+    make_plain,
+    plain,
+    read,
+    register_configuration,
+    register_export,
+)
 from pallas_kernels.common.device import Device, current_device, describe_device
 from pallas_kernels.common.interfaces import (
     SUPPORTED_DTYPES,
@@ -23,8 +31,14 @@ __all__ = [
     "Problem",
     "SlowBackendWarning",
     "current_device",
+    "describe",
     "describe_device",
     "fold_mapped_axes",
+    "make_plain",
+    "plain",
+    "read",
+    "register_configuration",
+    "register_export",
     "validation",
     "warn_once",
 ]

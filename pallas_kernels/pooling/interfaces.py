@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.common.configuration import make_plain, register_configuration
 from pallas_kernels.common.interfaces import Order
 from pallas_kernels.common.validation import check_order
 
@@ -16,6 +17,7 @@ Scales = tuple[Float[Array, " C"], Float[Array, " C"]]
 Rope = tuple[Float[Array, "V half"], Float[Array, "V half"]]
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
     """The tiles of the frames of a sequence, and where their tokens stand.
@@ -44,6 +46,7 @@ class Tiling:
     start: int = 0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_order(self.order)
 
     @property
@@ -108,6 +111,7 @@ def _table(tiling: Tiling) -> Int[np.ndarray, "S 4"]:
     return table
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QKNorm:
     """The RMS norm that queries and keys go through; statistics are float32.
@@ -125,6 +129,7 @@ class QKNorm:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if self.over not in ("heads", "head"):
             raise ValueError(f"{self.over=} must be 'heads' or 'head'")
         if not self.eps >= 0.0:

@@ -90,7 +90,7 @@ def with_first_ties(
     return above | first_of_rows(tied, count - num_above)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PackedRows:
     """Keys of each row as bits: above a threshold, at it, and the largest."""
 

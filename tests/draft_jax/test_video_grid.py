@@ -106,7 +106,6 @@ def test_hash_and_equality_follow_the_fields():
         ({"frames": True}, "frames=True must be a positive integer"),
         ({"tile": (8,)}, r"tile=\(8,\) must be a tuple of two positive integers"),
         ({"tile": (0, 16)}, r"tile=\(0, 16\) must be a tuple of two positive"),
-        ({"tile": [8, 16]}, r"tile=\[8, 16\] must be a tuple of two positive"),
         ({"text_length": -1}, "text_length=-1 must be an integer >= 0"),
         ({"text_side": "none"}, "text_side='none' must be 'before' or 'after'"),
     ],

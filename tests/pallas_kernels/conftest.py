@@ -3,7 +3,6 @@
 import types
 
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 from jax._src import callback
@@ -34,14 +33,6 @@ def numpy_arguments():
         patch.setattr(callback, "api", api)
         patch.setattr(shared_memory, "_to_int", array_to_int)
         yield
-
-
-@pytest.fixture
-def without_jaxtyping():
-    """Turns the enforcement of annotations off, as it is for users."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class Launches:

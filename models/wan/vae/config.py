@@ -9,6 +9,7 @@ from models.checkpoints.config_checks import (
     check_positive_integers,
     is_positive_integer,
 )
+from pallas_kernels.common import make_plain, register_configuration
 
 ConvolutionName = Literal["3d", "2d"]
 
@@ -45,6 +46,7 @@ _WAN_2_1_STD = (
 )
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanVAEConfig:
     """The sizes and numerics of the autoencoder. Hashable: a static jit argument.
@@ -88,6 +90,7 @@ class WanVAEConfig:
     convolution: ConvolutionName = "3d"
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_positive_integers(self, ("base_dim", "latent_channels", "num_res_blocks"))
         mult = self.dim_mult
         if (

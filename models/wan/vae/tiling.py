@@ -8,7 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from pallas_kernels.common import make_plain, register_configuration
 
+
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
     """Cuts frames in tiles that are encoded or decoded on their own.
@@ -32,6 +35,7 @@ class Tiling:
     overlap: tuple[int, int] = (64, 64)
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name, least in (("size", 1), ("overlap", 0)):
             value = getattr(self, name)
             if len(value) != 2 or not all(

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common.configuration import make_plain, register_configuration
+
 # A reference or a view of one: the views have no public type.
 Ref = Any
 
@@ -21,6 +23,7 @@ NAMED_TURN, NAMED_Q_FREE, NAMED_KV_FREE, NUM_NAMED = 4, 6, 7, 16
 MAX_SMEM_BYTES = 227 * 1024
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelConfig:
     """Choices of how it is computed. Fields change only time and rounding.
@@ -39,6 +42,7 @@ class KernelConfig:
     producer_registers: int = 40
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if self.num_slots < 3:
             raise ValueError(f"{self.num_slots=} must be at least 3")
         if self.num_slots > NUM_NAMED - NAMED_KV_FREE:

@@ -47,7 +47,7 @@ def test_other_published_files_are_refused(changes, message):
     ("changes", "message"),
     [
         ({"dim": 0}, "dim=0 must be a positive integer"),
-        ({"image_size": [224, 224]}, r"image_size=\[224, 224\] must be a positive int"),
+        ({"image_size": [224, 224]}, r"image_size=\(224, 224\) must be a positive int"),
         ({"num_layers": 1}, "num_layers=1 must be at least 2"),
         ({"num_heads": 12}, "dim=1280 must be a multiple of num_heads=12"),
         ({"patch_size": 15}, "image_size=224 must be a multiple of patch_size=15"),

@@ -1,0 +1,374 @@
+"""Configurations: equal ones are one to jax, and any transformation takes them."""
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import draft_jax
+import models
+import pallas_kernels
+from draft_jax import (
+    AttentionPlan,
+    BlockMask,
+    DraftConfig,
+    QKNorm,
+    SparsitySchedule,
+    StepKind,
+    VideoGrid,
+    compute_mask,
+    constant_step,
+    draft_attention,
+    draft_scores,
+    initial_mask,
+    norm_rope_pool,
+    pool_tokens,
+    scheduled_attention,
+    select_blocks,
+)
+from models.clip.config import CLIPVisionConfig
+from models.diffusion.sampling import Sampling
+from models.diffusion.schedulers import FlowEuler, FlowUniPC
+from models.mini.training import TrainConfig
+from models.umt5.config import UMT5Config
+from models.wan.config import WanConfig
+from models.wan.vae.config import WanVAEConfig
+from models.wan.vae.tiling import Tiling as FrameTiling
+from pallas_kernels import block_sparse_attention
+from pallas_kernels.attention.sm90.plan import KernelConfig
+from pallas_kernels.attention.xla import ChunkConfig
+from pallas_kernels.common import configuration
+from pallas_kernels.pooling.interfaces import Tiling
+from tests.draft_jax import naive_draft
+
+pytestmark = pytest.mark.usefixtures("without_jaxtyping")  # which say Python's types
+
+PACKAGES = (draft_jax, models, pallas_kernels)
+GRID = VideoGrid(2, 4, 8, tile=(2, 4), text_length=3)
+CONFIG = DraftConfig(sparsity=0.5)
+
+# Of each class: its fields in Python's types, and equal ones of other types.
+EQUAL = {
+    VideoGrid: (
+        {"frames": 16, "height": 4, "width": 8, "tile": (2, 4), "text_length": 3},
+        {
+            "frames": np.uint8(16),
+            "height": np.int16(4),
+            "width": np.asarray(8),
+            "tile": [np.uint8(2), 4],
+            "text_length": np.uint8(3),
+        },
+    ),
+    DraftConfig: (
+        {"sparsity": 0.9, "top_p": 0.7, "keep_own_tile": True},
+        {
+            "sparsity": np.float32(0.9),
+            "top_p": np.float16(0.7),
+            "keep_own_tile": np.True_,
+        },
+    ),
+    SparsitySchedule: (
+        {"dense_layers": (0, 1), "sparsity": (0.9, 0.95), "mask_refresh": 2},
+        {
+            "dense_layers": range(2),
+            "sparsity": np.array([0.9, 0.95], np.float32),
+            "mask_refresh": np.int8(2),
+        },
+    ),
+    AttentionPlan: (
+        {"config": CONFIG, "schedule": SparsitySchedule(dense_layers=(0,))},
+        {
+            "config": lambda: DraftConfig(sparsity=np.float32(0.5)),
+            "schedule": lambda: SparsitySchedule(dense_layers=[0]),
+        },
+    ),
+    StepKind: (
+        {"dense": (True, False), "refresh": False},
+        {"dense": np.array([True, False]), "refresh": np.False_},
+    ),
+    QKNorm: (
+        {"over": "head", "eps": 1e-5},
+        {"over": np.str_("head"), "eps": np.float32(1e-5)},
+    ),
+    Tiling: (
+        {"frames": 2, "height": 4, "width": 8, "tile": (2, 4), "order": "tiled"},
+        {
+            "frames": np.uint8(2),
+            "height": np.int64(4),
+            "width": np.int8(8),
+            "tile": [2, 4],
+            "order": np.str_("tiled"),
+        },
+    ),
+    KernelConfig: ({"num_slots": 6}, {"num_slots": np.uint8(6)}),
+    ChunkConfig: (
+        {"group_tokens": 512, "step_tokens": 128, "upcast": True},
+        {
+            "group_tokens": np.int32(512),
+            "step_tokens": np.int16(128),
+            "upcast": np.True_,
+        },
+    ),
+    FlowEuler: (
+        {"num_steps": 4, "shift": 3.1},
+        {"num_steps": np.uint8(4), "shift": np.float32(3.1)},
+    ),
+    FlowUniPC: (
+        {"num_steps": 4, "shift": 3.1},
+        {"num_steps": np.uint8(4), "shift": np.float32(3.1)},
+    ),
+    Sampling: (
+        {"frames": 9, "num_steps": 4, "guidance": 5.1, "seed": 7},
+        {
+            "frames": np.int32(9),
+            "num_steps": np.uint8(4),
+            "guidance": np.float32(5.1),
+            "seed": np.int64(7),
+        },
+    ),
+    WanConfig: (
+        dataclasses.asdict(WanConfig.t2v_1_3b()),
+        dataclasses.asdict(WanConfig.t2v_1_3b())
+        | {"num_heads": np.uint8(12), "tile": [8, 16], "eps": np.float32(1e-6)},
+    ),
+    WanVAEConfig: (
+        dataclasses.asdict(WanVAEConfig.wan2_1()),
+        dataclasses.asdict(WanVAEConfig.wan2_1())
+        | {"base_dim": np.uint8(96), "dim_mult": [1, 2, 4, 4]},
+    ),
+    FrameTiling: (
+        {"size": (64, 64), "overlap": (16, 8)},
+        {"size": [64, np.uint8(64)], "overlap": np.array([16, 8])},
+    ),
+    UMT5Config: (
+        dataclasses.asdict(UMT5Config.xxl()),
+        dataclasses.asdict(UMT5Config.xxl()) | {"num_layers": np.uint8(24)},
+    ),
+    CLIPVisionConfig: (
+        dataclasses.asdict(CLIPVisionConfig.vit_h_14()),
+        dataclasses.asdict(CLIPVisionConfig.vit_h_14())
+        | {"patch_size": np.uint8(14), "eps": np.float32(1e-5)},
+    ),
+    TrainConfig: (
+        {"height": 96, "betas": (0.9, 0.99), "remat": True},
+        {
+            "height": np.int64(96),
+            "betas": [np.float32(0.9), 0.99],
+            "remat": np.True_,
+        },
+    ),
+}
+each_class = pytest.mark.parametrize("cls", EQUAL, ids=configuration.name_of)
+
+
+def other(cls):
+    """An equal configuration, made of NumPy's numbers and of lists."""
+    fields = EQUAL[cls][1]
+    made = {name: value() for name, value in fields.items() if callable(value)}
+    return cls(**(fields | made))
+
+
+def of_plain_types(value):
+    """Whether it is of Python's types down to the last number."""
+    if type(value) is tuple:
+        return all(map(of_plain_types, value))
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return all(of_plain_types(getattr(value, field.name)) for field in fields)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+@each_class
+def test_equal_configurations_are_one(cls):
+    """NumPy's numbers and lists become Python's, so that hashes agree as `==` does."""
+    known, given = cls(**EQUAL[cls][0]), other(cls)
+    assert known == given
+    assert hash(known) == hash(given)
+    assert repr(known) == repr(given)
+    assert of_plain_types(given)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int64])
+def test_sizes_of_small_integers_do_not_overflow(dtype):
+    grid = VideoGrid(dtype(16), dtype(16), dtype(40), tile=(dtype(16), dtype(20)))
+    assert grid.num_tokens == 10_240
+    assert grid.block_size == 320
+    assert grid.block_lengths.tolist() == [320] * 32
+
+
+def all_classes():
+    for package in PACKAGES:
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not found.name.endswith("__main__"):
+                module = importlib.import_module(found.name)
+                yield from (
+                    value
+                    for value in vars(module).values()
+                    if isinstance(value, type) and value.__module__ == found.name
+                )
+
+
+def test_each_configuration_is_tested():
+    """Of all three packages: classes that are hashable configurations by their name."""
+    named = {
+        cls
+        for cls in all_classes()
+        if dataclasses.is_dataclass(cls)
+        and cls.__name__.endswith(("Config", "Grid", "Schedule", "AttentionPlan"))
+    }
+    assert named <= set(EQUAL)
+
+
+def test_dataclasses_of_arrays_are_equal_by_identity():
+    """`==` on their arrays has no single truth value, and arrays have no hash."""
+    wrong = [
+        cls.__qualname__
+        for cls in all_classes()
+        if dataclasses.is_dataclass(cls)
+        and not cls.__module__.startswith("pallas_kernels.attention.sm90")
+        and any(holds_arrays(field.type) for field in dataclasses.fields(cls))
+        and cls.__eq__ is not object.__eq__
+    ]
+    assert not wrong
+
+
+def holds_arrays(annotation):
+    written = str(annotation)
+    return "Callable" not in written and ("Array," in written or "ndarray" in written)
+
+
+@each_class
+def test_any_transformation_takes_a_configuration(cls):
+    """As a plain argument, which no name has to be made static."""
+    config = cls(**EQUAL[cls][0])
+    seen = []
+
+    def double(x, config):
+        seen.append(config)
+        return 2.0 * x, config
+
+    assert jax.jit(double)(1.0, config) == (2.0, config)
+    jax.jit(double)(2.0, other(cls))
+    assert len(seen) == 1, "an equal configuration is no new program"
+    assert jax.jit(double, static_argnames="config")(1.0, config=config)[0] == 2.0
+    np.testing.assert_array_equal(
+        jax.vmap(double)(jnp.arange(3.0), config)[0], [0, 2, 4]
+    )
+    slope, same = jax.grad(jax.checkpoint(double), has_aux=True)(3.0, config)
+    assert (slope, same) == (2.0, config)
+    carried, _ = jax.lax.scan(
+        lambda carry, _: (double(*carry), None), (1.0, config), length=3
+    )
+    assert carried == (8.0, config)
+    assert jax.lax.cond(True, double, double, 1.0, config) == (2.0, config)
+    assert all(value == config for value in seen)
+
+
+def random_qkv(seed=0, heads=2, dim=8):
+    rng = np.random.default_rng(seed)
+    shape = (3, 1, GRID.num_tokens, heads, dim)
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def test_jit_and_vmap_take_the_configuration_of_draft_attention():
+    """With no static_argnames and no in_axes, against the NumPy method."""
+    q, k, v = random_qkv()
+    doubles = [x.astype(np.float64) for x in (q, k, v)]
+    kept = naive_draft.percentile_mask(*doubles[:2], GRID, 0.5)
+    expected = naive_draft.attention(*doubles, kept, GRID)
+    got = jax.jit(draft_attention)(q, k, v, grid=GRID, config=CONFIG)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=5e-6)
+    stacked = (jnp.stack([x, x]) for x in (q, k, v))
+    mapped = functools.partial(jax.vmap(draft_attention), grid=GRID, config=CONFIG)
+    assert jax.eval_shape(mapped, *stacked).shape == (2, *q.shape)
+
+
+q, k, v = random_qkv()
+PUBLIC = {  # functions of a grid and a configuration, plain arguments
+    "draft_scores": (draft_scores, (q, k), {"grid": GRID, "config": CONFIG}),
+    "compute_mask": (compute_mask, (q, k), {"grid": GRID, "config": CONFIG}),
+    "norm_rope_pool": (
+        norm_rope_pool,
+        (q, k),
+        {
+            "grid": GRID,
+            "config": CONFIG,
+            "norm": QKNorm(over="head"),
+            "scales": (np.ones(8, np.float32),) * 2,
+        },
+    ),
+    "pool_tokens": (pool_tokens, (q[:, GRID.visual_tokens], GRID), {}),
+    "select_blocks": (
+        select_blocks,
+        (np.arange(64, dtype=np.float32).reshape(1, 1, 8, 8),),
+        {"grid": GRID, "config": CONFIG},
+    ),
+    "block_sparse_attention": (
+        functools.partial(block_sparse_attention, order="raster"),
+        (q, k, v, BlockMask.full(grid=GRID, batch=1, num_heads=2)),
+        {"grid": GRID},
+    ),
+    "scheduled_attention": (
+        scheduled_attention,
+        (q, k, v),
+        {
+            "grid": GRID,
+            "config": CONFIG,
+            "step": constant_step(GRID, CONFIG),
+            "mask": initial_mask(GRID, CONFIG, batch=1, num_heads=2),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_jit_takes_configurations_of_public_functions(name):
+    function, arguments, named = PUBLIC[name]
+    got = jax.jit(function)(*arguments, **named)
+    expected = function(*arguments, **named)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for leaf, want in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        BlockMask.full(grid=GRID, batch=1, num_heads=2),
+        constant_step(GRID, CONFIG),
+        SparsitySchedule.paper().plan(
+            np.array([900, 100]), num_layers=2, grid=GRID, config=CONFIG
+        ),
+        norm_rope_pool(*map(jnp.asarray, (q, k)), grid=GRID, config=CONFIG)[2],
+    ],
+    ids=lambda tree: type(tree).__name__,
+)
+def test_trees_of_arrays_can_be_compared_and_hashed(tree):
+    copy = jax.tree.map(jnp.asarray, tree)
+    assert tree == tree
+    assert tree != copy
+    assert tree in {tree, copy}
+    assert [tree, copy].index(copy) == 1
+
+
+def test_a_plan_is_an_argument_of_jit():
+    """Its steps then are traced, and an index may be."""
+    plan = SparsitySchedule(sparsity=(0.5, 0.75, 0.9), dense_layers=(0,)).plan(
+        np.array([900, 500, 100]), num_layers=2, grid=GRID, config=CONFIG
+    )
+
+    @jax.jit
+    def budgets(plan, index):
+        return plan[index].budget, [step.budget for step in plan]
+
+    one, each = budgets(plan, 1)
+    assert one == 16  # a quarter of 8 x 8
+    assert [int(budget) for budget in each] == [32, 16, 7]
+    assert jax.jit(lambda index: plan.step(index).budget)(2) == 7
+    with pytest.raises(IndexError, match="step 3 is not one of the plan's 3"):
+        plan.step(3)
