@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
+from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule, StepKind
 from models.diffusion.interfaces import TextContext
 from models.diffusion.pipeline import UnknownWordWarning
 from models.diffusion.sampling import Sampling
@@ -125,7 +125,8 @@ def test_a_program_for_each_kind_of_step(pipeline):
     )
     attention = AttentionPlan.draft(config, schedule)
     start = pipeline.start(PROMPT, tiny_model.SAMPLING, attention=attention)
-    kinds = [((False, True, False), True), ((False, True, False), False)]
+    second_dense = (False, True, False)
+    kinds = [StepKind(dense=second_dense, refresh=again) for again in (True, False)]
     assert start[0].kinds == kinds
     programs, compile_ms = pipeline.compile(*start)
     assert list(programs) == kinds
@@ -138,7 +139,7 @@ def test_a_program_for_each_kind_of_step(pipeline):
     start = pipeline.start(PROMPT, tiny_model.SAMPLING, attention=attention)
     before = dict(programs)
     again, _ = pipeline.compile(*start)
-    assert start[0].kinds == [((True, True, True), False), kinds[0]]
+    assert start[0].kinds == [StepKind(dense=(True,) * 3, refresh=False), kinds[0]]
     assert again[kinds[0]] is before[kinds[0]]
     assert set(again) == {*kinds, start[0].kinds[0]}
 
