@@ -166,11 +166,13 @@ def _sites(root: Path, path: str) -> Iterator[_Site]:
     source = (root / path).read_text()
     left_out = list(_spans_left_out(ast.parse(source)))
     nodes = list(_nodes(parso.parse(source)))
+    # They say how arguments are passed, and multiply nothing.
+    markers = {node.start_pos for node in nodes if _is_in_signature(node)}
     sites: dict[tuple[int, int], _Site] = {}
     for name, operator in _operators().items():
         positions = [at for node in nodes for at in operator.mutation_positions(node)]
         for occurrence, (start, _) in enumerate(positions):
-            if any(first <= start < last for first, last in left_out):
+            if start in markers or any(a <= start < b for a, b in left_out):
                 continue
             site = sites.setdefault(start, _Site(path, start, []))
             site.choices.append((name, occurrence))
@@ -182,6 +184,11 @@ def _nodes(node) -> Iterator[Any]:
     yield node
     for child in getattr(node, "children", ()):
         yield from _nodes(child)
+
+
+def _is_in_signature(node) -> bool:
+    parent = node.parent
+    return parent is not None and parent.type == "parameters"
 
 
 def _spans_left_out(tree: ast.Module) -> Iterator[tuple[tuple, tuple]]:
