@@ -6,8 +6,8 @@ process to itself, so it takes our packages from the folder that this file lies 
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
-from typing import Any
 
 PACKAGES = ("draft_jax", "models", "pallas_kernels")
 _HOME = os.path.dirname(os.path.abspath(__file__))
@@ -19,19 +19,23 @@ class NeighbourFinder:
     @staticmethod
     def find_spec(
         fullname: str,
-        path: Any = None,
-        target: Any = None,
+        path: Sequence[str] | None = None,
+        target: object = None,
     ) -> ModuleSpec | None:
         """Returns where a package of ours lies; None for all other modules."""
         return PathFinder.find_spec(fullname, [_HOME]) if fullname in PACKAGES else None
 
 
 def main() -> int:
-    """Runs `draft-video` with the arguments of the process; see `models.cli.main`."""
-    sys.meta_path.insert(0, NeighbourFinder)
-    from models.cli import main as run
+    """Runs `draft-video` as this process; see `models.cli.run_process`."""
+    try:
+        sys.meta_path.insert(0, NeighbourFinder)
+        from models.cli import run_process
 
-    return run()
+        return run_process()
+    except KeyboardInterrupt:  # before it handles Ctrl-C itself
+        print("draft-video: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """The `draft-video` command: a thin shell over the pipelines in `models`."""
 
-from models.cli.entry import main
+from models.cli.entry import main, run_process
 
-__all__ = ["main"]
+__all__ = ["main", "run_process"]

@@ -2,6 +2,6 @@
 
 import sys
 
-from models.cli.entry import main
+from models.cli.entry import run_process
 
-sys.exit(main())
+sys.exit(run_process())

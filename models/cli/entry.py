@@ -2,15 +2,24 @@
 
 import argparse
 import importlib
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
 from models.cli.compile_cache import compile_cache
-from models.cli.messages import one_line, one_line_warnings, status_lines, write_line
-from models.cli.parser import EXIT_BAD_INPUT, build_parser
+from models.cli.messages import (
+    EXIT_BAD_INPUT,
+    escape_unprintable,
+    flush_output,
+    one_line,
+    one_line_warnings,
+    status_lines,
+    write_line,
+)
+from models.cli.parser import build_parser
+from models.cli.signals import Terminated, quiet_imports, say_stopped, take_over
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 # Bad values, a missing extra, files, damaged weights and too little memory; see
 # `_is_for_users`.
 _BUILT_IN_USER_ERRORS = (
@@ -20,6 +29,17 @@ _BUILT_IN_USER_ERRORS = (
     FloatingPointError,
     MemoryError,
 )
+
+
+def run_process() -> int:
+    """Runs `draft-video` as this process, whose signals and streams are its own.
+
+    Returns:
+      The exit status: that of `main`, or 143 after SIGTERM and 129 after SIGHUP.
+    """
+    take_over()
+    escape_unprintable()
+    return flush_output(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,21 +53,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv)
         arguments.argv = argv
         return _run(arguments)
+    except KeyboardInterrupt:
+        return say_stopped(signal.SIGINT)
+    except Terminated as stop:
+        return say_stopped(stop.signal_number)
     except SystemExit as stop:  # argparse has printed its line
         return stop.code if isinstance(stop.code, int) else EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        write_line("draft-video: interrupted")
-        return EXIT_INTERRUPTED
 
 
 def _run(arguments: argparse.Namespace) -> int:
     """Runs the chosen command; an error a user can cause becomes one line."""
     try:
-        cache = compile_cache(enabled=not arguments.no_compile_cache)
-        # jax is imported now: parsing, the help and the version do without.
-        with one_line_warnings(), status_lines(), cache:
-            command = importlib.import_module(f"models.cli.{arguments.command}")
-            command.run(arguments)
+        with one_line_warnings(), status_lines():
+            # jax is imported now: parsing, the help and the version do without.
+            with quiet_imports():
+                command = importlib.import_module(f"models.cli.{arguments.command}")
+            with compile_cache(enabled=not arguments.no_compile_cache):
+                command.run(arguments)
     except Exception as error:
         if not _is_for_users(error):
             raise

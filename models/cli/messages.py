@@ -1,10 +1,14 @@
 """Lines for a person on stderr: errors, notes, and the stage of a run."""
 
 import contextlib
+import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
+
+EXIT_BAD_INPUT = 2
 
 
 def write_line(text: str) -> None:
@@ -14,6 +18,37 @@ def write_line(text: str) -> None:
         print(text, file=sys.stderr)
     else:
         tqdm.tqdm.write(text, file=sys.stderr)
+
+
+def escape_unprintable() -> None:
+    """Shows characters that a terminal's encoding lacks as escapes, as `repr` does.
+
+    Python does so for stderr only, and fails where an ASCII terminal is to show a path.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_output(status: int) -> int:
+    """Writes what is still to be printed; at exit Python would show a traceback.
+
+    Args:
+      status: The exit status so far.
+
+    Returns:
+      The exit status: 2 instead of 0 if it cannot be written, on a full disk say.
+    """
+    try:
+        print(end="", flush=True)
+    except OSError as error:
+        # Python would try again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # `draft-video ... | head`
+            return status
+        write_line(f"draft-video: error: the output cannot be printed: {error}")
+        return status or EXIT_BAD_INPUT
+    return status
 
 
 def one_line(message: object) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from models.cli import choices
+from models.cli.messages import EXIT_BAD_INPUT
 from models.cli.version import package_version
 
-EXIT_BAD_INPUT = 2
 _SAMPLING = choices.SamplingDefaults()
 _DRAFT = choices.DraftDefaults()
 _GENERATE_EXAMPLES = """examples:

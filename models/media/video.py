@@ -129,14 +129,40 @@ def _run_ffmpeg(*arguments: str, stdin: bytes | None = None) -> bytes:
     import imageio_ffmpeg
 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *arguments]
-    # In a session of its own, ffmpeg does not see Ctrl-C; `run` then kills it.
-    done = subprocess.run(
-        command, input=stdin, capture_output=True, start_new_session=True
-    )
-    if done.returncode != 0:
-        words = done.stderr.decode(errors="replace").strip()
+    status, output, errors = _run_child(command, stdin)
+    if status != 0:
+        words = errors.decode(errors="replace").strip()
         if os.strerror(errno.ENOSPC) in words:
             raise OSError(errno.ENOSPC, words)
         line = (words.splitlines() or ["no text"])[-1]
-        raise OSError(f"ffmpeg failed with status {done.returncode}: {line}")
-    return done.stdout
+        raise OSError(f"ffmpeg failed with status {status}: {line}")
+    return output
+
+
+def _run_child(command: list[str], stdin: bytes | None) -> tuple[int, bytes, bytes]:
+    """Runs a program, which does not outlive an interrupt.
+
+    `subprocess.run` forgets a child if the interrupt comes while it starts one. Here
+    the object that learns of the child is there first.
+
+    Returns:
+      The exit status, the output and the errors.
+    """
+    child = subprocess.Popen.__new__(subprocess.Popen)
+    child.pid = 0
+    try:
+        subprocess.Popen.__init__(
+            child,
+            command,
+            stdin=None if stdin is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # so that it does not see Ctrl-C, but is killed
+        )
+        output, errors = child.communicate(stdin)
+    except BaseException:
+        if child.pid:
+            child.kill()
+            child.wait()
+        raise
+    return child.returncode, output, errors

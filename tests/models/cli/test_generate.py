@@ -390,14 +390,18 @@ def test_interrupt_during_writing_leaves_whole_files_only(
 WITH_INTERRUPT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from models.cli import main
-sys.exit(main(sys.argv[1:]))
+from models.cli import run_process
+sys.exit(run_process())
 """
 
 
 @pytest.mark.nightly
-def test_real_interrupt_on_a_terminal(checkpoint, tmp_path):
-    """SIGINT in the middle of a long run whose progress bar is on a terminal."""
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_real_signal_on_a_terminal(checkpoint, tmp_path, number, status, words):
+    """A signal in the middle of a long run whose progress bar is on a terminal."""
     terminal, child_side = pty.openpty()
     termios.tcsetwinsize(terminal, (30, 90))
     command = [sys.executable, "-c", WITH_INTERRUPT, "generate", PROMPT]
@@ -407,14 +411,14 @@ def test_real_interrupt_on_a_terminal(checkpoint, tmp_path):
     os.close(child_side)
     try:
         shown = read_until(terminal, "% of pairs")
-        child.send_signal(signal.SIGINT)
-        shown += read_until(terminal, "interrupted")
-        assert child.wait(timeout=60) == 130
+        child.send_signal(number)
+        shown += read_until(terminal, words)
+        assert child.wait(timeout=60) == status
     finally:
         child.kill()
         os.close(terminal)
     assert re.search(r"/100000 \[\d+:\d+<[\d:]+, ", shown), "steps done, time left"
-    assert "draft-video: interrupted" in shown
+    assert f"draft-video: {words}" in shown
     assert "Traceback" not in shown
     assert list(tmp_path.iterdir()) == []
 

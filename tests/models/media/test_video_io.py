@@ -1,7 +1,9 @@
 """Videos, JSON and files that are whole or absent."""
 
 import json
+import os
 import signal
+import subprocess
 
 import imageio_ffmpeg
 import numpy as np
@@ -81,6 +83,27 @@ def test_interrupted_mp4_leaves_nothing(tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_interrupt_while_ffmpeg_starts_ends_it(tmp_path, monkeypatch):
+    """There the child exists, but `subprocess` has not told anybody yet."""
+    slow_ffmpeg = tmp_path / "ffmpeg"
+    slow_ffmpeg.write_text("#!/bin/sh\nexec sleep 60")
+    slow_ffmpeg.chmod(0o755)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(slow_ffmpeg))
+    started = []
+    execute = subprocess.Popen._execute_child
+
+    def interrupt(self, *arguments):
+        execute(self, *arguments)
+        started.append(self.pid)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "_execute_child", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        video_io.write_mp4(tmp_path / "out" / "video.mp4", smooth_video(), fps=8)
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], signal.SIGKILL)
 
 
 def test_failed_ffmpeg_is_told_with_its_words(tmp_path):
