@@ -16,17 +16,17 @@ from pallas_kernels import (
     unchecked_block_sparse_attention,
     unchecked_dense_attention,
 )
-from pallas_kernels.common import Order, validation
+from pallas_kernels.common import AnyArray, Order, to_jax, validation
 
 
 def draft_attention(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
-    v: Float[Array, "B T N D"],
+    q: Float[AnyArray, "B T N D"],
+    k: Float[AnyArray, "B T N D"],
+    v: Float[AnyArray, "B T N D"],
     *,
     grid: VideoGrid,
     config: DraftConfig,
-    text_lengths: Int[Array, " B"] | None = None,
+    text_lengths: Int[AnyArray, " B"] | None = None,
     order: Order = "raster",
     scale: float | None = None,
     backend: BackendName = "auto",
@@ -66,6 +66,7 @@ def draft_attention(
 
     Source: DraftAttention (arXiv 2505.14708).
     """
+    q, k, v = to_jax(q, k, v)
     known_scale, text_lengths = validation.check_attention(
         q, k, v, grid=grid, order=order, scale=scale, text_lengths=text_lengths
     )
@@ -94,15 +95,15 @@ def draft_attention(
 
 
 def scheduled_attention(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
-    v: Float[Array, "B T N D"],
+    q: Float[AnyArray, "B T N D"],
+    k: Float[AnyArray, "B T N D"],
+    v: Float[AnyArray, "B T N D"],
     *,
     grid: VideoGrid,
     config: DraftConfig,
     step: DraftStep,
     mask: BlockMask,
-    text_lengths: Int[Array, " B"] | None = None,
+    text_lengths: Int[AnyArray, " B"] | None = None,
     order: Order = "raster",
     pooled: PooledTokens | None = None,
     scale: float | None = None,
@@ -142,6 +143,7 @@ def scheduled_attention(
 
     Source: DraftAttention (arXiv 2505.14708); its first steps are dense.
     """
+    q, k, v = to_jax(q, k, v)
     # Before a conditional, which would not say what is wrong with its branches.
     known_scale, text_lengths = validation.check_attention(
         q, k, v, grid=grid, order=order, scale=scale, text_lengths=text_lengths

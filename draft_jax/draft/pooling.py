@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from draft_jax.config import DraftConfig
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
-from pallas_kernels.common import Order, validation
+from pallas_kernels.common import AnyArray, Order, to_jax, validation
 from pallas_kernels.pooling import Reduction, Tiling, pool_tiles, reduce_tiles
 
 
@@ -81,7 +81,7 @@ def check_pooled(
 
 
 def pool_tokens(
-    x: Float[Array, "B T N D"],
+    x: Float[AnyArray, "B T N D"],
     grid: VideoGrid,
     *,
     order: Order = "raster",
@@ -105,6 +105,7 @@ def pool_tokens(
 
     Source: DraftAttention (arXiv 2505.14708), low-resolution draft.
     """
+    (x,) = to_jax(x)
     if x.shape[1] != grid.num_visual_tokens:
         raise ValueError(
             f"x has {x.shape[1]} tokens; {grid} has {grid.num_visual_tokens} visual "

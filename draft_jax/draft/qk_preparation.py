@@ -6,13 +6,13 @@ from draft_jax.config import DraftConfig
 from draft_jax.draft.pooling import PooledTokens, reductions_of, tiling_of
 from draft_jax.grid import VideoGrid
 from pallas_kernels import pooling
-from pallas_kernels.common import Order, validation
+from pallas_kernels.common import AnyArray, Order, to_jax, validation
 from pallas_kernels.pooling import QKNorm, Rope, Scales
 
 
 def norm_rope_pool(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
+    q: Float[AnyArray, "B T N D"],
+    k: Float[AnyArray, "B T N D"],
     *,
     grid: VideoGrid,
     config: DraftConfig | None,
@@ -52,6 +52,7 @@ def norm_rope_pool(
         norm or a norm without scales, or order is unknown.
       TypeError: q's dtype is not supported, or k has another.
     """
+    q, k = to_jax(q, k)
     validation.check_qk(q, k)
     validation.check_tokens(q, grid)
     validation.check_order(order)

@@ -16,13 +16,19 @@ from draft_jax.draft.pooling import (
     reductions_of,
 )
 from draft_jax.grid import VideoGrid
-from pallas_kernels.common import Order, validation
-from pallas_kernels.common.static import jit_once, split_scale
+from pallas_kernels.common import (
+    AnyArray,
+    Order,
+    jit_once,
+    split_scale,
+    to_jax,
+    validation,
+)
 
 
 def draft_scores(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
+    q: Float[AnyArray, "B T N D"],
+    k: Float[AnyArray, "B T N D"],
     *,
     grid: VideoGrid,
     config: DraftConfig,
@@ -57,6 +63,7 @@ def draft_scores(
 
     Source: DraftAttention (arXiv 2505.14708), draft attention map.
     """
+    q, k = to_jax(q, k)
     check_draft_inputs(q, k, grid, order)
     pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
     known_scale, scale_array = split_scale(scale)

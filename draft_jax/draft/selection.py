@@ -22,17 +22,24 @@ from draft_jax.draft.scores import (
 )
 from draft_jax.grid import VideoGrid
 from pallas_kernels import ranking
-from pallas_kernels.common import SUPPORTED_DTYPES, Order, current_device
-from pallas_kernels.common.static import jit_once, split_scale
+from pallas_kernels.common import (
+    SUPPORTED_DTYPES,
+    AnyArray,
+    Order,
+    current_device,
+    jit_once,
+    split_scale,
+    to_jax,
+)
 from pallas_kernels.ranking import RankingPath
 
 
 def select_blocks(
-    scores: Float[Array, "B N S S"],
+    scores: Float[AnyArray, "B N S S"],
     *,
     grid: VideoGrid,
     config: DraftConfig,
-    budget: int | Int[Array | np.ndarray, ""] | None = None,
+    budget: int | Int[Array | np.ndarray | np.integer, ""] | None = None,
 ) -> BlockMask:
     """Chooses the block pairs to attend to, for each batch item and head.
 
@@ -64,6 +71,7 @@ def select_blocks(
     Source: DraftAttention (arXiv 2505.14708), sparse mask from the draft map. The
     published code keeps all ties at its threshold and may leave a row empty.
     """
+    (scores,) = to_jax(scores)
     num_visual = grid.num_visual_blocks
     if scores.ndim != 4 or scores.shape[2:] != (num_visual, num_visual):
         raise ValueError(
@@ -169,12 +177,12 @@ def _select(
 
 
 def compute_mask(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
+    q: Float[AnyArray, "B T N D"],
+    k: Float[AnyArray, "B T N D"],
     *,
     grid: VideoGrid,
     config: DraftConfig,
-    budget: int | Int[Array | np.ndarray, ""] | None = None,
+    budget: int | Int[Array | np.ndarray | np.integer, ""] | None = None,
     scale: float | None = None,
     order: Order = "raster",
     pooled: PooledTokens | None = None,
@@ -203,6 +211,7 @@ def compute_mask(
 
     Source: DraftAttention (arXiv 2505.14708).
     """
+    q, k = to_jax(q, k)
     check_draft_inputs(q, k, grid, order)
     return unchecked_mask(
         q,
@@ -222,7 +231,7 @@ def unchecked_mask(
     *,
     grid: VideoGrid,
     config: DraftConfig,
-    budget: int | Int[Array | np.ndarray, ""] | None,
+    budget: int | Int[Array | np.ndarray | np.integer, ""] | None,
     scale: float | None,
     order: Order,
     pooled: PooledTokens | None,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import reference as oracle
 from pallas_kernels.attention import sm90, xla
-from pallas_kernels.common import validation
+from pallas_kernels.common import AnyArray, to_jax, validation
 from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.interfaces import (
     Backend,
@@ -72,15 +72,15 @@ class BackendChoice:
 
 
 def block_sparse_attention(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
-    v: Float[Array, "B T N D"],
+    q: Float[AnyArray, "B T N D"],
+    k: Float[AnyArray, "B T N D"],
+    v: Float[AnyArray, "B T N D"],
     mask: BlockLists,
     *,
     grid: BlockGrid,
     order: Order,
     scale: float | None = None,
-    text_lengths: Int[Array, " B"] | None = None,
+    text_lengths: Int[AnyArray, " B"] | None = None,
     backend: BackendName = "auto",
 ) -> Float[Array, "B T N D"]:
     """Computes softmax attention of each query block over the key blocks it keeps.
@@ -130,15 +130,15 @@ def block_sparse_attention(
 
 
 def block_sparse_attention_with_lse(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
-    v: Float[Array, "B T N D"],
+    q: Float[AnyArray, "B T N D"],
+    k: Float[AnyArray, "B T N D"],
+    v: Float[AnyArray, "B T N D"],
     mask: BlockLists,
     *,
     grid: BlockGrid,
     order: Order,
     scale: float | None = None,
-    text_lengths: Int[Array, " B"] | None = None,
+    text_lengths: Int[AnyArray, " B"] | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
     """Computes `block_sparse_attention` and the log-sum-exp of the logits.
@@ -162,6 +162,7 @@ def block_sparse_attention_with_lse(
       ValueError: As `block_sparse_attention`.
       TypeError: As `block_sparse_attention`.
     """
+    q, k, v = to_jax(q, k, v)
     scale, text_lengths = validation.check_attention(
         q, k, v, grid=grid, order=order, scale=scale, text_lengths=text_lengths
     )

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.attention import sm90
 from pallas_kernels.attention.api import BackendChoice
 from pallas_kernels.attention.dense_xla import chunk_size, chunked_attention
-from pallas_kernels.common import validation
+from pallas_kernels.common import AnyArray, to_jax, validation
 from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.interfaces import BlockGrid
 from pallas_kernels.common.slow_paths import warn_once
@@ -30,13 +30,13 @@ _logger = logging.getLogger(__name__)
 
 
 def dense_attention(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
-    v: Float[Array, "B T N D"],
+    q: Float[AnyArray, "B T N D"],
+    k: Float[AnyArray, "B T N D"],
+    v: Float[AnyArray, "B T N D"],
     *,
     grid: BlockGrid | None = None,
     scale: float | None = None,
-    text_lengths: Int[Array, " B"] | None = None,
+    text_lengths: Int[AnyArray, " B"] | None = None,
     backend: DenseBackendName = "auto",
 ) -> Float[Array, "B T N D"]:
     """Computes softmax attention of every query over every valid key.
@@ -70,6 +70,7 @@ def dense_attention(
       ValueError: A shape, a text length, the scale or the backend is not acceptable.
       TypeError: A dtype or the scale's type is not acceptable.
     """
+    q, k, v = to_jax(q, k, v)
     validation.check_qkv(q, k, v)
     if grid is not None:
         validation.check_tokens(q, grid)

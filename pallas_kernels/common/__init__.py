@@ -1,6 +1,7 @@
 """Interfaces, checks and helpers that all operations share."""
 
 from pallas_kernels.common import validation
+from pallas_kernels.common.arrays import AnyArray, to_jax
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.configuration import (
     describe,
@@ -20,9 +21,11 @@ from pallas_kernels.common.interfaces import (
     Problem,
 )
 from pallas_kernels.common.slow_paths import SlowBackendWarning, warn_once
+from pallas_kernels.common.static import jit_once, split_scale
 
 __all__ = [
     "SUPPORTED_DTYPES",
+    "AnyArray",
     "Backend",
     "BlockGrid",
     "BlockLists",
@@ -34,11 +37,14 @@ __all__ = [
     "describe",
     "describe_device",
     "fold_mapped_axes",
+    "jit_once",
     "make_plain",
     "plain",
     "read",
     "register_configuration",
     "register_export",
+    "split_scale",
+    "to_jax",
     "validation",
     "warn_once",
 ]
