@@ -51,10 +51,11 @@ def _load_mini(
     *,
     parts: Collection[Part],
     loras: Loras,
+    lora_strict: bool,
     text: TextOptions | None,
 ) -> VideoPipeline:
-    """Loads a small model, for which `parts` has no meaning."""
-    del parts
+    """Loads a small model, for which `parts` and `lora_strict` have no meaning."""
+    del parts, lora_strict
     if given := arguments_for_wan(loras, text or TextOptions()):
         named = " and ".join(f"{name}={value!s}" for name, value in given.items())
         raise ValueError(f"{named}: arguments that fit Wan models only")
@@ -77,6 +78,7 @@ def load_pipeline(
     *,
     parts: Collection[Part] = ALL_PARTS,
     loras: Loras = (),
+    lora_strict: bool = True,
     text: TextOptions | None = None,
 ) -> VideoPipeline:
     """Loads a checkpoint of any family, by default the model that ships.
@@ -87,7 +89,11 @@ def load_pipeline(
       path: A folder in the format of `models/mini/weights`, or a published Wan
         model: its folder, or its repository on the hub.
       parts: Parts of a Wan model to load; see `open_wan_parts`.
-      loras: Adapters to merge into a Wan model, each with its strength.
+      loras: Adapters to merge into a Wan model, each with its strength. Steps and
+        guidance that suit one made for few steps are told by
+        `models.checkpoints.lora.find_few_steps`.
+      lora_strict: Whether parts of adapters that mean nothing to the model are
+        refused; else they are skipped with a warning.
       text: Where a Wan model's text encoder runs, whether it is freed before the
         transformer is loaded, and where embeddings are kept. By default it stays
         on the default device.
@@ -111,7 +117,9 @@ def load_pipeline(
         print(result.video.shape)  # one video, frames, height, width, colours
         ```
     """
-    return find_family(path).load(path, parts=parts, loras=loras, text=text)
+    return find_family(path).load(
+        path, parts=parts, loras=loras, lora_strict=lora_strict, text=text
+    )
 
 
 def find_family(path: Path | str | None) -> Family:

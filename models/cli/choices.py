@@ -11,6 +11,7 @@ POOLINGS = ("mean", "mean+max")  # `DraftConfig.pooling`
 EDGE_TILES = ("by_tokens", "as_published")  # `DraftConfig.edge_tiles`
 GUIDANCE_BATCHINGS = ("one_call", "two_calls")
 IMAGE_FITS = ("aspect", "crop")
+LORA_STRICT = ("yes", "no")
 TEXT_DEVICES = ("default", "cpu")
 # The noise levels that each solver can take, its default first.
 GRIDS_OF_SOLVERS: dict[str, tuple[str, ...]] = {

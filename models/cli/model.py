@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from models.cli import options
+from models.cli.adapters import suggest_few_steps
 from models.cli.report import run_details
 from models.diffusion.contexts import as_prompts
 from models.diffusion.pipeline import VideoPipeline
@@ -46,7 +47,12 @@ class Request:
         if find_family(arguments.checkpoint) is WAN:
             negative = (sampling.negative_prompt,) if sampling.guided else ()
             text = dataclasses.replace(text, prompts=(arguments.prompt, *negative))
-        pipeline = load_pipeline(arguments.checkpoint, loras=arguments.lora, text=text)
+        pipeline = load_pipeline(
+            arguments.checkpoint,
+            loras=arguments.lora,
+            lora_strict=arguments.lora_strict == "yes",
+            text=text,
+        )
         if arguments.vae_tile is None:
             return pipeline
         tiling = _tiling(arguments.vae_tile)
@@ -107,6 +113,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
     info = describe_wan(path, text=_text_options(arguments))
     info.conditioning.check_image(given=image is not None)
     sampling = _wan_sampling(arguments, info)
+    suggest_few_steps([file for file, _ in arguments.lora], sampling)
     if image is None:
         info.conditioning.latent_shape(sampling, info.vae)
         return Request(arguments=arguments, sampling=sampling)

@@ -184,6 +184,13 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="adapter (safetensors) to merge into a Wan model; may be repeated",
     )
     parser.add_argument(
+        "--lora-strict",
+        choices=choices.LORA_STRICT,
+        default="yes",
+        help="no: skip parts of adapters that mean nothing to the model, with a note; "
+        "yes: refuse them",
+    )
+    parser.add_argument(
         "--image",
         type=Path,
         metavar="FILE",

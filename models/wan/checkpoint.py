@@ -16,7 +16,12 @@ from models.checkpoints.hub import find_checkpoint
 from models.checkpoints.lora import merge_lora
 from models.checkpoints.memory_map import CheckpointError
 from models.wan.config import WanConfig
-from models.wan.convert import LayoutName, load_wan_transformer, lora_names
+from models.wan.convert import (
+    LORA_FEATURES,
+    LayoutName,
+    load_wan_transformer,
+    lora_names,
+)
 from models.wan.layouts import (
     ALL_PARTS,
     LAYOUTS,
@@ -331,6 +336,7 @@ def open_wan_parts(
     param_dtype: str | None = None,
     parts: Collection[Part] = ALL_PARTS,
     loras: Iterable[tuple[str | os.PathLike, float]] = (),
+    lora_strict: bool = True,
     revision: str | None = None,
     **changes: Any,
 ) -> WanParts:
@@ -345,6 +351,8 @@ def open_wan_parts(
       parts: Parts that are needed; not the text encoder, say, if embeddings have
         been made before. The transformer always is.
       loras: Adapters to merge, each a `.safetensors` file and its strength.
+      lora_strict: Whether parts of adapters that mean nothing to this model are
+        refused; else they are skipped with a warning.
       revision: Branch, tag or commit of a repository.
       **changes: Other fields of `WanConfig` to set, such as `tile`.
 
@@ -354,7 +362,7 @@ def open_wan_parts(
     Raises:
       CheckpointError: The model cannot be found, is incomplete, damaged, or of a
         kind this port lacks; or an adapter is damaged.
-      ConversionError: An adapter does not fit; every key at fault is listed.
+      ConversionError: An adapter does not fit.
       ImportError: The model is on the hub, and `huggingface_hub` is not installed.
     """
     parts = {*parts, "transformer"}
@@ -368,7 +376,14 @@ def open_wan_parts(
 
     weights = folder.weights("transformer")
     for lora, scale in loras:
-        weights = merge_lora(weights, lora, lora_names(weights), scale=scale)
+        weights = merge_lora(
+            weights,
+            lora,
+            lora_names(weights),
+            scale=scale,
+            strict=lora_strict,
+            features=LORA_FEATURES,
+        )
     return WanParts(
         folder=folder,
         config=config,

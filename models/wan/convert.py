@@ -49,6 +49,21 @@ FLOAT32 = (
     "norm_added_k",
 )
 _ENDING = re.compile(r"\.(weight|bias)$")
+_TABLE_ENDING = re.compile(r"\.?modulation$")
+# Parts of modules' names that only some models have, for messages about adapters.
+LORA_FEATURES = {
+    **dict.fromkeys(
+        ("k_img", "v_img", "img_emb", "add_k_proj", "add_v_proj", "norm_added_k"),
+        "image-to-video models",
+    ),
+    "image_embedder": "image-to-video models",
+    "vace": "VACE models",
+    "control_adapter": "models with a camera control",
+    "ref_conv": "models with reference images",
+    "audio": "models with sound",
+    "lora_te": "a text encoder",
+    "text_encoder": "a text encoder",
+}
 
 # The original numbers the entries of `nn.Sequential`; its `norm3` stands before
 # cross-attention, where diffusers says `norm2`.
@@ -124,7 +139,8 @@ def lora_names(keys: Iterable[str]) -> dict[str, str]:
 
     Returns:
       The spellings of both layouts, with dots and with underscores, and the name
-      that the checkpoint itself uses.
+      that the checkpoint itself uses. Keys of LightX2V's differences of tables, such
+      as "blocks.0.diff_m", are among the spellings.
 
     Raises:
       ConversionError: The layout of the keys is unknown.
@@ -140,6 +156,12 @@ def lora_names(keys: Iterable[str]) -> dict[str, str]:
                 if (spelled := other.key_of(path)) is not None:
                     module = _ENDING.sub("", spelled)
                     names[module] = names[module.replace(".", "_")] = base
+                    # LightX2V's differences of a block's table have the block's name.
+                    block, is_table = _TABLE_ENDING.subn(".diff_m", module)
+                    if is_table:
+                        names[block] = base
+                        owner = block.removesuffix(".diff_m").replace(".", "_")
+                        names[f"{owner}.diff_m"] = base
     return names
 
 

@@ -83,6 +83,7 @@ def load_wan(
     *,
     parts: Collection[Part] = ALL_PARTS,
     loras: Iterable[tuple[Path | str, float]] = (),
+    lora_strict: bool = True,
     text: TextOptions | None = None,
 ) -> VideoPipeline:
     """Loads a pipeline: text first, for it may be freed; then the rest.
@@ -91,6 +92,8 @@ def load_wan(
       path: The model's folder, or its repository on the hub.
       parts: What to load; see `open_wan_parts`.
       loras: Adapters to merge, each with its strength.
+      lora_strict: Whether parts of adapters that mean nothing to this model are
+        refused; else they are skipped with a warning.
       text: How prompts become embeddings; `TextOptions()` if None.
 
     Raises:
@@ -103,7 +106,11 @@ def load_wan(
     """
     text = text or TextOptions()
     wan = open_wan_parts(
-        path, dtype=default_dtype(), parts=_needed(parts, text), loras=loras
+        path,
+        dtype=default_dtype(),
+        parts=_needed(parts, text),
+        loras=loras,
+        lora_strict=lora_strict,
     )
     if wan.vae is None:
         raise ValueError("parts must hold 'vae', which decodes the latents")
