@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from models.checkpoints.conversion import ConversionError, best_layout
-from models.checkpoints.listing import list_names, list_problems
+from models.checkpoints.listing import MOST_IN_ALL, list_names, list_problems
 from models.checkpoints.rules import Rule
 from models.wan.convert import load_wan_transformer
 from tests.published_wan import CONFIG, load_published
@@ -25,12 +25,24 @@ def test_long_lists_say_how_much_is_left_out():
     )
 
 
+def test_long_lists_name_every_kind():
+    """One kind must not crowd out the others, and a list stays short in all."""
+    many = [f"unmatched: {'key' * 20}.{i:04}" for i in range(1_000)]
+    lines = list_problems([*many, "half: a", "shape: b"]).split("\n  ")
+    assert lines[1] == "half: a"
+    assert lines[2] == "shape: b"
+    shown = lines[3:-1]
+    assert shown == many[: len(shown)]
+    assert lines[-1] == f"unmatched: and {1_000 - len(shown)} more"
+    assert 1_000 < len("\n  ".join(lines)) <= MOST_IN_ALL
+
+
 def test_a_checkpoint_of_another_kind_is_refused_in_few_words():
     weights = load_published("divided")["original"]
     other = {f"blocks.{i}.{'other' * 100}": np.zeros(2) for i in range(1000)}
     with pytest.raises(ConversionError, match=r"^1000 problems in ") as error:
         load_wan_transformer(weights | other, CONFIG)
-    assert len(str(error.value)) < 26_000
+    assert len(str(error.value)) <= 1_500
     rules = (Rule("x", "x"),)
     with pytest.raises(ConversionError, match="cannot tell the layout of") as error:
         best_layout(other, {"one": rules, "two": rules})

@@ -254,6 +254,25 @@ def test_narrow_weights_keep_what_is_computed_in_float32(published):
     assert set(dtypes.values()) == {"float32", "bfloat16"}
 
 
+def test_parts_of_adapters_for_other_models_are_refused_or_skipped(published, tmp_path):
+    lora = {
+        "diffusion_model.blocks.0.cross_attn.norm_k_img.diff": np.ones(24, np.float32),
+        "diffusion_model.blocks.0.diff_m": np.ones((1, 6, 24), np.float32),
+    }
+    file = tmp_path / "lora.safetensors"
+    safetensors.numpy.save_file(lora, file)
+    loras = [(file, 1.0)]
+    with pytest.raises(ConversionError, match="is for image-to-video models, which"):
+        open_wan_parts(published["original"], loras=loras, **CHANGES)
+    with pytest.warns(UserWarning, match="skipped 1 parts in 2 keys"):
+        parts = open_wan_parts(
+            published["original"], loras=loras, lora_strict=False, **CHANGES
+        )
+    key = "blocks.0.modulation"
+    expected = load_published("divided")["original"][key] + np.float32(1)
+    np.testing.assert_array_equal(np.asarray(parts.weights[key]), expected)
+
+
 def test_adapters_are_merged(published):
     """Values are checked in tests/models/checkpoints/test_lora.py."""
     lora = FIXTURES / "lora_peft.safetensors"
