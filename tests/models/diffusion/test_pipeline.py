@@ -133,6 +133,9 @@ def test_a_program_for_each_kind_of_step(pipeline):
     assert compile_ms > 0
     for kind in kinds:
         assert " conditional(" not in programs[kind].as_text()
+        # The state is given up: its latents and masks become the next state's.
+        given_up = programs[kind].memory_analysis().alias_size_in_bytes
+        assert given_up >= sum(x.nbytes for x in jax.tree.leaves(start[1]))
     # Another schedule of the same shapes compiles only what is new.
     schedule = SparsitySchedule(dense_fraction=0.25, dense_layers=(1,))
     attention = AttentionPlan.draft(config, schedule)

@@ -158,3 +158,11 @@ def test_solvers_by_name(name):
 def test_unknown_solvers_are_named():
     with pytest.raises(ValueError, match="solver='heun' must be one of"):
         make_solver("heun", num_steps=4, shift=3.0)
+
+
+@pytest.mark.parametrize("solver", [FlowEuler, FlowUniPC])
+def test_arrays_that_are_kept_cannot_be_written(solver):
+    scheduler = solver(num_steps=4, shift=3.0)
+    for name in ("sigmas", "timesteps"):
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(scheduler, name)[0] = 0.5
