@@ -12,7 +12,7 @@ from draft_jax.grid import VideoGrid
 from pallas_kernels import dense_attention
 from pallas_kernels.attention import dense_api
 from pallas_kernels.attention.dense_api import choose, why_no_cudnn
-from pallas_kernels.attention.dense_xla import chunked_attention
+from pallas_kernels.attention.dense_xla import chunk_size, chunked_attention
 from pallas_kernels.common.device import Device
 from pallas_kernels.common.slow_paths import SlowBackendWarning
 from tests.pallas_kernels.attention.reference import CASES, numpy_attention, random_qkv
@@ -179,3 +179,20 @@ def test_unknown_backend_is_named():
     q, k, v = random_qkv(VideoGrid(1, 4, 8))
     with pytest.raises(ValueError, match=r"backend='hopper' must be one of \('auto'"):
         dense_attention(q, k, v, backend="hopper")
+
+
+@pytest.mark.parametrize(
+    ("shape", "device", "expected"),
+    [
+        # 2^21 logits of a head: 910 queries, in three equal chunks.
+        ((1, 2304, 12, 128), Device(platform="cpu"), 768),
+        ((1, 75_600, 40, 128), Device(platform="cpu"), 27),  # 2^21 / 75,600 = 27.7
+        # 2^27 logits of all heads: 4,854 queries; 1,920 are fewer.
+        ((1, 1_920, 12, 128), gpu(9, 0), 1_920),
+        ((2, 32_760, 12, 128), gpu(9, 0), 170),  # 170.7
+        ((1, 3 << 20, 12, 128), gpu(9, 0), 16),  # never fewer than 16
+        ((1, 5, 1, 8), Device(platform="cpu"), 5),
+    ],
+)
+def test_chunks_are_equal_and_hold_bounded_logits(shape, device, expected):
+    assert chunk_size(shape, device) == expected

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from draft_jax.block_mask import BlockMask
 from draft_jax.grid import VideoGrid
 from pallas_kernels.attention.dense_xla import chunked_attention
 from pallas_kernels.attention.xla import ChunkConfig, xla_attention
+from tests.matrix_products import products
 
 GRID = VideoGrid(1, 4, 8, tile=(2, 4))  # 4 blocks of 8 tokens
 # A GPU's: products of narrow inputs on its tensor cores.
@@ -25,15 +25,6 @@ def sparse(q, k, v):
 def dense(q, k, v):
     options = {"scale": 1.0, "chunk": 8, "one_head_at_a_time": False}
     return chunked_attention(q, k, v, None, **options)
-
-
-def products(jaxpr):
-    """All matrix products of a program, those of inner ones too."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from products(inner)
 
 
 def summed_in(function, dtype):
