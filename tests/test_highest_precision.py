@@ -34,7 +34,7 @@ def oracle(x):
 def adapter(x):
     """A merged weight is rounded once, when it is stored."""
     halves = {"x.lora_A.weight": x[0, :4, 0], "x.lora_B.weight": x[0, :, 0, :4]}
-    merged = merge_lora({"x.weight": np.zeros((32, 8))}, halves, {"x": "x"})
+    merged = merge_lora({"x.weight": np.zeros((32, 8), np.float32)}, halves, {"x": "x"})
     return jnp.asarray(merged["x.weight"])
 
 
