@@ -25,7 +25,12 @@ from draft_jax import _shadowing  # noqa: F401  first: explains failing imports
 from draft_jax.attention import draft_attention, initial_mask, scheduled_attention
 from draft_jax.attention_plan import AttentionPlan
 from draft_jax.block_mask import BlockMask
-from draft_jax.config import DraftConfig, kept_pairs_budget, mask_capacity
+from draft_jax.config import (
+    DraftConfig,
+    SparsityWarning,
+    kept_pairs_budget,
+    mask_capacity,
+)
 from draft_jax.debugging import check_finite, check_positions
 from draft_jax.draft.pooling import PooledTokens, pool_tokens
 from draft_jax.draft.qk_preparation import QKNorm, norm_rope_pool
@@ -57,6 +62,7 @@ __all__ = [
     "PooledTokens",
     "QKNorm",
     "SparsitySchedule",
+    "SparsityWarning",
     "StepKind",
     "StepPlan",
     "VideoGrid",

@@ -7,11 +7,15 @@ from fractions import Fraction
 from typing import Literal, get_args
 
 from draft_jax.grid import VideoGrid
-from pallas_kernels.common import make_plain, register_configuration
+from pallas_kernels.common import make_plain, register_configuration, warn_once
 
 Pooling = Literal["mean", "mean+max"]
 EdgeTiles = Literal["by_tokens", "as_published"]
 Selection = Literal["percentile", "row_topk", "top_p"]
+
+
+class SparsityWarning(UserWarning):
+    """More is computed than the sparsity says: the video has too few blocks for it."""
 
 
 @register_configuration
@@ -145,6 +149,41 @@ def mask_capacity(grid: VideoGrid, config: DraftConfig) -> int:
     # `kept` pairs fill at least ceil(kept / S) rows; each other row may need one more.
     most_empty_rows = 0 if per_row else num_visual - math.ceil(kept / num_visual)
     return kept + most_empty_rows + text_pairs
+
+
+def warn_of_few_blocks(sparsity: float, grid: VideoGrid) -> None:
+    """Warns once if a sparsity can't be had because tiles are too large for the video.
+
+    Each query block keeps at least one key block, a share 1 / S of all.
+    """
+    num_visual = grid.num_visual_blocks
+    share = 1 - Fraction(str(sparsity))
+    if share * num_visual >= 1:
+        return
+    smaller = _tile_for(share, grid)
+    remedy = "no tile is small enough"
+    if smaller is not None:
+        remedy = f"use smaller tiles, such as VideoGrid(..., tile={smaller})"
+    warn_once(
+        f"sparsity={sparsity} can't be had: {grid} has {num_visual} visual blocks, "
+        f"and each keeps at least one. At least {1 / num_visual:.3g} of the block "
+        f"pairs are computed, not {float(share):.3g}: {remedy}, or ask for at most "
+        f"sparsity={1 - 1 / num_visual:.3g}",
+        SparsityWarning,
+    )
+
+
+def _tile_for(share: Fraction, grid: VideoGrid) -> tuple[int, int] | None:
+    """Returns the first tile with blocks enough, halving the longer side each time."""
+    rows, columns = grid.tile
+    while (rows, columns) != (1, 1):
+        rows, columns = (
+            (rows, -(-columns // 2)) if columns > rows else (-(-rows // 2), columns)
+        )
+        smaller = dataclasses.replace(grid, tile=(rows, columns))
+        if share * smaller.num_visual_blocks >= 1:
+            return rows, columns
+    return None
 
 
 def check_sparsity(name: str, value: object) -> None:

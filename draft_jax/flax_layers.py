@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from flax.nnx.nn import dtypes
@@ -18,11 +19,20 @@ from draft_jax.config import DraftConfig
 from draft_jax.grid import VideoGrid
 from draft_jax.schedule import DraftStep
 from pallas_kernels import BackendName
-from pallas_kernels.common import Order, validation
+from pallas_kernels.common import AnyArray, Order, make_plain, validation
 
 # Turns the tokens of q or k, e.g. by a rotary embedding: [B, T, N, D] to the same.
 TokenTransform = Callable[[jax.Array], jax.Array]
 
+_DEFAULT_PRECISIONS = (
+    None,
+    jax.lax.Precision.DEFAULT,
+    jax.lax.DotAlgorithmPreset.DEFAULT,
+    "default",
+    "DEFAULT",
+    "fastest",
+)
+_NUMBERS = (bool, int, float, np.generic)
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
 
@@ -43,7 +53,8 @@ class DraftAttention(nnx.Module):
       order: Order of the visual tokens; see `draft_attention`.
       normalize_qk: Apply RMS norm to queries and keys, per head.
       use_bias: Whether the projections have a bias.
-      dtype: Computation type; inferred from inputs and parameters by default.
+      dtype: Computation type: queries, keys and values are cast to it. Inferred from
+        inputs and parameters by default; the three must then come out alike.
       param_dtype: Type of the parameters.
       precision: Precision of the projections.
       kernel_init: Initializer of the projections' kernels.
@@ -88,6 +99,7 @@ class DraftAttention(nnx.Module):
         self.config = config
         self.order = order
         self.backend = backend
+        self.dtype = dtype
         heads = (num_heads, qkv_features // num_heads)
         settings: dict[str, Any] = {
             "use_bias": use_bias,
@@ -114,10 +126,10 @@ class DraftAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T C"],
+        x: Float[AnyArray, "B T C"],
         *,
         grid: VideoGrid,
-        text_lengths: Int[Array, " B"] | None = None,
+        text_lengths: Int[AnyArray, " B"] | None = None,
         qk_transform: TokenTransform | None = None,
     ) -> Float[Array, "B T C_out"]:
         """Applies the layer, sparse by a new draft.
@@ -151,12 +163,12 @@ class DraftAttention(nnx.Module):
 
     def scheduled(
         self,
-        x: Float[Array, "B T C"],
+        x: Float[AnyArray, "B T C"],
         *,
         grid: VideoGrid,
         step: DraftStep,
         mask: BlockMask,
-        text_lengths: Int[Array, " B"] | None = None,
+        text_lengths: Int[AnyArray, " B"] | None = None,
         qk_transform: TokenTransform | None = None,
     ) -> tuple[Float[Array, "B T C_out"], BlockMask]:
         """Applies the layer on one step of a `SparsitySchedule`.
@@ -192,7 +204,7 @@ class DraftAttention(nnx.Module):
         return self.out(out), mask
 
     def project(
-        self, x: Float[Array, "B T C"], qk_transform: TokenTransform | None = None
+        self, x: Float[AnyArray, "B T C"], qk_transform: TokenTransform | None = None
     ) -> tuple[
         Float[Array, "B T N D"], Float[Array, "B T N D"], Float[Array, "B T N D"]
     ]:
@@ -207,14 +219,23 @@ class DraftAttention(nnx.Module):
             embedding.
 
         Returns:
-          Queries and keys, normalised and transformed, and values.
+          Queries and keys, normalised and transformed, and values; in the layer's dtype
+          if it was given one.
+
+        Raises:
+          ValueError: x is not [batch, tokens, channels].
         """
+        if x.ndim != 3:
+            raise ValueError(
+                f"x has shape {x.shape}; expected [batch, tokens, channels]. Without a "
+                "batch, pass x[None] and take [0] of the result"
+            )
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.normalize_qk:
             q, k = self.query_norm(q), self.key_norm(k)
         if qk_transform is not None:
             q, k = qk_transform(q), qk_transform(k)
-        return q, k, v
+        return _cast((q, k, v), self.dtype)
 
 
 def draft_attention_fn(
@@ -229,7 +250,11 @@ def draft_attention_fn(
 
     For `flax.nnx.MultiHeadAttention` and `flax.linen.MultiHeadDotProductAttention`.
     What block-sparse attention cannot do (masks and biases over tokens, dropout,
-    causal masks, sown weights, grouped heads) raises instead of being ignored.
+    causal masks, sown weights, grouped heads, keys of another length) raises instead
+    of being ignored.
+
+    Flax hands on no lengths of a padded text. Bind them where the layer is called:
+    `functools.partial(draft_attention_fn(grid, config), text_lengths=lengths)`.
 
     Args:
       grid: Geometry of the sequence.
@@ -260,13 +285,16 @@ class DraftAttentionFn:
     scale: float | None
     backend: BackendName
 
+    def __post_init__(self) -> None:
+        make_plain(self)
+
     # Linen passes only arguments that the signature names, so every argument that
     # Flax knows is named: otherwise a user's bias or dropout would vanish silently.
     def __call__(
         self,
-        query: Float[Array, "*batch T N D"],
-        key: Float[Array, "*batch T_k N_k D"],
-        value: Float[Array, "*batch T_k N_k D"],
+        query: Float[AnyArray, "*batch T N D"],
+        key: Float[AnyArray, "*batch_k T_k N_k D"],
+        value: Float[AnyArray, "*batch_k T_k N_k D_v"],
         bias: Array | None = None,
         mask: Array | None = None,
         broadcast_dropout: bool = True,
@@ -283,6 +311,7 @@ class DraftAttentionFn:
         einsum_dot_general: Callable[..., Array] | None = None,
         qk_attn_weights_einsum: Callable[..., Array] | None = None,
         attn_weights_value_einsum: Callable[..., Array] | None = None,
+        text_lengths: Int[AnyArray, "*batch"] | None = None,
     ) -> Float[Array, "*batch T N D"]:
         """Attends; takes the arguments of Flax's `dot_product_attention`.
 
@@ -291,21 +320,24 @@ class DraftAttentionFn:
           key: Keys, like query.
           value: Values, like query.
           bias: Not supported.
-          mask: Not supported: pass block masks to `draft_attention`.
+          mask: Not supported: text_lengths exclude padding, and
+            `pallas_kernels.block_sparse_attention` takes masks of blocks.
           broadcast_dropout: Without effect, as there is no dropout.
           dropout_rng: Without effect, as there is no dropout.
           dropout_rate: Must be 0 unless deterministic.
           deterministic: Whether dropout is off.
-          dtype: Computation type; inferred by default. Softmax is always float32.
-          precision: Not supported: the backend chooses it.
+          dtype: Computation type: query, key and value are cast to it. None where they
+            are of one type, as `draft_attention` takes them. Softmax is always float32.
+          precision: Must be the default: the backend chooses it.
           module: Not supported: there are no dense weights to sow.
-          promote_dtype: How query, key and value get one type.
+          promote_dtype: How query, key and value get `dtype`.
           is_causal: Not supported.
           input_positions: Not supported.
           force_fp32_for_softmax: Always so.
           einsum_dot_general: Not supported.
           qk_attn_weights_einsum: Not supported.
           attn_weights_value_einsum: Not supported.
+          text_lengths: Valid text tokens of each batch item; see `draft_attention`.
 
         Returns:
           The output, like query.
@@ -313,12 +345,13 @@ class DraftAttentionFn:
         Raises:
           NotImplementedError: An argument above that is not supported is given.
           ValueError: The shapes do not fit the grid or each other.
+          TypeError: Types differ and dtype is None, or one is not supported.
         """
         unsupported = {
             "bias": bias,
             "mask": mask,
             "dropout_rate": dropout_rate if not deterministic else None,
-            "precision": precision,
+            "precision": None if _is_default(precision) else precision,
             "module (sow_weights)": module,
             "is_causal": is_causal,
             "input_positions": input_positions,
@@ -327,12 +360,29 @@ class DraftAttentionFn:
             "attn_weights_value_einsum": attn_weights_value_einsum,
         }
         _refuse(unsupported)
-        *batch, _, _, _ = query.shape
-        query, key, value = promote_dtype((query, key, value), dtype=dtype)
+        batch = query.shape[:-3]
+        for name, array in (("key", key), ("value", value)):
+            # Batches of other axes may hold as many items: [2, 3, ...] and [3, 2, ...].
+            if array.shape[:-3] != batch:
+                raise ValueError(
+                    f"{name} has shape {array.shape}, batch {array.shape[:-3]}; it "
+                    f"must equal query's batch {batch}, of shape {query.shape}"
+                )
+        if text_lengths is not None:
+            if text_lengths.shape != batch:
+                raise ValueError(
+                    f"text_lengths has shape {text_lengths.shape}; expected query's "
+                    f"batch {batch}"
+                )
+            text_lengths = text_lengths.reshape(-1)
         out = draft_attention(
-            *(rearrange(x, "... T N D -> (...) T N D") for x in (query, key, value)),
+            *(
+                rearrange(x, "... T N D -> (...) T N D")
+                for x in _cast((query, key, value), dtype, promote_dtype)
+            ),
             grid=self.grid,
             config=self.config,
+            text_lengths=text_lengths,
             order=self.order,
             scale=self.scale,
             backend=self.backend,
@@ -340,13 +390,36 @@ class DraftAttentionFn:
         return out.reshape(*batch, *out.shape[1:])
 
 
+def _cast(
+    qkv: tuple[Array, Array, Array],
+    dtype: Dtype | None,
+    promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+) -> tuple[Array, Array, Array]:
+    """Casts to a dtype that was chosen; without one `draft_attention` has its say."""
+    return qkv if dtype is None else promote_dtype(qkv, dtype=dtype)
+
+
+def _is_default(precision: Any) -> bool:
+    """Returns whether a precision is what none is, in any of JAX's spellings."""
+    if isinstance(precision, (tuple, list)):
+        return all(map(_is_default, precision))
+    return precision in _DEFAULT_PRECISIONS
+
+
+# What else serves the purpose of an argument that is refused.
+_INSTEAD = {
+    "mask": ": padding after the text is said by text_lengths, see draft_attention_fn; "
+    "masks of blocks go to pallas_kernels.block_sparse_attention",
+}
+
+
 def _refuse(arguments: dict[str, Any]) -> None:
     """Raises if any argument is something else than None, False or 0."""
     for name, value in arguments.items():
-        if value is None or (isinstance(value, (bool, float, int)) and not value):
+        if value is None or (isinstance(value, _NUMBERS) and not value):
             continue
         shown = f"array {value.shape}" if hasattr(value, "shape") else repr(value)
         raise NotImplementedError(
             f"{name}={shown} is not supported by draft_attention_fn; accepted is only "
-            "the default"
+            f"the default{_INSTEAD.get(name, '')}"
         )

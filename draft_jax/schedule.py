@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Real
 
-from draft_jax.config import DraftConfig, check_sparsity, is_real, static_budget
+from draft_jax.config import (
+    DraftConfig,
+    check_sparsity,
+    is_real,
+    static_budget,
+    warn_of_few_blocks,
+)
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
 from pallas_kernels.common import make_plain, register_configuration
@@ -339,6 +345,7 @@ class SparsitySchedule:
         dense_steps = self._dense_steps(timesteps)
         dense_layers = np.isin(np.arange(num_layers), self.dense_layers)
         sparsity = self._sparsity_per_step(len(timesteps), config)
+        warn_of_few_blocks(max(sparsity), grid)
         sparse_steps_before = np.cumsum(~dense_steps) - ~dense_steps
         return StepPlan(
             dense=dense_steps[:, None] | dense_layers,

@@ -106,6 +106,7 @@ def pool_tokens(
     Source: DraftAttention (arXiv 2505.14708), low-resolution draft.
     """
     (x,) = to_jax(x)
+    validation.check_axes("x", x)
     if x.shape[1] != grid.num_visual_tokens:
         raise ValueError(
             f"x has {x.shape[1]} tokens; {grid} has {grid.num_visual_tokens} visual "

@@ -12,7 +12,12 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from draft_jax.block_mask import BlockMask
-from draft_jax.config import DraftConfig, mask_capacity, static_budget
+from draft_jax.config import (
+    DraftConfig,
+    mask_capacity,
+    static_budget,
+    warn_of_few_blocks,
+)
 from draft_jax.draft import head_chunks
 from draft_jax.draft.pooling import PooledTokens
 from draft_jax.draft.scores import (
@@ -84,6 +89,7 @@ def select_blocks(
             f"{', '.join(SUPPORTED_DTYPES)}"
         )
     _check_budget(budget, grid, config)
+    warn_of_few_blocks(config.sparsity, grid)
     task = _Task.of(scores, grid, config)
     return _select_in_chunks(task, scores, budget).vouched_for()
 
@@ -237,6 +243,7 @@ def unchecked_mask(
     pooled: PooledTokens | None,
 ) -> BlockMask:
     """Computes `compute_mask` for a caller that has checked q, k and order."""
+    warn_of_few_blocks(config.sparsity, grid)
     q, k, pooled = jax.lax.stop_gradient((q, k, pooled))
     pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
     _check_budget(budget, grid, config)

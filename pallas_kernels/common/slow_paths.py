@@ -1,4 +1,4 @@
-"""The warning that a call runs slower than its device allows, issued once."""
+"""Warnings that are issued once, such as that a call is slower than it could be."""
 
 import os
 import pathlib
@@ -19,12 +19,12 @@ class SlowBackendWarning(UserWarning):
 _warned: set[str] = set()
 
 
-def warn_once(message: str) -> None:
-    """Issues a SlowBackendWarning unless the same message was issued before.
+def warn_once(message: str, category: type[UserWarning] = SlowBackendWarning) -> None:
+    """Issues a warning unless the same message was issued before.
 
     It is shown with the line outside this project that led here, however many of our
     functions lie between.
     """
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, SlowBackendWarning, skip_file_prefixes=_OURS)
+        warnings.warn(message, category, skip_file_prefixes=_OURS)

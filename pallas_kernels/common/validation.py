@@ -29,11 +29,7 @@ def check_qk(q: jax.Array, k: jax.Array) -> None:
 
 def _check_alike(*, q: jax.Array, **others: jax.Array) -> None:
     for name, array in {"q": q, **others}.items():
-        if array.ndim != 4 or 0 in array.shape:
-            raise ValueError(
-                f"{name} has shape {array.shape}; expected [batch, tokens, heads, "
-                "head_dim] with every size at least 1"
-            )
+        check_axes(name, array)
         if array.dtype.name not in SUPPORTED_DTYPES:
             raise TypeError(
                 f"{name} has dtype {array.dtype.name}; accepted are "
@@ -43,12 +39,46 @@ def _check_alike(*, q: jax.Array, **others: jax.Array) -> None:
         if array.shape != q.shape:
             raise ValueError(
                 f"{name} has shape {array.shape}; it must equal q's shape {q.shape}"
+                f"{_remedy(name, array.shape, q.shape)}"
             )
         if array.dtype != q.dtype:
             raise TypeError(
                 f"{name} has dtype {array.dtype.name}; it must equal q's dtype "
-                f"{q.dtype.name}"
+                f"{q.dtype.name}: cast one of them, such as by "
+                f"{name}.astype(q.dtype)"
             )
+
+
+def check_axes(name: str, array: jax.Array) -> None:
+    """Raises ValueError unless an array is [batch, tokens, heads, head_dim]."""
+    if array.ndim == 4 and 0 not in array.shape:
+        return
+    unbatched = f". Without a batch, pass {name}[None] and take [0] of the result"
+    raise ValueError(
+        f"{name} has shape {array.shape}; expected [batch, tokens, heads, "
+        "head_dim] with every size at least 1"
+        f"{unbatched if array.ndim == 3 else ''}"
+    )
+
+
+def _remedy(name: str, shape: tuple[int, ...], of_q: tuple[int, ...]) -> str:
+    """Returns what to do about an array whose shape differs from q's, if one knows."""
+    differing = [axis for axis in range(4) if shape[axis] != of_q[axis]]
+    if differing == [2] and of_q[2] % shape[2] == 0:
+        return (
+            ": attention has no grouped heads; repeat those of keys and values, "
+            f"jnp.repeat({name}, {of_q[2] // shape[2]}, axis=2)"
+        )
+    if 1 in differing:
+        return (
+            ": this is self-attention only. jax.nn.dot_product_attention attends to "
+            "keys of another length"
+        )
+    if differing == [0] and shape[0] == 1:
+        return f": one item serves no batch; use jnp.broadcast_to({name}, q.shape)"
+    if differing == [3] and name == "v":
+        return ": pad the channels of the narrower ones with zeros"
+    return ""
 
 
 def check_tokens(q: jax.Array, grid: BlockGrid) -> None:

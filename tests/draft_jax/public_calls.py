@@ -41,6 +41,7 @@ NOT_COMPUTED = frozenset(
         "draft_jax.PooledTokens",
         "draft_jax.QKNorm",
         "draft_jax.SparsitySchedule",
+        "draft_jax.SparsityWarning",
         "draft_jax.StepKind",
         "draft_jax.StepPlan",
         "draft_jax.VideoGrid",

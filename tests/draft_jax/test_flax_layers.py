@@ -1,10 +1,8 @@
 """The Flax layers against NumPy projections around the NumPy method."""
 
-import dataclasses
 import functools
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,62 +11,27 @@ from flax import nnx
 
 from draft_jax import (
     BlockMask,
-    DraftAttention,
     DraftConfig,
     SparsitySchedule,
-    VideoGrid,
     constant_step,
+    draft_attention,
     draft_attention_fn,
     initial_mask,
 )
 from pallas_kernels import block_sparse_attention
 from tests.draft_jax import naive_draft
-
-GRID = VideoGrid(2, 5, 7, tile=(2, 4), text_length=6)  # S = 12, 1 text block
-CONFIG = DraftConfig(sparsity=0.6)
-FEATURES, HEADS, DIM = 12, 2, 8
-
-# Largest error measured: 5e-7.
-F32 = {"rtol": 1e-5, "atol": 5e-6}
-
-make_layer = functools.partial(
-    DraftAttention,
-    num_heads=HEADS,
-    in_features=FEATURES,
-    qkv_features=HEADS * DIM,
-    config=CONFIG,
-    bias_init=nnx.initializers.normal(0.3),
+from tests.draft_jax.flax_cases import (
+    CONFIG,
+    DIM,
+    F32,
+    FEATURES,
+    GRID,
+    HEADS,
+    make_layer,
+    numpy_layer,
+    numpy_parameters,
+    random_x,
 )
-
-
-def random_x(batch=2, seed=0):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(batch, GRID.num_tokens, FEATURES))
-    return jnp.asarray(x, jnp.float32)
-
-
-def numpy_parameters(layer):
-    """Kernel and bias of each projection in float64."""
-    return {
-        name: [
-            np.asarray(getattr(layer, name).kernel[...], np.float64),
-            np.asarray(getattr(layer, name).bias[...], np.float64),
-        ]
-        for name in ("query", "key", "value", "out")
-    }
-
-
-def numpy_layer(parameters, x, *, sparsity=0.6, text_lengths=None, qk=lambda x, _: x):
-    """Project, draft, attend, project; `qk(tokens, name)` follows the projection."""
-    x = np.asarray(x, np.float64)
-    q, k, v = (
-        np.einsum("btc,cnd->btnd", x, parameters[name][0]) + parameters[name][1]
-        for name in ("query", "key", "value")
-    )
-    q, k = qk(q, "query"), qk(k, "key")
-    kept = naive_draft.percentile_mask(q, k, GRID, sparsity)
-    out = naive_draft.attention(q, k, v, kept, GRID, text_lengths)
-    return np.einsum("btnd,ndc->btc", out, parameters["out"][0]) + parameters["out"][1]
 
 
 def test_layer_matches_numpy():
@@ -125,164 +88,46 @@ def test_weights_move_to_and_from_the_layer_of_flax():
     np.testing.assert_allclose(ours(x, grid=GRID), flax_layer(x), **F32)
 
 
-def test_attention_fn_in_nnx_multi_head_attention():
-    layer = nnx.MultiHeadAttention(
-        HEADS,
-        FEATURES,
-        HEADS * DIM,
-        bias_init=nnx.initializers.normal(0.3),
-        decode=False,
-        attention_fn=draft_attention_fn(GRID, CONFIG),
-        rngs=nnx.Rngs(2),
-    )
-    x = random_x()
-    expected = numpy_layer(numpy_parameters(layer), x)
-    np.testing.assert_allclose(layer(x), expected, **F32)
+def rotated(x):
+    """A rotary embedding that computes in float32, whatever comes in."""
+    return x.astype(jnp.float32)
 
 
-def linen_layer(**options):
-    options = {"attention_fn": draft_attention_fn(GRID, CONFIG)} | options
-    return nn.MultiHeadDotProductAttention(
-        num_heads=HEADS,
-        qkv_features=HEADS * DIM,
-        bias_init=nn.initializers.normal(0.3),
-        **options,
-    )
-
-
-def test_attention_fn_in_linen_multi_head_attention():
-    layer, x = linen_layer(), random_x()
-    variables = jax.jit(layer.init)(jax.random.key(0), x)
-    parameters = {
-        name: [np.asarray(p["kernel"], np.float64), np.asarray(p["bias"], np.float64)]
-        for name, p in variables["params"].items()
-    }
-    out = jax.jit(layer.apply)(variables, x)
-    np.testing.assert_allclose(out, numpy_layer(parameters, x), **F32)
-
-
-def test_attention_fn_takes_any_number_of_batch_axes():
-    rng = np.random.default_rng(0)
-    shape = (3, 2, 1, GRID.num_tokens, HEADS, DIM)  # q, k, v, two batch axes
-    q, k, v = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    attend = draft_attention_fn(GRID, CONFIG, scale=0.5)
-    batched = attend(q, k, v)
-    chex.assert_shape(batched, shape[1:])
-    for item in range(2):
-        tokens = [np.asarray(x[item], np.float64) for x in (q, k, v)]
-        # A scale of 0.5 instead of 1 / sqrt(8) in the draft and in the attention.
-        factor = 0.5 * DIM**0.5
-        kept = naive_draft.percentile_mask(factor * tokens[0], tokens[1], GRID, 0.6)
-        expected = naive_draft.attention(*tokens, kept, GRID, scale=0.5)
-        np.testing.assert_allclose(batched[item], expected, **F32)
-    np.testing.assert_array_equal(attend(q[0, 0], k[0, 0], v[0, 0]), batched[0, 0])
-
-
-def test_attention_fn_is_hashable_by_its_arguments():
-    first = draft_attention_fn(GRID, CONFIG)
-    assert first == draft_attention_fn(GRID, CONFIG)
-    assert hash(first) == hash(draft_attention_fn(GRID, CONFIG))
-    assert first != draft_attention_fn(GRID, CONFIG, order="tiled")
-
-
-def test_attention_fn_promotes_dtypes():
-    shape = (1, GRID.num_tokens, 1, 4)
-    half = jnp.ones(shape, jnp.bfloat16)
-    attend = draft_attention_fn(GRID, CONFIG)
-    mixed = jax.eval_shape(attend, half, half, jnp.ones(shape))
-    assert mixed.dtype == jnp.float32
-    chosen = jax.eval_shape(functools.partial(attend, dtype=jnp.float16), *[half] * 3)
-    assert chosen.dtype == jnp.float16
-
-
-REFUSED = {
-    "bias": {"bias": jnp.zeros((1, 1, 1, 1))},
-    "mask": {"mask": jnp.ones((1, 1, 1, 1), bool)},
-    "dropout_rate": {"dropout_rate": 0.1},
-    "precision": {"precision": "highest"},
-    "module": {"module": nnx.Module()},
-    "is_causal": {"is_causal": True},
-    "input_positions": {"input_positions": jnp.arange(3)},
-    "einsum_dot_general": {"einsum_dot_general": jax.lax.dot_general},
-    "qk_attn_weights_einsum": {"qk_attn_weights_einsum": jnp.einsum},
-    "attn_weights_value_einsum": {"attn_weights_value_einsum": jnp.einsum},
+MIXED = {  # float32 queries and keys, bfloat16 values; and a dtype, if one is given
+    "draft_attention": lambda q, v, dtype: draft_attention(
+        *(x if dtype is None else x.astype(dtype) for x in (q, q, v)),
+        grid=GRID,
+        config=CONFIG,
+    ),
+    "draft_attention_fn": lambda q, v, dtype: draft_attention_fn(GRID, CONFIG)(
+        q, q, v, dtype=dtype
+    ),
+    "layer": lambda q, v, dtype: make_layer(
+        dtype=dtype, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )(random_x().astype(jnp.bfloat16), grid=GRID, qk_transform=rotated),
+    "scheduled layer": lambda q, v, dtype: make_layer(
+        dtype=dtype, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    ).scheduled(
+        random_x().astype(jnp.bfloat16),
+        grid=GRID,
+        step=constant_step(GRID, CONFIG),
+        mask=initial_mask(GRID, CONFIG, batch=2, num_heads=HEADS),
+        qk_transform=rotated,
+    )[0],
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_attention_fn_refuses_what_it_cannot_do(name):
-    q = jnp.ones((1, GRID.num_tokens, 1, 4))
-    with pytest.raises(NotImplementedError, match=rf"{name}.* is not supported by dra"):
-        draft_attention_fn(GRID, CONFIG)(q, q, q, **REFUSED[name])
-
-
-def test_dropout_is_accepted_when_deterministic():
-    q = jnp.ones((1, GRID.num_tokens, 1, 4))
-    attend = draft_attention_fn(GRID, CONFIG)
-    out = attend(q, q, q, dropout_rate=0.5, deterministic=True)
-    np.testing.assert_array_equal(out, attend(q, q, q))
-
-
-def nnx_layer(**options):
-    attention_fn = draft_attention_fn(GRID, CONFIG)
-    options = {"decode": False, "attention_fn": attention_fn} | options
-    return nnx.MultiHeadAttention(
-        HEADS, FEATURES, HEADS * DIM, rngs=nnx.Rngs(0), **options
-    )
-
-
-@pytest.mark.parametrize(
-    ("message", "call"),
-    [
-        ("mask=array", lambda x, mask: nnx_layer()(x, mask=mask)),
-        ("is_causal=True", lambda x, mask: nnx_layer()(x, is_causal=True)),
-        ("sow_weights", lambda x, mask: nnx_layer()(x, sow_weights=True)),
-        (
-            "dropout_rate=0.1",
-            lambda x, mask: nnx_layer(dropout_rate=0.1, deterministic=False)(
-                x, rngs=nnx.Rngs(dropout=0)
-            ),
-        ),
-        (
-            "mask=array",
-            lambda x, mask: linen_layer().init(jax.random.key(0), x, mask=mask),
-        ),
-        (
-            "sow_weights",
-            lambda x, mask: linen_layer().init(jax.random.key(0), x, sow_weights=True),
-        ),
-        (
-            "dropout_rate=0.1",
-            lambda x, mask: linen_layer(dropout_rate=0.1, deterministic=False).init(
-                jax.random.key(0), x
-            ),
-        ),
-    ],
-    ids=[
-        "nnx-mask",
-        "nnx-causal",
-        "nnx-sow",
-        "nnx-dropout",
-        "linen-mask",
-        "linen-sow",
-        "linen-dropout",
-    ],
-)
-def test_options_of_the_flax_layers_are_refused(message, call):
-    mask = jnp.ones((2, 1, GRID.num_tokens, GRID.num_tokens), bool)
-    with pytest.raises(NotImplementedError, match=message):
-        call(random_x(), mask)
-
-
-def test_wrong_number_of_tokens_is_named():
-    with pytest.raises(ValueError, match="7 tokens; VideoGrid"):
-        nnx_layer()(random_x()[:, :7])
-
-
+@pytest.mark.parametrize("name", MIXED)
 @pytest.mark.usefixtures("without_annotations")
-def test_cross_attention_is_named():
-    with pytest.raises(ValueError, match=r"k has shape .* must equal q's shape"):
-        nnx_layer()(random_x(), random_x()[:, :7])
+def test_mixed_dtypes_are_one_rule(name):
+    """Refused by one message; a dtype that is given is what all are cast to."""
+    q = jnp.ones((1, GRID.num_tokens, 1, 4))
+    call = functools.partial(MIXED[name], q, q.astype(jnp.bfloat16))
+    with pytest.raises(
+        TypeError, match="v has dtype bfloat16; it must equal q's dtype float32: cast"
+    ):
+        call(None)
+    assert jax.eval_shape(functools.partial(call, jnp.float16)).dtype == jnp.float16
 
 
 def test_gradient_of_the_parameters_matches_finite_differences():
@@ -444,14 +289,3 @@ def test_own_mask_between_the_projections():
     kernel, bias = parameters["out"]
     want = np.einsum("btnd,ndc->btc", want, kernel) + bias
     np.testing.assert_allclose(layer.out(attended), want, **F32)
-
-
-@pytest.mark.usefixtures("without_annotations")
-def test_bad_order_of_the_attention_fn():
-    with pytest.raises(ValueError, match="order='morton' must be one of"):
-        draft_attention_fn(GRID, CONFIG, order="morton")
-
-
-def test_attention_fn_is_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        draft_attention_fn(GRID, CONFIG).order = "tiled"
