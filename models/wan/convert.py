@@ -159,9 +159,7 @@ def lora_names(keys: Iterable[str]) -> dict[str, str]:
                     # LightX2V's differences of a block's table have the block's name.
                     block, is_table = _TABLE_ENDING.subn(".diff_m", module)
                     if is_table:
-                        names[block] = base
-                        owner = block.removesuffix(".diff_m").replace(".", "_")
-                        names[f"{owner}.diff_m"] = base
+                        names[block] = names[block.replace(".", "_")] = base
     return names
 
 

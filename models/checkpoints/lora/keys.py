@@ -107,6 +107,11 @@ def sort_by_module(
     Returns:
       The tensors by the model's name and role; and the keys that have none.
     """
+    features = {
+        part: feature
+        for part, feature in features.items()
+        if not any(part in name for name in names)
+    }
     modules: dict[str, dict[str, Part]] = {}
     adapters: dict[str, str] = {}  # the first key of each name
     problems = []
@@ -115,8 +120,8 @@ def sort_by_module(
         if parsed is None:
             problems.append(_unknown(key))
             continue
-        module = next(
-            (bare for bare in _bare_names(parsed.module) if bare in names), None
+        module = _find(parsed.module, names) or _find(
+            parsed.module.replace(".", "_"), names
         )
         if module is None:
             problems.append(_unmatched(key, parsed.module, features))
@@ -158,6 +163,11 @@ def _parse(key: str) -> _Key | None:
                 ".".join(module), "up_bias" if kind == "bias" else role, adapter
             )
     return None
+
+
+def _find(spelled: str, names: Mapping[str, str]) -> str | None:
+    """Returns a module's name without its prefixes, if the model knows it."""
+    return next((bare for bare in _bare_names(spelled) if bare in names), None)
 
 
 def _bare_names(spelled: str) -> Iterator[str]:

@@ -7,11 +7,15 @@ with the length of the pattern times that of the name. Others are refused.
 """
 
 import itertools
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 MOST_CHARACTERS = 512  # of a pattern
 MOST_ALTERNATIVES = 64  # of a pattern, all combinations of its groups
+# Most patterns are names, their dots escaped or not; for these no atoms are read.
+_NAME = re.compile(r"(?:[A-Za-z0-9_.-]|\\\.)*")
+_ANYTHING = "\0"  # for a dot that is not escaped; no module's name holds it
 _QUANTIFIERS = {"*": (0, True), "+": (1, True), "?": (0, False)}
 _DIGITS = frozenset("0123456789")
 _WORD = _DIGITS | frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_")
@@ -49,6 +53,9 @@ class ModulePattern:
     Args:
       text: The pattern.
 
+    Attributes:
+      num_atoms: Measure of the time that a match takes; 0 for a name.
+
     Raises:
       PatternError: It holds something else, or is too long.
     """
@@ -60,14 +67,30 @@ class ModulePattern:
         body = text.removeprefix("^")
         if body.endswith("$") and not body.endswith("\\$"):
             body = body[:-1]
-        self._sequences = tuple(_read(body))
+        self._name: str | None = None
+        self._sequences: tuple[_Sequence, ...] = ()
+        if _NAME.fullmatch(body):
+            self._name = ".".join(
+                part.replace(".", _ANYTHING) for part in body.split("\\.")
+            )
+        else:
+            self._sequences = tuple(_read(body))
+        self.num_atoms = sum(map(len, self._sequences))
 
     def matches(self, name: str) -> bool:
         """Returns whether the pattern means the module of this name."""
+        if self._name is not None:
+            return self._is_end_of(name, self._name)
         starts = {0}
         if not self._whole:
             starts |= {i + 1 for i, character in enumerate(name) if character == "."}
         return any(_matches(sequence, name, starts) for sequence in self._sequences)
+
+    def _is_end_of(self, name: str, own: str) -> bool:
+        before = len(name) - len(own)
+        if before < 0 or (before > 0 and (self._whole or name[before - 1] != ".")):
+            return False
+        return all(a in (b, _ANYTHING) for a, b in zip(own, name[before:], strict=True))
 
 
 def _matches(sequence: _Sequence, name: str, starts: set[int]) -> bool:

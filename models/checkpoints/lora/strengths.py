@@ -25,7 +25,8 @@ from models.checkpoints.memory_map import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
 MOST_BYTES = 1 << 20  # of settings; those of a model with 60 layers have 20,000
-MOST_PATTERNS = 4_096
+MOST_PATTERNS = 2_048
+MOST_ATOMS = 2_048  # of the patterns that are no names, for a match takes time for each
 _HEADER_SETTINGS = ("lora_adapter_metadata", "lora_config", "adapter_config")
 _ANOTHERS = "; if that file is another adapter's, give each a folder of its own"
 _PEFT_METHODS = ("LORA", "LOKR", "LOHA")
@@ -326,6 +327,8 @@ def _patterns(stored: Mapping[str, Any], name: str) -> _Patterns:
         if number is None:
             raise ValueError(f"{name} has no number for {shorten(text)!r}")
         found.append((pattern, number))
+    if sum(pattern.num_atoms for pattern, _ in found) > MOST_ATOMS:
+        raise ValueError(f"{name} has patterns that would take long")
     return tuple(found)
 
 

@@ -21,6 +21,7 @@ from tests.published_wan import CONFIG, FIXTURES, ORIGINAL_KEYS, load_published
 
 # Float32 products of rank 3, added to weights of size one: measured 1.2e-7.
 MERGED = {"rtol": 0, "atol": 1e-6}
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not say its alpha:UserWarning")
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,9 @@ NAMES = (
     [
         "to_q",
         "blocks.0.attn1.to_q",
+        r"blocks\.0\.attn1\.to_q",
+        r"attn1\.to.q",
+        r"^blocks\.10.attn2.to_v$",
         r"blocks\.\d+\.attn1\.to_q",
         r"blocks\.\d\.attn1\.to_(q|k|v)",
         r"(to_q|to_k)",

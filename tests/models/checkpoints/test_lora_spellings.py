@@ -51,6 +51,7 @@ SPELLINGS = [
     ("transformer.blocks.1.attn1.to_q", "lora_A", "lora_B"),
     ("transformer.blocks.1.attn1.to_q_lora", "down.weight", "up.weight"),
     ("_orig_mod.blocks.1._orig_mod.self_attn.q", "lora_A.weight", "lora_B.weight"),
+    ("lora_unet_blocks_1.self_attn.q", "lora_down.weight", "lora_up.weight"),
     ("unet.blocks.1.attn1.to_q", "lora.down.weight", "lora.up.weight"),
 ]
 
@@ -168,6 +169,16 @@ def test_parts_for_image_to_video_models_are_named_as_such(weights):
         for kind, _, text in kinds
         if kind == "another model"
     )
+
+
+def test_models_that_have_a_part_are_not_said_to_lack_it():
+    source = load_published("image")["original"]
+    block = "diffusion_model.blocks.99.cross_attn"
+    lora = {f"{block}.v_img.diff_b": draw(24)}
+    with pytest.raises(
+        ConversionError, match=rf"unmatched: {block}\.v_img\.diff_b bel"
+    ):
+        merge(source, lora)
 
 
 def test_they_can_be_skipped_with_a_note(weights):

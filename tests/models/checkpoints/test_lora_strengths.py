@@ -188,6 +188,10 @@ def test_places_that_disagree_are_refused(adapter, places, message):
         ({"alpha_pattern": {"(a+)+b": 1}}, r"alpha_pattern has the pattern '\(a"),
         ({"rank_pattern": {"x": None}}, "rank_pattern has no number for 'x'"),
         ({"rank_pattern": dict.fromkeys(map(str, range(5_000)), 1)}, "5000 entries"),
+        (
+            {"alpha_pattern": {f"{'.*' * 99}{i}": 1 for i in range(50)}},
+            "alpha_pattern has patterns that would take long",
+        ),
         (" " * (MOST_BYTES + 1), "more than 1048576 bytes"),
     ],
     ids=lambda value: str(value)[:30],
