@@ -26,7 +26,7 @@ from models.checkpoints.memory_map import CheckpointError
 CONFIG_NAME = "adapter_config.json"
 MOST_BYTES = 1 << 20  # of settings; those of a model with 60 layers have 20,000
 MOST_PATTERNS = 2_048
-MOST_ATOMS = 2_048  # of the patterns that are no names, for a match takes time for each
+MOST_ATOMS = 1_024  # of the patterns that are no names, for a match takes time for each
 _HEADER_SETTINGS = ("lora_adapter_metadata", "lora_config", "adapter_config")
 _ANOTHERS = "; if that file is another adapter's, give each a folder of its own"
 _PEFT_METHODS = ("LORA", "LOKR", "LOHA")

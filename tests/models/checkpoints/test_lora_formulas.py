@@ -286,3 +286,39 @@ def test_narrow_factors_are_multiplied_in_float32():
 def test_what_does_not_fit_is_named(lora, message):
     with pytest.raises(ConversionError, match=message):
         merge(draw(3, 4), lora)
+
+
+class Unread:
+    """An array of which only shape and dtype are known."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, *shape):
+        self.shape = shape
+
+    def __array__(self, *_, **__):
+        raise AssertionError("read before it is used")
+
+
+def test_nothing_is_read_before_it_is_used():
+    """Adapters of 14 billion weights are checked by shapes alone."""
+    names = {name: name for name in ("a", "b", "c", "d")}
+    weights = {f"{name}.weight": Unread(4, 6) for name in names}
+    lora = {
+        "a.lora_A.weight": Unread(2, 6),
+        "a.lora_B.weight": Unread(4, 2),
+        "a.dora_scale": Unread(4, 1),
+        "b.lokr_w1": Unread(2, 2),
+        "b.lokr_w2_a": Unread(2, 1),
+        "b.lokr_w2_b": Unread(1, 3),
+        "c.hada_w1_a": Unread(4, 2),
+        "c.hada_w1_b": Unread(2, 6),
+        "c.hada_w2_a": Unread(4, 2),
+        "c.hada_w2_b": Unread(2, 6),
+        "d.diff": Unread(4, 6),
+    }
+    merged = merge_lora(merge_lora(weights, lora, names), lora, names, scale=0.5)
+    for key in weights:
+        assert merged[key].shape == (4, 6)
+        with pytest.raises(AssertionError, match="read before it is used"):
+            np.asarray(merged[key])
