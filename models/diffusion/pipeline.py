@@ -37,6 +37,7 @@ from models.diffusion.sampler import (
     StepInputs,
 )
 from models.diffusion.sampling import Sampling
+from models.diffusion.seeds import items_of_seeds, join_results
 
 _LOG = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ class VideoPipeline:
         *,
         image: Images | ImageCondition | None = None,
         negative_context: TextContext | None = None,
+        seeds: Sequence[int] | None = None,
         noise: Float[Array | np.ndarray, "B F H W C"] | None = None,
         attention: AttentionPlan = DENSE,
         guidance_batching: GuidanceBatching = "one_call",
@@ -142,6 +144,9 @@ class VideoPipeline:
             image-to-video model and only there.
           negative_context: Stands for `sampling.negative_prompt`: one item, or one
             for each prompt. Not read if the guidance is 1.
+          seeds: A seed for each item, in place of `sampling.seed`; one prompt serves
+            all. Items are then sampled one after another: each is, bit for bit, the
+            video that its prompt and seed make alone, which a batch's is not.
           noise: Stands for the initial latents that `sampling.seed` draws.
           attention: Dense attention, or draft attention with its schedule.
           guidance_batching: Whether a guided step runs prompts and negative prompts
@@ -153,10 +158,27 @@ class VideoPipeline:
 
         Raises:
           ValueError: There is no prompt or nothing to encode it with, or a context,
-            an image, noise or a size does not suit the model.
+            an image, noise or a size does not suit the model, or seeds are not as
+            many as what they are for.
           FloatingPointError: What a step, the codec or an encoder makes is not finite.
         """
         sampling = self.sampling if sampling is None else sampling
+        if seeds is not None:
+            if noise is not None:
+                raise ValueError(f"{seeds=} and noise are both given; expected one")
+            items = items_of_seeds(
+                seeds, prompts, sampling, image=image, negative_context=negative_context
+            )
+            results = [
+                self.generate(
+                    **vars(item),
+                    attention=attention,
+                    guidance_batching=guidance_batching,
+                    callback=callback,
+                )
+                for item in items
+            ]
+            return join_results(results)
         sampler, state, inputs = self.start(
             prompts,
             sampling,

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from models.diffusion.schedulers import Solver, SolverName, make_solver
 from pallas_kernels.common import make_plain, register_configuration
 
@@ -24,7 +26,7 @@ class Sampling:
         steps as `num_steps`, which has its own shift.
       grid: Whose noise levels a solver given by name takes, see `make_solver`; the
         solver's default if None.
-      seed: Of the initial noise.
+      seed: Of the initial noise; `VideoPipeline.generate` takes one for each item, too.
       negative_prompt: What guidance leads away from.
 
     Raises:
@@ -49,8 +51,7 @@ class Sampling:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed!r} must be an integer in [0, 2**32)")
+        check_seed("seed", self.seed)
         if not 0.0 <= self.guidance < float("inf"):
             raise ValueError(
                 f"guidance={self.guidance!r} must be a finite number >= 0; 1 is off"
@@ -73,3 +74,9 @@ class Sampling:
         return make_solver(
             self.solver, num_steps=self.num_steps, shift=self.shift, grid=self.grid
         )
+
+
+def check_seed(name: str, seed: object) -> None:
+    """Raises ValueError unless a seed is an integer in [0, 2**32)."""
+    if not isinstance(seed, int | np.integer) or not 0 <= int(seed) < 2**32:
+        raise ValueError(f"{name}={seed!r} must be an integer in [0, 2**32)")
