@@ -90,11 +90,11 @@ class TestsOfLines:
                 for line in lines:
                     self._by_line[file, line].append(test)
 
-    def of(self, file: str, line: int) -> list[str]:
+    def of(self, file: str, line: int, *, on_import: bool) -> list[str]:
         """Returns the tests that run a line, or any of its file if it runs on import.
 
         Those of the file that mirrors it come first, then the quickest.
         """
-        tests = self._by_line.get((file, line)) or self._by_file[file]
+        tests = self._by_file[file] if on_import else self._by_line[file, line]
         stem = Path(file).stem
         return sorted(tests, key=lambda test: stem not in test.split("::")[0])

@@ -9,7 +9,8 @@ output goes on where it stopped, or with `--again` tries survivors once more.
 
 A mutant meets the quick tests that run its line, those of its module's own test file
 first, then the quickest, up to `--seconds` in sum. Which tests run a line is kept in
-`--lines`; test files that are new or have changed are run once for it.
+`--lines`; test files that are new or have changed are run once for it. `--nightly`
+tries survivors again, with nightly tests of the files whose quick tests run their line.
 
 A survivor that changes nothing is recorded with its reason:
 
@@ -20,6 +21,7 @@ the share that was noticed of those that change something.
 """
 
 import argparse
+import ast
 import collections
 import concurrent.futures
 import hashlib
@@ -43,6 +45,7 @@ from benchmarks.mutation.lines import TestsOfLines
 TEST_FOLDERS = ("tests/draft_jax", "tests/pallas_kernels", "tests/models")
 FILES_SECONDS = 500.0  # most time for all quick tests of a file
 FIRST_SECONDS, FIRST_FILES = 15.0, 2  # of the first of two runs of a mutant's tests
+NIGHTLY_FILES = 3  # whose nightly tests a survivor meets
 # One thread for each worker; programs are compiled once and kept for all mutants.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -176,10 +179,13 @@ class Trial:
     Args:
       tests: Says which tests run a line.
       seconds: Most seconds of tests for a mutant, as they took without it.
+      nightly: Try the nightly tests of a few files instead.
     """
 
-    def __init__(self, tests: TestsOfLines, seconds: float) -> None:
-        self._tests, self._seconds = tests, seconds
+    def __init__(
+        self, tests: TestsOfLines, seconds: float, *, nightly: bool = False
+    ) -> None:
+        self._tests, self._seconds, self._nightly = tests, seconds, nightly
         self._passing: set[str] = set()
         self._failing: set[str] = set()
         self._lock = threading.Lock()
@@ -193,9 +199,13 @@ class Trial:
             "text": source[:start] + new + source[end:],
         }
         start_time = time.monotonic()
-        result = self._try(
-            worker, planted, self._tests.of(mutant["path"], mutant["line"])
+        tests = self._tests.of(
+            mutant["path"],
+            mutant["line"],
+            on_import=_runs_on_import(source, mutant["line"]),
         )
+        attempt = self._try_nightly if self._nightly else self._try
+        result = attempt(worker, planted, tests)
         return {**result, "seconds": round(time.monotonic() - start_time, 1)}
 
     def _try(self, worker: Worker, planted: dict, tests: list[str]) -> dict[str, Any]:
@@ -217,6 +227,20 @@ class Trial:
                 part = [test for test in part if test != failed]
         return {"status": "survived", "tests_tried": tried}
 
+    def _try_nightly(
+        self, worker: Worker, planted: dict, tests: list[str]
+    ) -> dict[str, Any]:
+        files = list(dict.fromkeys(test.split("::")[0] for test in tests))
+        for file in files[:NIGHTLY_FILES]:
+            job = {"marker": "nightly and not gpu"}
+            answer = worker.run([file], FILES_SECONDS, mutant=planted, **job)
+            failed = answer["failed_test"]
+            # One that takes too long may take as long without the mutant.
+            fails = answer["outcome"] == "failed" and failed is not None
+            if fails and self._passes_without(worker, failed, **job):
+                return {"status": "noticed", "by": failed}
+        return {"status": "survived", "nightly_files_tried": files[:NIGHTLY_FILES]}
+
     def _parts(self, tests: list[str]) -> list[list[str]]:
         """Divides the tests in two runs: the likeliest of few files, and the others."""
         total = 0.0
@@ -234,7 +258,7 @@ class Trial:
             (first if few or not first else second).append(test)
         return [first, second]
 
-    def _passes_without(self, worker: Worker, test: str) -> bool:
+    def _passes_without(self, worker: Worker, test: str, **job: str) -> bool:
         """Tells whether a test passes on the code as it is; each is run once.
 
         A test file that cannot be imported could be when its lines were gathered.
@@ -244,10 +268,19 @@ class Trial:
         with self._lock:
             if test in self._passing or test in self._failing:
                 return test in self._passing
-        passes = worker.run([test], FILES_SECONDS)["outcome"] == "passed"
+        passes = worker.run([test], FILES_SECONDS, **job)["outcome"] == "passed"
         with self._lock:
             (self._passing if passes else self._failing).add(test)
         return passes
+
+
+def _runs_on_import(source: str, line: int) -> bool:
+    """Tells whether a line is outside of all functions' bodies."""
+    return not any(
+        isinstance(node, ast.FunctionDef)
+        and node.body[0].lineno <= line <= (node.end_lineno or 0)
+        for node in ast.walk(ast.parse(source))
+    )
 
 
 def summarize(mutants: list[dict[str, Any]]) -> dict[str, Any]:
@@ -283,7 +316,7 @@ def load_or_draw(options: argparse.Namespace) -> dict[str, Any]:
         for mutant in mutants:
             mutant["status"] = "pending"
         record = {**provenance(), "seed": options.seed, "mutants": mutants}
-    for mutant in record["mutants"] if options.again else ():
+    for mutant in record["mutants"] if options.again or options.nightly else ():
         if mutant["status"] == "survived":
             mutant["status"] = "pending"
     return record
@@ -319,7 +352,7 @@ def try_mutants(options: argparse.Namespace, record: dict[str, Any]) -> None:
         try:
             files = sorted({mutant["path"] for mutant in record["mutants"]})
             tests = gather_lines(workers, options.lines, options.tests, files, end)
-            trial = Trial(tests, options.seconds)
+            trial = Trial(tests, options.seconds, nightly=options.nightly)
             for mutant, result in workers.map(trial, pending, end):
                 mutant |= result
                 print(json.dumps({"id": mutant["id"], **result}), flush=True)
@@ -342,6 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=45, help="of tests per mutant")
     parser.add_argument("--tests", nargs="+", default=TEST_FOLDERS, help="folders")
     parser.add_argument("--again", action="store_true", help="try survivors again")
+    parser.add_argument("--nightly", action="store_true", help="with nightly tests")
     parser.add_argument("--explain", nargs=2, metavar=("ID", "REASON"))
     parser.add_argument(
         "--lines",

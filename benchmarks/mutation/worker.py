@@ -4,7 +4,8 @@ The process works in a copy of the checkout of its own. It reads a job from each
 its standard input and answers with a line, both JSON:
 
     {"tests": [...], "limit": 60, "mutant": {"path": ..., "text": ...} or null,
-     "files": [...], "output": "lines.json"}                 # the last two for lines
+     "marker": "nightly",                                    # "not nightly" by default
+     "files": [...], "output": "lines.json"}                 # these two for lines
     {"outcome": "passed", "failed_test": null, "seconds": 3.2, "tail": "..."}
 
 No backend of jax has started before the fork. Programs are compiled once for all
@@ -23,7 +24,6 @@ from typing import Any
 
 _OPTIONS = [
     *("-q", "-x", "--tb=line", "--no-header", "-p", "no:cacheprovider"),
-    *("-m", "not nightly and not gpu"),
 ]
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S.*?)(?: - |$)", re.MULTILINE)
 # Imported once, before all forks. None of them starts a backend.
@@ -69,7 +69,8 @@ def _run_in_child(job: dict[str, Any], log: Path) -> None:
 
             plugins.append(LinesOfTests(Path.cwd(), job["files"], Path(job["output"])))
             options = [option for option in _OPTIONS if option != "-x"]
-        status = int(pytest.main([*options, *job["tests"]], plugins=plugins))
+        marked = ["-m", job.get("marker", "not nightly and not gpu")]
+        status = int(pytest.main([*options, *marked, *job["tests"]], plugins=plugins))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -60,7 +60,12 @@ def test_presets(preset, num_steps, shift, dense_steps, dense_layers):
 
 @pytest.mark.parametrize(
     ("preset", "sparsity"),
-    [("paper", 0.5), ("wan_published", 0.75), ("hunyuan_published", 0.9)],
+    [
+        ("paper", 0.5),
+        ("wan_published", 0.75),
+        ("hunyuan_published", 0.9),
+        ("hunyuan_custom_published", 0.9),
+    ],
 )
 def test_presets_set_the_published_sparsity(preset, sparsity):
     schedule = getattr(SparsitySchedule, preset)()

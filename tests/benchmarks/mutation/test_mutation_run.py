@@ -1,5 +1,6 @@
 """Mutation runs: which tests meet a mutant, how a trial ends, and what is counted."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -111,11 +112,12 @@ FOUND = {
 def test_own_tests_come_first_then_the_quickest():
     tests = TestsOfLines(FOUND)
     first = ["tests/test_thing.py::own", "tests/test_other.py::quick"]
-    assert tests.of("a/thing.py", 1) == [*first, "tests/test_other.py::slow"]
-    assert tests.of("a/thing.py", 2) == ["tests/test_other.py::slow"]
-    # A line that runs on import only: all tests of its file.
-    assert tests.of("a/thing.py", 7) == [*first, "tests/test_other.py::slow"]
-    assert tests.of("a/absent.py", 1) == []
+    of = functools.partial(tests.of, on_import=False)
+    assert of("a/thing.py", 1) == [*first, "tests/test_other.py::slow"]
+    assert of("a/thing.py", 2) == ["tests/test_other.py::slow"]
+    assert of("a/thing.py", 7) == of("a/absent.py", 1) == []
+    every = [*first, "tests/test_other.py::slow"]
+    assert tests.of("a/thing.py", 2, on_import=True) == every
 
 
 class FakeWorker:
@@ -125,7 +127,7 @@ class FakeWorker:
         self.fails_with, self.fails_without = fails_with, fails_without
         self.runs = []
 
-    def run(self, tests, limit, *, mutant=None):
+    def run(self, tests, limit, *, mutant=None, marker=None):
         self.runs.append((tests, mutant is not None))
         fails = self.fails_without if mutant is None else self.fails_with
         failed = next((test for test in tests if test in fails), None)
@@ -141,7 +143,7 @@ def mutant(tmp_path, monkeypatch):
     return {"path": "a/thing.py", "line": 1, "edit": [0, 3, "def"]}
 
 
-OWN, QUICK, SLOW = TestsOfLines(FOUND).of("a/thing.py", 1)
+OWN, QUICK, SLOW = TestsOfLines(FOUND).of("a/thing.py", 1, on_import=False)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +167,16 @@ def test_a_trial_spends_its_seconds_and_no_more(mutant):
     result = Trial(TestsOfLines(FOUND), 5)(worker, mutant)
     assert result["status"] == "survived"
     assert [test for tests, _ in worker.runs for test in tests] == [OWN, QUICK]
+
+
+def test_nightly_tests_of_the_files_that_run_the_line(mutant):
+    files = [OWN.split("::")[0], QUICK.split("::")[0]]
+    worker = FakeWorker([files[1]])
+    result = Trial(TestsOfLines(FOUND), 45, nightly=True)(worker, mutant)
+    assert (result["status"], result["by"]) == ("noticed", files[1])
+    assert [tests for tests, _ in worker.runs] == [[files[0]], [files[1]]]
+    result = Trial(TestsOfLines(FOUND), 45, nightly=True)(FakeWorker([]), mutant)
+    assert result["status"] == "survived"
 
 
 def test_the_share_is_of_mutants_that_change_something():

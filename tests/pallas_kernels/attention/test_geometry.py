@@ -21,6 +21,7 @@ GRIDS = {  # grid, is read by TMA in tiled order, in raster order
     ),
     "odd": (VideoGrid(2, 15, 26, text_length=13), False, False),
     "small": (VideoGrid(1, 5, 16), False, False),
+    "one-block": (VideoGrid(1, 8, 16), True, True),
     "narrower-than-a-tile": (VideoGrid(2, 13, 8), True, True),
     "wide-tile": (VideoGrid(1, 6, 64, tile=(2, 64)), True, True),
     "tile-of-one-row": (VideoGrid(2, 3, 128, tile=(1, 128)), True, True),
@@ -28,7 +29,9 @@ GRIDS = {  # grid, is read by TMA in tiled order, in raster order
 }
 
 
-@pytest.mark.parametrize("name", mostly_nightly(GRIDS, ("720p", "480p", "odd")))
+@pytest.mark.parametrize(
+    "name", mostly_nightly(GRIDS, ("720p", "480p", "odd", "one-block"))
+)
 @pytest.mark.parametrize("order", ["tiled", "raster"])
 def test_places_hold_the_tokens_of_their_blocks(name, order):
     grid, *by_tma = GRIDS[name]
@@ -105,6 +108,23 @@ def tokens_of_boxes(memory, geometry, block, length, num_boxes):
 def test_boxes_are_for_videos_without_text(grid, has_boxes):
     assert isinstance(geometry_of(grid, "raster").copies, Boxes) == has_boxes
     assert not isinstance(geometry_of(grid, "tiled").copies, Boxes)
+
+
+@pytest.mark.parametrize(
+    ("grid", "order", "expected"),
+    [
+        (VideoGrid(2, 16, 48), "tiled", True),
+        (VideoGrid(2, 3, 128, tile=(1, 128)), "raster", True),
+        (VideoGrid(1, 30, 52), "tiled", False),  # blocks of 96 tokens before others
+        (VideoGrid(1, 16, 16, text_length=8), "raster", False),  # runs of 16 tokens
+    ],
+    ids=str,
+)
+def test_blocks_that_start_at_multiples_of_their_size(grid, order, expected):
+    """Their places are then multiplied, not read."""
+    copies = geometry_of(grid, order).copies
+    assert isinstance(copies, Runs)
+    assert copies.start_at_multiples == expected
 
 
 def test_widths_of_480p():

@@ -3,6 +3,8 @@
 Its GPU tests are in tests/gpu.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,25 @@ def test_lowers_for_cuda(num_tokens, head_dim):
 
     lowered = jax.jit(run).trace(q, q, q).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "masks", "expected"),
+    [
+        (256, False, [(128, 128, 2, False)]),
+        (256, True, [(128, 128, 2, True)]),
+        (176, False, [(128, 128, 1, False), (48, 48, 1, False)]),
+        (168, False, [(128, 128, 1, False), (48, 40, 1, True)]),
+        (176, True, [(128, 128, 1, True), (48, 48, 1, True)]),
+        (376, False, [(128, 128, 2, False), (128, 120, 1, True)]),
+    ],
+    ids=str,
+)
+def test_widths_of_blocks(num_tokens, masks, expected):
+    """Keys are masked where a block is shorter than its width, or some are padding."""
+    lengths = np.minimum(128, num_tokens - np.arange(0, num_tokens, 128))
+    widths = hopper_dense._widths(lengths, masks)
+    assert [dataclasses.astuple(width) for width in widths] == expected
 
 
 REFUSED = {
