@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from draft_jax.block_mask import BlockMask
-from draft_jax.config import DraftConfig, mask_capacity
+from draft_jax.config import DraftConfig, mask_capacity, warn_of_few_blocks
 from draft_jax.draft.pooling import PooledTokens
 from draft_jax.draft.selection import unchecked_mask
 from draft_jax.grid import VideoGrid
@@ -102,13 +102,13 @@ def scheduled_attention(
     grid: VideoGrid,
     config: DraftConfig,
     step: DraftStep,
-    mask: BlockMask,
+    mask: BlockMask | None,
     text_lengths: Int[AnyArray, " B"] | None = None,
     order: Order = "raster",
     pooled: PooledTokens | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
-) -> tuple[Float[Array, "B T N D"], BlockMask]:
+) -> tuple[Float[Array, "B T N D"], BlockMask | None]:
     """Runs one layer on one step of a `SparsitySchedule`.
 
     Dense or sparse, and a new or a reused mask, are chosen by the values of `step`.
@@ -126,7 +126,9 @@ def scheduled_attention(
       grid: Geometry of the sequence. Static.
       config: What a sparse layer computes. Static.
       step: What to do; `step.dense` is a scalar (`DraftStep.for_layer`).
-      mask: This layer's mask from the step before, or `initial_mask`.
+      mask: This layer's mask from the step before, or `initial_mask`. None where no
+        mask is kept, such as in dense layers or with mask_refresh=1: each sparse step
+        makes a new one, also one whose traced `refresh` is False.
       text_lengths: See `draft_attention`.
       order: See `draft_attention`.
       pooled: See `compute_mask`; used only where a new mask is made.
@@ -134,11 +136,12 @@ def scheduled_attention(
       backend: See `pallas_kernels.block_sparse_attention`.
 
     Returns:
-      The output, like q, and the mask to pass on the next step.
+      The output, like q, and the mask to pass on the next step; None if mask is None.
 
     Raises:
-      ValueError: As `draft_attention`, or `step.dense` is not a scalar, or the mask's
-        capacity is not `mask_capacity(grid, config)`.
+      ValueError: As `draft_attention`, or `step.dense` is not a scalar, the mask's
+        capacity is not `mask_capacity(grid, config)`, or it is None where a sparse
+        step reuses it.
       TypeError: A dtype is not supported.
 
     Source: DraftAttention (arXiv 2505.14708); its first steps are dense.
@@ -149,46 +152,48 @@ def scheduled_attention(
         q, k, v, grid=grid, order=order, scale=scale, text_lengths=text_lengths
     )
     _check_step(step)
-    _check_mask(mask, q, grid, config)
+    if mask is None:
+        _check_nothing_to_reuse(step)
+    else:
+        _check_mask(mask, q, grid, config)
+    warn_of_few_blocks(config.sparsity, grid)
 
-    def run_dense(mask: BlockMask):
+    def run_dense(mask: BlockMask | None):
         out = unchecked_dense_attention(
             q, k, v, grid=grid, scale=known_scale, text_lengths=text_lengths
         )
         return out, mask
 
+    def make(_: BlockMask | None):
+        return unchecked_mask(
+            q,
+            k,
+            grid=grid,
+            config=config,
+            budget=step.budget,
+            scale=scale,
+            order=order,
+            pooled=pooled,
+        )
+
     def reuse(mask: BlockMask):
         validation.check_lists(mask)
         return mask
 
-    def run_sparse(mask: BlockMask):
-        mask = _choose(
-            step.refresh,
-            lambda mask: unchecked_mask(
-                q,
-                k,
-                grid=grid,
-                config=config,
-                budget=step.budget,
-                scale=scale,
-                order=order,
-                pooled=pooled,
-            ),
-            reuse,
-            mask,
-        )
+    def run_sparse(mask: BlockMask | None):
+        used = make(mask) if mask is None else _choose(step.refresh, make, reuse, mask)
         out, _ = unchecked_block_sparse_attention(
             q,
             k,
             v,
-            mask,
+            used,
             grid=grid,
             order=order,
             scale=known_scale,
             text_lengths=text_lengths,
             backend=backend,
         )
-        return out, mask
+        return out, None if mask is None else used
 
     return _choose(step.dense, run_dense, run_sparse, mask)
 
@@ -199,6 +204,16 @@ def _check_step(step: DraftStep) -> None:
         raise ValueError(
             f"step.dense has shape {step.dense.shape}; expected a scalar: "
             "pass step.for_layer(layer)"
+        )
+
+
+def _check_nothing_to_reuse(step: DraftStep) -> None:
+    """Raises if the step is known to be sparse and to reuse a mask."""
+    flags = (step.dense, step.refresh)
+    if not any(isinstance(flag, jax.core.Tracer) or flag for flag in flags):
+        raise ValueError(
+            "mask=None, but the step reuses one: step.refresh is False. Pass the mask "
+            "that the step before returned, or use a schedule with mask_refresh=1"
         )
 
 

@@ -167,17 +167,18 @@ class DraftAttention(nnx.Module):
         *,
         grid: VideoGrid,
         step: DraftStep,
-        mask: BlockMask,
+        mask: BlockMask | None,
         text_lengths: Int[AnyArray, " B"] | None = None,
         qk_transform: TokenTransform | None = None,
-    ) -> tuple[Float[Array, "B T C_out"], BlockMask]:
+    ) -> tuple[Float[Array, "B T C_out"], BlockMask | None]:
         """Applies the layer on one step of a `SparsitySchedule`.
 
         Args:
           x: Tokens of the sequence, T = `grid.num_tokens`.
           grid: Geometry of the sequence. Static.
           step: This step, for this layer: `DraftStep.for_layer`.
-          mask: This layer's mask from the step before, or `initial_mask`.
+          mask: This layer's mask from the step before, or `initial_mask`; None where no
+            mask is kept, see `scheduled_attention`.
           text_lengths: See `draft_attention`.
           qk_transform: See `project`.
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import draft_jax
 import models
@@ -372,3 +373,23 @@ def test_a_plan_is_an_argument_of_jit():
     assert jax.jit(lambda index: plan.step(index).budget)(2) == 7
     with pytest.raises(IndexError, match="step 3 is not one of the plan's 3"):
         plan.step(3)
+
+
+def test_configurations_in_modules_are_no_state():
+    """A module that holds them splits, merges and is compiled by their values."""
+
+    class Layer(nnx.Module):
+        def __init__(self, grid, config):
+            self.grid, self.config = grid, config
+            self.weight = nnx.Param(jnp.ones(()))
+
+        def __call__(self, x):
+            return self.weight[...] * x * self.grid.frames / self.config.sparsity
+
+    graph, state = nnx.split(Layer(GRID, CONFIG))
+    assert len(jax.tree.leaves(state)) == 1
+    assert graph == nnx.split(Layer(GRID, DraftConfig(sparsity=np.float32(0.5))))[0]
+    assert graph != nnx.split(Layer(GRID, DraftConfig(sparsity=0.75)))[0]
+    merged = nnx.merge(graph, state)
+    assert merged.config == CONFIG
+    assert nnx.jit(lambda layer, x: layer(x))(merged, 1.0) == 4.0

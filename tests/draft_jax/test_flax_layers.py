@@ -265,9 +265,8 @@ def test_bad_layer(options, error, message):
 def test_a_scheduled_layer_needs_a_mask_that_fits():
     layer, step = make_layer(rngs=nnx.Rngs(0)), constant_step(GRID, CONFIG)
     dense = jnp.ones((2, HEADS, GRID.num_blocks, GRID.num_blocks), bool)
-    for mask in (None, dense):
-        with pytest.raises(TypeError, match=r"mask is \w+; expected a BlockMask"):
-            layer.scheduled(random_x(), grid=GRID, step=step, mask=mask)
+    with pytest.raises(TypeError, match=r"mask is \w+; expected a BlockMask"):
+        layer.scheduled(random_x(), grid=GRID, step=step, mask=dense)
     other = DraftConfig(sparsity=0.9)
     mask = initial_mask(GRID, other, batch=2, num_heads=HEADS)
     with pytest.raises(ValueError, match=r"mask has capacity \d+; VideoGrid.* need"):
