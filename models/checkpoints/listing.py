@@ -6,6 +6,7 @@ MOST_LINES = 80
 MOST_CHARACTERS = 300  # of a line
 MOST_IN_ALL = 1_300  # characters of a list of problems
 _MOST_NAMES = 8
+_MOST_OF_A_KIND = 3
 _BREAK = "\n  "
 
 
@@ -25,13 +26,13 @@ def list_problems(problems: Sequence[str]) -> str:
 
 
 def _first_of_each_kind(lines: Sequence[str]) -> str:
-    """Returns as many lines as fit, taking turns among their kinds."""
+    """Returns a few lines of each kind, as far as they fit, and the kinds' counts."""
     waiting: dict[str, list[str]] = {}
     for line in lines:
         waiting.setdefault(line.partition(": ")[0], []).append(line)
     shown: dict[str, list[str]] = {kind: [] for kind in waiting}
     room = MOST_IN_ALL - _length(f"{kind}: and {len(lines)} more" for kind in waiting)
-    for turn in range(MOST_LINES):
+    for turn in range(_MOST_OF_A_KIND):
         for kind, own in waiting.items():
             if turn < len(own) and (room := room - _length([own[turn]])) >= 0:
                 shown[kind].append(own[turn])

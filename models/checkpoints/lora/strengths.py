@@ -29,6 +29,9 @@ MOST_PATTERNS = 2_048
 MOST_ATOMS = 1_024  # of the patterns that are no names, for a match takes time for each
 _HEADER_SETTINGS = ("lora_adapter_metadata", "lora_config", "adapter_config")
 _ANOTHERS = "; if that file is another adapter's, give each a folder of its own"
+# Ways to start a training that change the base model, so that the published one with
+# the adapter is not what was trained.
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
 _PEFT_METHODS = ("LORA", "LOKR", "LOHA")
 # Two statements agree if they differ by no more than an alpha rounded to bfloat16.
 _TOLERANCE = 1 / 128
@@ -231,6 +234,12 @@ def _read_json_settings(place: str, text: str) -> Settings:
     method = str(stored.get("peft_type") or "LORA").upper()
     if method not in _PEFT_METHODS:
         raise ValueError(f"peft_type={method!r} is none of {_PEFT_METHODS}")
+    start = str(stored.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGE_BASE):
+        raise ValueError(
+            f"init_lora_weights={start!r} changes the base model before training; let "
+            "PEFT convert the adapter (path_initial_model_for_weight_conversion)"
+        )
     return Settings(
         place=place,
         method=method,
