@@ -192,7 +192,7 @@ class ModuleReader:
         given = [self.parts[role] for role in _MAGNITUDES if role in self.parts]
         if not given or not matrices:
             return matrices
-        part = given[0]
+        part, count = given[0], len(self.problems)
         others = given[1:] + [
             self.parts[role] for role in ("diff",) if role in self.parts
         ]
@@ -204,9 +204,12 @@ class ModuleReader:
         by_row, by_column = (shape[0], *ones), (1, shape[1], *ones[1:])
         if "magnitude" in self.parts:  # PEFT has rows alone; kernels' are [1, out, ...]
             self._check(part, by_row[:1], by_row, (1, shape[0], *ones[1:]))
-            return [Rescaled(tuple(matrices), part.value, by_row=True)]
-        self._check(part, by_row, by_column, by_row[:1])
-        is_row = tuple(part.value.shape) in (by_row, by_row[:1])
+            is_row = True
+        else:
+            self._check(part, by_row, by_column, by_row[:1])
+            is_row = tuple(part.value.shape) in (by_row, by_row[:1])
+        if len(self.problems) > count:
+            return []
         return [Rescaled(tuple(matrices), part.value, by_row=is_row)]
 
     def _check_no_half(self) -> None:

@@ -13,7 +13,7 @@ from models.checkpoints.lora import merge_lora
 
 # Float32 sums and products of numbers of size one: measured 1.5e-6.
 CLOSE = {"rtol": 0, "atol": 5e-6}
-pytestmark = pytest.mark.filterwarnings("ignore:the adapter:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not say its alpha:UserWarning")
 
 
 def draw(*shape, seed=0):
@@ -286,6 +286,26 @@ def test_narrow_factors_are_multiplied_in_float32():
 def test_what_does_not_fit_is_named(lora, message):
     with pytest.raises(ConversionError, match=message):
         merge(draw(3, 4), lora)
+
+
+@pytest.mark.parametrize("role", ["dora_scale", "lokr_w1"])
+def test_what_is_skipped_is_skipped_whole(role):
+    """No half of a module is merged without the part that does not fit."""
+    adapter = {
+        "x.diff": draw(3, 4),
+        "y.lora_A.weight": draw(1, 4, seed=1),
+        "y.lora_B.weight": draw(3, 1, seed=2),
+        "y.dora_scale": draw(5, seed=3),
+    }
+    if role == "lokr_w1":
+        adapter = {"x.diff": draw(3, 4), "y.lokr_w1": draw(2, 2), "y.lokr_w2": draw(1)}
+    weights = {"x.weight": draw(3, 4, seed=4), "y.weight": draw(3, 4, seed=5)}
+    names = {"x": "x", "y": "y"}
+    with pytest.warns(UserWarning, match=rf"skipped 1 parts in .*\n  shape: y.{role}"):
+        merged = merge_lora(weights, adapter, names, strict=False)
+    expected = weights["x.weight"] + adapter["x.diff"]
+    np.testing.assert_allclose(np.asarray(merged["x.weight"]), expected, **CLOSE)
+    assert merged["y.weight"] is weights["y.weight"]
 
 
 class Unread:
