@@ -8,14 +8,14 @@ from models.diffusion.interfaces import TextContext
 
 
 def as_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """Returns one or more prompts as a list.
+    """Returns one or more prompts as a list; they may be empty.
 
     Raises:
-      ValueError: There is no prompt, or an empty one.
+      ValueError: There is no prompt.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError(f"{prompts=} must be at least one prompt, none empty")
+    if not prompts:
+        raise ValueError(f"{prompts=} must hold at least one prompt")
     return prompts
 
 

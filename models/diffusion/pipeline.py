@@ -48,6 +48,10 @@ class UnknownWordWarning(UserWarning):
     """A prompt has words that the text encoder was not trained on."""
 
 
+class EmptyPromptWarning(UserWarning):
+    """A prompt has no text."""
+
+
 @dataclasses.dataclass(frozen=True)
 class VideoPipeline:
     """A transformer with its encoders and codec.
@@ -86,9 +90,15 @@ class VideoPipeline:
         """Returns the context of prompts, which `generate` takes in their place.
 
         Raises:
-          ValueError: There is no text encoder, no prompt, or an empty one.
+          ValueError: There is no text encoder, or no prompt.
         """
         prompts = as_prompts(prompts)
+        if not all(prompt.strip() for prompt in prompts):
+            warnings.warn(
+                "a prompt is empty: the video is what the model makes without text",
+                EmptyPromptWarning,
+                skip_file_prefixes=(__file__,),  # the caller's line
+            )
         self._warn_of_unknown_words(prompts)
         return self._encode(prompts)
 

@@ -60,9 +60,12 @@ class MiniTextEncoder:
         return self.embedding(jnp.asarray(ids), lengths), lengths
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Returns the words of the prompt that training did not contain."""
-        (unknown,) = self.vocabulary.encode([prompt])[2]
-        return unknown
+        """Returns the words of the prompt that training did not contain.
+
+        A prompt of punctuation alone has no words, and is returned whole.
+        """
+        _, (length,), (unknown,) = self.vocabulary.encode([prompt])
+        return unknown if length or not prompt.strip() else [prompt.strip()]
 
     def describe_vocabulary(self) -> str:
         """Returns a sentence with the words that training contained."""

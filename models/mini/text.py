@@ -8,6 +8,7 @@ convolutions tell "a red ball and a blue box" from "a blue ball and a red box".
 import dataclasses
 import json
 import re
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Iterable, Sequence
@@ -23,9 +24,31 @@ PADDING = 0
 KERNEL = 5  # words that one convolution sees
 
 
+_RUNS = re.compile("[wm]+|s[sm]*")  # of the kinds of `_kind`
+_JOINERS = "\u200c\u200d"  # stand inside words of some scripts, and inside emoji
+
+
 def split_words(prompt: str) -> list[str]:
-    """Returns the words of a prompt in lower case, without punctuation."""
-    return re.findall(r"[a-z0-9']+", prompt.lower())
+    """Returns the words of a prompt in lower case, without punctuation.
+
+    Letters of every script count, with their marks, and so do symbols such as emoji. A
+    script that leaves no spaces between words gives one word for each phrase.
+    """
+    text = unicodedata.normalize("NFKC", prompt).replace("\u2019", "'").lower()
+    kinds = "".join(map(_kind, text))
+    return [text[run.start() : run.end()] for run in _RUNS.finditer(kinds)]
+
+
+def _kind(character: str) -> str:
+    """Returns w in words, s for symbols, m for marks of either, and a space between."""
+    category = unicodedata.category(character)
+    if category[0] in "LN" or character == "'":
+        return "w"
+    if category == "So":
+        return "s"
+    # Colours of emoji are modifiers; ASCII's two are punctuation here.
+    modifier = category == "Sk" and not character.isascii()
+    return "m" if category[0] == "M" or modifier or character in _JOINERS else " "
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

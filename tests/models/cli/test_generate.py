@@ -266,9 +266,28 @@ def test_guidance_in_two_calls_from_the_command_line(checkpoint, tmp_path, monke
     assert seen == ["two_calls"]
 
 
-def test_an_empty_prompt_is_refused(checkpoint, capsys, tmp_path):
-    assert run(checkpoint, "--output", str(tmp_path / "out"), prompt=" ") == 2
-    assert "at least one prompt, none empty" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("prompt", "note"),
+    [
+        ("", "a prompt is empty: the video is what the model makes without text"),
+        (
+            "一只狗 runs",
+            "the model was not trained on '一只狗', 'runs'; it knows: a ball ",
+        ),
+    ],
+    ids=["empty", "chinese"],
+)
+def test_prompts_that_say_little_get_a_note(
+    checkpoint, capsys, tmp_path, monkeypatch, prompt, note
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoPipeline, "compile", stop)
+    assert run(checkpoint, "--output", str(tmp_path / "out"), prompt=prompt) == 130
+    notes, last = capsys.readouterr().err.splitlines()
+    assert notes.startswith(f"draft-video: note: {note}")
+    assert last == "draft-video: interrupted"
 
 
 def test_missing_checkpoint_is_named(tmp_path, capsys):

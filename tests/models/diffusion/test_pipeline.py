@@ -11,7 +11,7 @@ from flax import nnx
 
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule, StepKind
 from models.diffusion.interfaces import TextContext
-from models.diffusion.pipeline import UnknownWordWarning
+from models.diffusion.pipeline import EmptyPromptWarning, UnknownWordWarning
 from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import FlowUniPC
 from models.loading import load_pipeline
@@ -434,10 +434,28 @@ def test_codec_and_transformer_must_agree_in_channels(pipeline):
         generate(dataclasses.replace(pipeline, codec=narrow))
 
 
-@pytest.mark.parametrize("prompts", ["", "  ", [], ["a ball", ""]], ids=repr)
-def test_empty_prompts_are_refused(pipeline, prompts):
-    with pytest.raises(ValueError, match="at least one prompt, none empty"):
-        generate(pipeline, prompts)
+def test_no_prompt_is_refused(pipeline):
+    with pytest.raises(ValueError, match=r"prompts=\[\] must hold at least one prompt"):
+        generate(pipeline, [])
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"], ids=repr)
+def test_an_empty_prompt_is_no_text(pipeline, prompt):
+    """Guided away from no text, no text stays where it is without guidance."""
+    with pytest.warns(EmptyPromptWarning, match="a prompt is empty: the video is what"):
+        guided = generate(pipeline, prompt)
+    with pytest.warns(EmptyPromptWarning):
+        free = generate(pipeline, prompt, sampling={"guidance": 1.0})
+    largest = np.abs(free.latents).max()
+    np.testing.assert_allclose(
+        guided.latents, free.latents, rtol=0, atol=ROUNDING * largest
+    )
+
+
+def test_one_empty_prompt_of_several_is_told(pipeline):
+    with pytest.warns(EmptyPromptWarning):
+        context = pipeline.encode(["a ball", ""])
+    np.testing.assert_array_equal(context.lengths, [2, 0])
 
 
 @pytest.mark.parametrize(

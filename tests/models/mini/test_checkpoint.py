@@ -93,7 +93,13 @@ def test_text_encoder(checkpoint):
     context, lengths = encoder.encode(["a red ball", "", "a dragon"])
     assert context.shape == (3, 8, 16)
     np.testing.assert_array_equal(lengths, [3, 0, 2])
-    assert encoder.unknown_words("a red dragon") == ["dragon"]
+    for prompt, unknown in (
+        ("a red dragon", ["dragon"]),
+        ("a red 球 🎈 мяч", ["球", "🎈", "мяч"]),
+        (" ?! ", ["?!"]),
+        ("", []),
+    ):
+        assert encoder.unknown_words(prompt) == unknown
     assert encoder.describe_vocabulary() == "it knows: a ball red"
 
 

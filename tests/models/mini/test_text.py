@@ -1,5 +1,9 @@
 """Vocabulary and text embedding of the small model."""
 
+# ruff: noqa: RUF001  # letters of other scripts are the point
+
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,6 +30,33 @@ def test_split_words():
     assert split_words("A red, RED ball's 2-day trip!") == [
         *("a", "red", "red", "ball's", "2", "day", "trip"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("一只狗, 红色 ball", ["一只狗", "红色", "ball"]),
+        ("Красный МЯЧ", ["красный", "мяч"]),
+        ("कुत्ता", ["कुत्ता"]),  # vowel signs are marks
+        ("cafe\u0301 CAF\u00c9", ["café", "café"]),
+        ("می\u200cخواهم", ["می\u200cخواهم"]),
+        ("a 🐕🏽 and ❤\ufe0f!", ["a", "🐕🏽", "and", "❤\ufe0f"]),
+        ("👩\u200d🚀red", ["👩\u200d🚀", "red"]),
+        ("Ｒｅｄ it’s", ["red", "it's"]),
+        ("$5 + 10% (ok)_x^y", ["5", "10", "ok", "x", "y"]),
+        ("?!… —", []),
+    ],
+)
+def test_words_of_every_script(prompt, words):
+    assert split_words(prompt) == words
+
+
+def test_words_of_ascii_are_those_of_the_training():
+    """The shipped model's ids follow from this pattern."""
+    rng = np.random.default_rng(0)
+    for codes in rng.integers(0, 128, (200, 60)):
+        prompt = "".join(map(chr, codes))
+        assert split_words(prompt) == re.findall(r"[a-z0-9']+", prompt.lower())
 
 
 def test_ids_and_lengths():
