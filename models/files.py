@@ -5,7 +5,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 # A full disk, a full quota, and a file larger than the system or a limit allows.
@@ -18,6 +18,15 @@ class FullDiskError(OSError):
     def __init__(self, message: str, code: int | None):
         super().__init__(message)
         self.errno = code  # given to OSError, it would stand before the message
+
+
+class MissingFilesError(OSError):
+    """Some files of a run could not be written; the others are whole."""
+
+    def __init__(self, reasons: Mapping[Path, Exception]):
+        parts = [f"{path} ({_reason(error)})" for path, error in reasons.items()]
+        verb = "is" if len(parts) == 1 else "are"
+        super().__init__(f"{' and '.join(parts)} {verb} missing")
 
 
 @contextlib.contextmanager
@@ -87,3 +96,10 @@ def _readable(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size} bytes"
+
+
+def _reason(error: Exception) -> str:
+    """Returns what went wrong, with its kind where the text alone says little."""
+    if isinstance(error, FullDiskError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from models.cli.compile_cache import compile_cache
 from models.cli.messages import (
     EXIT_BAD_INPUT,
+    EXIT_INCOMPLETE,
     escape_unprintable,
     flush_output,
     one_line,
@@ -19,6 +20,7 @@ from models.cli.messages import (
 )
 from models.cli.parser import build_parser
 from models.cli.signals import Terminated, quiet_imports, say_stopped, take_over
+from models.files import MissingFilesError
 
 # Bad values, a missing extra, files, damaged weights and too little memory; see
 # `_is_for_users`.
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `draft-video` with these arguments, by default the process's own.
 
     Returns:
-      The exit status: 0, 2 for bad input, 130 after Ctrl-C.
+      The exit status: 0, 2 for bad input, 3 if some of the files could not be
+      written, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -77,7 +80,8 @@ def _run(arguments: argparse.Namespace) -> int:
             traceback.print_exc()
         else:
             write_line(f"draft-video: error: {one_line(error)}")
-        return EXIT_BAD_INPUT
+        is_incomplete = isinstance(error, MissingFilesError)
+        return EXIT_INCOMPLETE if is_incomplete else EXIT_BAD_INPUT
     return 0
 
 

@@ -1,10 +1,11 @@
 """`draft-video generate`: a video from a prompt, and dense against sparse."""
 
 import argparse
+import functools
 from pathlib import Path
 
 from draft_jax import AttentionPlan
-from models.cli import options
+from models.cli import options, outputs
 from models.cli.model import Request, read_request
 from models.cli.progress import progress_bar
 from models.diffusion.comparison import Comparison, run_report
@@ -12,41 +13,41 @@ from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.results import GenerationResult
 from models.media import metrics, plots
 from models.media import video as video_io
+from models.media.run_folder import KEPT_SHARE, REPORT, RunFolder
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Generates and writes; everything that can be wrong is checked first."""
     video_io.check_video_extra()
-    sparse = AttentionPlan.draft(*options.draft_from(arguments))
+    video_io.check_ffmpeg()
+    options.draft_from(arguments)
     fps = arguments.fps
     if fps is not None and not 0 < fps < float("inf"):
         raise ValueError(f"--fps {fps} must be a positive, finite number")
-    seed = options.sampling_from(arguments).seed
     folder = getattr(arguments, "output", None)
     if folder is None:
-        folder = Path("outputs") / f"{options.slug(arguments.prompt)}-{seed}"
-    options.check_writable(folder)
+        outputs.check_writable(outputs.FOLDER)
+    else:
+        outputs.check_run_folder(folder, overwrite=arguments.overwrite)
     request = read_request(arguments)
+    if folder is None:
+        folder = outputs.FOLDER / outputs.run_name(arguments, request.sampling)
+        outputs.check_run_folder(folder, overwrite=arguments.overwrite)
     if arguments.compare:
         metrics.check_ssim_size(request.sampling.height, request.sampling.width)
     pipeline = request.load()
-    fps = pipeline.fps if fps is None else fps
     if request.image is not None:
         print(request.describe_image())
-    if arguments.compare:
-        comparison = Comparison(
-            dense=_generate(pipeline, request, AttentionPlan.dense()),
-            sparse=_generate(pipeline, request, sparse),
-        )
-        files = comparison.write(folder, fps=fps, details=request.details())
-        print(_compare_summary(comparison))
-    else:
-        attention = AttentionPlan.dense() if arguments.dense else sparse
-        result = _generate(pipeline, request, attention)
-        files = _write_single(folder, result, request, fps)
-        print(_times("video", result))
-    for file in files:
-        print(file)
+    files = RunFolder(folder)
+    try:
+        with files:
+            if arguments.compare:
+                _compare(files, pipeline, request)
+            else:
+                _make_video(files, pipeline, request)
+    finally:  # also if something went wrong later: they are what was computed
+        for file in files.written:
+            print(file)
 
 
 def _generate(
@@ -65,23 +66,52 @@ def _generate(
         )
 
 
-def _write_single(
-    folder: Path, result: GenerationResult, request: Request, fps: float
-) -> list[Path]:
+def _compare(files: RunFolder, pipeline: VideoPipeline, request: Request) -> None:
+    """Makes and writes a dense and a sparse video; the first before the second."""
+    fps = _fps(pipeline, request)
+    dense = _generate(pipeline, request, AttentionPlan.dense())
+    video = functools.partial(video_io.write_mp4, video=dense.video[0], fps=fps)
+    files.write("dense.mp4", video)
+    sparse = _generate(pipeline, request, _draft_plan(request))
+    comparison = Comparison(dense=dense, sparse=sparse)
+    writers = comparison.writers(fps=fps, details=request.details())
+    for name, writer in writers.items():
+        files.write(name, writer)
+    print(_compare_summary(comparison))
+
+
+def _make_video(files: RunFolder, pipeline: VideoPipeline, request: Request) -> None:
     arguments = request.arguments
-    (folder / "report.json").unlink(missing_ok=True)  # it describes the files beside it
-    files = [folder / "video.mp4"]
-    video_io.write_mp4(files[0], result.video[0], fps=fps)
+    attention = AttentionPlan.dense() if arguments.dense else _draft_plan(request)
+    result = _generate(pipeline, request, attention)
+    fps = _fps(pipeline, request)
+    video = functools.partial(video_io.write_mp4, video=result.video[0], fps=fps)
+    files.write("video.mp4", video)
     if not arguments.dense:
-        files.append(folder / "kept_share.png")
-        plots.plot_kept_share(
-            files[-1], result.kept_density, result.timesteps, title=arguments.prompt
+        picture = functools.partial(
+            plots.plot_kept_share,
+            kept_density=result.kept_density,
+            timesteps=result.timesteps,
+            title=arguments.prompt,
         )
-    files.append(folder / "report.json")
-    attention = "dense" if arguments.dense else "draft"
-    report = request.details() | {"attention": attention} | run_report(result)
-    video_io.write_json(files[-1], report)
-    return files
+        files.write(KEPT_SHARE, picture)
+
+    def write_report(path: Path) -> None:
+        name = "dense" if arguments.dense else "draft"
+        report = request.details() | {"attention": name} | run_report(result)
+        video_io.write_json(path, report)
+
+    files.write(REPORT, write_report)
+    print(_times("video", result))
+
+
+def _draft_plan(request: Request) -> AttentionPlan:
+    return AttentionPlan.draft(*options.draft_from(request.arguments))
+
+
+def _fps(pipeline: VideoPipeline, request: Request) -> float:
+    fps = request.arguments.fps
+    return pipeline.fps if fps is None else fps
 
 
 def _compare_summary(comparison: Comparison) -> str:

@@ -1,13 +1,13 @@
 """`draft-video inspect`: draft maps and block masks as a picture."""
 
 import argparse
-from pathlib import Path
 
 from draft_jax import AttentionPlan
-from models.cli import options
+from models.cli import options, outputs
 from models.cli.model import read_request
 from models.cli.progress import progress_bar
 from models.diffusion.inspection import AttentionView, inspect_attention
+from models.files import MissingFilesError
 from models.media import plots
 from models.media import video as video_io
 
@@ -17,18 +17,18 @@ def run(arguments: argparse.Namespace) -> None:
     video_io.check_video_extra()
     attention = AttentionPlan.draft(*options.draft_from(arguments))
     path = getattr(arguments, "output", None)
-    if path is not None and path.suffix.lower() != ".png":
-        raise ValueError(f"--output {path} must end in .png")
-    if path is not None and path.is_dir():
-        raise IsADirectoryError(f"--output {path} is a folder")
-    options.check_writable(Path("outputs") if path is None else path.parent)
+    if path is None:
+        outputs.check_writable(outputs.FOLDER)
+    else:
+        outputs.check_picture(path, overwrite=arguments.overwrite)
     request = read_request(arguments)
     sampling = request.sampling
-    pipeline = request.load()
     step = getattr(arguments, "step", sampling.num_steps // 2)
     if path is None:
-        name = f"{options.slug(arguments.prompt)}-{sampling.seed}-step{step}.png"
-        path = Path("outputs") / name
+        name = outputs.run_name(arguments, sampling)
+        path = outputs.FOLDER / f"{name}-step{step}.png"
+        outputs.check_picture(path, overwrite=arguments.overwrite)
+    pipeline = request.load()
     model = pipeline.model
     layers = getattr(arguments, "layers", _spread(model.num_layers))
     heads = getattr(arguments, "heads", tuple(range(min(4, model.num_heads))))
@@ -45,17 +45,20 @@ def run(arguments: argparse.Namespace) -> None:
             callback=callback,
         )
     blocks = view.grid.num_visual_blocks
-    plots.plot_attention(
-        path,
-        view.draft_maps,
-        view.masks,
-        layers=layers,
-        heads=heads,
-        blocks_per_frame=blocks // view.grid.frames,
-        title=f"{arguments.prompt}\nstep {step}, timestep {view.timestep:.0f}, "
-        f"{blocks} x {blocks} tiles",
-    )
-    print(_table(view))
+    print(_table(view))  # before the picture, which may fail
+    title = f"step {step}, timestep {view.timestep:.0f}, {blocks} x {blocks} tiles"
+    try:
+        plots.plot_attention(
+            path,
+            view.draft_maps,
+            view.masks,
+            layers=layers,
+            heads=heads,
+            blocks_per_frame=blocks // view.grid.frames,
+            title=f"{arguments.prompt}\n{title}",
+        )
+    except Exception as error:
+        raise MissingFilesError({path: error}) from error
     print(path)
 
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 
 EXIT_BAD_INPUT = 2
+EXIT_INCOMPLETE = 3  # the run is over, but some of its files could not be written
 
 
 def write_line(text: str) -> None:
@@ -52,8 +53,15 @@ def flush_output(status: int) -> int:
 
 
 def one_line(message: object) -> str:
-    """Returns a message without line breaks; the name of its class if it is empty."""
-    return " ".join(str(message).split()) or type(message).__name__
+    """Returns a message without line breaks; the name of its class if it is empty.
+
+    It may quote a file or a prompt, so characters that steer a terminal become escapes.
+    """
+    line = " ".join(str(message).split()) or type(message).__name__
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1]
+        for character in line
+    )
 
 
 @contextlib.contextmanager

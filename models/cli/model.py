@@ -11,6 +11,7 @@ import numpy as np
 from models.cli import options
 from models.cli.adapters import suggest_few_steps
 from models.cli.report import run_details
+from models.diffusion.contexts import as_prompts
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.loading import WAN, arguments_for_wan, find_family, load_pipeline
@@ -97,6 +98,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
       OSError: The image does not exist.
       ValueError: An option, the image or the size does not suit the model.
     """
+    as_prompts(arguments.prompt)
     if arguments.vae_tile is not None:
         _tiling(arguments.vae_tile)
     options.sampling_from(arguments)  # what is wrong with any model

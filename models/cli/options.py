@@ -2,9 +2,6 @@
 
 import argparse
 import dataclasses
-import re
-import tempfile
-from pathlib import Path
 
 from draft_jax.config import DraftConfig
 from draft_jax.schedule import SparsitySchedule
@@ -12,7 +9,6 @@ from models.cli.choices import GRIDS_OF_SOLVERS
 from models.diffusion.sampling import Sampling
 
 _SHIPPED = Sampling()
-_SLUG_LENGTH = 48
 
 
 def sampling_from(
@@ -63,26 +59,3 @@ def draft_from(arguments: argparse.Namespace) -> tuple[DraftConfig, SparsitySche
         mask_refresh=arguments.mask_refresh,
     )
     return config, schedule
-
-
-def slug(prompt: str) -> str:
-    """Returns a prompt as part of a file name."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    return words[:_SLUG_LENGTH].rstrip("-") or "video"
-
-
-def check_writable(folder: Path) -> None:
-    """Raises before any compute if `folder` cannot be made or written to.
-
-    Raises:
-      OSError: Names the folder that is in the way.
-    """
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"--output {folder}: {existing} is not a folder")
-    try:  # permissions alone do not tell of a read-only or special file system
-        tempfile.TemporaryDirectory(dir=existing).cleanup()
-    except OSError as error:
-        raise OSError(
-            f"--output {folder}: {existing} cannot be written to ({error.strerror})"
-        ) from error

@@ -97,8 +97,10 @@ def _add_generate(commands: Any) -> None:
         type=Path,
         metavar="DIR",
         default=argparse.SUPPRESS,
-        help="folder to write to (default: outputs/<prompt>-<seed>)",
+        help="folder to write to (default: outputs/<prompt>-<seed>-<hash of all "
+        "settings>)",
     )
+    _add_overwrite(parser, "the files of an earlier run in the folder")
     parser.add_argument(
         "--fps",
         type=float,
@@ -140,8 +142,10 @@ def _add_inspect(commands: Any) -> None:
         type=Path,
         metavar="PNG",
         default=argparse.SUPPRESS,
-        help="picture to write (default: outputs/<prompt>-<seed>-step<step>.png)",
+        help="picture to write (default: outputs/<prompt>-<seed>-<hash of all "
+        "settings>-step<step>.png)",
     )
+    _add_overwrite(parser, "an earlier picture of that name")
     parser.add_argument(
         "--step",
         type=int,
@@ -161,6 +165,14 @@ def _add_inspect(commands: Any) -> None:
         )
     _add_sampling_options(parser)
     _add_draft_options(parser)
+
+
+def _add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help=f"replace {what}, which is refused otherwise",
+    )
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

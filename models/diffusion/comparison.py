@@ -1,7 +1,9 @@
 """Dense against sparse: two runs from the same noise, and how they differ."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from models.diffusion.results import GenerationResult
 from models.media import plots
 from models.media import video as video_io
 from models.media.metrics import psnr, ssim
+from models.media.run_folder import KEPT_SHARE, REPORT, RunFolder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,8 +66,7 @@ class Comparison:
     ) -> list[Path]:
         """Writes three videos, the picture of the kept share, and the report.
 
-        An earlier report is removed first and the new one written last, so that a
-        report always belongs to the files beside it.
+        Files of an earlier run in the folder are replaced or removed; see `RunFolder`.
 
         Args:
           folder: Folder to write to; made if it does not exist.
@@ -73,25 +75,33 @@ class Comparison:
 
         Returns:
           The files, the report last.
+
+        Raises:
+          MissingFilesError: After all files were tried, names those that failed.
         """
-        dense_video, sparse_video = self.dense.video[0], self.sparse.video[0]
-        videos = {
-            "dense.mp4": dense_video,
-            "sparse.mp4": sparse_video,
-            "side_by_side.mp4": video_io.side_by_side(dense_video, sparse_video),
+        with RunFolder(folder) as files:
+            for name, writer in self.writers(fps=fps, details=details).items():
+                files.write(name, writer)
+        return files.written
+
+    def writers(
+        self, *, fps: int | float, details: dict[str, Any]
+    ) -> dict[str, Callable[[Path], object]]:
+        """Returns what writes each file that `write` does, by its name."""
+        dense, sparse = self.dense.video[0], self.sparse.video[0]
+        mp4 = functools.partial(functools.partial, video_io.write_mp4, fps=fps)
+        return {
+            "dense.mp4": mp4(video=dense),
+            "sparse.mp4": mp4(video=sparse),
+            "side_by_side.mp4": mp4(video=video_io.side_by_side(dense, sparse)),
+            KEPT_SHARE: lambda path: plots.plot_kept_share(
+                path,
+                self.sparse.kept_density,
+                self.sparse.timesteps,
+                title="sparse run",
+            ),
+            REPORT: lambda path: video_io.write_json(path, details | self.report()),
         }
-        (folder / "report.json").unlink(missing_ok=True)
-        for name, video in videos.items():
-            video_io.write_mp4(folder / name, video, fps=fps)
-        plots.plot_kept_share(
-            folder / "kept_share.png",
-            self.sparse.kept_density,
-            self.sparse.timesteps,
-            title="sparse run",
-        )
-        video_io.write_json(folder / "report.json", details | self.report())
-        names = [*videos, "kept_share.png", "report.json"]
-        return [folder / name for name in names]
 
 
 def run_report(result: GenerationResult) -> dict[str, Any]:

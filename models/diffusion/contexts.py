@@ -5,17 +5,20 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from models.diffusion.interfaces import TextContext
+from models.diffusion.prompt_text import check_text
 
 
 def as_prompts(prompts: str | Sequence[str]) -> list[str]:
     """Returns one or more prompts as a list; they may be empty.
 
     Raises:
-      ValueError: There is no prompt.
+      ValueError: There is no prompt, or one is not text.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError(f"{prompts=} must hold at least one prompt")
+    for prompt in prompts:
+        check_text("prompt", prompt)
     return prompts
 
 

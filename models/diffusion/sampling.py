@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from models.diffusion.prompt_text import check_text
 from models.diffusion.schedulers import Solver, SolverName, make_solver
 from pallas_kernels.common import make_plain, register_configuration
 
@@ -31,7 +32,8 @@ class Sampling:
 
     Raises:
       ValueError: A size is not a positive integer, the seed is not an integer in
-        [0, 2**32), a number is not finite and in range, or there is no such solver.
+        [0, 2**32), a number is not finite and in range, there is no such solver, or
+        the negative prompt cannot be written as UTF-8.
     """
 
     frames: int = 24
@@ -52,6 +54,7 @@ class Sampling:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer")
         check_seed("seed", self.seed)
+        check_text("negative_prompt", self.negative_prompt)
         if not 0.0 <= self.guidance < float("inf"):
             raise ValueError(
                 f"guidance={self.guidance!r} must be a finite number >= 0; 1 is off"

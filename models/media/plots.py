@@ -1,8 +1,10 @@
 """Pictures of what sparse attention does."""
 
 import io
+import textwrap
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -18,6 +20,9 @@ PANEL_INCHES = 2.6
 # Scores fall over orders of magnitude; below this share of a panel's largest score
 # the colour no longer changes.
 DRAFT_MAP_RANGE = 1e-3
+TITLE_COLUMNS, TITLE_LINES = 90, 5
+# A prompt is text: "$" starts no formula, whatever the user's own settings say.
+_TITLE: dict[str, Any] = {"fontsize": 9, "parse_math": False, "usetex": False}
 
 
 def plot_kept_share(
@@ -33,7 +38,7 @@ def plot_kept_share(
       path: PNG to write.
       kept_density: 1.0 where a step and layer ran dense.
       timesteps: Model timestep of each step, for the axis.
-      title: Printed above.
+      title: Printed above, as text.
 
     Raises:
       MissingExtraError: matplotlib is not installed.
@@ -54,7 +59,7 @@ def plot_kept_share(
     axes.set_yticks(range(kept_density.shape[1]))
     axes.set_xlabel("step, by its timestep")
     axes.set_ylabel("layer")
-    axes.set_title(f"{title}\ntoken pairs computed, %", fontsize=9)
+    axes.set_title(f"{_as_title(title)}\ntoken pairs computed, %", **_TITLE)
     figure.colorbar(image, label="share computed")
     _save(figure, path)
 
@@ -78,7 +83,7 @@ def plot_attention(
       layers: Layers to draw, two rows of panels each.
       heads: Heads to draw, one column each.
       blocks_per_frame: Tiles of a frame; lines separate the frames.
-      title: Printed above.
+      title: Printed above, as text.
 
     Raises:
       ValueError: A layer or head does not exist, or none is asked for.
@@ -90,7 +95,7 @@ def plot_attention(
         width=PANEL_INCHES * len(heads) + 0.6,
         height=2 * PANEL_INCHES * len(layers) + 1.0,
     )
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(_as_title(title), **_TITLE)
     panels = figure.subplots(2 * len(layers), len(heads), squeeze=False)
     for row, layer in enumerate(layers):
         for column, head in enumerate(heads):
@@ -132,8 +137,33 @@ def _new_figure(*, width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
 
 
+def _as_title(text: str) -> str:
+    """Returns a text in a few lines, without characters that have no picture."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        shown = "".join(c if c.isprintable() else " " for c in line)
+        lines += textwrap.wrap(shown, TITLE_COLUMNS)
+    if len(lines) > TITLE_LINES:
+        lines = [*lines[: TITLE_LINES - 2], "[...]", lines[-1]]
+    return "\n".join(lines)
+
+
 def _save(figure: "Figure", path: Path) -> None:
     # In memory first: Pillow's errors of writing do not say that a disk is full.
     picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(picture, format="png")
+    lacking = [one for one in caught if "missing from font" in str(one.message)]
+    for other in caught:
+        if other not in lacking:
+            warnings.warn_explicit(
+                other.message, other.category, other.filename, other.lineno
+            )
+    if lacking:  # one warning, not one for each letter
+        warnings.warn(
+            f"{path} shows boxes for {len(lacking)} letters of its title, which "
+            "matplotlib's font lacks",
+            stacklevel=3,
+        )
     write_whole(path, picture.getvalue())

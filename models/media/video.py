@@ -42,6 +42,22 @@ def check_video_extra() -> None:
         )
 
 
+def check_ffmpeg() -> None:
+    """Raises before any compute if ffmpeg cannot write H.264: encodes a frame.
+
+    Raises:
+      MissingExtraError: There is no ffmpeg, or it lacks the encoder.
+    """
+    try:
+        options = _h264_options(width=16, height=16, fps=1)
+        _run_ffmpeg(*options, "-f", "null", "-", stdin=bytes(16 * 16 * 3))
+    except (OSError, RuntimeError) as error:
+        raise MissingExtraError(
+            f"videos need an ffmpeg with libx264: {error}; run {INSTALL_VIDEO_EXTRA}, "
+            "or name one in the variable IMAGEIO_FFMPEG_EXE"
+        ) from error
+
+
 def to_bytes(video: FloatVideo) -> ByteVideo:
     """Rounds values in [0, 1] to 0 .. 255; values outside are clipped."""
     return np.rint(np.clip(video, 0.0, 1.0) * 255.0).astype(np.uint8)
@@ -78,8 +94,7 @@ def write_mp4(path: Path, video: FloatVideo, *, fps: int | float) -> None:
         raise ValueError(f"{fps=} must be a positive, finite number")
     with whole_file(path) as temporary:
         _run_ffmpeg(
-            *f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split(),
-            *f"-an -c:v libx264 -crf {H264_CRF} -pix_fmt yuv420p".split(),
+            *_h264_options(width=width, height=height, fps=fps),
             *("-movflags", "+faststart", str(temporary)),
             stdin=to_bytes(video).tobytes(),
         )
@@ -112,11 +127,22 @@ def read_mp4(path: Path) -> ByteVideo:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes strict JSON, indented.
 
+    Names of files that are no text, which Python keeps as lone surrogates, are written
+    as JSON's escapes of these, and so read back as they were.
+
     Raises:
       ValueError: A number is infinite or NaN, which JSON cannot say.
     """
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
-    write_whole(path, f"{text}\n".encode())
+    write_whole(path, f"{text}\n".encode(errors="backslashreplace"))
+
+
+def _h264_options(*, width: int, height: int, fps: int | float) -> list[str]:
+    """Returns ffmpeg's options for RGB bytes on stdin and H.264 out of them."""
+    return [
+        *f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split(),
+        *f"-an -c:v libx264 -crf {H264_CRF} -pix_fmt yuv420p".split(),
+    ]
 
 
 def _run_ffmpeg(*arguments: str, stdin: bytes | None = None) -> bytes:

@@ -127,6 +127,20 @@ def check_prompts(prompts: Sequence[str]) -> None:
         raise ValueError(f"{prompts=} must hold at least one prompt")
 
 
+def check_text_packages(*, tokenizer: bool) -> None:
+    """Raises before anything is loaded if a package that prompts need is missing.
+
+    Args:
+      tokenizer: Whether prompts are split into tokens; stored embeddings are found by
+        the cleaned prompt alone.
+
+    Raises:
+      ImportError: The package `ftfy` or `tokenizers` is not installed.
+    """
+    for package in ("ftfy", *(("tokenizers",) if tokenizer else ())):
+        _require(package)
+
+
 def clean_prompt(prompt: str) -> str:
     """Cleans a text as Wan's pipeline does before it is split into tokens.
 

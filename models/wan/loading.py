@@ -14,6 +14,7 @@ from models.clip.image_encoder import CLIPImageEncoder
 from models.diffusion.dtypes import default_dtype
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
+from models.umt5.tokenizer import check_text_packages
 from models.wan.checkpoint import WanFolder, WanParts, open_wan_parts
 from models.wan.conditions import WanConditioning
 from models.wan.config import WanConfig
@@ -145,8 +146,11 @@ def _naming(folder: WanFolder, part: Part) -> Iterator[None]:
 
 
 def _needed(parts: Collection[Part], text: TextOptions | None) -> set[Part]:
-    without = TEXT_PARTS if text is not None and text.given else ()
-    return set(parts).difference(without)
+    """Returns the parts to open; the packages that their prompts need are there."""
+    given = text is not None and text.given
+    if "text_encoder" in parts:
+        check_text_packages(tokenizer=not given)
+    return set(parts).difference(TEXT_PARTS if given else ())
 
 
 def _vae_config(folder: WanFolder) -> WanVAEConfig:

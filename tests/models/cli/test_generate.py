@@ -193,7 +193,8 @@ def test_a_seed_gives_the_same_file_and_another_seed_another(
     assert set(report) == DETAIL_KEYS | RUN_KEYS | {"attention"}
     assert report["attention"] == "draft"
     assert run(checkpoint, "--dense", "--fps", "6", prompt="Blue   SEA!") == 0
-    folder = tmp_path / "outputs" / "blue-sea-0"  # the default
+    (folder,) = (tmp_path / "outputs").iterdir()  # the default
+    assert re.fullmatch("blue-sea-0-[0-9a-f]{8}", folder.name)
     assert names_in(folder) == {"video.mp4", "report.json"}
     assert read_report(folder)["attention"] == "dense"
     assert read_report(folder)["kept_share"] == 1.0
@@ -398,7 +399,7 @@ def test_interrupt_during_writing_leaves_whole_files_only(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(generate.plots, "plot_kept_share", stop)
-    assert run(checkpoint, "--compare", "--output", str(tmp_path)) == 130
+    assert run(checkpoint, "--compare", "--overwrite", "--output", str(tmp_path)) == 130
     assert names_in(tmp_path) == {"dense.mp4", "sparse.mp4", "side_by_side.mp4"}
     for name in names_in(tmp_path):
         whole = video_io.read_mp4(comparison / name)

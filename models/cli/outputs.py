@@ -1,0 +1,151 @@
+"""Names of outputs, and what can be refused about them before anything is computed."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import tempfile
+import unicodedata
+from pathlib import Path
+
+from models.diffusion.sampling import Sampling
+from models.media.run_folder import earlier_files
+
+FOLDER = Path("outputs")
+_MOST_NAME_BYTES = 255  # of one name, in the file systems in use
+_MOST_PROMPT_BYTES = 96  # of a name, which has the seed and the hash beside it
+# Options that change neither a pixel nor a number of what is written.
+_WITHOUT_EFFECT = ("argv", "output", "overwrite", "debug", "no_compile_cache")
+
+
+def run_name(arguments: argparse.Namespace, sampling: Sampling) -> str:
+    """Returns "<prompt>-<seed>-<hash>", which other settings do not share.
+
+    The hash is of the whole prompt and of every option, with the values that the
+    checkpoint gives to those that were left out.
+
+    Args:
+      arguments: The parsed command line.
+      sampling: The settings of the run; its seed is that of the video.
+    """
+    in_sampling = {field.name for field in dataclasses.fields(Sampling)} | {"size"}
+    settings = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in in_sampling and name not in _WITHOUT_EFFECT
+    }
+    settings["sampling"] = dataclasses.asdict(sampling)
+    text = json.dumps(settings, default=str, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{words_of(arguments.prompt)}-{sampling.seed}-{digest}"
+
+
+def words_of(prompt: str) -> str:
+    """Returns the letters and digits of a prompt, of every script, as part of a name.
+
+    Lower case, with one dash for whatever lies between, and cut at 96 bytes.
+    """
+    text = unicodedata.normalize("NFC", prompt).lower()
+    text = "".join(
+        character if unicodedata.category(character)[0] in "LMN" else "-"
+        for character in text
+    )
+    # A mark that follows no letter would join the dash.
+    marks = {c for c in text if unicodedata.category(c)[0] == "M"}
+    text = re.sub(rf"(^|-)[{''.join(marks)}]+", "-", text) if marks else text
+    words = re.sub("-+", "-", text).strip("-")
+    cut = words.encode()[:_MOST_PROMPT_BYTES].decode(errors="ignore")
+    return cut.rstrip("-") or "video"
+
+
+def check_run_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raises before any compute if a run cannot write its files to a folder.
+
+    Args:
+      folder: The folder; it need not exist.
+      overwrite: Whether files of an earlier run may be replaced.
+
+    Raises:
+      FileExistsError: It has files of an earlier run.
+      OSError: The folder cannot be made or written to, or a file has the name of a
+        folder in it.
+    """
+    check_writable(folder)
+    earlier = earlier_files(folder)
+    for path in earlier:
+        if path.is_dir():
+            raise IsADirectoryError(f"--output {folder}: {path} is a folder")
+    if earlier and not overwrite:
+        names = " and ".join(path.name for path in earlier)
+        raise FileExistsError(
+            f"--output {folder}: an earlier run has left {names} there; --overwrite "
+            "replaces the files of a run, or name another folder"
+        )
+
+
+def check_picture(path: Path, *, overwrite: bool) -> None:
+    """Raises before any compute if a picture cannot be written to a path.
+
+    Args:
+      path: File to write, ending in .png; its folder need not exist.
+      overwrite: Whether an existing file may be replaced.
+
+    Raises:
+      FileExistsError: There is such a file.
+      OSError: It cannot be written.
+      ValueError: It does not end in .png.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--output {path} must end in .png")
+    check_writable(path.parent)
+    _check_name(path, path.name)
+    if path.is_dir():
+        raise IsADirectoryError(f"--output {path} is a folder")
+    if path.is_symlink() and not path.exists():
+        raise _dangling(path, path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"--output {path} exists; --overwrite replaces it, or name another file"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Raises before any compute if a folder cannot be made or written to.
+
+    Raises:
+      OSError: Names the folder that is in the way.
+    """
+    for path in (folder, *folder.parents):
+        _check_name(folder, path.name)
+    existing = folder
+    while not existing.exists():
+        if existing.is_symlink():
+            raise _dangling(folder, existing)
+        existing = existing.parent
+    if not existing.is_dir():
+        raise NotADirectoryError(f"--output {folder}: {existing} is not a folder")
+    try:  # permissions alone do not tell of a read-only or special file system
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"--output {folder}: {existing} cannot be written to ({error.strerror})"
+        ) from error
+
+
+def _check_name(output: Path, name: str) -> None:
+    size = len(os.fsencode(name))
+    if size > _MOST_NAME_BYTES:
+        raise OSError(
+            f"--output {output}: the name {name[:20]}... has {size} bytes; a name may "
+            f"have {_MOST_NAME_BYTES}"
+        )
+
+
+def _dangling(output: Path, link: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"--output {output}: {link} is a link to {os.readlink(link)}, which does not "
+        "exist"
+    )
