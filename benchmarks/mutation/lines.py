@@ -93,8 +93,15 @@ class TestsOfLines:
     def of(self, file: str, line: int, *, on_import: bool) -> list[str]:
         """Returns the tests that run a line, or any of its file if it runs on import.
 
-        Those of the file that mirrors it come first, then the quickest.
+        Before them come those of the test files named after it, which may run it in
+        another process. Then the quickest come first.
         """
         tests = self._by_file[file] if on_import else self._by_line[file, line]
-        stem = Path(file).stem
-        return sorted(tests, key=lambda test: stem not in test.split("::")[0])
+        folder, stem = f"tests/{Path(file).parent}", Path(file).stem.strip("_")
+        own = [
+            test
+            for test in self.seconds
+            if test.startswith(f"{folder}/test_") and stem in test.split("::")[0]
+        ]
+        own.sort(key=self.seconds.__getitem__)
+        return list(dict.fromkeys([*own, *tests]))

@@ -104,18 +104,19 @@ def test_a_planted_mutant_leaves_no_trace(tmp_path):
 FOUND = {
     "tests/test_other.py::quick": {"seconds": 0.1, "lines": {"a/thing.py": [1]}},
     "tests/test_other.py::slow": {"seconds": 9.0, "lines": {"a/thing.py": [1, 2]}},
-    "tests/test_thing.py::own": {"seconds": 2.0, "lines": {"a/thing.py": [1]}},
+    "tests/a/test_thing.py::own": {"seconds": 2.0, "lines": {"a/thing.py": [1]}},
     "tests/test_rest.py::none": {"seconds": 0.1, "lines": {"a/rest.py": [1]}},
 }
 
 
 def test_own_tests_come_first_then_the_quickest():
     tests = TestsOfLines(FOUND)
-    first = ["tests/test_thing.py::own", "tests/test_other.py::quick"]
+    first = ["tests/a/test_thing.py::own", "tests/test_other.py::quick"]
     of = functools.partial(tests.of, on_import=False)
     assert of("a/thing.py", 1) == [*first, "tests/test_other.py::slow"]
-    assert of("a/thing.py", 2) == ["tests/test_other.py::slow"]
-    assert of("a/thing.py", 7) == of("a/absent.py", 1) == []
+    assert of("a/thing.py", 2) == [first[0], "tests/test_other.py::slow"]
+    assert of("a/thing.py", 7) == first[:1]
+    assert of("a/absent.py", 1) == []
     every = [*first, "tests/test_other.py::slow"]
     assert tests.of("a/thing.py", 2, on_import=True) == every
 
