@@ -42,7 +42,10 @@ from typing import Any
 from benchmarks.common.records import ROOT, provenance, write_json
 from benchmarks.mutation.lines import TestsOfLines
 
-TEST_FOLDERS = ("tests/draft_jax", "tests/pallas_kernels", "tests/models")
+TESTS = (
+    *("tests/draft_jax", "tests/pallas_kernels", "tests/models"),
+    *("tests/test_dataclasses.py", "tests/test_highest_precision.py"),
+)
 FILES_SECONDS = 500.0  # most time for all quick tests of a file
 FIRST_SECONDS, FIRST_FILES = 15.0, 2  # of the first of two runs of a mutant's tests
 NIGHTLY_FILES = 3  # whose nightly tests a survivor meets
@@ -134,19 +137,20 @@ class Workers:
 def gather_lines(
     workers: Workers,
     path: pathlib.Path,
-    folders: list[str],
+    names: list[str],
     files: list[str],
     end: float,
 ) -> TestsOfLines:
-    """Returns which tests of some folders run which lines of some files.
+    """Returns which tests of files and folders run which lines of some files.
 
     Test files that `path` does not know are run, and what they found is kept there.
     """
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     wanted = {
         file.relative_to(ROOT).as_posix(): file.read_bytes()
-        for folder in folders
-        for file in sorted((ROOT / folder).rglob("test_*.py"))
+        for name in names
+        for file in sorted([ROOT / name, *(ROOT / name).rglob("*")])
+        if file.match("test_*.py")
     }
     # The largest first: they take longest.
     digests = {name: hashlib.sha256(text).hexdigest() for name, text in wanted.items()}
@@ -373,7 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="0 only draws")
     parser.add_argument("--minutes", type=float, default=60, help="start none after")
     parser.add_argument("--seconds", type=float, default=45, help="of tests per mutant")
-    parser.add_argument("--tests", nargs="+", default=TEST_FOLDERS, help="folders")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="files or folders")
     parser.add_argument("--again", action="store_true", help="try survivors again")
     parser.add_argument("--nightly", action="store_true", help="with nightly tests")
     parser.add_argument("--explain", nargs=2, metavar=("ID", "REASON"))
