@@ -21,7 +21,9 @@ from models.wan.layouts import (
     find_layout,
 )
 from models.wan.loading import load_wan
+from models.wan.part_files import PartFiles
 from models.wan.text import TextOptions
+from models.wan.transformer_file import is_transformer_file
 
 Loras = Iterable[tuple[Path | str, float]]
 
@@ -53,10 +55,12 @@ def _load_mini(
     loras: Loras,
     lora_strict: bool,
     text: TextOptions | None,
+    files: PartFiles | None,
+    revision: str | None,
 ) -> VideoPipeline:
     """Loads a small model, for which `parts` and `lora_strict` have no meaning."""
     del parts, lora_strict
-    if given := arguments_for_wan(loras, text or TextOptions()):
+    if given := arguments_for_wan(loras, text, files, revision):
         named = " and ".join(f"{name}={value!s}" for name, value in given.items())
         raise ValueError(f"{named}: arguments that fit Wan models only")
     return load_mini(path)
@@ -64,9 +68,10 @@ def _load_mini(
 
 WAN = Family(
     name="Wan",
-    owns=lambda path: find_layout(path) is not None,
+    owns=lambda path: find_layout(path) is not None or is_transformer_file(path),
     load=load_wan,
-    expected=f"a Wan model in {describe_layouts()}",
+    expected=f"a Wan model in {describe_layouts()}, or one .safetensors file of its "
+    "transformer",
     describe_neighbour=describe_neighbour,
 )
 MINI = Family(name="small", owns=is_small_model, load=_load_mini, expected=SMALL_MODEL)
@@ -80,6 +85,8 @@ def load_pipeline(
     loras: Loras = (),
     lora_strict: bool = True,
     text: TextOptions | None = None,
+    files: PartFiles | None = None,
+    revision: str | None = None,
 ) -> VideoPipeline:
     """Loads a checkpoint of any family, by default the model that ships.
 
@@ -87,7 +94,8 @@ def load_pipeline(
 
     Args:
       path: A folder in the format of `models/mini/weights`, or a published Wan
-        model: its folder, or its repository on the hub.
+        model: its folder, its repository on the hub, or the `.safetensors` file of
+        its transformer, whose shapes tell which model it is.
       parts: Parts of a Wan model to load; see `open_wan_parts`.
       loras: Adapters to merge into a Wan model, each with its strength. Steps and
         guidance that suit one made for few steps are told by
@@ -97,6 +105,10 @@ def load_pipeline(
       text: Where a Wan model's text encoder runs, whether it is freed before the
         transformer is loaded, and where embeddings are kept. By default it stays
         on the default device.
+      files: Parts of a Wan model that are given by themselves. With the file of a
+        transformer these are the autoencoder, the text encoder and its tokenizer.
+      revision: Branch, tag or commit of a Wan model's repository on the hub. It is
+        looked up once, so that all its files are of one commit.
 
     Returns:
       A pipeline with the weights in memory.
@@ -118,7 +130,13 @@ def load_pipeline(
         ```
     """
     return find_family(path).load(
-        path, parts=parts, loras=loras, lora_strict=lora_strict, text=text
+        path,
+        parts=parts,
+        loras=loras,
+        lora_strict=lora_strict,
+        text=text,
+        files=files,
+        revision=revision,
     )
 
 
@@ -149,12 +167,21 @@ def find_family(path: Path | str | None) -> Family:
     )
 
 
-def arguments_for_wan(loras: Loras, text: TextOptions) -> dict[str, Any]:
+def arguments_for_wan(
+    loras: Loras,
+    text: TextOptions | None = None,
+    files: PartFiles | None = None,
+    revision: str | None = None,
+) -> dict[str, Any]:
     """Returns the arguments given that only Wan models have a use for, by name."""
-    files = [str(file) for file, _ in loras]
-    given: dict[str, Any] = {"loras": files} if files else {}
-    return given | {
+    adapters = [str(file) for file, _ in loras]
+    given: dict[str, Any] = {"loras": adapters} if adapters else {}
+    text = text or TextOptions()
+    given |= {
         f"text.{field.name}": value
         for field in dataclasses.fields(text)
         if (value := getattr(text, field.name)) != field.default
     }
+    parts = (files or PartFiles()).given()
+    given |= {f"files.{part}": str(file) for part, file in parts.items()}
+    return given | ({} if revision is None else {"revision": revision})

@@ -116,6 +116,18 @@ def load_parameters[M: nnx.Module](
     return nnx.merge(structure, nnx.from_flat_state(flat))
 
 
+def check_parameters(
+    make_model: Callable[[], nnx.Module],
+    source: Mapping[str, Any],
+    rules: Sequence[Rule],
+    *,
+    stacked: Iterable[str] = (),
+) -> None:
+    """Raises what `load_parameters` would, without reading arrays."""
+    state = nnx.state(nnx.eval_shape(make_model))
+    _checked_assignment(source, rules, _slots(dict(nnx.to_flat_state(state)), stacked))
+
+
 def _read_arrays(
     source: Mapping[str, Any],
     filled: Mapping[str, tuple[str, Rule]],

@@ -61,6 +61,11 @@ def find_checkpoint(
     """
     path = Path(name).expanduser()
     if path.exists():
+        if revision is not None:
+            raise HubError(
+                f"{revision=} is given for {os.fspath(name)}, a path on this machine; "
+                "only repositories on the hub have revisions"
+            )
         return path
     if not is_repository_name(name):
         raise HubError(why_not_found(name))
@@ -70,6 +75,11 @@ def find_checkpoint(
         revision=revision,
         cache_dir=cache_dir,
     )
+
+
+def commit_of(path: Path) -> str | None:
+    """Returns the commit that a folder of the hub's cache is of; None of others."""
+    return path.name if path.parent.name == "snapshots" else None
 
 
 def is_repository_name(name: str | os.PathLike) -> bool:

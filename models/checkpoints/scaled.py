@@ -3,10 +3,10 @@
 FP8 has three or two bits of fraction and a small range. So files store `weight / scale`
 in it, with the scale beside; the weight is their product. Two spellings are common:
 
-    blocks.0.ffn.0.scale_weight   ComfyUI until 2025, musubi-tuner; `scaled_fp8` marks
-                                  such a file
-    blocks.0.ffn.0.weight_scale   ComfyUI since, lightx2v; `comfy_quant` beside it, or
-                                  the file's metadata, name the format
+    blocks.0.ffn.0.scale_weight   musubi-tuner, older files of ComfyUI, which a key
+                                  `scaled_fp8` marks
+    blocks.0.ffn.0.weight_scale   newer files of ComfyUI, LightX2V; `comfy_quant` beside
+                                  it, or the file's metadata, name the format
 
 `scale_input` and `input_scale` are of activations, for products in FP8. There are none
 here: weights are multiplied first, in float32. FP8 without scales is only narrow.

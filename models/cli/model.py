@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from models.checkpoints.hub import commit_of
 from models.cli import options
 from models.cli.adapters import suggest_few_steps
 from models.cli.report import run_details
@@ -18,6 +19,7 @@ from models.loading import WAN, arguments_for_wan, find_family, load_pipeline
 from models.media.image import read_image
 from models.wan.image import kept_part
 from models.wan.loading import WanInfo, describe_wan
+from models.wan.part_files import PartFiles
 from models.wan.sizes import size_like_image
 from models.wan.text import TextOptions
 from models.wan.vae.codec import WanVAECodec
@@ -33,25 +35,31 @@ class Request:
       sampling: Settings, the model's own if the options are silent.
       image: The first frame in [-1, 1], as the file has it; None without.
       kept: Rows and columns of the image that the video shows.
+      wan: The settings of a Wan model, and where its files lie; None for a small one.
     """
 
     arguments: argparse.Namespace
     sampling: Sampling
     image: np.ndarray | None = None
     kept: tuple[slice, slice] | None = None
+    wan: WanInfo | None = None
 
     def load(self) -> VideoPipeline:
         """Loads the pipeline; Wan encodes prompts before its transformer is loaded."""
         arguments, sampling = self.arguments, self.sampling
-        text = _text_options(arguments)
-        if find_family(arguments.checkpoint) is WAN:
-            negative = (sampling.negative_prompt,) if sampling.guided else ()
-            text = dataclasses.replace(text, prompts=(arguments.prompt, *negative))
+        if self.wan is None:
+            return load_pipeline(arguments.checkpoint)
+        negative = (sampling.negative_prompt,) if sampling.guided else ()
+        # Of the path and the files that were looked at: a name on the hub may stand
+        # for others by now.
         pipeline = load_pipeline(
-            arguments.checkpoint,
+            self.wan.path,
             loras=arguments.lora,
             lora_strict=arguments.lora_strict == "yes",
-            text=text,
+            text=dataclasses.replace(
+                _text_options(arguments), prompts=(arguments.prompt, *negative)
+            ),
+            files=self.wan.files,
         )
         if arguments.vae_tile is None:
             return pipeline
@@ -62,8 +70,11 @@ class Request:
 
     def details(self) -> dict[str, Any]:
         """Returns what a reader of a report needs to repeat the run."""
+        wan = self.wan
         return run_details(self.arguments, self.sampling) | {
-            "image": self._image_details()
+            "image": self._image_details(),
+            "model": None if wan is None else wan.model,
+            "commit": None if wan is None else commit_of(wan.path),
         }
 
     def describe_image(self) -> str:
@@ -110,13 +121,18 @@ def read_request(arguments: argparse.Namespace) -> Request:
         if path is None:
             _note_large_size(sampling)
         return Request(arguments=arguments, sampling=sampling)
-    info = describe_wan(path, text=_text_options(arguments))
+    info = describe_wan(
+        path,
+        text=_text_options(arguments),
+        files=_part_files(arguments),
+        revision=arguments.revision,
+    )
     info.conditioning.check_image(given=image is not None)
     sampling = _wan_sampling(arguments, info)
     suggest_few_steps([file for file, _ in arguments.lora], sampling)
     if image is None:
         info.conditioning.latent_shape(sampling, info.vae)
-        return Request(arguments=arguments, sampling=sampling)
+        return Request(arguments=arguments, sampling=sampling, wan=info)
     multiples = info.conditioning.side_multiples(info.vae)
     if arguments.image_fit == "aspect":
         height, width = size_like_image(
@@ -132,6 +148,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
         sampling=sampling,
         image=image,
         kept=kept_part(image.shape[:2], size, multiples),
+        wan=info,
     )
 
 
@@ -140,13 +157,23 @@ def _check_fits_small_model(arguments: argparse.Namespace) -> None:
     image = arguments.image
     if image is not None:
         raise ValueError(f"--image {image} is given, but this is a text-to-video model")
-    for_wan = arguments_for_wan(arguments.lora, _text_options(arguments))
+    for_wan = arguments_for_wan(
+        arguments.lora,
+        _text_options(arguments),
+        _part_files(arguments),
+        arguments.revision,
+    )
     given = [f"--lora {file}" for file in for_wan.pop("loras", ())]
     given += [
         f"{flag} {getattr(arguments, name)}"
         for field, flag, name in (
             ("text.embeddings", "--embeddings", "embeddings"),
             ("text.device", "--text-device", "text_device"),
+            ("files.vae", "--vae", "vae"),
+            ("files.text_encoder", "--text-encoder", "text_encoder"),
+            ("files.tokenizer", "--tokenizer", "tokenizer"),
+            ("files.image_encoder", "--image-encoder", "image_encoder"),
+            ("revision", "--revision", "revision"),
         )
         if field in for_wan
     ]
@@ -183,6 +210,15 @@ def _tiling(pixels: int) -> Tiling:
     if pixels < 32 or pixels % 32:
         raise ValueError(f"--vae-tile {pixels} must be a positive multiple of 32")
     return Tiling(size=(pixels, pixels), overlap=(pixels // 4, pixels // 4))
+
+
+def _part_files(arguments: argparse.Namespace) -> PartFiles:
+    return PartFiles(
+        vae=arguments.vae,
+        text_encoder=arguments.text_encoder,
+        tokenizer=arguments.tokenizer,
+        image_encoder=arguments.image_encoder,
+    )
 
 
 def _text_options(arguments: argparse.Namespace) -> TextOptions:

@@ -181,12 +181,19 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        metavar="DIR",
+        metavar="PATH",
         help="folder of a published Wan model in the original or diffusers layout, or "
-        "its repository on the hub, such as Wan-AI/Wan2.1-T2V-1.3B; or a folder in the "
-        "format of models/mini/weights; the model that ships with the project if left "
-        "out",
+        "its repository on the hub, such as Wan-AI/Wan2.1-T2V-1.3B; or the "
+        ".safetensors file of a Wan transformer, FP8 too, with --vae and "
+        "--text-encoder; or a folder in the format of models/mini/weights; the model "
+        "that ships with the project if left out",
     )
+    parser.add_argument(
+        "--revision",
+        metavar="NAME",
+        help="branch, tag or commit of a repository on the hub",
+    )
+    _add_part_options(parser)
     parser.add_argument(
         "--lora",
         type=parse_lora,
@@ -226,6 +233,31 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--debug", action="store_true", help="show where an error came from"
     )
+
+
+def _add_part_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the parts of a Wan model that are given by themselves."""
+    for name, what in (
+        ("vae", "autoencoder, such as Wan2.1_VAE.pth or wan_2.1_vae.safetensors"),
+        (
+            "text-encoder",
+            "text encoder, such as models_t5_umt5-xxl-enc-bf16.pth or "
+            "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+        ),
+        (
+            "tokenizer",
+            "tokenizer.json of the text encoder, if it does not lie beside it; "
+            "google/umt5-xxl fetches it",
+        ),
+        ("image-encoder", "image encoder, for image-to-video models"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=Path,
+            metavar="PATH",
+            help=f"{what}: a file, a folder, or a repository; those of --checkpoint if "
+            "left out",
+        )
 
 
 def _add_encoder_options(parser: argparse.ArgumentParser) -> None:

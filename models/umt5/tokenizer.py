@@ -10,7 +10,7 @@ import html
 import importlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -165,10 +165,9 @@ def find_tokenizer(path: Path) -> Path:
     """
     if path.is_file():
         return path
+    if (found := search_tokenizer([path])) is not None:
+        return found
     folders = [path / subfolder for subfolder in _SUBFOLDERS]
-    for folder in folders:
-        if (folder / FILE).is_file():
-            return folder / FILE
     for folder in folders:
         if (folder / "spiece.model").is_file():
             raise CheckpointError(
@@ -179,6 +178,15 @@ def find_tokenizer(path: Path) -> Path:
     raise CheckpointError(
         f"found no {FILE} in any of {[str(folder) for folder in folders]}"
     )
+
+
+def search_tokenizer(folders: Iterable[Path]) -> Path | None:
+    """Returns the first `tokenizer.json` in some folders; None if there is none."""
+    for folder in folders:
+        for subfolder in _SUBFOLDERS:
+            if (file := folder / subfolder / FILE).is_file():
+                return file
+    return None
 
 
 def _require(package: str) -> ModuleType:

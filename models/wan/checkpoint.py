@@ -4,7 +4,6 @@ Two layouts are published; see `models.wan.layouts`.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from models.checkpoints.files import find_visible
 from models.checkpoints.hub import find_checkpoint
 from models.checkpoints.lora import merge_lora
 from models.checkpoints.memory_map import CheckpointError
+from models.umt5.tokenizer import find_tokenizer
 from models.wan.config import WanConfig
 from models.wan.convert import (
     LORA_FEATURES,
@@ -31,59 +31,19 @@ from models.wan.layouts import (
     find_layout,
     hub_patterns,
 )
-from models.wan.part_files import open_part_weights
+from models.wan.part_files import (
+    PartFiles,
+    PartSource,
+    check_complete,
+    find_part,
+    naming,
+    read_json,
+    source_in,
+    tokenizer_beside,
+)
+from models.wan.scheduler_settings import SchedulerSettings, read_scheduler
 from models.wan.transformer import WanTransformer
-
-# Settings that the solvers here have; others in a scheduler's file are refused.
-_SCHEDULER_ALWAYS = {
-    "num_train_timesteps": 1000,
-    "shift_terminal": None,
-    "use_beta_sigmas": False,
-    "use_dynamic_shifting": False,
-    "use_exponential_sigmas": False,
-    "use_karras_sigmas": False,
-}
-_SCHEDULER_FIXED: dict[str, dict[str, Any]] = {
-    "UniPCMultistepScheduler": _SCHEDULER_ALWAYS
-    | {
-        "disable_corrector": [],
-        "final_sigmas_type": "zero",
-        "lower_order_final": True,
-        "predict_x0": True,
-        "prediction_type": "flow_prediction",
-        "solver_order": 2,
-        "solver_p": None,
-        "solver_type": "bh2",
-        "thresholding": False,
-        "use_flow_sigmas": True,
-    },
-    "FlowMatchEulerDiscreteScheduler": _SCHEDULER_ALWAYS
-    | {"invert_sigmas": False, "stochastic_sampling": False},
-}
-# Values that diffusers takes for settings left out, if they are others than these.
-_SCHEDULER_DEFAULTS: dict[str, dict[str, Any]] = {
-    "UniPCMultistepScheduler": {
-        "prediction_type": "epsilon",
-        "use_flow_sigmas": False,
-    },
-    "FlowMatchEulerDiscreteScheduler": {},
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SchedulerSettings:
-    """The sampler that a folder names for its model.
-
-    Attributes:
-      solver: UniPC of order 2, or Euler steps.
-      grid: Noise levels of Wan's own code, or of diffusers.
-      shift: Shift of the noise levels. The original says 5, or 3 for videos from an
-        image at 480p; its folders do not hold it, and it is 5 then.
-    """
-
-    solver: Literal["unipc", "euler"] = "unipc"
-    grid: Literal["wan", "diffusers"] = "wan"
-    shift: float = 5.0
+from models.wan.transformer_file import TransformerFile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +93,7 @@ class WanFolder:
         config: dict[str, Any] = {}
         file = path / LAYOUTS[layout]["transformer"][0]
         if file.is_file():
-            config = _read_json(file)
+            config = read_json(file)
         task = _task_of(config)
         wanted = {part for part in parts if part in LAYOUTS[layout]}
         if task == "t2v":
@@ -174,32 +134,9 @@ class WanFolder:
             file = self.path / LAYOUTS[self.layout]["transformer"][0]
             raise CheckpointError(f"{file}: {error}") from error
 
-    def weights(self, part: Part) -> Mapping[str, Any]:
-        """Returns a part's arrays by key, each read from disk when it is used.
-
-        Raises:
-          CheckpointError: A file is missing or damaged, or the part has no weights.
-        """
-        if part not in LAYOUTS[self.layout] or part in ("tokenizer", "scheduler"):
-            raise CheckpointError(f"{part=} has no weights in the {self.layout} layout")
-        path, stem = self.path, None
-        if self.layout == "diffusers":
-            path /= part
-        elif part == "transformer":
-            stem = "diffusion_pytorch_model"
-        else:
-            path /= LAYOUTS["original"][part][0]
-        return open_part_weights(part, path, stem=stem)
-
-    def weight_files(self, part: Part) -> list[Path]:
-        """Returns the files of a part's weights; none for a part that has none."""
-        patterns = LAYOUTS[self.layout].get(part, ())
-        return sorted(
-            file
-            for pattern in patterns
-            if not pattern.endswith(".json")
-            for file in find_visible(self.path, pattern)
-        )
+    def source(self, part: Part) -> PartSource:
+        """Opens a part; see `models.wan.part_files.source_in`."""
+        return source_in(self.path, self.layout, part)
 
     def part_config(self, part: Part) -> dict[str, Any] | None:
         """Reads a part's `config.json`.
@@ -213,36 +150,7 @@ class WanFolder:
         patterns = LAYOUTS[self.layout].get(part, ("",))
         if not patterns[0].endswith(".json"):
             return None
-        return _read_json(self.path / patterns[0])
-
-    def read_config[Config](
-        self,
-        part: Part,
-        read: Callable[..., Config],
-        default: Callable[..., Config],
-        **changes: Any,
-    ) -> Config:
-        """Reads a part's sizes.
-
-        Args:
-          part: Any but the transformer, which has `config`.
-          read: Makes them from the part's `config.json`.
-          default: Makes them if the layout has no such file, or the part was not
-            checked for.
-          **changes: Arguments that both are given, such as `dtype`.
-
-        Raises:
-          CheckpointError: The file is missing or damaged, or of another model; it is
-            named.
-        """
-        stored = self.part_config(part) if part in self.parts else None
-        if stored is None:
-            return default(**changes)
-        try:
-            return read(stored, **changes)
-        except (ValueError, TypeError) as error:
-            file = self.path / LAYOUTS[self.layout][part][0]
-            raise CheckpointError(f"{file}: {error}") from error
+        return read_json(self.path / patterns[0])
 
     @property
     def tokenizer(self) -> Path:
@@ -250,39 +158,12 @@ class WanFolder:
         return (self.path / LAYOUTS[self.layout]["tokenizer"][0]).parent
 
     def scheduler(self) -> SchedulerSettings:
-        """Reads how the model is sampled.
-
-        Raises:
-          CheckpointError: The file is missing or damaged, or asks for what no solver
-            here computes; all such settings are named.
-        """
+        """Reads how the model is sampled; see `read_scheduler`."""
         stored = self.part_config("scheduler")
         if stored is None:
             return SchedulerSettings()
         file = self.path / LAYOUTS[self.layout]["scheduler"][0]
-        name = stored.get("_class_name")
-        if name not in _SCHEDULER_FIXED:
-            raise CheckpointError(
-                f"{file} has _class_name={name!r}; expected one of "
-                f"{list(_SCHEDULER_FIXED)}"
-            )
-        fixed, stored = _SCHEDULER_FIXED[name], _SCHEDULER_DEFAULTS[name] | stored
-        if other := {
-            key: stored[key]
-            for key in fixed
-            if stored.get(key, fixed[key]) != fixed[key]
-        }:
-            needed = {key: fixed[key] for key in other}
-            raise CheckpointError(f"{file} asks for {other}; this port has {needed}")
-        is_unipc = name == "UniPCMultistepScheduler"
-        shift = stored.get("flow_shift" if is_unipc else "shift", 1.0)
-        if not isinstance(shift, int | float) or not 0.0 < shift < float("inf"):
-            raise CheckpointError(f"{file} has {shift=}; expected a positive number")
-        return SchedulerSettings(
-            solver="unipc" if is_unipc else "euler",
-            grid="diffusers",
-            shift=float(shift),
-        )
+        return read_scheduler(stored, file)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -293,37 +174,73 @@ class WanParts:
     may be loaded to another device, freed before the next is, or not loaded.
 
     Attributes:
-      folder: Folder that everything comes from.
+      path: The model's folder, of a repository that of one commit; or its file.
+      model: Name of a model that was told by its shapes; None if a `config.json` was
+        read.
       config: The transformer's configuration.
       weights: The transformer's weights, adapters included.
+      files: The files of the transformer.
+      given: Parts that were given by themselves, as paths on this machine.
       scheduler: The sampler that the model is published with.
-      text_encoder: UMT5's weights; None if they were not asked for.
-      vae: The video autoencoder's weights; None if they were not asked for.
-      image_encoder: CLIP's weights; None if they were not asked for, or the model
-        takes no image.
-      tokenizer: Folder of the text encoder's tokenizer; None if not asked for.
+      sources: The other parts that were asked for, and that the model needs.
+      tokenizer: The text encoder's tokenizer, a folder or a file; None if not asked
+        for.
     """
 
-    folder: WanFolder
+    path: Path
+    model: str | None
     config: WanConfig
     weights: Mapping[str, Any]
+    files: tuple[Path, ...]
+    given: PartFiles
     scheduler: SchedulerSettings
-    text_encoder: Mapping[str, Any] | None
-    vae: Mapping[str, Any] | None
-    image_encoder: Mapping[str, Any] | None
+    sources: Mapping[Part, PartSource]
     tokenizer: Path | None
+
+    @property
+    def text_encoder(self) -> Mapping[str, Any] | None:
+        """UMT5's weights; None if they were not asked for."""
+        return self._weights("text_encoder")
+
+    @property
+    def vae(self) -> Mapping[str, Any] | None:
+        """The video autoencoder's weights; None if they were not asked for."""
+        return self._weights("vae")
+
+    @property
+    def image_encoder(self) -> Mapping[str, Any] | None:
+        """CLIP's weights; None if not asked for, or the model takes no image."""
+        return self._weights("image_encoder")
+
+    def _weights(self, part: Part) -> Mapping[str, Any] | None:
+        return self.sources[part].weights if part in self.sources else None
+
+    def read_config[Config](
+        self,
+        part: Part,
+        read: Callable[..., Config],
+        default: Callable[..., Config],
+        **changes: Any,
+    ) -> Config:
+        """Reads a part's sizes; see `PartSource.read_config`.
+
+        A part that was not asked for has the default's.
+        """
+        if part not in self.sources:
+            return default(**changes)
+        return self.sources[part].read_config(read, default, **changes)
 
     def load_transformer(self) -> WanTransformer:
         """Loads the transformer onto JAX's default device.
 
         Raises:
-          CheckpointError: The weights are damaged or do not fit `config.json`; every
-            key at fault is listed.
+          CheckpointError: The weights are damaged or do not fit `config.json`; the
+            first keys at fault are listed.
         """
         try:
             return load_wan_transformer(self.weights, self.config)
         except ConversionError as error:
-            folder = self.folder.weight_files("transformer")[0].parent
+            folder = self.files[0].parent
             raise CheckpointError(
                 f"the transformer in {folder} does not fit its config.json: {error}"
             ) from error
@@ -337,6 +254,7 @@ def open_wan_parts(
     parts: Collection[Part] = ALL_PARTS,
     loras: Iterable[tuple[str | os.PathLike, float]] = (),
     lora_strict: bool = True,
+    files: PartFiles | None = None,
     revision: str | None = None,
     **changes: Any,
 ) -> WanParts:
@@ -344,7 +262,8 @@ def open_wan_parts(
 
     Args:
       name: The model's folder, or its repository on the hub, such as
-        "Wan-AI/Wan2.1-T2V-14B"; of a repository only `parts` are fetched.
+        "Wan-AI/Wan2.1-T2V-14B"; of a repository only `parts` are fetched. Or the
+        `.safetensors` file of a transformer; `files` are the rest then.
       dtype: The transformer computes in it.
       param_dtype: Its weights are stored in it, but for the few that it computes
         with in float32 (`models.wan.convert.FLOAT32`); `dtype` if None.
@@ -353,7 +272,9 @@ def open_wan_parts(
       loras: Adapters to merge, each a `.safetensors` file and its strength.
       lora_strict: Whether parts of adapters that mean nothing to this model are
         refused; else they are skipped with a warning.
-      revision: Branch, tag or commit of a repository.
+      files: Parts that are given by themselves; the model's own are left alone.
+      revision: Branch, tag or commit of a repository. It is looked up once: all that
+        is fetched is of one commit.
       **changes: Other fields of `WanConfig` to set, such as `tile`.
 
     Returns:
@@ -364,17 +285,28 @@ def open_wan_parts(
         kind this port lacks; or an adapter is damaged.
       ConversionError: An adapter does not fit.
       ImportError: The model is on the hub, and `huggingface_hub` is not installed.
+      ValueError: `revision` is given for a path, or an image encoder for a model that
+        takes no image.
     """
     parts = {*parts, "transformer"}
-    path = find_checkpoint(name, patterns=hub_patterns(parts), revision=revision)
-    folder = WanFolder.open(path, parts=parts)
+    files = (files or PartFiles()).fetched(parts)
+    given = files.given()
+    sources: dict[Part, PartSource] = {
+        part: find_part(part, file)
+        for part, file in given.items()
+        if part != "tokenizer"
+    }
+    tokenizer = _find_tokenizer(given, sources) if "tokenizer" in parts else None
+    own = parts - sources.keys() - ({"tokenizer"} if tokenizer else set())
+    path = find_checkpoint(name, patterns=hub_patterns(own), revision=revision)
     changes |= {"dtype": dtype, "param_dtype": param_dtype or dtype}
-    config = folder.config(**changes)
-
-    def weights_of(part: Part) -> Mapping[str, Any] | None:
-        return folder.weights(part) if part in folder.parts else None
-
-    weights = folder.weights("transformer")
+    wan = (_open_file if path.is_file() else _open_folder)(path, own, changes)
+    if "image_encoder" in sources and not wan.config.takes_image:
+        raise ValueError(
+            f"image_encoder={os.fspath(given['image_encoder'])!r} is given, but {path} "
+            "is a text-to-video model"
+        )
+    weights = wan.weights
     for lora, scale in loras:
         weights = merge_lora(
             weights,
@@ -384,14 +316,64 @@ def open_wan_parts(
             strict=lora_strict,
             features=LORA_FEATURES,
         )
-    return WanParts(
-        folder=folder,
-        config=config,
+    return dataclasses.replace(
+        wan,
         weights=weights,
+        given=files,
+        sources={**wan.sources, **sources},
+        tokenizer=tokenizer or wan.tokenizer,
+    )
+
+
+def _find_tokenizer(
+    given: Mapping[Part, Path], sources: Mapping[Part, PartSource]
+) -> Path | None:
+    """Returns the tokenizer that is given, or that lies beside a given encoder."""
+    if "tokenizer" in given:
+        with naming("tokenizer", given["tokenizer"]):
+            return find_tokenizer(given["tokenizer"])
+    if "text_encoder" in sources:
+        return tokenizer_beside(sources["text_encoder"])
+    return None
+
+
+def _open_file(
+    path: Path, parts: Collection[Part], changes: dict[str, Any]
+) -> WanParts:
+    """Opens a transformer in one file; `parts` are those that nobody has given."""
+    file = TransformerFile.open(path, **changes)
+    needed = {*parts} if file.config.takes_image else {*parts} - {"image_encoder"}
+    check_complete(path, needed)
+    return WanParts(
+        path=path,
+        model=file.model,
+        config=file.config,
+        weights=file.weights,
+        files=(path,),
+        given=PartFiles(),
+        scheduler=SchedulerSettings(),
+        sources={},
+        tokenizer=None,
+    )
+
+
+def _open_folder(
+    path: Path, parts: Collection[Part], changes: dict[str, Any]
+) -> WanParts:
+    """Opens a model's folder for those parts."""
+    folder = WanFolder.open(path, parts=parts)
+    config = folder.config(**changes)
+    transformer = folder.source("transformer")
+    others: tuple[Part, ...] = ("text_encoder", "vae", "image_encoder")
+    return WanParts(
+        path=path,
+        model=None,
+        config=config,
+        weights=transformer.weights,
+        files=transformer.files,
+        given=PartFiles(),
         scheduler=folder.scheduler() if "scheduler" in parts else SchedulerSettings(),
-        text_encoder=weights_of("text_encoder"),
-        vae=weights_of("vae"),
-        image_encoder=weights_of("image_encoder"),
+        sources={part: folder.source(part) for part in others if part in folder.parts},
         tokenizer=folder.tokenizer if "tokenizer" in parts else None,
     )
 
@@ -401,7 +383,7 @@ def _check_one_transformer(path: Path) -> None:
     index = path / "model_index.json"
     names = ("high_noise_model", "low_noise_model", "transformer_2")
     pair = [name for name in names if (path / name).is_dir()]
-    if index.is_file() and any(_read_json(index).get("transformer_2") or ()):
+    if index.is_file() and any(read_json(index).get("transformer_2") or ()):
         pair.append(f"transformer_2 in {index.name}")
     if pair:
         raise CheckpointError(
@@ -415,13 +397,3 @@ def _task_of(config: Mapping[str, Any]) -> Literal["t2v", "i2v"]:
         config.get("model_type") == "i2v" or config.get("image_dim") is not None
     )
     return "i2v" if from_image else "t2v"
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is missing or not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold a JSON object")
-    return content

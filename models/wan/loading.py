@@ -15,10 +15,11 @@ from models.diffusion.dtypes import default_dtype
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.umt5.tokenizer import check_text_packages
-from models.wan.checkpoint import WanFolder, WanParts, open_wan_parts
+from models.wan.checkpoint import WanParts, open_wan_parts
 from models.wan.conditions import WanConditioning
 from models.wan.config import WanConfig
 from models.wan.layouts import ALL_PARTS, Part
+from models.wan.part_files import PartFiles
 from models.wan.sampling import WanSize, WanTask, wan_sampling, wan_shift
 from models.wan.text import TEXT_PARTS, TextOptions, load_text_encoder
 from models.wan.vae.codec import WanVAECodec
@@ -32,15 +33,23 @@ WAN_FPS = 16.0  # of the videos that Wan was trained on
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanInfo:
-    """Settings of a Wan model, read from its folder without reading weights.
+    """Settings of a Wan model, read from its folder or file without reading weights.
 
     Attributes:
+      path: The model's folder, of a repository that of one commit; or its file. To
+        load exactly this model, give it in place of a name on the hub.
+      files: Parts that were given by themselves, as paths on this machine.
+      model: Name of a model that was told by its shapes; None if a `config.json` was
+        read.
       config: Sizes of the transformer.
       vae: Sizes of the autoencoder.
       sampling: Settings that `generate` takes by default.
       own_shift: Whether the folder has a scheduler, which says its shift.
     """
 
+    path: Path
+    files: PartFiles
+    model: str | None
     config: WanConfig
     vae: WanVAEConfig
     sampling: Sampling
@@ -65,17 +74,24 @@ def describe_wan(
     *,
     parts: Collection[Part] = ALL_PARTS,
     text: TextOptions | None = None,
+    files: PartFiles | None = None,
+    revision: str | None = None,
 ) -> WanInfo:
     """Opens a model to look at its settings; fetches it if it is on the hub.
 
     Takes and raises what `load_wan` does.
     """
-    wan = open_wan_parts(path, parts=_needed(parts, text))
+    wan = open_wan_parts(
+        path, parts=_needed(parts, text), files=files, revision=revision
+    )
     return WanInfo(
+        path=wan.path,
+        files=wan.given,
+        model=wan.model,
         config=wan.config,
-        vae=_vae_config(wan.folder),
+        vae=_vae_config(wan),
         sampling=_sampling(wan),
-        own_shift=wan.folder.layout == "diffusers",
+        own_shift=_has_own_shift(wan),
     )
 
 
@@ -86,16 +102,21 @@ def load_wan(
     loras: Iterable[tuple[Path | str, float]] = (),
     lora_strict: bool = True,
     text: TextOptions | None = None,
+    files: PartFiles | None = None,
+    revision: str | None = None,
 ) -> VideoPipeline:
     """Loads a pipeline: text first, for it may be freed; then the rest.
 
     Args:
-      path: The model's folder, or its repository on the hub.
+      path: The model's folder, its repository on the hub, or the `.safetensors` file
+        of its transformer.
       parts: What to load; see `open_wan_parts`.
       loras: Adapters to merge, each with its strength.
       lora_strict: Whether parts of adapters that mean nothing to this model are
         refused; else they are skipped with a warning.
       text: How prompts become embeddings; `TextOptions()` if None.
+      files: Parts that are given by themselves.
+      revision: Branch, tag or commit of a repository.
 
     Raises:
       CheckpointError: The model cannot be found, is incomplete, damaged, or of a
@@ -103,7 +124,8 @@ def load_wan(
       ConversionError: An adapter does not fit.
       ImportError: An optional package is needed and not installed.
       UnknownPromptError: Prompts are not among the embeddings of a file.
-      ValueError: `parts` lacks the VAE.
+      ValueError: `parts` lacks the VAE, or an image encoder is given for a model
+        that takes no image.
     """
     text = text or TextOptions()
     wan = open_wan_parts(
@@ -112,17 +134,21 @@ def load_wan(
         parts=_needed(parts, text),
         loras=loras,
         lora_strict=lora_strict,
+        files=files,
+        revision=revision,
     )
+    if wan.model is not None:
+        _LOG.info("%s is %s by its shapes", wan.path, wan.model)
     if wan.vae is None:
         raise ValueError("parts must hold 'vae', which decodes the latents")
-    vae = _vae_config(wan.folder)
+    vae = _vae_config(wan)
     # The transformer last: it takes minutes, and what is wrong shows before.
-    with _naming(wan.folder, "text_encoder"):
+    with _naming(wan, "text_encoder"):
         text_encoder = load_text_encoder(wan, text)
-    with _naming(wan.folder, "image_encoder"):
+    with _naming(wan, "image_encoder"):
         image_encoder = _load_image_encoder(wan)
     _LOG.info("loading the VAE")
-    with _naming(wan.folder, "vae"):
+    with _naming(wan, "vae"):
         codec = WanVAECodec(model=load_wan_vae(wan.vae, vae))
     _LOG.info("loading the transformer")
     return VideoPipeline(
@@ -136,12 +162,12 @@ def load_wan(
 
 
 @contextlib.contextmanager
-def _naming(folder: WanFolder, part: Part) -> Iterator[None]:
+def _naming(wan: WanParts, part: Part) -> Iterator[None]:
     """Says which part weights were of that do not fit."""
     try:
         yield
     except ConversionError as error:
-        files = ", ".join(map(str, folder.weight_files(part)))
+        files = ", ".join(map(str, wan.sources[part].files))
         raise CheckpointError(f"the {part} in {files} does not fit: {error}") from error
 
 
@@ -153,14 +179,14 @@ def _needed(parts: Collection[Part], text: TextOptions | None) -> set[Part]:
     return set(parts).difference(TEXT_PARTS if given else ())
 
 
-def _vae_config(folder: WanFolder) -> WanVAEConfig:
-    return folder.read_config("vae", WanVAEConfig.from_dict, WanVAEConfig.wan2_1)
+def _vae_config(wan: WanParts) -> WanVAEConfig:
+    return wan.read_config("vae", WanVAEConfig.from_dict, WanVAEConfig.wan2_1)
 
 
 def _load_image_encoder(wan: WanParts) -> CLIPImageEncoder | None:
     if wan.image_encoder is None:
         return None
-    config = wan.folder.read_config(
+    config = wan.read_config(
         "image_encoder",
         CLIPVisionConfig.from_dict,
         CLIPVisionConfig.vit_h_14,
@@ -177,11 +203,15 @@ def _sampling(wan: WanParts) -> Sampling:
     The 1.3B model was trained at 480p only.
     """
     settings: dict[str, Any] = {"solver": wan.scheduler.solver}
-    if wan.folder.layout == "diffusers":
+    if _has_own_shift(wan):
         settings["shift"] = wan.scheduler.shift
-        settings["grid"] = wan.scheduler.grid if wan.scheduler.grid != "wan" else None
+        settings["grid"] = wan.scheduler.grid
     size: WanSize = "720p" if wan.config.dim >= WanConfig.t2v_14b().dim else "480p"
     return wan_sampling(size, task=_task(wan.config), **settings)
+
+
+def _has_own_shift(wan: WanParts) -> bool:
+    return wan.scheduler.grid == "diffusers"
 
 
 def _task(config: WanConfig) -> WanTask:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from models.checkpoints.memory_map import CheckpointError
+from models.checkpoints.scaled import FLOAT8
 from models.diffusion.dtypes import default_dtype
 from models.diffusion.interfaces import TextEncoder
 from models.umt5.config import UMT5Config
@@ -20,9 +20,10 @@ from models.umt5.embeddings import (
 )
 from models.umt5.text_encoder import UMT5TextEncoder
 from models.umt5.tokenizer import UMT5Tokenizer
-from models.wan.checkpoint import WanFolder, WanParts
+from models.wan.checkpoint import WanParts
 from models.wan.layouts import Part
 
+_NARROW = ("bfloat16", *FLOAT8)  # what bfloat16 holds to the last bit
 TEXT_PARTS: tuple[Part, ...] = ("text_encoder", "tokenizer")
 
 
@@ -83,7 +84,7 @@ def load_text_encoder(wan: WanParts, options: TextOptions) -> TextEncoder | None
             UMT5TextEncoder.load,
             wan.text_encoder,
             wan.tokenizer,
-            config=_text_config(wan.folder, wan.text_encoder, options.device),
+            config=_text_config(wan, options.device),
             max_length=length,
             device=options.device,
         )
@@ -109,18 +110,18 @@ def _cache(wan: WanParts, folder: Path, config: UMT5Config) -> EmbeddingCache:
     identity = encoder_identity(
         config,
         UMT5Tokenizer(wan.tokenizer, max_length=wan.config.text_length),
-        wan.folder.weight_files("text_encoder"),
+        wan.sources["text_encoder"].files,
     )
     return EmbeddingCache(folder=folder, identity=identity)
 
 
-def _text_config(
-    folder: WanFolder, weights: Mapping[str, Any], device: jax.Device | None
-) -> UMT5Config:
+def _text_config(wan: WanParts, device: jax.Device | None) -> UMT5Config:
     """Computes in what is fast on the device; stores what the file has, or less."""
+    weights = wan.text_encoder
+    assert weights is not None
     dtype = default_dtype(device)
-    narrow = all(weights[key].dtype.name == "bfloat16" for key in weights)
+    narrow = all(weights[key].dtype.name in _NARROW for key in weights)
     dtypes = {"dtype": dtype, "param_dtype": "bfloat16" if narrow else dtype}
-    return folder.read_config(
+    return wan.read_config(
         "text_encoder", UMT5Config.from_dict, UMT5Config.xxl, **dtypes
     )

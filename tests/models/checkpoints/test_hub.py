@@ -74,6 +74,12 @@ def test_folders_come_first(hub, tmp_path, monkeypatch, name):
     assert hub.calls == []
 
 
+def test_paths_have_no_revision(hub, tmp_path):
+    message = r"revision='v1' is given for .*, a path on this machine; only repositori"
+    with pytest.raises(HubError, match=message):
+        find_checkpoint(tmp_path, patterns=PATTERNS, revision="v1")
+
+
 def test_home_is_expanded(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_checkpoint("~", patterns=PATTERNS) == tmp_path

@@ -35,9 +35,13 @@ from models.checkpoints.hub import HubError, find_checkpoint
 cache, *names = sys.argv[1:]
 results = []
 for name in names:
+    name, _, revision = name.partition("@")
     try:
         path = find_checkpoint(
-            name, patterns=["config.json", "*.safetensors"], cache_dir=cache
+            name,
+            patterns=["config.json", "*.safetensors"],
+            cache_dir=cache,
+            revision=revision or None,
         )
         files = {f.name: f.stat().st_size for f in path.rglob("*.*")}
         results.append(files)
@@ -167,6 +171,15 @@ def test_repositories(hub, tmp_path):
     (again, absent), _ = fetch(hub, tmp_path, NAME, "owner/absent", HF_HUB_OFFLINE="1")
     assert again == files
     assert "cannot be reached: check the network and HF_HUB_OFFLINE" in absent
+
+
+def test_revisions_are_found_again_offline(hub, tmp_path):
+    """By the name that they were fetched by, and by the commit it stood for."""
+    (files,), _ = fetch(hub, tmp_path, f"{NAME}@v1")
+    revisions = [f"{NAME}@{revision}" for revision in ("v1", COMMIT, "v2")]
+    (named, commit, other), _ = fetch(hub, tmp_path, *revisions, HF_HUB_OFFLINE="1")
+    assert named == commit == files
+    assert "cannot be reached" in other
 
 
 def test_an_interrupted_download_goes_on(hub, tmp_path):

@@ -75,7 +75,7 @@ def test_later_runs_do_not_load_the_text_encoder(tmp_path, monkeypatch):
 def test_text_options_are_passed_on(tmp_path, monkeypatch):
     seen = []
 
-    def stop(path, *, loras, lora_strict, text):
+    def stop(path, *, text, **_):
         seen.append(text)
         raise KeyboardInterrupt
 

@@ -166,12 +166,11 @@ def test_whole_folders_are_described(published, layout):
             "vae": ["vae/diffusion_pytorch_model.safetensors"],
         },
     }[layout]
-    assert len(folder.weight_files("transformer")) == 3
-    assert folder.weight_files("tokenizer") == []
+    assert len(folder.source("transformer").files) == 3
     for part in ("text_encoder", "vae"):
-        assert folder.weights(part)["0.bias"].shape == (2,)
+        assert folder.source(part).weights["0.bias"].shape == (2,)
         named = [published[layout] / name for name in files[part]]
-        assert folder.weight_files(part) == named
+        assert list(folder.source(part).files) == named
         config = None if layout == "original" else {"part": part}
         assert folder.part_config(part) == config
 
@@ -181,7 +180,7 @@ def test_hidden_files_are_no_weights(copies, layout):
     """As macOS lays them beside files, downloads and editors beside what they write."""
     folder = copies / layout
     expected = {
-        part: WanFolder.open(folder).weight_files(part)
+        part: WanFolder.open(folder).source(part).files
         for part in ("transformer", "vae", "text_encoder")
     }
     for file in [file for file in folder.rglob("*") if file.is_file()]:
@@ -191,7 +190,7 @@ def test_hidden_files_are_no_weights(copies, layout):
         cache.mkdir(exist_ok=True)
         (cache / file.name).write_bytes(b"half")
     opened = WanFolder.open(folder)
-    assert {part: opened.weight_files(part) for part in expected} == expected
+    assert {part: opened.source(part).files for part in expected} == expected
     open_wan_parts(folder, **CHANGES).load_transformer()
     for file in itertools.chain(*expected.values()):
         file.unlink()
@@ -370,7 +369,7 @@ def test_image_models_need_an_image_encoder(copies):
     )
     opened = WanFolder.open(folder)
     assert opened.task == "i2v"
-    assert "0.bias" in opened.weights("image_encoder")
+    assert "0.bias" in opened.source("image_encoder").weights
 
 
 def test_other_folders_are_told(tmp_path):
@@ -521,7 +520,7 @@ def test_other_schedulers_are_refused(copies, stored, message):
 )
 def test_parts_without_weights_are_told(published, layout, part):
     with pytest.raises(CheckpointError, match=f"part='{part}' has no weights"):
-        WanFolder.open(published[layout]).weights(part)
+        WanFolder.open(published[layout]).source(part)
 
 
 def test_only_files_of_the_parts_are_fetched():
