@@ -16,6 +16,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.attention import reference as oracle
 from pallas_kernels.attention.sm90 import backend as hopper
+from pallas_kernels.attention.sm90 import schedule
 from pallas_kernels.attention.sm90.geometry import geometry_of
 from pallas_kernels.attention.sm90.kernel import attend_blocks_again
 from pallas_kernels.attention.sm90.partition_lists import partition_lists
@@ -461,3 +462,11 @@ def test_gradients_match_float32(order):
     want = gradients(exact, *(x.astype("float32") for x in (q, k, v)))
     for own, exact_one in zip(got, want, strict=True):
         assert relative_error(own, exact_one[:, places]) < 0.01
+
+
+def test_the_gpu_says_how_many_ctas_run_at_once(monkeypatch):
+    """The number for other machines would order launches for another GPU."""
+    monkeypatch.setattr(schedule, "NUM_MULTIPROCESSORS", 7)
+    found = schedule.num_multiprocessors()
+    assert found == jax.local_devices()[0].core_count
+    assert 100 <= found <= 132  # of an H100 PCIe to an SXM
