@@ -3,6 +3,7 @@
 import argparse
 import functools
 from pathlib import Path
+from typing import Any
 
 from draft_jax import AttentionPlan
 from models.cli import options, outputs
@@ -21,9 +22,8 @@ def run(arguments: argparse.Namespace) -> None:
     video_io.check_video_extra()
     video_io.check_ffmpeg()
     options.draft_from(arguments)
-    fps = arguments.fps
-    if fps is not None and not 0 < fps < float("inf"):
-        raise ValueError(f"--fps {fps} must be a positive, finite number")
+    if arguments.fps is not None:
+        video_io.check_fps(arguments.fps)
     folder = getattr(arguments, "output", None)
     if folder is None:
         outputs.check_writable(outputs.FOLDER)
@@ -33,8 +33,11 @@ def run(arguments: argparse.Namespace) -> None:
     if folder is None:
         folder = outputs.FOLDER / outputs.run_name(arguments, request.sampling)
         outputs.check_run_folder(folder, overwrite=arguments.overwrite)
+    height, width = request.sampling.height, request.sampling.width
     if arguments.compare:
-        metrics.check_ssim_size(request.sampling.height, request.sampling.width)
+        metrics.check_ssim_size(height, width)
+    video_io.check_frame_size(height, 2 * width if arguments.compare else width)
+    details = request.details()
     pipeline = request.load()
     if request.image is not None:
         print(request.describe_image())
@@ -42,9 +45,9 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         with files:
             if arguments.compare:
-                _compare(files, pipeline, request)
+                _compare(files, pipeline, request, details)
             else:
-                _make_video(files, pipeline, request)
+                _make_video(files, pipeline, request, details)
     finally:  # also if something went wrong later: they are what was computed
         for file in files.written:
             print(file)
@@ -66,7 +69,12 @@ def _generate(
         )
 
 
-def _compare(files: RunFolder, pipeline: VideoPipeline, request: Request) -> None:
+def _compare(
+    files: RunFolder,
+    pipeline: VideoPipeline,
+    request: Request,
+    details: dict[str, Any],
+) -> None:
     """Makes and writes a dense and a sparse video; the first before the second."""
     fps = _fps(pipeline, request)
     dense = _generate(pipeline, request, AttentionPlan.dense())
@@ -74,13 +82,20 @@ def _compare(files: RunFolder, pipeline: VideoPipeline, request: Request) -> Non
     files.write("dense.mp4", video)
     sparse = _generate(pipeline, request, _draft_plan(request))
     comparison = Comparison(dense=dense, sparse=sparse)
-    writers = comparison.writers(fps=fps, details=request.details())
-    for name, writer in writers.items():
+    for name, writer in comparison.writers(fps=fps, details=details).items():
         files.write(name, writer)
-    print(_compare_summary(comparison))
+    print(_times("dense", dense))
+    print(_times("sparse", sparse))
+    if files.path / REPORT in files.written:  # else its numbers failed, or the disk
+        print(_difference(comparison.report()))
 
 
-def _make_video(files: RunFolder, pipeline: VideoPipeline, request: Request) -> None:
+def _make_video(
+    files: RunFolder,
+    pipeline: VideoPipeline,
+    request: Request,
+    details: dict[str, Any],
+) -> None:
     arguments = request.arguments
     attention = AttentionPlan.dense() if arguments.dense else _draft_plan(request)
     result = _generate(pipeline, request, attention)
@@ -98,7 +113,7 @@ def _make_video(files: RunFolder, pipeline: VideoPipeline, request: Request) -> 
 
     def write_report(path: Path) -> None:
         name = "dense" if arguments.dense else "draft"
-        report = request.details() | {"attention": name} | run_report(result)
+        report = details | {"attention": name} | run_report(result)
         video_io.write_json(path, report)
 
     files.write(REPORT, write_report)
@@ -114,12 +129,9 @@ def _fps(pipeline: VideoPipeline, request: Request) -> float:
     return pipeline.fps if fps is None else fps
 
 
-def _compare_summary(comparison: Comparison) -> str:
-    report = comparison.report()
+def _difference(report: dict[str, Any]) -> str:
     decibel = report["psnr_db"]
     lines = [
-        _times("dense", comparison.dense),
-        _times("sparse", comparison.sparse),
         "sparse against dense: "
         + ("equal videos" if decibel is None else f"PSNR {decibel:.1f} dB")
         + f", SSIM {report['ssim']:.3f}",

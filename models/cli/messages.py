@@ -96,4 +96,4 @@ def status_lines() -> Iterator[None]:
 
 class _LineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        write_line(f"draft-video: {record.getMessage()}")
+        write_line(f"draft-video: {one_line(record.getMessage())}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from models.cli import choices
-from models.cli.messages import EXIT_BAD_INPUT
+from models.cli.messages import EXIT_BAD_INPUT, one_line
 from models.cli.version import package_version
 
 _SAMPLING = choices.SamplingDefaults()
@@ -47,7 +47,7 @@ class OneLineParser(argparse.ArgumentParser):
         """Prints the line and exits."""
         if message.startswith("unrecognized arguments") and " -" not in message:
             message += " (put the prompt in quotes)"
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}\n")
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {one_line(message)}\n")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

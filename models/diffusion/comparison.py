@@ -90,10 +90,15 @@ class Comparison:
         """Returns what writes each file that `write` does, by its name."""
         dense, sparse = self.dense.video[0], self.sparse.video[0]
         mp4 = functools.partial(functools.partial, video_io.write_mp4, fps=fps)
+
+        def write_both(path: Path) -> None:
+            both = video_io.side_by_side(dense, sparse)
+            video_io.write_mp4(path, both, fps=fps)
+
         return {
             "dense.mp4": mp4(video=dense),
             "sparse.mp4": mp4(video=sparse),
-            "side_by_side.mp4": mp4(video=video_io.side_by_side(dense, sparse)),
+            "side_by_side.mp4": write_both,
             KEPT_SHARE: lambda path: plots.plot_kept_share(
                 path,
                 self.sparse.kept_density,

@@ -17,6 +17,9 @@ from models.files import whole_file, write_whole
 VIDEO_EXTRA_MODULES = ("imageio_ffmpeg", "matplotlib", "tqdm")
 INSTALL_VIDEO_EXTRA = "pip install '.[video]' in a clone of draft_jax"
 H264_CRF = 16  # 0 is lossless, 23 x264's default; small videos can afford it
+MAX_SIDE = 16_384  # pixels, of x264
+# Far beyond these ffmpeg's containers overflow, at the end of a run.
+MIN_FPS, MAX_FPS = 0.01, 1000
 
 FloatVideo = Float[np.ndarray, "_F _H _W 3"]
 ByteVideo = UInt8[np.ndarray, "_F _H _W 3"]
@@ -72,6 +75,33 @@ def side_by_side(left: FloatVideo, right: FloatVideo) -> FloatVideo:
     return np.concatenate([left, right], axis=2)
 
 
+def check_fps(fps: int | float) -> None:
+    """Raises before any compute for frames per second that no file can say.
+
+    Raises:
+      ValueError: `fps` is not in [0.01, 1000].
+    """
+    if not MIN_FPS <= fps <= MAX_FPS:
+        raise ValueError(f"{fps=} must be in [{MIN_FPS}, {MAX_FPS}]")
+
+
+def check_frame_size(height: int, width: int) -> None:
+    """Raises before any compute if frames are larger than H.264 allows.
+
+    Args:
+      height: Rows of a frame.
+      width: Columns of a frame; those of both videos if they stand side by side.
+
+    Raises:
+      ValueError: A side is above 16,384 pixels.
+    """
+    if max(height, width) > MAX_SIDE:
+        raise ValueError(
+            f"frames of {height} x {width} pixels: an H.264 video has at most "
+            f"{MAX_SIDE} in a row or column"
+        )
+
+
 def write_mp4(path: Path, video: FloatVideo, *, fps: int | float) -> None:
     """Writes an H.264 video that browsers play.
 
@@ -81,7 +111,8 @@ def write_mp4(path: Path, video: FloatVideo, *, fps: int | float) -> None:
       fps: Frames per second.
 
     Raises:
-      ValueError: The suffix is not .mp4, a side is odd, or fps is not positive.
+      ValueError: The suffix is not .mp4; a side is odd or too long; or fps is out of
+        range.
       MissingExtraError: imageio-ffmpeg is not installed.
       OSError: ffmpeg failed, or the disk is full.
     """
@@ -90,12 +121,12 @@ def write_mp4(path: Path, video: FloatVideo, *, fps: int | float) -> None:
         raise ValueError(f"path={str(path)!r} must end in .mp4")
     if height % 2 or width % 2:
         raise ValueError(f"frames of {height} x {width} pixels: both must be even")
-    if not 0 < fps < float("inf"):
-        raise ValueError(f"{fps=} must be a positive, finite number")
+    check_frame_size(height, width)
+    check_fps(fps)
     with whole_file(path) as temporary:
         _run_ffmpeg(
             *_h264_options(width=width, height=height, fps=fps),
-            *("-movflags", "+faststart", str(temporary)),
+            *("-movflags", "+faststart", _file(temporary)),
             stdin=to_bytes(video).tobytes(),
         )
 
@@ -112,7 +143,7 @@ def read_mp4(path: Path) -> ByteVideo:
         raise FileNotFoundError(f"path={str(path)!r} is not a file")
     # Portable pixmaps say their own size: a header of three lines, then RGB bytes.
     pixmaps = _run_ffmpeg(
-        *("-i", str(path), "-fps_mode", "passthrough"),
+        *("-i", _file(path), "-fps_mode", "passthrough"),
         *("-f", "image2pipe", "-c:v", "ppm", "-"),
     )
     header = b"\n".join(pixmaps.split(b"\n", 3)[:3]) + b"\n"
@@ -135,6 +166,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
     write_whole(path, f"{text}\n".encode(errors="backslashreplace"))
+
+
+def _file(path: Path) -> str:
+    """Returns a path as ffmpeg's argument.
+
+    Of a relative one, a dash would begin an option, and "a:" a protocol.
+    """
+    return str(path.absolute())
 
 
 def _h264_options(*, width: int, height: int, fps: int | float) -> list[str]:

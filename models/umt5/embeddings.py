@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -129,6 +130,8 @@ class CachedTextEncoder:
     ) -> tuple[Float[Array, "B L E"], Int[Array, " B"]]:
         """Returns the same as `UMT5TextEncoder.encode`, to the last bit.
 
+        Warns if new embeddings cannot be stored.
+
         Raises:
           CheckpointError: A stored embedding is damaged.
           UnknownPromptError: Prompts are not stored, and there is no encoder.
@@ -148,13 +151,24 @@ class CachedTextEncoder:
                 made = encoder.embed(missing)
             finally:
                 encoder.free()
-            for prompt, vectors in made.items():
-                self.cache.store(prompt, vectors)
+            self._keep(made)
             rows |= made
         return pad_rows(
             [row for prompt in prompts if (row := rows[prompt]) is not None],
             self.text_length,
         )
+
+    def _keep(self, made: Mapping[str, TokenVectors]) -> None:
+        """Stores new embeddings; they serve this run even if that fails."""
+        try:
+            for prompt, vectors in made.items():
+                self.cache.store(prompt, vectors)
+        except OSError as error:
+            warnings.warn(
+                f"embeddings cannot be kept in {self.cache.folder}, so later runs will "
+                f"make them again: {error}",
+                stacklevel=3,
+            )
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Returns no words; see `UMT5TextEncoder`."""

@@ -335,15 +335,30 @@ def test_a_file_that_fails_costs_no_other(
     assert {str(tmp_path / name) for name in names_in(tmp_path)} <= set(printed)
 
 
-def test_a_failing_measure_does_not_cost_the_videos(
+def test_a_failing_measure_costs_the_report_alone(
     checkpoint, computed, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("models.diffusion.comparison.ssim", fail)
-    with pytest.raises(RuntimeError, match="no ink"):  # a bug of ours: its traceback
-        generate(checkpoint, tmp_path, "--compare")
+    assert generate(checkpoint, tmp_path, "--compare") == EXIT_INCOMPLETE
     videos = {"dense.mp4", "sparse.mp4", "side_by_side.mp4"}
-    assert videos <= names_in(tmp_path)
-    assert str(tmp_path / "sparse.mp4") in capsys.readouterr().out.splitlines()
+    assert names_in(tmp_path) == videos | {"kept_share.png"}
+    captured = capsys.readouterr()
+    missing = tmp_path / "report.json"
+    assert f"{missing} (RuntimeError: no ink) is missing" in captured.err
+    assert [line.split(":")[0] for line in captured.out.splitlines()] == [
+        "dense",
+        "sparse",
+        *(str(tmp_path / name) for name in ("dense.mp4", "sparse.mp4")),
+        *(str(tmp_path / name) for name in ("side_by_side.mp4", "kept_share.png")),
+    ]
+
+
+def test_details_of_the_report_are_there_before_the_model(
+    tmp_path, monkeypatch, no_model
+):
+    monkeypatch.setattr("models.cli.model.run_details", fail)
+    with pytest.raises(RuntimeError, match="no ink"):
+        main(["generate", PROMPT, *SMALL, "--output", str(tmp_path / "out")])
 
 
 def test_a_sparse_run_that_fails_does_not_cost_the_dense_video(

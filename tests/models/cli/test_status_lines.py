@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from models.cli import main
+from models.cli.messages import status_lines
 from tests.wan_folders import save_image_to_video
 
 STAGES = [
@@ -38,3 +39,10 @@ def test_stages_are_told_on_a_terminal_only(tmp_path, capsys, monkeypatch, termi
     assert told == [f"draft-video: {stage}" for stage in STAGES]
     log = logging.getLogger("models")
     assert (log.handlers, log.level) == ([], logging.NOTSET)
+
+
+def test_names_in_stages_do_not_steer_the_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with status_lines():
+        logging.getLogger("models.hub").info("fetching a\x1b[2J\u202eb")
+    assert capsys.readouterr().err == "draft-video: fetching a\\x1b[2J\\u202eb\n"

@@ -9,6 +9,9 @@ import pytest
 
 from models.diffusion.comparison import Comparison, run_report
 from models.diffusion.results import GenerationResult
+from models.files import MissingFilesError
+from models.media import plots
+from models.media import video as video_io
 
 STEPS, LAYERS = 4, 2
 
@@ -65,6 +68,29 @@ def test_equal_videos_have_no_finite_psnr(comparison):
     assert report["sparse_steps"] == 0
     assert report["speed_up_of_sparse_steps"] is None
     json.dumps(report, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("broken", "missing"),
+    [
+        ((video_io, "side_by_side"), "side_by_side.mp4"),
+        ((plots, "plot_kept_share"), "kept_share.png"),
+        ((Comparison, "report"), "report.json"),
+    ],
+    ids=["video", "picture", "numbers"],
+)
+def test_one_file_that_fails_costs_no_other(
+    comparison, tmp_path, monkeypatch, broken, missing
+):
+    def fail(*_, **__):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(*broken, fail)
+    with pytest.raises(MissingFilesError, match=f"{missing} .*no luck.* is missing"):
+        comparison.write(tmp_path, fps=8, details={})
+    all_files = {"dense.mp4", "sparse.mp4", "side_by_side.mp4", "kept_share.png"}
+    all_files |= {"report.json"}
+    assert {file.name for file in tmp_path.iterdir()} == all_files - {missing}
 
 
 def test_written_files(comparison, tmp_path):

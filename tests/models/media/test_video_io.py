@@ -1,9 +1,11 @@
 """Videos, JSON and files that are whole or absent."""
 
 import json
+import math
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -31,6 +33,28 @@ def test_mp4_decodes_to_the_same_video(tmp_path):
     # Lossy: 4:2:0 colour and H.264. A wrong channel order or range is below 20 dB.
     assert psnr(decoded / 255.0, video) > 30.0
     assert [file.name for file in path.parent.iterdir()] == ["video.mp4"]
+
+
+@pytest.mark.parametrize("folder", ["a:b", "-x", "pipe:1", "100%d", "it's; *"])
+def test_names_of_folders_mean_nothing_to_ffmpeg(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    path = Path(folder) / "video.mp4"
+    video_io.write_mp4(path, smooth_video(), fps=8)
+    assert [file.name for file in (tmp_path / folder).iterdir()] == ["video.mp4"]
+    assert video_io.read_mp4(path).shape == (6, 32, 48, 3)
+
+
+@pytest.mark.parametrize("fps", [0.01, 1000])
+def test_the_slowest_and_the_fastest_video(tmp_path, fps):
+    path = tmp_path / "video.mp4"
+    video_io.write_mp4(path, smooth_video(), fps=fps)
+    assert len(video_io.read_mp4(path)) == 6
+
+
+def test_the_longest_row(tmp_path):
+    path = tmp_path / "video.mp4"
+    video_io.write_mp4(path, np.zeros((1, 2, 16_384, 3), np.float32), fps=8)
+    assert video_io.read_mp4(path).shape == (1, 2, 16_384, 3)
 
 
 def test_to_bytes_rounds_and_clips():
@@ -127,10 +151,14 @@ def test_json_is_strict_and_readable(tmp_path):
     [
         ("video.avi", (2, 4, 4, 3), 8, r"video\.avi' must end in \.mp4"),
         ("video.mp4", (2, 5, 4, 3), 8, "5 x 4 pixels: both must be even"),
-        ("video.mp4", (2, 4, 4, 3), 0, "fps=0 must be a positive"),
-        ("video.mp4", (2, 4, 4, 3), float("nan"), "fps=nan must be a positive"),
+        ("video.mp4", (1, 2, 16_386, 3), 8, "2 x 16386 pixels: an H.264 video has at"),
+        ("video.mp4", (1, 16_386, 2, 3), 8, "16386 x 2 pixels: an H.264 video has at"),
+        ("video.mp4", (2, 4, 4, 3), 0, r"fps=0 must be in \[0.01, 1000\]"),
+        ("video.mp4", (2, 4, 4, 3), 0.009, r"fps=0.009 must be in \[0.01, 1000\]"),
+        ("video.mp4", (2, 4, 4, 3), 1001, r"fps=1001 must be in \[0.01, 1000\]"),
+        ("video.mp4", (2, 4, 4, 3), math.nan, r"fps=nan must be in \[0.01, 1000\]"),
     ],
-    ids=["suffix", "odd", "fps-0", "fps-nan"],
+    ids=str,
 )
 def test_bad_mp4_arguments_are_named(tmp_path, name, shape, fps, message):
     with pytest.raises(ValueError, match=message):

@@ -180,6 +180,18 @@ def test_a_cache_loads_the_encoder_only_for_new_prompts(
     np.testing.assert_array_equal(alone.encode(PROMPTS)[0], expected[0])
 
 
+def test_a_cache_that_cannot_be_written_costs_no_run(text_encoder, expected, tmp_path):
+    (tmp_path / "file").write_text("")
+    cache = EmbeddingCache(folder=tmp_path / "file" / "below", identity="x")
+    encoder = CachedTextEncoder(
+        cache=cache, text_length=24, load_encoder=Loads(text_encoder)
+    )
+    with pytest.warns(UserWarning, match=r"cannot be kept in .*below, so later runs"):
+        context, lengths = encoder.encode(PROMPTS)
+    np.testing.assert_array_equal(context, expected[0])
+    np.testing.assert_array_equal(lengths, expected[1])
+
+
 def test_prompts_that_clean_to_the_same_text_share_a_file(tmp_path):
     cache = EmbeddingCache(folder=tmp_path, identity="x")
     cache.store("a  cat ", np.ones((2, 3), np.float32))
