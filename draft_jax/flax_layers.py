@@ -19,7 +19,13 @@ from draft_jax.config import DraftConfig
 from draft_jax.grid import VideoGrid
 from draft_jax.schedule import DraftStep
 from pallas_kernels import BackendName
-from pallas_kernels.common import AnyArray, Order, make_plain, validation
+from pallas_kernels.common import (
+    AnyArray,
+    Order,
+    make_plain,
+    register_configuration,
+    validation,
+)
 
 # Turns the tokens of q or k, e.g. by a rotary embedding: [B, T, N, D] to the same.
 TokenTransform = Callable[[jax.Array], jax.Array]
@@ -276,6 +282,7 @@ def draft_attention_fn(
     )
 
 
+@register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftAttentionFn:
     """Draft attention as Flax calls it; `draft_attention_fn` makes one."""
