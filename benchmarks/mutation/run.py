@@ -43,11 +43,13 @@ from benchmarks.common.records import ROOT, provenance, write_json
 from benchmarks.mutation.lines import TestsOfLines
 
 TESTS = (
-    *("tests/draft_jax", "tests/pallas_kernels", "tests/models"),
+    *("tests/draft_jax", "tests/pallas_kernels", "tests/models/checkpoints"),
+    *("tests/models/diffusion", "tests/models/wan"),
     *("tests/test_dataclasses.py", "tests/test_highest_precision.py"),
 )
-FILES_SECONDS = 500.0  # most time for all quick tests of a file
+FILES_SECONDS = 240.0  # most time for the quick tests of a file, or the nightly ones
 FIRST_SECONDS, FIRST_FILES = 15.0, 2  # of the first of two runs of a mutant's tests
+NOT_COPIED = (".*", "__pycache__", "results", "outputs", "*venv*", "*wheels*")
 NIGHTLY_FILES = 3  # whose nightly tests a survivor meets
 # One thread for each worker; programs are compiled once and kept for all mutants.
 ENVIRONMENT = {
@@ -66,7 +68,7 @@ class Worker:
     """A process that runs tests in a copy of the checkout; see `worker`."""
 
     def __init__(self, folder: pathlib.Path, cache: pathlib.Path) -> None:
-        ignored = shutil.ignore_patterns(".*", "__pycache__", "results", "outputs")
+        ignored = shutil.ignore_patterns(*NOT_COPIED)
         shutil.copytree(ROOT, folder, ignore=ignored)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.mutation.worker"],
@@ -320,9 +322,6 @@ def load_or_draw(options: argparse.Namespace) -> dict[str, Any]:
         for mutant in mutants:
             mutant["status"] = "pending"
         record = {**provenance(), "seed": options.seed, "mutants": mutants}
-    for mutant in record["mutants"] if options.again or options.nightly else ():
-        if mutant["status"] == "survived":
-            mutant["status"] = "pending"
     return record
 
 
@@ -348,8 +347,9 @@ def check_sources(mutants: list[dict[str, Any]]) -> None:
 
 
 def try_mutants(options: argparse.Namespace, record: dict[str, Any]) -> None:
-    """Tries what is pending, and writes the record after each."""
-    pending = [mutant for mutant in record["mutants"] if mutant["status"] == "pending"]
+    """Tries what is pending, or survivors again, and writes the record after each."""
+    wanted = "survived" if options.again or options.nightly else "pending"
+    pending = [mutant for mutant in record["mutants"] if mutant["status"] == wanted]
     end = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         workers = Workers(options.workers, pathlib.Path(folder))
