@@ -25,32 +25,52 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.fps is not None:
         video_io.check_fps(arguments.fps)
     folder = getattr(arguments, "output", None)
+    folders = []
     if folder is None:
         outputs.check_writable(outputs.FOLDER)
     else:
-        outputs.check_run_folder(folder, overwrite=arguments.overwrite)
-    request = read_request(arguments)
+        seeds = getattr(arguments, "seeds", ())
+        folders = outputs.folders_of_seeds(folder, seeds)
+        _check_folders(folders, arguments)
+    requests = read_request(arguments).for_each_seed()
     if folder is None:
-        folder = outputs.FOLDER / outputs.run_name(arguments, request.sampling)
-        outputs.check_run_folder(folder, overwrite=arguments.overwrite)
+        names = [outputs.run_name(arguments, each.sampling) for each in requests]
+        folders = [outputs.FOLDER / name for name in names]
+        _check_folders(folders, arguments)
+    request = requests[0]
     height, width = request.sampling.height, request.sampling.width
     if arguments.compare:
         metrics.check_ssim_size(height, width)
     video_io.check_frame_size(height, 2 * width if arguments.compare else width)
-    details = request.details()
+    details = [each.details() for each in requests]
     pipeline = request.load()
     if request.image is not None:
         print(request.describe_image())
-    files = RunFolder(folder)
+    for folder, request, each in zip(folders, requests, details, strict=True):
+        _run_once(RunFolder(folder), pipeline, request, each)
+
+
+def _check_folders(folders: list[Path], arguments: argparse.Namespace) -> None:
+    for folder in folders:
+        outputs.check_run_folder(folder, overwrite=arguments.overwrite)
+
+
+def _run_once(
+    files: RunFolder,
+    pipeline: VideoPipeline,
+    request: Request,
+    details: dict[str, Any],
+) -> None:
+    """Makes and writes what one seed gives, bit for bit as it would alone."""
     try:
         with files:
-            if arguments.compare:
+            if request.arguments.compare:
                 _compare(files, pipeline, request, details)
             else:
                 _make_video(files, pipeline, request, details)
     finally:  # also if something went wrong later: they are what was computed
         for file in files.written:
-            print(file)
+            print(file, flush=True)
 
 
 def _generate(
@@ -58,6 +78,8 @@ def _generate(
 ) -> GenerationResult:
     arguments, sampling = request.arguments, request.sampling
     name = "dense" if attention.is_dense else "sparse"
+    if len(getattr(arguments, "seeds", ())) > 1:
+        name += f", seed {sampling.seed}"
     with progress_bar(name, sampling.num_steps) as callback:
         return pipeline.generate(
             arguments.prompt,

@@ -16,6 +16,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Runs the model and draws."""
     video_io.check_video_extra()
     attention = AttentionPlan.draft(*options.draft_from(arguments))
+    seeds = getattr(arguments, "seeds", ())
+    if len(seeds) > 1:
+        raise ValueError(
+            f"--seed {','.join(map(str, seeds))}: inspect looks at one run; give one "
+            "seed"
+        )
     path = getattr(arguments, "output", None)
     if path is None:
         outputs.check_writable(outputs.FOLDER)

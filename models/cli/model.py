@@ -68,6 +68,16 @@ class Request:
         codec = dataclasses.replace(pipeline.codec, tiling=tiling)
         return dataclasses.replace(pipeline, codec=codec)
 
+    def for_each_seed(self) -> list["Request"]:
+        """Returns a request for each seed that was asked for."""
+        seeds = getattr(self.arguments, "seeds", (self.sampling.seed,))
+        return [
+            dataclasses.replace(
+                self, sampling=dataclasses.replace(self.sampling, seed=seed)
+            )
+            for seed in seeds
+        ]
+
     def details(self) -> dict[str, Any]:
         """Returns what a reader of a report needs to repeat the run."""
         wan = self.wan

@@ -6,7 +6,7 @@ import dataclasses
 from draft_jax.config import DraftConfig
 from draft_jax.schedule import SparsitySchedule
 from models.cli.choices import GRIDS_OF_SOLVERS
-from models.diffusion.sampling import Sampling
+from models.diffusion.sampling import Sampling, check_seed
 
 _SHIPPED = Sampling()
 
@@ -27,6 +27,9 @@ def sampling_from(
     """
     fields = {field.name for field in dataclasses.fields(Sampling)}
     given = {name: value for name, value in vars(arguments).items() if name in fields}
+    for seed in getattr(arguments, "seeds", ()):
+        check_seed("seed", seed)
+        given.setdefault("seed", seed)  # the first of several
     if "size" in arguments:
         given["width"], given["height"] = arguments.size
     if default is None and "solver" not in given:

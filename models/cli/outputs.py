@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 from models.diffusion.sampling import Sampling
@@ -30,7 +31,8 @@ def run_name(arguments: argparse.Namespace, sampling: Sampling) -> str:
       arguments: The parsed command line.
       sampling: The settings of the run; its seed is that of the video.
     """
-    in_sampling = {field.name for field in dataclasses.fields(Sampling)} | {"size"}
+    in_sampling = {field.name for field in dataclasses.fields(Sampling)}
+    in_sampling |= {"size", "seeds"}
     settings = {
         name: value
         for name, value in vars(arguments).items()
@@ -40,6 +42,13 @@ def run_name(arguments: argparse.Namespace, sampling: Sampling) -> str:
     text = json.dumps(settings, default=str, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{words_of(arguments.prompt)}-{sampling.seed}-{digest}"
+
+
+def folders_of_seeds(folder: Path, seeds: Sequence[int]) -> list[Path]:
+    """Returns where the runs of some seeds go: one in `folder`, several below it."""
+    if len(seeds) < 2:
+        return [folder]
+    return [folder / str(seed) for seed in seeds]
 
 
 def words_of(prompt: str) -> str:

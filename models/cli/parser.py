@@ -294,7 +294,14 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         note = "" if shipped == "" else f" [{shipped}]"
         group.add_argument(name, help=help + note, default=argparse.SUPPRESS, **options)
 
-    add("--seed", _SAMPLING.seed, "of the noise", type=int)
+    add(
+        "--seed",
+        _SAMPLING.seed,
+        "of the noise; several, such as 3,4,5, give a video each (generate only)",
+        type=parse_seeds,
+        dest="seeds",
+        metavar="I[,J]",
+    )
     add("--steps", _SAMPLING.num_steps, "sampler steps", type=int, dest="num_steps")
     add(
         "--size",
@@ -420,6 +427,18 @@ def parse_lora(text: str) -> tuple[Path, float]:
         return (Path(name), float(strength)) if name else (Path(text), 1.0)
     except ValueError:
         return Path(text), 1.0
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Returns the seeds of "3,4,5", each of which is there once."""
+    if not re.fullmatch(r"-?\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a seed, or seeds with commas between, such as 3,4"
+        )
+    seeds = tuple(map(int, text.split(",")))
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
+    return seeds
 
 
 def parse_indices(text: str) -> tuple[int, ...]:
