@@ -268,12 +268,12 @@ class ModuleReader:
     def _factor(self, part: Part, rank: int | None, kernel: tuple[int, ...]) -> float:
         """Returns the factor of a module's matrices; see `Strengths.of`."""
         alpha = None
-        if rank is not None and "alpha" in self.parts:
+        if "alpha" in self.parts:
             key, _, value = self.parts["alpha"]
             number = float(np.ravel(value)[0]) if np.size(value) == 1 else math.nan
             if not math.isfinite(number):
                 raise _MisfitError("alpha", f"{key} must be one finite number")
-            if number == 0:
+            if number == 0 and rank is not None:
                 raise _MisfitError(
                     "alpha", f"{key} is 0, which tools read as 0 or as rank"
                 )

@@ -132,8 +132,10 @@ class Strengths:
         """
         said: list[tuple[str, float]] = []
         note = ""
-        if alpha is not None:
-            said.append(self._by_tensor(*alpha, rank or 1, has_kernel))
+        if alpha is not None and rank is None:
+            return Strength(factor=self._of_whole(alpha[1], has_kernel))
+        if alpha is not None and rank is not None:
+            said.append(self._by_tensor(*alpha, rank, has_kernel))
         for settings in self.settings:
             if settings.is_kohyas and alpha is not None:
                 continue
@@ -168,6 +170,18 @@ class Strengths:
                     f"of {second:g}"
                 )
         return Strength(factor=factor, note=note)
+
+    def _of_whole(self, alpha: float, has_kernel: bool) -> float:
+        """Returns the factor of LyCORIS' whole matrices: 1, and alpha has no meaning.
+
+        Where it divides by the root of the rank, it stores alpha such that alpha / rank
+        is the factor, though only the header has the rank.
+        """
+        for settings in self.settings:
+            _, rank = settings.numbers_of("", has_kernel)
+            if settings.is_kohyas and settings.by_root and rank is not None:
+                return alpha / rank
+        return 1.0
 
     def _by_tensor(
         self, key: str, alpha: float, rank: int, has_kernel: bool
