@@ -4,11 +4,17 @@ import os
 import pathlib
 import warnings
 
-# The packages that lie beside each other: the warning shows the line that called them.
+import jax
+
+# The packages that lie beside each other, and jax, which may call them for the user:
+# the warning shows the line that called.
 _ROOT = pathlib.Path(__file__).parents[2]
-_OURS = tuple(
-    f"{_ROOT / package}{os.sep}"
-    for package in ("pallas_kernels", "draft_jax", "models")
+_PASSED_OVER = tuple(
+    f"{folder}{os.sep}"
+    for folder in (
+        *(_ROOT / package for package in ("pallas_kernels", "draft_jax", "models")),
+        pathlib.Path(jax.__file__).parent,
+    )
 )
 
 
@@ -22,9 +28,9 @@ _warned: set[str] = set()
 def warn_once(message: str, category: type[UserWarning] = SlowBackendWarning) -> None:
     """Issues a warning unless the same message was issued before.
 
-    It is shown with the line outside this project that led here, however many of our
+    It is shown with the line outside this project and jax that led here, however many
     functions lie between.
     """
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, category, skip_file_prefixes=_OURS)
+        warnings.warn(message, category, skip_file_prefixes=_PASSED_OVER)
