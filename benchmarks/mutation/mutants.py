@@ -192,14 +192,14 @@ def _is_in_signature(node) -> bool:
 
 
 def _spans_left_out(tree: ast.Module) -> Iterator[tuple[tuple, tuple]]:
-    """Returns the spans of annotations, raised errors and assertions."""
+    """Returns the spans of annotations, aliases, raised errors and assertions."""
     for node in ast.walk(tree):
         parts: list[ast.AST | None] = []
         if isinstance(node, ast.arg | ast.AnnAssign):
             parts.append(node.annotation)
         elif isinstance(node, ast.FunctionDef):
-            parts.append(node.returns)
-        elif isinstance(node, ast.Raise | ast.Assert):
+            parts += [node.returns, *node.type_params]
+        elif isinstance(node, ast.Raise | ast.Assert | ast.TypeAlias):
             parts.append(node)
         elif isinstance(node, ast.Call) and _is_message(node.func):
             parts += node.args
