@@ -107,6 +107,7 @@ WITH_EFFECT = {
     "--mask-refresh": ["2"],
     "--vae": ["vae.safetensors"],
     "--text-encoder": ["encoder.safetensors"],
+    "--image-encoder": ["encoder.safetensors"],
     "--tokenizer": ["tokenizer.json"],
     "--revision": ["main"],
 }
