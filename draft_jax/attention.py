@@ -80,7 +80,7 @@ def draft_attention(
         order=order,
         pooled=None,
     )
-    out, _ = unchecked_block_sparse_attention(
+    out = unchecked_block_sparse_attention(
         q,
         k,
         v,
@@ -182,7 +182,7 @@ def scheduled_attention(
 
     def run_sparse(mask: BlockMask | None):
         used = make(mask) if mask is None else _choose(step.refresh, make, reuse, mask)
-        out, _ = unchecked_block_sparse_attention(
+        out = unchecked_block_sparse_attention(
             q,
             k,
             v,

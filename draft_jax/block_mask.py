@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
 from pallas_kernels import ranking
+from pallas_kernels.common import jit_once
 
 
 @register_dataclass
@@ -148,10 +149,12 @@ class BlockMask:
         return self.block_ids.shape[-1]
 
     @property
+    @jit_once
     def counts(self) -> Int[Array, "*layers B N R"]:
         """Key blocks kept by each query block."""
         return jnp.diff(self.row_offsets, axis=-1)
 
+    @jit_once
     def row_ids(self) -> Int[Array, "B N M"]:
         """Returns the query block of each kept pair; R for entries not read."""
         entries = jnp.arange(self.capacity, dtype=jnp.int32)
@@ -160,6 +163,7 @@ class BlockMask:
         )
         return search(self.row_offsets[..., 1:]).astype(jnp.int32)
 
+    @jit_once
     def to_dense(self) -> Bool[Array, "B N R R"]:
         """Returns the boolean map of kept block pairs, text blocks included."""
         num_blocks = self.grid.num_blocks
@@ -171,6 +175,7 @@ class BlockMask:
         return jax.vmap(jax.vmap(scatter))(self.row_ids(), self.block_ids)
 
     @property
+    @jit_once
     def density(self) -> Float[Array, "*layers B N"]:
         """Share of token pairs kept, weighting each block pair by its real tokens.
 

@@ -143,7 +143,7 @@ def _check_budget(budget: Any, grid: VideoGrid, config: DraftConfig) -> None:
         return
     most = static_budget(config.sparsity, grid, config)
     is_traced = isinstance(budget, jax.core.Tracer)
-    value = budget if is_traced else np.asarray(budget)
+    value = budget if is_traced else np.asarray(jax.device_get(budget))
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(f"{budget=} must be an integer, not {value.dtype}")
     if value.shape:

@@ -115,7 +115,13 @@ def block_sparse_attention(
         backend is not acceptable, or the named backend does not support the inputs.
       TypeError: A dtype or the scale's type is not acceptable.
     """
-    out, _ = block_sparse_attention_with_lse(
+    q, k, v = to_jax(q, k, v)
+    scale, text_lengths = validation.check_attention(
+        q, k, v, grid=grid, order=order, scale=scale, text_lengths=text_lengths
+    )
+    validation.check_mask(q, mask, grid)
+    validation.check_lists(mask)
+    return unchecked_block_sparse_attention(
         q,
         k,
         v,
@@ -126,7 +132,6 @@ def block_sparse_attention(
         text_lengths=text_lengths,
         backend=backend,
     )
-    return out
 
 
 def block_sparse_attention_with_lse(
@@ -168,7 +173,7 @@ def block_sparse_attention_with_lse(
     )
     validation.check_mask(q, mask, grid)
     validation.check_lists(mask)
-    return unchecked_block_sparse_attention(
+    return _dispatch(
         q,
         k,
         v,
@@ -178,6 +183,7 @@ def block_sparse_attention_with_lse(
         scale=scale,
         text_lengths=text_lengths,
         backend=backend,
+        with_lse=True,
     )
 
 
@@ -192,8 +198,8 @@ def unchecked_block_sparse_attention(
     scale: float,
     text_lengths: Int[Array, " B"] | None,
     backend: BackendName,
-) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
-    """Computes `block_sparse_attention_with_lse` for a caller that checks arguments.
+) -> Float[Array, "B T N D"]:
+    """Computes `block_sparse_attention` for a caller that checks arguments.
 
     Args:
       q: See `block_sparse_attention`, like all other arguments.
@@ -201,17 +207,36 @@ def unchecked_block_sparse_attention(
       v: Values.
       mask: Kept block pairs.
       grid: Geometry of the blocks.
-      order: How the tokens of q, k, v and of both results are ordered.
+      order: How the tokens of q, k, v and of the output are ordered.
       scale: Factor on the logits, as `validation.check_attention` returns it.
       text_lengths: Valid text tokens, as `validation.check_attention` returns them.
       backend: A backend by name, or "auto".
 
     Returns:
-      The output and the log-sum-exp.
+      The output.
 
     Raises:
       ValueError: The backend is unknown or does not support the inputs.
     """
+    out, _ = _dispatch(
+        q,
+        k,
+        v,
+        mask,
+        grid=grid,
+        order=order,
+        scale=scale,
+        text_lengths=text_lengths,
+        backend=backend,
+        with_lse=False,
+    )
+    return out
+
+
+def _dispatch(
+    q, k, v, mask, *, grid, order, scale, text_lengths, backend, with_lse: bool
+) -> Any:
+    """Chooses a backend and runs it; the log-sum-exp is None where it is not asked."""
     device = current_device(q)
     choice = choose(_describe(q, grid, order, device), backend)
     if choice.slower_because is not None:
@@ -234,6 +259,7 @@ def unchecked_block_sparse_attention(
         scale=known_scale,
         backend=BACKENDS[choice.name],
         device=device,
+        with_lse=with_lse,
     )
 
 
@@ -246,7 +272,8 @@ class _Lists(NamedTuple):
 
 
 @functools.partial(
-    jit_once, static_argnames=("grid", "order", "scale", "backend", "device")
+    jit_once,
+    static_argnames=("grid", "order", "scale", "backend", "device", "with_lse"),
 )
 def _attend(
     q,
@@ -262,8 +289,13 @@ def _attend(
     scale: float | None,
     backend: Backend,
     device: Device,
+    with_lse: bool,
 ):
-    """Runs a backend, in tiled order if it takes no other."""
+    """Runs a backend, in tiled order if it takes no other.
+
+    A result that nobody asked for is none of the program's: the log-sum-exp may be
+    minus infinity, at which `jax_debug_infs` would stop.
+    """
     mask = _Lists(row_offsets, block_ids, grid)
     options: dict[str, Any] = {
         "grid": grid,
@@ -272,13 +304,15 @@ def _attend(
         "device": device,
     }
     if backend.takes_raster:
-        return backend.function(q, k, v, mask, order=order, **options)
+        out, lse = backend.function(q, k, v, mask, order=order, **options)
+        return out, lse if with_lse else None
     if order == "tiled":
-        return backend.function(q, k, v, mask, **options)
+        out, lse = backend.function(q, k, v, mask, **options)
+        return out, lse if with_lse else None
     q, k, v = (_take(x, grid.tile_order, axis=1) for x in (q, k, v))
     out, lse = backend.function(q, k, v, mask, **options)
     out = _take(out, grid.raster_order, axis=1)
-    return out, _take(lse, grid.raster_order, axis=2)
+    return out, _take(lse, grid.raster_order, axis=2) if with_lse else None
 
 
 def chosen_backend(

@@ -2,16 +2,40 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-# Compiles a function once for each shape and each value of its static arguments. A
-# public function hands its work to a function of a module that this wraps: a loop body
-# made anew in every call outside jit would be compiled in every call, and kept. Under
-# an outer jit nothing is changed.
-jit_once = functools.partial(jax.jit, inline=True)
+
+def jit_once(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compiles a function once for each shape and each value of its static arguments.
+
+    A public function hands its work to a function of a module that this wraps: a loop
+    body made anew in every call outside jit would be compiled in every call, and kept.
+    Under an outer jit the function becomes part of that program.
+
+    It is traced under jax's defaults of promotion. Settings that forbid promotion look
+    for faults in a user's own lines.
+
+    Args:
+      function: Computes on arrays. A function of a module, not one made in a call.
+      **options: Those of `jax.jit`.
+
+    Returns:
+      The function as jit makes it.
+    """
+
+    @functools.wraps(function)
+    def traced(*args, **kwargs):
+        with (
+            jax.numpy_rank_promotion("allow"),
+            jax.numpy_dtype_promotion("standard"),
+        ):
+            return function(*args, **kwargs)
+
+    return jax.jit(traced, inline=True, **options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

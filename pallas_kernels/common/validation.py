@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.common.arrays import AnyArray
 from pallas_kernels.common.interfaces import (
     SUPPORTED_DTYPES,
     BlockGrid,
     BlockLists,
     Order,
 )
+from pallas_kernels.common.static import jit_once
 
 
 def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -98,7 +100,7 @@ def check_attention(
     grid: BlockGrid,
     order: str,
     scale: float | None,
-    text_lengths: jax.Array | None,
+    text_lengths: AnyArray | None,
 ) -> tuple[float, jax.Array | None]:
     """Raises unless these arguments of an attention function are acceptable.
 
@@ -200,7 +202,7 @@ def _faults(row_offsets, block_ids, xp=jnp) -> dict[str, jax.Array | np.ndarray]
     }
 
 
-@jax.jit
+@jit_once
 def _has_fault(row_offsets, block_ids):
     faults = _faults(row_offsets, block_ids).values()
     return functools.reduce(jnp.logical_or, [where.any() for where in faults])
@@ -224,7 +226,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 
 def check_text_lengths(
-    text_lengths: jax.Array | None, q: jax.Array, grid: BlockGrid | None
+    text_lengths: AnyArray | None, q: jax.Array, grid: BlockGrid | None
 ) -> jax.Array | None:
     """Returns valid text tokens per batch item as int32 [B], or None.
 
@@ -238,7 +240,8 @@ def check_text_lengths(
     if grid.text_length == 0:
         raise ValueError(f"text_lengths was given, but {grid} has no text")
     is_traced = isinstance(text_lengths, jax.core.Tracer)
-    lengths = text_lengths if is_traced else np.asarray(text_lengths)
+    # What comes from a device is asked for: a transfer guard lets it pass.
+    lengths = text_lengths if is_traced else np.asarray(jax.device_get(text_lengths))
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"text_lengths has dtype {lengths.dtype}; expected integers")
     if lengths.shape != (q.shape[0],):
@@ -246,9 +249,11 @@ def check_text_lengths(
             f"text_lengths has shape {lengths.shape}; expected [batch] = "
             f"({q.shape[0]},)"
         )
-    if not is_traced and not ((lengths >= 0) & (lengths <= grid.text_length)).all():
+    if is_traced:
+        return jnp.clip(lengths.astype(jnp.int32), 0, grid.text_length)
+    if not ((lengths >= 0) & (lengths <= grid.text_length)).all():
         raise ValueError(
             f"text_lengths={lengths.tolist()} must lie in 0 to {grid.text_length}, "
             "the grid's text_length"
         )
-    return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, grid.text_length)
+    return jnp.asarray(text_lengths, jnp.int32)

@@ -12,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt32
 
+from pallas_kernels.common.static import jit_once
+
 WORD_BITS = 32
 
 
+@jit_once
 def pack(flags: Bool[Array, "*rows C"]) -> UInt32[Array, "*rows W"]:
     """Packs the last axis, W = ceil(C / 32); the bits past C are 0."""
     *rows, columns = flags.shape
