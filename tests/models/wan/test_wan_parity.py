@@ -20,8 +20,10 @@ from tests.tolerances import WAN_BFLOAT16_RELATIVE
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 CASES = sorted(file.stem.removeprefix("wan_") for file in FIXTURES.glob("wan_*.safe*"))
 
-# Largest difference measured on CPU: 4.0e-6 (image), with outputs up to 4.6.
-PARITY_ATOL = 8e-6
+# Largest differences measured on CPU, with outputs up to 4.6: from text 1.7e-6
+# (plain_patch, wide_head), from an image 4.0e-6.
+PARITY_ATOL = 4e-6
+IMAGE_PARITY_ATOL = 8e-6
 
 
 def load_case(name, published=None, **changes):
@@ -83,7 +85,8 @@ def test_dense_matches_diffusers(name):
     got, masks = run(model, inputs)
     assert masks is None
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, expected, rtol=0, atol=PARITY_ATOL)
+    atol = IMAGE_PARITY_ATOL if name == "image" else PARITY_ATOL
+    np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
 
 
 def test_no_name_for_the_norm_still_means_the_norm():
@@ -136,7 +139,7 @@ def test_image_tokens_change_the_result():
     model, inputs, expected = load_case("image")
     tokens = inputs.image_tokens.at[1].multiply(-1.0)
     got, _ = run(model, inputs._replace(image_tokens=tokens))
-    np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=PARITY_ATOL)
+    np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=IMAGE_PARITY_ATOL)
     assert np.abs(got[1] - expected[1]).max() > 1e-2
 
 
