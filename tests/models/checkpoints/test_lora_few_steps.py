@@ -53,6 +53,33 @@ def test_names(tmp_path, name, num_steps, reason):
     assert not found.suits(50, 1.0)
 
 
+MADE_FOR = {  # steps, and the most that are in use, by what names say
+    (3, 6): ["fastwan"],
+    (4, 8): [
+        *("lightx2v", "lightning", "step-distill", "cfg_distill", "selfforcing"),
+        *("distill", "distilled", "turbo", "turbowan", "TurboDiffusion", "lcm"),
+        *("dmd", "dmd2", "rCM", "x-4steps"),
+    ],
+    (6, 10): ["CausVid"],
+    (8, 10): ["fusionx", "accvid", "accvideo"],
+    (16, 32): ["x_16_steps"],
+}
+
+
+@pytest.mark.parametrize("steps", MADE_FOR, ids=str)
+def test_steps_and_the_most_of_each_name(tmp_path, steps):
+    for name in MADE_FOR[steps]:
+        found = find_few_steps(save(tmp_path, name))
+        assert (found.num_steps, found.most_steps) == steps, name
+        assert found.suits(steps[1], 1.0)
+        assert not found.suits(steps[1] + 1, 1.0)
+
+
+@pytest.mark.parametrize("name", ["x-0steps", "x-17steps"])
+def test_numbers_that_are_no_few_steps(tmp_path, name):
+    assert find_few_steps(save(tmp_path, name)) is None
+
+
 def test_headers_and_folders_say_it_too(tmp_path):
     header = {"ss_output_name": "wan_lightx2v", "ss_steps": "4 steps"}
     found = find_few_steps(save(tmp_path, "x", header))
@@ -66,6 +93,10 @@ def test_headers_and_folders_say_it_too(tmp_path):
 def test_long_texts_are_not_searched(tmp_path):
     header = {"modelspec.description": "a" * 1_000 + " lightx2v"}
     assert find_few_steps(save(tmp_path, "x", header)) is None
+    fits = {"modelspec.description": "a" * (1_000 - len(" turbo")) + " turbo"}
+    assert find_few_steps(save(tmp_path, "x", fits)).num_steps == 4
+    too_long = {"modelspec.description": "a" + fits["modelspec.description"]}
+    assert find_few_steps(save(tmp_path, "x", too_long)) is None
 
 
 def test_missing_files_are_named(tmp_path):

@@ -15,6 +15,10 @@ NAMES = (
     "blocks.10.attn2.to_v",
     "blocks.3.ffn.net.0.proj",
     "xblocks.0.attn1.to_q",
+    "blocks.9.attn-.to-q",
+    "blocks.0.attn1.to_",
+    "q",
+    "Z_9",
     "",
     ".",
 )
@@ -41,7 +45,20 @@ NAMES = (
         r"x*blocks\.0\.\w+\.to_q",
         r"blo?cks.0.attn1.to_q",
         ".*?q",
+        ".+?q",
+        ".??q",
         "",
+        r"blocks\.[0-29]\.attn[0-9-].to.q",
+        r"blocks.[^0-8].*",
+        r"attn[a1-]\.to_[a-q]",
+        r"[xb]+locks.0.*",
+        r"[a-zA-Z]_[0-9]",
+        r"\w_\w",
+        r"\w\w\d\.to_.?",
+        r"to_(?:q|k)",
+        r"(blocks|xblocks).0.(attn1.to_q|other)",
+        r"[\d.]+attn1.to_q",
+        r"^blocks.\d?\d.attn[12]\.to_(q|k|v)$",
     ],
 )
 def test_as_re_finds_them(text):
@@ -80,6 +97,20 @@ def test_as_re_finds_them(text):
 def test_others_are_refused(text):
     with pytest.raises(PatternError):
         ModulePattern(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("x" * 512, "x" * 512), ("(a|b)" * 6, "ababab"), ("a" + "|" * 63, "a")],
+    ids=["characters", "groups", "branches"],
+)
+def test_the_longest_that_are_read(text, name):
+    assert ModulePattern(text).matches(name)
+
+
+def test_work_is_counted_in_atoms():
+    assert ModulePattern("blocks.0.to_q").num_atoms == 0
+    assert ModulePattern(r"a\d+(b|c)").num_atoms == 2 * 3
 
 
 @pytest.mark.parametrize(
