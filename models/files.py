@@ -21,9 +21,14 @@ class FullDiskError(OSError):
 
 
 class MissingFilesError(OSError):
-    """Some files of a run could not be written; the others are whole."""
+    """Some files of a run could not be written; the others are whole.
+
+    Attributes:
+      reasons: What went wrong with each of the missing files.
+    """
 
     def __init__(self, reasons: Mapping[Path, Exception]):
+        self.reasons = dict(reasons)
         parts = [f"{path} ({_reason(error)})" for path, error in reasons.items()]
         verb = "is" if len(parts) == 1 else "are"
         super().__init__(f"{' and '.join(parts)} {verb} missing")

@@ -12,6 +12,7 @@ from models.cli.progress import progress_bar
 from models.diffusion.comparison import Comparison, run_report
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.results import GenerationResult
+from models.files import MissingFilesError
 from models.media import metrics, plots
 from models.media import video as video_io
 from models.media.run_folder import KEPT_SHARE, REPORT, RunFolder
@@ -46,8 +47,16 @@ def run(arguments: argparse.Namespace) -> None:
     pipeline = request.load()
     if request.image is not None:
         print(request.describe_image())
+    missing: dict[Path, Exception] = {}
     for folder, request, each in zip(folders, requests, details, strict=True):
-        _run_once(RunFolder(folder), pipeline, request, each)
+        try:
+            _run_once(RunFolder(folder), pipeline, request, each)
+        except MissingFilesError as error:
+            missing |= error.reasons
+            if any(path.suffix == ".mp4" for path in error.reasons):
+                break  # a full disk, say: other seeds would run for nothing
+    if missing:
+        raise MissingFilesError(missing) from next(iter(missing.values()))
 
 
 def _check_folders(folders: list[Path], arguments: argparse.Namespace) -> None:

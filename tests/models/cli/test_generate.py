@@ -51,6 +51,8 @@ RUN_KEYS = {
 }
 DETAIL_KEYS = {
     "image",
+    "model",
+    "commit",
     "loras",
     "prompt",
     "command",

@@ -5,7 +5,10 @@ import json
 import pytest
 
 from models.cli import main, options, outputs
+from models.cli.messages import EXIT_INCOMPLETE
 from models.cli.parser import build_parser
+from models.media import plots
+from models.media import video as video_io
 from tests import tiny_model
 
 PROMPT = "a red ball"
@@ -51,6 +54,29 @@ def test_a_video_has_the_same_name_with_other_seeds_or_alone():
 
     assert names("4,3") == names("4")
     assert names("3,4") == names("3") != names("4")
+
+
+@pytest.mark.parametrize(
+    ("broken", "missing", "written"),
+    [
+        ((plots, "plot_kept_share"), ["3/kept_share.png", "4/kept_share.png"], 2),
+        ((video_io, "write_mp4"), ["3/video.mp4"], 0),  # as on a full disk
+    ],
+    ids=["picture", "video"],
+)
+def test_a_picture_that_fails_does_not_cost_the_other_seeds(
+    checkpoint, tmp_path, capsys, monkeypatch, broken, missing, written
+):
+    def fail(*_, **__):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(*broken, fail)
+    assert run(checkpoint, "--seed", "3,4", "--output", tmp_path) == EXIT_INCOMPLETE
+    error = capsys.readouterr().err
+    names = [f"{tmp_path / name} (RuntimeError: no ink)" for name in missing]
+    assert " and ".join(names) in error
+    assert error.count("no ink") == len(missing)
+    assert len(list(tmp_path.glob("*/video.mp4"))) == written
 
 
 def test_no_seed_is_computed_if_one_has_no_place(checkpoint, tmp_path, capsys):
