@@ -219,12 +219,13 @@ def test_other_methods_are_named(weights, key, method):
         merge(weights["original"], lora)
 
 
-def test_two_adapters_in_one_file_are_not_mixed(weights):
+@pytest.mark.parametrize("adapters", [("turbo", "style"), ("turbo", "style", "more")])
+def test_two_adapters_in_one_file_are_not_mixed(weights, adapters):
     module = "blocks.0.self_attn.q"
     lora = {
         f"{module}.lora_{half}.{name}.weight": draw(*shape)
         for name, (half, shape) in itertools.product(
-            ("turbo", "style"), (("A", (2, 24)), ("B", (24, 2)))
+            adapters, (("A", (2, 24)), ("B", (24, 2)))
         )
     }
     message = (

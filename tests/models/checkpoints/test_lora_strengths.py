@@ -160,6 +160,13 @@ def test_renamed_matrices_have_their_alpha_in_them(adapter):
             {"header": KOHYA | {"ss_network_dim": "8"}, "halves": "lora_down lora_up"},
             "ss_network_alpha says the rank 8 of a.x, whose matrices have 4",
         ),
+        *(
+            (
+                {"header": {"lora_alpha": "16", name: "8"}},
+                "says the rank 8 of a.x, whose matrices have 4",
+            )
+            for name in ("lora_rank", "network_dim", "rank", "r")
+        ),
         ({"alpha": 0}, "alpha: a.x.alpha is 0, which tools read as 0 or as rank"),
         (
             {"config": PEFT | {"use_dora": True}},
@@ -167,7 +174,10 @@ def test_renamed_matrices_have_their_alpha_in_them(adapter):
             "adapter_config.json promises by use_dora",
         ),
     ],
-    ids=["tensor", "two settings", "rank", "kohya's rank", "zero", "dora"],
+    ids=[
+        *("tensor", "two settings", "rank", "kohya's rank"),
+        *("lora_rank", "network_dim", "plain rank", "r", "zero", "dora"),
+    ],
 )
 def test_places_that_disagree_are_refused(adapter, places, message):
     with pytest.raises(ConversionError, match=re.escape(message)):
