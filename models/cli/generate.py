@@ -44,9 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
         metrics.check_ssim_size(height, width)
     video_io.check_frame_size(height, 2 * width if arguments.compare else width)
     details = [each.details() for each in requests]
+    for line in request.describe():
+        print(line)
     pipeline = request.load()
-    if request.image is not None:
-        print(request.describe_image())
     missing: dict[Path, Exception] = {}
     for folder, request, each in zip(folders, requests, details, strict=True):
         try:

@@ -87,8 +87,16 @@ class Request:
             "commit": None if wan is None else commit_of(wan.path),
         }
 
-    def describe_image(self) -> str:
-        """Says in one line how the image was fitted."""
+    def describe(self) -> list[str]:
+        """Returns lines on what was told by the shapes of a file, or fitted."""
+        lines = []
+        if self.wan is not None and self.wan.model is not None:
+            lines.append(f"model: {self.wan.model}, by the shapes in {self.wan.path}")
+        if self.image is not None:
+            lines.append(self._describe_image())
+        return lines
+
+    def _describe_image(self) -> str:
         details = self._image_details()
         assert details is not None  # there is an image
         (rows, columns), kept = details["size"], details["kept"]

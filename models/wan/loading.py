@@ -137,8 +137,6 @@ def load_wan(
         files=files,
         revision=revision,
     )
-    if wan.model is not None:
-        _LOG.info("%s is %s by its shapes", wan.path, wan.model)
     if wan.vae is None:
         raise ValueError("parts must hold 'vae', which decodes the latents")
     vae = _vae_config(wan)

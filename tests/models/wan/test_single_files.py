@@ -473,13 +473,16 @@ def request_of(*arguments):
 @pytest.mark.usefixtures("tiny")
 def test_the_command_takes_parts(files):
     given = part_files(files)
+    transformer = files / "diffusion_models" / "wan.safetensors"
     request = request_of(
-        *("--checkpoint", files / "diffusion_models" / "wan.safetensors"),
+        *("--checkpoint", transformer),
         *("--vae", given.vae, "--text-encoder", given.text_encoder),
         *("--tokenizer", files / "tokenizer", "--size", "48x32", "--frames", "5"),
     )
     expected = dataclasses.replace(given, tokenizer=files / "tokenizer")
     assert request.wan.files == expected
+    line = f"model: Wan2.1-T2V-1.3B, by the shapes in {transformer}"
+    assert request.describe() == [line]
     details = request.details()
     assert (details["model"], details["commit"]) == ("Wan2.1-T2V-1.3B", None)
 
