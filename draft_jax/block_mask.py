@@ -72,7 +72,9 @@ class BlockMask:
         if capacity < 1:
             raise ValueError(f"{capacity=} must be at least 1")
         if not isinstance(dense, jax.core.Tracer):
-            most_kept = int(dense.sum((-2, -1), dtype=np.int32).max(initial=0))
+            with jax.ensure_compile_time_eval():  # a known map in a traced function
+                kept_pairs = dense.sum((-2, -1), dtype=np.int32)
+            most_kept = int(jax.device_get(kept_pairs).max(initial=0))
             if most_kept > capacity:
                 raise ValueError(
                     f"{capacity=} is too small: a head keeps {most_kept} pairs"
@@ -166,13 +168,15 @@ class BlockMask:
     @jit_once
     def to_dense(self) -> Bool[Array, "B N R R"]:
         """Returns the boolean map of kept block pairs, text blocks included."""
-        num_blocks = self.grid.num_blocks
-
-        def scatter(rows, columns):
-            empty = jnp.zeros((num_blocks, num_blocks), jnp.bool_)
-            return empty.at[rows, columns].set(True, mode="drop")
-
-        return jax.vmap(jax.vmap(scatter))(self.row_ids(), self.block_ids)
+        num_blocks, rows = self.grid.num_blocks, self.row_ids()
+        columns = jnp.where(rows < num_blocks, self.block_ids, 0)
+        batch, num_heads, _ = rows.shape
+        # Entries that are not read go to a row of their own, not out of bounds, where
+        # checkify would stop. It has no rule for a scatter under vmap.
+        kept = jnp.zeros((batch, num_heads, num_blocks + 1, num_blocks), jnp.bool_)
+        item, head = jnp.ogrid[:batch, :num_heads]
+        kept = kept.at[item[..., None], head[..., None], rows, columns].set(True)
+        return kept[:, :, :num_blocks]
 
     @property
     @jit_once

@@ -70,13 +70,14 @@ def _token_mask(
     batch, num_heads, capacity = mask.block_ids.shape
     entry = jnp.arange(capacity)
     # The row of an entry is the number of rows that end at or before it; entries
-    # that no row owns get row R and are dropped.
+    # that no row owns get row R, which is cut off.
     row = (entry[:, None] >= mask.row_offsets[:, :, None, 1:]).sum(-1)  # [B, N, M]
     item = jnp.arange(batch)[:, None, None]
     head = jnp.arange(num_heads)[None, :, None]
     num_blocks = grid.num_blocks
-    none_kept = jnp.zeros((batch, num_heads, num_blocks, num_blocks), bool)
-    block_pairs = none_kept.at[item, head, row, mask.block_ids].set(True, mode="drop")
+    none_kept = jnp.zeros((batch, num_heads, num_blocks + 1, num_blocks), bool)
+    column = jnp.where(row < num_blocks, mask.block_ids, 0)
+    block_pairs = none_kept.at[item, head, row, column].set(True)[:, :, :num_blocks]
     block_of_token = np.repeat(np.arange(grid.num_blocks), grid.block_lengths)
     token_pairs = block_pairs[:, :, block_of_token][:, :, :, block_of_token]
     if text_lengths is None:

@@ -48,7 +48,7 @@ QUICK = {  # calls of each setting that take little time
     "disable_jit": (SELECTION,),
     "promotion": (ATTENTION, "pallas_kernels.pooling.norm_rope_pool"),
     "debug_infs": (ATTENTION,),
-    "index": (SELECTION,),
+    "index": (SELECTION, "draft_jax.BlockMask from_dense"),
 }
 
 
