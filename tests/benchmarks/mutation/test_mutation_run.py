@@ -121,6 +121,16 @@ def test_own_tests_come_first_then_the_quickest():
     assert tests.of("a/thing.py", 2, on_import=True) == every
 
 
+def test_one_case_of_each_function_comes_first():
+    names = ["t.py::f[1]", "t.py::f[2]", "t.py::g", "t.py::f[3]", "t.py::h[1]"]
+    found = {
+        name: {"seconds": number, "lines": {"a/thing.py": [1]}}
+        for number, name in enumerate(names)
+    }
+    expected = ["t.py::f[1]", "t.py::g", "t.py::h[1]", "t.py::f[2]", "t.py::f[3]"]
+    assert TestsOfLines(found).of("a/thing.py", 1, on_import=False) == expected
+
+
 class FakeWorker:
     """Runs nothing: says which tests fail, with a mutant and without."""
 
