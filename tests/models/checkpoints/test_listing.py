@@ -25,6 +25,12 @@ def test_long_lists_say_how_much_is_left_out():
     )
 
 
+def test_the_longest_that_are_whole():
+    assert list_problems(["x" * 300]) == "\n  " + "x" * 300
+    assert list_names("abcdefgh") == "a, b, c, d, e, f, g, h"
+    assert len(list_problems([f"{i:03}" for i in range(80)]).split("\n  ")) == 81
+
+
 def test_long_lists_name_every_kind():
     """One kind must not crowd out the others, and a list stays short in all."""
     many = [f"unmatched: {'key' * 20}.{i:04}" for i in range(1_000)]

@@ -91,6 +91,7 @@ def test_as_re_finds_them(text):
         "*",
         "x" * 513,
         "(a|b)" * 7,
+        "(a|b|c|d|e)(1|2|3|4|5|6|7|8|9|x|y|z|0)",  # 65 of them
         "|" * 65,
     ],
 )
