@@ -10,8 +10,6 @@ import logging
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import reference as oracle
@@ -27,6 +25,7 @@ from pallas_kernels.common.interfaces import (
 )
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import jit_once, split_scale
+from pallas_kernels.common.token_order import reorder_tokens
 
 BackendName = Literal["auto", "hopper", "xla", "oracle"]
 
@@ -309,10 +308,10 @@ def _attend(
     if order == "tiled":
         out, lse = backend.function(q, k, v, mask, **options)
         return out, lse if with_lse else None
-    q, k, v = (_take(x, grid.tile_order, axis=1) for x in (q, k, v))
+    q, k, v = (reorder_tokens(x, grid, to="tiled", axis=1) for x in (q, k, v))
     out, lse = backend.function(q, k, v, mask, **options)
-    out = _take(out, grid.raster_order, axis=1)
-    return out, _take(lse, grid.raster_order, axis=2) if with_lse else None
+    out = reorder_tokens(out, grid, to="raster", axis=1)
+    return out, reorder_tokens(lse, grid, to="raster", axis=2) if with_lse else None
 
 
 def chosen_backend(
@@ -367,10 +366,6 @@ def choose(problem: Problem, backend: str) -> BackendChoice:
             slower_because="; ".join(filter(None, slower)) or None,
         )
     raise ValueError(f"no backend supports these inputs: {'; '.join(passed_over)}")
-
-
-def _take(x: jax.Array, indices: np.ndarray, *, axis: int) -> jax.Array:
-    return jnp.take(x, indices, axis=axis, unique_indices=True, mode="clip")
 
 
 def _describe(

@@ -1,7 +1,7 @@
 """The backend "hopper": block-sparse attention on H100 and H200.
 
-The forward pass is the kernel of `kernel`; gradients are the XLA backend's, from the
-kernel's output and log-sum-exp.
+The forward pass is the kernel of `kernel`; derivatives are those of the XLA backend,
+from the kernel's output and log-sum-exp.
 """
 
 import functools
@@ -13,7 +13,8 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import xla
+from pallas_kernels.attention.blocks import ChunkConfig
+from pallas_kernels.attention.derivatives import Attention, attend
 from pallas_kernels.attention.sm90 import schedule
 from pallas_kernels.attention.sm90.cta import Work
 from pallas_kernels.attention.sm90.geometry import Geometry, geometry_of
@@ -28,6 +29,7 @@ from pallas_kernels.attention.sm90.plan import (
 )
 from pallas_kernels.attention.sm90.repair import repair
 from pallas_kernels.common.batching import fold_mapped_axes
+from pallas_kernels.common.device import current_device
 from pallas_kernels.common.interfaces import (
     Backend,
     BlockGrid,
@@ -56,7 +58,7 @@ def hopper_attention(
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
     """Computes attention over kept blocks on a Hopper GPU.
 
-    It is differentiable in reverse mode.
+    It is differentiable in both modes; derivatives run on XLA.
 
     Args:
       q: Queries, bfloat16 or float16.
@@ -112,7 +114,14 @@ def _attend(
     if text_lengths is None:
         text_lengths = jnp.full(q.shape[0], grid.text_length, jnp.int32)
     static = _Static(grid, order, float(scale), has_lengths, config, interpret)
-    return _attention(static, q, k, v, mask.row_offsets, mask.block_ids, text_lengths)
+    attention = Attention(
+        forward=functools.partial(_forward, static),
+        grid=grid,
+        order=order,
+        scale=static.scale,
+        config=ChunkConfig.for_platform(current_device(q).platform),
+    )
+    return attend(attention, q, k, v, mask.row_offsets, mask.block_ids, text_lengths)
 
 
 class _Static(NamedTuple):
@@ -124,40 +133,8 @@ class _Static(NamedTuple):
     interpret: plgpu.InterpretGPUParams | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static, q, k, v, row_offsets, block_ids, text_lengths):
-    outputs, _ = _forward(static, q, k, v, row_offsets, block_ids, text_lengths)
-    return outputs
-
-
 def _forward(static: _Static, *arrays):
-    out, lse = fold_mapped_axes(functools.partial(_run, static))(*arrays)
-    return (out, lse), (*arrays, out, lse)
-
-
-def _backward(static: _Static, residuals, cotangents):
-    grid = static.grid
-    if static.order == "tiled":
-        return xla.attention_gradients(
-            residuals, cotangents, grid=grid, scale=static.scale
-        )
-    q, k, v, row_offsets, block_ids, text_lengths, out, lse = residuals
-    d_out, d_lse = cotangents
-    q, k, v, out, d_out = (x[:, grid.tile_order] for x in (q, k, v, out, d_out))
-    lse, d_lse = (x[:, :, grid.tile_order] for x in (lse, d_lse))
-    gradients = xla.attention_gradients(
-        (q, k, v, row_offsets, block_ids, text_lengths, out, lse),
-        (d_out, d_lse),
-        grid=grid,
-        scale=static.scale,
-    )
-    of_tokens = (
-        jnp.take(x, grid.raster_order, axis=1) for x in gradients[:3] if x is not None
-    )
-    return *of_tokens, *gradients[3:]
-
-
-_attention.defvjp(_forward, _backward)
+    return fold_mapped_axes(functools.partial(_run, static))(*arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -7,8 +7,9 @@ import pytest
 
 from draft_jax.block_mask import BlockMask
 from draft_jax.grid import VideoGrid
+from pallas_kernels.attention.blocks import ChunkConfig
 from pallas_kernels.attention.dense_xla import chunked_attention
-from pallas_kernels.attention.xla import ChunkConfig, xla_attention
+from pallas_kernels.attention.xla import xla_attention
 from tests.matrix_products import products
 
 GRID = VideoGrid(1, 4, 8, tile=(2, 4))  # 4 blocks of 8 tokens

@@ -10,7 +10,8 @@ import pytest
 from draft_jax.block_mask import BlockMask
 from draft_jax.grid import VideoGrid
 from pallas_kernels import block_sparse_attention
-from pallas_kernels.attention.xla import ChunkConfig, xla_attention
+from pallas_kernels.attention.blocks import ChunkConfig
+from pallas_kernels.attention.xla import xla_attention
 from tests.pallas_kernels.attention.reference import (
     CASES,
     compress,

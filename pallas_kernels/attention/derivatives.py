@@ -1,0 +1,240 @@
+"""Derivatives of block-sparse attention, for any backend's forward pass.
+
+The forward pass gives the output and the log-sum-exp; all else follows from them, block
+by block. Reverse mode is FlashAttention's backward pass: dQ walks the lists of the
+forward pass, dK and dV the transposed ones. Forward mode walks those of the forward
+pass.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array
+
+from pallas_kernels.attention.blocks import (
+    ChunkConfig,
+    block_lengths,
+    cut,
+    join,
+    row_lists,
+    transpose,
+    valid_only,
+)
+from pallas_kernels.attention.pair_sums import Arrays, Walked, dot, sum_over_pairs
+from pallas_kernels.common.interfaces import BlockGrid, Order
+from pallas_kernels.common.linear_maps import LinearMap
+from pallas_kernels.common.token_order import reorder_tokens
+
+# Names of what gradients keep of an attention's forward pass, beside its inputs, for
+# `jax.checkpoint_policies.save_only_these_names` and the like.
+RESIDUAL_NAMES = ("attention_output", "attention_log_sum_exp")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention:
+    """An attention function and what its derivatives need to know. Static.
+
+    Attributes:
+      forward: Takes q, k, v, row_offsets, block_ids and text_lengths; returns the
+        output and the float32 log-sum-exp.
+      grid: Geometry of the blocks.
+      order: How the tokens are ordered.
+      scale: Factor on the logits.
+      config: Amounts that derivatives compute at once.
+    """
+
+    forward: Callable[..., tuple[Array, Array]]
+    grid: BlockGrid
+    order: Order
+    scale: float
+    config: ChunkConfig
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def attend(attention: Attention, *arrays: Array) -> tuple[Array, Array]:
+    """Computes an attention's forward pass, with the derivatives of this module."""
+    return attention.forward(*arrays)
+
+
+@functools.partial(attend.defjvp, symbolic_zeros=True)
+def _differentiate(attention, primals, tangents):
+    results = attend(attention, *primals)
+    results = tuple(map(checkpoint_name, results, RESIDUAL_NAMES))
+    program = LinearMap(
+        apply=functools.partial(_tangents, attention),
+        transpose=functools.partial(_cotangents, attention),
+    )
+    moved = tuple(None if isinstance(x, SymbolicZero) else x for x in tangents[:3])
+    return results, program((*primals, *results), moved)
+
+
+class _Blocks:
+    """What the walks of derivatives read, cut into blocks [L, P, ...]."""
+
+    def __init__(self, attention: Attention, residuals: Arrays):
+        *qkv, row_offsets, block_ids, text_lengths, out, lse = residuals
+        self.attention = attention
+        self.batch, _, num_heads, _ = out.shape
+        self.lengths = block_lengths(attention.grid, text_lengths, num_heads)
+        self.q, self.k, self.v = (valid_only(self.cut(x), self.lengths) for x in qkv)
+        self.out = self.cut(out)
+        lse = self.cut_rows(lse)
+        self.has_key = lse != -jnp.inf
+        # Rows without a key have probabilities of zero.
+        self.lse = jnp.where(self.has_key, lse, jnp.inf)
+        self.lists = row_lists(row_offsets, block_ids)
+        self.walked = Walked(attention.grid.num_blocks, attention.config)
+
+    def cut(self, x: Array) -> Array:
+        if self.attention.order == "raster":
+            x = reorder_tokens(x, self.attention.grid, to="tiled", axis=1)
+        if self.attention.config.upcast:
+            x = x.astype(jnp.float32)
+        return cut(x, self.attention.grid)
+
+    def cut_rows(self, x: Array) -> Array:
+        """Cuts an array [B, N, T] of a number per query."""
+        return self.cut(x.swapaxes(1, 2))
+
+    def with_key(self, x: Array) -> Array:
+        """Replaces what belongs to rows without a key, which may be NaN, by zeros."""
+        has_key = self.has_key.reshape(self.has_key.shape + (1,) * (x.ndim - 2))
+        return jnp.where(has_key, x, 0)
+
+    def join(self, x: Array) -> Array:
+        x = join(x, self.attention.grid, self.batch)
+        if self.attention.order == "raster":
+            x = reorder_tokens(x, self.attention.grid, to="raster", axis=1)
+        return x
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tangents(
+    attention: Attention, residuals: Arrays, moved: tuple[Array | None, ...]
+) -> Arrays:
+    """Returns the tangents of the output and the log-sum-exp.
+
+    With ds the tangents of the logits, d_lse = sum(p * ds), and
+    d_out = sum(p * (ds * v + dv)) - out * d_lse.
+    """
+    blocks = _Blocks(attention, residuals)
+    names = [n for n, x in zip("qkv", moved, strict=True) if x is not None]
+    step = _TangentStep(attention.scale, "".join(names))
+    d_q, d_k, d_v = (
+        None if x is None else valid_only(blocks.cut(x), blocks.lengths) for x in moved
+    )
+    d_lse, weighted = sum_over_pairs(
+        step,
+        blocks.walked,
+        blocks.lists,
+        blocks.lengths,
+        (blocks.q, blocks.lse, *_given(d_q)),
+        (blocks.k, blocks.v, *_given(d_k), *_given(d_v)),
+    )
+    d_out = weighted - blocks.out.astype(jnp.float32) * d_lse[..., None]
+    dtype = residuals[-2].dtype
+    return blocks.join(d_out).astype(dtype), blocks.join(d_lse).swapaxes(1, 2)
+
+
+def _given(x: Array | None) -> tuple[Array, ...]:
+    return () if x is None else (x,)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cotangents(attention: Attention, residuals: Arrays, cotangents: Arrays) -> Arrays:
+    """Runs FlashAttention's backward pass over the kept blocks.
+
+    ds = p * (dp - delta), where delta = sum(out * dout) - dlse holds for both
+    outputs.
+    """
+    blocks = _Blocks(attention, residuals)
+    d_out = blocks.with_key(blocks.cut(cotangents[0]))
+    d_lse = blocks.with_key(blocks.cut_rows(cotangents[1]))
+    products = blocks.out.astype(jnp.float32) * d_out.astype(jnp.float32)
+    delta = products.sum(-1) - d_lse
+    rows = (blocks.q, d_out, blocks.lse, delta)
+    keys = (blocks.k, blocks.v)
+    (d_q,) = sum_over_pairs(
+        _QueryStep(attention.scale),
+        blocks.walked,
+        blocks.lists,
+        blocks.lengths,
+        rows,
+        keys,
+    )
+    d_k, d_v = sum_over_pairs(
+        _KeyStep(attention.scale),
+        blocks.walked,
+        transpose(blocks.lists, attention.grid.num_blocks),
+        blocks.lengths,
+        keys,
+        rows,
+    )
+    pairs = zip((d_q, d_k, d_v), residuals[:3], strict=True)
+    return tuple(blocks.join(x).astype(like.dtype) for x, like in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TangentStep:
+    """Adds p * ds and p * (ds * v + dv) for the inputs that move, in float32."""
+
+    scale: float
+    moving: str  # of "qkv"
+
+    def __call__(self, own: Arrays, others: Arrays, pairs: Array) -> Arrays:
+        own, others = (tuple(x.astype(jnp.float32) for x in xs) for xs in (own, others))
+        (q, lse, *d_q), (k, v, *rest) = own, others
+        weights = _weights(
+            self.scale * dot("gpd,gsd->gps", q, k), lse[..., None], pairs
+        )
+        d_logits = jnp.zeros_like(weights)
+        added = jnp.zeros(v.shape[:1] + q.shape[1:], jnp.float32)
+        if "q" in self.moving:
+            d_logits += dot("gpd,gsd->gps", d_q[0], k)
+        if "k" in self.moving:
+            d_logits += dot("gpd,gsd->gps", q, rest[0])
+        if "v" in self.moving:
+            added += dot("gps,gsd->gpd", weights, rest[-1])
+        weighted = weights * (self.scale * d_logits)
+        return weighted.sum(-1), added + dot("gps,gsd->gpd", weighted, v)
+
+
+@dataclasses.dataclass(frozen=True)
+class _QueryStep:
+    """Adds dQ."""
+
+    scale: float
+
+    def __call__(self, own: Arrays, others: Arrays, pairs: Array) -> Arrays:
+        (q, d_out, lse, delta), (k, v) = own, others
+        weights = _weights(
+            self.scale * dot("gpd,gkd->gpk", q, k), lse[..., None], pairs
+        )
+        d_weights = dot("gpd,gkd->gpk", d_out, v)
+        d_logits = self.scale * weights * (d_weights - delta[..., None])
+        return (dot("gpk,gkd->gpd", d_logits.astype(k.dtype), k),)
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeyStep:
+    """Adds dK and dV: a row owns keys and walks the queries that keep it."""
+
+    scale: float
+
+    def __call__(self, own: Arrays, others: Arrays, pairs: Array) -> Arrays:
+        (k, v), (q, d_out, lse, delta) = own, others
+        logits = self.scale * dot("gkd,gpd->gkp", k, q)
+        weights = _weights(logits, lse[:, None], pairs)
+        d_v = dot("gkp,gpd->gkd", weights.astype(d_out.dtype), d_out)
+        d_weights = dot("gkd,gpd->gkp", v, d_out)
+        d_logits = self.scale * weights * (d_weights - delta[:, None])
+        return dot("gkp,gpd->gkd", d_logits.astype(q.dtype), q), d_v
+
+
+def _weights(logits: Array, lse: Array, pairs: Array) -> Array:
+    return jnp.exp(jnp.where(pairs, logits, -jnp.inf) - lse)
