@@ -16,7 +16,7 @@ from pallas_kernels import (
     unchecked_block_sparse_attention,
     unchecked_dense_attention,
 )
-from pallas_kernels.common import AnyArray, Order, to_jax, validation
+from pallas_kernels.common import AnyArray, Order, Scale, to_jax, validation
 
 
 def draft_attention(
@@ -28,7 +28,7 @@ def draft_attention(
     config: DraftConfig,
     text_lengths: Int[AnyArray, " B"] | None = None,
     order: Order = "raster",
-    scale: float | None = None,
+    scale: Scale | None = None,
     backend: BackendName = "auto",
 ) -> Float[Array, "B T N D"]:
     """Attends within the block pairs that a low-resolution draft ranks highest.
@@ -106,7 +106,7 @@ def scheduled_attention(
     text_lengths: Int[AnyArray, " B"] | None = None,
     order: Order = "raster",
     pooled: PooledTokens | None = None,
-    scale: float | None = None,
+    scale: Scale | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Float[Array, "B T N D"], BlockMask | None]:
     """Runs one layer on one step of a `SparsitySchedule`.

@@ -13,9 +13,11 @@ from pallas_kernels.attention.dense_api import (
     unchecked_dense_attention,
     why_no_cudnn,
 )
+from pallas_kernels.attention.derivatives import RESIDUAL_NAMES
 from pallas_kernels.common.slow_paths import SlowBackendWarning
 
 __all__ = [
+    "RESIDUAL_NAMES",
     "BackendChoice",
     "BackendName",
     "SlowBackendWarning",

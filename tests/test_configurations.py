@@ -42,8 +42,8 @@ from models.wan.config import WanConfig
 from models.wan.vae.config import WanVAEConfig
 from models.wan.vae.tiling import Tiling as FrameTiling
 from pallas_kernels import block_sparse_attention
+from pallas_kernels.attention.blocks import ChunkConfig
 from pallas_kernels.attention.sm90.plan import KernelConfig
-from pallas_kernels.attention.xla import ChunkConfig
 from pallas_kernels.common import configuration
 from pallas_kernels.pooling.interfaces import Tiling
 from tests.draft_jax import naive_draft

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
+from pallas_kernels.common import fold_mapped_axes
+
 # Bytes of a chunk's maps, one float32 map for each head; the logits, the softmax and
 # the keys of a chunk are two or three times as much. A head of 8,192 draft tokens is as
 # large. Hunyuan's 24 heads of 990 take 94 MB: cutting that would only add launches.
@@ -16,7 +18,7 @@ MAX_CHUNK_BYTES = 2**28
 def map_heads(
     function: Callable[..., Any],
     arrays: Any,
-    *,
+    *shared: Any,
     map_size: int,
     itemsize: int = 4,
     max_bytes: int,
@@ -25,12 +27,15 @@ def map_heads(
 
     The choice is static. Chunks run one after another; each has the same number of
     heads, the largest that divides all of them and whose maps fit `max_bytes`, but at
-    least one head.
+    least one head. Under vmap the mapped axis joins the batch, so that it does not
+    multiply the memory of a chunk.
 
     Args:
-      function: Takes `arrays` with any batch and heads; treats heads independently. Its
-        results start with the same two axes.
+      function: Takes `arrays` with any batch and heads, and `shared`; treats heads
+        independently. Its results start with the same two axes.
       arrays: Arrays [B, N, ...].
+      *shared: Arrays without these axes, such as a budget. Where vmap maps one of them,
+        its values are taken one after another.
       map_size: Elements of the map of one head.
       itemsize: Bytes of an element.
       max_bytes: Bytes of the maps of a chunk, such as `MAX_CHUNK_BYTES`. Whoever
@@ -39,9 +44,30 @@ def map_heads(
     Returns:
       What the function returns for all heads.
     """
+    leaves, tree = jax.tree.flatten(arrays)
+    shared_leaves, shared_tree = jax.tree.flatten(shared)
+    result_tree = None
+
+    def run(*flat: Array) -> tuple[Array, ...]:
+        nonlocal result_tree
+        own = jax.tree.unflatten(tree, flat[: len(leaves)])
+        also = jax.tree.unflatten(shared_tree, flat[len(leaves) :])
+        results = _map_chunks(
+            lambda own: function(own, *also), own, map_size * itemsize, max_bytes
+        )
+        results, result_tree = jax.tree.flatten(results)
+        return tuple(results)
+
+    results = fold_mapped_axes(run, len(shared_leaves))(*leaves, *shared_leaves)
+    return jax.tree.unflatten(result_tree, results)
+
+
+def _map_chunks(
+    function: Callable[[Any], Any], arrays: Any, head_bytes: int, max_bytes: int
+) -> Any:
     batch, num_heads = jax.tree.leaves(arrays)[0].shape[:2]
     total = batch * num_heads
-    heads = _heads_of_chunk(total, map_size * itemsize, max_bytes)
+    heads = _heads_of_chunk(total, head_bytes, max_bytes)
     if heads == total:
         return function(arrays)
 

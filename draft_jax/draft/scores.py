@@ -19,6 +19,7 @@ from draft_jax.grid import VideoGrid
 from pallas_kernels.common import (
     AnyArray,
     Order,
+    Scale,
     jit_once,
     split_scale,
     to_jax,
@@ -32,7 +33,7 @@ def draft_scores(
     *,
     grid: VideoGrid,
     config: DraftConfig,
-    scale: float | None = None,
+    scale: Scale | None = None,
     order: Order = "raster",
     pooled: PooledTokens | None = None,
 ) -> Float[Array, "B N S S"]:
@@ -115,7 +116,7 @@ def scores_of_pooled(
     *,
     grid: VideoGrid,
     config: DraftConfig,
-    scale: float | None = None,
+    scale: Scale | None = None,
 ) -> Float[Array, "B N S S"]:
     """Returns the map of pooled queries and keys; see `draft_scores`.
 

@@ -31,6 +31,7 @@ from pallas_kernels.common import (
     SUPPORTED_DTYPES,
     AnyArray,
     Order,
+    Scale,
     current_device,
     jit_once,
     split_scale,
@@ -76,7 +77,7 @@ def select_blocks(
     Source: DraftAttention (arXiv 2505.14708), sparse mask from the draft map. The
     published code keeps all ties at its threshold and may leave a row empty.
     """
-    (scores,) = to_jax(scores)
+    (scores,) = to_jax(jax.lax.stop_gradient(scores))
     num_visual = grid.num_visual_blocks
     if scores.ndim != 4 or scores.shape[2:] != (num_visual, num_visual):
         raise ValueError(
@@ -114,11 +115,14 @@ class _Task:
             max_chunk_bytes=head_chunks.MAX_CHUNK_BYTES,
         )
 
-    def map_heads(self, function: Callable[[Any], BlockMask], arrays: Any) -> BlockMask:
+    def map_heads(
+        self, function: Callable[..., BlockMask], arrays: Any, *shared: Any
+    ) -> BlockMask:
         """Makes the masks of few heads at a time where maps are large."""
         return head_chunks.map_heads(
             function,
             arrays,
+            *shared,
             map_size=self.grid.num_visual_blocks**2,
             max_bytes=self.max_chunk_bytes,
         )
@@ -127,7 +131,9 @@ class _Task:
 @functools.partial(jit_once, static_argnums=0)
 def _select_in_chunks(task: _Task, scores, budget) -> BlockMask:
     budget = _clipped(budget, task)
-    return task.map_heads(lambda own: _select(own, task, budget), scores)
+    return task.map_heads(
+        lambda own, budget: _select(own, task, budget), scores, budget
+    )
 
 
 def _clipped(budget: Any, task: _Task) -> Int[Array, ""]:
@@ -189,7 +195,7 @@ def compute_mask(
     grid: VideoGrid,
     config: DraftConfig,
     budget: int | Int[Array | np.ndarray | np.integer, ""] | None = None,
-    scale: float | None = None,
+    scale: Scale | None = None,
     order: Order = "raster",
     pooled: PooledTokens | None = None,
 ) -> BlockMask:
@@ -238,13 +244,13 @@ def unchecked_mask(
     grid: VideoGrid,
     config: DraftConfig,
     budget: int | Int[Array | np.ndarray | np.integer, ""] | None,
-    scale: float | None,
+    scale: Scale | None,
     order: Order,
     pooled: PooledTokens | None,
 ) -> BlockMask:
     """Computes `compute_mask` for a caller that has checked q, k and order."""
     warn_of_few_blocks(config.sparsity, grid)
-    q, k, pooled = jax.lax.stop_gradient((q, k, pooled))
+    q, k, pooled, scale = jax.lax.stop_gradient((q, k, pooled, scale))
     pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
     _check_budget(budget, grid, config)
     task = _Task.of(pooled.q_mean, grid, config)
@@ -259,15 +265,19 @@ def _draft_in_chunks(
 ) -> BlockMask:
     """Selects from the scores of pooled queries and keys, a few heads at a time."""
     budget = _clipped(budget, task)
-    scale = scale_array if scale is None else scale
 
-    def of_heads(by_heads: Any) -> BlockMask:
+    def of_heads(by_heads: Any, budget: Array, scale_array: Array | None) -> BlockMask:
         own = jax.tree.map(lambda x: rearrange(x, "B N S D -> B S N D"), by_heads)
-        scores = scores_of_pooled(own, grid=task.grid, config=task.config, scale=scale)
+        scores = scores_of_pooled(
+            own,
+            grid=task.grid,
+            config=task.config,
+            scale=scale_array if scale is None else scale,
+        )
         return _select(scores, task, budget)
 
     by_heads = jax.tree.map(lambda x: rearrange(x, "B S N D -> B N S D"), pooled)
-    return task.map_heads(of_heads, by_heads)
+    return task.map_heads(of_heads, by_heads, budget, scale_array)
 
 
 def _add_text_words(

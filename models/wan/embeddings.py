@@ -19,6 +19,7 @@ from models.wan.layers import (
     gelu_tanh,
     linear,
 )
+from pallas_kernels.common import reorder_tokens
 
 _IMAGE_NORM_EPS = 1e-5  # not the model's own: both published codes take torch's default
 
@@ -48,7 +49,7 @@ class PatchEmbedding(nnx.Module):
             columns=columns,
         ).astype(self.dtype)
         # A token depends on its patch alone, so the narrower patches are permuted.
-        patches = patches[:, grid.tile_order]
+        patches = reorder_tokens(patches, grid, to="tiled", axis=1)
         kernel = self.kernel[...].astype(self.dtype)
         kernel = kernel.reshape(patches.shape[-1], -1)
         return patches @ kernel + self.bias[...].astype(self.dtype)

@@ -6,6 +6,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from draft_jax.grid import VideoGrid
+from pallas_kernels.common import reorder_tokens
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int, int]:
@@ -55,6 +56,7 @@ def rope_table(
             for table in tables
         ]
         raster = jnp.concatenate(parts, axis=-1)
-        return rearrange(raster, "F H W half -> (F H W) half")[grid.tile_order]
+        raster = rearrange(raster, "F H W half -> (F H W) half")
+        return reorder_tokens(raster, grid, to="tiled", axis=0)
 
     return assemble(np.cos), assemble(np.sin)

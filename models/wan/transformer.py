@@ -35,6 +35,7 @@ from models.wan.layers import (
     modulation_table,
 )
 from models.wan.rope import rope_table
+from pallas_kernels.common import reorder_tokens
 
 Velocity = Float[Array, "B F H W C_out"]
 
@@ -285,7 +286,7 @@ class WanTransformer(nnx.Module):
         shift, scale = (table[row] + time[:, None] for row in range(2))
         x = layer_norm(x, self.config.eps) * (1 + scale) + shift
         patches = self.proj_out(x.astype(self.config.dtype)).astype(jnp.float32)
-        patches = patches[:, grid.raster_order]
+        patches = reorder_tokens(patches, grid, to="raster", axis=1)
         frames, rows, columns = self.config.patch_size
         return rearrange(
             patches,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import reference as oracle
 from pallas_kernels.attention import sm90, xla
-from pallas_kernels.common import AnyArray, to_jax, validation
+from pallas_kernels.common import AnyArray, Scale, to_jax, validation
 from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.interfaces import (
     Backend,
@@ -78,7 +78,7 @@ def block_sparse_attention(
     *,
     grid: BlockGrid,
     order: Order,
-    scale: float | None = None,
+    scale: Scale | None = None,
     text_lengths: Int[AnyArray, " B"] | None = None,
     backend: BackendName = "auto",
 ) -> Float[Array, "B T N D"]:
@@ -98,7 +98,9 @@ def block_sparse_attention(
         is frame, row, column, or "tiled". Required: a wrong order gives wrong numbers
         without an error. The Hopper kernel reads raster order in place where the
         tile's width divides that of the frame.
-      scale: Factor on the logits, a Python number; 1 / sqrt(D) by default.
+      scale: Factor on the logits, 1 / sqrt(D) by default: a number, or a scalar array,
+        which may be traced and is not checked. Kernels for GPUs multiply an array
+        into q, rounded to its dtype; XLA multiplies in float32.
       text_lengths: Valid text tokens of each batch item, the first ones of the
         text; None means all. Keys past them are not attended to.
       backend: A backend by name, or "auto" for the fastest one that supports the
@@ -141,7 +143,7 @@ def block_sparse_attention_with_lse(
     *,
     grid: BlockGrid,
     order: Order,
-    scale: float | None = None,
+    scale: Scale | None = None,
     text_lengths: Int[AnyArray, " B"] | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
@@ -194,7 +196,7 @@ def unchecked_block_sparse_attention(
     *,
     grid: BlockGrid,
     order: Order,
-    scale: float,
+    scale: Scale,
     text_lengths: Int[Array, " B"] | None,
     backend: BackendName,
 ) -> Float[Array, "B T N D"]:

@@ -11,18 +11,18 @@ import functools
 import logging
 from typing import Literal, get_args
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import sm90
 from pallas_kernels.attention.api import BackendChoice
+from pallas_kernels.attention.dense_fused import FusedAttention, attend
 from pallas_kernels.attention.dense_xla import chunk_size, chunked_attention
-from pallas_kernels.common import AnyArray, to_jax, validation
+from pallas_kernels.common import AnyArray, Scale, to_jax, validation
 from pallas_kernels.common.device import Device, current_device
-from pallas_kernels.common.interfaces import BlockGrid
+from pallas_kernels.common.interfaces import BlockGrid, clear_padding, valid_tokens
 from pallas_kernels.common.slow_paths import warn_once
-from pallas_kernels.common.static import jit_once, split_scale
+from pallas_kernels.common.static import fold_scale, jit_once, split_scale
 
 DenseBackendName = Literal["auto", "xla"]
 
@@ -35,14 +35,15 @@ def dense_attention(
     v: Float[AnyArray, "B T N D"],
     *,
     grid: BlockGrid | None = None,
-    scale: float | None = None,
+    scale: Scale | None = None,
     text_lengths: Int[AnyArray, " B"] | None = None,
     backend: DenseBackendName = "auto",
 ) -> Float[Array, "B T N D"]:
     """Computes softmax attention of every query over every valid key.
 
-    The order of visual tokens does not matter. Differentiable in reverse mode, with
-    memory linear in T. Which path runs is decided while tracing, from q's device or
+    The order of visual tokens does not matter. Differentiable in every mode and order,
+    with memory linear in T; fused kernels leave forward mode and second derivatives to
+    XLA, which warns once. Which path runs is decided while tracing, from q's device or
     the default one: cuDNN can only be traced where it is installed, so the choice
     cannot be left to lowering.
 
@@ -58,7 +59,9 @@ def dense_attention(
       k: Keys, like q.
       v: Values, like q.
       grid: Where the text stands; needed only with `text_lengths`.
-      scale: Factor on the logits, a Python number; 1 / sqrt(D) by default.
+      scale: Factor on the logits, 1 / sqrt(D) by default: a number, or a scalar array,
+        which may be traced and is not checked. Kernels for GPUs multiply an array
+        into q, rounded to its dtype; XLA multiplies in float32.
       text_lengths: Valid text tokens of each batch item; None means all.
       backend: "auto", or "xla" for chunks of queries on any device, without a warning:
         for inputs that no fused kernel takes.
@@ -87,7 +90,7 @@ def unchecked_dense_attention(
     v: Float[Array, "B T N D"],
     *,
     grid: BlockGrid | None,
-    scale: float,
+    scale: Scale,
     text_lengths: Int[Array, " B"] | None,
     backend: DenseBackendName = "auto",
 ) -> Float[Array, "B T N D"]:
@@ -153,24 +156,26 @@ def _attend(
 ):
     """Runs the chosen path; `grid` says where the text of the lengths stands."""
     scale = scale_array if scale is None else scale
-    valid = None if grid is None else _valid_tokens(grid, text_lengths)
-    if path == "hopper":
-        return _hopper_attention(grid, scale, q, k, v, text_lengths)
-    if path == "cudnn":
-        out = _cudnn_attention(q, k, v, grid, scale, text_lengths)
-    else:
-        out = chunked_attention(
-            q,
-            k,
-            v,
-            valid,
-            scale=scale,
-            chunk=chunk_size(q.shape, device),
-            one_head_at_a_time=device.platform == "cpu",
-        )
-    if valid is not None:
-        out = jnp.where(valid[:, :, None, None], out, 0)
-    return out
+    lengths: tuple[Array, ...] = ()
+    valid = None
+    if grid is not None:
+        # Before all paths, so that NaN in padding reaches no gradient either.
+        q, k, v = (clear_padding(x, grid, text_lengths) for x in (q, k, v))
+        lengths, valid = (text_lengths,), valid_tokens(grid, text_lengths)
+    if path != "xla":
+        q, scale = fold_scale(q, scale)
+        fused = FusedAttention(path=path, grid=grid, scale=scale, device=device)
+        return attend(fused, q, k, v, *lengths)
+    out = chunked_attention(
+        q,
+        k,
+        v,
+        valid,
+        scale=scale,
+        chunk=chunk_size(q.shape, device),
+        one_head_at_a_time=device.platform == "cpu",
+    )
+    return out if valid is None else jnp.where(valid[:, :, None, None], out, 0)
 
 
 def why_no_cudnn(dtype: str, head_dim: int, device: Device) -> str | None:
@@ -241,57 +246,3 @@ def choose(
         reason=passed_over,
         slower_because=passed_over if device.platform == "gpu" else None,
     )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _hopper_attention(grid, scale, q, k, v, text_lengths):
-    lengths = None
-    if text_lengths is not None:
-        lengths = grid.num_tokens - grid.text_length + text_lengths
-    return sm90.dense_backend.hopper_dense_attention(
-        q, k, v, scale=scale, lengths=lengths
-    )
-
-
-def _cudnn_forward(grid, scale, q, k, v, text_lengths):
-    """Computes all of it with cuDNN, whose backward pass is the fast one."""
-
-    def attend(q, k, v):
-        out = _cudnn_attention(q, k, v, grid, scale, text_lengths)
-        if text_lengths is None:
-            return out
-        return jnp.where(_valid_tokens(grid, text_lengths)[:, :, None, None], out, 0)
-
-    return jax.vjp(attend, q, k, v)
-
-
-def _cudnn_backward(grid, scale, pullback, cotangent):
-    return *pullback(cotangent), None
-
-
-_hopper_attention.defvjp(_cudnn_forward, _cudnn_backward)
-
-
-def _cudnn_attention(q, k, v, grid, scale, text_lengths):
-    """Calls cuDNN, which takes the length of a valid prefix of keys: text goes last.
-
-    The order of keys does not change attention: rolling K and V is enough.
-    """
-    lengths = None
-    if text_lengths is not None:
-        num_visual_tokens = grid.num_tokens - grid.text_length
-        lengths = num_visual_tokens + text_lengths
-        if grid.text_tokens.start == 0:
-            k, v = (jnp.roll(x, -grid.text_length, axis=1) for x in (k, v))
-    return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn"
-    )
-
-
-def _valid_tokens(
-    grid: BlockGrid, text_lengths: Int[Array, " B"]
-) -> Bool[Array, "B T"]:
-    token = jnp.arange(grid.num_tokens)
-    text = grid.text_tokens
-    is_padding = (token >= text.start + text_lengths[:, None]) & (token < text.stop)
-    return ~is_padding

@@ -27,14 +27,14 @@ def chunk_size(shape: tuple[int, ...], device: Device) -> int:
     return math.ceil(num_tokens / math.ceil(num_tokens / queries))
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "chunk", "one_head_at_a_time"))
+@functools.partial(jax.jit, static_argnames=("chunk", "one_head_at_a_time"))
 def chunked_attention(
     q: Float[Array, "B T N D"],
     k: Float[Array, "B T N D"],
     v: Float[Array, "B T N D"],
     valid: Bool[Array, "B T"] | None,
     *,
-    scale: float,
+    scale: float | Float[Array, ""],
     chunk: int,
     one_head_at_a_time: bool,
 ) -> Float[Array, "B T N D"]:
@@ -48,7 +48,7 @@ def chunked_attention(
       k: Keys.
       v: Values.
       valid: Tokens that are not padding; None means all.
-      scale: Factor on the logits.
+      scale: Factor on the logits, also a traced one.
       chunk: Queries whose logits are held at once.
       one_head_at_a_time: Loop over batch items and heads.
 
@@ -87,7 +87,7 @@ def _attend_in_chunks(
     v: Float[Array, "*L T D"],
     valid_keys: Bool[Array, "... T"] | None,
     *,
-    scale: float,
+    scale: float | Float[Array, ""],
     chunk: int,
 ) -> Float[Array, "*L T D"]:
     """Computes consecutive chunks of queries, one after the other."""

@@ -22,7 +22,7 @@ def oracle_attention(
     mask: BlockLists,
     *,
     grid: BlockGrid,
-    scale: float,
+    scale: float | Float[Array, ""],
     text_lengths: Int[Array, " B"] | None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
     """Computes a softmax over the kept and valid keys of each query, in float32.
@@ -41,6 +41,9 @@ def oracle_attention(
       the kept logits. A query without any key gets zeros and -inf.
     """
     kept = _token_mask(mask, grid, text_lengths)
+    if text_lengths is not None:  # padding may be NaN, and zero times NaN is NaN
+        valid = _valid_tokens(grid, text_lengths)[:, :, None, None]
+        q, k, v = (jnp.where(valid, x, 0) for x in (q, k, v))
     logits = scale * jnp.einsum(
         "btnd,bsnd->bnts",
         q.astype(jnp.float32),
@@ -60,6 +63,8 @@ def oracle_attention(
         v.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
+    # Again, so that a cotangent of such a row, which may be NaN, is dropped.
+    out = jnp.where(has_key.swapaxes(1, 2)[..., None], out, 0.0)
     return out.astype(q.dtype), jnp.where(has_key, lse, -jnp.inf)
 
 
@@ -82,11 +87,17 @@ def _token_mask(
     token_pairs = block_pairs[:, :, block_of_token][:, :, :, block_of_token]
     if text_lengths is None:
         return token_pairs
+    valid = _valid_tokens(grid, text_lengths)
+    return token_pairs & valid[:, None, :, None] & valid[:, None, None, :]
+
+
+def _valid_tokens(
+    grid: BlockGrid, text_lengths: Int[Array, " B"]
+) -> Bool[Array, "B T"]:
     token = jnp.arange(grid.num_tokens)
     first, last = grid.text_tokens.start, grid.text_tokens.stop
     is_text = (token >= first) & (token < last)
-    valid = ~is_text | (token < first + text_lengths[:, None])  # [B, T]
-    return token_pairs & valid[:, None, :, None] & valid[:, None, None, :]
+    return ~is_text | (token < first + text_lengths[:, None])
 
 
 def _why_unsupported(problem: Problem) -> str | None:

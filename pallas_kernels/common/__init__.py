@@ -1,7 +1,7 @@
 """Interfaces, checks and helpers that all operations share."""
 
 from pallas_kernels.common import validation
-from pallas_kernels.common.arrays import AnyArray, to_jax
+from pallas_kernels.common.arrays import AnyArray, Scale, to_jax
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.configuration import (
     describe,
@@ -22,6 +22,7 @@ from pallas_kernels.common.interfaces import (
 )
 from pallas_kernels.common.slow_paths import SlowBackendWarning, warn_once
 from pallas_kernels.common.static import jit_once, split_scale
+from pallas_kernels.common.token_order import reorder_tokens
 
 __all__ = [
     "SUPPORTED_DTYPES",
@@ -32,6 +33,7 @@ __all__ = [
     "Device",
     "Order",
     "Problem",
+    "Scale",
     "SlowBackendWarning",
     "current_device",
     "describe",
@@ -43,6 +45,7 @@ __all__ = [
     "read",
     "register_configuration",
     "register_export",
+    "reorder_tokens",
     "split_scale",
     "to_jax",
     "validation",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 # What public functions take and `to_jax` converts. A type checker would want another
 # name for the converted array.
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     type AnyArray = Any
 else:
     AnyArray = jax.Array | np.ndarray
+
+# A factor on the logits: a number, which programs hold as a constant, or a scalar.
+Scale = float | np.floating | Float[AnyArray, ""]
 
 
 def to_jax(*arrays: Any) -> tuple[Any, ...]:

@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.common.device import Device
 
@@ -108,6 +109,27 @@ def valid_lengths(grid: BlockGrid, text_lengths: Int[Array, " B"]) -> Int[Array,
     text_end = grid.text_tokens.start + text_lengths[:, None]
     used = jnp.clip(text_end - grid.block_starts, 0, grid.block_lengths)
     return jnp.where(is_text, used, grid.block_lengths).astype(jnp.int32)
+
+
+def valid_tokens(grid: BlockGrid, text_lengths: Int[Array, " B"]) -> Bool[Array, "B T"]:
+    """Returns which tokens are not padding, in either order of tokens."""
+    token, text = np.arange(grid.num_tokens), grid.text_tokens
+    is_video = (token < text.start) | (token >= text.stop)
+    return is_video | (token < text.start + text_lengths[:, None])
+
+
+def clear_padding(
+    x: Float[Array, "B T N D"], grid: BlockGrid, text_lengths: Int[Array, " B"]
+) -> Float[Array, "B T N D"]:
+    """Replaces padded text by zeros, in place where XLA can.
+
+    Padding may be NaN, and a probability of zero times NaN is NaN. Only the text is
+    written: a kernel that reads all of x would else wait for a pass over the video.
+    """
+    text = grid.text_tokens
+    is_valid = jnp.arange(grid.text_length) < text_lengths[:, None]
+    own = jnp.where(is_valid[:, :, None, None], x[:, text], 0)
+    return lax.dynamic_update_slice_in_dim(x, own, text.start, axis=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

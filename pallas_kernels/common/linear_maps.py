@@ -6,6 +6,7 @@ the map depends on, which second derivatives need. A small primitive has both.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Optional
 
@@ -29,11 +30,14 @@ class LinearMap:
         a cotangent for each linear array, also for those that are None.
       differentiable: The same map in functions that can be differentiated with respect
         to the residuals; None where `apply` and `transpose` can.
+      notice: Called when `apply` is compiled or run. Reverse mode traces it too, but
+        runs the transpose alone.
     """
 
     apply: Callable[..., tuple[Array, ...]]
     transpose: Callable[..., tuple[Array, ...]]
     differentiable: Optional["LinearMap"] = None
+    notice: Callable[[], None] | None = None
 
     def __call__(
         self, residuals: tuple[Array, ...], linear: tuple[Array | None, ...]
@@ -50,7 +54,27 @@ class LinearMap:
             transpose=jax.vmap(self.transpose, in_axes=axes),
             differentiable=self.differentiable
             and self.differentiable.mapped(residual_axes),
+            notice=self.notice,
         )
+
+
+def sealed(
+    function: Callable[..., tuple[Array, ...]], *arrays: Array
+) -> tuple[Array, ...]:
+    """Runs a function as one operation: a map that is linear in nothing.
+
+    `jax.custom_jvp` cannot hold a kernel that writes in place, to references of its
+    own: JAX has no rule that turns them into values there. A primitive can.
+
+    Args:
+      function: Takes and returns arrays. It has no derivative.
+      *arrays: Its arguments.
+
+    Returns:
+      Its results.
+    """
+    call = LinearMap(lambda arrays, _: function(*arrays), lambda *_: ())
+    return call(arrays, ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +125,20 @@ def _bind(use: _Use, residuals: Sequence[Array], inputs: Sequence[Array]):
 
 @_linear_map_p.def_impl
 def _run(*args, jaxpr, use, num_residuals):
+    if use.linear_map.notice is not None and not use.transposed:
+        use.linear_map.notice()
     return jaxpr_as_fun(jaxpr)(*args)
 
 
-@_linear_map_p.def_abstract_eval
+@_linear_map_p.def_effectful_abstract_eval
 def _result_types(*args, jaxpr, use, num_residuals):
-    return jaxpr.out_avals
+    return jaxpr.out_avals, jaxpr.effects - _effects_of_own_references()
+
+
+@functools.lru_cache(maxsize=1)
+def _effects_of_own_references() -> frozenset:
+    """Returns the effects that end with a program; callbacks of a debugger do not."""
+    return frozenset(jax.make_jaxpr(lambda x: jax.freeze(jax.new_ref(x)))(0.0).effects)
 
 
 def _jvp(primals, tangents, *, jaxpr, use, num_residuals):

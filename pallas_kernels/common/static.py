@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -57,6 +58,17 @@ class StaticArray:
 
     def __hash__(self) -> int:
         return hash(self._key)
+
+
+def fold_scale(q: Any, scale: Any) -> tuple[Any, float]:
+    """Multiplies q by a scale that is no constant, for kernels that take one.
+
+    The product is rounded to q's dtype: with bfloat16, logits have a relative error of
+    2^-9 that a constant scale does not have. A power of two is exact.
+    """
+    if isinstance(scale, float):
+        return q, scale
+    return (q.astype(jnp.float32) * scale).astype(q.dtype), 1.0
 
 
 def split_scale(scale: Any) -> tuple[float | None, jax.Array | None]:

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from pallas_kernels.common.arrays import AnyArray, to_jax
 from pallas_kernels.common.interfaces import BlockGrid, Order
 from pallas_kernels.common.linear_maps import LinearMap
 
 
 def reorder_tokens(
-    x: Shaped[Array, "..."], grid: BlockGrid, *, to: Order, axis: int
+    x: Shaped[AnyArray, "..."], grid: BlockGrid, *, to: Order, axis: int
 ) -> Shaped[Array, "..."]:
     """Permutes tokens from tiled to raster order, or from raster to tiled.
 
@@ -29,6 +30,7 @@ def reorder_tokens(
     Returns:
       The same tokens in the other order.
     """
+    (x,) = to_jax(x)
     order, inverse = grid.tile_order, grid.raster_order
     if to == "raster":
         order, inverse = inverse, order

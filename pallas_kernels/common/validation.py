@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.common.arrays import AnyArray
+from pallas_kernels.common.arrays import AnyArray, Scale
 from pallas_kernels.common.interfaces import (
     SUPPORTED_DTYPES,
     BlockGrid,
@@ -99,9 +99,9 @@ def check_attention(
     *,
     grid: BlockGrid,
     order: str,
-    scale: float | None,
+    scale: Scale | None,
     text_lengths: AnyArray | None,
-) -> tuple[float, jax.Array | None]:
+) -> tuple[float | jax.Array, jax.Array | None]:
     """Raises unless these arguments of an attention function are acceptable.
 
     Returns:
@@ -208,16 +208,26 @@ def _has_fault(row_offsets, block_ids):
     return functools.reduce(jnp.logical_or, [where.any() for where in faults])
 
 
-def check_scale(scale: float | None, head_dim: int) -> float:
+def check_scale(scale: Scale | None, head_dim: int) -> float | jax.Array:
     """Returns the factor on the logits, 1 / sqrt(head_dim) by default.
 
-    It is a number, not an array: backends fold it into compiled constants.
+    A number becomes a constant of compiled programs. An array of jax stays one: it may
+    be traced, and reading its value would wait for its device.
     """
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, (jax.Array, np.ndarray)):
+        if scale.shape or not jnp.issubdtype(scale.dtype, jnp.floating):
+            raise TypeError(
+                f"scale is an array of shape {scale.shape} and dtype "
+                f"{scale.dtype.name}; expected a number or a floating-point scalar"
+            )
+        if isinstance(scale, jax.Array):
+            return scale.astype(jnp.float32)
+        scale = float(scale)
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(
-            f"scale={scale!r} must be a Python number or None, not "
+            f"scale={scale!r} must be a number, a scalar array or None, not "
             f"{type(scale).__name__}"
         )
     if not math.isfinite(scale):

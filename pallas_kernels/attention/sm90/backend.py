@@ -36,8 +36,11 @@ from pallas_kernels.common.interfaces import (
     BlockLists,
     Order,
     Problem,
+    clear_padding,
     valid_lengths,
 )
+from pallas_kernels.common.linear_maps import sealed
+from pallas_kernels.common.static import fold_scale
 
 SUPPORTED_DTYPES = ("bfloat16", "float16")
 SUPPORTED_HEAD_DIMS = (64, 128)
@@ -50,7 +53,7 @@ def hopper_attention(
     mask: BlockLists,
     *,
     grid: BlockGrid,
-    scale: float,
+    scale: float | Float[Array, ""],
     text_lengths: Int[Array, " B"] | None,
     order: Order,
     config: KernelConfig | None = None,
@@ -66,7 +69,7 @@ def hopper_attention(
       v: Values.
       mask: Kept block pairs.
       grid: Geometry of the blocks.
-      scale: Factor on the logits.
+      scale: Factor on the logits; an array is multiplied into q: see `fold_scale`.
       text_lengths: Valid text tokens of each batch item; None means all.
       order: How the tokens are ordered; they are read and written in place.
       config: Buffers and scheduling; chosen by head dimension when None.
@@ -110,10 +113,11 @@ def _attend(
     """Computes `hopper_attention` for inputs that the kernel takes."""
     if config is None:
         config = KernelConfig.for_head_dim(q.shape[-1])
+    q, scale = fold_scale(q, scale)
     has_lengths = text_lengths is not None
     if text_lengths is None:
         text_lengths = jnp.full(q.shape[0], grid.text_length, jnp.int32)
-    static = _Static(grid, order, float(scale), has_lengths, config, interpret)
+    static = _Static(grid, order, scale, has_lengths, config, interpret)
     attention = Attention(
         forward=functools.partial(_forward, static),
         grid=grid,
@@ -133,8 +137,13 @@ class _Static(NamedTuple):
     interpret: plgpu.InterpretGPUParams | None
 
 
-def _forward(static: _Static, *arrays):
-    return fold_mapped_axes(functools.partial(_run, static))(*arrays)
+def _forward(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
+    if static.has_text_lengths:
+        # The kernel skips padded keys by their logits. A value that is NaN would pass,
+        # and a query's NaN would make its whole block's sums untrusted.
+        q, v = (clear_padding(x, static.grid, text_lengths) for x in (q, v))
+    run = fold_mapped_axes(functools.partial(_run, static))
+    return sealed(run, q, k, v, row_offsets, block_ids, text_lengths)
 
 
 @functools.partial(jax.jit, static_argnums=0)

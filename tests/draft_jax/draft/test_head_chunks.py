@@ -69,3 +69,41 @@ def test_memory_is_that_of_a_chunk(monkeypatch, selection, maps):
     compiled = jax.jit(compute).lower(q, q).compile()
     temp = compiled.memory_analysis().temp_size_in_bytes
     assert temp < maps * map_bytes
+
+
+def test_vmap_keeps_the_chunks():
+    """The mapped axis joins the batch; shared arrays that are mapped go one by one."""
+    sizes = []
+
+    def function(arrays, offset):
+        sizes.append(arrays[0].shape[:2])
+        return arrays[0] + arrays[1] + offset
+
+    def run(x, y, offset):
+        return head_chunks.map_heads(
+            function, (x, y), offset, map_size=25, max_bytes=299
+        )
+
+    rng = np.random.default_rng(0)
+    x, y = (
+        rng.normal(size=(*size, 2, 3, 5)).astype("float32") for size in ((4, 2), ())
+    )
+    twice = jax.vmap(jax.vmap(run, (0, None, None)), (0, None, None))
+    got = jax.jit(twice)(x, y, 0.5)
+    np.testing.assert_array_equal(got, x + y + np.float32(0.5))
+    offsets = np.arange(4, dtype="float32")
+    got = jax.jit(jax.vmap(run, (0, None, 0)))(x[:, 0], y, offsets)
+    np.testing.assert_array_equal(got, x[:, 0] + y + offsets[:, None, None, None])
+    assert {batch * heads for batch, heads in sizes} == {2}
+
+
+def test_memory_under_vmap_is_that_of_a_chunk(monkeypatch):
+    """Measured for eight mapped items of two heads: 3.4 maps of one head."""
+    grid = VideoGrid(2, 64, 128, tile=(4, 8))  # S = 512
+    map_bytes = 4 * grid.num_visual_blocks**2
+    monkeypatch.setattr(head_chunks, "MAX_CHUNK_BYTES", map_bytes)
+    config = DraftConfig(sparsity=0.9)
+    q = jax.ShapeDtypeStruct((8, 1, grid.num_tokens, 2, 8), jnp.bfloat16)
+    compute = functools.partial(compute_mask, grid=grid, config=config)
+    compiled = jax.jit(jax.vmap(compute)).lower(q, q).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * map_bytes

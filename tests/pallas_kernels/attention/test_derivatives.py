@@ -133,7 +133,7 @@ def cases():
                 yield pytest.param(derivative, backend, order, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("derivative", "backend", "order"), cases())
+@pytest.mark.parametrize(("derivative", "backend", "order"), [*cases()])
 def test_derivatives_are_those_of_matrices(derivative, backend, order, assert_close):
     qkv = random_qkv(GRID, head_dim=SHAPE[-1])
     u, w = directions(1), directions(2)
