@@ -1,5 +1,6 @@
 """Writes and reads videos, pictures and JSON. A file is whole or absent."""
 
+import concurrent.futures
 import errno
 import importlib.util
 import json
@@ -207,26 +208,33 @@ def _run_ffmpeg(*arguments: str, stdin: bytes | None = None) -> bytes:
 def _run_child(command: list[str], stdin: bytes | None) -> tuple[int, bytes, bytes]:
     """Runs a program, which does not outlive an interrupt.
 
-    `subprocess.run` forgets a child if the interrupt comes while it starts one. Here
-    the object that learns of the child is there first.
+    `subprocess.run` forgets a child if an interrupt comes while it starts one: handlers
+    run as soon as the call that makes the child returns, before its number is kept.
+    They run in the main thread only, so another one starts it.
 
     Returns:
       The exit status, the output and the errors.
     """
-    child = subprocess.Popen.__new__(subprocess.Popen)
-    child.pid = 0
-    try:
-        subprocess.Popen.__init__(
-            child,
+    children: list[subprocess.Popen] = []
+
+    def start() -> None:
+        child = subprocess.Popen(
             command,
             stdin=None if stdin is None else subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # so that it does not see Ctrl-C, but is killed
         )
+        children.append(child)
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # waits for its thread
+            pool.submit(int).result()  # now it has one; a new one could be forgotten
+            pool.submit(start).result()
+        (child,) = children
         output, errors = child.communicate(stdin)
     except BaseException:
-        if child.pid:
+        for child in children:
             child.kill()
             child.wait()
         raise

@@ -116,16 +116,20 @@ def test_interrupt_while_ffmpeg_starts_ends_it(tmp_path, monkeypatch):
     slow_ffmpeg.chmod(0o755)
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(slow_ffmpeg))
     started = []
-    execute = subprocess.Popen._execute_child
+    fork = subprocess._fork_exec
 
-    def interrupt(self, *arguments):
-        execute(self, *arguments)
-        started.append(self.pid)
-        raise KeyboardInterrupt
+    def interrupt(*arguments):
+        started.append(fork(*arguments))
+        os.kill(os.getpid(), signal.SIGINT)
+        return started[0]
 
-    monkeypatch.setattr(subprocess.Popen, "_execute_child", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        video_io.write_mp4(tmp_path / "out" / "video.mp4", smooth_video(), fps=8)
+    monkeypatch.setattr(subprocess, "_fork_exec", interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            video_io.write_mp4(tmp_path / "out" / "video.mp4", smooth_video(), fps=8)
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ProcessLookupError):
         os.kill(started[0], signal.SIGKILL)
 
