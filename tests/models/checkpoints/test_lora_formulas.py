@@ -272,6 +272,14 @@ def test_narrow_factors_are_multiplied_in_float32():
             },
             r"shape: x.dora_scale is \(4,\); expected \(3, 1\)",
         ),
+        (
+            {
+                "lora_A.weight": draw(1, 4),
+                "lora_B.weight": draw(3, 1),
+                "lora_magnitude_vector": draw(4),
+            },
+            r"shape: x.lora_magnitude_vector is \(4,\); expected \(3,\)",
+        ),
     ],
     ids=[
         "magnitude",
@@ -281,6 +289,7 @@ def test_narrow_factors_are_multiplied_in_float32():
         "second matrix",
         "two meanings",
         "length",
+        "PEFT's length",
     ],
 )
 def test_what_does_not_fit_is_named(lora, message):
