@@ -167,7 +167,8 @@ def _one_note_of_failures(folder: Path) -> Iterator[None]:
             shown(message, *arguments, **options)
             return
         if not failures:
-            write_line(f"draft-video: note: {one_line(message)}")
+            where = f"(in {folder}; --no-compile-cache does without)"
+            write_line(f"draft-video: note: {one_line(message)} {where}")
         failures.append(str(message))
 
     warnings.showwarning = show
@@ -175,5 +176,7 @@ def _one_note_of_failures(folder: Path) -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = shown
-        if any(failure.startswith("Error reading") for failure in failures):
+        damaged = [failure for failure in failures if "Error reading" in failure]
+        # A lock that others hold for long is no damage.
+        if any("Timeout" not in failure for failure in damaged):
             shutil.rmtree(folder, ignore_errors=True)

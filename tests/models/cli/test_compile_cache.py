@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import jax
 import jax.numpy as jnp
 import pytest
@@ -219,8 +220,26 @@ def test_a_damaged_cache_is_told_once_and_then_removed(user_cache, capsys):
         assert compile_program(1.75)[0] == 1.75
     shown = capsys.readouterr().err
     assert shown.startswith("draft-video: note: Error reading persistent compilation")
+    assert f"(in {cache_folder()}; --no-compile-cache does without)" in shown
     assert shown.count("\n") == 1
     assert not cache_folder().exists()
+
+
+def test_a_cache_that_others_lock_for_long_stays(user_cache, capsys, monkeypatch):
+    with compile_cache():
+        compile_program(2.25)
+    kept = entries(cache_folder())
+    jax.clear_caches()
+
+    def wait(self, *_, **__):
+        raise filelock.Timeout(self.lock_file)
+
+    capsys.readouterr()
+    with compile_cache():
+        monkeypatch.setattr(filelock.BaseFileLock, "acquire", wait)
+        assert compile_program(2.25)[0] == 2.25
+    assert "Timeout" in capsys.readouterr().err
+    assert entries(cache_folder()) == kept
 
 
 # ------------------------------------------------------------------- which folder

@@ -25,6 +25,7 @@ def run(checkpoint, *arguments):
     return main([*command, *map(str, arguments)])
 
 
+@pytest.mark.nightly
 def test_each_video_is_the_one_that_its_seed_gives_alone(checkpoint, tmp_path, capsys):
     folder = tmp_path / "several"
     assert run(checkpoint, "--seed", "3,4", "--dense", "--output", folder) == 0
