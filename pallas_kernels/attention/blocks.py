@@ -136,19 +136,19 @@ def transpose(lists: Lists, num_blocks: int) -> Lists:
     """Returns the query blocks that keep each key block, in ascending order."""
     num_heads, capacity = lists.ids.shape
     ends = (lists.start + lists.length).reshape(num_heads, num_blocks)
-    entry = jnp.arange(capacity)
-
-    def one_head(ends, ids):
-        # The row of an entry is the number of rows that end at or before it. (jnp.
-        # searchsorted is no program of plain primitives, as `linear_maps` needs them.)
-        is_end = jnp.zeros(capacity, jnp.int32).at[ends].add(1, mode="drop")
-        rows = jnp.cumsum(is_end)
-        columns = jnp.where(entry < ends[-1], ids, num_blocks)
-        count = jnp.zeros(num_blocks, jnp.int32).at[columns].add(1, mode="drop")
-        by_column = jnp.argsort(columns, stable=True)
-        return jnp.cumsum(count) - count, count, rows[by_column].astype(jnp.int32)
-
-    start, count, ids = jax.vmap(one_head)(ends, lists.ids)
+    entry, head = jnp.arange(capacity), jnp.arange(num_heads)[:, None]
+    # The row of an entry is the number of rows that end at or before it. (jnp.
+    # searchsorted is no program of plain primitives, as `linear_maps` needs them.)
+    # Counts have a place for what is not read: checkify stops at an index out of
+    # bounds, and has no rule for a scatter under vmap.
+    is_end = jnp.zeros((num_heads, capacity + 1), jnp.int32).at[head, ends].add(1)
+    rows = jnp.cumsum(is_end[:, :capacity], axis=1)
+    columns = jnp.where(entry < ends[:, -1:], lists.ids, num_blocks)
+    count = jnp.zeros((num_heads, num_blocks + 1), jnp.int32).at[head, columns].add(1)
+    count = count[:, :num_blocks]
+    by_column = jnp.argsort(columns, axis=1, stable=True)
+    ids = jnp.take_along_axis(rows, by_column, axis=1).astype(jnp.int32)
+    start = jnp.cumsum(count, axis=1) - count
     return Lists(start=start.ravel(), length=count.ravel(), ids=ids)
 
 

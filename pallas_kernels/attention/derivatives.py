@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
@@ -28,7 +29,11 @@ from pallas_kernels.attention.blocks import (
 from pallas_kernels.attention.pair_sums import Arrays, Walked, dot, sum_over_pairs
 from pallas_kernels.common.interfaces import BlockGrid, Order
 from pallas_kernels.common.linear_maps import LinearMap
+from pallas_kernels.common.static import jit_once
 from pallas_kernels.common.token_order import reorder_tokens
+
+# Log-sum-exp that derivatives see of a query without a key: its probabilities are zero.
+NO_KEY = np.finfo(np.float32).max
 
 # Names of what gradients keep of an attention's forward pass, beside its inputs, for
 # `jax.checkpoint_policies.save_only_these_names` and the like.
@@ -63,14 +68,17 @@ def attend(attention: Attention, *arrays: Array) -> tuple[Array, Array]:
 
 @functools.partial(attend.defjvp, symbolic_zeros=True)
 def _differentiate(attention, primals, tangents):
-    results = attend(attention, *primals)
-    results = tuple(map(checkpoint_name, results, RESIDUAL_NAMES))
+    out, lse = attend(attention, *primals)
+    # Gradients outside jit hand over what they keep between programs: without minus
+    # infinity `jax_debug_infs` finds nothing in it.
+    kept_lse = jnp.where(lse == -jnp.inf, NO_KEY, lse)
+    out, kept_lse = map(checkpoint_name, (out, kept_lse), RESIDUAL_NAMES)
     program = LinearMap(
         apply=functools.partial(_tangents, attention),
         transpose=functools.partial(_cotangents, attention),
     )
     moved = tuple(None if isinstance(x, SymbolicZero) else x for x in tangents[:3])
-    return results, program((*primals, *results), moved)
+    return (out, lse), program((*primals, out, kept_lse), moved)
 
 
 class _Blocks:
@@ -83,10 +91,8 @@ class _Blocks:
         self.lengths = block_lengths(attention.grid, text_lengths, num_heads)
         self.q, self.k, self.v = (valid_only(self.cut(x), self.lengths) for x in qkv)
         self.out = self.cut(out)
-        lse = self.cut_rows(lse)
-        self.has_key = lse != -jnp.inf
-        # Rows without a key have probabilities of zero.
-        self.lse = jnp.where(self.has_key, lse, jnp.inf)
+        self.lse = self.cut_rows(lse)
+        self.has_key = self.lse != NO_KEY
         self.lists = row_lists(row_offsets, block_ids)
         self.walked = Walked(attention.grid.num_blocks, attention.config)
 
@@ -113,7 +119,7 @@ class _Blocks:
         return x
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit_once, static_argnums=0)
 def _tangents(
     attention: Attention, residuals: Arrays, moved: tuple[Array | None, ...]
 ) -> Arrays:
@@ -145,7 +151,7 @@ def _given(x: Array | None) -> tuple[Array, ...]:
     return () if x is None else (x,)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit_once, static_argnums=0)
 def _cotangents(attention: Attention, residuals: Arrays, cotangents: Arrays) -> Arrays:
     """Runs FlashAttention's backward pass over the kept blocks.
 

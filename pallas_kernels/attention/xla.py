@@ -6,7 +6,6 @@ walk, `derivatives` what follows from the forward pass.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -23,6 +22,7 @@ from pallas_kernels.attention.derivatives import Attention, attend
 from pallas_kernels.attention.pair_sums import dot
 from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.interfaces import Backend, BlockGrid, BlockLists, Problem
+from pallas_kernels.common.static import jit_once
 
 
 def xla_attention(
@@ -69,7 +69,7 @@ def xla_attention(
     return attend(attention, q, k, v, mask.row_offsets, mask.block_ids, text_lengths)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit_once, static_argnums=0)
 def _forward(static, q, k, v, row_offsets, block_ids, text_lengths):
     grid, scale, config = static
     batch, _, num_heads, _ = q.shape

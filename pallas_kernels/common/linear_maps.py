@@ -16,6 +16,8 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
+from pallas_kernels.common.static import default_promotion
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearMap:
@@ -115,9 +117,10 @@ _linear_map_p.multiple_results = True
 
 def _bind(use: _Use, residuals: Sequence[Array], inputs: Sequence[Array]):
     count = len(residuals)
-    jaxpr = jax.make_jaxpr(lambda *args: use(args[:count], args[count:]))(
-        *residuals, *inputs
-    )
+    with default_promotion():
+        jaxpr = jax.make_jaxpr(lambda *args: use(args[:count], args[count:]))(
+            *residuals, *inputs
+        )
     return _linear_map_p.bind(
         *residuals, *inputs, jaxpr=jaxpr, use=use, num_residuals=count
     )

@@ -1,8 +1,9 @@
 """Values that a program is compiled for: static arguments of jit."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,13 +31,17 @@ def jit_once(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 
     @functools.wraps(function)
     def traced(*args, **kwargs):
-        with (
-            jax.numpy_rank_promotion("allow"),
-            jax.numpy_dtype_promotion("standard"),
-        ):
+        with default_promotion():
             return function(*args, **kwargs)
 
     return jax.jit(traced, inline=True, **options)
+
+
+@contextlib.contextmanager
+def default_promotion() -> Iterator[None]:
+    """Traces under jax's defaults of promotion, whatever the user has set."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -47,7 +47,7 @@ SELECTION = "pallas_kernels.ranking.select_in_rows"
 QUICK = {  # calls of each setting that take little time
     "disable_jit": (SELECTION,),
     "promotion": (ATTENTION, "pallas_kernels.pooling.norm_rope_pool"),
-    "debug_infs": (ATTENTION,),
+    "debug_infs": ("draft_jax.draft_attention gradient",),
     "index": (SELECTION, "draft_jax.BlockMask from_dense"),
 }
 
