@@ -16,7 +16,15 @@ from models.checkpoints.rules import Layout, Rule
 
 
 class ConversionError(ValueError):
-    """A checkpoint and a model do not fit; the message lists the first offenders."""
+    """A checkpoint and a model do not fit; the message lists the first offenders.
+
+    Attributes:
+      problems: All of them, sorted, in a line each.
+    """
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(sorted(problems))
 
 
 @runtime_checkable
@@ -94,10 +102,9 @@ def load_parameters[M: nnx.Module](
       The model. Floating-point weights are cast to the parameters' dtypes.
 
     Raises:
-      ConversionError: Counts, and lists the first of, keys that match no rule or
-        several, or lead to no parameter; parameters filled twice or never; wrong
-        shapes, and dtypes that are not floating-point. Names each key's file if
-        `source` is one of `HasFiles`.
+      ConversionError: Keys match no rule or several, or lead to no parameter;
+        parameters are filled twice or never; shapes are wrong, or dtypes not
+        floating-point. Names each key's file if `source` is one of `HasFiles`.
     """
     structure, state = nnx.split(nnx.eval_shape(make_model))
     flat = dict(nnx.to_flat_state(state))
@@ -315,5 +322,6 @@ def _keys_for(path: str, rules: Iterable[Rule]) -> str:
 
 def _conversion_error(problems: Sequence[str], num_keys: int) -> ConversionError:
     return ConversionError(
-        f"{len(problems)} problems in {num_keys} weights:{list_problems(problems)}"
+        f"{len(problems)} problems in {num_keys} weights:{list_problems(problems)}",
+        problems,
     )

@@ -142,7 +142,8 @@ def _refuse(
         lines = list_problems([str(problem) for problem in refused])
         raise ConversionError(
             f"{shorten(origin, 120)} does not fit the weights; {len(refused)} problems "
-            f"in {num_tensors} keys{remedy}:{lines}"
+            f"in {num_tensors} keys{remedy}:{lines}",
+            map(str, refused),
         )
 
 

@@ -19,7 +19,8 @@ def case(cases):
 
 
 def problems(error):
-    return [line.strip() for line in str(error.value).splitlines()[1:]]
+    """All of them; the message lists the first."""
+    return list(error.value.problems)
 
 
 def used(keys):
@@ -109,8 +110,10 @@ def test_a_wrong_depth_is_refused(case, layout):
     with pytest.raises(ConversionError, match=r"no key .*3\.\.\..*num_layers=4 must"):
         load_clip_vision_encoder(case.weights[layout], deeper)
     shallower = dataclasses.replace(case.config(), num_layers=2)
-    with pytest.raises(ConversionError, match=r"extra: .*2\.norm1"):
+    with pytest.raises(ConversionError) as error:
         load_clip_vision_encoder(case.weights["original"], shallower)
+    norm = "extra: visual.transformer.2.norm1.weight leads to"
+    assert any(problem.startswith(norm) for problem in problems(error))
 
 
 @pytest.mark.parametrize("keys", [[], ["x", "y"]], ids=repr)
