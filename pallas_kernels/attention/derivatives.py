@@ -73,6 +73,8 @@ def _differentiate(attention, primals, tangents):
     # infinity `jax_debug_infs` finds nothing in it.
     kept_lse = jnp.where(lse == -jnp.inf, NO_KEY, lse)
     out, kept_lse = map(checkpoint_name, (out, kept_lse), RESIDUAL_NAMES)
+    # From what is kept, or a policy by names would run the forward pass for it again.
+    lse = jnp.where(kept_lse == NO_KEY, -jnp.inf, kept_lse)
     program = LinearMap(
         apply=functools.partial(_tangents, attention),
         transpose=functools.partial(_cotangents, attention),
