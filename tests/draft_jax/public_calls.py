@@ -50,6 +50,7 @@ NOT_COMPUTED = frozenset(
         "draft_jax.mask_capacity",
         "pallas_kernels.BackendChoice",
         "pallas_kernels.BackendName",
+        "pallas_kernels.RESIDUAL_NAMES",
         "pallas_kernels.SlowBackendWarning",
         "pallas_kernels.chosen_backend",
         "pallas_kernels.ranking.RankingPath",
