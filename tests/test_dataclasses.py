@@ -26,7 +26,7 @@ NAMED_FIELDS = [
     *("KernelConfig", "Plan", "ChunkConfig", "Device", "Problem", "Backend"),
     *("Geometry", "Tiling", "QKNorm", "NormRopePoolPlan", "PoolPlan", "RankingPath"),
     *("RowsPlan", "Comparison", "AttentionView", "StepReport", "GenerationResult"),
-    *("Sampler", "Sampling", "FlowEuler", "FlowUniPC"),
+    *("Sampler", "Sampling", "FlowEuler", "FlowUniPC", "Settings", "FewSteps"),
 ]
 # What adds up problems while it reads.
 COLLECTORS = {"models.checkpoints.lora.modules.ModuleReader"}

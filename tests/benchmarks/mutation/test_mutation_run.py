@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -213,3 +214,14 @@ def test_a_record_of_another_commit_is_refused(mutant):
     for wrong in ({"old": "del"}, {"length": 5}):
         with pytest.raises(SystemExit, match="check out the record's commit"):
             check_sources([{**known, **wrong}])
+
+
+def test_the_recorded_run():
+    """At least 92 % are noticed, and each survivor that changes nothing says why."""
+    file = Path(ROOT, "benchmarks", "results", "mutation.json")
+    record = json.loads(file.read_text())
+    assert record["summary"] == summarize(record["mutants"])
+    assert record["summary"]["share"] >= 0.92
+    assert record["summary"]["mutants"] >= 100
+    for mutant in record["mutants"]:
+        assert mutant["status"] != "equivalent" or mutant["reason"]
