@@ -106,16 +106,19 @@ def inspect_attention(
     grid = model.grid(sampler.latent_shape)
     q, k = (part[:, :1] for part in captured)  # item 0 is the prompt
     assert step_plan is not None  # attention is not dense
-    look = functools.partial(
-        _look, budget=step_plan.budget, grid=grid, draft=attention.config
-    )
-    fields = jax.jit(lambda q, k: jax.lax.map(look, (q, k)))(q, k)
+    fields = _look_at_layers(q, k, step_plan.budget, grid=grid, draft=attention.config)
     return AttentionView(
         **{name: np.asarray(value[:, 0]) for name, value in fields.items()},
         grid=grid,
         timestep=float(timestep),
         is_dense=np.asarray(step_plan.dense),
     )
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "draft"))
+def _look_at_layers(q, k, budget, *, grid: VideoGrid, draft: DraftConfig):
+    look = functools.partial(_look, budget=budget, grid=grid, draft=draft)
+    return jax.lax.map(look, (q, k))
 
 
 def _look(
