@@ -1,5 +1,7 @@
 """What dense attention asks of a GPU's kernels: functions of XLA stand in for them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,10 +61,12 @@ def attend(q, k, v, grid, lengths, scale):
     return dense_attention(q, k, v, grid=grid, scale=scale, text_lengths=text_lengths)
 
 
-def test_output(case):
+@pytest.mark.parametrize("is_traced", [False, True], ids=["known", "traced"])
+def test_output(case, is_traced):
     grid, lengths = case
     q, k, v = random_qkv(grid)
-    out = attend(q, k, v, grid, lengths, 0.3)
+    run = functools.partial(attend, q, k, v, grid, lengths)
+    out = jax.jit(run)(0.3) if is_traced else run(0.3)
     every_pair = np.ones((2, 2, grid.num_blocks, grid.num_blocks), bool)
     want, _ = numpy_attention(
         q, k, v, every_pair, grid, scale=0.3, text_lengths=lengths
