@@ -78,7 +78,7 @@ def test_every_derivative(attend, derivative, measured):
     want = run(functools.partial(attend, backend="xla"), qkv, moved)
     error = relative_error(got, want)
     measured(f"{attend.__name__} {derivative.__name__}", error)
-    assert error < 2e-2
+    assert error < 2e-3  # at most 1.5e-3 on an H200
 
 
 @pytest.mark.parametrize("attend", [draft, dense])
@@ -89,15 +89,19 @@ def test_padding_may_be_nan(attend):
     @jax.jit
     def run(qkv, moved):
         out, tangent = jax.jvp(attend, (qkv,), (moved,))
-        return attend(qkv), out, tangent, jax.vjp(attend, qkv)[1](moved[0])
+        return (attend(qkv), out, tangent), jax.vjp(attend, qkv)[1](moved[0])
 
     results = [
         run(*(padded(arrays, value) for arrays in inputs())) for value in (0, jnp.nan)
     ]
-    for zero, nan in zip(*map(jax.tree.leaves, results), strict=True):
+    outputs, gradients = zip(*results, strict=True)
+    for zero, nan in zip(*map(jax.tree.leaves, outputs), strict=True):
         zero, nan = (np.asarray(x, np.float32) for x in (zero, nan))
         assert np.isfinite(zero).all()
         np.testing.assert_array_equal(nan, zero)
+    assert np.isfinite(flat(gradients[1])).all()
+    # cuDNN adds the parts of a gradient in any order; ours has one.
+    assert relative_error(*gradients) <= (1e-3 if attend is dense else 0)
 
 
 @pytest.mark.parametrize("attend", [draft, dense])

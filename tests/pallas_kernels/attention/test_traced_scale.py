@@ -71,7 +71,9 @@ def test_values_and_derivatives(name):
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize(
-    "kind", [jnp.float32, np.float32, np.float64, lambda x: np.asarray(x)], ids=str
+    "kind",
+    [jnp.float32, np.float32, np.float64, np.asarray],
+    ids=["jax", "float32", "float64", "array"],
 )
 def test_known_scalars_are_numbers(name, kind):
     attend, kept = ATTENTIONS[name]
