@@ -24,6 +24,7 @@ from pallas_kernels.common import (
     Order,
     make_plain,
     register_configuration,
+    to_jax,
     validation,
 )
 
@@ -386,7 +387,7 @@ class DraftAttentionFn:
         out = draft_attention(
             *(
                 rearrange(x, "... T N D -> (...) T N D")
-                for x in _cast((query, key, value), dtype, promote_dtype)
+                for x in _cast(to_jax(query, key, value), dtype, promote_dtype)
             ),
             grid=self.grid,
             config=self.config,

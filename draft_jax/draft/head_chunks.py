@@ -47,13 +47,15 @@ def map_heads(
     leaves, tree = jax.tree.flatten(arrays)
     shared_leaves, shared_tree = jax.tree.flatten(shared)
     result_tree = None
+    # `run` is kept with the program, so it closes over no array.
+    num_own, head_bytes = len(leaves), map_size * itemsize
 
     def run(*flat: Array) -> tuple[Array, ...]:
         nonlocal result_tree
-        own = jax.tree.unflatten(tree, flat[: len(leaves)])
-        also = jax.tree.unflatten(shared_tree, flat[len(leaves) :])
+        own = jax.tree.unflatten(tree, flat[:num_own])
+        also = jax.tree.unflatten(shared_tree, flat[num_own:])
         results = _map_chunks(
-            lambda own: function(own, *also), own, map_size * itemsize, max_bytes
+            lambda own: function(own, *also), own, head_bytes, max_bytes
         )
         results, result_tree = jax.tree.flatten(results)
         return tuple(results)

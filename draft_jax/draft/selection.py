@@ -250,7 +250,10 @@ def unchecked_mask(
 ) -> BlockMask:
     """Computes `compute_mask` for a caller that has checked q, k and order."""
     warn_of_few_blocks(config.sparsity, grid)
-    q, k, pooled, scale = jax.lax.stop_gradient((q, k, pooled, scale))
+    scale = jax.lax.stop_gradient(scale)
+    # A gradient of NumPy's arrays hands these through, and they may be pooled.
+    arrays = jax.lax.stop_gradient((q, k, pooled))
+    q, k, pooled = jax.tree.map(jnp.asarray, arrays)
     pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
     _check_budget(budget, grid, config)
     task = _Task.of(pooled.q_mean, grid, config)

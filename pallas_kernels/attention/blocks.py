@@ -92,7 +92,9 @@ def walk(
 
         def advance(i, carry):
             entry = i * width + jnp.arange(width)
-            ids = lists.ids.at[head[:, None], start[:, None] + entry].get(mode="clip")
+            last = lists.ids.shape[1] - 1
+            place = jnp.minimum(start[:, None] + entry, last)  # read, but not live
+            ids = lists.ids[head[:, None], place]
             blocks = ids + (head * num_blocks)[:, None]
             gathered = tuple(_take(x, blocks) for x in other_arrays)
             gathered = tuple(

@@ -10,6 +10,7 @@ import functools
 import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels.common.arrays import AnyArray, to_jax
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import jit_once
@@ -18,8 +19,8 @@ from pallas_kernels.pooling.interfaces import QKNorm, Reduction, Rope, Scales, T
 
 
 def pool_tiles(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
+    q: Float[AnyArray, "B T N D"],
+    k: Float[AnyArray, "B T N D"],
     tiling: Tiling,
     *,
     reductions: tuple[Reduction, ...] = ("mean",),
@@ -36,6 +37,7 @@ def pool_tiles(
       float32: the reductions of q in the order of `reductions`, then those of k. An
       edge tile is reduced over the tokens it really has.
     """
+    q, k = to_jax(q, k)
     device = current_device(q)
     cause = sm90.pool_tiles.why_unsupported(q.shape, q.dtype, device)
     if cause is not None and device.platform == "gpu":
@@ -56,7 +58,7 @@ def _pool_tiles(
 
 @functools.partial(jit_once, static_argnames=("tiling", "reduction"))
 def reduce_tiles(
-    x: Float[Array, "B T N D"], tiling: Tiling, *, reduction: Reduction = "mean"
+    x: Float[AnyArray, "B T N D"], tiling: Tiling, *, reduction: Reduction = "mean"
 ) -> Float[Array, "B S N D"]:
     """Reduces the tokens of each tile of one array, as XLA operations.
 
@@ -73,8 +75,8 @@ def reduce_tiles(
 
 
 def norm_rope_pool(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
+    q: Float[AnyArray, "B T N D"],
+    k: Float[AnyArray, "B T N D"],
     tiling: Tiling,
     *,
     norm: QKNorm | None = None,
@@ -114,6 +116,7 @@ def norm_rope_pool(
       ValueError: Scales are given without a norm or a norm without scales, or the
         shape of a scale or of rope does not fit q.
     """
+    q, k = to_jax(q, k)
     _check_norm(q, norm, scales)
     _check_rope(q, rope, tiling.tokens)
     device = current_device(q)

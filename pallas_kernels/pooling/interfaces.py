@@ -6,15 +6,16 @@ import math
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from pallas_kernels.common.arrays import AnyArray
 from pallas_kernels.common.configuration import make_plain, register_configuration
 from pallas_kernels.common.interfaces import Order
 from pallas_kernels.common.validation import check_order
 
 Reduction = Literal["mean", "max"]
-Scales = tuple[Float[Array, " C"], Float[Array, " C"]]
-Rope = tuple[Float[Array, "V half"], Float[Array, "V half"]]
+Scales = tuple[Float[AnyArray, " C"], Float[AnyArray, " C"]]
+Rope = tuple[Float[AnyArray, "V half"], Float[AnyArray, "V half"]]
 
 
 @register_configuration

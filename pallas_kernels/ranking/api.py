@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from pallas_kernels.common.arrays import AnyArray, to_jax
 from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import StaticArray, jit_once
@@ -58,8 +59,8 @@ def choose_path(columns: int, device: Device) -> RankingPath:
 
 
 def select_in_maps(
-    scores: Float[Array, "B N R C"],
-    count: Int[Array, ""],
+    scores: Float[AnyArray, "B N R C"],
+    count: Int[AnyArray, ""],
     *,
     forced: Bool[np.ndarray, "R C"],
     path: RankingPath | None = None,
@@ -77,6 +78,7 @@ def select_in_maps(
     Returns:
       Bits of the kept scores, 32 columns to a word, the lowest bit first.
     """
+    (scores,) = to_jax(scores)
     path = path or _path_of(scores)
     return _select_in_maps(scores, count, forced=StaticArray(forced), path=path)
 
@@ -94,8 +96,8 @@ def _select_in_maps(scores, count, *, forced: StaticArray, path: RankingPath):
 
 
 def select_in_rows(
-    scores: Float[Array, "B N R C"],
-    count: Int[Array, " R"],
+    scores: Float[AnyArray, "B N R C"],
+    count: Int[AnyArray, " R"],
     *,
     forced: Bool[np.ndarray, "R C"],
     path: RankingPath | None = None,
@@ -112,6 +114,7 @@ def select_in_rows(
     Returns:
       Bits of the kept scores, 32 columns to a word, the lowest bit first.
     """
+    (scores,) = to_jax(scores)
     path = path or _path_of(scores)
     return _select_in_rows(scores, count, forced=StaticArray(forced), path=path)
 
@@ -124,9 +127,9 @@ def _select_in_rows(scores, count, *, forced: StaticArray, path: RankingPath):
 
 
 def select_to_mass(
-    probabilities: Float[Array, "B N R C"],
-    least: Int[Array, " R"],
-    most: Int[Array, " R"],
+    probabilities: Float[AnyArray, "B N R C"],
+    least: Int[AnyArray, " R"],
+    most: Int[AnyArray, " R"],
     *,
     forced: Bool[np.ndarray, "R C"],
     mass: float,
@@ -148,6 +151,7 @@ def select_to_mass(
       Bits of the kept probabilities, 32 columns to a word, the lowest bit first.
     """
     wanted = round(mass * MASS_UNITS)
+    (probabilities,) = to_jax(probabilities)
     path = path or _path_of(probabilities)
     return _select_to_mass(
         probabilities, least, most, forced=StaticArray(forced), wanted=wanted, path=path
@@ -165,7 +169,7 @@ def _select_to_mass(
 
 
 def compress_rows(
-    words: UInt32[Array, "*lists R W"],
+    words: UInt32[AnyArray, "*lists R W"],
     first_columns: Int[np.ndarray, " W"],
     capacity: int,
     *,
