@@ -8,6 +8,7 @@ import pytest
 
 from draft_jax import VideoGrid
 from draft_jax.draft import head_chunks
+from tests.cases import mostly_nightly
 from tests.draft_jax import public_calls
 from tests.draft_jax.public_calls import CALLED_BY, CALLS, NOT_COMPUTED, PUBLIC
 
@@ -72,7 +73,9 @@ def resident_bytes():
         return int(file.read().split()[1]) * PAGE_BYTES
 
 
-@pytest.mark.parametrize("selection", ["percentile", "top_p"])
+@pytest.mark.parametrize(
+    "selection", mostly_nightly(["percentile", "top_p"], ["top_p"])
+)
 def test_calls_keep_no_memory(selection, inputs):
     """700 MB in 600 calls, where each call compiled its loops."""
     call = CALLS[f"draft_jax.draft_attention {selection}"]

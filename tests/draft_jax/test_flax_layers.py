@@ -178,6 +178,7 @@ class Block(nnx.Module):
         return x + self.attention(x, grid=GRID)
 
 
+@pytest.mark.nightly
 def test_scan_over_layers_with_remat_equals_a_loop():
     x = random_x()
 

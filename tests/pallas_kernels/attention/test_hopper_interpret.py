@@ -124,7 +124,7 @@ def inputs(case):
 
 @pytest.mark.parametrize(
     "name",
-    mostly_nightly(CASES, ("uneven-rows", "head-dim-128-exact", "boxes", "by-rows")),
+    mostly_nightly(CASES, ("uneven-rows", "head-dim-128-exact", "boxes")),
 )
 def test_matches_numpy(name):
     case = CASES[name]

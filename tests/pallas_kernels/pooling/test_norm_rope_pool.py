@@ -127,13 +127,8 @@ def test_without_rotation():
     check(run(given, grid, "raster", norm), given, grid, "raster", norm)
 
 
-@pytest.mark.parametrize(
-    "mapped_scales",
-    [
-        pytest.param(False, id="shared", marks=pytest.mark.nightly),
-        pytest.param(True, id="mapped"),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("mapped_scales", [False, True], ids=["shared", "mapped"])
 def test_mapped_axes(mapped_scales):
     grid, norm = VideoGrid(1, 2, 4, tile=(2, 2)), NORMS["head"]
     q, k, scales, rope = random_case(grid, (4, 64), norm=norm, dtype="float32", batch=2)

@@ -79,7 +79,11 @@ def test_pack_rows(columns):
         assert not unpack(words, words.shape[-1] * 32)[..., columns:].any()
 
 
-@pytest.mark.parametrize("capacity", [30, 700], ids=["cut", "roomy"])
+@pytest.mark.parametrize(
+    "capacity",
+    [30, pytest.param(700, marks=pytest.mark.nightly)],
+    ids=["cut", "roomy"],
+)
 def test_write_lists(capacity):
     rng = np.random.default_rng(0)
     words = rng.integers(0, 2**32, (2, 256), dtype=np.uint32)
