@@ -239,3 +239,9 @@ def test_two_keys_for_one_parameter_are_told():
 def test_parameters_without_a_rule_are_told():
     with pytest.raises(ConversionError, match=r"parameter patch is named by 0 keys"):
         save_parameters(load(make_source()), RULES[:-1], stacked=("layers",))
+    with pytest.raises(ConversionError) as error:
+        save_parameters(load(make_source()), RULES[:2], stacked=("layers",))
+    assert str(error.value).splitlines()[1:] == [
+        "  parameter patch is named by 0 keys: []",
+        "  parameter table is named by 0 keys: []",
+    ]

@@ -248,6 +248,10 @@ def test_narrow_factors_are_multiplied_in_float32():
         ({"lokr_w1": draw(1, 1)}, "half: x.lokr_w1 stands without its other matrix"),
         ({"hada_w1_a": draw(3, 1)}, "half: x.hada_w1_a stands without its other"),
         (
+            {"lokr_w1": draw(0, 2), "lokr_w2": draw(3, 2)},
+            r"shape: x.lokr_w1 is \(0, 2\); expected \(1, 2\)",
+        ),
+        (
             {"lokr_w1": draw(2, 1), "lokr_w2": draw(2, 4)},
             r"shape: x.lokr_w1 has 2 rows and 1 columns; expected divisors of 3 and 4",
         ),
@@ -263,6 +267,15 @@ def test_narrow_factors_are_multiplied_in_float32():
                 "diff": draw(3, 4),
             },
             "twice: x.dora_scale and x.diff exclude each other",
+        ),
+        (
+            {
+                "lora_A.weight": draw(1, 4),
+                "lora_B.weight": draw(3, 1),
+                "lora_magnitude_vector": draw(3),
+                "dora_scale": draw(3, 1),
+            },
+            "twice: x.lora_magnitude_vector and x.dora_scale exclude each other",
         ),
         (
             {
@@ -285,9 +298,11 @@ def test_narrow_factors_are_multiplied_in_float32():
         "magnitude",
         "lokr",
         "loha",
+        "no rows",
         "no divisor",
         "second matrix",
         "two meanings",
+        "two magnitudes",
         "length",
         "PEFT's length",
     ],
@@ -295,6 +310,30 @@ def test_narrow_factors_are_multiplied_in_float32():
 def test_what_does_not_fit_is_named(lora, message):
     with pytest.raises(ConversionError, match=message):
         merge(draw(3, 4), lora)
+
+
+PAIR = {"y.lora_A.weight": draw(1, 4), "y.lora_B.weight": draw(3, 1)}
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"y.alpha": np.float32(1)},
+        PAIR | {"model.y.lora_A.weight": draw(1, 4)},
+        PAIR | {"y.dora_scale": draw(3, 1), "y.diff": draw(3, 4)},
+        {"y.diff": np.zeros((3, 4), np.int32)},
+        {key.replace("A.", "A.one."): value for key, value in PAIR.items()}
+        | {"x.lora_A.two.weight": draw(1, 4), "x.lora_B.two.weight": draw(3, 1)},
+    ],
+    ids=["half", "twice", "exclude", "dtype", "several adapters"],
+)
+def test_what_has_a_meaning_is_not_skipped(lora):
+    """`strict=False` skips what is for other models, not what is damaged."""
+    weights = {"x.weight": draw(3, 4), "y.weight": draw(3, 4)}
+    good = {"x.diff": draw(3, 4)}
+    with pytest.raises(ConversionError, match="; 1 problems in ") as error:
+        merge_lora(weights, good | lora, {"x": "x", "y": "y"}, strict=False)
+    assert "strict=False" not in str(error.value)
 
 
 @pytest.mark.parametrize("role", ["dora_scale", "lokr_w1"])

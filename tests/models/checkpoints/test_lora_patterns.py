@@ -51,6 +51,8 @@ NAMES = (
         r"blocks\.[0-29]\.attn[0-9-].to.q",
         r"blocks.[^0-8].*",
         r"attn[a1-]\.to_[a-q]",
+        r"attn[-1]\.to[-_]q",
+        r"attn[-12]\.to.q",
         r"[xb]+locks.0.*",
         r"[a-zA-Z]_[0-9]",
         r"\w_\w",

@@ -1,14 +1,16 @@
 """The strength of adapters, which tools say in many places."""
 
+import inspect
 import json
 import re
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from models.checkpoints.conversion import ConversionError
-from models.checkpoints.lora import merge_lora
+from models.checkpoints.lora import merge, merge_lora
 from models.checkpoints.lora.strengths import MOST_BYTES
 from models.checkpoints.memory_map import CheckpointError
 from models.checkpoints.safetensors_io import load_safetensors
@@ -118,6 +120,53 @@ def test_whole_factors_of_lokr_follow_the_tool_that_made_them(tmp_path):
     safetensors.numpy.save_file(lora, file)
     merged = merge_lora(weights, file, {"x": "x"})
     np.testing.assert_array_equal(np.asarray(merged["x.weight"]), 4)
+
+
+def test_whole_factors_need_no_alpha_for_lycoris(tmp_path):
+    """The header is of all modules; the factor of whole ones is 1 with or without."""
+    lora = {
+        "x.lokr_w1": np.ones((1, 1), np.float32),
+        "x.lokr_w2": np.ones((2, 3), np.float32),
+    }
+    file = tmp_path / "lora.safetensors"
+    safetensors.numpy.save_file(lora, file, KOHYA)
+    merged = merge_lora({"x.weight": np.zeros((2, 3), np.float32)}, file, {"x": "x"})
+    np.testing.assert_array_equal(np.asarray(merged["x.weight"]), 1)
+
+
+def test_the_rank_of_lokr_need_not_be_said(tmp_path):
+    """PEFT's factor is alpha / r, and r is the size that the factors share."""
+    lora = {
+        "x.lokr_w1": np.ones((1, 1), np.float32),
+        "x.lokr_w2_a": np.ones((2, 2), np.float32),
+        "x.lokr_w2_b": np.ones((2, 3), np.float32),
+    }
+    file = tmp_path / "lora.safetensors"
+    safetensors.numpy.save_file(lora, file)
+    config = {"peft_type": "LOKR", "alpha": 16}
+    file.with_name("adapter_config.json").write_text(json.dumps(config))
+    merged = merge_lora({"x.weight": np.zeros((2, 3), np.float32)}, file, {"x": "x"})
+    np.testing.assert_array_equal(np.asarray(merged["x.weight"]), 2 * 16 / 2)
+
+
+def test_places_may_differ_by_a_rounding(adapter):
+    """Files of bfloat16 round alpha too, to 18.125 here."""
+    alpha = ml_dtypes.bfloat16(18.1)
+    file = adapter(config=PEFT | {"lora_alpha": 18.1}, alpha=alpha)
+    assert factor_of(file) == 18.125 / 4
+
+
+def test_warnings_name_the_line_that_merges(monkeypatch):
+    """Checks of types, which tests add, stand between; they are taken away here."""
+    monkeypatch.setattr(merge, "_warn", inspect.unwrap(merge._warn))
+    weights = {"x.weight": np.zeros((2, 3), np.float32)}
+    lora = {
+        "x.lora_A.weight": np.ones((RANK, 3), np.float32),
+        "x.lora_B.weight": np.ones((2, RANK), np.float32),
+    }
+    with pytest.warns(UserWarning, match=UNKNOWN) as seen:
+        inspect.unwrap(merge_lora)(weights, lora, {"x": "x"})
+    assert [warning.filename for warning in seen] == [__file__]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Checkpoint files, whole, in shards, and damaged."""
 
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -93,6 +94,16 @@ def test_a_damaged_file_is_named(tmp_path):
     file.write_text("<html>404</html>")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or not"):
         load_safetensors(file)
+
+
+def test_a_file_that_changes_after_it_was_opened_is_named(tmp_path):
+    """Its header was whole, so that only the reading of a key can tell."""
+    (file,) = save_safetensors(make_tensors(), tmp_path, stem="model")
+    reader = load_safetensors(file)
+    os.truncate(file, file.stat().st_size - 672)
+    for key in make_tensors():
+        with pytest.raises(CheckpointError, match=rf"cannot read {key} from .*model\."):
+            reader[key]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'], ids=str)
