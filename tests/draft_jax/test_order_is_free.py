@@ -68,13 +68,13 @@ def large_moves(text, num_elements):
 @pytest.mark.parametrize(
     ("grid", "order"),
     [
-        (DIVISIBLE, "tiled"),
         (EDGES, "raster"),
-        (ODD, "tiled"),
         *(
             pytest.param(*rest, marks=pytest.mark.nightly)
             for rest in (
+                (DIVISIBLE, "tiled"),
                 (EDGES, "tiled"),
+                (ODD, "tiled"),
                 (NARROW, "tiled"),
                 (DIVISIBLE, "raster"),
                 (NARROW, "raster"),

@@ -60,9 +60,7 @@ def lower(grid, has_lengths, head_dim, dtype, order="tiled", *, config=None):
 
 @pytest.mark.parametrize(
     "case",
-    mostly_nightly(
-        CASES, ("boxes", "raster", "raster-by-rows", "head-dim-64", "edges")
-    ),
+    mostly_nightly(CASES, ("raster", "raster-by-rows", "edges")),
 )
 def test_every_shape_lowers(case):
     assert "mosaic_gpu" in lower(*CASES[case]).as_text()

@@ -15,6 +15,7 @@ from pallas_kernels.attention.sm90.row_copies import (
     _fetch_code,
     _store_code,
 )
+from tests.cases import mostly_nightly
 
 THREADS = 128
 SOME_THREADS = (*range(0, THREADS, 9), 7, 8, 15, 16, 127)
@@ -132,7 +133,7 @@ def cases(grid):
         yield block, 0, -(-int(grid.block_lengths[block]) // 16) * 16
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", mostly_nightly([64, 128], [128]))
 @pytest.mark.parametrize("order", ["tiled", "raster"])
 @pytest.mark.parametrize("name", GRIDS)
 def test_fetch_and_store(name, order, head_dim):

@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels.pooling import Tiling, reduce_tiles, reference, xla
 from tests import tolerances
+from tests.cases import mostly_nightly
 from tests.pallas_kernels.pooling import naive_norm_rope
 from tests.pallas_kernels.pooling.cases import (
     NORMS,
@@ -54,7 +55,7 @@ def test_pooling(name, reduction, dtype):
 
 @pytest.mark.parametrize("has_rope", [True, False], ids=["rope", "no-rope"])
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", ["tiled", "whole"])
+@pytest.mark.parametrize("name", mostly_nightly(["tiled", "whole"], ["whole"]))
 def test_norm_and_rotation(name, norm, has_rope):
     tiling, norm = TILINGS[name], NORMS[norm]
     q, k, scales, rope = random_case(tiling, norm)
