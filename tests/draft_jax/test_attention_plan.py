@@ -69,3 +69,12 @@ def test_bad_fields(fields, error, message):
 def test_draft_without_config_names_dense():
     with pytest.raises(TypeError, match=r"exact attention is AttentionPlan\.dense"):
         AttentionPlan.draft(None)
+
+
+@pytest.mark.parametrize("given", ["config", "schedule"])
+def test_one_part_of_draft_attention_names_the_other(given):
+    parts = {"config": DraftConfig(), "schedule": SparsitySchedule.paper()}
+    (missing,) = parts.keys() - {given}
+    message = f"^{given} is given, but {missing}=None"
+    with pytest.raises(ValueError, match=message):
+        AttentionPlan(**{given: parts[given], missing: None})

@@ -147,3 +147,8 @@ def test_density_of_a_long_sequence():
     grid = VideoGrid(33, 48, 80)
     mask = BlockMask.full(grid=grid, batch=1, num_heads=1)
     np.testing.assert_allclose(mask.density, 1.0, rtol=1e-5)
+
+
+def test_density_of_one_block():
+    mask = BlockMask.full(grid=VideoGrid(1, 8, 16), batch=1, num_heads=2)
+    np.testing.assert_array_equal(mask.density, np.ones((1, 2)))

@@ -166,3 +166,8 @@ def test_arrays_that_are_kept_cannot_be_written(solver):
     for name in ("sigmas", "timesteps"):
         with pytest.raises(ValueError, match="read-only"):
             getattr(scheduler, name)[0] = 0.5
+
+
+def test_the_default_shift_is_that_of_wan():
+    """Wan2.1's `generate.py` takes 5.0, but for images at 480p."""
+    assert FlowUniPC(num_steps=4).shift == 5.0

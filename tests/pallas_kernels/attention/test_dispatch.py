@@ -255,6 +255,13 @@ def test_names_and_registry_agree():
         assert set(preference) <= set(dispatch.BACKENDS)
 
 
+def test_the_record_of_hopper_is_that_of_its_module():
+    """It stands for the module's, which imports the kernels."""
+    record = dispatch.sm90.backend.BACKEND
+    for name in ("name", "takes_raster"):
+        assert getattr(dispatch.BACKENDS["hopper"], name) == getattr(record, name)
+
+
 def test_chosen_backend_needs_no_arrays():
     choice = chosen_backend(
         jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16), grid=GRID, order="tiled"
