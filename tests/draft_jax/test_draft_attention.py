@@ -86,6 +86,7 @@ def test_whole_method_matches_loops(lengths, side, backend):
     data=st.data(),
 )
 @settings(max_examples=6, deadline=None, derandomize=True)
+@pytest.mark.nightly
 def test_random_masks_match_loops(sizes, tile, text, side, batch, density, data):
     grid = VideoGrid(*sizes, tile=tile, text_length=text, text_side=side)
     seed = data.draw(st.integers(0, 99))
