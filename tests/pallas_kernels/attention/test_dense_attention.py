@@ -162,6 +162,32 @@ def test_path_and_warning(case):
         assert re.search(warning, choice.slower_because)
 
 
+@pytest.mark.parametrize(
+    ("side", "has_lengths", "path"),
+    [("after", True, "hopper"), ("before", False, "hopper"), ("before", True, "cudnn")],
+)
+def test_padding_before_the_video_is_not_for_hopper(
+    monkeypatch, side, has_lengths, path
+):
+    def attend(q, *arrays, path, **others):
+        paths.append(path)
+        return q
+
+    paths = []
+    monkeypatch.setattr(dense_api, "current_device", lambda *arrays: gpu(9, 0))
+    monkeypatch.setattr(dense_api, "_attend", attend)
+    forget_warnings()
+    grid = VideoGrid(4, 32, 32, text_length=8, text_side=side)
+    q = jnp.zeros((1, grid.num_tokens, 1, 64), jnp.bfloat16)
+    lengths = jnp.array([5]) if has_lengths else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dense_attention(q, q, q, grid=grid, text_lengths=lengths)
+    assert paths == [path]
+    told = [str(w.message) for w in caught if w.category is SlowBackendWarning]
+    assert ['text_side="after"' in text for text in told] == [True] * (path == "cudnn")
+
+
 def test_slower_path_warns_once(monkeypatch):
     monkeypatch.setattr(dense_api, "current_device", lambda *arrays: gpu(9, 0))
     forget_warnings()

@@ -102,6 +102,8 @@ def tokens_of_boxes(memory, geometry, block, length, num_boxes):
         (VideoGrid(1, 8, 64, tile=(4, 32)), True),
         (VideoGrid(2, 13, 8), False),  # 40 tokens are not whole runs of 16
         (VideoGrid(1, 32, 16, tile=(16, 8)), False),  # 128 tokens of a consumer's 64
+        (VideoGrid(1, 16, 16, text_length=16), False),  # text of a whole run
+        (VideoGrid(9, 1, 16), False),  # blocks of one run have no rows to count
     ],
     ids=str,
 )

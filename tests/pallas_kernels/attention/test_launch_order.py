@@ -78,3 +78,14 @@ def test_waves_of_a_list_start_together(full, most, before):
     assert longest_spread(starts[:, full:]) < most
     assert longest_spread(plain_starts[:, full:]) > before
     assert end < 1.01 * plain_end
+
+
+def test_full_rows_take_the_time_of_as_many_entries():
+    """Nine entries run as long as three lists of 3, the mean of the others.
+
+    With those, 3 + 8 lists of the first head leave one place of the third wave of four.
+    """
+    counts = np.array([[3, 1, 9, 5, 3, 2, 4, 3, 3], [3, 5, 2, 4, 1, 3, 2, 4, 3]])
+    order = np.asarray(launch_order(jnp.asarray(counts, jnp.int32), 4))
+    first, second = [9, 1, 5, 4, 3, 3, 3, 3, 2], [1, 5, 4, 4, 3, 3, 3, 2, 2]
+    np.testing.assert_array_equal(counts.ravel()[order], first + second)

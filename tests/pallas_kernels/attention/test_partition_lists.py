@@ -56,4 +56,5 @@ def test_kernel_lowers_for_cuda():
         jax.ShapeDtypeStruct((4, 25), jnp.int32),
     )
     lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    # Profiles show this name, and accounts of them (benchmarks/wan) tell it by that.
+    assert "partition_lists_sm90_mosaic_gpu" in lowered.as_text()

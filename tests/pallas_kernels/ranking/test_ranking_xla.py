@@ -96,3 +96,14 @@ def test_all_set(columns):
     words = ranking.all_set(columns)
     assert unpack(words, columns).all()
     assert np.bitwise_count(words).sum() == columns
+
+
+def test_a_row_without_any_keeps_its_best_in_each_map():
+    """Whatever the same row of another map keeps."""
+    scores = jnp.array([[[9.0, 8.0], [1.0, 2.0]], [[3.0, 4.0], [7.0, 6.0]]])[None]
+    want = [[[True, True], [False, True]], [[False, True], [True, True]]]
+    none = np.zeros((2, 2), bool)
+    kept = reference.select_in_maps(scores, jnp.int32(2), forced=none)
+    np.testing.assert_array_equal(kept[0], want)
+    words = ranking.select_in_maps(scores, jnp.int32(2), forced=none)
+    np.testing.assert_array_equal(unpack(words, 2)[0], want)
