@@ -32,6 +32,12 @@ def test_chunks_are_the_largest_that_fit(total, limit, expected):
     assert {batch * heads for batch, heads in sizes} == {expected}
 
 
+def test_of_no_heads_there_are_no_results():
+    x = jnp.zeros((0, 3, 5))
+    got = head_chunks.map_heads(lambda x: x + 1, x, map_size=25, max_bytes=100)
+    assert got.shape == (0, 3, 5)
+
+
 @pytest.mark.parametrize(
     ("selection", "pooling"),
     [("percentile", "mean"), ("row_topk", "mean"), ("top_p", "mean+max")],

@@ -207,6 +207,29 @@ def test_guidance_of_one_does_not_run_the_negative_prompt(pipeline):
     assert np.abs(guided[0].video - guided[1].video).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("guidance", "batching", "rows"),
+    [
+        (1.0, "one_call", (3, 2)),
+        (5.0, "one_call", (3, 4)),
+        (5.0, "two_calls", (2, 3, 2)),
+    ],
+)
+def test_first_masks_have_a_row_for_each_prompt_of_a_call(
+    pipeline, guidance, batching, rows
+):
+    """Two prompts and three layers; with guidance each has a negative prompt."""
+    sampling = dataclasses.replace(tiny_model.SAMPLING, guidance=guidance)
+    masks = pipeline.start(
+        [PROMPT, "a boat"],
+        sampling,
+        attention=plan_of(0.5),
+        guidance_batching=batching,
+    )[1].masks
+    for leaf in jax.tree.leaves(masks):
+        assert leaf.shape[:-1] == (*rows, tiny_model.CONFIG.num_heads)
+
+
 def test_unipc_run_follows_its_solver(pipeline):
     """The loop once more: one model call per prompt, guidance in NumPy."""
     solver = FlowUniPC(num_steps=4, shift=3.0)

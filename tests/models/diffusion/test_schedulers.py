@@ -102,6 +102,18 @@ def test_unipc_of_one_step_is_the_predicted_clean_sample():
     np.testing.assert_allclose(got, [[0.5 - 0.999, -2.0 - 2.997]], rtol=1e-6)
 
 
+def test_the_first_step_of_unipc_gives_its_history_no_weight():
+    solver = FlowUniPC(num_steps=4)
+    latents, velocity = jnp.array([[0.5, -2.0]]), jnp.array([[1.0, 3.0]])
+    nothing = solver.initial_history(latents)
+    other = type(nothing)(*(jnp.full_like(latents, n) for n in (5.0, 7.0, 11.0)))
+    got, expected = (
+        solver.update(latents, velocity, history, solver.coefficients(0))[0]
+        for history in (other, nothing)
+    )
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_unipc_reaches_the_clean_sample_of_a_straight_path():
     """Weights of clean samples sum to what keeps a constant prediction exact."""
     clean, noise = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)

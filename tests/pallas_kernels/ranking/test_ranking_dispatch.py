@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from draft_jax import DraftConfig, VideoGrid, select_blocks
 from pallas_kernels import SlowBackendWarning
 from pallas_kernels.common.device import Device
-from pallas_kernels.ranking import choose_path, select_in_maps
+from pallas_kernels.ranking import api, choose_path, select_in_maps
 from tests.warnings_once import forget_warnings
 
 
@@ -41,3 +42,15 @@ def test_a_cpu_does_not_warn():
         warnings.simplefilter("error")
         words = select_in_maps(scores, jnp.int32(2), forced=np.zeros((1, 9), bool))
     np.testing.assert_array_equal(words, [[[[0b11]]]])
+
+
+def test_the_device_of_the_scores_lists_their_blocks(monkeypatch):
+    """Arrays of the CPU on a machine whose default device is a GPU."""
+    hopper = Device(platform="gpu", kind="H100", compute_capability=(9, 0))
+    monkeypatch.setattr(api, "current_device", lambda *_: hopper)
+    grid = VideoGrid(1, 2, 8, tile=(2, 2))  # of this test: its program is made here
+    scores = jnp.array([[[[9.0, 1, 2, 3], [4, 8, 5, 6], [1, 2, 7, 3], [4, 5, 3, 6]]]])
+    mask = select_blocks(
+        scores, grid=grid, config=DraftConfig(selection="row_topk", sparsity=0.75)
+    )
+    np.testing.assert_array_equal(mask.to_dense(), np.eye(4, dtype=bool)[None, None])
