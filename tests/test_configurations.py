@@ -36,6 +36,7 @@ from draft_jax import (
 from models.clip.config import CLIPVisionConfig
 from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import FlowEuler, FlowUniPC
+from models.hunyuan.config import HunyuanConfig
 from models.mini.training import TrainConfig
 from models.umt5.config import UMT5Config
 from models.wan.config import WanConfig
@@ -162,6 +163,11 @@ EQUAL = {
     FrameTiling: (
         {"size": (64, 64), "overlap": (16, 8)},
         {"size": [64, np.uint8(64)], "overlap": np.array([16, 8])},
+    ),
+    HunyuanConfig: (
+        dataclasses.asdict(HunyuanConfig.video_13b()),
+        dataclasses.asdict(HunyuanConfig.video_13b())
+        | {"num_heads": np.uint8(24), "rope_channels": [16, 56, np.int32(56)]},
     ),
     UMT5Config: (
         dataclasses.asdict(UMT5Config.xxl()),

@@ -28,6 +28,7 @@ from models.diffusion.interfaces import ImageCondition, TextContext
 from models.diffusion.sampler import SamplerState, StepInputs
 from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import FlowUniPC, UniPCCoefficients, UniPCHistory
+from models.hunyuan.inputs import HunyuanInputs
 from models.mini.codec import LinearCodec
 from models.mini.training import Batch, TrainConfig, TrainState
 from models.wan.config import WanConfig
@@ -87,6 +88,13 @@ TREES = {
             grid=GRID,
             draft=CONFIG,
         ),
+    ),
+    "hunyuan": lambda: HunyuanInputs(
+        latents=ones(1, 2, 4, 4, 16),
+        timesteps=ones(1),
+        context=ones(1, 4, 8),
+        context_mask=jnp.ones((1, 4), jnp.bool_),
+        pooled=ones(1, 6),
     ),
     "training": lambda: (
         TrainState(

@@ -19,7 +19,13 @@ PACKAGES = ("pallas_kernels", "draft_jax", "models", "benchmarks")
 
 # What each part may import besides itself and the standard library's like. The longest
 # name that fits a module is its part.
-MODEL_FAMILIES = ("models.wan", "models.mini", "models.umt5", "models.clip")
+MODEL_FAMILIES = (
+    "models.wan",
+    "models.hunyuan",
+    "models.mini",
+    "models.umt5",
+    "models.clip",
+)
 MODEL_BASE = (
     "models.diffusion",
     "models.media",
@@ -42,6 +48,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "models.umt5": (*MODEL_BASE, *LIBRARY),
     "models.clip": (*MODEL_BASE, *LIBRARY),
     "models.mini": ("models.wan", *MODEL_BASE, *LIBRARY),
+    "models.hunyuan": (*MODEL_BASE, *LIBRARY),
     "models.wan": ("models.umt5", "models.clip", *MODEL_BASE, *LIBRARY),
     "models.cli": ("models", *LIBRARY),
     "benchmarks": ("models", *LIBRARY),

@@ -1,0 +1,1 @@
+"""HunyuanVideo: a transformer whose text stands in the sequence of the video."""
