@@ -58,8 +58,37 @@ def step_of(solver):
 
 
 def test_there_are_fixtures():
-    assert len(CASES) == 36
+    assert len(CASES) == 37
     assert len(UNIPC_CASES) == 18
+
+
+def hunyuan_loop(num_steps, shift, noise):
+    """Levels, timesteps and samples of the original's formulas, in its float32."""
+    one, shift = np.float32(1), np.float32(shift)
+    levels = np.linspace(1, 0, num_steps + 1, dtype=np.float32)
+    levels = (shift * levels) / (one + (shift - one) * levels)
+    timesteps = levels[:-1] * np.float32(1000)
+    samples = [noise]
+    for index, timestep in enumerate(timesteps):
+        x = samples[-1]
+        wave = np.sin(np.float32(2) * x + timestep / np.float32(300))
+        pull = np.float32(0.5) * (timestep / np.float32(1000)) * np.tanh(x[..., ::-1])
+        velocity = wave + pull - np.float32(0.2)
+        samples.append(x + velocity * (levels[index + 1] - levels[index]))
+    return levels, timesteps, np.stack(samples)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "shift"), [(50, 7.0), (30, 13.0)], ids=["hunyuan", "hunyuan-custom"]
+)
+def test_loop_matches_the_original_formulas_of_hunyuan(num_steps, shift):
+    levels, timesteps, samples = hunyuan_loop(num_steps, shift, TENSORS["noise"])
+    assert samples.dtype == np.float32
+    solver = FlowEuler(num_steps=num_steps, shift=shift)  # the default grid
+    np.testing.assert_allclose(solver.sigmas, levels, rtol=0, atol=2e-7)
+    np.testing.assert_allclose(solver.timesteps, timesteps, rtol=0, atol=2e-4)
+    got = run_loop(solver, TENSORS["noise"])
+    np.testing.assert_allclose(got, samples, **tolerances.SCHEDULER_LOOP)
 
 
 @pytest.mark.parametrize("case", CASES)

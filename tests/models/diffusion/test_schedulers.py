@@ -2,7 +2,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from draft_jax import DraftConfig, SparsitySchedule, VideoGrid
 from models.diffusion.schedulers import FlowEuler, FlowUniPC, Solver, make_solver
+
+# 768x1280: 81 frames, 129 frames, and 129 frames with a reference frame.
+WAN = VideoGrid(21, 48, 80)
+HUNYUAN = VideoGrid(33, 48, 80, text_length=256)
+CUSTOM = VideoGrid(34, 48, 80, text_length=831)
 
 
 def test_sigmas_of_a_hand_worked_grid():
@@ -26,13 +32,31 @@ def test_hunyuan_grid_ends_at_one_eighth():
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "shift", "threshold", "dense_steps"),
-    [(50, 5.0, 925, 15), (50, 3.0, 925, 10), (50, 7.0, 945, 15), (30, 13.0, 975, 8)],
+    ("schedule", "grid", "num_layers", "num_steps", "shift", "dense_steps"),
+    [
+        (SparsitySchedule.wan_published(), WAN, 30, 50, 5.0, 15),
+        (SparsitySchedule.wan_published(), WAN, 30, 50, 3.0, 10),
+        (SparsitySchedule.hunyuan_published(), HUNYUAN, 60, 50, 7.0, 15),
+        (SparsitySchedule.hunyuan_custom_published(), CUSTOM, 60, 30, 13.0, 8),
+    ],
     ids=["wan", "wan-480p", "hunyuan", "hunyuan-custom"],
 )
-def test_steps_above_the_published_thresholds(num_steps, shift, threshold, dense_steps):
-    timesteps = FlowEuler(num_steps=num_steps, shift=shift).timesteps
-    assert (timesteps > threshold).sum() == dense_steps
+def test_dense_steps_of_the_published_rules(
+    schedule, grid, num_layers, num_steps, shift, dense_steps
+):
+    """The first steps are dense, and then the first layers only."""
+    plan = schedule.plan(
+        FlowEuler(num_steps=num_steps, shift=shift).timesteps,
+        num_layers=num_layers,
+        grid=grid,
+        config=DraftConfig(sparsity=schedule.sparsity),
+    )
+    assert plan.dense[:dense_steps].all()
+    always = 1 if grid is WAN else 2
+    expected = np.arange(num_layers) < always
+    np.testing.assert_array_equal(
+        plan.dense[dense_steps:], np.tile(expected, (num_steps - dense_steps, 1))
+    )
 
 
 def test_steps_reach_the_clean_sample_of_a_straight_path():
