@@ -33,7 +33,12 @@ from draft_jax.config import (
 )
 from draft_jax.debugging import check_finite, check_positions
 from draft_jax.draft.pooling import PooledTokens, pool_tokens
-from draft_jax.draft.qk_preparation import QKNorm, norm_rope_pool
+from draft_jax.draft.qk_preparation import (
+    QKV,
+    QKNorm,
+    joint_norm_rope_pool,
+    norm_rope_pool,
+)
 from draft_jax.draft.scores import draft_scores
 from draft_jax.draft.selection import compute_mask, select_blocks
 from draft_jax.grid import VideoGrid
@@ -53,6 +58,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "QKV",
     "AttentionPlan",
     "BlockMask",
     "DraftAttention",
@@ -74,6 +80,7 @@ __all__ = [
     "draft_attention_fn",
     "draft_scores",
     "initial_mask",
+    "joint_norm_rope_pool",
     "kept_pairs_budget",
     "mask_capacity",
     "norm_rope_pool",

@@ -7,7 +7,7 @@ from draft_jax.draft.pooling import PooledTokens, reductions_of, tiling_of
 from draft_jax.grid import VideoGrid
 from pallas_kernels import pooling
 from pallas_kernels.common import AnyArray, Order, to_jax, validation
-from pallas_kernels.pooling import QKNorm, Rope, Scales
+from pallas_kernels.pooling import QKV, QKNorm, Reduction, Rope, Scales
 
 
 def norm_rope_pool(
@@ -18,6 +18,7 @@ def norm_rope_pool(
     config: DraftConfig | None,
     norm: QKNorm | None = None,
     scales: Scales | None = None,
+    text_scales: Scales | None = None,
     rope: Rope | None = None,
     order: Order = "raster",
     pool_anyway: bool = True,
@@ -37,6 +38,8 @@ def norm_rope_pool(
       norm: RMS norm to apply, or None.
       scales: Factors of the channels of q and of k after the norm: N * D for a norm
         over all heads, D for one per head.
+      text_scales: Factors for the text tokens, like scales. None takes scales for
+        them too.
       rope: Cosine and sine of each channel pair (2i, 2i + 1) of a head, one row for
         each visual token in their order, D / 2 columns. None does not rotate.
       order: How the visual tokens are ordered.
@@ -49,24 +52,103 @@ def norm_rope_pool(
 
     Raises:
       ValueError: Shapes do not fit each other or the grid, scales are given without a
-        norm or a norm without scales, or order is unknown.
+        norm or a norm without scales, text_scales without text, or order is unknown.
       TypeError: q's dtype is not supported, or k has another.
     """
     q, k = to_jax(q, k)
     validation.check_qk(q, k)
     validation.check_tokens(q, grid)
     validation.check_order(order)
-    reductions = () if config is None else reductions_of(config)
+    if text_scales is not None and grid.text_length == 0:
+        raise ValueError(
+            f"text_scales were given, but {grid} has no text: leave them out"
+        )
+    reductions = _reductions(config)
     q, k, pooled = pooling.norm_rope_pool(
         q,
         k,
         tiling_of(grid, order),
         norm=norm,
         scales=scales,
+        text_scales=text_scales,
         rope=rope,
         reductions=reductions,
         pool_anyway=pool_anyway,
     )
-    if pooled is None:
-        return q, k, None
-    return q, k, PooledTokens.from_reductions(reductions, pooled)
+    return q, k, _named(reductions, pooled)
+
+
+def joint_norm_rope_pool(
+    video: QKV,
+    text: QKV,
+    *,
+    grid: VideoGrid,
+    config: DraftConfig | None,
+    norm: QKNorm | None = None,
+    scales: Scales | None = None,
+    text_scales: Scales | None = None,
+    rope: Rope | None = None,
+    order: Order = "raster",
+    pool_anyway: bool = True,
+) -> tuple[
+    Float[Array, "B T N D"],
+    Float[Array, "B T N D"],
+    Float[Array, "B T N D"],
+    PooledTokens | None,
+]:
+    """Makes queries, keys and values of the joint sequence of a video and its text.
+
+    They are those of `norm_rope_pool` for concatenated arrays. Where a kernel can, it
+    reads both parts and writes the joint arrays: no other copy is made.
+
+    Args:
+      video: Queries, keys and values of the visual tokens, as projected.
+      text: Those of the text, of `grid.text_length` tokens with the padding.
+      grid: Geometry that defines the tiles and where the text stands. Static.
+      config: See `norm_rope_pool`, like all arguments below.
+      norm: RMS norm of queries and keys, or None.
+      scales: Factors of the channels of q and of k after the norm.
+      text_scales: Factors for the text. None takes scales for it too.
+      rope: Cosine and sine of each channel pair of the visual tokens.
+      order: How the visual tokens are ordered.
+      pool_anyway: False leaves pooling to the attention where it would take a pass of
+        its own.
+
+    Returns:
+      q, k and v of the joint sequence in their dtype; v is only copied. Then `pooled`
+      of `compute_mask` and `scheduled_attention`.
+
+    Raises:
+      ValueError: As `norm_rope_pool`; or the grid has no text.
+      TypeError: A dtype is not supported or differs from that of video.q, or video or
+        text is no QKV.
+    """
+    for name, part in (("video", video), ("text", text)):
+        if not isinstance(part, QKV):
+            raise TypeError(f"{name} is {type(part).__name__}; expected QKV(q, k, v)")
+    video, text = QKV(*to_jax(*video)), QKV(*to_jax(*text))
+    validation.check_joint(video, text, grid)
+    validation.check_order(order)
+    reductions = _reductions(config)
+    q, k, v, pooled = pooling.joint_norm_rope_pool(
+        video,
+        text,
+        tiling_of(grid, order),
+        norm=norm,
+        scales=scales,
+        text_scales=text_scales,
+        rope=rope,
+        reductions=reductions,
+        pool_anyway=pool_anyway,
+    )
+    return q, k, v, _named(reductions, pooled)
+
+
+def _reductions(config: DraftConfig | None) -> tuple[Reduction, ...]:
+    return () if config is None else reductions_of(config)
+
+
+def _named(
+    reductions: tuple[Reduction, ...], pooled: tuple[Array, ...] | None
+) -> PooledTokens | None:
+    return None if pooled is None else PooledTokens.from_reductions(reductions, pooled)

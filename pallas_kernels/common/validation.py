@@ -21,33 +21,63 @@ from pallas_kernels.common.static import jit_once
 
 def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
     """Raises unless q, k and v are [B, T, N, D] of one shape and supported dtype."""
-    _check_alike(q=q, k=k, v=v)
+    _check_alike({"q": q, "k": k, "v": v})
 
 
 def check_qk(q: jax.Array, k: jax.Array) -> None:
     """Raises unless q and k are [B, T, N, D] of one shape and supported dtype."""
-    _check_alike(q=q, k=k)
+    _check_alike({"q": q, "k": k})
 
 
-def _check_alike(*, q: jax.Array, **others: jax.Array) -> None:
-    for name, array in {"q": q, **others}.items():
+def check_joint(
+    video: tuple[jax.Array, ...], text: tuple[jax.Array, ...], grid: BlockGrid
+) -> None:
+    """Raises unless q, k and v of video and text fit each other and the grid."""
+    parts = {"video": video, "text": text}
+    for part, arrays in parts.items():
+        names = (f"{part}.{name}" for name in "qkv")
+        _check_alike(dict(zip(names, arrays, strict=True)))
+    if grid.text_length == 0:
+        raise ValueError(
+            f"text was given, but {grid} has none: give the grid its text_length"
+        )
+    lengths = (grid.num_tokens - grid.text_length, grid.text_length)
+    batch, _, *heads = video[0].shape
+    for (part, arrays), length in zip(parts.items(), lengths, strict=True):
+        expected = (batch, length, *heads)
+        if arrays[0].shape != expected:
+            raise ValueError(
+                f"{part}.q has shape {arrays[0].shape}; {grid} and the shape of "
+                f"video.q, {video[0].shape}, need {expected}"
+            )
+    if text[0].dtype != video[0].dtype:
+        raise TypeError(
+            f"text.q has dtype {text[0].dtype.name}; it must equal video.q's dtype "
+            f"{video[0].dtype.name}: cast one of them"
+        )
+
+
+def _check_alike(arrays: dict[str, jax.Array]) -> None:
+    """Raises unless arrays have the shape and the supported dtype of the first."""
+    first, q = next(iter(arrays.items()))
+    for name, array in arrays.items():
         check_axes(name, array)
         if array.dtype.name not in SUPPORTED_DTYPES:
             raise TypeError(
                 f"{name} has dtype {array.dtype.name}; accepted are "
                 f"{', '.join(SUPPORTED_DTYPES)}"
             )
-    for name, array in others.items():
+    for name, array in arrays.items():
         if array.shape != q.shape:
             raise ValueError(
-                f"{name} has shape {array.shape}; it must equal q's shape {q.shape}"
-                f"{_remedy(name, array.shape, q.shape)}"
+                f"{name} has shape {array.shape}; it must equal {first}'s shape "
+                f"{q.shape}{_remedy(name, array.shape, q.shape)}"
             )
         if array.dtype != q.dtype:
             raise TypeError(
-                f"{name} has dtype {array.dtype.name}; it must equal q's dtype "
+                f"{name} has dtype {array.dtype.name}; it must equal {first}'s dtype "
                 f"{q.dtype.name}: cast one of them, such as by "
-                f"{name}.astype(q.dtype)"
+                f"{name}.astype({first}.dtype)"
             )
 
 
@@ -78,7 +108,7 @@ def _remedy(name: str, shape: tuple[int, ...], of_q: tuple[int, ...]) -> str:
         )
     if differing == [0] and shape[0] == 1:
         return f": one item serves no batch; use jnp.broadcast_to({name}, q.shape)"
-    if differing == [3] and name == "v":
+    if differing == [3] and name.endswith("v"):
         return ": pad the channels of the narrower ones with zeros"
     return ""
 

@@ -1,14 +1,28 @@
 """Pooling of tokens into draft tokens, alone or with norm and rotation."""
 
-from pallas_kernels.pooling.api import norm_rope_pool, pool_tiles, reduce_tiles
-from pallas_kernels.pooling.interfaces import QKNorm, Reduction, Rope, Scales, Tiling
+from pallas_kernels.pooling.api import (
+    joint_norm_rope_pool,
+    norm_rope_pool,
+    pool_tiles,
+    reduce_tiles,
+)
+from pallas_kernels.pooling.interfaces import (
+    QKV,
+    QKNorm,
+    Reduction,
+    Rope,
+    Scales,
+    Tiling,
+)
 
 __all__ = [
+    "QKV",
     "QKNorm",
     "Reduction",
     "Rope",
     "Scales",
     "Tiling",
+    "joint_norm_rope_pool",
     "norm_rope_pool",
     "pool_tiles",
     "reduce_tiles",

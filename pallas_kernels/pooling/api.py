@@ -15,7 +15,14 @@ from pallas_kernels.common.device import current_device
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import jit_once
 from pallas_kernels.pooling import sm90, xla
-from pallas_kernels.pooling.interfaces import QKNorm, Reduction, Rope, Scales, Tiling
+from pallas_kernels.pooling.interfaces import (
+    QKV,
+    QKNorm,
+    Reduction,
+    Rope,
+    Scales,
+    Tiling,
+)
 
 
 def pool_tiles(
@@ -81,6 +88,7 @@ def norm_rope_pool(
     *,
     norm: QKNorm | None = None,
     scales: Scales | None = None,
+    text_scales: Scales | None = None,
     rope: Rope | None = None,
     reductions: tuple[Reduction, ...] = ("mean",),
     pool_anyway: bool = True,
@@ -103,6 +111,8 @@ def norm_rope_pool(
       norm: RMS norm to apply, or None. Static.
       scales: Factors of the channels of q and of k after the norm: N * D for a norm
         over all heads, D for one per head.
+      text_scales: Factors for the tokens outside the frames, like scales. None takes
+        scales for them too.
       rope: Cosine and sine of each channel pair (2i, 2i + 1) of a head, one row for
         each token of the frames in their order, D / 2 columns. None does not rotate.
       reductions: What to compute of each tile; none pools nothing. Static.
@@ -117,21 +127,65 @@ def norm_rope_pool(
         shape of a scale or of rope does not fit q.
     """
     q, k = to_jax(q, k)
-    _check_norm(q, norm, scales)
-    _check_rope(q, rope, tiling.tokens)
-    device = current_device(q)
-    cause = sm90.norm_rope_pool.why_unsupported(q.shape, q.dtype, norm, device)
     task = _Task(tiling=tiling, norm=norm, reductions=reductions)
-    if cause is None:
-        q, k, *pooled = _fused(task, q, k, scales, rope)
-        return q, k, tuple(pooled) if reductions else None
-    if device.is_hopper:
-        warn_once(f"norm_rope_pool runs as XLA operations: {cause}")
-    q, k = _norm_rope(task, q, k, scales, rope)
-    if not (reductions and pool_anyway):
-        return q, k, None
-    fixed = jax.lax.stop_gradient((q, k))
-    return q, k, pool_tiles(*fixed, tiling, reductions=reductions)
+    written, pooled = _prepare(
+        task, (q, k), None, scales, text_scales, rope, pool_anyway=pool_anyway
+    )
+    return *written, pooled
+
+
+def joint_norm_rope_pool(
+    video: QKV,
+    text: QKV,
+    tiling: Tiling,
+    *,
+    norm: QKNorm | None = None,
+    scales: Scales | None = None,
+    text_scales: Scales | None = None,
+    rope: Rope | None = None,
+    reductions: tuple[Reduction, ...] = ("mean",),
+    pool_anyway: bool = True,
+) -> tuple[
+    Float[Array, "B T N D"],
+    Float[Array, "B T N D"],
+    Float[Array, "B T N D"],
+    tuple[Float[Array, "B S N D"], ...] | None,
+]:
+    """Computes `norm_rope_pool` of the joint sequence of a video and its text.
+
+    The results are those of concatenated arrays. Where a kernel can, it reads both
+    parts and writes the joint arrays: no other copy is made.
+
+    Args:
+      video: Arrays of the tokens of the frames, as projected.
+      text: Arrays of the text. Where it stands, `tiling.start` says: 0 for after the
+        video, the number of text tokens for before it.
+      tiling: Tiles of the frames in the joint sequence. Static.
+      norm: See `norm_rope_pool`, like all arguments below.
+      scales: Factors of the channels after the norm.
+      text_scales: Factors for the text.
+      rope: Cosine and sine of each channel pair of the frames' tokens.
+      reductions: What to compute of each tile.
+      pool_anyway: False does not pool where that would take a pass of its own.
+
+    Returns:
+      q, k and v of the joint sequence in their dtype; v is only copied. Then the
+      reductions, as `norm_rope_pool`.
+
+    Raises:
+      ValueError: As `norm_rope_pool`.
+    """
+    task = _Task(tiling=tiling, norm=norm, reductions=reductions)
+    written, pooled = _prepare(
+        task,
+        to_jax(*video),
+        to_jax(*text),
+        scales,
+        text_scales,
+        rope,
+        pool_anyway=pool_anyway,
+    )
+    return *written, pooled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,21 +197,48 @@ class _Task:
     reductions: tuple[Reduction, ...]
 
 
+def _prepare(task: _Task, video, text, scales, text_scales, rope, *, pool_anyway: bool):
+    """Checks, chooses the kernel or XLA, and returns written and pooled arrays.
+
+    `video` is q and k of the whole sequence where `text` is None.
+    """
+    q = video[0]
+    _check_norm(q, task.norm, scales, text_scales)
+    _check_rope(q, rope, task.tiling.tokens)
+    device = current_device(q)
+    cause = sm90.norm_rope_pool.why_unsupported(q.shape, q.dtype, task.norm, device)
+    arrays = (video, text, scales, text_scales, rope)
+    if cause is None and text is None and text_scales is None:
+        written, pooled = _fused(task, *arrays)
+        return written, pooled if task.reductions else None
+    if device.is_hopper:
+        warn_once(f"norm_rope_pool runs as XLA operations: {cause}")
+    written = _norm_rope(task, *arrays)
+    if not (task.reductions and pool_anyway):
+        return written, None
+    q, k = jax.lax.stop_gradient(written[:2])
+    return written, pool_tiles(q, k, task.tiling, reductions=task.reductions)
+
+
 @functools.partial(jit_once, static_argnums=0)
-def _norm_rope(task: _Task, q, k, scales, rope):
-    return xla.norm_rope(
-        q, k, scales, rope, visual_tokens=task.tiling.tokens, norm=task.norm
+def _norm_rope(task: _Task, video, text, scales, text_scales, rope):
+    tiling = task.tiling
+    q, k, *rest = video if text is None else xla.join_text(video, text, tiling)
+    prepared = xla.norm_rope(
+        q, k, scales, text_scales, rope, visual_tokens=tiling.tokens, norm=task.norm
     )
+    return *prepared, *rest
 
 
 @functools.partial(jit_once, static_argnums=0)
-def _fused(task: _Task, q, k, scales, rope):
-    return _differentiable_kernel(task, q, k, scales, rope)
+def _fused(task: _Task, video, text, scales, text_scales, rope):
+    return _differentiable_kernel(task, video, text, scales, text_scales, rope)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable_kernel(task: _Task, q, k, scales, rope):
-    return sm90.norm_rope_pool.norm_rope_pool(
+def _differentiable_kernel(task: _Task, video, text, scales, text_scales, rope):
+    q, k = video
+    q, k, *pooled = sm90.norm_rope_pool.norm_rope_pool(
         q,
         k,
         scales,
@@ -167,6 +248,7 @@ def _differentiable_kernel(task: _Task, q, k, scales, rope):
         norm=task.norm,
         reductions=task.reductions,
     )
+    return (q, k), tuple(pooled)
 
 
 def _forward(task: _Task, *arrays):
@@ -175,26 +257,30 @@ def _forward(task: _Task, *arrays):
 
 def _backward(task: _Task, arrays, cotangents):
     _, transposed = jax.vjp(functools.partial(_norm_rope, task), *arrays)
-    return transposed(tuple(cotangents[:2]))
+    return transposed(tuple(cotangents[0]))
 
 
 _differentiable_kernel.defvjp(_forward, _backward)
 
 
-def _check_norm(q, norm: QKNorm | None, scales) -> None:
+def _check_norm(q, norm: QKNorm | None, scales, text_scales) -> None:
     """Raises ValueError unless the scales are those that the norm of q needs."""
     if (norm is None) != (scales is None):
         given = "None" if scales is None else "given"
         raise ValueError(f"{norm=}, but scales are {given}; give both or neither")
     if norm is None:
+        if text_scales is not None:
+            raise ValueError("norm=None, but text_scales are given; give both")
         return
     _, _, num_heads, head_dim = q.shape
     width = num_heads * head_dim if norm.over == "heads" else head_dim
-    for name, scale in zip(("q", "k"), scales, strict=True):
-        if scale.shape != (width,):
-            raise ValueError(
-                f"the scale of {name} has shape {scale.shape}; {norm} needs ({width},)"
-            )
+    for kind, pair in (("scale", scales), ("text scale", text_scales)):
+        for name, scale in zip(("q", "k"), pair or (), strict=pair is not None):
+            if scale.shape != (width,):
+                raise ValueError(
+                    f"the {kind} of {name} has shape {scale.shape}; {norm} needs "
+                    f"({width},)"
+                )
 
 
 def _check_rope(q, rope: Rope | None, visual_tokens: slice) -> None:

@@ -1,9 +1,9 @@
-"""Static descriptions that the pooling operations take: tiles, reductions, norms."""
+"""What the pooling operations take: arrays by name, tiles, reductions, norms."""
 
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,6 +16,20 @@ from pallas_kernels.common.validation import check_order
 Reduction = Literal["mean", "max"]
 Scales = tuple[Float[AnyArray, " C"], Float[AnyArray, " C"]]
 Rope = tuple[Float[AnyArray, "V half"], Float[AnyArray, "V half"]]
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values of the same tokens, as projected.
+
+    Attributes:
+      q: Queries.
+      k: Keys.
+      v: Values.
+    """
+
+    q: Float[AnyArray, "B T N D"]
+    k: Float[AnyArray, "B T N D"]
+    v: Float[AnyArray, "B T N D"]
 
 
 @register_configuration

@@ -90,30 +90,50 @@ def _token_of_slot(tiling: Tiling) -> Int[np.ndarray, " slots"]:
     return tokens
 
 
+def join_text(
+    video: tuple[Float[Array, "B V N D"], ...],
+    text: tuple[Float[Array, "B X N D"], ...],
+    tiling: Tiling,
+) -> tuple[Float[Array, "B T N D"], ...]:
+    """Joins arrays of the video with those of the text, which `tiling` says where."""
+    is_first = tiling.start > 0
+    return tuple(
+        jnp.concatenate([x, y] if is_first else [y, x], axis=1)
+        for x, y in zip(text, video, strict=True)
+    )
+
+
 def norm_rope(
     q: Float[Array, "B T N D"],
     k: Float[Array, "B T N D"],
     scales: Scales | None,
+    text_scales: Scales | None,
     rope: Rope | None,
     *,
     visual_tokens: slice,
     norm: QKNorm | None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N D"]]:
     """Norms and rotates q and k; see `pallas_kernels.pooling.norm_rope_pool`."""
-    q_scale, k_scale = scales or (None, None)
     run = functools.partial(
         _norm_rope, rope=rope, visual_tokens=visual_tokens, norm=norm
     )
-    return run(q, q_scale), run(k, k_scale)
+    q_scale, k_scale = scales or (None, None)
+    q_text, k_text = text_scales or (None, None)
+    return run(q, q_scale, q_text), run(k, k_scale, k_text)
 
 
-def _norm_rope(x, scale, *, rope: Rope | None, visual_tokens: slice, norm):
+def _norm_rope(x, scale, text_scale, *, rope: Rope | None, visual_tokens: slice, norm):
     y = x.astype(jnp.float32)
     if norm is not None:
         axes = (-2, -1) if norm.over == "heads" else (-1,)
         mean_square = jnp.square(y).mean(axes, keepdims=True)
-        shape = x.shape[2:] if norm.over == "heads" else x.shape[3:]
+        shape = x.shape[2:] if norm.over == "heads" else (1, *x.shape[3:])
         factor = scale.astype(jnp.float32).reshape(shape)
+        if text_scale is not None:
+            token = np.arange(x.shape[1])[:, None, None]
+            is_visual = (token >= visual_tokens.start) & (token < visual_tokens.stop)
+            of_text = text_scale.astype(jnp.float32).reshape(shape)
+            factor = jnp.where(is_visual, factor, of_text)
         y = y * jax.lax.rsqrt(mean_square + norm.eps) * factor
     if rope is not None:
         y = _rotate_visual(y, rope, visual_tokens)

@@ -12,6 +12,7 @@ from flax import nnx
 import draft_jax
 import pallas_kernels
 from draft_jax import (
+    QKV,
     BlockMask,
     DraftAttention,
     DraftConfig,
@@ -40,6 +41,7 @@ NOT_COMPUTED = frozenset(
         "draft_jax.DraftStep",
         "draft_jax.PooledTokens",
         "draft_jax.QKNorm",
+        "draft_jax.QKV",
         "draft_jax.SparsitySchedule",
         "draft_jax.SparsityWarning",
         "draft_jax.StepKind",
@@ -58,6 +60,7 @@ NOT_COMPUTED = frozenset(
         "pallas_kernels.ranking.all_set",
         "pallas_kernels.ranking.choose_path",
         "pallas_kernels.pooling.QKNorm",
+        "pallas_kernels.pooling.QKV",
         "pallas_kernels.pooling.Reduction",
         "pallas_kernels.pooling.Rope",
         "pallas_kernels.pooling.Scales",
@@ -195,6 +198,35 @@ def prepare(x: Inputs):
         config=CONFIG,
         norm=NORM,
         scales=x.scales,
+        text_scales=x.scales[::-1] if x.grid.text_length else None,
+        rope=x.rope,
+        order=x.order,
+    )
+
+
+def parts(x: Inputs, **changes):
+    """Queries, keys and values of the video, and those of the text.
+
+    A grid without text gets the first tokens of the video as text.
+    """
+    arrays = {"q": x.q, "k": x.k, "v": x.v} | changes
+    text = x.grid.text_tokens if x.grid.text_length else slice(0, 3)
+    return tuple(
+        QKV(*(array[:, tokens] for array in arrays.values()))
+        for tokens in (x.grid.visual_tokens, text)
+    )
+
+
+def prepare_joint(x: Inputs, **changes):
+    video, text = parts(x, **changes)
+    return draft_jax.joint_norm_rope_pool(
+        video,
+        text,
+        grid=dataclasses.replace(x.grid, text_length=text.q.shape[1]),
+        config=CONFIG,
+        norm=NORM,
+        scales=x.scales,
+        text_scales=x.scales[::-1],
         rope=x.rope,
         order=x.order,
     )
@@ -232,6 +264,10 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
         x.grid, CONFIG, batch=BATCH, num_heads=HEADS
     ),
     "draft_jax.norm_rope_pool": prepare,
+    "draft_jax.joint_norm_rope_pool": prepare_joint,
+    "draft_jax.joint_norm_rope_pool gradient": lambda x: gradients(
+        lambda x, **changes: jnp.concatenate(prepare_joint(x, **changes)[:3]), x
+    ),
     "draft_jax.pool_tokens": lambda x: draft_jax.pool_tokens(
         x.visual, x.grid, order=x.order, reduction="max"
     ),
@@ -289,6 +325,9 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     ),
     "pallas_kernels.pooling.norm_rope_pool": lambda x: pooling.norm_rope_pool(
         x.q, x.k, tiling_of(x.grid, x.order), rope=x.rope
+    ),
+    "pallas_kernels.pooling.joint_norm_rope_pool": lambda x: (
+        pooling.joint_norm_rope_pool(*parts(x), tiling_of(x.grid, x.order), rope=x.rope)
     ),
     "pallas_kernels.pooling.reduce_tiles": lambda x: pooling.reduce_tiles(
         x.q, tiling_of(x.grid, x.order)

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from draft_jax import (
+    QKV,
     DraftConfig,
     PooledTokens,
     QKNorm,
@@ -17,6 +19,7 @@ from draft_jax import (
     constant_step,
     draft_scores,
     initial_mask,
+    joint_norm_rope_pool,
     kept_pairs_budget,
     norm_rope_pool,
     scheduled_attention,
@@ -79,6 +82,97 @@ def test_xla_path_matches_loops(grid, name, dtype):
         means = naive_draft.pool(visual, grid)
         np.testing.assert_allclose(mean, means, **tolerances.POOLED)
         np.testing.assert_array_equal(largest, naive_draft.pool(visual, grid, np.max))
+
+
+def loops(x, grid, norm, scale, text_scale, rope):
+    """Norm and rotation by loops, the text's tokens with their own factors."""
+    x = np.asarray(x, np.float64)
+    run = functools.partial(
+        naive_norm_rope.norm_rope,
+        x,
+        over=None if norm is None else norm.over,
+        eps=0.0 if norm is None else norm.eps,
+        cos=rope[0],
+        sin=rope[1],
+        visual=grid.visual_tokens,
+    )
+    out, text = run(scale=scale), grid.text_tokens
+    out[:, text] = run(scale=text_scale)[:, text]
+    return out
+
+
+def segments(grid, norm, seed=0):
+    """Joint q, k and v, the two parts, and factors of the channels of both."""
+    q, k, options = random_case(grid, norm, seed=seed)
+    v = random_case(grid, norm, seed=seed + 100)[0]
+    text_scales = random_case(grid, norm, seed=seed + 200)[2]["scales"]
+    video, text = (
+        QKV(*(x[:, tokens] for x in (q, k, v)))
+        for tokens in (grid.visual_tokens, grid.text_tokens)
+    )
+    return (q, k, v), (video, text), {**options, "text_scales": text_scales}
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("grid", [GRID, BEFORE], ids=["after", "before"])
+def test_segments_match_loops(grid, name):
+    """Video and text in one array and apart, with their own factors."""
+    norm = NORMS[name]
+    joint, parts, options = segments(grid, norm)
+    own = (options["scales"] or (None,) * 2, options["text_scales"] or (None,) * 2)
+    expected = [
+        loops(x, grid, norm, scale, text_scale, options["rope"])
+        for x, scale, text_scale in zip(joint[:2], *own, strict=True)
+    ]
+    *got, v, pooled = joint_norm_rope_pool(*parts, grid=grid, config=CONFIG, **options)
+    np.testing.assert_array_equal(v, joint[2])
+    *of_one_array, same_pooled = norm_rope_pool(
+        *joint[:2], grid=grid, config=CONFIG, **options
+    )
+    for a, b, want in zip(got, of_one_array, expected, strict=True):
+        np.testing.assert_allclose(a, want, **tolerances.NORM_ROPE["float32"])
+        np.testing.assert_allclose(b, want, **tolerances.NORM_ROPE["float32"])
+    for one in (pooled, same_pooled):
+        means = naive_draft.pool(expected[0][:, grid.visual_tokens], grid)
+        np.testing.assert_allclose(one.q_mean, means, **tolerances.POOLED)
+
+
+@pytest.mark.parametrize("grid", [GRID, BEFORE], ids=["after", "before"])
+def test_text_takes_the_scales_of_the_video_where_it_has_none(grid):
+    joint, parts, options = segments(grid, NORMS["head"])
+    options["text_scales"] = None
+    expected = loops(
+        joint[1], grid, NORMS["head"], *(options["scales"][1],) * 2, options["rope"]
+    )
+    _, k, _, pooled = joint_norm_rope_pool(*parts, grid=grid, config=None, **options)
+    np.testing.assert_allclose(k, expected, **tolerances.NORM_ROPE["float32"])
+    assert pooled is None
+
+
+def test_gradients_of_the_parts():
+    """That of v is a slice; the others are checked against differences."""
+    _, (video, text), options = segments(GRID, NORMS["head"])
+    weights = random_case(GRID, None, seed=7)[0]
+
+    def loss(video, text):
+        q, k, v, _ = joint_norm_rope_pool(
+            video, text, grid=GRID, config=CONFIG, **options
+        )
+        return ((q + 2 * k + 3 * v) * weights).sum()
+
+    got = jax.grad(loss, (0, 1))(video, text)
+    for part, tokens in zip(got, (GRID.visual_tokens, GRID.text_tokens), strict=True):
+        np.testing.assert_allclose(part.v, 3 * weights[:, tokens], rtol=1e-6)
+    check_grads(loss, (video, text), order=1, modes=("rev",), rtol=2e-2, atol=2e-2)
+
+
+def test_parts_under_vmap():
+    _, (video, text), options = segments(GRID, NORMS["heads"])
+    run = functools.partial(joint_norm_rope_pool, grid=GRID, config=CONFIG, **options)
+    mapped = jax.vmap(run)(*jax.tree.map(lambda x: x[:, None], (video, text)))
+    pairs = zip(jax.tree.leaves(mapped), jax.tree.leaves(run(video, text)), strict=True)
+    for a, b in pairs:
+        np.testing.assert_allclose(a[:, 0], b, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", ["raster", "tiled"])
@@ -150,11 +244,17 @@ def test_bad_pooled_values_are_named():
         compute_mask(q, k, grid=GRID, config=DraftConfig(), pooled=short)
 
 
+@pytest.mark.usefixtures("without_jaxtyping")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"scales": None}, "scales are None; give both or neither"),
         ({"norm": None}, "norm=None, but scales are given"),
+        ({"norm": None, "scales": None, "text_scales": ()}, "text_scales are given"),
+        (
+            {"text_scales": (jnp.ones(64),) * 2},
+            r"the text scale of q has shape \(64,\)",
+        ),
         ({"norm": QKNorm(over="head")}, r"scale of q has shape \(256,\).*\(64,\)"),
         (
             {"rope": (jnp.zeros((33, 32)),) * 2},
@@ -162,7 +262,15 @@ def test_bad_pooled_values_are_named():
         ),
         ({"grid": BEFORE}, r"q has shape \(2, 33, 4, 64\), 33 tokens; "),
     ],
-    ids=["no-scales", "no-norm", "scale-shape", "rope-shape", "grid"],
+    ids=[
+        "no-scales",
+        "no-norm",
+        "only-text",
+        "text-shape",
+        "scale-shape",
+        "rope-shape",
+        "grid",
+    ],
 )
 def test_bad_inputs_are_named(changes, message):
     q, k, options = random_case(GRID, NORMS["heads"])
@@ -174,3 +282,73 @@ def test_q_and_k_must_agree():
     q, k, options = random_case(GRID, NORMS["none"])
     with pytest.raises(TypeError, match="k has dtype bfloat16; it must equal q's"):
         norm_rope_pool(q, k.astype("bfloat16"), grid=GRID, config=None, **options)
+
+
+def test_scales_of_text_need_text():
+    grid = dataclasses.replace(GRID, text_length=0)
+    q, k, options = random_case(grid, NORMS["head"])
+    with pytest.raises(ValueError, match=r"text_scales were given, but .* has no text"):
+        norm_rope_pool(
+            q, k, grid=grid, config=None, text_scales=options["scales"], **options
+        )
+
+
+def changed(part, **arrays):
+    return part._replace(
+        **{name: change(getattr(part, name)) for name, change in arrays.items()}
+    )
+
+
+@pytest.mark.usefixtures("without_jaxtyping")
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda video, text: (changed(video, v=lambda v: v[:, 1:]), text),
+            ValueError,
+            r"video\.v has shape \(2, 29, 4, 64\); it must equal video\.q's shape",
+        ),
+        (
+            lambda video, text: (video, changed(text, k=lambda k: k[0])),
+            ValueError,
+            r"text\.k has shape \(3, 4, 64\); expected \[batch, tokens",
+        ),
+        (
+            lambda video, text: (text, video),
+            ValueError,
+            r"video\.q has shape \(2, 3, 4, 64\); .* need \(2, 30, 4, 64\)",
+        ),
+        (
+            lambda video, text: (video, QKV(*(x[:1] for x in text))),
+            ValueError,
+            r"text\.q has shape \(1, 3, 4, 64\); .* need \(2, 3, 4, 64\)",
+        ),
+        (
+            lambda video, text: (video, QKV(*(x.astype("bfloat16") for x in text))),
+            TypeError,
+            r"text\.q has dtype bfloat16; it must equal video\.q's dtype float32",
+        ),
+        (
+            lambda video, text: (video, changed(text, v=lambda v: v.astype("int32"))),
+            TypeError,
+            r"text\.v has dtype int32; accepted are float32",
+        ),
+        (
+            lambda video, text: (tuple(video), text),
+            TypeError,
+            r"video is tuple; expected QKV\(q, k, v\)",
+        ),
+    ],
+    ids=["v", "no-batch", "swapped", "batch", "dtypes", "integers", "tuple"],
+)
+def test_bad_parts_are_named(change, error, message):
+    _, parts, options = segments(GRID, NORMS["heads"])
+    with pytest.raises(error, match=message):
+        joint_norm_rope_pool(*change(*parts), grid=GRID, config=None, **options)
+
+
+def test_parts_need_a_grid_with_text():
+    _, parts, options = segments(GRID, NORMS["heads"])
+    grid = dataclasses.replace(GRID, text_length=0)
+    with pytest.raises(ValueError, match=r"text was given, but .*give the grid its"):
+        joint_norm_rope_pool(*parts, grid=grid, config=None, **options)
