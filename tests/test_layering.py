@@ -44,7 +44,12 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "models.files": (),
     "models.checkpoints": ("models.files",),
     "models.media": ("models.files",),
-    "models.diffusion": ("models.media", "models.checkpoints", *LIBRARY),
+    "models.diffusion": (
+        "models.media",
+        "models.checkpoints",
+        "models.files",
+        *LIBRARY,
+    ),
     "models.umt5": (*MODEL_BASE, *LIBRARY),
     "models.clip": (*MODEL_BASE, *LIBRARY),
     "models.mini": ("models.wan", *MODEL_BASE, *LIBRARY),

@@ -95,6 +95,6 @@ def _is_for_users(error: Exception) -> bool:
         return True
     import jax
 
-    from models.umt5.embeddings import UnknownPromptError
+    from models.diffusion.embeddings import UnknownPromptError
 
     return isinstance(error, UnknownPromptError | jax.errors.JaxRuntimeError)

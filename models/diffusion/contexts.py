@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from models.diffusion.interfaces import TextContext
@@ -26,7 +27,8 @@ def join_contexts(positive: TextContext, negative: TextContext) -> TextContext:
     """Returns the rows of the prompts, then those of their negative prompts.
 
     Raises:
-      ValueError: There is neither one negative item nor one for each prompt.
+      ValueError: There is neither one negative item nor one for each prompt, or one
+        side alone has pooled vectors.
     """
     batch, rows = len(positive.lengths), len(negative.lengths)
     if rows not in (1, batch):
@@ -34,9 +36,15 @@ def join_contexts(positive: TextContext, negative: TextContext) -> TextContext:
             f"negative_context has {rows} items; expected 1 or {batch}, one for "
             "each prompt"
         )
-    return TextContext(
-        *(
-            jnp.concatenate([one, jnp.repeat(other, batch // rows, axis=0)])
-            for one, other in zip(positive, negative, strict=True)
-        )
+    if (positive.pooled is None) != (negative.pooled is None):
+        side, other = "prompts", "negative_context"
+        if positive.pooled is None:
+            side, other = other, side
+        raise ValueError(f"{side} has pooled vectors and {other} has none")
+    return jax.tree.map(
+        lambda one, other: jnp.concatenate(
+            [one, jnp.repeat(other, batch // rows, axis=0)]
+        ),
+        positive,
+        negative,
     )

@@ -25,10 +25,11 @@ Images = (
 
 @register_named_tuple
 class TextContext(NamedTuple):
-    """Rows that cross-attention sees of some prompts, as a text encoder makes them."""
+    """Rows that attention sees of some prompts, as a text encoder makes them."""
 
     embeddings: Float[Array, "B L text_dim"]  # padding included
     lengths: Int[Array, " B"]  # how many rows are real
+    pooled: Float[Array, "B pooled_dim"] | None = None  # a vector of each prompt
 
 
 @register_named_tuple
@@ -44,12 +45,10 @@ class ImageCondition(NamedTuple):
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """Turns prompts into the context of cross-attention."""
+    """Turns prompts into what a transformer sees of them."""
 
-    def encode(
-        self, prompts: Sequence[str]
-    ) -> tuple[Float[Array, "B L text_dim"], Int[Array, " B"]]:
-        """Returns context rows, padding included, and how many of them are real."""
+    def encode(self, prompts: Sequence[str]) -> TextContext:
+        """Returns the context of the prompts."""
 
 
 @runtime_checkable

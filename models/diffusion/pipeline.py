@@ -338,7 +338,7 @@ class VideoPipeline:
                 f"this pipeline has no text encoder for {prompts=}: pass a "
                 "TextContext, and with guidance a negative_context too"
             )
-        return TextContext(*self.text_encoder.encode(prompts))
+        return self.text_encoder.encode(prompts)
 
     def _warn_of_unknown_words(self, prompts: list[str]) -> None:
         encoder = self.text_encoder

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
 from models.checkpoints.conversion import ConversionError
 from models.checkpoints.files import find_visible
 from models.checkpoints.safetensors_io import CheckpointError
+from models.diffusion.interfaces import TextContext
 from models.mini.codec import PATCH_NUMBERS, LinearCodec
 from models.mini.text import TextEmbedding, Vocabulary
 from models.wan.config import WanConfig
@@ -51,13 +51,11 @@ class MiniTextEncoder:
     vocabulary: Vocabulary
     embedding: TextEmbedding
 
-    def encode(
-        self, prompts: Sequence[str]
-    ) -> tuple[Float[Array, "B L E"], Int[Array, " B"]]:
-        """Returns the context of the prompts, and how many of its rows are words."""
+    def encode(self, prompts: Sequence[str]) -> TextContext:
+        """Returns the context of the prompts; its real rows are those of words."""
         ids, counts, _ = self.vocabulary.encode(prompts)
         lengths = jnp.asarray(counts)
-        return self.embedding(jnp.asarray(ids), lengths), lengths
+        return TextContext(self.embedding(jnp.asarray(ids), lengths), lengths)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Returns the words of the prompt that training did not contain.

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.diffusion.dtypes import default_dtype
+from models.diffusion.embeddings import PromptEmbedding, pad_embeddings
+from models.diffusion.interfaces import TextContext
+from models.diffusion.prompt_text import check_prompts
 from models.umt5.config import TEXT_LENGTH, UMT5Config
 from models.umt5.convert import load_umt5_encoder
 from models.umt5.encoder import UMT5Encoder
-from models.umt5.tokenizer import UMT5Tokenizer, check_prompts
+from models.umt5.tokenizer import UMT5Tokenizer
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,10 +86,8 @@ class UMT5TextEncoder:
         model = load_umt5_encoder(weights, config, device=device)
         return cls(model=model, tokenizer=parts)
 
-    def encode(
-        self, prompts: Sequence[str]
-    ) -> tuple[Float[Array, "B L E"], Int[Array, " B"]]:
-        """Returns the context of the prompts, and how many of its rows are tokens.
+    def encode(self, prompts: Sequence[str]) -> TextContext:
+        """Returns the context of the prompts.
 
         Args:
           prompts: At least one; equal ones are computed once. Each runs by itself,
@@ -102,10 +102,10 @@ class UMT5TextEncoder:
           TypeError: `prompts` is a string, not a sequence of them.
           ValueError: There is no prompt.
         """
-        rows = self.embed(prompts)
-        return pad_rows([rows[prompt] for prompt in prompts], self.tokenizer.max_length)
+        made = self.embed(prompts)
+        return pad_embeddings([made[p] for p in prompts], self.tokenizer.max_length)
 
-    def embed(self, prompts: Sequence[str]) -> dict[str, Float[np.ndarray, "_ E"]]:
+    def embed(self, prompts: Sequence[str]) -> dict[str, PromptEmbedding]:
         """Returns the vectors of each prompt's tokens, by prompt, in host memory.
 
         Takes and raises what `encode` does.
@@ -117,20 +117,20 @@ class UMT5TextEncoder:
         if any(leaf.is_deleted() for leaf in leaves):
             raise RuntimeError("the text encoder was freed; load it again")
         _LOG.info("encoding the text")
-        rows = {}
+        made = {}
         # Weights that are not bound to a device would else be moved to the default.
         with jax.default_device(min(leaves[0].devices(), key=lambda d: d.id)):
             for prompt, tokens, length in zip(prompts, ids, lengths, strict=True):
                 size = _padded_length(int(length), self.tokenizer.max_length)
                 output = _run(self.model, tokens[None, :size], length[None])
-                rows[prompt] = np.asarray(output)[0, :length]
-        for prompt, vectors in rows.items():
-            if not np.isfinite(vectors).all():
+                made[prompt] = PromptEmbedding(np.asarray(output)[0, :length])
+        for prompt, embedding in made.items():
+            if not np.isfinite(embedding.tokens).all():
                 raise FloatingPointError(
                     f"the context of {prompt!r} is not finite: check the text "
                     "encoder's weights, which may be damaged"
                 )
-        return rows
+        return made
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Returns no words: a subword tokenizer writes any word in pieces it knows."""
@@ -144,38 +144,6 @@ class UMT5TextEncoder:
         """Deletes the weights from the device, whoever else holds them."""
         for leaf in jax.tree.leaves(nnx.state(self.model)):
             leaf.delete()
-
-
-def pad_rows(
-    rows: Sequence[Float[np.ndarray, "_ E"]], length: int
-) -> tuple[Float[Array, "B L E"], Int[Array, " B"]]:
-    """Puts the token vectors of prompts together as the context of a batch.
-
-    Args:
-      rows: At least one; at most `length` vectors each, of equal width.
-      length: Context rows, L.
-
-    Returns:
-      Context in float32, zero past the end of a prompt; lengths in int32. Both are
-      on the default device.
-
-    Raises:
-      ValueError: There is no prompt, or a prompt is too long or of another width.
-    """
-    shapes = [row.shape for row in rows]
-    widths = {shape[-1] for shape in shapes}
-    if len(widths) != 1 or any(
-        len(shape) != 2 or not 1 <= shape[0] <= length for shape in shapes
-    ):
-        raise ValueError(
-            f"token vectors have the shapes {shapes}; expected at least one prompt, "
-            f"1 to {length} vectors each, all of one width"
-        )
-    context = np.zeros((len(rows), length, *widths), np.float32)
-    for item, row in zip(context, rows, strict=True):
-        item[: len(row)] = row
-    lengths = np.array([len(row) for row in rows], np.int32)
-    return jnp.asarray(context), jnp.asarray(lengths)
 
 
 @nnx.jit

@@ -19,6 +19,7 @@ from jaxtyping import Int
 
 from models.checkpoints.hub import INSTALL_WAN_EXTRA
 from models.checkpoints.safetensors_io import CheckpointError
+from models.diffusion.prompt_text import check_prompts
 from models.umt5.config import TEXT_LENGTH
 
 FILE = "tokenizer.json"
@@ -112,19 +113,6 @@ class UMT5Tokenizer:
             ids[row, : len(tokens)] = tokens
             lengths[row] = len(tokens)
         return ids, lengths
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Raises for a single string, which is a sequence of strings too.
-
-    Raises:
-      TypeError: `prompts` is a string.
-      ValueError: There is no prompt.
-    """
-    if isinstance(prompts, str):
-        raise TypeError(f"{prompts=} must be a sequence of strings")
-    if not prompts:
-        raise ValueError(f"{prompts=} must hold at least one prompt")
 
 
 def check_text_packages(*, tokenizer: bool) -> None:

@@ -10,14 +10,14 @@ import jax
 from models.checkpoints.memory_map import CheckpointError
 from models.checkpoints.scaled import FLOAT8
 from models.diffusion.dtypes import default_dtype
-from models.diffusion.interfaces import TextEncoder
-from models.umt5.config import UMT5Config
-from models.umt5.embeddings import (
+from models.diffusion.embeddings import (
     CachedTextEncoder,
     EmbeddingCache,
     GivenTextEncoder,
-    encoder_identity,
 )
+from models.diffusion.interfaces import TextEncoder
+from models.umt5.config import UMT5Config
+from models.umt5.embeddings import umt5_cache
 from models.umt5.text_encoder import UMT5TextEncoder
 from models.umt5.tokenizer import UMT5Tokenizer
 from models.wan.checkpoint import WanParts
@@ -107,12 +107,12 @@ def load_text_encoder(wan: WanParts, options: TextOptions) -> TextEncoder | None
 
 def _cache(wan: WanParts, folder: Path, config: UMT5Config) -> EmbeddingCache:
     assert wan.tokenizer is not None
-    identity = encoder_identity(
+    return umt5_cache(
+        folder,
         config,
         UMT5Tokenizer(wan.tokenizer, max_length=wan.config.text_length),
         wan.sources["text_encoder"].files,
     )
-    return EmbeddingCache(folder=folder, identity=identity)
 
 
 def _text_config(wan: WanParts, device: jax.Device | None) -> UMT5Config:

@@ -9,9 +9,9 @@ from PIL import Image
 from models.cli import generate, main, options
 from models.cli import model as cli_model
 from models.cli.parser import build_parser
+from models.diffusion.embeddings import GivenTextEncoder, PromptEmbedding
 from models.diffusion.pipeline import VideoPipeline
 from models.media import video as video_io
-from models.umt5.embeddings import GivenTextEncoder
 from models.umt5.text_encoder import UMT5TextEncoder
 from models.wan.checkpoint import WanParts
 from models.wan.vae.tiling import Tiling
@@ -90,8 +90,8 @@ def test_text_options_are_passed_on(tmp_path, monkeypatch):
 
 def test_prompts_that_a_file_of_embeddings_lacks_are_named(tmp_path, capsys):
     file = tmp_path / "prompts.safetensors"
-    rows = {"a dog": np.zeros((2, 16), np.float32)}
-    GivenTextEncoder(embeddings=rows, text_length=512).save(file)
+    made = {"a dog": PromptEmbedding(np.zeros((2, 16), np.float32))}
+    GivenTextEncoder(embeddings=made, text_length=512).save(file)
     chosen = ("--embeddings", file, "--guidance", "1")
     assert run(TEXT_TO_VIDEO, tmp_path / "out", *chosen) == 2
     error = capsys.readouterr().err

@@ -90,9 +90,10 @@ def test_shards_and_diffusers_keys(written):
 
 def test_text_encoder(checkpoint):
     encoder = MiniTextEncoder(checkpoint.vocabulary, checkpoint.text_embedding)
-    context, lengths = encoder.encode(["a red ball", "", "a dragon"])
-    assert context.shape == (3, 8, 16)
-    np.testing.assert_array_equal(lengths, [3, 0, 2])
+    context = encoder.encode(["a red ball", "", "a dragon"])
+    assert context.embeddings.shape == (3, 8, 16)
+    np.testing.assert_array_equal(context.lengths, [3, 0, 2])
+    assert context.pooled is None
     for prompt, unknown in (
         ("a red dragon", ["dragon"]),
         ("a red 球 🎈 мяч", ["球", "🎈", "мяч"]),
