@@ -1,9 +1,9 @@
 """Compiles Hopper kernels to machine code on a machine without a GPU.
 
-    pip install --no-deps --target cuda jax-cuda13-plugin==J jax-cuda13-pjrt==J \
-        nvidia-cuda-nvcc     # J: the version of the installed jax
     PYTHONPATH=cuda PATH=cuda/nvidia/cu13/bin:$PATH \
         python -m benchmarks.attention.compile_hopper
+
+`benchmarks.common.hopper_target` says what belongs in the folder `cuda`.
 
 Prints what ptxas reports of each program: registers, spills, and warnings such as
 wgmma instructions that had to be serialised. PTX is left in --output; with nvdisasm on
@@ -15,46 +15,7 @@ import os
 import pathlib
 import tempfile
 
-# Read when jax or the plugin loads.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-
-DESCRIPTION = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84941864960
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-
-def h100_sharding():
-    """Returns the sharding of arrays of a program that is compiled for one H100."""
-    import jax
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=DESCRIPTION, topology="1x1x1"
-    )
-    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+from benchmarks.common.hopper_target import h100_sharding, leave_gpus_alone
 
 
 def compile_variant(shape, options, sharding, order) -> None:
@@ -140,6 +101,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=pathlib.Path, help="folder for PTX")
     arguments = parser.parse_args()
+    leave_gpus_alone()
     folder = arguments.output or pathlib.Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.update(  # read when Mosaic compiles

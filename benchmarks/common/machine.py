@@ -5,6 +5,7 @@ import pathlib
 import re
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from benchmarks.common.gpu_state import GpuState
 
 GB = 1e9
 MATMUL_SECONDS = 1.0
+
+MatmulShape = tuple[int, int, int]  # rows, inner size, columns
 
 
 def device_memory() -> dict[str, float]:
@@ -31,6 +34,17 @@ def host_peak_bytes(*, reset: bool = False) -> int:
             pathlib.Path("/proc/self/clear_refs").write_text("5")
     status = pathlib.Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
+
+
+def matmul_rates(shapes: Mapping[str, MatmulShape]) -> dict[str, Any]:
+    """Rates of bfloat16 products by name: these, and a large square one.
+
+    Args:
+      shapes: A model's own products.
+    """
+    side = 8192 if jax.default_backend() == "gpu" else 64
+    shapes = {"square": (side, side, side), **shapes}
+    return {name: matmul_rate(*shape) for name, shape in shapes.items()}
 
 
 def matmul_rate(rows: int, inner: int, columns: int) -> dict[str, Any]:

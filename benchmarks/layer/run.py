@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.common.inputs import random_inputs
+from benchmarks.common.moves import token_sized_moves
 from benchmarks.common.options import add_output, add_turns, make_parser
 from benchmarks.common.records import environment, write_json
 from benchmarks.common.shapes import Shape
@@ -45,7 +46,6 @@ from benchmarks.layer.account import (
     attention_account,
     groups,
     kernel_times,
-    token_sized_moves,
 )
 from benchmarks.layer.plot import plot
 from benchmarks.layer.stages import (

@@ -1,14 +1,10 @@
 """The parts of the Wan benchmark that no GPU is needed for."""
 
-import argparse
-
 import jax
 import numpy as np
-import pytest
 from flax import nnx
 
 from benchmarks.wan import account as wan_account
-from benchmarks.wan import run as wan
 from benchmarks.wan import weights as wan_weights
 from models.checkpoints.safetensors_io import load_safetensors
 from models.wan.checkpoint import open_wan_parts
@@ -64,45 +60,3 @@ def test_arithmetic_of_a_case_by_hand():
         "patches, head and text": 2 * 10 * 4 * (3 + 2) * 12
         + 2 * 5 * (8 * 12 + 12 * 12),
     }
-
-
-BLOCK = [
-    ("nvjet_hsh_256x128", 7.0, "matmul"),
-    ("loop_dynamic_slice_fusion_3", 0.1, "weights of a layer"),
-    ("fusion_84", 0.9, "fusion"),
-    ("norm_rope_pool_sm90_mosaic_gpu_kernel", 1.4, "norm and rotation"),
-    ("sm80_xmma_gemm_f32f32_f32f32", 0.2, "matmul"),
-    ("count_digits_sm90_mosaic_gpu_kernel", 0.05, "draft"),
-    ("write_lists_sm90_mosaic_gpu_kernel", 0.03, "draft"),
-    ("partition_lists_sm90_mosaic_gpu_kernel", 0.02, "self-attention"),
-    ("block_sparse_attention_sm90_mosaic_gpu_kernel", 30.0, "self-attention"),
-    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", 1.5, "cross-attention"),
-    ("input_reduce_fusion_8", 0.01, "reduction"),
-    ("sort_3_1", 0.01, "other"),
-]
-
-
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, _, kind in BLOCK])
-def test_kernels_have_classes(name, kind):
-    assert wan_account.classify(name) == kind
-
-
-def test_account_of_six_blocks():
-    launches = [(name, ms) for name, ms, _ in BLOCK] * 6
-    account = wan_account.account(launches, num_blocks=6)
-    np.testing.assert_allclose(account["by_class_ms"]["self-attention"], 6 * 30.02)
-    np.testing.assert_allclose(account["ms_per_block"]["draft"], 0.08)
-    assert account["costliest"][0]["launches"] == 6
-    assert account["costliest"][0]["kernel"].endswith(BLOCK[8][0])
-
-
-@pytest.mark.parametrize("name", ["1.0", "dense+layer0", "0.9+new", ""])
-def test_unknown_mode(name):
-    with pytest.raises(argparse.ArgumentTypeError, match="must be 'dense', or a"):
-        wan.Mode.parse(name)
-
-
-def test_modes():
-    assert wan.Mode.parse("dense") == wan.Mode("dense", None, False, False)
-    mode = wan.Mode.parse("0.9+layer0+reuse")
-    assert mode == wan.Mode("0.9+layer0+reuse", 0.9, True, True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.layer.account import token_sized_moves
+from benchmarks.common.moves import token_sized_moves
 
 PROGRAM = """
   %x.1 = bf16[4,8]{1,0} parameter(0)
