@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from models.diffusion.interfaces import TextContext
 from models.diffusion.prompt_text import check_text
@@ -41,6 +42,10 @@ def join_contexts(positive: TextContext, negative: TextContext) -> TextContext:
         if positive.pooled is None:
             side, other = other, side
         raise ValueError(f"{side} has pooled vectors and {other} has none")
+    if (positive.mask is None) != (negative.mask is None):
+        positive, negative = (
+            side._replace(mask=context_mask(side)) for side in (positive, negative)
+        )
     return jax.tree.map(
         lambda one, other: jnp.concatenate(
             [one, jnp.repeat(other, batch // rows, axis=0)]
@@ -48,3 +53,10 @@ def join_contexts(positive: TextContext, negative: TextContext) -> TextContext:
         positive,
         negative,
     )
+
+
+def context_mask(context: TextContext) -> Bool[Array, "B L"]:
+    """Returns the rows that a token refiner sees: `mask`, or the first `lengths`."""
+    if context.mask is not None:
+        return context.mask
+    return jnp.arange(context.embeddings.shape[1]) < context.lengths[:, None]

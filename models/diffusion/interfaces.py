@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from draft_jax import AttentionPlan, BlockMask, DraftStep, VideoGrid
 from draft_jax.pytree import register_named_tuple
@@ -30,6 +30,9 @@ class TextContext(NamedTuple):
     embeddings: Float[Array, "B L text_dim"]  # padding included
     lengths: Int[Array, " B"]  # how many rows are real
     pooled: Float[Array, "B pooled_dim"] | None = None  # a vector of each prompt
+    # Rows that a token refiner sees, as many as are real; None for the first ones.
+    # HunyuanCustom's are the text's and then, after padding, the image's.
+    mask: Bool[Array, "B L"] | None = None
 
 
 @register_named_tuple
