@@ -16,7 +16,8 @@ Launch = tuple[str, float]  # name of a kernel and its milliseconds
 WEIGHTS = "weights of a layer"  # copied out of the stack
 # The first class that fits counts.
 CLASSES = (
-    ("self-attention", re.compile("block_sparse_attention|partition_lists")),
+    ("self-attention", re.compile("block_sparse_attention")),
+    ("order of work", re.compile("partition_lists")),
     (
         "draft",
         re.compile("count_digits|pack_rows|select_in_rows|write_lists|pool_tiles"),
@@ -30,6 +31,8 @@ CLASSES = (
     ("reduction", re.compile("reduce|softmax|norm", re.I)),
     ("fusion", re.compile("fusion|loop|wrapped|broadcast|convert", re.I)),
 )
+
+ATTENTION = ("self-attention", "order of work", "draft")  # with what goes before it
 
 
 @dataclasses.dataclass(frozen=True)

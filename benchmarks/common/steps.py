@@ -254,7 +254,7 @@ def profile_step(steps: Steps, timed: Record) -> Record:
     profile = kernel_account.account(launches, num_blocks=num_blocks)
     profile["step_ms"] = report.time_ms
     by_class = profile["by_class_ms"]
-    attention = by_class.get("self-attention", 0.0) + by_class.get("draft", 0.0)
+    attention = sum(by_class.get(kind, 0.0) for kind in kernel_account.ATTENTION)
     parts = {k: problem.calls * part for k, part in problem.flops_outside.items()}
     flops, outside = sum(parts.values()), timed["median_ms"] - attention
     return {
