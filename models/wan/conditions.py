@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from models.diffusion.images import as_images
 from models.diffusion.interfaces import (
     Codec,
     ImageCondition,
@@ -17,7 +18,7 @@ from models.diffusion.interfaces import (
 from models.diffusion.sampling import Sampling
 from models.wan import sizes
 from models.wan.config import WanConfig
-from models.wan.image import as_images, condition_latents, fit_images
+from models.wan.image import condition_latents, fit_images
 
 
 @dataclasses.dataclass(frozen=True)

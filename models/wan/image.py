@@ -1,14 +1,10 @@
 """First frames: fitted to the video, and as the latent channels a model is told."""
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from models.diffusion.interfaces import Codec
 from models.media.resize import resize_bicubic
-
-# Overshoot of an earlier resize is no reason to refuse an image.
-_MOST = 1.5
 
 
 def condition_latents(
@@ -40,32 +36,6 @@ def condition_latents(
     latents = codec.encode(jnp.pad(images.astype(jnp.float32)[:, None], rest))
     mask = jnp.zeros((batch, *shape[:3], codec.stride[0])).at[:, 0].set(1.0)
     return jnp.concatenate([mask, latents.astype(jnp.float32)], axis=-1)
-
-
-def as_images(
-    images: Float[Array | np.ndarray, "..."],
-) -> Float[Array, "B height width 3"]:
-    """Returns a batch in float32 of one or more first frames.
-
-    Raises:
-      ValueError: They are not colour images, or not in [-1, 1].
-    """
-    given = jnp.asarray(images)
-    if not jnp.issubdtype(given.dtype, jnp.floating):
-        raise ValueError(
-            f"image has dtype {given.dtype}; expected floating-point numbers in [-1, 1]"
-        )
-    batch = given.astype(jnp.float32)
-    batch = batch[None] if batch.ndim == 3 else batch
-    if batch.ndim != 4 or batch.shape[-1] != 3 or 0 in batch.shape:
-        raise ValueError(
-            f"image has shape {given.shape}; expected [height, width, 3] or [batch, "
-            "height, width, 3], none of them 0"
-        )
-    most = float(jnp.abs(batch).max())
-    if not most <= _MOST:
-        raise ValueError(f"image has values up to {most:g}; expected [-1, 1]")
-    return batch
 
 
 def kept_part(

@@ -105,6 +105,11 @@ def num_kept(num_pairs, sparsity):
     return num_pairs - num_dropped(num_pairs, sparsity) + 1
 
 
+def exact_sparsity(num_pairs, sparsity):
+    """The share to skip that keeps `num_kept` pairs where a share is rounded down."""
+    return 1 - (num_kept(num_pairs, sparsity) - 0.5) / num_pairs
+
+
 def keep_above_threshold(scores, sparsity):
     """[N, S, S] -> bool: every score as large as the largest one to drop."""
     kept = np.zeros_like(scores, bool)
@@ -132,6 +137,16 @@ def block_masks(q, k, sizes, sparsity):
             for n, i, j in np.ndindex(kept.shape):
                 masks[segment, n, i, j] = kept[n, i, j]
     return masks, np.stack(maps)
+
+
+def best_of_empty_rows(masks, maps):
+    """The best pair of each row of visual tiles that has none; see differences.md."""
+    num_tiles = maps.shape[-1]
+    best = np.zeros_like(masks)
+    for b, n, row in np.ndindex(maps.shape[:3]):
+        if not masks[b, n, row, :num_tiles].any():
+            best[b, n, row, np.argmax(maps[b, n, row])] = True
+    return best
 
 
 def attention(q, k, v, masks, sizes, valid):

@@ -59,8 +59,7 @@ def qkv_of_similar_tiles(sizes, batch, seed=0):
 def config_of(sizes):
     """A config that keeps as many pairs as the published code does at `SPARSITY`."""
     num_pairs = grid_of(sizes).num_visual_blocks ** 2
-    kept = published.num_kept(num_pairs, SPARSITY)
-    return DraftConfig(sparsity=1 - (kept - 0.5) / num_pairs)
+    return DraftConfig(sparsity=published.exact_sparsity(num_pairs, SPARSITY))
 
 
 def mask_of(q, k, sizes, config):
@@ -68,22 +67,12 @@ def mask_of(q, k, sizes, config):
     return np.asarray(mask.to_dense())
 
 
-def best_of_empty_rows(masks, maps):
-    """The pair that each row of visual tiles keeps here if it has no other."""
-    num_tiles = maps.shape[-1]
-    best = np.zeros_like(masks)
-    for b, n, row in np.ndindex(maps.shape[:3]):
-        if not masks[b, n, row, :num_tiles].any():
-            best[b, n, row, np.argmax(maps[b, n, row])] = True
-    return best
-
-
 @pytest.mark.parametrize(("sizes", "valid"), CASES)
 def test_masks_are_those_of_the_published_code(sizes, valid):
     q, k, _ = qkv_of_similar_tiles(sizes, len(valid))
     masks, maps = published.block_masks(q, k, sizes, SPARSITY)
     first_segments = masks[::2]
-    assert not best_of_empty_rows(first_segments, maps).any()
+    assert not published.best_of_empty_rows(first_segments, maps).any()
     np.testing.assert_array_equal(
         mask_of(q, k, sizes, config_of(sizes)), first_segments
     )
@@ -94,7 +83,7 @@ def test_empty_rows_keep_their_best_tile(sizes, valid):
     """The published code leaves them the text alone; see docs/differences.md."""
     q, k, _ = random_qkv(sizes, len(valid))
     masks, maps = published.block_masks(q, k, sizes, SPARSITY)
-    best = best_of_empty_rows(masks[::2], maps)
+    best = published.best_of_empty_rows(masks[::2], maps)
     assert best.any()
     np.testing.assert_array_equal(
         mask_of(q, k, sizes, config_of(sizes)), masks[::2] | best
@@ -110,7 +99,7 @@ def test_the_same_sparsity_keeps_all_but_the_weakest_pair(sizes, valid):
         kept = masks[2 * b, n, :num_tiles, :num_tiles]
         weakest = np.argmin(np.where(kept, maps[b, n], np.inf))
         expected[b, n][np.unravel_index(weakest, kept.shape)] = False
-    expected |= best_of_empty_rows(expected, maps)
+    expected |= published.best_of_empty_rows(expected, maps)
     got = mask_of(q, k, sizes, DraftConfig(sparsity=SPARSITY))
     np.testing.assert_array_equal(got, expected)
 

@@ -142,7 +142,8 @@ def test_run_follows_the_flow_equation(pipeline, result):
             WanInputs(
                 jnp.concatenate([latents, condition], axis=-1),
                 time,
-                *context,
+                context.embeddings,
+                context.lengths,
                 image_tokens=tokens,
             )
         )[0]
