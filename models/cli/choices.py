@@ -30,6 +30,7 @@ class SamplingDefaults(NamedTuple):
     width: int = 128
     num_steps: int = 16
     guidance: float = 4.0
+    embedded_guidance: float | None = None
     shift: float = 3.0
     solver: str = "euler"
     seed: int = 0

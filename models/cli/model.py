@@ -22,8 +22,6 @@ from models.wan.loading import WanInfo, describe_wan
 from models.wan.part_files import PartFiles
 from models.wan.sizes import size_like_image
 from models.wan.text import TextOptions
-from models.wan.vae.codec import WanVAECodec
-from models.wan.vae.tiling import Tiling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,9 +61,7 @@ class Request:
         )
         if arguments.vae_tile is None:
             return pipeline
-        tiling = _tiling(arguments.vae_tile)
-        assert isinstance(pipeline.codec, WanVAECodec)  # `read_request` has seen to it
-        codec = dataclasses.replace(pipeline.codec, tiling=tiling)
+        codec = pipeline.codec.tiled(arguments.vae_tile)
         return dataclasses.replace(pipeline, codec=codec)
 
     def for_each_seed(self) -> list["Request"]:
@@ -129,7 +125,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
     """
     as_prompts(arguments.prompt)
     if arguments.vae_tile is not None:
-        _tiling(arguments.vae_tile)
+        _check_tile(arguments.vae_tile)
     options.sampling_from(arguments)  # what is wrong with any model
     image = None if arguments.image is None else read_image(arguments.image)
     path = arguments.checkpoint
@@ -147,6 +143,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
     )
     info.conditioning.check_image(given=image is not None)
     sampling = _wan_sampling(arguments, info)
+    info.conditioning.check_guidance(sampling)
     suggest_few_steps([file for file, _ in arguments.lora], sampling)
     if image is None:
         info.conditioning.latent_shape(sampling, info.vae)
@@ -223,11 +220,9 @@ def _wan_sampling(arguments: argparse.Namespace, info: WanInfo) -> Sampling:
     return options.sampling_from(arguments, info.sampling_at(height, width))
 
 
-def _tiling(pixels: int) -> Tiling:
-    """Returns tiles that share a quarter of their sides, as in diffusers."""
+def _check_tile(pixels: int) -> None:
     if pixels < 32 or pixels % 32:
         raise ValueError(f"--vae-tile {pixels} must be a positive multiple of 32")
-    return Tiling(size=(pixels, pixels), overlap=(pixels // 4, pixels // 4))
 
 
 def _part_files(arguments: argparse.Namespace) -> PartFiles:

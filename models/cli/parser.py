@@ -324,6 +324,13 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         type=float,
     )
     add(
+        "--embedded-guidance",
+        "",
+        "strength of the guidance that a distilled model (HunyuanVideo) is told of; "
+        "other models take none",
+        type=float,
+    )
+    add(
         "--shift",
         _SAMPLING.shift,
         "shift of the noise levels; above 1 spends more steps at high noise",

@@ -98,7 +98,13 @@ def inspect_attention(
     step_plan, timestep = sampler.step_plan(step), sampler.solver.timesteps[step]
     model = sampler.model
     captured = model.capture_qk(
-        model.step_inputs(state.latents, timestep, inputs.context, inputs.image),
+        model.step_inputs(
+            state.latents,
+            timestep,
+            inputs.context,
+            inputs.image,
+            inputs.embedded_guidance,
+        ),
         attention=attention,
         step=step_plan,
         masks=state.masks,

@@ -109,6 +109,13 @@ class Codec(LatentSizes, Protocol):
     ) -> Float[Array, "B frames height width 3"]:
         """Returns pixels in [-1, 1]."""
 
+    def tiled(self, pixels: int) -> "Codec":
+        """Returns the codec on tiles of so many rows and columns of pixels.
+
+        Raises:
+          ValueError: It has no tiles of that size, or none at all.
+        """
+
 
 @runtime_checkable
 class Conditioning(Protocol):
@@ -127,6 +134,14 @@ class Conditioning(Protocol):
 
         Raises:
           ValueError: It is missing, or given to a model that takes none.
+        """
+
+    def check_guidance(self, sampling: Sampling) -> None:
+        """Checks that the model is told of guidance exactly if it takes that.
+
+        Raises:
+          ValueError: `sampling.embedded_guidance` is missing, or given to a model
+            that takes none.
         """
 
     def check_context(self, name: str, context: TextContext) -> None:
@@ -193,6 +208,7 @@ class VideoModel(Protocol):
         timestep: Float[Array, ""] | float,
         context: TextContext,
         image: ImageCondition | None,
+        embedded_guidance: Float[Array, ""] | None = None,
     ) -> Any:
         """Returns the model's own inputs for one step, a pytree.
 
@@ -202,6 +218,8 @@ class VideoModel(Protocol):
           context: Rows of the prompts, or of prompts and then their negative prompts:
             a multiple of B.
           image: Condition of the B items, for an image-to-video model.
+          embedded_guidance: Strength of the guidance that the model is told of; see
+            `Sampling`.
 
         Returns:
           First argument of `__call__` and `capture_qk`, whose arrays have one row

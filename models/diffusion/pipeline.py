@@ -231,7 +231,9 @@ class VideoPipeline:
 
         Takes and raises what `generate` does.
         """
-        self.model.conditioning.check_image(given=image is not None)
+        conditioning = self.model.conditioning
+        conditioning.check_image(given=image is not None)
+        conditioning.check_guidance(sampling)
         shape = self.latent_shape(sampling)
         context = self._context(prompts, sampling, negative_context)
         sampler = Sampler.create(
@@ -246,6 +248,11 @@ class VideoPipeline:
             context,
             guidance=jnp.float32(sampling.guidance),
             image=self._image(image, sampling, batch, shape),
+            embedded_guidance=(
+                None
+                if sampling.embedded_guidance is None
+                else jnp.float32(sampling.embedded_guidance)
+            ),
         )
         state = sampler.initial_state(batch, seed=sampling.seed, guided=sampling.guided)
         if noise is None:

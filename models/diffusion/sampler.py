@@ -59,6 +59,7 @@ class StepInputs(NamedTuple):
     context: TextContext
     guidance: Float[Array, ""]
     image: ImageCondition | None = None  # B rows; for an image-to-video model
+    embedded_guidance: Float[Array, ""] | None = None  # see `Sampling`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -203,7 +204,13 @@ class Sampler:
             step = None if kind is None else kind.step(budget)
 
             def call(context, masks):
-                rows = model.step_inputs(state.latents, timestep, context, inputs.image)
+                rows = model.step_inputs(
+                    state.latents,
+                    timestep,
+                    context,
+                    inputs.image,
+                    inputs.embedded_guidance,
+                )
                 return model(rows, attention=attention, step=step, masks=masks)
 
             predict = functools.partial(_in_two_calls, call) if two_calls else call

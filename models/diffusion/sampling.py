@@ -22,6 +22,8 @@ class Sampling:
       guidance: Classifier-free guidance: the prediction is
         `negative + guidance * (prompt - negative)`. 1.0 turns it off, which halves
         the work.
+      embedded_guidance: Strength of the guidance that a distilled model is told of,
+        instead of running a negative prompt; None for models that are told nothing.
       shift: Of the noise levels; see `FlowEuler`.
       solver: "euler" or "unipc" with its default grid, or an object with as many
         steps as `num_steps`, which has its own shift.
@@ -41,6 +43,7 @@ class Sampling:
     width: int = 128
     num_steps: int = 16
     guidance: float = 4.0
+    embedded_guidance: float | None = None
     shift: float = 3.0
     solver: SolverName | Solver = "euler"
     grid: str | None = None
@@ -58,6 +61,12 @@ class Sampling:
         if not 0.0 <= self.guidance < float("inf"):
             raise ValueError(
                 f"guidance={self.guidance!r} must be a finite number >= 0; 1 is off"
+            )
+        embedded = self.embedded_guidance
+        if embedded is not None and not 0.0 <= embedded < float("inf"):
+            raise ValueError(
+                f"embedded_guidance={embedded!r} must be a finite number >= 0, or None "
+                "for models that take none"
             )
         solver = self.make_solver()
         if solver.num_steps != self.num_steps:

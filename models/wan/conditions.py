@@ -20,6 +20,11 @@ from models.wan import sizes
 from models.wan.config import WanConfig
 from models.wan.image import condition_latents, fit_images
 
+NO_EMBEDDED_GUIDANCE = (
+    "embedded_guidance is given, but Wan models are not told of guidance: set it to "
+    "None, and the strength of classifier-free guidance by guidance"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class WanConditioning:
@@ -51,6 +56,15 @@ class WanConditioning:
         raise ValueError(
             f"image is {'given' if given else 'missing'}, but this is {kind} model"
         )
+
+    def check_guidance(self, sampling: Sampling) -> None:
+        """Checks that Wan is not told of guidance.
+
+        Raises:
+          ValueError: `sampling.embedded_guidance` is given.
+        """
+        if sampling.embedded_guidance is not None:
+            raise ValueError(NO_EMBEDDED_GUIDANCE)
 
     def check_context(self, name: str, context: TextContext) -> None:
         """Checks that a context has the transformer's sizes.

@@ -23,7 +23,7 @@ from models.diffusion.capture import call_and_capture
 from models.diffusion.interfaces import ImageCondition, TextContext
 from models.diffusion.layer_runs import runs_of_layers, scan_layers
 from models.diffusion.layer_state import check_layer_state, first_masks, sparse_step
-from models.wan.conditions import WanConditioning
+from models.wan.conditions import NO_EMBEDDED_GUIDANCE, WanConditioning
 from models.wan.config import WanConfig
 from models.wan.embeddings import ConditionEmbedder, PatchEmbedding
 from models.wan.inputs import WanInputs, check_inputs
@@ -128,8 +128,11 @@ class WanTransformer(nnx.Module):
         timestep: Float[Array, ""] | float,
         context: TextContext,
         image: ImageCondition | None,
+        embedded_guidance: Float[Array, ""] | None = None,
     ) -> WanInputs:
         """Returns the inputs of one step; see `VideoModel.step_inputs`."""
+        if embedded_guidance is not None:
+            raise ValueError(NO_EMBEDDED_GUIDANCE)
         rows = len(context.lengths)
         repeats = rows // len(latents)
         tokens = None

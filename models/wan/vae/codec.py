@@ -53,6 +53,23 @@ class WanVAECodec:
             if any(length % side for length in value):
                 raise ValueError(f"tiling.{name}={value} must be multiples of {side}")
 
+    def tiled(self, pixels: int) -> "WanVAECodec":
+        """Returns the codec on square tiles that share a quarter of their sides.
+
+        Diffusers' tiles overlap by as much.
+
+        Raises:
+          ValueError: `pixels`, rows and columns of a tile, is not a positive multiple
+            of four latent positions.
+        """
+        _, side, _ = self.stride
+        if pixels < 1 or pixels % (4 * side):
+            raise ValueError(
+                f"tiles of {pixels} pixels must be a positive multiple of {4 * side}"
+            )
+        tiling = Tiling(size=(pixels, pixels), overlap=(pixels // 4, pixels // 4))
+        return dataclasses.replace(self, tiling=tiling)
+
     @property
     def stride(self) -> tuple[int, int, int]:
         """The frames, rows and columns of pixels behind one latent position."""

@@ -182,6 +182,7 @@ def test_the_shipped_model_takes_no_image(image, tmp_path, capsys):
         (("--size", "50x32"), "width=50 must be a multiple of 16 for this model, such"),
         (("--size", "48x40"), "height=40 must be a multiple of 16 for this model, su"),
         (("--frames", "8"), "frames=8 must be 1 more than a multiple of 4"),
+        (("--embedded-guidance", "6"), "embedded_guidance is given, but Wan models ar"),
         (("--steps", "0"), "num_steps=0 must be a positive integer"),
         (("--vae-tile", "40"), "--vae-tile 40 must be a positive multiple of 32"),
         (("--embeddings", "no.safetensors"), "'no.safetensors' does not exist"),

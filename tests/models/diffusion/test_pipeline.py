@@ -15,6 +15,7 @@ from models.diffusion.pipeline import EmptyPromptWarning, UnknownWordWarning
 from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import FlowUniPC
 from models.loading import load_pipeline
+from models.wan.conditions import WanConditioning
 from models.wan.inputs import WanInputs
 from models.wan.sampling import wan_sampling
 from models.wan.transformer import WanTransformer
@@ -371,6 +372,33 @@ def test_missing_and_unfit_contexts_are_named(pipeline):
         generate(pipeline, context, negative_context=three)
 
 
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_embedded_guidance_is_a_finite_number(value):
+    with pytest.raises(ValueError, match=r"embedded_guidance=.* must be a finite num"):
+        Sampling(embedded_guidance=value)
+
+
+def test_embedded_guidance_is_for_models_that_take_it(pipeline, monkeypatch):
+    sampling = {"embedded_guidance": 6.0}
+    with pytest.raises(ValueError, match="embedded_guidance is given, but Wan models"):
+        generate(pipeline, sampling=sampling)
+    seen = []
+    step_inputs = WanTransformer.step_inputs
+
+    def note(self, latents, timestep, context, image, embedded_guidance=None):
+        seen.append(embedded_guidance)
+        return step_inputs(self, latents, timestep, context, image)
+
+    monkeypatch.setattr(WanTransformer, "step_inputs", note)
+    monkeypatch.setattr(WanConditioning, "check_guidance", lambda *_: None)
+    fresh = dataclasses.replace(pipeline)  # without the compiled programs
+    generate(fresh, sampling=sampling | {"num_steps": 1, "guidance": 1.0})
+    (traced,) = seen  # an argument of the program, no constant
+    assert isinstance(traced, jax.core.Tracer)
+    _, _, inputs = fresh.start(PROMPT, Sampling(**sampling))
+    assert float(inputs.embedded_guidance) == 6.0
+
+
 class CausalCodec:
     """Sizes of Wan's VAE, with pixels that repeat the first three channels."""
 
@@ -382,6 +410,9 @@ class CausalCodec:
         return 1 + frames // 4, height // 8, width // 8, 16
 
     def encode(self, video):
+        raise NotImplementedError
+
+    def tiled(self, pixels):
         raise NotImplementedError
 
     def decode(self, latents):

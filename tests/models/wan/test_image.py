@@ -59,6 +59,9 @@ class MeanCodec:
         latents = (pooled @ TENSORS["matrix"] - TENSORS["mean"]) / TENSORS["std"]
         return jnp.asarray(latents, jnp.float32)
 
+    def tiled(self, pixels):
+        raise NotImplementedError
+
     def decode(self, latents):
         pixels = latents[..., :3].repeat(8, axis=2).repeat(8, axis=3)
         return jnp.concatenate([pixels[:, :1], pixels[:, 1:].repeat(4, axis=1)], axis=1)

@@ -35,6 +35,9 @@ class NoCodec:
     def encode(self, video):
         raise NotImplementedError
 
+    def tiled(self, pixels):
+        raise NotImplementedError
+
     def decode(self, latents):
         return jnp.zeros((len(latents), 1, 1, 1, 3))
 

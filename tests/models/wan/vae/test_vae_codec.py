@@ -47,6 +47,13 @@ def test_it_is_a_codec(codec):
     assert codec.channels == 3
 
 
+def test_tiles_share_a_quarter_of_their_sides(codec):
+    assert codec.tiled(16).tiling == Tiling(size=(16, 16), overlap=(4, 4))
+    for pixels in (0, -8, 12):
+        with pytest.raises(ValueError, match=f"tiles of {pixels} pixels must be a pos"):
+            codec.tiled(pixels)
+
+
 def test_every_way_to_decode_gives_the_same(codec, latents, decoded):
     chunks = list(codec.decode_chunks(jnp.asarray(latents[:1])))
     assert [chunk.shape[1] for chunk in chunks] == [1, 2, 2, 2, 2]
