@@ -60,7 +60,7 @@ def compile_variant(shape, options, sharding, order) -> None:
     run.trace(q, q, q, mask).lower(lowering_platforms=("cuda",)).compile()
 
 
-def compile_prepare(shape, over, sharding) -> None:
+def compile_prepare(shape, over, sharding, *, is_joint: bool) -> None:
     """Compiles the kernel that norms, rotates and pools, for one norm."""
     import functools
 
@@ -73,7 +73,12 @@ def compile_prepare(shape, over, sharding) -> None:
 
     struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     grid, heads = shape.grid, (shape.num_heads, shape.head_dim)
-    q = struct((1, grid.num_tokens, *heads), jnp.dtype(shape.dtype))
+    dtype = jnp.dtype(shape.dtype)
+    count, tokens, text = 2, grid.num_tokens, None
+    if is_joint:
+        count, tokens = 3, grid.num_visual_tokens
+        text = (struct((1, grid.text_length, *heads), dtype),) * 3
+    video = (struct((1, tokens, *heads), dtype),) * count
     width = heads[1] if over == "head" else heads[0] * heads[1]
     scale = struct((width,), jnp.float32)
     angles = struct((grid.num_visual_tokens, heads[1] // 2), jnp.float32)
@@ -83,7 +88,9 @@ def compile_prepare(shape, over, sharding) -> None:
         visual_tokens=grid.visual_tokens,
         norm=QKNorm(over=over),
     )
-    traced = jax.jit(run).trace(q, q, (scale, scale), (angles, angles))
+    scales = (scale, scale)
+    of_text = scales if is_joint else None
+    traced = jax.jit(run).trace(video, text, scales, of_text, (angles, angles))
     traced.lower(lowering_platforms=("cuda",)).compile()
 
 
@@ -98,6 +105,11 @@ def main() -> None:
         nargs="*",
         choices=["head", "heads"],
         help="compile the kernel for norm, rotation and pooling with these instead",
+    )
+    parser.add_argument(
+        "--joint",
+        action="store_true",
+        help="the same with arrays and scales of the text apart (shapes with text)",
     )
     parser.add_argument("--output", type=pathlib.Path, help="folder for PTX")
     arguments = parser.parse_args()
@@ -118,7 +130,8 @@ def main() -> None:
     for name in arguments.shapes:
         for variant in arguments.norms or arguments.variants:
             if arguments.norms:
-                compile_prepare(SHAPES[name], variant, sharding)
+                joint = arguments.joint
+                compile_prepare(SHAPES[name], variant, sharding, is_joint=joint)
             else:
                 options = VARIANTS[variant]
                 compile_variant(SHAPES[name], options, sharding, arguments.order)

@@ -208,7 +208,7 @@ def _prepare(task: _Task, video, text, scales, text_scales, rope, *, pool_anyway
     device = current_device(q)
     cause = sm90.norm_rope_pool.why_unsupported(q.shape, q.dtype, task.norm, device)
     arrays = (video, text, scales, text_scales, rope)
-    if cause is None and text is None and text_scales is None:
+    if cause is None:
         written, pooled = _fused(task, *arrays)
         return written, pooled if task.reductions else None
     if device.is_hopper:
@@ -237,18 +237,17 @@ def _fused(task: _Task, video, text, scales, text_scales, rope):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiable_kernel(task: _Task, video, text, scales, text_scales, rope):
-    q, k = video
-    q, k, *pooled = sm90.norm_rope_pool.norm_rope_pool(
-        q,
-        k,
+    return sm90.norm_rope_pool.norm_rope_pool(
+        video,
+        text,
         scales,
+        text_scales,
         rope,
         task.tiling.table,
         task.tiling.tokens,
         norm=task.norm,
         reductions=task.reductions,
     )
-    return (q, k), tuple(pooled)
 
 
 def _forward(task: _Task, *arrays):

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from draft_jax import DraftConfig, QKNorm, VideoGrid, compute_mask, norm_rope_pool
+from draft_jax import (
+    QKV,
+    DraftConfig,
+    QKNorm,
+    VideoGrid,
+    compute_mask,
+    joint_norm_rope_pool,
+    norm_rope_pool,
+)
 from draft_jax.config import static_budget
 from draft_jax.draft.pooling import pool_queries_and_keys
 from pallas_kernels.common.device import current_device
@@ -48,28 +56,37 @@ def random_case(grid, heads, norm, dtype, batch=1, seed=0):
     return q, k, None if norm is None else scales, rope
 
 
-def run(given, grid, norm, order):
-    """The public function under jit, on tokens put into `order`."""
+def run(given, grid, norm, order, text_scales=None, v=None):
+    """The public function under jit, on tokens put into `order`; with v, on parts."""
     q, k, scales, rope = given
+    arrays = (q, k) if v is None else (q, k, v)
     if order == "tiled":
-        q, k = (x[:, grid.tile_order] for x in (q, k))
+        arrays = tuple(x[:, grid.tile_order] for x in arrays)
         tiled = grid.tile_order[grid.visual_tokens] - grid.visual_tokens.start
         rope = tuple(x[tiled] for x in rope)
-    prepare = functools.partial(
-        norm_rope_pool, grid=grid, config=BOTH, norm=norm, order=order
+    prepare = norm_rope_pool if v is None else joint_norm_rope_pool
+    if v is not None:
+        arrays = tuple(
+            QKV(*(x[:, tokens] for x in arrays))
+            for tokens in (grid.visual_tokens, grid.text_tokens)
+        )
+    prepare = functools.partial(prepare, grid=grid, config=BOTH, norm=norm, order=order)
+    call = jax.jit(
+        lambda arrays, scales, text_scales, rope: prepare(
+            *arrays, scales=scales, text_scales=text_scales, rope=rope
+        )
     )
-    call = jax.jit(lambda q, k, scales, rope: prepare(q, k, scales=scales, rope=rope))
-    lowered = call.lower(q, k, scales, rope)
+    lowered = call.lower(arrays, scales, text_scales, rope)
     assert "norm_rope_pool_sm90" in lowered.as_text()
     program = lowered.compile()
-    first, second = program(q, k, scales, rope), program(q, k, scales, rope)
+    first, second = (program(arrays, scales, text_scales, rope) for _ in range(2))
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert (a == b).all()
     return first
 
 
-def check(given, grid, norm, order):
-    q_out, k_out, pooled = run(given, grid, norm, order)
+def check(given, grid, norm, order, text_scales=None, v=None):
+    q_out, k_out, *v_out, pooled = run(given, grid, norm, order, text_scales, v)
     q, k, scales, (cos, sin) = given
     for i, (x, out, mean, largest) in enumerate(
         (
@@ -77,15 +94,19 @@ def check(given, grid, norm, order):
             (k, k_out, pooled.k_mean, pooled.k_max),
         )
     ):
-        expected = naive_norm_rope.norm_rope(
+        loops = functools.partial(
+            naive_norm_rope.norm_rope,
             np.asarray(x.astype(jnp.float32), np.float64),
             over=None if norm is None else norm.over,
             eps=0.0 if norm is None else norm.eps,
-            scale=None if scales is None else scales[i],
             cos=np.asarray(cos),
             sin=np.asarray(sin),
             visual=grid.visual_tokens,
         )
+        expected = loops(scale=None if scales is None else scales[i])
+        if text_scales is not None:
+            text = grid.text_tokens
+            expected[:, text] = loops(scale=text_scales[i])[:, text]
         written = np.asarray(out.astype(jnp.float32), np.float64)
         if order == "tiled":
             written = written[:, grid.raster_order]
@@ -95,6 +116,9 @@ def check(given, grid, norm, order):
         means = naive_draft.pool(visual, grid)
         np.testing.assert_allclose(mean, means, **tolerances.POOLED)
         np.testing.assert_array_equal(largest, naive_draft.pool(visual, grid, np.max))
+    if v is not None:
+        copied = v[:, grid.tile_order] if order == "tiled" else v
+        np.testing.assert_array_equal(v_out[0], copied)
 
 
 @pytest.mark.parametrize("order", ["raster", "tiled"])
@@ -113,6 +137,61 @@ def check(given, grid, norm, order):
 def test_matches_loops(dtype, heads, name, order):
     grid = VideoGrid(1, 15, 26, text_length=139)
     check(random_case(grid, heads, NORMS[name], dtype), grid, NORMS[name], order)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["joined", "apart"])
+@pytest.mark.parametrize(
+    ("grid", "heads", "name", "dtype", "order", "batch"),
+    [
+        (
+            VideoGrid(1, 13, 20, text_length=256),
+            (24, 128),
+            "head",
+            "bfloat16",
+            "tiled",
+            1,
+        ),
+        (
+            VideoGrid(1, 13, 20, text_length=256),
+            (24, 128),
+            "head",
+            "float32",
+            "tiled",
+            1,
+        ),
+        (
+            VideoGrid(1, 9, 20, text_length=70),
+            (24, 128),
+            "heads",
+            "bfloat16",
+            "raster",
+            2,
+        ),
+        (
+            VideoGrid(2, 9, 17, text_length=141, text_side="before"),
+            (8, 128),
+            "none",
+            "float16",
+            "tiled",
+            2,
+        ),
+        (
+            VideoGrid(2, 9, 17, text_length=141, text_side="before"),
+            (16, 64),
+            "head",
+            "bfloat16",
+            "raster",
+            2,
+        ),
+    ],
+    ids=["hunyuan", "float32", "ragged", "no-norm", "before"],
+)
+def test_text_of_its_own_matches_loops(grid, heads, name, dtype, order, batch, apart):
+    """Scales of the text, and arrays of it, in which values are copied."""
+    norm = NORMS[name]
+    given = random_case(grid, heads, norm, dtype, batch)
+    v, _, text_scales, _ = random_case(grid, heads, norm, dtype, batch, seed=1)
+    check(given, grid, norm, order, text_scales, v if apart else None)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -183,6 +262,46 @@ def test_full_size_agrees_with_xla(grid, heads, name):
     mask = functools.partial(compute_mask, grid=grid, config=config, order="tiled")
     given = jax.jit(lambda q, k, pooled: mask(q, k, pooled=pooled))(*fused)
     check_best_pairs(given, again, grid, static_budget(0.9, grid, config))
+
+
+def test_full_size_of_parts_is_that_of_joined_arrays():
+    """HunyuanVideo at 768 x 1280, 129 frames: joined by the kernel or before it."""
+    grid = VideoGrid(33, 48, 80, text_length=256)
+    keys = iter(jax.random.split(jax.random.key(0), 11))
+    video, text = (
+        QKV(
+            *(
+                jax.random.normal(next(keys), (1, tokens, 24, 128), jnp.bfloat16)
+                for _ in range(3)
+            )
+        )
+        for tokens in (grid.num_visual_tokens, grid.text_length)
+    )
+    scales, text_scales = (
+        tuple(jax.random.uniform(next(keys), (128,)) + 0.5 for _ in range(2))
+        for _ in range(2)
+    )
+    angles = jax.random.uniform(next(keys), (grid.num_visual_tokens, 64)) * 7
+    options = {
+        "grid": grid,
+        "config": DraftConfig(),
+        "norm": NORMS["head"],
+        "scales": scales,
+        "text_scales": text_scales,
+        "rope": (jnp.cos(angles), jnp.sin(angles)),
+        "order": "tiled",
+    }
+    *fused, pooled = jax.jit(lambda *parts: joint_norm_rope_pool(*parts, **options))(
+        video, text
+    )
+    joined = [jnp.concatenate(pair, axis=1) for pair in zip(video, text, strict=True)]
+    q, k, same_pooled = jax.jit(lambda q, k: norm_rope_pool(q, k, **options))(
+        *joined[:2]
+    )
+    for a, b in zip(fused, (q, k, joined[2]), strict=True):
+        assert (a == b).all()
+    for a, b in zip(*map(jax.tree.leaves, (pooled, same_pooled)), strict=True):
+        assert (a == b).all()
 
 
 def check_best_pairs(mask, pooled, grid, budget):

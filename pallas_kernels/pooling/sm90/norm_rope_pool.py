@@ -21,9 +21,15 @@ heads x head_dim, norm        channels of a thread, ahead    registers  CTAs  in
 12 x 128 (Wan 1.3B), all      12, 4                          113         4    48 KiB
 
 Half of 3.35 TB/s is read; at 1 us of latency a multiprocessor needs 13 KB in flight.
+
+Text may have arrays of its own: its CTAs read those, and all write one joint sequence.
+Tokens are counted in that sequence; an array of the video or of the text starts at one
+of `source_starts`. Values then have CTAs too, which copy them.
 """
 
 import functools
+import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +53,10 @@ from pallas_kernels.pooling.sm90.plan import (
 
 
 def norm_rope_pool(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
+    arrays: tuple[Float[Array, "B _ N D"], ...],
+    text: tuple[Float[Array, "B _ N D"], ...] | None,
     scales: Scales | None,
+    text_scales: Scales | None,
     rope: Rope | None,
     tiles: Int[np.ndarray, "S 4"],
     visual_tokens: slice,
@@ -58,53 +65,67 @@ def norm_rope_pool(
     reductions: tuple[Reduction, ...] = ("mean",),
     ahead: int | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "B ..."], ...]:
-    """Norms and rotates q and k, and pools what it writes.
+) -> tuple[tuple[Float[Array, "B T N D"], ...], tuple[Float[Array, "B S N D"], ...]]:
+    """Norms and rotates q and k, and pools what it writes; copies v.
 
     Args:
-      q: Queries as projected.
-      k: Keys as projected.
+      arrays: q and k as projected, and v if it shall be copied. They hold the whole
+        sequence, or the video where the text has its own.
+      text: Such arrays of the text, which stands before or after the video, or None.
       scales: Factors of the channels of q and of k after the norm: N * D for a norm
         over all heads, D for one per head. None without a norm.
+      text_scales: Factors for the text, or None for the same ones.
       rope: Cosine and sine of each channel pair (2i, 2i + 1) for the visual tokens, in
         their order; None for no rotation.
       tiles: First token, tokens between two rows, rows and columns of each tile.
-      visual_tokens: The tokens that are not text.
+      visual_tokens: The tokens that are not text, in the whole sequence.
       norm: The norm, or None.
       reductions: What to compute of each tile of what is written.
       ahead: Tokens loaded before their use; None for the default.
       interpret: Run on the CPU in GPU interpret mode.
 
     Returns:
-      q and k in their dtype; float32 reductions of q in the order of `reductions`, then
-      those of k, [B, S, N, D].
+      The arrays of the whole sequence in their dtype; float32 reductions of q in the
+      order of `reductions`, then those of k.
 
     Raises:
       ValueError: The kernel cannot take these inputs on any device, or ahead is not
         positive.
     """
-    _, num_tokens, num_heads, head_dim = q.shape
-    if cause := why_unsupported_shape(q.shape, q.dtype, norm):
+    _, num_tokens, num_heads, head_dim = arrays[0].shape
+    dtype = arrays[0].dtype
+    if cause := why_unsupported_shape(arrays[0].shape, dtype, norm):
         raise ValueError(f"the norm-rope-pool kernel cannot take these inputs: {cause}")
     if ahead is not None and ahead < 1:
         raise ValueError(f"{ahead=} must be at least 1")
+    text_start = None
+    if text is not None:
+        text_start = 0 if visual_tokens.start else num_tokens
+        num_tokens += text[0].shape[1]
     units = np.concatenate([tiles, text_units(num_tokens, visual_tokens)])
     plan = make_plan(
         num_heads,
         head_dim,
-        q.dtype,
+        dtype,
         norm=norm,
+        has_text_scales=text_scales is not None,
         has_rope=rope is not None,
         reductions=reductions,
         num_tiles=len(tiles),
         num_units=len(units),
         visual_start=visual_tokens.start,
+        num_arrays=len(arrays),
+        text_start=text_start,
         ahead=ahead,
         ops=registers if interpret is None else emulated,
     )
-    shared = (*map(_by_parity, scales or ()), *(rope or ()))
-    run = functools.partial(_run, units=units, plan=plan, interpret=interpret)
-    return fold_mapped_axes(run, len(shared))(q, k, *shared)
+    factors = map(_by_parity, (*(scales or ()), *(text_scales or ())))
+    shared = (*factors, *(rope or ()))
+    run = functools.partial(
+        _run, num_tokens=num_tokens, units=units, plan=plan, interpret=interpret
+    )
+    outs = fold_mapped_axes(run, len(shared))(*arrays, *(text or ()), *shared)
+    return outs[: len(arrays)], outs[len(arrays) :]
 
 
 def why_unsupported(
@@ -122,48 +143,95 @@ def _by_parity(scale: Float[Array, " C"]) -> Float[Array, "2 half"]:
     return rearrange(scale.astype(jnp.float32), "(half pair) -> pair half", pair=2)
 
 
-def _run(q, k, *shared, units, plan: NormRopePoolPlan, interpret):
-    batch, _, num_heads, head_dim = q.shape
+def _run(*arrays, num_tokens: int, units, plan: NormRopePoolPlan, interpret):
+    num_sources = plan.num_arrays * (1 if plan.text_start is None else 2)
+    sources, shared = arrays[:num_sources], arrays[num_sources:]
+    batch, _, num_heads, head_dim = sources[0].shape
     if plan.norm is not None and plan.norm.over == "heads":
         by_head = (2, num_heads, head_dim // 2)
-        shared = (*(s.reshape(by_head) for s in shared[:2]), *shared[2:])
+        count = plan.num_scales
+        shared = (*(s.reshape(by_head) for s in shared[:count]), *shared[count:])
     pooled_shape = (batch, plan.num_tiles, num_heads, head_dim)
     pooled = jax.ShapeDtypeStruct(pooled_shape, jnp.float32)
-    written = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    written_shape = (batch, num_tokens, num_heads, head_dim)
+    written = jax.ShapeDtypeStruct(written_shape, sources[0].dtype)
     return plgpu.kernel(
         functools.partial(_body, plan=plan),
-        out_type=(written, written, *(pooled,) * (2 * len(plan.reductions))),
+        out_type=(
+            *(written,) * plan.num_arrays,
+            *(pooled,) * (2 * len(plan.reductions)),
+        ),
         # The last axis changes fastest: Q and K of a tile share the rotary table.
-        grid=(plan.num_units, num_heads // plan.heads, 2 * batch),
+        grid=(plan.num_units, num_heads // plan.heads, plan.num_arrays * batch),
         grid_names=("unit", "chunk", "item"),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         kernel_name="norm_rope_pool_sm90",
         interpret=interpret,
-    )(q, k, jnp.asarray(units, jnp.int32), *shared)
+    )(*sources, jnp.asarray(units, jnp.int32), *shared)
 
 
-def _body(q_gmem, k_gmem, units_gmem, *refs, plan: NormRopePoolPlan):
-    num_scales = 0 if plan.norm is None else 2
-    num_tables = 2 if plan.has_rope else 0
-    num_pooled = len(plan.reductions)
-    scales, refs = refs[:num_scales] or (None, None), refs[num_scales:]
-    tables, refs = refs[:num_tables], refs[num_tables:]
-    q_out_gmem, k_out_gmem, *pooled_gmem = refs
+class _Work(NamedTuple):
+    """What a CTA does to the tokens of its unit.
+
+    Attributes:
+      source_gmem: Tokens to read.
+      source_start: Token of the sequence that is the first to read.
+      out_gmem: Tokens of the sequence, to write.
+      scale_gmem: Factors after the norm; None without a norm.
+      tables: Cosines and sines, or nothing.
+      reductions: What to compute of what is written.
+      is_copied: Whether tokens are only copied.
+    """
+
+    source_gmem: Any
+    source_start: int
+    out_gmem: Any
+    scale_gmem: Any = None
+    tables: tuple[Any, ...] = ()
+    reductions: tuple[Reduction, ...] = ()
+    is_copied: bool = False
+
+
+def _body(*refs, plan: NormRopePoolPlan):
+    given = iter(refs)
+
+    def take(count: int) -> tuple[Any, ...]:
+        return tuple(itertools.islice(given, count))
+
+    sources = take(plan.num_arrays)
+    of_text = sources if plan.text_start is None else take(plan.num_arrays)
+    (units_gmem,), scales = take(1), take(plan.num_scales)
+    tables, outs_gmem = take(2 if plan.has_rope else 0), take(plan.num_arrays)
+    pooled_gmem, num_pooled = tuple(given), len(plan.reductions)
     unit, item = lax.axis_index("unit"), lax.axis_index("item")
-    batch = lax.div(item, jnp.int32(2))
-    is_key = lax.rem(item, jnp.int32(2)) == 1
+    batch = lax.div(item, jnp.int32(plan.num_arrays))
     heads = pl.ds(lax.axis_index("chunk") * plan.heads, plan.heads)
     walk = tuple(units_gmem[unit, field] for field in range(4))
 
-    def prepare(x_gmem, scale_gmem, out_gmem, pooled):
-        tokens = (x_gmem.at[batch, :, heads], out_gmem.at[batch, :, heads])
-        scale = scale_gmem
-        if plan.norm is not None and plan.norm.over == "heads":
-            scale = scale_gmem.at[:, heads]
+    def work_of(index: int, *, is_text: bool) -> _Work:
+        source_gmem = (of_text if is_text else sources)[index]
+        work = _Work(
+            source_gmem=source_gmem.at[batch, :, heads],
+            source_start=plan.source_starts[is_text],
+            out_gmem=outs_gmem[index].at[batch, :, heads],
+            is_copied=index == 2,  # the values
+        )
+        if work.is_copied:
+            return work
+        if plan.norm is not None:
+            own = scales[-2:] if is_text else scales[:2]
+            scale = own[index]
+            scale = scale.at[:, heads] if plan.norm.over == "heads" else scale
+            work = work._replace(scale_gmem=scale)
+        if is_text:
+            return work
+        return work._replace(tables=tables, reductions=plan.reductions)
 
+    def prepare(index: int) -> None:
         @pl.when(unit < plan.num_tiles)
         def _():
-            results = _walk_tile(*tokens, scale, tables, walk, plan.reductions, plan)
+            results = _walk_tile(work_of(index, is_text=False), walk, plan)
+            pooled = pooled_gmem[index * num_pooled : (index + 1) * num_pooled]
             for ref, groups in zip(pooled, results, strict=True):
                 for own, result in zip(plan.groups, groups, strict=True):
                     plan.ops.store(ref.at[batch, unit, heads].at[own], result, plan)
@@ -172,31 +240,31 @@ def _body(q_gmem, k_gmem, units_gmem, *refs, plan: NormRopePoolPlan):
 
             @pl.when(unit >= plan.num_tiles)
             def _():
-                _walk_tile(*tokens, scale, (), walk, (), plan)
+                _walk_tile(work_of(index, is_text=True), walk, plan)
 
-    pl.when(jnp.logical_not(is_key))(
-        lambda: prepare(q_gmem, scales[0], q_out_gmem, pooled_gmem[:num_pooled])
-    )
-    pl.when(is_key)(
-        lambda: prepare(k_gmem, scales[1], k_out_gmem, pooled_gmem[num_pooled:])
-    )
+    index = lax.rem(item, jnp.int32(plan.num_arrays))
+    is_other = [index == i for i in range(1, plan.num_arrays)]
+    is_query = jnp.logical_not(functools.reduce(jnp.logical_or, is_other))
+    for i, is_own in enumerate((is_query, *is_other)):
+        pl.when(is_own)(functools.partial(prepare, i))
 
 
-def _walk_tile(
-    x_gmem, out_gmem, scale_gmem, tables, walk, reductions, plan: NormRopePoolPlan
-):
+def _walk_tile(work: _Work, walk, plan: NormRopePoolPlan):
     """Writes the tokens of one tile and returns their reductions, by groups."""
     first, stride, rows, columns = walk
     count = rows * columns
+    reductions = work.reductions
 
     def fetch(step, token):
         token = jnp.where(step < count, token, first)  # the last ones are not used
+        own = token - work.source_start if work.source_start else token
         groups = tuple(
-            _load(x_gmem.at[token, heads], plan.layout(plan.vec))
+            _load(work.source_gmem.at[own, heads], plan.layout(plan.vec))
             for heads in plan.groups
         )
         row = token - plan.visual_start
-        angles = tuple(_load(t.at[row], plan.half_layout.reduce(0)) for t in tables)
+        layout = plan.half_layout.reduce(0)
+        angles = tuple(_load(table.at[row], layout) for table in work.tables)
         return token, groups, angles
 
     def advance(token, column):
@@ -210,7 +278,7 @@ def _walk_tile(
         fetched, position, sums = state
         fetched = (*fetched, fetch(step + plan.ahead, position[0]))
         (token, groups, angles), *fetched = fetched
-        written = _prepare_token(groups, angles, scale_gmem, out_gmem.at[token], plan)
+        written = _prepare_token(groups, angles, token, work, plan)
         sums = tuple(
             tuple(
                 _accumulate(name, own, values)
@@ -241,14 +309,19 @@ def _walk_tile(
     ]
 
 
-def _prepare_token(groups, angles, scale_gmem, out_gmem, plan: NormRopePoolPlan):
+def _prepare_token(groups, angles, token, work: _Work, plan: NormRopePoolPlan):
     """Norms, rotates and stores one token; returns what was stored, in float32."""
+    out_gmem = work.out_gmem.at[token]
+    if work.is_copied:
+        for heads, values in zip(plan.groups, groups, strict=True):
+            out_gmem[heads] = values
+        return ((),) * len(groups)
     inverses = _inverse_rms(groups, plan)
     written = []
     for i, heads in enumerate(plan.groups):
         halves = _floats(groups[i], plan)
         if plan.norm is not None:
-            scale = _load_scale(scale_gmem, heads, plan)
+            scale = _load_scale(work.scale_gmem, heads, plan)
             halves = tuple(
                 x * inverses[i] * s for x, s in zip(halves, scale, strict=True)
             )

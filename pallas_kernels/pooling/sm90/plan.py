@@ -26,16 +26,33 @@ class NormRopePoolPlan:
     """Everything static about one launch."""
 
     norm: QKNorm | None
+    has_text_scales: bool
     has_rope: bool
     reductions: tuple[Reduction, ...]
     num_tiles: int
     num_units: int  # tiles and runs of text tokens
     visual_start: int  # token of the first row of the rotary table
+    num_arrays: int  # 2 for q and k, 3 if v is copied
+    text_start: int | None  # first token of the text if it has arrays of its own
     heads: int  # heads of a CTA
     head_dim: int
     vec: int  # channels of one load of a thread
     ahead: int  # tokens
     ops: types.ModuleType  # `registers`, or `emulated` in interpret mode
+
+    @property
+    def source_starts(self) -> tuple[int, int]:
+        """Tokens that are first in the arrays of the video and of the text."""
+        if self.text_start is None:
+            return 0, 0
+        return self.visual_start, self.text_start
+
+    @property
+    def num_scales(self) -> int:
+        """Factors of q and k, and those of the text if it has its own."""
+        if self.norm is None:
+            return 0
+        return 4 if self.has_text_scales else 2
 
     @property
     def heads_at_once(self) -> int:

@@ -48,44 +48,56 @@ def random_case(grid, heads, *, norm, dtype, batch=1, seed=0):
     return q, k, scales, rope
 
 
-def check(got, given, grid, order, norm):
+def check(got, given, grid, order, norm, text_scales=None):
     """Written arrays against loops, pooled ones against what was written."""
     q, k, scales, rope = given
     cos, sin = (None, None) if rope is None else rope
     for i, x in enumerate((q, k)):
-        expected = naive_norm_rope.norm_rope(
+        loops = functools.partial(
+            naive_norm_rope.norm_rope,
             np.asarray(x, np.float64),
             over=None if norm is None else norm.over,
             eps=0.0 if norm is None else norm.eps,
-            scale=None if scales is None else scales[i],
             cos=cos,
             sin=sin,
             visual=grid.visual_tokens,
         )
-        written = np.asarray(got[i], np.float64)
+        expected = loops(scale=None if scales is None else scales[i])
+        if text_scales is not None:
+            text = grid.text_tokens
+            expected[:, text] = loops(scale=text_scales[i])[:, text]
+        written = np.asarray(got[0][i], np.float64)
         if order == "tiled":
             written = written[:, grid.raster_order]
         bound = tolerances.NORM_ROPE[x.dtype.name]
         np.testing.assert_allclose(written, expected, **bound)
         visual = written[:, grid.visual_tokens]
-        pooled = got[2 + 2 * i : 4 + 2 * i]
+        pooled = got[1][2 * i : 2 + 2 * i]
         np.testing.assert_allclose(
             pooled[0], naive_draft.pool(visual, grid), **tolerances.POOLED
         )
         np.testing.assert_array_equal(pooled[1], naive_draft.pool(visual, grid, np.max))
 
 
-def run(given, grid, order, norm):
+def run(given, grid, order, norm, *, v=None, text_scales=None):
+    """Runs the kernel: with v, on arrays of the video and of the text."""
     q, k, scales, rope = given
+    arrays, text = (q, k) if v is None else (q, k, v), None
     if order == "tiled":
-        q, k = (x[:, grid.tile_order] for x in (q, k))
+        arrays = tuple(x[:, grid.tile_order] for x in arrays)
         first = grid.visual_tokens.start
         tiled = grid.tile_order[grid.visual_tokens] - first
         rope = None if rope is None else tuple(x[tiled] for x in rope)
+    if v is not None:
+        arrays, text = (
+            tuple(x[:, tokens] for x in arrays)
+            for tokens in (grid.visual_tokens, grid.text_tokens)
+        )
     return kernel.norm_rope_pool(
-        q,
-        k,
+        arrays,
+        text,
         scales,
+        text_scales,
         rope,
         tiling_of(grid, order).table,
         grid.visual_tokens,
@@ -127,6 +139,61 @@ def test_without_rotation():
     check(run(given, grid, "raster", norm), given, grid, "raster", norm)
 
 
+JOINT = {
+    "edges-and-text": GRIDS["edges-and-text"],
+    "text-before": GRIDS["text-before"],
+    "long-text": VideoGrid(1, 2, 4, tile=(2, 4), text_length=131),
+    "long-text-before": VideoGrid(
+        1, 3, 4, tile=(2, 4), text_length=130, text_side="before"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "norm", "dtype", "heads", "batch"),
+    [
+        ("edges-and-text", "tiled", "head", "bfloat16", (4, 128), 2),
+        ("text-before", "raster", "none", "float32", (4, 64), 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in [
+                ("edges-and-text", "raster", "heads", "float16", (8, 64), 1),
+                ("text-before", "tiled", "head", "float32", (4, 64), 2),
+                ("long-text", "tiled", "head", "bfloat16", (4, 128), 1),
+                ("long-text-before", "raster", "heads", "bfloat16", (8, 64), 2),
+            ]
+        ),
+    ],
+    ids=str,
+)
+def test_text_of_its_own_matches_loops(name, order, norm, dtype, heads, batch):
+    """Video and text apart, with scales of their own; values are copied."""
+    grid, norm = JOINT[name], NORMS[norm]
+    given = random_case(grid, heads, norm=norm, dtype=dtype, batch=batch)
+    other = random_case(grid, heads, norm=norm, dtype=dtype, batch=batch, seed=1)
+    v, text_scales = other[0], other[2]
+    got = run(given, grid, order, norm, v=v, text_scales=text_scales)
+    check(got, given, grid, order, norm, text_scales)
+    expected = v[:, grid.tile_order] if order == "tiled" else v
+    np.testing.assert_array_equal(got[0][2], expected)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("apart", [False, True], ids=["joined", "apart"])
+def test_text_with_or_without_scales_of_its_own(apart):
+    """The same scales given twice are those of all; one array or two are alike."""
+    grid, norm = GRIDS["text-before"], NORMS["heads"]
+    given = random_case(grid, (4, 64), norm=norm, dtype="float32")
+    v = given[1] if apart else None
+    got = run(given, grid, "raster", norm, v=v, text_scales=given[2])
+    check(got, given, grid, "raster", norm)
+    other = random_case(grid, (4, 64), norm=norm, dtype="float32", seed=1)[2]
+    got = run(given, grid, "raster", norm, v=v, text_scales=other)
+    check(got, given, grid, "raster", norm, other)
+    got = run(given, grid, "raster", norm, v=v)
+    check(got, given, grid, "raster", norm)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("mapped_scales", [False, True], ids=["shared", "mapped"])
 def test_mapped_axes(mapped_scales):
@@ -135,6 +202,8 @@ def test_mapped_axes(mapped_scales):
     both = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), scales)
     call = functools.partial(
         kernel.norm_rope_pool,
+        text=None,
+        text_scales=None,
         rope=rope,
         tiles=tiling_of(grid, "tiled").table,
         visual_tokens=grid.visual_tokens,
@@ -142,42 +211,45 @@ def test_mapped_axes(mapped_scales):
         interpret=INTERPRET,
     )
     axes = (0, None, 0 if mapped_scales else None)
-    got = jax.vmap(call, axes)(q[:, None], k[:1], both if mapped_scales else scales)
+    scales_of = both if mapped_scales else scales
+    got = jax.vmap(lambda q, k, scales: call((q, k), scales=scales), axes)(
+        q[:, None], k[:1], scales_of
+    )
     for i in range(2):
         own = jax.tree.map(lambda x, i=i: x[i], both) if mapped_scales else scales
-        expected = call(q[i : i + 1], k[:1], own)
-        for a, b in zip(got, expected, strict=True):
+        expected = call((q[i : i + 1], k[:1]), scales=own)
+        for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
             np.testing.assert_array_equal(a[i], b)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "heads", "norm", "text_side"),
+    ("dtype", "heads", "norm", "text_side", "apart"),
     [
-        ("bfloat16", (24, 128), "head", "after"),
+        ("bfloat16", (24, 128), "head", "after", False),
+        ("bfloat16", (24, 128), "head", "after", True),
         *(
             pytest.param(*case, marks=pytest.mark.nightly)
             for case in (
-                ("bfloat16", (40, 128), "heads", None),
-                ("float16", (12, 128), "heads", "before"),
-                ("float32", (4, 64), "none", None),
+                ("bfloat16", (40, 128), "heads", None, False),
+                ("float16", (12, 128), "heads", "before", False),
+                ("float16", (12, 128), "heads", "before", True),
+                ("float32", (4, 64), "none", None, False),
+                ("float32", (4, 64), "none", "after", True),
             )
         ),
     ],
     ids=str,
 )
-def test_lowers_for_cuda(dtype, heads, norm, text_side):
+def test_lowers_for_cuda(dtype, heads, norm, text_side, apart):
     text = {"text_length": 200, "text_side": text_side} if text_side else {}
     grid, norm = VideoGrid(3, 45, 80, **text), NORMS[norm]
-    given = jax.eval_shape(lambda: random_shapes(grid, heads, norm, dtype))
+    given = jax.eval_shape(lambda: random_shapes(grid, heads, norm, dtype, apart))
     lowered = (
         jax.jit(
-            lambda q, k, scales, rope: kernel.norm_rope_pool(
-                q,
-                k,
-                scales,
-                rope,
-                tiling_of(grid, "raster").table,
-                grid.visual_tokens,
+            functools.partial(
+                kernel.norm_rope_pool,
+                tiles=tiling_of(grid, "raster").table,
+                visual_tokens=grid.visual_tokens,
                 norm=norm,
                 reductions=("mean", "max"),
             )
@@ -188,11 +260,18 @@ def test_lowers_for_cuda(dtype, heads, norm, text_side):
     assert "mosaic_gpu" in lowered.as_text()
 
 
-def random_shapes(grid, heads, norm, dtype):
-    q = jnp.zeros((2, grid.num_tokens, *heads), dtype)
+def random_shapes(grid, heads, norm, dtype, apart):
     width = heads[1] if norm is None or norm.over == "head" else heads[0] * heads[1]
     scale, table = jnp.zeros(width), jnp.zeros((grid.num_visual_tokens, heads[1] // 2))
-    return q, q, None if norm is None else (scale, scale), (table, table)
+    scales = None if norm is None else (scale, scale)
+    if not apart:
+        q = jnp.zeros((2, grid.num_tokens, *heads), dtype)
+        return (q, q), None, scales, None, (table, table)
+    video, text = (
+        jnp.zeros((2, tokens, *heads), dtype)
+        for tokens in (grid.num_visual_tokens, grid.text_length)
+    )
+    return (video,) * 3, (text,) * 3, scales, scales, (table, table)
 
 
 def test_causes_are_named():

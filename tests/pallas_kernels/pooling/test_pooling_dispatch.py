@@ -13,7 +13,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import SlowBackendWarning
 from pallas_kernels.common.device import Device
-from pallas_kernels.pooling import Tiling, api, norm_rope_pool, pool_tiles, reference
+from pallas_kernels.pooling import (
+    QKV,
+    Tiling,
+    api,
+    joint_norm_rope_pool,
+    norm_rope_pool,
+    pool_tiles,
+    reference,
+)
 from pallas_kernels.pooling.sm90 import norm_rope_pool as fused_kernel
 from tests import tolerances
 from tests.pallas_kernels.pooling.cases import NORMS, TILINGS, random_case
@@ -86,6 +94,42 @@ def test_kernel_has_the_gradients_of_the_xla_path():
     chex.assert_trees_all_equal_shapes_and_dtypes(fused, plain)
     for a, b in zip(jax.tree.leaves(fused), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, **tolerances.GRADIENT["float32"])
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("interpreted")
+def test_kernel_has_the_gradients_of_parts():
+    """Those of the XLA path; that of v is a slice."""
+    norm = NORMS["head"]
+    q, k, scales, rope = random_case(BEFORE, norm)
+    text_scales = random_case(BEFORE, norm, seed=1)[2]
+    q, k = (x[:, : BEFORE.tokens.stop] for x in (q, k))
+    video, text = (
+        QKV(*(x[:, tokens] for x in (q, k, k)))
+        for tokens in (BEFORE.tokens, slice(0, BEFORE.start))
+    )
+
+    def loss(video, text, scales, text_scales, rope, device):
+        with on(device):
+            q, k, v, pooled = joint_norm_rope_pool(
+                video,
+                text,
+                BEFORE,
+                norm=norm,
+                scales=scales,
+                text_scales=text_scales,
+                rope=rope,
+            )
+        total = jnp.sin(q).sum() + jnp.cos(k).sum() + (v**2).sum()
+        return total + pooled[0].sum()
+
+    arrays = (video, text, scales, text_scales, rope)
+    fused, plain = (jax.grad(loss, range(5))(*arrays, d) for d in (H100, CPU))
+    chex.assert_trees_all_equal_shapes_and_dtypes(fused, plain)
+    for a, b in zip(jax.tree.leaves(fused), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, **tolerances.GRADIENT["float32"])
+    np.testing.assert_array_equal(fused[0].v, 2 * video.v)
+    np.testing.assert_array_equal(fused[1].v, 2 * text.v)
 
 
 @pytest.mark.nightly
