@@ -1,8 +1,7 @@
 """CLIP's vision tower up to its last but one layer.
 
-Attribute names are those of the original Wan checkpoint. Layers share one traced block:
-their parameters are stacked along a leading layer axis and scanned. So the program and
-its compile time do not grow with depth.
+Attribute names are those of the original Wan checkpoint. Layers share one traced block;
+see `models.diffusion.transformer.block_stack`.
 
 Casts: the residual stream, norms, logits and softmax are float32. Operands and results
 of matrix products are cast to `config.dtype`.
@@ -18,6 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models.clip.config import CLIPVisionConfig
+from models.diffusion.transformer.block_stack import scan_blocks, stack_blocks
+from models.diffusion.transformer.layers import linear, merge_heads, split_heads
 
 
 class CLIPVisionEncoder(nnx.Module):
@@ -54,7 +55,10 @@ class CLIPVisionEncoder(nnx.Module):
             init(rngs.params(), (config.num_tokens, config.dim), dtype)
         )
         self.pre_norm = _layer_norm(config, rngs)
-        self.transformer = _stack_blocks(config, rngs)
+        # The last layer is not run.
+        self.transformer = stack_blocks(
+            lambda rngs: Block(config, rngs=rngs), config.num_layers - 1, rngs
+        )
 
     def __call__(
         self, pixels: Float[Array, "B height width 3"]
@@ -82,13 +86,7 @@ class CLIPVisionEncoder(nnx.Module):
         first = einops.repeat(self.cls_embedding[...], "E -> B 1 E", B=len(pixels))
         x = jnp.concatenate([first, patches], axis=1, dtype=jnp.float32)
         x = self.pre_norm(x + self.pos_embedding[...].astype(jnp.float32))
-        structure, parameters = nnx.split(self.transformer)
-
-        def run_block(x, layer_parameters):
-            return nnx.merge(structure, layer_parameters)(x), None
-
-        x, _ = jax.lax.scan(run_block, x, parameters)
-        return x
+        return scan_blocks(self.transformer, x)
 
 
 class Block(nnx.Module):
@@ -130,14 +128,14 @@ class Attention(nnx.Module):
         multiply the values. Logits [B, N, T, T] exist at once.
         """
         q, k, v = (
-            einops.rearrange(project(x), "B T (N D) -> B T N D", N=self.num_heads)
+            split_heads(project(x), self.num_heads)
             for project in (self.to_q, self.to_k, self.to_v)
         )
         # jax.nn.dot_product_attention does not run in float16 on a CPU.
         logits = jnp.einsum("BTND,BSND->BNTS", q, k, preferred_element_type=jnp.float32)
         probabilities = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
         attended = jnp.einsum("BNTS,BSND->BTND", probabilities.astype(v.dtype), v)
-        return self.proj(einops.rearrange(attended, "B T N D -> B T (N D)"))
+        return self.proj(merge_heads(attended))
 
 
 class FeedForward(nnx.Module):
@@ -170,11 +168,11 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def _linear(
     in_features: int, out_features: int, config: CLIPVisionConfig, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    return nnx.Linear(
+    return linear(
         in_features,
         out_features,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
         rngs=rngs,
     )
 
@@ -189,14 +187,3 @@ def _layer_norm(config: CLIPVisionConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
         use_fast_variance=False,  # a difference of squares would lose digits
         rngs=rngs,
     )
-
-
-def _stack_blocks(config: CLIPVisionConfig, rngs: nnx.Rngs) -> Block:
-    """Makes one block module whose parameters have a leading layer axis."""
-
-    @nnx.split_rngs(splits=config.num_layers - 1)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def make(rngs: nnx.Rngs) -> Block:
-        return Block(config, rngs=rngs)
-
-    return make(rngs)

@@ -17,6 +17,37 @@ from draft_jax import (
 )
 
 
+def prepare_layer_state(
+    attention: AttentionPlan,
+    step: DraftStep | None,
+    masks: BlockMask | None,
+    *,
+    grid: VideoGrid,
+    num_layers: int,
+    batch: int,
+    num_heads: int,
+) -> tuple[DraftStep | None, BlockMask | None]:
+    """Returns step and masks as layers need them: with draft attention there are both.
+
+    Raises:
+      ValueError: As `check_layer_state`.
+    """
+    check_layer_state(attention, step, masks, grid=grid, num_layers=num_layers)
+    if attention.config is None:
+        return None, None
+    if step is None:
+        step = sparse_step(grid, attention.config, num_layers)
+    if masks is None:
+        masks = first_masks(
+            grid,
+            attention.config,
+            num_layers=num_layers,
+            batch=batch,
+            num_heads=num_heads,
+        )
+    return step, masks
+
+
 def check_layer_state(
     attention: AttentionPlan,
     step: DraftStep | None,

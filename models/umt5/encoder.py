@@ -1,14 +1,13 @@
 """The UMT5 encoder.
 
-Layers share one traced block: their parameters are stacked along a leading layer axis
-and scanned. So the program and its compile time do not grow with depth.
+Layers share one traced block; see `models.diffusion.transformer.block_stack`.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from models.diffusion.transformer.block_stack import scan_blocks, stack_blocks
 from models.umt5.config import UMT5Config
 from models.umt5.layers import UMT5Block, relative_position_buckets, rms_norm
 
@@ -35,7 +34,9 @@ class UMT5Encoder(nnx.Module):
             embedding_init=nnx.initializers.normal(1.0),
             rngs=rngs,
         )
-        self.blocks = _stack_blocks(config, rngs)
+        self.blocks = stack_blocks(
+            lambda rngs: UMT5Block(config, rngs=rngs), config.num_layers, rngs
+        )
         self.norm = rms_norm(config, rngs)
 
     def __call__(
@@ -66,24 +67,7 @@ class UMT5Encoder(nnx.Module):
                 num_tokens, config.num_buckets, config.max_distance
             )
         )
-        structure, parameters = nnx.split(self.blocks)
-
-        def run_block(x, layer_parameters):
-            block = nnx.merge(structure, layer_parameters)
-            return block(x, buckets, lengths), None
-
         x = self.token_embedding(ids).astype(jnp.float32)
-        x, _ = jax.lax.scan(run_block, x, parameters)
+        x = scan_blocks(self.blocks, x, buckets, lengths)
         inside = jnp.arange(num_tokens) < lengths[:, None]
         return jnp.where(inside[..., None], self.norm(x), 0.0)
-
-
-def _stack_blocks(config: UMT5Config, rngs: nnx.Rngs) -> UMT5Block:
-    """Makes one block module whose parameters have a leading layer axis."""
-
-    @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def make(rngs: nnx.Rngs) -> UMT5Block:
-        return UMT5Block(config, rngs=rngs)
-
-    return make(rngs)

@@ -7,7 +7,6 @@ bfloat16 too; ours rounds less.
 """
 
 import math
-from collections.abc import Callable
 
 import einops
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from models.diffusion.transformer.layers import linear, merge_heads, split_heads
 from models.umt5.config import UMT5Config
 
 
@@ -76,10 +76,10 @@ class Attention(nnx.Module):
         self.config = config
         # Small queries stand in for the scaling that other models apply to logits.
         q_std = (config.dim * config.head_dim) ** -0.5
-        self.q = linear(config.dim, inner, config, rngs, std=q_std)
-        self.k = linear(config.dim, inner, config, rngs)
-        self.v = linear(config.dim, inner, config, rngs)
-        self.o = linear(inner, config.dim, config, rngs)
+        self.q = _matrix(config.dim, inner, config, rngs, std=q_std)
+        self.k = _matrix(config.dim, inner, config, rngs)
+        self.v = _matrix(config.dim, inner, config, rngs)
+        self.o = _matrix(inner, config.dim, config, rngs)
 
     def __call__(
         self,
@@ -93,9 +93,7 @@ class Attention(nnx.Module):
         multiply the values. Logits of size [B, N, T, T] exist at once.
         """
         q, k, v = (
-            einops.rearrange(
-                project(x), "B T (N D) -> B T N D", N=self.config.num_heads
-            )
+            split_heads(project(x), self.config.num_heads)
             for project in (self.q, self.k, self.v)
         )
         attended = jax.nn.dot_product_attention(
@@ -107,7 +105,7 @@ class Attention(nnx.Module):
             key_value_seq_lengths=lengths,
             implementation="xla",  # cuDNN takes no bias in float32
         )
-        return self.o(einops.rearrange(attended, "B T N D -> B T (N D)"))
+        return self.o(merge_heads(attended))
 
 
 class FeedForward(nnx.Module):
@@ -117,9 +115,9 @@ class FeedForward(nnx.Module):
     """
 
     def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs) -> None:
-        self.gate = linear(config.dim, config.ffn_dim, config, rngs)
-        self.fc1 = linear(config.dim, config.ffn_dim, config, rngs)
-        self.fc2 = linear(config.ffn_dim, config.dim, config, rngs)
+        self.gate = _matrix(config.dim, config.ffn_dim, config, rngs)
+        self.fc1 = _matrix(config.dim, config.ffn_dim, config, rngs)
+        self.fc2 = _matrix(config.ffn_dim, config.dim, config, rngs)
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Runs the network on each token."""
@@ -155,7 +153,7 @@ class UMT5Block(nnx.Module):
         return x + hidden.astype(jnp.float32)
 
 
-def linear(
+def _matrix(
     in_features: int,
     out_features: int,
     config: UMT5Config,
@@ -164,14 +162,13 @@ def linear(
     std: float | None = None,
 ) -> nnx.Linear:
     """Makes a matrix without bias; if `std` is None, initial values keep variance."""
-    init: Callable = nnx.initializers.normal(std or in_features**-0.5)
-    return nnx.Linear(
+    return linear(
         in_features,
         out_features,
         use_bias=False,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=init,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        kernel_init=nnx.initializers.normal(std or in_features**-0.5),
         rngs=rngs,
     )
 

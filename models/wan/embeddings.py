@@ -1,58 +1,22 @@
-"""Embeddings at the entrance of a Wan transformer: patches, timestep, text, image."""
-
-import math
+"""Embeddings at the entrance of a Wan transformer: timestep, text and image."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from draft_jax import VideoGrid
-from models.wan.config import WanConfig
-from models.wan.layers import (
+from models.diffusion.transformer.embeddings import timestep_embedding
+from models.diffusion.transformer.layers import (
     MLP,
-    XAVIER_UNIFORM,
     LayerNorm,
     gelu_exact,
     gelu_tanh,
     linear,
 )
-from pallas_kernels.common import reorder_tokens
+from models.wan.config import WanConfig
 
 _IMAGE_NORM_EPS = 1e-5  # not the model's own: both published codes take torch's default
-
-
-class PatchEmbedding(nnx.Module):
-    """Cuts the latent into patches and maps each to a token: a strided convolution."""
-
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
-        shape = (*config.patch_size, config.in_channels, config.dim)
-        fan_in = math.prod(shape[:-1])
-        kernel = XAVIER_UNIFORM(rngs.params(), (fan_in, config.dim), jnp.float32)
-        self.kernel = nnx.Param(kernel.reshape(shape).astype(config.param_dtype))
-        self.bias = nnx.Param(jnp.zeros(config.dim, jnp.dtype(config.param_dtype)))
-        self.patch_size = config.patch_size
-        self.dtype = config.dtype
-
-    def __call__(
-        self, latents: Float[Array, "B F H W C"], grid: VideoGrid
-    ) -> Float[Array, "B T E"]:
-        """Returns tokens in tiled order, in `config.dtype`."""
-        frames, rows, columns = self.patch_size
-        patches = rearrange(
-            latents,
-            "B (F frames) (H rows) (W columns) C -> B (F H W) (frames rows columns C)",
-            frames=frames,
-            rows=rows,
-            columns=columns,
-        ).astype(self.dtype)
-        # A token depends on its patch alone, so the narrower patches are permuted.
-        patches = reorder_tokens(patches, grid, to="tiled", axis=1)
-        kernel = self.kernel[...].astype(self.dtype)
-        kernel = kernel.reshape(patches.shape[-1], -1)
-        return patches @ kernel + self.bias[...].astype(self.dtype)
 
 
 class ImageEmbedder(nnx.Module):
@@ -63,9 +27,16 @@ class ImageEmbedder(nnx.Module):
 
     def __init__(self, config: WanConfig, size: int, *, rngs: nnx.Rngs) -> None:
         self.dtype = config.dtype
-        self.norm1 = LayerNorm(config, size=size, eps=_IMAGE_NORM_EPS, rngs=rngs)
-        self.ff = MLP((size, size, config.dim), gelu_exact, config, rngs=rngs)
-        self.norm2 = LayerNorm(config, eps=_IMAGE_NORM_EPS, rngs=rngs)
+        stored = config.param_dtype
+        self.norm1 = LayerNorm(size, eps=_IMAGE_NORM_EPS, param_dtype=stored)
+        self.ff = MLP(
+            (size, size, config.dim),
+            gelu_exact,
+            dtype=config.dtype,
+            param_dtype=stored,
+            rngs=rngs,
+        )
+        self.norm2 = LayerNorm(config.dim, eps=_IMAGE_NORM_EPS, param_dtype=stored)
 
     def __call__(self, tokens: Float[Array, "B I image"]) -> Float[Array, "B I E"]:
         """Projects image tokens to the width of the model."""
@@ -77,15 +48,25 @@ class ConditionEmbedder(nnx.Module):
     """Embeds timestep (float32), text and image tokens (`config.dtype`)."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
-        dim = config.dim
+        dim, stored = config.dim, config.param_dtype
         self.freq_dim = config.freq_dim
         self.dtype = config.dtype
         self.time_embedder = MLP(
-            (config.freq_dim, dim, dim), jax.nn.silu, config, dtype="float32", rngs=rngs
+            (config.freq_dim, dim, dim),
+            jax.nn.silu,
+            dtype="float32",
+            param_dtype=stored,
+            rngs=rngs,
         )
-        self.time_proj = linear(dim, 6 * dim, config, rngs, dtype="float32")
+        self.time_proj = linear(
+            dim, 6 * dim, dtype="float32", param_dtype=stored, rngs=rngs
+        )
         self.text_embedder = MLP(
-            (config.text_dim, dim, dim), gelu_tanh, config, rngs=rngs
+            (config.text_dim, dim, dim),
+            gelu_tanh,
+            dtype=config.dtype,
+            param_dtype=stored,
+            rngs=rngs,
         )
         self.image_embedder = (
             ImageEmbedder(config, config.image_dim, rngs=rngs)
@@ -115,25 +96,3 @@ class ConditionEmbedder(nnx.Module):
         if self.image_embedder is None or image_tokens is None:
             return None
         return self.image_embedder(image_tokens)
-
-
-def timestep_embedding(
-    timesteps: Float[Array, " B"], size: int
-) -> Float[Array, "B size"]:
-    """Returns cosines, then sines, of the timestep at geometric frequencies; float32.
-
-    Angles are rounded where diffusers rounds them: the exponent, its exponential and
-    the angle, each to the nearest float32. Wan's own code takes float64 throughout. At
-    t = 1000 the two differ by up to 6e-5, a sixtieth of a rounding of bfloat16.
-
-    Source: diffusers `get_timestep_embedding`; Wan2.1 `sinusoidal_embedding_1d`.
-    """
-    angles = timesteps.astype(jnp.float32)[:, None] * _frequencies(size // 2)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def _frequencies(count: int) -> np.ndarray:
-    exponents = np.float32(-math.log(10000.0)) * np.arange(count, dtype=np.float32)
-    exponents /= np.float32(count)
-    # NumPy's float32 exponential misses the nearest number for half the frequencies.
-    return np.exp(exponents.astype(np.float64)).astype(np.float32)

@@ -6,13 +6,13 @@ in the original under autocast; what enters a matrix product or attention is cas
 `config.dtype`, and so is what comes out of it.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -24,118 +24,24 @@ from draft_jax import (
     QKNorm,
     VideoGrid,
     norm_rope_pool,
-    scheduled_attention,
 )
 from draft_jax.pytree import register_named_tuple
 from models.diffusion.capture import sow_if_captured
+from models.diffusion.transformer.attention import self_attention
+from models.diffusion.transformer.layers import (
+    MLP,
+    LayerNorm,
+    RMSNorm,
+    gelu_tanh,
+    layer_norm,
+    linear,
+    merge_heads,
+    split_heads,
+)
+from models.diffusion.transformer.rope import RopeTable
 from models.wan.config import WanConfig
-from pallas_kernels import dense_attention, why_no_cudnn
+from pallas_kernels import why_no_cudnn
 from pallas_kernels.common import current_device
-
-# The original's initialisation of all linear layers but the last.
-XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
-
-RopeTable = tuple[Float[Array, "T half"], Float[Array, "T half"]]
-
-
-def linear(
-    in_features: int,
-    out_features: int,
-    config: WanConfig,
-    rngs: nnx.Rngs,
-    *,
-    dtype: str | None = None,
-    kernel_init: Callable = XAVIER_UNIFORM,
-) -> nnx.Linear:
-    """Returns a dense layer that computes in `dtype`, `config.dtype` by default."""
-    return nnx.Linear(
-        in_features,
-        out_features,
-        dtype=jnp.dtype(dtype or config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=kernel_init,
-        rngs=rngs,
-    )
-
-
-def layer_norm(x: Float[Array, "*axes E"], eps: float) -> Float[Array, "*axes E"]:
-    """Returns zero mean and unit variance over the last axis, in float32."""
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + eps)
-
-
-class LayerNorm(nnx.Module):
-    """Layer norm with learned scale and bias; float32 in and out.
-
-    Of width `config.dim` and with `config.eps` unless others are given.
-    """
-
-    def __init__(
-        self,
-        config: WanConfig,
-        *,
-        size: int | None = None,
-        eps: float | None = None,
-        rngs: nnx.Rngs,
-    ) -> None:
-        size, dtype = size or config.dim, jnp.dtype(config.param_dtype)
-        self.eps = config.eps if eps is None else eps
-        self.scale = nnx.Param(jnp.ones(size, dtype))
-        self.bias = nnx.Param(jnp.zeros(size, dtype))
-
-    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """Normalises each token, in float32."""
-        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
-        return layer_norm(x, self.eps) * scale + bias
-
-
-class RMSNorm(nnx.Module):
-    """Root mean square norm over all channels with a learned scale; float32 out."""
-
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
-        self.eps = config.eps
-        self.scale = nnx.Param(jnp.ones(config.dim, jnp.dtype(config.param_dtype)))
-
-    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """Normalises each token, in float32."""
-        x = x.astype(jnp.float32)
-        mean_square = jnp.square(x).mean(-1, keepdims=True)
-        scale = self.scale[...].astype(jnp.float32)
-        return x * jax.lax.rsqrt(mean_square + self.eps) * scale
-
-
-class MLP(nnx.Module):
-    """Two linear layers with an activation between; in and out in `dtype`."""
-
-    def __init__(
-        self,
-        sizes: tuple[int, int, int],
-        activation: Callable[[Array], Array],
-        config: WanConfig,
-        *,
-        dtype: str | None = None,
-        rngs: nnx.Rngs,
-    ) -> None:
-        features_in, hidden, features_out = sizes
-        self.linear_1 = linear(features_in, hidden, config, rngs, dtype=dtype)
-        self.linear_2 = linear(hidden, features_out, config, rngs, dtype=dtype)
-        self.activation = activation
-
-    def __call__(self, x: Float[Array, "*axes I"]) -> Float[Array, "*axes O"]:
-        """Applies both layers to the last axis."""
-        return self.linear_2(self.activation(self.linear_1(x)))
-
-
-def gelu_tanh(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """Applies GELU by its tanh approximation."""
-    return jax.nn.gelu(x, approximate=True)
-
-
-def gelu_exact(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """Applies GELU by the error function."""
-    return jax.nn.gelu(x, approximate=False)
 
 
 @register_named_tuple
@@ -168,14 +74,12 @@ class SelfAttention(nnx.Module):
     """
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
-        dim = config.dim
         self.num_heads = config.num_heads
-        self.to_q = linear(dim, dim, config, rngs)
-        self.to_k = linear(dim, dim, config, rngs)
-        self.to_v = linear(dim, dim, config, rngs)
-        self.to_out = linear(dim, dim, config, rngs)
-        self.norm_q = RMSNorm(config, rngs=rngs) if config.qk_norm else None
-        self.norm_k = RMSNorm(config, rngs=rngs) if config.qk_norm else None
+        project = _projection(config, rngs)
+        self.to_q, self.to_k, self.to_v = project(), project(), project()
+        self.to_out = project()
+        self.norm_q = _qk_norm(config) if config.qk_norm else None
+        self.norm_k = _qk_norm(config) if config.qk_norm else None
 
     def __call__(
         self,
@@ -198,22 +102,16 @@ class SelfAttention(nnx.Module):
         """
         q, k, v, pooled = self._project(x, inputs)
         sow_if_captured(self, q=q, k=k)
-        if inputs.draft is None:
-            attended = dense_attention(q, k, v)
-        else:
-            assert step is not None, "WanTransformer makes one"
-            assert mask is not None, "WanTransformer makes one"
-            attended, mask = scheduled_attention(
-                q,
-                k,
-                v,
-                grid=inputs.grid,
-                config=inputs.draft,
-                step=step,
-                mask=mask,
-                order="tiled",
-                pooled=pooled,
-            )
+        attended, mask = self_attention(
+            q,
+            k,
+            v,
+            grid=inputs.grid,
+            draft=inputs.draft,
+            step=step,
+            mask=mask,
+            pooled=pooled,
+        )
         return self.to_out(merge_heads(attended)), mask
 
     def _project(
@@ -257,19 +155,16 @@ class CrossAttention(nnx.Module):
     """
 
     def __init__(self, config: WanConfig, *, image: bool, rngs: nnx.Rngs) -> None:
-        dim = config.dim
         self.num_heads = config.num_heads
         self.dtype = config.dtype
-        self.to_q = linear(dim, dim, config, rngs)
-        self.to_k = linear(dim, dim, config, rngs)
-        self.to_v = linear(dim, dim, config, rngs)
-        self.to_out = linear(dim, dim, config, rngs)
-        self.norm_q = RMSNorm(config, rngs=rngs) if config.qk_norm else None
-        self.norm_k = RMSNorm(config, rngs=rngs) if config.qk_norm else None
-        self.add_k_proj = linear(dim, dim, config, rngs) if image else None
-        self.add_v_proj = linear(dim, dim, config, rngs) if image else None
-        has_norm = image and config.qk_norm
-        self.norm_added_k = RMSNorm(config, rngs=rngs) if has_norm else None
+        project = _projection(config, rngs)
+        self.to_q, self.to_k, self.to_v = project(), project(), project()
+        self.to_out = project()
+        self.norm_q = _qk_norm(config) if config.qk_norm else None
+        self.norm_k = _qk_norm(config) if config.qk_norm else None
+        self.add_k_proj = project() if image else None
+        self.add_v_proj = project() if image else None
+        self.norm_added_k = _qk_norm(config) if image and config.qk_norm else None
 
     def __call__(
         self,
@@ -318,9 +213,18 @@ class WanBlock(nnx.Module):
         self.attn2 = CrossAttention(
             config, image=config.image_dim is not None, rngs=rngs
         )
-        self.norm2 = LayerNorm(config, rngs=rngs) if config.cross_attn_norm else None
-        sizes = (config.dim, config.ffn_dim, config.dim)
-        self.ffn = MLP(sizes, gelu_tanh, config, rngs=rngs)
+        self.norm2 = (
+            LayerNorm(config.dim, eps=config.eps, param_dtype=config.param_dtype)
+            if config.cross_attn_norm
+            else None
+        )
+        self.ffn = MLP(
+            (config.dim, config.ffn_dim, config.dim),
+            gelu_tanh,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
         self.scale_shift_table = modulation_table(6, config, rngs)
 
     def __call__(
@@ -358,14 +262,20 @@ class WanBlock(nnx.Module):
         return x + hidden.astype(jnp.float32) * gate_3, mask
 
 
-def split_heads(x: Float[Array, "B T E"], num_heads: int) -> Float[Array, "B T N D"]:
-    """Splits channels into heads, E = N * D."""
-    return rearrange(x, "B T (N D) -> B T N D", N=num_heads)
+def _projection(config: WanConfig, rngs: nnx.Rngs) -> Callable[[], nnx.Linear]:
+    """Returns a function that makes a linear layer of the model's width."""
+    return functools.partial(
+        linear,
+        config.dim,
+        config.dim,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
 
 
-def merge_heads(x: Float[Array, "B T N D"]) -> Float[Array, "B T E"]:
-    """Puts heads side by side, E = N * D."""
-    return rearrange(x, "B T N D -> B T (N D)")
+def _qk_norm(config: WanConfig) -> RMSNorm:
+    return RMSNorm(config.dim, eps=config.eps, param_dtype=config.param_dtype)
 
 
 def modulation_table(rows: int, config: WanConfig, rngs: nnx.Rngs) -> nnx.Param:

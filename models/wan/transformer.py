@@ -1,41 +1,32 @@
 """The Wan2.1 diffusion transformer, from text or from an image and text.
 
 Tokens and rotary table are put into tiled order once, after patchifying, and the
-output is put back once; no layer reorders tokens. Layers share one traced block:
-their parameters are stacked along a leading layer axis and scanned, so the program
-and its compile time do not grow with depth. Layers that a step is known to treat in
-another way than their neighbours are a scan of their own.
+output is put back once; no layer reorders tokens. Layers share one traced block; see
+`models.diffusion.transformer.block_stack`.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
 from draft_jax import AttentionPlan, BlockMask, DraftStep, VideoGrid
-from models.diffusion.capture import call_and_capture
 from models.diffusion.interfaces import ImageCondition, TextContext
-from models.diffusion.layer_runs import runs_of_layers, scan_layers
-from models.diffusion.layer_state import check_layer_state, first_masks, sparse_step
+from models.diffusion.layer_state import prepare_layer_state
+from models.diffusion.transformer.block_stack import run_blocks, stack_blocks
+from models.diffusion.transformer.embeddings import PatchEmbedding
+from models.diffusion.transformer.layers import layer_norm, linear
+from models.diffusion.transformer.rope import rope_table
+from models.diffusion.transformer.tokens import latent_grid, unpatchify
 from models.wan.conditions import NO_EMBEDDED_GUIDANCE, WanConditioning
 from models.wan.config import WanConfig
-from models.wan.embeddings import ConditionEmbedder, PatchEmbedding
+from models.wan.embeddings import ConditionEmbedder
 from models.wan.inputs import WanInputs, check_inputs
-from models.wan.layers import (
-    BlockInputs,
-    WanBlock,
-    layer_norm,
-    linear,
-    modulation_table,
-)
-from models.wan.rope import rope_table
-from pallas_kernels.common import reorder_tokens
+from models.wan.layers import BlockInputs, WanBlock, modulation_table
+from models.wan.rope import split_head_dim
 
 Velocity = Float[Array, "B F H W C_out"]
 
@@ -58,15 +49,25 @@ class WanTransformer(nnx.Module):
           rngs: Source of the initial parameters, stream `params`.
         """
         self.config = config
-        self.patch_embedding = PatchEmbedding(config, rngs=rngs)
+        self.patch_embedding = PatchEmbedding(
+            config.in_channels,
+            config.dim,
+            patch_size=config.patch_size,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
         self.condition_embedder = ConditionEmbedder(config, rngs=rngs)
-        self.blocks = _stack_blocks(config, rngs)
+        self.blocks = stack_blocks(
+            lambda rngs: WanBlock(config, rngs=rngs), config.num_layers, rngs
+        )
         self.scale_shift_table = modulation_table(2, config, rngs)
         self.proj_out = linear(
             config.dim,
             math.prod(config.patch_size) * config.out_channels,
-            config,
-            rngs,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
             kernel_init=nnx.initializers.zeros_init(),
         )
 
@@ -173,22 +174,8 @@ class WanTransformer(nnx.Module):
         Raises:
           ValueError: A size is not a multiple of the patch.
         """
-        if len(latent_shape) not in (4, 5):
-            raise ValueError(
-                f"{latent_shape=} must be [batch, frames, height, width, channels]; "
-                "batch may be left out"
-            )
-        sizes = latent_shape[-4:-1]
-        patch = self.config.patch_size
-        if any(size % side for size, side in zip(sizes, patch, strict=True)):
-            raise ValueError(
-                f"latent frames, height and width {sizes} must be multiples of "
-                f"patch_size={patch}"
-            )
-        frames, height, width = (
-            size // side for size, side in zip(sizes, patch, strict=True)
-        )
-        return VideoGrid(frames, height, width, tile=self.config.tile)
+        config = self.config
+        return latent_grid(latent_shape, patch_size=config.patch_size, tile=config.tile)
 
     def _run(
         self,
@@ -204,19 +191,15 @@ class WanTransformer(nnx.Module):
         config = self.config
         check_inputs(inputs, config)
         grid = self.grid(inputs.latents.shape)
-        num_layers = config.num_layers
-        check_layer_state(attention, step, masks, grid=grid, num_layers=num_layers)
-        if attention.config is not None:
-            if step is None:
-                step = sparse_step(grid, attention.config, num_layers)
-            if masks is None:
-                masks = first_masks(
-                    grid,
-                    attention.config,
-                    num_layers=num_layers,
-                    batch=len(inputs.latents),
-                    num_heads=config.num_heads,
-                )
+        step, masks = prepare_layer_state(
+            attention,
+            step,
+            masks,
+            grid=grid,
+            num_layers=config.num_layers,
+            batch=len(inputs.latents),
+            num_heads=config.num_heads,
+        )
         time, modulation, text = self.condition_embedder(
             inputs.timesteps, inputs.context, inputs.context_lengths
         )
@@ -224,59 +207,23 @@ class WanTransformer(nnx.Module):
             text=text,
             image=self.condition_embedder.embed_image(inputs.image_tokens),
             modulation=modulation,
-            rope=rope_table(grid, config.head_dim, config.rope_theta),
+            rope=rope_table(
+                grid, split_head_dim(config.head_dim), theta=config.rope_theta
+            ),
             grid=grid,
             draft=attention.config,
         )
         x = self.patch_embedding(inputs.latents, grid).astype(jnp.float32)
-        call_block = call_and_capture if capture else _call_block
-        x, masks, sown = self._run_blocks(
-            x, masks, shared, step, call_block, remat=remat
+        x, masks, sown = run_blocks(
+            self.blocks,
+            x,
+            shared,
+            step=step,
+            masks=masks,
+            remat=remat,
+            capture=capture,
         )
         return self._head(x, time, grid), masks, sown
-
-    def _run_blocks(
-        self,
-        x: Float[Array, "B T E"],
-        masks: BlockMask | None,
-        shared: BlockInputs,
-        step: DraftStep | None,
-        call_block: Callable,
-        *,
-        remat: bool,
-    ) -> tuple[Float[Array, "B T E"], BlockMask | None, Any]:
-        """Scans over the layers; each run of layers that do the same by itself."""
-        structure, parameters = nnx.split(self.blocks)
-
-        def run_layer(known_dense, carry, layer):
-            x, masks = carry
-            index, layer_parameters = layer
-            layer_step = None
-            if step is not None:
-                dense = step.dense[index] if known_dense is None else known_dense
-                layer_step = step.with_dense(dense)
-
-            def run_block(x, layer_parameters, mask):
-                block = nnx.merge(structure, layer_parameters)
-                return call_block(block, x, shared, layer_step, mask)
-
-            if remat:
-                # Inside a scan the backward pass cannot merge with the forward one.
-                run_block = jax.checkpoint(run_block, prevent_cse=False)
-            mask = jax.tree.map(lambda leaf: leaf[index], masks)
-            (x, mask), sown = run_block(x, layer_parameters, mask)
-            # In place: the masks of all layers may take a gigabyte.
-            masks = jax.tree.map(lambda old, new: old.at[index].set(new), masks, mask)
-            return (x, masks), sown
-
-        carry, sown_of_runs = (x, masks), []
-        for layers, known_dense in runs_of_layers(step, self.config.num_layers):
-            body = functools.partial(run_layer, known_dense)
-            carry, sown = scan_layers(body, carry, parameters, layers)
-            sown_of_runs.append(sown)
-        x, masks = carry
-        sown = jax.tree.map(lambda *runs: jnp.concatenate(runs), *sown_of_runs)
-        return x, masks, sown
 
     def _head(
         self, x: Float[Array, "B T E"], time: Float[Array, "B E"], grid: VideoGrid
@@ -289,23 +236,9 @@ class WanTransformer(nnx.Module):
         shift, scale = (table[row] + time[:, None] for row in range(2))
         x = layer_norm(x, self.config.eps) * (1 + scale) + shift
         patches = self.proj_out(x.astype(self.config.dtype)).astype(jnp.float32)
-        patches = reorder_tokens(patches, grid, to="raster", axis=1)
-        frames, rows, columns = self.config.patch_size
-        return rearrange(
-            patches,
-            "B (F H W) (frames rows columns C) -> B (F frames) (H rows) (W columns) C",
-            F=grid.frames,
-            H=grid.height,
-            W=grid.width,
-            frames=frames,
-            rows=rows,
-            columns=columns,
+        return unpatchify(
+            patches, grid, patch_size=self.config.patch_size, channels="last"
         )
-
-
-def _call_block(block: WanBlock, *arguments: Any) -> tuple[Any, None]:
-    """Calls a block as `call_and_capture` does, and collects nothing."""
-    return block(*arguments), None
 
 
 def kept_density(
@@ -321,14 +254,3 @@ def kept_density(
     if step is None:
         return density
     return jnp.where(step.dense[:, None, None], 1.0, density)
-
-
-def _stack_blocks(config: WanConfig, rngs: nnx.Rngs) -> WanBlock:
-    """Returns one block module whose parameters have a leading layer axis."""
-
-    @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def make(rngs: nnx.Rngs) -> WanBlock:
-        return WanBlock(config, rngs=rngs)
-
-    return make(rngs)

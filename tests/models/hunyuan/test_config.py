@@ -85,7 +85,7 @@ def test_missing_keys_are_named():
         ({"reference_frames": 2}, "must be 0 or 1"),
         ({"mlp_ratio": 0.0}, "mlp_ratio=0.0 must be greater than 0"),
         ({"num_single_blocks": 0}, "num_single_blocks=0 must be a positive integer"),
-        ({"tile": (8,)}, "must be a tuple of 2 positive integers"),
+        ({"tile": (0, 16)}, "must be a tuple of 2 positive integers"),
         ({"dtype": "float8"}, "must be one of"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
-from models.wan import layers
+from models.diffusion.transformer import attention as self_attention
 from models.wan.config import WanConfig
 from models.wan.inputs import WanInputs
 from models.wan.transformer import WanTransformer, kept_density
@@ -231,11 +231,11 @@ def test_capture_qk_gives_what_attention_sees(monkeypatch):
     model, inputs = make_model(num_layers=1), make_inputs()
     seen = []
 
-    def spy(q, k, v):
+    def spy(q, k, v, **_):
         jax.debug.callback(lambda *arrays: seen.append(arrays), q, k)
         return v
 
-    monkeypatch.setattr(layers, "dense_attention", spy)
+    monkeypatch.setattr(self_attention, "dense_attention", spy)
     q, k = model.capture_qk(inputs)
     jax.effects_barrier()
     assert q.shape == k.shape == (1, 2, 3 * 5 * 7, 2, 12)
@@ -280,7 +280,7 @@ def trace(model, inputs, attention):
 def test_layers_do_not_reorder_tokens(attention, monkeypatch):
     """A stand-in takes draft attention's place: inside it, blocks are gathered."""
     monkeypatch.setattr(
-        layers, "scheduled_attention", lambda q, k, v, *, mask, **_: (v, mask)
+        self_attention, "scheduled_attention", lambda q, k, v, *, mask, **_: (v, mask)
     )
     model, inputs = make_model(), make_inputs()
     program = trace(model, inputs, ATTENTION[attention])

@@ -1,0 +1,1 @@
+"""What diffusion transformers of all families share: layers, stacks, embeddings."""

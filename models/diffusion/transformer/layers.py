@@ -1,0 +1,120 @@
+"""Layers that transformers share, of plain sizes and dtypes.
+
+Norms are float32 inside and out; linear layers compute in the dtype they are given.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+# The initialisation of most linear layers in the original codes of all families.
+XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    *,
+    dtype: str,
+    param_dtype: str,
+    rngs: nnx.Rngs,
+    use_bias: bool = True,
+    kernel_init: Callable = XAVIER_UNIFORM,
+) -> nnx.Linear:
+    """Returns a dense layer that computes in `dtype`."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(param_dtype),
+        kernel_init=kernel_init,
+        rngs=rngs,
+    )
+
+
+def layer_norm(x: Float[Array, "*axes E"], eps: float) -> Float[Array, "*axes E"]:
+    """Returns zero mean and unit variance over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + eps)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with learned scale and bias; float32 in and out."""
+
+    def __init__(self, size: int, *, eps: float, param_dtype: str) -> None:
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size, jnp.dtype(param_dtype)))
+        self.bias = nnx.Param(jnp.zeros(size, jnp.dtype(param_dtype)))
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Normalises each token, in float32."""
+        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
+        return layer_norm(x, self.eps) * scale + bias
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm over the last axis with a learned scale; float32 out."""
+
+    def __init__(self, size: int, *, eps: float, param_dtype: str) -> None:
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size, jnp.dtype(param_dtype)))
+
+    def __call__(self, x: Float[Array, "*axes E"]) -> Float[Array, "*axes E"]:
+        """Normalises over the last axis, in float32."""
+        x = x.astype(jnp.float32)
+        mean_square = jnp.square(x).mean(-1, keepdims=True)
+        scale = self.scale[...].astype(jnp.float32)
+        return x * jax.lax.rsqrt(mean_square + self.eps) * scale
+
+
+class MLP(nnx.Module):
+    """Two linear layers with an activation between; in and out in `dtype`."""
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int],
+        activation: Callable[[Array], Array],
+        *,
+        dtype: str,
+        param_dtype: str,
+        rngs: nnx.Rngs,
+    ) -> None:
+        features_in, hidden, features_out = sizes
+        self.linear_1 = linear(
+            features_in, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.linear_2 = linear(
+            hidden, features_out, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "*axes I"]) -> Float[Array, "*axes O"]:
+        """Applies both layers to the last axis."""
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+def gelu_tanh(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """Applies GELU by its tanh approximation."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def gelu_exact(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """Applies GELU by the error function."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def split_heads(x: Float[Array, "B T E"], num_heads: int) -> Float[Array, "B T N D"]:
+    """Splits channels into heads, E = N * D."""
+    return rearrange(x, "B T (N D) -> B T N D", N=num_heads)
+
+
+def merge_heads(x: Float[Array, "B T N D"]) -> Float[Array, "B T E"]:
+    """Puts heads side by side, E = N * D."""
+    return rearrange(x, "B T N D -> B T (N D)")

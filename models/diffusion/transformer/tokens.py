@@ -1,0 +1,74 @@
+"""Tokens of a latent: their grid, and patches put back into their places."""
+
+from typing import Literal
+
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from draft_jax import VideoGrid
+from pallas_kernels.common import reorder_tokens
+
+
+def latent_grid(
+    latent_shape: tuple[int, ...],
+    *,
+    patch_size: tuple[int, int, int],
+    tile: tuple[int, int],
+) -> VideoGrid:
+    """Returns the token grid of latents of a shape, without text.
+
+    Args:
+      latent_shape: Axes [B, F, H, W, C] or [F, H, W, C].
+      patch_size: Latent frames, rows and columns merged into one token.
+      tile: Rows and columns of tokens in one attention block.
+
+    Raises:
+      ValueError: A size is not a multiple of the patch.
+    """
+    if len(latent_shape) not in (4, 5):
+        raise ValueError(
+            f"{latent_shape=} must be [batch, frames, height, width, channels]; "
+            "batch may be left out"
+        )
+    sizes = latent_shape[-4:-1]
+    if any(size % side for size, side in zip(sizes, patch_size, strict=True)):
+        raise ValueError(
+            f"latent frames, height and width {sizes} must be multiples of "
+            f"{patch_size=}"
+        )
+    frames, height, width = (
+        size // side for size, side in zip(sizes, patch_size, strict=True)
+    )
+    return VideoGrid(frames, height, width, tile=tile)
+
+
+def unpatchify(
+    patches: Float[Array, "B T values"],
+    grid: VideoGrid,
+    *,
+    patch_size: tuple[int, int, int],
+    channels: Literal["first", "last"],
+) -> Float[Array, "B F H W C"]:
+    """Puts tokens in tiled order back to raster order and cuts them into positions.
+
+    Args:
+      patches: The values of each token's patch.
+      grid: The tokens, without text.
+      patch_size: Latent frames, rows and columns of a patch.
+      channels: Whether a token's values are ordered by channels first, and by the
+        patch's positions within a channel, or by positions first.
+    """
+    patches = reorder_tokens(patches, grid, to="raster", axis=1)
+    frames, rows, columns = patch_size
+    values = "frames rows columns"
+    values = f"C {values}" if channels == "first" else f"{values} C"
+    return rearrange(
+        patches,
+        f"B (F H W) ({values}) -> B (F frames) (H rows) (W columns) C",
+        F=grid.frames,
+        H=grid.height,
+        W=grid.width,
+        frames=frames,
+        rows=rows,
+        columns=columns,
+    )
