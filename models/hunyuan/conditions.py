@@ -1,0 +1,160 @@
+"""HunyuanVideo's rules for requests: which sizes and texts suit a transformer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from models.diffusion.interfaces import (
+    Codec,
+    ImageCondition,
+    ImageEncoder,
+    Images,
+    LatentShape,
+    LatentSizes,
+    TextContext,
+)
+from models.diffusion.sampling import Sampling
+from models.hunyuan.config import HunyuanConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class HunyuanConditioning:
+    """The `Conditioning` of a HunyuanVideo transformer.
+
+    Args:
+      config: Sizes of the transformer.
+    """
+
+    config: HunyuanConfig
+
+    def latent_shape(self, sampling: Sampling, codec: LatentSizes) -> LatentShape:
+        """Returns the shape of a video's latent.
+
+        Raises:
+          ValueError: The frames are not one and a multiple of the codec's, a side is
+            not a multiple of what one token covers, or codec and model differ in
+            channels; names what is nearest.
+        """
+        stride, patch = codec.stride, self.config.patch_size
+        frames, height, width = sampling.frames, sampling.height, sampling.width
+        _check_multiple("frames", frames, stride[0] * patch[0], offset=1)
+        _check_multiple("height", height, stride[1] * patch[1])
+        _check_multiple("width", width, stride[2] * patch[2])
+        shape = codec.latent_shape(frames=frames, height=height, width=width)
+        if shape[-1] != self.config.out_channels:
+            raise ValueError(
+                f"the codec has {shape[-1]} latent channels; the transformer makes "
+                f"{self.config.out_channels}"
+            )
+        return shape
+
+    def check_image(self, *, given: bool) -> None:
+        """Checks that an image is given exactly where the model is shown one.
+
+        Raises:
+          ValueError: It is missing, or given to a text-to-video model.
+        """
+        if given == (self.config.reference_frames > 0):
+            return
+        kind = "makes videos from text alone" if given else "is shown a reference image"
+        raise ValueError(
+            f"image is {'given' if given else 'missing'}, but this model {kind}"
+        )
+
+    def check_guidance(self, sampling: Sampling) -> None:
+        """Checks that the model is told of guidance exactly if it embeds that.
+
+        Raises:
+          ValueError: `sampling.embedded_guidance` is missing, or given to a model
+            that takes none.
+        """
+        given = sampling.embedded_guidance is not None
+        if given == self.config.guidance_embeds:
+            return
+        remedy = (
+            "this model embeds none: use guidance, which runs a negative prompt"
+            if given
+            else "this model embeds it: give a number, such as 6.0"
+        )
+        raise ValueError(
+            f"embedded_guidance={sampling.embedded_guidance!r}, but {remedy}"
+        )
+
+    def check_context(self, name: str, context: TextContext) -> None:
+        """Checks that a context has the transformer's sizes.
+
+        Raises:
+          ValueError: It does not; the message calls it `name`.
+        """
+        config = self.config
+        batch = len(context.lengths)
+        expected = {
+            "embeddings": (batch, config.text_length, config.text_dim),
+            "lengths": (batch,),
+            "pooled": (batch, config.pooled_dim),
+            "mask": (batch, config.text_length),
+        }
+        if not batch:
+            raise ValueError(f"{name} has no items; expected 1 or more")
+        for field, shape in expected.items():
+            array = getattr(context, field)
+            if array is None:
+                if field == "mask":
+                    continue
+                raise ValueError(
+                    f"{name} has no {field}; expected shape {shape}: it is of a text "
+                    "encoder of another model"
+                )
+            if array.shape != shape:
+                raise ValueError(
+                    f"{name} has {field} of shape {array.shape}; expected {shape}"
+                )
+
+    def image_condition(
+        self,
+        images: Images,
+        sampling: Sampling,
+        *,
+        codec: Codec,
+        image_encoder: ImageEncoder | None,
+    ) -> ImageCondition:
+        """Refuses images: a reference is given as an `ImageCondition`.
+
+        Raises:
+          ValueError: Always.
+        """
+        self.check_image(given=True)
+        raise ValueError(
+            "image is pixels, which HunyuanCustom's text encoder sees too: pass an "
+            "ImageCondition with the latent of the reference frame, and a context"
+        )
+
+    def repeat_condition(
+        self, image: ImageCondition, batch: int, latent_shape: LatentShape
+    ) -> ImageCondition:
+        """Returns the reference frame of every item of a batch.
+
+        Raises:
+          ValueError: There are other numbers of items, or the latents do not fit.
+        """
+        items, frame = len(image.latents), (1, *latent_shape[1:])
+        if items not in (1, batch) or image.latents.shape[1:] != frame:
+            raise ValueError(
+                f"image has {items} items with latents of shape "
+                f"{image.latents.shape[1:]}; expected 1 or {batch} of shape {frame}"
+            )
+        return jax.tree.map(
+            lambda leaf: jnp.repeat(leaf, batch // len(leaf), axis=0), image
+        )
+
+
+def _check_multiple(name: str, value: int, multiple: int, *, offset: int = 0) -> None:
+    """Raises ValueError unless a size is a multiple, and `offset` more."""
+    rest = (value - offset) % multiple
+    if not rest:
+        return
+    below = value - rest
+    nearest = f"{below} or {below + multiple}" if below > 0 else f"{below + multiple}"
+    rule = f"a multiple of {multiple}" + (f", and {offset} more" if offset else "")
+    raise ValueError(f"{name}={value} must be {rule} for this model, such as {nearest}")

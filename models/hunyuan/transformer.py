@@ -1,0 +1,328 @@
+"""The HunyuanVideo diffusion transformer: video and text in one sequence.
+
+Visual tokens and the rotary table are put into tiled order once, after patchifying, and
+the output is put back once; no layer reorders tokens. The text stands after the video.
+The blocks are two stacks, double and single, each of which shares one traced block; see
+`models.diffusion.transformer.block_stack`. Schedules and masks count their layers
+through: the double blocks come first.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from draft_jax import AttentionPlan, BlockMask, DraftStep, VideoGrid
+from models.diffusion.contexts import context_mask
+from models.diffusion.interfaces import ImageCondition, TextContext
+from models.diffusion.layer_state import prepare_layer_state
+from models.diffusion.transformer.block_stack import run_blocks, stack_blocks
+from models.diffusion.transformer.embeddings import PatchEmbedding
+from models.diffusion.transformer.layers import linear
+from models.diffusion.transformer.tokens import latent_grid, unpatchify
+from models.hunyuan.conditions import HunyuanConditioning
+from models.hunyuan.config import HunyuanConfig
+from models.hunyuan.embeddings import ConditionEmbedder, TokenRefiner, guidance_level
+from models.hunyuan.inputs import HunyuanInputs, check_inputs
+from models.hunyuan.layers import (
+    BlockInputs,
+    DoubleBlock,
+    SingleBlock,
+    modulated_norm,
+)
+from models.hunyuan.rope import video_rope
+
+Velocity = Float[Array, "B F H W C_out"]
+
+_DENSE = AttentionPlan.dense()
+
+
+class OutputModulation(nnx.Module):
+    """Shift and scale before the last layer; checkpoints store them as one layer."""
+
+    def __init__(self, config: HunyuanConfig, *, rngs: nnx.Rngs) -> None:
+        layer = functools.partial(
+            linear,
+            config.dim,
+            config.dim,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        self.shift, self.scale = layer(), layer()
+
+    def __call__(
+        self, conditioning: Float[Array, "B E"]
+    ) -> tuple[Float[Array, "B 1 E"], Float[Array, "B 1 E"]]:
+        """Returns shift and scale, in `config.dtype`."""
+        return self.shift(conditioning)[:, None], self.scale(conditioning)[:, None]
+
+
+class HunyuanTransformer(nnx.Module):
+    """Predicts the velocity of a noisy latent, given time, text and guidance.
+
+    A `VideoModel`. Source: HunyuanVideo `HYVideoDiffusionTransformer` and diffusers
+    `HunyuanVideoTransformer3DModel`.
+    """
+
+    def __init__(self, config: HunyuanConfig, *, rngs: nnx.Rngs) -> None:
+        """Builds the model with random parameters.
+
+        The output layer starts at zero, as in the original.
+
+        Args:
+          config: Sizes and dtypes.
+          rngs: Source of the initial parameters, stream `params`.
+        """
+        self.config = config
+        self.x_embedder = PatchEmbedding(
+            config.in_channels,
+            config.dim,
+            patch_size=config.patch_size,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        self.context_embedder = TokenRefiner(config, rngs=rngs)
+        self.time_text_embed = ConditionEmbedder(config, rngs=rngs)
+        self.transformer_blocks = stack_blocks(
+            lambda rngs: DoubleBlock(config, rngs=rngs), config.num_double_blocks, rngs
+        )
+        self.single_transformer_blocks = stack_blocks(
+            lambda rngs: SingleBlock(config, rngs=rngs), config.num_single_blocks, rngs
+        )
+        self.norm_out = OutputModulation(config, rngs=rngs)
+        self.proj_out = linear(
+            config.dim,
+            math.prod(config.patch_size) * config.out_channels,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+            kernel_init=nnx.initializers.zeros_init(),
+        )
+
+    def __call__(
+        self,
+        inputs: HunyuanInputs,
+        *,
+        attention: AttentionPlan = _DENSE,
+        step: DraftStep | None = None,
+        masks: BlockMask | None = None,
+        remat: bool = False,
+    ) -> tuple[Velocity, BlockMask | None]:
+        """Runs the model.
+
+        Args:
+          inputs: Latents, timesteps, text, and guidance and a reference where the
+            model takes them.
+          attention: Dense or draft attention. Its schedule is not read: `step` is
+            what came of it.
+          step: The schedule's entry for this step (`StepPlan.step`), for draft
+            attention. None makes all layers sparse, with new masks.
+          masks: Block masks that the step before returned, stacked over layers;
+            None on the first step.
+          remat: Recompute each block in the backward pass instead of keeping what
+            it computed: less memory, about a third more time.
+
+        Returns:
+          The velocity (noise - clean) in float32, and the masks to hand to the
+          next step, leaves [layers, ...]; None with dense attention.
+
+        Raises:
+          ValueError: An input does not fit the configuration or the others.
+        """
+        velocity, masks, _ = self._run(inputs, attention, step, masks, remat=remat)
+        return velocity, masks
+
+    def capture_qk(
+        self,
+        inputs: HunyuanInputs,
+        *,
+        attention: AttentionPlan = _DENSE,
+        step: DraftStep | None = None,
+        masks: BlockMask | None = None,
+    ) -> tuple[Float[Array, "layers B T N D"], Float[Array, "layers B T N D"]]:
+        """Returns queries and keys that every layer's attention sees.
+
+        Takes what `__call__` takes. All layers are held at once, so it is for small
+        models or short videos.
+
+        Returns:
+          q and k after norm and rotary embedding: visual tokens in tiled order, then
+          the text.
+        """
+        *_, sown = self._run(inputs, attention, step, masks, capture=True)
+        double, single = (stack["attn"] for stack in sown)
+        q, k = (jnp.concatenate([double[name], single[name]]) for name in ("q", "k"))
+        return q, k
+
+    def step_inputs(
+        self,
+        latents: Float[Array, "B F H W C"],
+        timestep: Float[Array, ""] | float,
+        context: TextContext,
+        image: ImageCondition | None,
+        embedded_guidance: Float[Array, ""] | None = None,
+    ) -> HunyuanInputs:
+        """Returns the inputs of one step; see `VideoModel.step_inputs`."""
+        rows = len(context.lengths)
+        repeats = rows // len(latents)
+        pooled = context.pooled
+        if pooled is None:
+            raise ValueError(
+                "context.pooled is None; expected CLIP's pooled vector of each prompt"
+            )
+        guidance, reference = None, None
+        if embedded_guidance is not None:
+            level = guidance_level(embedded_guidance, self.config)
+            guidance = jnp.full(rows, level, jnp.float32)
+        if image is not None:
+            reference = jnp.concatenate([image.latents] * repeats)
+        return HunyuanInputs(
+            latents=jnp.concatenate([latents] * repeats),
+            timesteps=jnp.full(rows, timestep, jnp.float32),
+            context=context.embeddings,
+            context_mask=context_mask(context),
+            pooled=pooled,
+            guidance=guidance,
+            reference=reference,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of attention: the double blocks, then the single ones."""
+        return self.config.num_layers
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of each layer."""
+        return self.config.num_heads
+
+    @property
+    def conditioning(self) -> HunyuanConditioning:
+        """HunyuanVideo's rules for requests."""
+        return HunyuanConditioning(self.config)
+
+    def grid(self, latent_shape: tuple[int, ...]) -> VideoGrid:
+        """Returns the sequence of latents of this shape, with reference and text.
+
+        Args:
+          latent_shape: Axes [B, F, H, W, C] or [F, H, W, C], of the video alone.
+
+        Raises:
+          ValueError: A size is not a multiple of the patch.
+        """
+        config = self.config
+        video = latent_grid(
+            latent_shape, patch_size=config.patch_size, tile=config.tile
+        )
+        return dataclasses.replace(
+            video,
+            frames=video.frames + config.reference_frames,
+            text_length=config.text_length,
+        )
+
+    def _run(
+        self,
+        inputs: HunyuanInputs,
+        attention: AttentionPlan,
+        step: DraftStep | None,
+        masks: BlockMask | None,
+        *,
+        remat: bool = False,
+        capture: bool = False,
+    ) -> tuple[Velocity, BlockMask | None, Any]:
+        """Returns velocity, masks, and with `capture` what each stack has sown."""
+        config = self.config
+        check_inputs(inputs, config)
+        grid = self.grid(inputs.latents.shape)
+        step, masks = prepare_layer_state(
+            attention,
+            step,
+            masks,
+            grid=grid,
+            num_layers=config.num_layers,
+            batch=len(inputs.latents),
+            num_heads=config.num_heads,
+        )
+        mask = inputs.context_mask
+        shared = BlockInputs(
+            conditioning=self._conditioning(inputs),
+            rope=video_rope(grid, config),
+            text_lengths=None if mask is None else mask.sum(-1, dtype=jnp.int32),
+            grid=grid,
+            draft=attention.config,
+        )
+        text = self.context_embedder(inputs.context, inputs.timesteps, mask)
+        streams = self._embed(inputs, grid), text
+        streams, masks, sown = run_blocks(
+            self.transformer_blocks,
+            streams,
+            shared,
+            step=step,
+            masks=masks,
+            remat=remat,
+            capture=capture,
+        )
+        x, masks, sown_single = run_blocks(
+            self.single_transformer_blocks,
+            jnp.concatenate(streams, axis=1),
+            shared,
+            step=step,
+            masks=masks,
+            first=config.num_double_blocks,
+            remat=remat,
+            capture=capture,
+        )
+        velocity = self._head(x, shared.conditioning, grid)
+        return velocity, masks, (sown, sown_single)
+
+    def _conditioning(self, inputs: HunyuanInputs) -> Float[Array, "B E"]:
+        """Returns what modulates all blocks; each applies its layer to its SiLU."""
+        vector = self.time_text_embed(inputs.timesteps, inputs.pooled, inputs.guidance)
+        return jax.nn.silu(vector).astype(self.config.dtype)
+
+    def _embed(self, inputs: HunyuanInputs, grid: VideoGrid) -> Float[Array, "B V E"]:
+        """Returns visual tokens: those of the reference frame, then the video's.
+
+        Tiles do not reach from frame to frame, so joined parts are in tiled order.
+        """
+        reference, video = self._parts(grid)
+        tokens = self.x_embedder(inputs.latents, video)
+        if reference is None or inputs.reference is None:
+            return tokens
+        first = self.x_embedder(inputs.reference, reference)
+        return jnp.concatenate([first, tokens], axis=1)
+
+    def _parts(self, grid: VideoGrid) -> tuple[VideoGrid | None, VideoGrid]:
+        """Returns the grids of the reference frame, if there is one, and the video."""
+        frames = self.config.reference_frames
+        plain = dataclasses.replace(grid, text_length=0)
+        video = dataclasses.replace(plain, frames=grid.frames - frames)
+        return dataclasses.replace(plain, frames=frames) if frames else None, video
+
+    def _head(
+        self,
+        x: Float[Array, "B T E"],
+        conditioning: Float[Array, "B E"],
+        grid: VideoGrid,
+    ) -> Velocity:
+        """Applies the modulated norm and the last layer to the video's tokens.
+
+        Then puts tokens back to raster order and cuts patches into positions.
+        """
+        _, video = self._parts(grid)
+        end = grid.visual_tokens.stop
+        x = x[:, end - video.num_tokens : end]
+        x = modulated_norm(x, *self.norm_out(conditioning), self.config)
+        return unpatchify(
+            self.proj_out(x).astype(jnp.float32),
+            video,
+            patch_size=self.config.patch_size,
+            channels="first",
+        )
