@@ -28,7 +28,7 @@ from benchmarks.common.machine import GB
 from benchmarks.common.moves import token_sized_moves
 from benchmarks.common.options import add_output, height_by_width, make_parser
 from benchmarks.common.records import ResultFile
-from draft_jax import AttentionPlan, DraftConfig, StepKind
+from draft_jax import AttentionPlan, DraftConfig, StepKind, VideoGrid
 from draft_jax.attention import initial_mask
 from models.diffusion.interfaces import LatentShape, VideoModel
 
@@ -89,11 +89,12 @@ def compile_call(call: Call, kind: StepKind) -> Any:
         return traced.lower(lowering_platforms=("cuda",)).compile()
 
 
-def moves(text: str, num_tokens: int, channels: int) -> dict[str, list[str]]:
+def moves(text: str, grid: VideoGrid, channels: int) -> dict[str, list[str]]:
     """Lists what the program moves in its layers and outside of them."""
-    large = token_sized_moves(text, num_tokens * channels)
-    tables = token_sized_moves(text, num_tokens * TABLE_WIDTH)
-    with_tokens = re.compile(rf"[\[,]{num_tokens}[,\]]")
+    tokens = grid.num_visual_tokens
+    large = token_sized_moves(text, tokens * channels)
+    tables = token_sized_moves(text, tokens * TABLE_WIDTH)
+    with_tokens = re.compile(rf"[\[,]({tokens}|{grid.num_tokens})[,\]]")
     ends = [move for move in tables if with_tokens.search(move) and move not in large]
     return {"layers": large, "ends": ends}
 
@@ -102,11 +103,11 @@ def describe(call: Call, kind: StepKind) -> tuple[dict[str, Any], str]:
     """Compiles a call; returns its record and its text."""
     program = compile_call(call, kind)
     text, stats = program.as_text(), program.memory_analysis()
-    num_tokens = call.model.grid(call.latent_shape).num_tokens
+    grid = call.model.grid(call.latent_shape)
     record = {
-        "tokens": num_tokens,
+        "tokens": grid.num_tokens,
         "channels": call.channels,
-        **moves(text, num_tokens, call.channels),
+        **moves(text, grid, call.channels),
         "conditionals": len(re.findall(r" conditional\(", text)),
         "argument_gb": stats.argument_size_in_bytes / GB,
         "temp_gb": stats.temp_size_in_bytes / GB,
