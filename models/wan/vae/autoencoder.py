@@ -8,22 +8,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from models.diffusion.video_autoencoder.layers import Frames, pointwise
+from models.diffusion.video_autoencoder.sizes import COLOURS
 from models.wan.vae.config import WanVAEConfig
 from models.wan.vae.layers import (
     Cache,
     CausalConv,
     Downsample,
     FrameAttention,
-    Frames,
     ResidualBlock,
     RMSNorm,
     Step,
     Upsample,
-    pointwise,
     run_layers,
 )
-
-COLOURS = 3
 
 
 class WanVAE(nnx.Module):

@@ -9,7 +9,7 @@ buffers.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,16 +18,22 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from models.wan.vae.autoencoder import COLOURS, WanVAE
+from models.diffusion.video_autoencoder.codec import (
+    Latents,
+    Video,
+    VideoCodec,
+    copy_to_host,
+    cut,
+    items,
+    join,
+)
+from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.layers import Cache
 from models.wan.vae.tiling import Tiling
 
-Video = Float[Array | np.ndarray, "B T Y X 3"]
-Latents = Float[Array | np.ndarray, "B F H W C"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class WanVAECodec:
+class WanVAECodec(VideoCodec):
     """Encodes pixels in [-1, 1] to the latents of a Wan transformer, and back.
 
     Latents are normalised by channel, as the transformer has them. The methods run
@@ -62,73 +68,25 @@ class WanVAECodec:
           ValueError: `pixels`, rows and columns of a tile, is not a positive multiple
             of four latent positions.
         """
-        _, side, _ = self.stride
-        if pixels < 1 or pixels % (4 * side):
-            raise ValueError(
-                f"tiles of {pixels} pixels must be a positive multiple of {4 * side}"
-            )
+        self.check_tile(pixels)
         tiling = Tiling(size=(pixels, pixels), overlap=(pixels // 4, pixels // 4))
         return dataclasses.replace(self, tiling=tiling)
 
-    @property
-    def stride(self) -> tuple[int, int, int]:
-        """The frames, rows and columns of pixels behind one latent position."""
-        return self.model.config.stride
-
-    @property
-    def channels(self) -> int:
-        """The number of latent channels, C."""
-        return self.model.config.latent_channels
-
-    def latent_shape(
-        self, *, frames: int, height: int, width: int
-    ) -> tuple[int, int, int, int]:
-        """Returns the shape of one video's latent; see `WanVAEConfig.latent_shape`."""
-        return self.model.config.latent_shape(frames=frames, height=height, width=width)
-
-    def video_shape(
-        self, frames: int, rows: int, columns: int
-    ) -> tuple[int, int, int, int]:
-        """Returns frames, height, width and colours of the video of a latent.
-
-        Args:
-          frames: Frames of the latent.
-          rows: Rows of the latent.
-          columns: Columns of the latent.
-        """
-        time, side, _ = self.stride
-        return time * (frames - 1) + 1, rows * side, columns * side, COLOURS
-
     def decode(self, latents: Latents) -> Float[Array, "B T Y X 3"]:
-        """Decodes latents to videos.
-
-        Args:
-          latents: Normalised latents.
-
-        Returns:
-          float32 pixels in [-1, 1] on the device, T = stride * (F - 1) + 1.
-
-        Raises:
-          ValueError: The shape is not [B, F, H, W, C].
-          TypeError: The dtype is not floating-point.
-        """
+        """Decodes normalised latents to videos; see `VideoCodec.decode`."""
         if self.tiling is not None:
             return jnp.asarray(self.decode_to_host(latents))
-        self._check_latents(latents)
-        return _join(self._decode(item) for item in _items(latents))
+        return super().decode(latents)
 
     def decode_to_host(self, latents: Latents) -> Float[np.ndarray, "B T Y X 3"]:
         """Decodes into the host's memory, one chunk on the device at a time."""
-        self._check_latents(latents)
+        if self.tiling is None:
+            return super().decode_to_host(latents)
+        self.check_latents(latents)
         batch, *size, _ = latents.shape
         video = np.zeros((batch, *self.video_shape(*size)), np.float32)
-        if self.tiling is not None:
-            self._run_tiles(self._decode, latents, video)
-            return np.clip(video, -1.0, 1.0, out=video)
-        for index, item in enumerate(_items(latents)):
-            for frames, chunk in _copy_to_host(self._decode(item)):
-                video[index, frames] = chunk[0]
-        return video
+        self._run_tiles(self._decode, latents, video)
+        return np.clip(video, -1.0, 1.0, out=video)
 
     def decode_chunks(self, latents: Latents) -> Iterator[Float[Array, "B t Y X 3"]]:
         """Decodes chunk by chunk, and yields each as soon as it is started.
@@ -144,7 +102,7 @@ class WanVAECodec:
             tile is decoded to its last frame before the next.
           TypeError: The dtype is not floating-point.
         """
-        self._check_latents(latents)
+        self.check_latents(latents)
         if self.tiling is not None:
             raise ValueError(f"decode_chunks needs tiling=None, not {self.tiling}")
         return self._decode(latents)
@@ -163,17 +121,10 @@ class WanVAECodec:
           ValueError: The shape is not [B, T, Y, X, 3], or a size does not fit.
           TypeError: The dtype is not floating-point.
         """
-        _check_floating("video", video)
-        if video.ndim != 5 or video.shape[-1] != COLOURS or not video.shape[0]:
-            raise ValueError(
-                f"video has shape {video.shape}; expected [batch, frames, height, "
-                f"width, {COLOURS}], at least one in the batch"
-            )
-        batch, frames, height, width, _ = video.shape
-        shape = self.latent_shape(frames=frames, height=height, width=width)
+        shape = self.check_video(video)
         if self.tiling is None:
-            return _join(self._encode(item) for item in _items(video))
-        latents = np.zeros((batch, *shape), np.float32)
+            return join(self._encode(item) for item in items(video))
+        latents = np.zeros((video.shape[0], *shape), np.float32)
         self._run_tiles(self._encode, video, latents)
         return jnp.asarray(latents)
 
@@ -203,34 +154,9 @@ class WanVAECodec:
         scale_in, scale_out = (array.shape[2] // rows for array in (source, result))
         for tile in self.tiling.tiles(rows, columns, side):
             target, weights = tile.cut(result, scale_out), tile.weights(scale_out)
-            for index, item in enumerate(_items(tile.cut(source, scale_in))):
-                for frames, chunk in _copy_to_host(run(item)):
+            for index, item in enumerate(items(tile.cut(source, scale_in))):
+                for frames, chunk in copy_to_host(run(item)):
                     target[index, frames] += weights * chunk[0]
-
-    def _check_latents(self, latents: Latents) -> None:
-        _check_floating("latents", latents)
-        shape = latents.shape
-        if len(shape) != 5 or shape[-1] != self.channels or not all(shape):
-            raise ValueError(
-                f"latents have shape {shape}; expected [batch, frames, rows, columns, "
-                f"{self.channels}], none of them 0"
-            )
-
-
-def _check_floating(name: str, array: Array | np.ndarray) -> None:
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} are of {array.dtype}; expected floating-point numbers")
-
-
-def _items(batch: Latents | Video) -> Iterator[Array | np.ndarray]:
-    """Yields batches of one."""
-    return (batch[index : index + 1] for index in range(batch.shape[0]))
-
-
-def _join(videos: Iterable[Iterable[Array]]) -> Array:
-    """Joins the chunks of each video, and the videos to a batch."""
-    joined = [jnp.concatenate(list(chunks), axis=1) for chunks in videos]
-    return joined[0] if len(joined) == 1 else jnp.concatenate(joined)
 
 
 def _run(
@@ -240,21 +166,9 @@ def _run(
     graph, state = nnx.split(model)
     cache = None
     for start in (0, *range(1, frames.shape[1], chunk)):
-        part = _cut(frames, start, chunk if start else 1)
+        part = cut(frames, (start,), (chunk if start else 1,))
         result, cache = step(graph, state, part, cache)
         yield result
-
-
-def _cut(frames: Latents | Video, start: int, length: int) -> Array | np.ndarray:
-    if isinstance(frames, np.ndarray):
-        return frames[:, start : start + length]
-    return _cut_on_device(frames, start, length)
-
-
-@functools.partial(jax.jit, static_argnames="length")
-def _cut_on_device(frames: Array, start: int | Array, length: int) -> Array:
-    """Cuts frames; their start is not part of the compiled program."""
-    return jax.lax.dynamic_slice_in_dim(frames, start, length, axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -269,15 +183,3 @@ def _encode_step(
     graph: Any, state: Any, video: Array, cache: Cache
 ) -> tuple[Array, Cache]:
     return nnx.merge(graph, state).encode_frames(video, cache)
-
-
-def _copy_to_host(chunks: Iterator[Array]) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields the frames of each chunk, and the chunk, copied while the next runs."""
-    start = 0
-    ready: Array | None = next(chunks)
-    while ready is not None:
-        running = next(chunks, None)
-        chunk = np.asarray(ready)
-        yield slice(start, start + chunk.shape[1]), chunk
-        start += chunk.shape[1]
-        ready = running

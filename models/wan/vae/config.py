@@ -2,16 +2,17 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 from models.checkpoints.config_checks import (
     check_dtypes,
     check_positive_integers,
     is_positive_integer,
 )
+from models.diffusion.interfaces import LatentShape
+from models.diffusion.video_autoencoder import sizes
+from models.diffusion.video_autoencoder.layers import ConvolutionName, check_convolution
 from pallas_kernels.common import make_plain, register_configuration
-
-ConvolutionName = Literal["3d", "2d"]
 
 # Published name of each of our fields in a diffusers `config.json`.
 _DIFFUSERS_FIELDS = {
@@ -106,10 +107,7 @@ class WanVAEConfig:
             )
         self._check_tuples()
         check_dtypes(self)
-        if self.convolution not in get_args(ConvolutionName):
-            raise ValueError(
-                f"{self.convolution=} must be one of {get_args(ConvolutionName)}"
-            )
+        check_convolution(self)
 
     def _check_tuples(self) -> None:
         lengths = {
@@ -140,32 +138,20 @@ class WanVAEConfig:
         side = 2 ** (len(self.dim_mult) - 1)
         return 2 ** sum(self.temporal_downsample), side, side
 
-    def latent_shape(
-        self, *, frames: int, height: int, width: int
-    ) -> tuple[int, int, int, int]:
-        """Returns frames, rows, columns and channels of one video's latent.
-
-        Args:
-          frames: Frames of the video: one more than a multiple of the stride.
-          height: Rows of pixels, a multiple of the stride.
-          width: Columns of pixels, likewise.
-
-        Raises:
-          ValueError: A size is not such.
-        """
-        time, side, _ = self.stride
-        if frames < 1 or (frames - 1) % time:
-            raise ValueError(f"{frames=} must be 1 more than a multiple of {time}")
-        for name, value in (("height", height), ("width", width)):
-            if value < 1 or value % side:
-                raise ValueError(f"{name}={value} must be a multiple of {side}, not 0")
-        latent_frames = (frames - 1) // time + 1
-        return latent_frames, height // side, width // side, self.latent_channels
+    def latent_shape(self, *, frames: int, height: int, width: int) -> LatentShape:
+        """Returns the shape of one video's latent; see `sizes.latent_shape`."""
+        return sizes.latent_shape(
+            self.stride,
+            self.latent_channels,
+            frames=frames,
+            height=height,
+            width=width,
+        )
 
     @classmethod
     def wan2_1(cls, **changes: Any) -> "WanVAEConfig":
         """Returns the autoencoder of Wan2.1, of all sizes of the transformer."""
-        sizes: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "base_dim": 96,
             "latent_channels": 16,
             "dim_mult": (1, 2, 4, 4),
@@ -174,7 +160,7 @@ class WanVAEConfig:
             "latents_mean": _WAN_2_1_MEAN,
             "latents_std": _WAN_2_1_STD,
         }
-        return cls(**(sizes | changes))
+        return cls(**(fields | changes))
 
     @classmethod
     def from_dict(cls, published: Mapping[str, Any], **changes: Any) -> "WanVAEConfig":
@@ -208,10 +194,10 @@ class WanVAEConfig:
             raise ValueError(
                 f"only the autoencoder of Wan2.1 is supported; this one sets {foreign}"
             )
-        sizes: dict[str, Any] = {
+        fields: dict[str, Any] = {
             ours: tuple(published[key])
             if isinstance(published[key], list)
             else published[key]
             for key, ours in _DIFFUSERS_FIELDS.items()
         }
-        return cls(**(sizes | changes))
+        return cls(**(fields | changes))

@@ -20,16 +20,15 @@ import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float
 
+from models.diffusion.video_autoencoder.layers import Frames, convolve, pointwise
 from models.wan.vae.config import WanVAEConfig
 from pallas_kernels import dense_attention
 
 WINDOW = 3  # frames that a convolution in time sees
 NORM_EPS = 1e-12  # smallest length of a vector that the norm divides by
 
-Frames = Float[Array, "B T H W C"]
 Cache = Any  # pytree of frames; None at the start of a video
 Step = tuple[Float[Array, "B t h w O"], Cache]  # a layer's output
 
@@ -101,52 +100,15 @@ class CausalConv(nnx.Module):
             cache = jnp.zeros((x.shape[0], memory, *x.shape[2:]), dtype)
         x = jnp.concatenate([cache, x], axis=1)
         kernel, bias = (p[...].astype(dtype) for p in (self.kernel, self.bias))
-        form = _convolve_2d if self.config.convolution == "2d" else _convolve_3d
-        return form(x, kernel, self.stride) + bias, x[:, x.shape[1] - memory :]
-
-
-def _convolve_3d(
-    x: Frames, kernel: Float[Array, "3 Y X C O"], stride: int
-) -> Float[Array, "B t H W O"]:
-    rows, columns = (side // 2 for side in kernel.shape[1:3])
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, 1, 1),
-        padding=((0, 0), (rows, rows), (columns, columns)),
-        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-    )
-
-
-def _convolve_2d(
-    x: Frames, kernel: Float[Array, "3 Y X C O"], stride: int
-) -> Float[Array, "B t H W O"]:
-    """Does the same with the frames of a window side by side in the channels."""
-    windows = (x.shape[1] - WINDOW) // stride + 1
-    last = (windows - 1) * stride + 1
-    taps = [x[:, tap : tap + last : stride] for tap in range(WINDOW)]
-    _, rows, columns, *_ = kernel.shape
-    images = lax.conv_general_dilated(
-        einops.rearrange(jnp.concatenate(taps, axis=-1), "B T H W C -> (B T) H W C"),
-        einops.rearrange(kernel, "T H W C O -> H W (T C) O"),
-        window_strides=(1, 1),
-        padding=((rows // 2, rows // 2), (columns // 2, columns // 2)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return einops.rearrange(images, "(B T) H W O -> B T H W O", T=windows)
-
-
-def pointwise(
-    in_features: int, out_features: int, config: WanVAEConfig, rngs: nnx.Rngs
-) -> nnx.Linear:
-    """Makes a convolution of window one: a linear layer on each position."""
-    return nnx.Linear(
-        in_features,
-        out_features,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        rngs=rngs,
-    )
+        _, rows, columns, *_ = kernel.shape
+        out = convolve(
+            x,
+            kernel,
+            strides=(self.stride, 1, 1),
+            padding=(rows // 2, columns // 2),
+            form=self.config.convolution,
+        )
+        return out + bias, x[:, x.shape[1] - memory :]
 
 
 class ResidualBlock(nnx.Module):

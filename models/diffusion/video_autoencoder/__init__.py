@@ -1,0 +1,1 @@
+"""What the causal video autoencoders of several model families share."""
