@@ -37,6 +37,8 @@ from models.clip.config import CLIPVisionConfig
 from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import FlowEuler, FlowUniPC
 from models.hunyuan.config import HunyuanConfig
+from models.hunyuan.vae.config import HunyuanVAEConfig
+from models.hunyuan.vae.tiling import HunyuanTiling
 from models.mini.training import TrainConfig
 from models.umt5.config import UMT5Config
 from models.wan.config import WanConfig
@@ -168,6 +170,15 @@ EQUAL = {
         dataclasses.asdict(HunyuanConfig.video_13b()),
         dataclasses.asdict(HunyuanConfig.video_13b())
         | {"num_heads": np.uint8(24), "rope_channels": [16, 56, np.int32(56)]},
+    ),
+    HunyuanVAEConfig: (
+        dataclasses.asdict(HunyuanVAEConfig.video()),
+        dataclasses.asdict(HunyuanVAEConfig.video())
+        | {"layers_per_block": np.uint8(2), "block_out_channels": [128, 256, 512, 512]},
+    ),
+    HunyuanTiling: (
+        {"size": (64, 256, 256), "step": (48, 192, 192)},
+        {"size": [64, np.int16(256), 256], "step": np.array([48, 192, 192])},
     ),
     UMT5Config: (
         dataclasses.asdict(UMT5Config.xxl()),
