@@ -14,6 +14,7 @@ the two. In single blocks the output layer takes its two inputs one by one.
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -153,7 +154,8 @@ class JointAttention(nnx.Module):
         sow_if_captured(self, q=q, k=k)
         attended, mask = _attend(q, k, v, pooled, inputs, step, mask)
         attended, grid = merge_heads(attended), inputs.grid
-        video_out = self.to_out(attended[:, grid.visual_tokens])
+        # Cut after the product: libraries take no slice, so that one would be a copy.
+        video_out = self.to_out(attended)[:, grid.visual_tokens]
         return (video_out, self.to_add_out(attended[:, grid.text_tokens])), mask
 
 
@@ -260,7 +262,8 @@ class SingleAttention(nnx.Module):
             pool_anyway=False,
         )
         sow_if_captured(self, q=q, k=k)
-        v = split_heads(self.to_v(x), self.num_heads)
+        # Else XLA fuses the split into what clears padding, and copies v for that.
+        v = jax.lax.optimization_barrier(split_heads(self.to_v(x), self.num_heads))
         attended, mask = _attend(q, k, v, pooled, inputs, step, mask)
         return merge_heads(attended), mask
 
