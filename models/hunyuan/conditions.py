@@ -4,7 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from models.diffusion.images import as_images
 from models.diffusion.interfaces import (
     Codec,
     ImageCondition,
@@ -110,6 +112,7 @@ class HunyuanConditioning:
                 raise ValueError(
                     f"{name} has {field} of shape {array.shape}; expected {shape}"
                 )
+        _check_counts(name, context, config.text_length)
 
     def image_condition(
         self,
@@ -119,16 +122,26 @@ class HunyuanConditioning:
         codec: Codec,
         image_encoder: ImageEncoder | None,
     ) -> ImageCondition:
-        """Refuses images: a reference is given as an `ImageCondition`.
+        """Returns the latent of reference images: the mean, not a sample, of each.
+
+        Every image has the video's size. HunyuanCustom scales an image until it fits
+        and fills the rest with white. Its language model sees the image, too, so the
+        context that belongs to it has the image's tokens.
 
         Raises:
-          ValueError: Always.
+          ValueError: The model is shown none, or the images are not such.
         """
         self.check_image(given=True)
-        raise ValueError(
-            "image is pixels, which HunyuanCustom's text encoder sees too: pass an "
-            "ImageCondition with the latent of the reference frame, and a context"
-        )
+        images = as_images(images)
+        if images.shape[1:3] != (sampling.height, sampling.width):
+            height, width = images.shape[1:3]
+            raise ValueError(
+                f"image has {height} rows and {width} columns; expected those of the "
+                f"video, {sampling.height} and {sampling.width}: scale it until it "
+                "fits, and fill the rest with white"
+            )
+        latents = codec.encode(images[:, None])
+        return ImageCondition(latents.astype(jnp.float32), None)
 
     def repeat_condition(
         self, image: ImageCondition, batch: int, latent_shape: LatentShape
@@ -146,6 +159,23 @@ class HunyuanConditioning:
             )
         return jax.tree.map(
             lambda leaf: jnp.repeat(leaf, batch // len(leaf), axis=0), image
+        )
+
+
+def _check_counts(name: str, context: TextContext, text_length: int) -> None:
+    """Raises ValueError unless each item has text, and masks as many rows as that."""
+    lengths = np.asarray(context.lengths)
+    if not ((lengths >= 1) & (lengths <= text_length)).all():
+        raise ValueError(
+            f"{name} has lengths {lengths.tolist()}; expected 1 to {text_length}"
+        )
+    if context.mask is None:
+        return
+    counts = np.asarray(context.mask.sum(-1))
+    if (counts != lengths).any():
+        raise ValueError(
+            f"{name} has masks of {counts.tolist()} rows and lengths "
+            f"{lengths.tolist()}; expected the same"
         )
 
 
