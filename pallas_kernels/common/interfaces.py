@@ -125,7 +125,11 @@ def clear_padding(
 
     Padding may be NaN, and a probability of zero times NaN is NaN. Only the text is
     written: a kernel that reads all of x would else wait for a pass over the video.
+    An argument of the whole program is copied, as XLA may not write to it.
     """
+    # XLA on GPUs would fuse the reshape of a projection with the update, and then
+    # copies x: an update through a reshape does not count as one in place.
+    x = lax.optimization_barrier(x)
     text = grid.text_tokens
     is_valid = jnp.arange(grid.text_length) < text_lengths[:, None]
     own = jnp.where(is_valid[:, :, None, None], x[:, text], 0)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from unittest import mock
 
 import jax
@@ -15,6 +16,7 @@ from draft_jax import (
     QKNorm,
     VideoGrid,
     compute_mask,
+    draft_attention,
     joint_norm_rope_pool,
     norm_rope_pool,
 )
@@ -302,6 +304,34 @@ def test_full_size_of_parts_is_that_of_joined_arrays():
         assert (a == b).all()
     for a, b in zip(*map(jax.tree.leaves, (pooled, same_pooled)), strict=True):
         assert (a == b).all()
+
+
+def test_padding_is_cleared_in_place():
+    """Behind the kernel, and behind a projection: no whole array is copied."""
+    grid = VideoGrid(2, 16, 32, text_length=256)
+    rng = np.random.default_rng(0)
+    q, k, scales, rope = random_case(grid, (4, 128), NORMS["head"], "bfloat16")
+    x, weights = (
+        jnp.asarray(rng.normal(size=size), jnp.bfloat16)
+        for size in ((1, grid.num_tokens, 512), (512, 512))
+    )
+    options = {
+        "grid": grid,
+        "config": DraftConfig(sparsity=0.5),
+        "order": "tiled",
+    }
+
+    def attend(q, k, x, weights, lengths):
+        q, k, _ = norm_rope_pool(
+            q, k, norm=NORMS["head"], scales=scales, rope=rope, **options
+        )
+        v = (x @ weights).reshape(q.shape)
+        return draft_attention(q, k, v, text_lengths=lengths, **options)
+
+    lengths = jnp.array([100], jnp.int32)
+    program = jax.jit(attend).lower(q, k, x, weights, lengths).compile().as_text()
+    assert "dynamic_update_slice" in program
+    assert not re.findall(rf"= bf16\[(?:1,)?{grid.num_tokens},\S* copy\(", program)
 
 
 def check_best_pairs(mask, pooled, grid, budget):
