@@ -3,9 +3,8 @@
     python -m benchmarks.wan.vae --output benchmarks/results/wan_vae_h100.json
     python -m benchmarks.wan.vae --tiny        # any machine, seconds
 
-Random weights and latents, batch 1. Each case runs in a process of its own, so that
-its peak memory is its own and one that fails does not stop the others; it is recorded
-with its cause. The file is written anew after each case. What a record has:
+Random weights and latents, batch 1; processes as in `benchmarks.common.autoencoders`.
+What a record has:
 
   compile_s        first two chunks, compilation and choice of algorithms included
   first_chunk_ms   the first frame
@@ -22,8 +21,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -34,31 +31,26 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.common.machine import host_peak_bytes
+from benchmarks.common.autoencoders import (
+    GIB,
+    count_flops,
+    peak_bytes,
+    random_autoencoder,
+    run_cases,
+)
 from benchmarks.common.options import add_output, height_by_width, make_parser
-from benchmarks.common.records import ROOT, provenance, write_json
 from models.wan.vae import codec as steps
 from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.config import WanVAEConfig
 from models.wan.vae.tiling import Tiling
 
-GIB = 2**30
 TINY = {"frames": 9, "sizes": [(32, 48)], "base_dim": 8}
 
 
 def random_model(config: WanVAEConfig) -> WanVAE:
-    """Normal weights that keep the size of what passes through."""
-    rng = np.random.default_rng(0)
-    graph, state = nnx.split(nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0))))
-
-    def make(leaf):
-        if len(leaf.shape) == 1:  # scales and biases alike; any value will do
-            return jax.numpy.full(leaf.shape, 0.5, leaf.dtype)
-        values = rng.standard_normal(leaf.shape, np.float32)
-        return jax.numpy.asarray(values * np.prod(leaf.shape[:-1]) ** -0.5, leaf.dtype)
-
-    return nnx.merge(graph, jax.tree.map(make, state))
+    """Returns an autoencoder of random weights."""
+    return random_autoencoder(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
 
 
 def time_chunks(chunks: Iterable[jax.Array]) -> list[float]:
@@ -72,21 +64,11 @@ def time_chunks(chunks: Iterable[jax.Array]) -> list[float]:
     return times
 
 
-def count_flops(step: Any, model: WanVAE, first: Any, later: Any) -> float:
-    """Arithmetic of a chunk after the first, by XLA's count; 0 if it does not count."""
+def later_flops(step: Any, model: WanVAE, first: Any, later: Any) -> float:
+    """Arithmetic of a chunk after the first."""
     graph, state = nnx.split(model)
     _, cache = jax.eval_shape(lambda s, x: step(graph, s, x, None), state, first)
-    try:
-        cost = step.lower(graph, state, later, cache).cost_analysis()
-    except (NotImplementedError, RuntimeError):  # some platforms do not count
-        cost = None
-    return float((cost or {}).get("flops", 0.0))
-
-
-def peak_bytes() -> int:
-    """Most memory in use so far: of the device, or on CPUs of the process."""
-    stats = jax.local_devices()[0].memory_stats()
-    return host_peak_bytes() if stats is None else stats["peak_bytes_in_use"]
+    return count_flops(step.lower(graph, state, later, cache))
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +100,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     record = {"compile_s": time.perf_counter() - start}
     if not tile:
         times = time_chunks(split(source))
-        flops = count_flops(step, codec.model, source[:, :1], source[:, 1 : 1 + chunk])
+        flops = later_flops(step, codec.model, source[:, :1], source[:, 1 : 1 + chunk])
         record |= {
             "first_chunk_ms": times[0],
             "chunk_ms": statistics.median(times[1:]),
@@ -135,20 +117,6 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
     }
     return record
-
-
-def run_in_process(case: dict[str, Any], limit_s: float) -> dict[str, Any]:
-    """Runs `run_case` in a child; a failure is a record, too."""
-    command = [sys.executable, "-m", "benchmarks.wan.vae", "--case", json.dumps(case)]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"took longer than {limit_s} s"}
-    if done.returncode:
-        return {"error": done.stderr.strip()[-1000:]}
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -179,11 +147,8 @@ def main() -> int:
     if options.case:
         print(json.dumps(run_case(options.case)))
         return 0
-    results: dict[str, Any] = {"environment": provenance(), "records": []}
-    for direction, size, dtype, convolution in itertools.product(
-        options.directions, options.sizes, options.dtypes, options.convolutions
-    ):
-        case = {
+    cases = (
+        {
             "direction": direction,
             "size": size,
             "frames": options.frames,
@@ -192,12 +157,11 @@ def main() -> int:
             "tile": options.tile,
             "base_dim": options.base_dim,
         }
-        record = case | run_in_process(case, options.limit)
-        results["records"].append(record)
-        print(json.dumps(record), flush=True)
-        if options.output:
-            write_json(options.output, results)
-    return int(any("error" in record for record in results["records"]))
+        for direction, size, dtype, convolution in itertools.product(
+            options.directions, options.sizes, options.dtypes, options.convolutions
+        )
+    )
+    return run_cases("benchmarks.wan.vae", cases, options.limit, options.output)
 
 
 if __name__ == "__main__":
