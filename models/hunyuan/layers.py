@@ -14,7 +14,6 @@ the two. In single blocks the output layer takes its two inputs one by one.
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -262,8 +261,7 @@ class SingleAttention(nnx.Module):
             pool_anyway=False,
         )
         sow_if_captured(self, q=q, k=k)
-        # Else XLA fuses the split into what clears padding, and copies v for that.
-        v = jax.lax.optimization_barrier(split_heads(self.to_v(x), self.num_heads))
+        v = split_heads(self.to_v(x), self.num_heads)
         attended, mask = _attend(q, k, v, pooled, inputs, step, mask)
         return merge_heads(attended), mask
 
