@@ -1,7 +1,9 @@
 """Markers, options and fixtures shared by every test."""
 
+import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -35,6 +37,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-gpu",
         action="store_true",
         help="fail, instead of skip, tests marked gpu on a machine without one",
+    )
+    parser.addoption(
+        "--require-torch",
+        action="store_true",
+        help="fail, instead of skip, tests marked torch where it is not installed",
+    )
+    parser.addoption(
+        "--torch-python",
+        default=sys.executable,
+        help="interpreter with torch and transformers, for tests marked torch",
     )
 
 
@@ -103,12 +115,25 @@ def pytest_testnodedown(node) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") is None or jax.default_backend() == "gpu":
-        return
-    reason = f"needs an NVIDIA GPU; jax runs on {jax.default_backend()}"
-    if item.config.getoption("--require-gpu"):
-        pytest.fail(f"--require-gpu: {reason}", pytrace=False)
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        reason = f"needs an NVIDIA GPU; jax runs on {jax.default_backend()}"
+        _skip(item, "--require-gpu", reason)
+    if item.get_closest_marker("torch") and not has_torch(item.config):
+        _skip(item, "--require-torch", "needs torch and transformers")
+
+
+def _skip(item: pytest.Item, required: str, reason: str) -> None:
+    """Skips a test, or fails it if an option says that it must run."""
+    if item.config.getoption(required):
+        pytest.fail(f"{required}: {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+def has_torch(config: pytest.Config) -> bool:
+    """Whether tests marked torch have an interpreter; one that is named must do."""
+    if config.getoption("--torch-python") != sys.executable:
+        return True
+    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
 @pytest.fixture
