@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
             heads=heads,
             blocks_per_frame=blocks // view.grid.frames,
             title=f"{arguments.prompt}\n{title}",
+            text=_text_shares(view),
         )
     except Exception as error:
         raise MissingFilesError({path: error}) from error
@@ -73,15 +74,30 @@ def _spread(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({0, num_layers // 2, num_layers - 1}))
 
 
+def _text_shares(view: AttentionView) -> plots.TextShares | None:
+    """Returns what lies on the text, if the sequence has one."""
+    grid = view.grid
+    if not grid.text_length:
+        return None
+    return plots.TextShares(
+        share=view.text_share,
+        masses=view.text_masses[..., grid.visual_blocks].sum(-2),
+        is_first=grid.text_side == "before",
+    )
+
+
 def _table(view: AttentionView) -> str:
+    has_text = view.grid.text_length > 0
     lines = [
         "layer  tile pairs kept  softmax mass in them  in the strongest 10 % of pairs"
+        + ("  on text" if has_text else "")
     ]
     for layer, masks in enumerate(view.masks):
         note = "   (dense at this step)" if view.is_dense[layer] else ""
+        on_text = f"  {100 * view.text_share[layer].mean():6.1f}%" if has_text else ""
         lines.append(
             f"{layer:5d}  {100 * masks.mean():14.1f}%  "
             f"{100 * view.kept_mass[layer].mean():19.1f}%  "
-            f"{100 * view.top_mass[layer].mean():28.1f}%{note}"
+            f"{100 * view.top_mass[layer].mean():28.1f}%{on_text}{note}"
         )
     return "\n".join(lines)

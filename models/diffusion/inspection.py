@@ -21,6 +21,7 @@ from models.diffusion.interfaces import ImageCondition, Images
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.results import StepReport
 from models.diffusion.sampling import Sampling
+from pallas_kernels.common import valid_tokens
 
 TOP_SHARE = 0.1  # of block pairs, in `AttentionView.top_mass`
 
@@ -29,12 +30,17 @@ TOP_SHARE = 0.1  # of block pairs, in `AttentionView.top_mass`
 class AttentionView:
     """Every layer and head of the prompt's own pass (not the negative prompt's).
 
+    Masses are those of full attention, summed between blocks; pairs with text are
+    always kept and count as such. Padded text takes no part.
+
     Attributes:
       draft_maps: Softmax probabilities between tiles.
       masks: Tile pairs that the configuration keeps at this step.
-      top_mass: Share of the true softmax mass in the strongest 10 % of tile pairs,
-        for the masses between tiles summed from full attention.
+      top_mass: Share of the true softmax mass in the strongest 10 % of tile pairs and
+        in the pairs with text.
       kept_mass: Share of the true softmax mass in the kept pairs.
+      text_share: Share of each tile's mass that lies on the text; 0 without text.
+      text_masses: Mass of each text block on every block of the sequence.
       grid: Geometry of the tokens; says which of them a tile holds.
       timestep: Timestep of the step that was looked at.
       is_dense: Whether the schedule runs each layer dense at this step, so that its
@@ -45,6 +51,8 @@ class AttentionView:
     masks: Bool[np.ndarray, "layers N S S"]
     top_mass: Float[np.ndarray, "layers N"]
     kept_mass: Float[np.ndarray, "layers N"]
+    text_share: Float[np.ndarray, "layers N S"]
+    text_masses: Float[np.ndarray, "layers N X R"]
     grid: VideoGrid
     timestep: float
     is_dense: Bool[np.ndarray, " layers"]
@@ -112,7 +120,10 @@ def inspect_attention(
     grid = model.grid(sampler.latent_shape)
     q, k = (part[:, :1] for part in captured)  # item 0 is the prompt
     assert step_plan is not None  # attention is not dense
-    fields = _look_at_layers(q, k, step_plan.budget, grid=grid, draft=attention.config)
+    lengths = inputs.context.lengths[:1] if grid.text_length else None
+    fields = _look_at_layers(
+        q, k, step_plan.budget, lengths, grid=grid, draft=attention.config
+    )
     return AttentionView(
         **{name: np.asarray(value[:, 0]) for name, value in fields.items()},
         grid=grid,
@@ -122,8 +133,10 @@ def inspect_attention(
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "draft"))
-def _look_at_layers(q, k, budget, *, grid: VideoGrid, draft: DraftConfig):
-    look = functools.partial(_look, budget=budget, grid=grid, draft=draft)
+def _look_at_layers(q, k, budget, text_lengths, *, grid: VideoGrid, draft: DraftConfig):
+    look = functools.partial(
+        _look, budget=budget, text_lengths=text_lengths, grid=grid, draft=draft
+    )
     return jax.lax.map(look, (q, k))
 
 
@@ -131,6 +144,7 @@ def _look(
     q_and_k: tuple[Float[Array, "B T N D"], Float[Array, "B T N D"]],
     *,
     budget: Int[Array | np.ndarray, ""],
+    text_lengths: Int[Array, " B"] | None,
     grid: VideoGrid,
     draft: DraftConfig,
 ) -> dict[str, Array]:
@@ -140,53 +154,79 @@ def _look(
     mask = compute_mask(
         q, k, grid=grid, config=draft, budget=budget, order="tiled"
     ).to_dense()
-    visual = grid.visual_blocks
-    mask = mask[:, :, visual, visual]
-    masses = block_masses(q, k, grid)
-    flat = jnp.sort(masses.reshape(*masses.shape[:2], -1), axis=-1)
-    num_top = max(1, round(TOP_SHARE * flat.shape[-1]))
-    total = masses.sum((-1, -2))
-    top_mass = flat[..., -num_top:].sum(-1) / total
-    kept_mass = jnp.where(mask, masses, 0.0).sum((-1, -2)) / total
+    masses = block_masses(q, k, grid, text_lengths)
+    visual, text = grid.visual_blocks, grid.text_blocks
     return {
         "draft_maps": scores,
-        "masks": mask,
-        "top_mass": top_mass,
-        "kept_mass": kept_mass,
+        "masks": mask[:, :, visual, visual],
+        **mass_shares(masses, mask, grid),
+        "text_masses": masses[:, :, text],
+    }
+
+
+def mass_shares(
+    masses: Float[Array, "B N R R"], mask: Bool[Array, "B N R R"], grid: VideoGrid
+) -> dict[str, Array]:
+    """Returns `top_mass`, `kept_mass` and `text_share` of an `AttentionView`.
+
+    Args:
+      masses: Masses between blocks, as `block_masses` returns them.
+      mask: Kept pairs of blocks, those with text among them.
+      grid: Geometry of the blocks.
+
+    Returns:
+      Two shares of each head, [B, N], and one of each tile, [B, N, S].
+    """
+    visual, text = grid.visual_blocks, grid.text_blocks
+    between_tiles = masses[:, :, visual, visual]
+    flat = jnp.sort(between_tiles.reshape(*masses.shape[:2], -1), axis=-1)
+    num_top = max(1, round(TOP_SHARE * flat.shape[-1]))
+    total = masses.sum((-1, -2))
+    with_text = total - between_tiles.sum((-1, -2)) if grid.text_length else 0.0
+    of_tiles = masses[:, :, visual]
+    return {
+        "top_mass": (flat[..., -num_top:].sum(-1) + with_text) / total,
+        "kept_mass": jnp.where(mask, masses, 0.0).sum((-1, -2)) / total,
+        "text_share": of_tiles[..., text].sum(-1) / of_tiles.sum(-1),
     }
 
 
 def block_masses(
-    q: Float[Array, "B T N D"], k: Float[Array, "B T N D"], grid: VideoGrid
-) -> Float[Array, "B N S S"]:
-    """Sums the softmax mass of full attention between the tiles over their tokens.
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    grid: VideoGrid,
+    text_lengths: Int[Array, " B"] | None = None,
+) -> Float[Array, "B N R R"]:
+    """Sums the softmax mass of full attention between the blocks of the sequence.
 
     Args:
-      q: Queries in tiled order, without text.
+      q: Queries in tiled order, with the grid's text.
       k: Keys like q.
-      grid: Geometry of the tokens; says which of them a tile holds.
+      grid: Geometry of the tokens; says which of them a block holds.
+      text_lengths: Valid text tokens of each item. The rest is padding: no query sees
+        it, and its own rows are not counted. None means all are valid.
 
     Returns:
-      float32; row r sums to the number of tokens of tile r. One head's T x T map
-      exists at a time.
-
-    Raises:
-      ValueError: The grid has text.
+      float32; row r sums to the number of valid tokens of block r. One head's T x T
+      map exists at a time.
     """
-    if grid.text_length:
-        raise ValueError(f"{grid.text_length=} must be 0: only visual tokens are seen")
-    tile_of_token = np.repeat(np.arange(grid.num_blocks), grid.block_lengths)
+    batch, _, num_heads, head_dim = q.shape
+    block_of_token = np.repeat(np.arange(grid.num_blocks), grid.block_lengths)
+    if text_lengths is None:
+        text_lengths = jnp.full(batch, grid.text_length, jnp.int32)
+    is_valid = jnp.repeat(valid_tokens(grid, text_lengths), num_heads, axis=0)
 
-    def one_head(q_and_k):
-        q, k = (part.astype(jnp.float32) for part in q_and_k)
-        probabilities = jax.nn.softmax(q @ k.T / np.sqrt(q.shape[-1]), axis=-1)
-        by_key = jax.ops.segment_sum(
-            probabilities.T, tile_of_token, num_segments=grid.num_blocks
-        )
-        return jax.ops.segment_sum(
-            by_key.T, tile_of_token, num_segments=grid.num_blocks
-        )
+    def sum_by_block(x):
+        return jax.ops.segment_sum(x, block_of_token, num_segments=grid.num_blocks)
+
+    def one_head(arrays):
+        q, k, is_valid = arrays
+        q, k = (x.astype(jnp.float32) for x in (q, k))
+        logits = jnp.where(is_valid, q @ k.T / np.sqrt(head_dim), -jnp.inf)
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        probabilities = jnp.where(is_valid[:, None], probabilities, 0.0)
+        return sum_by_block(sum_by_block(probabilities.T).T)
 
     flat = (rearrange(part, "B T N D -> (B N) T D") for part in (q, k))
-    masses = jax.lax.map(one_head, tuple(flat))
-    return rearrange(masses, "(B N) rows columns -> B N rows columns", B=len(q))
+    masses = jax.lax.map(one_head, (*flat, is_valid))
+    return rearrange(masses, "(B N) rows columns -> B N rows columns", B=batch)

@@ -1,5 +1,6 @@
 """Pictures of what sparse attention does."""
 
+import dataclasses
 import io
 import textwrap
 import warnings
@@ -20,9 +21,26 @@ PANEL_INCHES = 2.6
 # Scores fall over orders of magnitude; below this share of a panel's largest score
 # the colour no longer changes.
 DRAFT_MAP_RANGE = 1e-3
+TEXT_COLOUR = "tab:orange"
+TEXT_SIDE = 0.06  # width of the text's rows and columns, as a share of a panel
 TITLE_COLUMNS, TITLE_LINES = 90, 5
 # A prompt is text: "$" starts no formula, whatever the user's own settings say.
 _TITLE: dict[str, Any] = {"fontsize": 9, "parse_math": False, "usetex": False}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TextShares:
+    """How much of the attention lies on the text of a sequence.
+
+    Attributes:
+      share: Share of each tile's attention that lies on the text.
+      masses: Mass of the text's own attention on each tile.
+      is_first: Whether the text stands before the video.
+    """
+
+    share: Float[np.ndarray, "layers N S"]
+    masses: Float[np.ndarray, "layers N S"]
+    is_first: bool
 
 
 def plot_kept_share(
@@ -73,8 +91,12 @@ def plot_attention(
     heads: tuple[int, ...],
     blocks_per_frame: int,
     title: str,
+    text: TextShares | None = None,
 ) -> None:
     """Draws draft maps and, below each, the block mask that follows from it.
+
+    Text is always kept: beside a mask its columns and rows are marked off by a line,
+    and darker where more of the attention lies.
 
     Args:
       path: PNG to write.
@@ -84,6 +106,7 @@ def plot_attention(
       heads: Heads to draw, one column each.
       blocks_per_frame: Tiles of a frame; lines separate the frames.
       title: Printed above, as text.
+      text: What lies on the text of the sequence, or None without text.
 
     Raises:
       ValueError: A layer or head does not exist, or none is asked for.
@@ -105,10 +128,31 @@ def plot_attention(
             above.imshow(np.log10(np.maximum(draft_map, floor)), cmap="magma")
             above.set_title(f"layer {layer}, head {head}: draft map", fontsize=7)
             below.imshow(mask, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-            below.set_title(f"mask: {100 * mask.mean():.1f} % of pairs", fontsize=7)
+            kept = f"mask: {100 * mask.mean():.1f} % of pairs"
             for axes in (above, below):
                 _mark_frames(axes, len(draft_map), blocks_per_frame)
+            if text is not None:
+                share, tiles = text.share[layer, head], text.masses[layer, head]
+                kept += f", {100 * share.mean():.0f} % on text"
+                _draw_text(below, share, tiles, is_first=text.is_first)
+            below.set_title(kept, fontsize=7)
     _save(figure, path)
+
+
+def _draw_text(axes, share, masses, *, is_first: bool) -> None:
+    """Draws the text's column, by each tile's share, and its row, by its masses."""
+    size = len(share)
+    side = max(1.0, TEXT_SIDE * size)
+    near, far = (-0.5, -0.5 - side) if is_first else (size - 0.5, size - 0.5 + side)
+    start, stop = sorted((near, far))
+    row = masses / max(masses.max(), np.finfo(np.float32).tiny)
+    shown = {"cmap": "Oranges", "vmin": 0.0, "vmax": 1.0, "interpolation": "nearest"}
+    axes.imshow(share[:, None], extent=(start, stop, size - 0.5, -0.5), **shown)
+    axes.imshow(row[None], extent=(-0.5, size - 0.5, stop, start), **shown)
+    axes.axvline(near, color=TEXT_COLOUR, linewidth=0.8)
+    axes.axhline(near, color=TEXT_COLOUR, linewidth=0.8)
+    limits = sorted((far, size - 0.5 if is_first else -0.5))
+    axes.set(xlim=limits, ylim=limits[::-1])
 
 
 def _mark_frames(axes, num_blocks: int, blocks_per_frame: int) -> None:

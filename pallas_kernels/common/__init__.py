@@ -19,6 +19,7 @@ from pallas_kernels.common.interfaces import (
     BlockLists,
     Order,
     Problem,
+    valid_tokens,
 )
 from pallas_kernels.common.slow_paths import SlowBackendWarning, warn_once
 from pallas_kernels.common.static import jit_once, split_scale
@@ -48,6 +49,7 @@ __all__ = [
     "reorder_tokens",
     "split_scale",
     "to_jax",
+    "valid_tokens",
     "validation",
     "warn_once",
 ]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule, VideoGrid
-from models.diffusion.inspection import block_masses, inspect_attention
+from models.diffusion.inspection import block_masses, inspect_attention, mass_shares
 from models.loading import load_pipeline
 from tests import tiny_model
 
@@ -40,11 +40,46 @@ def test_block_masses_match_numpy(size):
     np.testing.assert_allclose(got.sum(-1), sums, rtol=1e-5)
 
 
-def test_block_masses_take_no_text():
-    grid = VideoGrid(1, 2, 4, tile=(2, 4), text_length=3)
-    q = jnp.zeros((1, grid.num_tokens, 1, 8))
-    with pytest.raises(ValueError, match="text_length=3 must be 0"):
-        block_masses(q, q, grid)
+@pytest.mark.parametrize("side", ["after", "before"])
+def test_block_masses_of_a_joint_sequence(side):
+    """Padding is left out, as if it were not there."""
+    lengths = (3, 0)
+    grid = VideoGrid(2, 3, 5, tile=(2, 4), text_length=11, text_side=side)
+    rng = np.random.default_rng(1)
+    q, k = 2 * rng.normal(size=(2, 2, grid.num_tokens, 3, 8))
+    blocks = np.repeat(np.arange(grid.num_blocks), grid.block_lengths)
+    padding = np.full((2, grid.num_tokens), False)
+    expected = np.zeros((2, 3, grid.num_blocks, grid.num_blocks))
+    for item, length in enumerate(lengths):
+        padding[item, grid.text_tokens.start + length : grid.text_tokens.stop] = True
+        (own,) = np.nonzero(~padding[item])
+        for head in range(3):
+            logits = q[item, own, head] @ k[item, own, head].T / np.sqrt(8)
+            weights = np.exp(logits)
+            weights /= weights.sum(-1, keepdims=True)
+            where = (blocks[own][:, None], blocks[own])
+            np.add.at(expected[item, head], where, weights)
+    q[padding], k[padding] = np.nan, np.nan
+    got = block_masses(jnp.float32(q), jnp.float32(k), grid, jnp.array(lengths))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
+
+
+def test_shares_of_mass_with_text():
+    """Hand-worked: two tiles and a text block, of which a head is the mirror."""
+    grid = VideoGrid(1, 2, 8, tile=(2, 4), text_length=4)
+    masses = jnp.array([[5.0, 1.0, 2.0], [3.0, 1.0, 4.0], [1.0, 1.0, 2.0]])
+    kept = jnp.array([[1, 0, 1], [0, 1, 1], [1, 1, 1]], bool)
+    got = mass_shares(
+        jnp.stack([masses, masses[::-1, ::-1]])[None],
+        jnp.stack([kept, kept])[None],
+        grid,
+    )
+    # Pairs with text: 2 + 4 + 1 + 1 + 2 = 10 of 20; tiles' diagonal: 5 + 1.
+    # Mirrored, the text block is [2, 1, 5] and the column of text [1, 3, 5].
+    np.testing.assert_allclose(got["kept_mass"], [[16 / 20, 15 / 20]], rtol=1e-6)
+    np.testing.assert_allclose(got["top_mass"], [[15 / 20, 16 / 20]], rtol=1e-6)
+    expected = [[[2 / 8, 4 / 8], [1 / 4, 3 / 8]]]
+    np.testing.assert_allclose(got["text_share"], expected, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +140,8 @@ def test_sparsity_zero_keeps_all_mass(pipeline):
     )
     assert view.masks.all()
     np.testing.assert_allclose(view.kept_mass, 1.0, rtol=1e-6)
+    assert not view.text_share.any()
+    assert view.text_masses.shape == (3, 2, 0, tiny_model.NUM_TILES)
 
 
 def test_dense_attention_has_nothing_to_look_at(pipeline):

@@ -48,6 +48,36 @@ def test_attention_draws_the_panels_that_are_asked_for(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["attention.png"]
 
 
+@pytest.mark.parametrize("is_first", [False, True], ids=["after", "before"])
+def test_text_is_marked_off_on_its_side(tmp_path, is_first):
+    """A text that takes everything, and one that takes nothing, differ on one side."""
+    pictures = []
+    for share in (0.0, 1.0):
+        path = tmp_path / f"{share}.png"
+        plots.plot_attention(
+            path,
+            np.full((1, 1, 20, 20), 0.05),
+            np.zeros((1, 1, 20, 20), bool),
+            layers=(0,),
+            heads=(0,),
+            blocks_per_frame=20,
+            title="",
+            text=plots.TextShares(
+                share=np.full((1, 1, 20), share),
+                masses=np.zeros((1, 1, 20)),
+                is_first=is_first,
+            ),
+        )
+        pictures.append(matplotlib.image.imread(path)[..., :3])
+    height, width = pictures[0].shape[:2]
+    below_titles = slice(int(0.6 * height), None)
+    differs = (pictures[0] != pictures[1]).any(-1)[below_titles]
+    columns = np.nonzero(differs)[1]
+    assert len(columns) > 100
+    assert (columns < 0.5 * width).all() == is_first
+    assert (columns > 0.5 * width).all() != is_first
+
+
 def test_a_map_of_zeros_can_be_drawn(tmp_path):
     """The colours are logarithms, which zero has none of."""
     maps = np.zeros((1, 1, 4, 4))
