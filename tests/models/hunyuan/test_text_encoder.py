@@ -15,6 +15,7 @@ from models.checkpoints.memory_map import CheckpointError
 from models.diffusion.embeddings import CachedTextEncoder
 from models.diffusion.interfaces import TextEncoder
 from models.hunyuan import text_encoder
+from models.hunyuan.text import load_text_encoder
 from models.hunyuan.text_encoder import (
     CROP,
     TEMPLATE,
@@ -243,6 +244,24 @@ def test_embeddings_are_kept_in_a_folder(stand_in, tmp_path):
         assert context.pooled.tolist() == [[5.0] * 4] * 2
         assert len(requests) == 1
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_sources_of_a_model(stand_in, tmp_path, monkeypatch):
+    _, requests = stand_in
+    monkeypatch.setattr(text_encoder, "check_text_packages", lambda: None)
+    given = load_text_encoder(FILES, prompts=["a cat"], device="cpu")
+    assert given.encode(["a cat"]).pooled.tolist() == [[5.0] * 4]
+    given.save(tmp_path / "file.safetensors")
+    (request,) = requests
+    assert request["device"] == "cpu"
+    for files in (FILES, None):
+        file = tmp_path / "file.safetensors"
+        read = load_text_encoder(files, prompts=["a cat"], embeddings=file)
+        assert read.encode(["a cat"]).pooled.tolist() == [[5.0] * 4]
+    for _ in range(2):
+        load_text_encoder(FILES, prompts=["a dog!"], embeddings=tmp_path / "kept")
+        assert len(requests) == 2
+    assert load_text_encoder(None, prompts=["a cat"]) is None
 
 
 def test_identity_differs_with_any_part(tmp_path):
