@@ -4,78 +4,29 @@ A family is an entry of `FAMILIES`; nothing else knows them all.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.checkpoints.hub import is_repository_name, why_not_found
-from models.checkpoints.memory_map import CheckpointError
-from models.diffusion.pipeline import VideoPipeline
-from models.mini.checkpoint import SMALL_MODEL, is_small_model
-from models.mini.pipeline import load_mini
-from models.wan.layouts import (
-    ALL_PARTS,
-    Part,
-    describe_layouts,
-    describe_neighbour,
-    find_layout,
+from models.checkpoints.files import find_visible
+from models.checkpoints.hub import (
+    commit_of,
+    find_checkpoint,
+    is_repository_name,
+    why_not_found,
 )
-from models.wan.loading import load_wan
-from models.wan.part_files import PartFiles
-from models.wan.text import TextOptions
-from models.wan.transformer_file import is_transformer_file
+from models.checkpoints.memory_map import CheckpointError
+from models.diffusion.family import Family
+from models.diffusion.folders.layouts import ALL_PARTS, Part, class_in
+from models.diffusion.folders.part_files import PartFiles
+from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.text_options import TextOptions
+from models.mini.family import MINI
+from models.wan.family import WAN
 
 Loras = Iterable[tuple[Path | str, float]]
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    """Models of one architecture, and the folders they are stored in.
-
-    Attributes:
-      name: Name for people.
-      owns: Tells whether a path holds a model of the family, by what lies in it.
-      load: Makes a pipeline; takes the arguments of `load_pipeline`.
-      expected: Contents of the family's folders, in words.
-      describe_neighbour: Says what to give in place of a folder that lies in, or
-        around, that of a model; None if there is no such model.
-    """
-
-    name: str
-    owns: Callable[[Path], bool]
-    load: Callable[..., VideoPipeline]
-    expected: str
-    describe_neighbour: Callable[[Path], str | None] = lambda path: None
-
-
-def _load_mini(
-    path: Path | str | None,
-    *,
-    parts: Collection[Part],
-    loras: Loras,
-    lora_strict: bool,
-    text: TextOptions | None,
-    files: PartFiles | None,
-    revision: str | None,
-) -> VideoPipeline:
-    """Loads a small model, for which `parts` and `lora_strict` have no meaning."""
-    del parts, lora_strict
-    if given := arguments_for_wan(loras, text, files, revision):
-        named = " and ".join(f"{name}={value!s}" for name, value in given.items())
-        raise ValueError(f"{named}: arguments that fit Wan models only")
-    return load_mini(path)
-
-
-WAN = Family(
-    name="Wan",
-    owns=lambda path: find_layout(path) is not None or is_transformer_file(path),
-    load=load_wan,
-    expected=f"a Wan model in {describe_layouts()}, or one .safetensors file of its "
-    "transformer",
-    describe_neighbour=describe_neighbour,
-)
-MINI = Family(name="small", owns=is_small_model, load=_load_mini, expected=SMALL_MODEL)
-FAMILIES = (WAN, MINI)
+FAMILIES: tuple[Family, ...] = (WAN, MINI)
 
 
 def load_pipeline(
@@ -93,22 +44,22 @@ def load_pipeline(
     Computes in float32 on CPU and in bfloat16 elsewhere, Wan's codec in float32.
 
     Args:
-      path: A folder in the format of `models/mini/weights`, or a published Wan
-        model: its folder, its repository on the hub, or the `.safetensors` file of
-        its transformer, whose shapes tell which model it is.
-      parts: Parts of a Wan model to load; see `open_wan_parts`.
-      loras: Adapters to merge into a Wan model, each with its strength. Steps and
-        guidance that suit one made for few steps are told by
+      path: A folder in the format of `models/mini/weights`, or a published model: its
+        folder, its repository on the hub, or the `.safetensors` file of its
+        transformer, whose shapes tell which model it is.
+      parts: Parts of a published model to load; see `open_wan_parts`.
+      loras: Adapters to merge into a published model, each with its strength. Steps
+        and guidance that suit one made for few steps are told by
         `models.checkpoints.lora.find_few_steps`.
       lora_strict: Whether parts of adapters that mean nothing to the model are
         refused; else they are skipped with a warning.
-      text: Where a Wan model's text encoder runs, whether it is freed before the
-        transformer is loaded, and where embeddings are kept. By default it stays
+      text: Where a published model's text encoder runs, whether it is freed before
+        the transformer is loaded, and where embeddings are kept. By default it stays
         on the default device.
-      files: Parts of a Wan model that are given by themselves. With the file of a
-        transformer these are the autoencoder, the text encoder and its tokenizer.
-      revision: Branch, tag or commit of a Wan model's repository on the hub. It is
-        looked up once, so that all its files are of one commit.
+      files: Parts of a published model that are given by themselves. With the file of
+        a transformer these are the autoencoder, text encoders and tokenizers.
+      revision: Branch, tag or commit of a repository on the hub. It is looked up
+        once, so that all its files are of one commit.
 
     Returns:
       A pipeline with the weights in memory.
@@ -118,8 +69,8 @@ def load_pipeline(
       ConversionError: An adapter does not fit.
       ImportError: An optional package is needed and not installed.
       UnknownPromptError: `text` gives embeddings that lack one of its prompts.
-      ValueError: `parts` lacks the VAE, or options for Wan models are given for
-        another one.
+      ValueError: `parts` lacks the VAE, or there are options that mean nothing to the
+        model's family.
 
     Example:
         ```py
@@ -129,51 +80,77 @@ def load_pipeline(
         print(result.video.shape)  # one video, frames, height, width, colours
         ```
     """
-    return find_family(path).load(
+    loras = list(loras)
+    family, commit = find_family(path, revision=revision)
+    check_takes(family, given_arguments(loras, text, files, revision))
+    return family.load(
         path,
         parts=parts,
         loras=loras,
         lora_strict=lora_strict,
         text=text,
         files=files,
-        revision=revision,
+        revision=commit,
     )
 
 
-def find_family(path: Path | str | None) -> Family:
-    """Returns the family of a checkpoint, without reading weights or the network.
+def find_family(
+    path: Path | str | None, *, revision: str | None = None
+) -> tuple[Family, str | None]:
+    """Returns the family of a checkpoint, without reading weights.
 
     Args:
-      path: A folder, or else the name of a repository on the hub. None is the model
-        that ships.
+      path: A path, or else the name of a repository on the hub, of which small files
+        are fetched that tell the family. None is the model that ships.
+      revision: Branch, tag or commit of a repository.
+
+    Returns:
+      The family; and the commit that the repository is at, from which the rest is to
+      be fetched: a branch may move. For a path, `revision` as it is.
 
     Raises:
-      CheckpointError: It is a path that does not exist, or holds no model.
+      CheckpointError: It is a path that does not exist, or holds no model that can
+        be loaded.
     """
     if path is None:
-        return MINI
+        return MINI, revision
     folder = Path(path).expanduser()
-    if not folder.exists():
-        if is_repository_name(path):
-            return WAN  # the only family whose models are published
+    if folder.exists():
+        return _family_of(folder, str(path)), revision
+    if not is_repository_name(path):
         raise CheckpointError(why_not_found(path))
+    signs = {sign: None for family in FAMILIES for sign in family.hub_signs}
+    fetched = find_checkpoint(
+        path, patterns=["model_index.json", *signs], revision=revision
+    )
+    return _family_of(fetched, str(path)), commit_of(fetched) or revision
+
+
+def _family_of(folder: Path, name: str) -> Family:
+    """Returns the family that a path is of; messages call it `name`."""
+    named = class_in(folder)
+    for family in FAMILIES:
+        for sign, reason in family.refused.items():
+            if named == sign or ("*" in sign and find_visible(folder, sign)):
+                raise CheckpointError(f"{name}: {reason}")
     for family in FAMILIES:
         if family.owns(folder):
             return family
     hints = filter(None, (family.describe_neighbour(folder) for family in FAMILIES))
     expected = ", or ".join(family.expected for family in FAMILIES)
+    kind = "" if named is None else f" that is known: it names the class {named}"
     raise CheckpointError(
-        f"{path} holds no model; {next(hints, f'expected {expected}')}"
+        f"{name} holds no model{kind}; {next(hints, f'expected {expected}')}"
     )
 
 
-def arguments_for_wan(
-    loras: Loras,
+def given_arguments(
+    loras: Loras = (),
     text: TextOptions | None = None,
     files: PartFiles | None = None,
     revision: str | None = None,
 ) -> dict[str, Any]:
-    """Returns the arguments given that only Wan models have a use for, by name."""
+    """Returns the given arguments that not every family takes, by name."""
     adapters = [str(file) for file, _ in loras]
     given: dict[str, Any] = {"loras": adapters} if adapters else {}
     text = text or TextOptions()
@@ -185,3 +162,22 @@ def arguments_for_wan(
     parts = (files or PartFiles()).given()
     given |= {f"files.{part}": str(file) for part, file in parts.items()}
     return given | ({} if revision is None else {"revision": revision})
+
+
+def check_takes(family: Family, given: Mapping[str, Any]) -> None:
+    """Checks that a family has a use for arguments; see `given_arguments`.
+
+    Raises:
+      ValueError: It has none; names the families that have.
+    """
+    if wrong := [name for name in given if name not in family.takes]:
+        named = " and ".join(f"{name}={given[name]!s}" for name in wrong)
+        others = name_families(wrong)
+        raise ValueError(f"{named}: arguments that fit {others} models only")
+
+
+def name_families(arguments: Iterable[str]) -> str:
+    """Returns the names of the families that take all of these arguments."""
+    arguments = set(arguments)
+    names = [family.name for family in FAMILIES if arguments <= family.takes]
+    return " and ".join(names) or "other"

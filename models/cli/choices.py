@@ -12,6 +12,7 @@ EDGE_TILES = ("by_tokens", "as_published")  # `DraftConfig.edge_tiles`
 GUIDANCE_BATCHINGS = ("one_call", "two_calls")
 IMAGE_FITS = ("aspect", "crop")
 LORA_STRICT = ("yes", "no")
+PRESETS = ("paper", "published")
 TEXT_DEVICES = ("default", "cpu")
 # The noise levels that each solver can take, its default first.
 GRIDS_OF_SOLVERS: dict[str, tuple[str, ...]] = {

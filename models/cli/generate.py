@@ -35,7 +35,10 @@ def run(arguments: argparse.Namespace) -> None:
         _check_folders(folders, arguments)
     requests = read_request(arguments).for_each_seed()
     if folder is None:
-        names = [outputs.run_name(arguments, each.sampling) for each in requests]
+        names = [
+            outputs.run_name(arguments, each.sampling, each.info.published)
+            for each in requests
+        ]
         folders = [outputs.FOLDER / name for name in names]
         _check_folders(folders, arguments)
     request = requests[0]
@@ -152,7 +155,7 @@ def _make_video(
 
 
 def _draft_plan(request: Request) -> AttentionPlan:
-    return AttentionPlan.draft(*options.draft_from(request.arguments))
+    return AttentionPlan.draft(*request.draft)
 
 
 def _fps(pipeline: VideoPipeline, request: Request) -> float:

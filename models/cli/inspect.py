@@ -15,7 +15,7 @@ from models.media import video as video_io
 def run(arguments: argparse.Namespace) -> None:
     """Runs the model and draws."""
     video_io.check_video_extra()
-    attention = AttentionPlan.draft(*options.draft_from(arguments))
+    options.draft_from(arguments)
     seeds = getattr(arguments, "seeds", ())
     if len(seeds) > 1:
         raise ValueError(
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     sampling = request.sampling
     step = getattr(arguments, "step", sampling.num_steps // 2)
     if path is None:
-        name = outputs.run_name(arguments, sampling)
+        name = outputs.run_name(arguments, sampling, request.info.published)
         path = outputs.FOLDER / f"{name}-step{step}.png"
         outputs.check_picture(path, overwrite=arguments.overwrite)
     pipeline = request.load()
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
             sampling,
             image=request.image,
             step=step,
-            attention=attention,
+            attention=AttentionPlan.draft(*request.draft),
             callback=callback,
         )
     blocks = view.grid.num_visual_blocks

@@ -8,20 +8,26 @@ from typing import Any
 import jax
 import numpy as np
 
+from draft_jax import DraftConfig, SparsitySchedule
 from models.checkpoints.hub import commit_of
 from models.cli import options
 from models.cli.adapters import suggest_few_steps
 from models.cli.report import run_details
 from models.diffusion.contexts import as_prompts
+from models.diffusion.family import Family, ModelInfo
+from models.diffusion.folders.part_files import PartFiles
+from models.diffusion.images import kept_part
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
-from models.loading import WAN, arguments_for_wan, find_family, load_pipeline
+from models.diffusion.sizes import size_like_image
+from models.diffusion.text_options import TextOptions
+from models.loading import (
+    find_family,
+    given_arguments,
+    load_pipeline,
+    name_families,
+)
 from models.media.image import read_image
-from models.wan.image import kept_part
-from models.wan.loading import WanInfo, describe_wan
-from models.wan.part_files import PartFiles
-from models.wan.sizes import size_like_image
-from models.wan.text import TextOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,34 +36,41 @@ class Request:
 
     Attributes:
       arguments: The parsed command line.
+      family: Family of the model.
       sampling: Settings, the model's own if the options are silent.
       image: The first frame in [-1, 1], as the file has it; None without.
       kept: Rows and columns of the image that the video shows.
-      wan: The settings of a Wan model, and where its files lie; None for a small one.
+      info: The model's settings, and where its files lie.
     """
 
     arguments: argparse.Namespace
+    family: Family
     sampling: Sampling
+    info: ModelInfo
     image: np.ndarray | None = None
     kept: tuple[slice, slice] | None = None
-    wan: WanInfo | None = None
+
+    @property
+    def draft(self) -> tuple[DraftConfig, SparsitySchedule]:
+        """The draft's settings and schedule, the model's own if that is asked for."""
+        return options.draft_from(self.arguments, self.info.published)
 
     def load(self) -> VideoPipeline:
-        """Loads the pipeline; Wan encodes prompts before its transformer is loaded."""
+        """Loads the pipeline; large encoders run before the transformer is loaded."""
         arguments, sampling = self.arguments, self.sampling
-        if self.wan is None:
+        if "text.prompts" not in self.family.takes:
             return load_pipeline(arguments.checkpoint)
         negative = (sampling.negative_prompt,) if sampling.guided else ()
         # Of the path and the files that were looked at: a name on the hub may stand
         # for others by now.
         pipeline = load_pipeline(
-            self.wan.path,
+            self.info.path,
             loras=arguments.lora,
             lora_strict=arguments.lora_strict == "yes",
             text=dataclasses.replace(
                 _text_options(arguments), prompts=(arguments.prompt, *negative)
             ),
-            files=self.wan.files,
+            files=self.info.files,
         )
         if arguments.vae_tile is None:
             return pipeline
@@ -76,18 +89,19 @@ class Request:
 
     def details(self) -> dict[str, Any]:
         """Returns what a reader of a report needs to repeat the run."""
-        wan = self.wan
-        return run_details(self.arguments, self.sampling) | {
+        return run_details(self.arguments, self.sampling, *self.draft) | {
+            "family": self.family.name,
             "image": self._image_details(),
-            "model": None if wan is None else wan.model,
-            "commit": None if wan is None else commit_of(wan.path),
+            "model": self.info.model,
+            "commit": commit_of(self.info.path),
         }
 
     def describe(self) -> list[str]:
         """Returns lines on what was told by the shapes of a file, or fitted."""
         lines = []
-        if self.wan is not None and self.wan.model is not None:
-            lines.append(f"model: {self.wan.model}, by the shapes in {self.wan.path}")
+        info = self.info
+        if info.model is not None:
+            lines.append(f"model: {info.model}, by the shapes in {info.path}")
         if self.image is not None:
             lines.append(self._describe_image())
         return lines
@@ -128,27 +142,27 @@ def read_request(arguments: argparse.Namespace) -> Request:
         _check_tile(arguments.vae_tile)
     options.sampling_from(arguments)  # what is wrong with any model
     image = None if arguments.image is None else read_image(arguments.image)
-    path = arguments.checkpoint
-    if find_family(path) is not WAN:
-        _check_fits_small_model(arguments)
-        sampling = options.sampling_from(arguments, Sampling())
-        if path is None:
-            _note_large_size(sampling)
-        return Request(arguments=arguments, sampling=sampling)
-    info = describe_wan(
+    path, revision = arguments.checkpoint, arguments.revision
+    family, commit = find_family(path, revision=revision)
+    _check_fits(arguments, family)
+    info = family.describe(
         path,
         text=_text_options(arguments),
         files=_part_files(arguments),
-        revision=arguments.revision,
+        revision=commit,
     )
     info.conditioning.check_image(given=image is not None)
-    sampling = _wan_sampling(arguments, info)
+    sampling = _sampling(arguments, info)
     info.conditioning.check_guidance(sampling)
+    options.check_preset(arguments, info.published)
+    if path is None:
+        _note_large_size(sampling)
     suggest_few_steps([file for file, _ in arguments.lora], sampling)
+    request = Request(arguments=arguments, family=family, sampling=sampling, info=info)
     if image is None:
-        info.conditioning.latent_shape(sampling, info.vae)
-        return Request(arguments=arguments, sampling=sampling, wan=info)
-    multiples = info.conditioning.side_multiples(info.vae)
+        info.conditioning.latent_shape(sampling, info.codec)
+        return request
+    multiples = info.conditioning.side_multiples(info.codec)
     if arguments.image_fit == "aspect":
         height, width = size_like_image(
             image.shape[:2],
@@ -156,49 +170,58 @@ def read_request(arguments: argparse.Namespace) -> Request:
             multiples=multiples,
         )
         sampling = dataclasses.replace(sampling, height=height, width=width)
-    info.conditioning.latent_shape(sampling, info.vae)
+    info.conditioning.latent_shape(sampling, info.codec)
     size = sampling.height, sampling.width
-    return Request(
-        arguments=arguments,
+    return dataclasses.replace(
+        request,
         sampling=sampling,
         image=image,
         kept=kept_part(image.shape[:2], size, multiples),
-        wan=info,
     )
 
 
-def _check_fits_small_model(arguments: argparse.Namespace) -> None:
-    """Raises ValueError if options are given that a small model has no use for."""
+# Flags of arguments that not every family takes.
+_FLAGS = {
+    "text.embeddings": ("--embeddings", "embeddings"),
+    "text.device": ("--text-device", "text_device"),
+    "files.vae": ("--vae", "vae"),
+    "files.text_encoder": ("--text-encoder", "text_encoder"),
+    "files.tokenizer": ("--tokenizer", "tokenizer"),
+    "files.text_encoder_2": ("--text-encoder-2", "text_encoder_2"),
+    "files.tokenizer_2": ("--tokenizer-2", "tokenizer_2"),
+    "files.image_encoder": ("--image-encoder", "image_encoder"),
+    "revision": ("--revision", "revision"),
+    "tiles": ("--vae-tile", "vae_tile"),
+}
+
+
+def _check_fits(arguments: argparse.Namespace, family: Family) -> None:
+    """Raises ValueError if options are given that the family has no use for."""
     image = arguments.image
-    if image is not None:
+    if image is not None and "image" not in family.takes:
         raise ValueError(f"--image {image} is given, but this is a text-to-video model")
-    for_wan = arguments_for_wan(
+    given = given_arguments(
         arguments.lora,
         _text_options(arguments),
         _part_files(arguments),
         arguments.revision,
     )
-    given = [f"--lora {file}" for file in for_wan.pop("loras", ())]
-    given += [
-        f"{flag} {getattr(arguments, name)}"
-        for field, flag, name in (
-            ("text.embeddings", "--embeddings", "embeddings"),
-            ("text.device", "--text-device", "text_device"),
-            ("files.vae", "--vae", "vae"),
-            ("files.text_encoder", "--text-encoder", "text_encoder"),
-            ("files.tokenizer", "--tokenizer", "tokenizer"),
-            ("files.image_encoder", "--image-encoder", "image_encoder"),
-            ("revision", "--revision", "revision"),
-        )
-        if field in for_wan
-    ]
     if arguments.vae_tile is not None:
-        given.append(f"--vae-tile {arguments.vae_tile}")
-    if given:
-        verb = "fits" if len(given) == 1 else "fit"
-        raise ValueError(
-            f"{' and '.join(given)} {verb} Wan models only: name one with --checkpoint"
-        )
+        given["tiles"] = arguments.vae_tile
+    wrong = {name: value for name, value in given.items() if name not in family.takes}
+    if not wrong:
+        return
+    named = [f"--lora {file}" for file in wrong.get("loras", ())]
+    named += [
+        f"{flag} {getattr(arguments, option)}"
+        for name, (flag, option) in _FLAGS.items()
+        if name in wrong
+    ]
+    verb = "fits" if len(named) == 1 else "fit"
+    raise ValueError(
+        f"{' and '.join(named)} {verb} {name_families(wrong)} models only: name one "
+        "with --checkpoint"
+    )
 
 
 def _note_large_size(sampling: Sampling) -> None:
@@ -208,12 +231,12 @@ def _note_large_size(sampling: Sampling) -> None:
         warnings.warn(
             f"--size {width}x{height} is larger than {trained.width}x{trained.height}, "
             "the only size that the model that ships was trained on, and may take very "
-            "long; for a Wan model, name it with --checkpoint",
+            "long; for a larger model, name it with --checkpoint",
             stacklevel=1,
         )
 
 
-def _wan_sampling(arguments: argparse.Namespace, info: WanInfo) -> Sampling:
+def _sampling(arguments: argparse.Namespace, info: ModelInfo) -> Sampling:
     width, height = getattr(
         arguments, "size", (info.sampling.width, info.sampling.height)
     )
@@ -230,6 +253,8 @@ def _part_files(arguments: argparse.Namespace) -> PartFiles:
         vae=arguments.vae,
         text_encoder=arguments.text_encoder,
         tokenizer=arguments.tokenizer,
+        text_encoder_2=arguments.text_encoder_2,
+        tokenizer_2=arguments.tokenizer_2,
         image_encoder=arguments.image_encoder,
     )
 

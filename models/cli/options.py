@@ -47,18 +47,59 @@ def sampling_from(
     return dataclasses.replace(default, **given)
 
 
-def draft_from(arguments: argparse.Namespace) -> tuple[DraftConfig, SparsitySchedule]:
-    """Returns the draft's settings and the schedule that the options describe."""
+def draft_from(
+    arguments: argparse.Namespace, published: SparsitySchedule | None = None
+) -> tuple[DraftConfig, SparsitySchedule]:
+    """Returns the draft's settings and the schedule that the options describe.
+
+    Args:
+      arguments: The parsed command line.
+      published: The rule of the published code for the model; of None, while the
+        model is not known, the paper's is taken.
+
+    Raises:
+      ValueError: A value is out of range, or options contradict the preset.
+    """
+    rule = SparsitySchedule.paper()
+    if arguments.preset == "published":
+        if "dense_fraction" in arguments:
+            raise ValueError(
+                f"--dense-fraction {arguments.dense_fraction} is given with --preset "
+                "published, whose dense steps are those above a noise level: leave one "
+                "of the two out"
+            )
+        rule = rule if published is None else published
+    sparsity = DraftConfig().sparsity
+    if isinstance(rule.sparsity, float):
+        sparsity = rule.sparsity
     config = DraftConfig(
         pooling=arguments.pooling,
         edge_tiles=arguments.edge_tiles,
         selection=arguments.selection,
-        sparsity=arguments.sparsity,
+        sparsity=getattr(arguments, "sparsity", sparsity),
         top_p=arguments.top_p,
     )
-    schedule = SparsitySchedule(
-        dense_fraction=arguments.dense_fraction,
-        dense_layers=arguments.dense_layers,
-        mask_refresh=arguments.mask_refresh,
+    given = {
+        name: getattr(arguments, name)
+        for name in ("dense_fraction", "dense_layers")
+        if name in arguments
+    }
+    schedule = dataclasses.replace(
+        rule, sparsity=None, mask_refresh=arguments.mask_refresh, **given
     )
     return config, schedule
+
+
+def check_preset(
+    arguments: argparse.Namespace, published: SparsitySchedule | None
+) -> None:
+    """Checks that there is a published rule for the model, if it is asked for.
+
+    Raises:
+      ValueError: There is none.
+    """
+    if arguments.preset == "published" and published is None:
+        raise ValueError(
+            "--preset published: there is no published rule for this model; expected "
+            "paper"
+        )

@@ -11,17 +11,34 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from draft_jax import SparsitySchedule
+from models.cli import options
 from models.diffusion.sampling import Sampling
 from models.media.run_folder import earlier_files
 
 FOLDER = Path("outputs")
 _MOST_NAME_BYTES = 255  # of one name, in the file systems in use
 _MOST_PROMPT_BYTES = 96  # of a name, which has the seed and the hash beside it
+# What `options.draft_from` reads, which says what was left out, too.
+_OF_DRAFT = (
+    "sparsity",
+    "selection",
+    "pooling",
+    "edge_tiles",
+    "top_p",
+    "dense_fraction",
+    "dense_layers",
+    "mask_refresh",
+)
 # Options that change neither a pixel nor a number of what is written.
 _WITHOUT_EFFECT = ("argv", "output", "overwrite", "debug", "no_compile_cache")
 
 
-def run_name(arguments: argparse.Namespace, sampling: Sampling) -> str:
+def run_name(
+    arguments: argparse.Namespace,
+    sampling: Sampling,
+    published: SparsitySchedule | None = None,
+) -> str:
     """Returns "<prompt>-<seed>-<hash>", which other settings do not share.
 
     The hash is of the whole prompt and of every option, with the values that the
@@ -30,15 +47,18 @@ def run_name(arguments: argparse.Namespace, sampling: Sampling) -> str:
     Args:
       arguments: The parsed command line.
       sampling: The settings of the run; its seed is that of the video.
+      published: See `options.draft_from`.
     """
     in_sampling = {field.name for field in dataclasses.fields(Sampling)}
-    in_sampling |= {"size", "seeds"}
+    in_sampling |= {"size", "seeds", *_OF_DRAFT}
     settings = {
         name: value
         for name, value in vars(arguments).items()
         if name not in in_sampling and name not in _WITHOUT_EFFECT
     }
     settings["sampling"] = dataclasses.asdict(sampling)
+    draft = options.draft_from(arguments, published)
+    settings["draft"] = [dataclasses.asdict(part) for part in draft]
     text = json.dumps(settings, default=str, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{words_of(arguments.prompt)}-{sampling.seed}-{digest}"

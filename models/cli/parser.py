@@ -249,6 +249,11 @@ def _add_part_options(parser: argparse.ArgumentParser) -> None:
             "tokenizer.json of the text encoder, if it does not lie beside it; "
             "google/umt5-xxl fetches it",
         ),
+        (
+            "text-encoder-2",
+            "second text encoder, for HunyuanVideo: CLIP-L's text tower",
+        ),
+        ("tokenizer-2", "tokenizer of the second text encoder"),
         ("image-encoder", "image encoder, for image-to-video models"),
     ):
         parser.add_argument(
@@ -361,10 +366,20 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
     """Adds the fields of `DraftConfig` and `SparsitySchedule`."""
     group = parser.add_argument_group("draft attention")
     group.add_argument(
+        "--preset",
+        choices=choices.PRESETS,
+        default="paper",
+        help="where attention stays dense. paper: the first quarter of the steps; "
+        "published: the rule of the published code for the model, Wan t > 925 and "
+        "block 0 at sparsity 0.75, HunyuanVideo t > 945 and double blocks 0 and 1 at "
+        "0.9. The options below override it",
+    )
+    group.add_argument(
         "--sparsity",
         type=float,
-        default=_DRAFT.sparsity,
-        help="share of block pairs that sparse steps skip, in [0, 1)",
+        default=argparse.SUPPRESS,
+        help="share of block pairs that sparse steps skip, in [0, 1) (default: "
+        f"{_DRAFT.sparsity}, or that of --preset published)",
     )
     group.add_argument(
         "--selection",
@@ -394,16 +409,18 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dense-fraction",
         type=float,
-        default=_DRAFT.dense_fraction,
+        default=argparse.SUPPRESS,
         metavar="SHARE",
-        help="first share of the steps that stays dense",
+        help="first share of the steps that stays dense, with --preset paper (default: "
+        f"{_DRAFT.dense_fraction})",
     )
     group.add_argument(
         "--dense-layers",
         type=parse_indices,
-        default=_DRAFT.dense_layers,
+        default=argparse.SUPPRESS,
         metavar="I,J",
-        help="layers that are always dense, counted from 0",
+        help="layers that are always dense, counted from 0; of HunyuanVideo the double "
+        "blocks, then the single ones (default: those of --preset)",
     )
     group.add_argument(
         "--mask-refresh",

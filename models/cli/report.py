@@ -14,16 +14,20 @@ from typing import Any
 
 import jax
 
-from models.cli import options
+from draft_jax import DraftConfig, SparsitySchedule
 from models.cli.version import package_version
 from models.diffusion.sampling import Sampling
 
 _VERSIONS = ("jax", "jaxlib", "flax", "numpy")
 
 
-def run_details(arguments: argparse.Namespace, sampling: Sampling) -> dict[str, Any]:
+def run_details(
+    arguments: argparse.Namespace,
+    sampling: Sampling,
+    config: DraftConfig,
+    schedule: SparsitySchedule,
+) -> dict[str, Any]:
     """Returns what a reader of a report needs to repeat the run."""
-    config, schedule = options.draft_from(arguments)
     device = jax.devices()[0]
     checkpoint = arguments.checkpoint
     return {
@@ -33,6 +37,7 @@ def run_details(arguments: argparse.Namespace, sampling: Sampling) -> dict[str, 
         "checkpoint": "shipped" if checkpoint is None else str(checkpoint),
         "sampling": dataclasses.asdict(sampling),
         "loras": [[str(path), strength] for path, strength in arguments.lora],
+        "preset": arguments.preset,
         "draft": dataclasses.asdict(config),
         "schedule": dataclasses.asdict(schedule),
         "hardware": {

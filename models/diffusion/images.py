@@ -1,4 +1,4 @@
-"""Images that a caller gives to a pipeline, checked."""
+"""Images that a caller gives to a pipeline: checked, and which part is kept."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,3 +32,34 @@ def as_images(
     if not most <= _MOST:
         raise ValueError(f"image has values up to {most:g}; expected [-1, 1]")
     return batch
+
+
+def kept_part(
+    image_size: tuple[int, int],
+    video_size: tuple[int, int],
+    multiples: tuple[int, int],
+) -> tuple[slice, slice]:
+    """Returns the rows and columns of an image that fill a video of another shape.
+
+    Scaled until it covers the video, the image stands out on two sides. By less than
+    one of `multiples` nothing is cut: the whole image is squeezed, which is what Wan
+    does, whose videos have the aspect ratio of their image up to such a rest. By more,
+    the middle of the image is kept.
+
+    Args:
+      image_size: Height and width in pixels.
+      video_size: Likewise.
+      multiples: Rows and columns that sides of a video are multiples of.
+    """
+    parts = [slice(0, side) for side in image_size]
+    for axis, other in ((0, 1), (1, 0)):
+        image, video = image_size[axis], video_size[axis]
+        across, video_across = image_size[other], video_size[other]
+        # In pixels of the video, times `across` to stay with whole numbers.
+        overhang = image * video_across - video * across
+        if overhang >= multiples[axis] * across:
+            kept = max(1, round(video * across / video_across))
+            start = (image - kept) // 2
+            parts[axis] = slice(start, start + kept)
+    rows, columns = parts
+    return rows, columns

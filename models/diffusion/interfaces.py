@@ -129,6 +129,9 @@ class Conditioning(Protocol):
             the two do not fit each other.
         """
 
+    def side_multiples(self, codec: LatentSizes) -> tuple[int, int]:
+        """Returns the multiples that height and width of a video must be."""
+
     def check_image(self, *, given: bool) -> None:
         """Checks that an image is given exactly where the model takes one.
 

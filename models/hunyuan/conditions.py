@@ -17,6 +17,7 @@ from models.diffusion.interfaces import (
     TextContext,
 )
 from models.diffusion.sampling import Sampling
+from models.diffusion.sizes import side_multiples
 from models.hunyuan.config import HunyuanConfig
 
 
@@ -50,6 +51,10 @@ class HunyuanConditioning:
                 f"{self.config.out_channels}"
             )
         return shape
+
+    def side_multiples(self, codec: LatentSizes) -> tuple[int, int]:
+        """Returns the multiples that height and width of a video must be."""
+        return side_multiples(self.config.patch_size, codec)
 
     def check_image(self, *, given: bool) -> None:
         """Checks that an image is given exactly where the model is shown one.

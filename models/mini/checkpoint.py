@@ -7,9 +7,10 @@ codec.safetensors            `LinearCodec`
 vocabulary.json              `Vocabulary`
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from models.mini.codec import PATCH_NUMBERS, LinearCodec
 from models.mini.text import TextEmbedding, Vocabulary
 from models.wan.config import WanConfig
 from models.wan.convert import load_wan_transformer, save_wan_transformer
-from models.wan.layouts import find_layout
+from models.wan.layouts import LAYOUTS
 from models.wan.transformer import WanTransformer
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -99,25 +100,10 @@ class MiniCheckpoint:
             format, such as a published Wan checkpoint.
         """
         folder = SHIPPED if path is None else Path(path)
-        _check_folder(folder)
-        stored = _read_json(folder / "config.json")
-        if stored.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{folder / 'config.json'} has format={stored.get('format')!r}; "
-                f"expected {FORMAT!r}"
-            )
-        try:
-            config = WanConfig.from_dict(
-                stored["transformer"],
-                text_length=stored["text_length"],
-                tile=tuple(stored["tile"]),
-                **changes,
-            )
+        config = read_config(folder, **changes)
+        with _naming_damage(folder):
             vocabulary = Vocabulary.load(folder / "vocabulary.json")
-            codec = LinearCodec.load(folder / "codec.safetensors")
-        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{folder} is damaged: {error!r}") from error
-        _check_codec(folder, codec, config)
+        codec = read_codec(folder, config)
         try:
             transformer = load_wan_transformer(folder, config, stem="transformer")
         except ConversionError as error:
@@ -159,6 +145,50 @@ class MiniCheckpoint:
         (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
 
 
+def read_config(folder: Path, **changes: Any) -> WanConfig:
+    """Reads the transformer's sizes; `changes` are fields of `WanConfig` to set.
+
+    Raises:
+      CheckpointError: The folder is missing, incomplete, damaged, or of another
+        format.
+    """
+    _check_folder(folder)
+    stored = _read_json(folder / "config.json")
+    if stored.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has format={stored.get('format')!r}; "
+            f"expected {FORMAT!r}"
+        )
+    with _naming_damage(folder):
+        return WanConfig.from_dict(
+            stored["transformer"],
+            text_length=stored["text_length"],
+            tile=tuple(stored["tile"]),
+            **changes,
+        )
+
+
+def read_codec(folder: Path, config: WanConfig) -> LinearCodec:
+    """Reads the codec, which must have the transformer's channels.
+
+    Raises:
+      CheckpointError: It is damaged, or has other sizes.
+    """
+    with _naming_damage(folder):
+        codec = LinearCodec.load(folder / "codec.safetensors")
+    _check_codec(folder, codec, config)
+    return codec
+
+
+@contextlib.contextmanager
+def _naming_damage(folder: Path) -> Iterator[None]:
+    """Says which folder a file was of that cannot be read."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error!r}") from error
+
+
 def is_small_model(folder: Path) -> bool:
     """Returns whether a folder holds any file of a small model.
 
@@ -180,7 +210,7 @@ def _check_folder(folder: Path) -> None:
         missing.append("transformer*.safetensors")
     if not missing:
         return
-    layout = find_layout(folder)
+    layout = LAYOUTS.find(folder)
     if layout is not None:
         raise CheckpointError(
             f"checkpoint {folder} is a published Wan model in the {layout} layout, "

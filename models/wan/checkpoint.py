@@ -14,24 +14,8 @@ from models.checkpoints.files import find_visible
 from models.checkpoints.hub import find_checkpoint
 from models.checkpoints.lora import merge_lora
 from models.checkpoints.memory_map import CheckpointError
-from models.umt5.tokenizer import find_tokenizer
-from models.wan.config import WanConfig
-from models.wan.convert import (
-    LORA_FEATURES,
-    LayoutName,
-    load_wan_transformer,
-    lora_names,
-)
-from models.wan.layouts import (
-    ALL_PARTS,
-    LAYOUTS,
-    Part,
-    describe_layouts,
-    describe_neighbour,
-    find_layout,
-    hub_patterns,
-)
-from models.wan.part_files import (
+from models.diffusion.folders.layouts import ALL_PARTS, LayoutName, Part
+from models.diffusion.folders.part_files import (
     PartFiles,
     PartSource,
     check_complete,
@@ -39,8 +23,15 @@ from models.wan.part_files import (
     naming,
     read_json,
     source_in,
-    tokenizer_beside,
 )
+from models.umt5.tokenizer import find_tokenizer, search_tokenizer
+from models.wan.config import WanConfig
+from models.wan.convert import (
+    LORA_FEATURES,
+    load_wan_transformer,
+    lora_names,
+)
+from models.wan.layouts import LAYOUTS
 from models.wan.scheduler_settings import SchedulerSettings, read_scheduler
 from models.wan.transformer import WanTransformer
 from models.wan.transformer_file import TransformerFile
@@ -83,36 +74,38 @@ class WanFolder:
         if unknown := sorted(set(parts) - set(ALL_PARTS)):
             raise ValueError(f"parts={unknown} must be among {ALL_PARTS}")
         path = Path(path)
-        layout = find_layout(path)
+        layout = LAYOUTS.find(path)
         if layout is None:
             raise CheckpointError(
                 f"{path} is no folder of a Wan model; "
-                + (describe_neighbour(path) or f"expected {describe_layouts()}")
+                + (LAYOUTS.describe_neighbour(path) or f"expected {LAYOUTS.describe()}")
             )
         _check_one_transformer(path)
         config: dict[str, Any] = {}
-        file = path / LAYOUTS[layout]["transformer"][0]
+        file = path / LAYOUTS.files[layout]["transformer"][0]
         if file.is_file():
             config = read_json(file)
         task = _task_of(config)
-        wanted = {part for part in parts if part in LAYOUTS[layout]}
+        wanted = {part for part in parts if part in LAYOUTS.files[layout]}
         if task == "t2v":
             wanted.discard("image_encoder")
-        needed = {part: LAYOUTS[layout][part] for part in ALL_PARTS if part in wanted}
+        needed = {
+            part: LAYOUTS.files[layout][part] for part in ALL_PARTS if part in wanted
+        }
         # The transformer's configuration tells what the model is.
-        needed.setdefault("transformer", LAYOUTS[layout]["transformer"][:1])
+        needed.setdefault("transformer", LAYOUTS.files[layout]["transformer"][:1])
         missing = [
             f"{pattern} ({part})"
             for part, patterns in needed.items()
             for pattern in patterns
             if not find_visible(path, pattern)
         ]
-        if missing and (neighbour := describe_neighbour(path)):
+        if missing and (neighbour := LAYOUTS.describe_neighbour(path)):
             raise CheckpointError(f"{path} is not a whole Wan model; {neighbour}")
         if missing:
             raise CheckpointError(
                 f"{path}, a Wan model in the {layout} layout, lacks "
-                f"{', '.join(missing)}; expected {describe_layouts({layout: needed})}"
+                f"{', '.join(missing)}; expected {LAYOUTS.describe({layout: needed})}"
             )
         return cls(
             path=path,
@@ -131,12 +124,12 @@ class WanFolder:
         try:
             return WanConfig.from_dict(self.transformer_config, **changes)
         except (ValueError, TypeError) as error:
-            file = self.path / LAYOUTS[self.layout]["transformer"][0]
+            file = self.path / LAYOUTS.files[self.layout]["transformer"][0]
             raise CheckpointError(f"{file}: {error}") from error
 
     def source(self, part: Part) -> PartSource:
-        """Opens a part; see `models.wan.part_files.source_in`."""
-        return source_in(self.path, self.layout, part)
+        """Opens a part; see `models.diffusion.folders.part_files.source_in`."""
+        return source_in(LAYOUTS, self.path, self.layout, part)
 
     def part_config(self, part: Part) -> dict[str, Any] | None:
         """Reads a part's `config.json`.
@@ -147,7 +140,7 @@ class WanFolder:
         Raises:
           CheckpointError: The file is missing or damaged.
         """
-        patterns = LAYOUTS[self.layout].get(part, ("",))
+        patterns = LAYOUTS.files[self.layout].get(part, ("",))
         if not patterns[0].endswith(".json"):
             return None
         return read_json(self.path / patterns[0])
@@ -155,14 +148,14 @@ class WanFolder:
     @property
     def tokenizer(self) -> Path:
         """The folder of the text encoder's tokenizer."""
-        return (self.path / LAYOUTS[self.layout]["tokenizer"][0]).parent
+        return (self.path / LAYOUTS.files[self.layout]["tokenizer"][0]).parent
 
     def scheduler(self) -> SchedulerSettings:
         """Reads how the model is sampled; see `read_scheduler`."""
         stored = self.part_config("scheduler")
         if stored is None:
             return SchedulerSettings()
-        file = self.path / LAYOUTS[self.layout]["scheduler"][0]
+        file = self.path / LAYOUTS.files[self.layout]["scheduler"][0]
         return read_scheduler(stored, file)
 
 
@@ -289,16 +282,16 @@ def open_wan_parts(
         takes no image.
     """
     parts = {*parts, "transformer"}
-    files = (files or PartFiles()).fetched(parts)
+    files = (files or PartFiles()).fetched(parts, LAYOUTS)
     given = files.given()
     sources: dict[Part, PartSource] = {
-        part: find_part(part, file)
+        part: find_part(LAYOUTS, part, file)
         for part, file in given.items()
         if part != "tokenizer"
     }
     tokenizer = _find_tokenizer(given, sources) if "tokenizer" in parts else None
     own = parts - sources.keys() - ({"tokenizer"} if tokenizer else set())
-    path = find_checkpoint(name, patterns=hub_patterns(own), revision=revision)
+    path = find_checkpoint(name, patterns=LAYOUTS.hub_patterns(own), revision=revision)
     changes |= {"dtype": dtype, "param_dtype": param_dtype or dtype}
     wan = (_open_file if path.is_file() else _open_folder)(path, own, changes)
     if "image_encoder" in sources and not wan.config.takes_image:
@@ -333,7 +326,8 @@ def _find_tokenizer(
         with naming("tokenizer", given["tokenizer"]):
             return find_tokenizer(given["tokenizer"])
     if "text_encoder" in sources:
-        return tokenizer_beside(sources["text_encoder"])
+        folder = sources["text_encoder"].files[0].parent
+        return search_tokenizer([folder, folder.parent])
     return None
 
 
@@ -343,7 +337,7 @@ def _open_file(
     """Opens a transformer in one file; `parts` are those that nobody has given."""
     file = TransformerFile.open(path, **changes)
     needed = {*parts} if file.config.takes_image else {*parts} - {"image_encoder"}
-    check_complete(path, needed)
+    check_complete(LAYOUTS, path, needed)
     return WanParts(
         path=path,
         model=file.model,
@@ -390,6 +384,15 @@ def _check_one_transformer(path: Path) -> None:
             f"{path} has {', '.join(pair)}: Wan2.2's models with a transformer for "
             "high noise and one for low are not supported; expected a model with one"
         )
+
+
+def names_wan(path: Path) -> bool:
+    """Returns whether a `config.json` alone is that of Wan's own code."""
+    file = path / LAYOUTS.files["original"]["transformer"][0]
+    if not file.is_file():
+        return False
+    stored = read_json(file)
+    return stored.get("model_type") in ("t2v", "i2v") and LAYOUTS.claims(path)
 
 
 def _task_of(config: Mapping[str, Any]) -> Literal["t2v", "i2v"]:

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from models.diffusion import sizes
 from models.diffusion.images import as_images
 from models.diffusion.interfaces import (
     Codec,
@@ -16,7 +17,6 @@ from models.diffusion.interfaces import (
     TextContext,
 )
 from models.diffusion.sampling import Sampling
-from models.wan import sizes
 from models.wan.config import WanConfig
 from models.wan.image import condition_latents, fit_images
 
@@ -38,11 +38,16 @@ class WanConditioning:
 
     def latent_shape(self, sampling: Sampling, codec: LatentSizes) -> LatentShape:
         """Returns the shape of a video's latent; see `sizes.latent_shape`."""
-        return sizes.latent_shape(sampling, self.config, codec)
+        return sizes.latent_shape(
+            sampling,
+            codec,
+            patch_size=self.config.patch_size,
+            channels=self.config.out_channels,
+        )
 
     def side_multiples(self, codec: LatentSizes) -> tuple[int, int]:
         """Returns the multiples that height and width of a video must be."""
-        return sizes.side_multiples(self.config, codec)
+        return sizes.side_multiples(self.config.patch_size, codec)
 
     def check_image(self, *, given: bool) -> None:
         """Checks that an image is given exactly where the model starts from one.
@@ -92,9 +97,9 @@ class WanConditioning:
         """Returns what the model is told of first frames.
 
         Images of another size than the video are resized as Wan2.1 does it, after the
-        middle was cut out of those of clearly another aspect ratio: see `fit_images`
-        and `kept_part` in `models.wan.image`. The image encoder sees what is kept in
-        the image's own pixels.
+        middle was cut out of those of clearly another aspect ratio: see
+        `models.wan.image.fit_images`. The image encoder sees what is kept in the
+        image's own pixels.
 
         Raises:
           ValueError: The images are not such, or there is no encoder for the tokens

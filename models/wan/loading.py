@@ -7,21 +7,23 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from draft_jax import SparsitySchedule
 from models.checkpoints.conversion import ConversionError
 from models.checkpoints.memory_map import CheckpointError
 from models.clip.config import CLIPVisionConfig
 from models.clip.image_encoder import CLIPImageEncoder
 from models.diffusion.dtypes import default_dtype
+from models.diffusion.folders.layouts import ALL_PARTS, Part
+from models.diffusion.folders.part_files import PartFiles
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
+from models.diffusion.text_options import TextOptions
 from models.umt5.tokenizer import check_text_packages
 from models.wan.checkpoint import WanParts, open_wan_parts
 from models.wan.conditions import WanConditioning
 from models.wan.config import WanConfig
-from models.wan.layouts import ALL_PARTS, Part
-from models.wan.part_files import PartFiles
 from models.wan.sampling import WanSize, WanTask, wan_sampling, wan_shift
-from models.wan.text import TEXT_PARTS, TextOptions, load_text_encoder
+from models.wan.text import TEXT_PARTS, load_text_encoder
 from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.config import WanVAEConfig
 from models.wan.vae.convert import load_wan_vae
@@ -42,7 +44,7 @@ class WanInfo:
       model: Name of a model that was told by its shapes; None if a `config.json` was
         read.
       config: Sizes of the transformer.
-      vae: Sizes of the autoencoder.
+      codec: Sizes of the autoencoder.
       sampling: Settings that `generate` takes by default.
       own_shift: Whether the folder has a scheduler, which says its shift.
     """
@@ -51,7 +53,7 @@ class WanInfo:
     files: PartFiles
     model: str | None
     config: WanConfig
-    vae: WanVAEConfig
+    codec: WanVAEConfig
     sampling: Sampling
     own_shift: bool
 
@@ -59,6 +61,11 @@ class WanInfo:
     def conditioning(self) -> WanConditioning:
         """Wan's rules for requests."""
         return WanConditioning(self.config)
+
+    @property
+    def published(self) -> SparsitySchedule:
+        """The rule of the published code of DraftAttention."""
+        return SparsitySchedule.wan_published()
 
     def sampling_at(self, height: int, width: int) -> Sampling:
         """Returns the settings for another size: the shift that Wan takes there."""
@@ -89,7 +96,7 @@ def describe_wan(
         files=wan.given,
         model=wan.model,
         config=wan.config,
-        vae=_vae_config(wan),
+        codec=_vae_config(wan),
         sampling=_sampling(wan),
         own_shift=_has_own_shift(wan),
     )

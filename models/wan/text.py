@@ -1,13 +1,11 @@
 """Sources of a Wan model's text embeddings: its encoder, or the disk."""
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from models.checkpoints.memory_map import CheckpointError
 from models.checkpoints.scaled import FLOAT8
 from models.diffusion.dtypes import default_dtype
 from models.diffusion.embeddings import (
@@ -15,47 +13,17 @@ from models.diffusion.embeddings import (
     EmbeddingCache,
     GivenTextEncoder,
 )
+from models.diffusion.folders.layouts import Part
 from models.diffusion.interfaces import TextEncoder
+from models.diffusion.text_options import TextOptions
 from models.umt5.config import UMT5Config
 from models.umt5.embeddings import umt5_cache
 from models.umt5.text_encoder import UMT5TextEncoder
 from models.umt5.tokenizer import UMT5Tokenizer
 from models.wan.checkpoint import WanParts
-from models.wan.layouts import Part
 
 _NARROW = ("bfloat16", *FLOAT8)  # what bfloat16 holds to the last bit
 TEXT_PARTS: tuple[Part, ...] = ("text_encoder", "tokenizer")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextOptions:
-    """Options of how a Wan model's prompts become embeddings.
-
-    Attributes:
-      prompts: Encoded before the transformer is loaded, after which the text encoder
-        (11 GB) is freed; `generate` then takes these alone, and what `embeddings`
-        has. Negative prompts count. None keeps the encoder in memory for any prompt.
-      embeddings: A folder that keeps embeddings: the encoder is loaded for prompts
-        that are not in it yet, stores them, and is freed. Or a file that
-        `GivenTextEncoder.save` wrote: no encoder is needed.
-      device: Where the encoder runs; JAX's default device if None.
-    """
-
-    prompts: tuple[str, ...] | None = None
-    embeddings: Path | None = None
-    device: jax.Device | None = None
-
-    @property
-    def given(self) -> bool:
-        """Whether embeddings come from a file, which needs no text encoder.
-
-        Raises:
-          CheckpointError: The path looks like a file, but there is none.
-        """
-        path = self.embeddings
-        if path is not None and path.suffix == ".safetensors" and not path.exists():
-            raise CheckpointError(f"embeddings={str(path)!r} does not exist")
-        return path is not None and path.is_file()
 
 
 def load_text_encoder(wan: WanParts, options: TextOptions) -> TextEncoder | None:

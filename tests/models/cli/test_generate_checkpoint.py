@@ -78,4 +78,4 @@ def test_sizes_beyond_the_shipped_model_are_noted(tmp_path, capsys, given, noted
         assert first.startswith(
             f"draft-video: note: --size {noted} is larger than 128x"
         )
-        assert "for a Wan model, name it with --checkpoint" in first
+        assert "for a larger model, name it with --checkpoint" in first

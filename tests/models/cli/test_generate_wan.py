@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from draft_jax import SparsitySchedule
 from models.cli import generate, main, options
 from models.cli import model as cli_model
 from models.cli.parser import build_parser
@@ -166,7 +167,7 @@ def test_the_autoencoder_can_run_on_tiles(tmp_path, monkeypatch):
 def test_the_shipped_model_takes_no_tiles(tmp_path, capsys):
     command = ["generate", PROMPT, "--vae-tile", "64"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
-    assert "--vae-tile 64 fits Wan models only" in capsys.readouterr().err
+    assert "--vae-tile 64 fits Wan" in capsys.readouterr().err
 
 
 def test_the_shipped_model_takes_no_image(image, tmp_path, capsys):
@@ -183,6 +184,10 @@ def test_the_shipped_model_takes_no_image(image, tmp_path, capsys):
         (("--size", "48x40"), "height=40 must be a multiple of 16 for this model, su"),
         (("--frames", "8"), "frames=8 must be 1 more than a multiple of 4"),
         (("--embedded-guidance", "6"), "embedded_guidance is given, but Wan models ar"),
+        (
+            ("--preset", "published", "--dense-fraction", "0.3"),
+            "--dense-fraction 0.3 is given with --preset published",
+        ),
         (("--steps", "0"), "num_steps=0 must be a positive integer"),
         (("--vae-tile", "40"), "--vae-tile 40 must be a positive multiple of 32"),
         (("--embeddings", "no.safetensors"), "'no.safetensors' does not exist"),
@@ -228,6 +233,44 @@ def test_noise_levels_are_the_folders_unless_given(tmp_path, given, grid):
     sampling = read_report(tmp_path)["sampling"]
     assert (sampling["solver"], sampling["grid"]) == ("unipc", grid)
     assert sampling["shift"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("given", "sparsity", "schedule"),
+    [
+        ((), 0.75, SparsitySchedule(dense_fraction=0.25)),
+        (
+            ("--preset", "published"),
+            0.75,
+            SparsitySchedule(dense_above_timestep=925.0, dense_layers=(0,)),
+        ),
+        (
+            ("--preset", "published", "--sparsity", "0.9", "--dense-layers", ""),
+            0.9,
+            SparsitySchedule(dense_above_timestep=925.0),
+        ),
+        (
+            ("--preset", "paper", "--dense-layers", "1", "--mask-refresh", "2"),
+            0.75,
+            SparsitySchedule(dense_fraction=0.25, dense_layers=(1,), mask_refresh=2),
+        ),
+    ],
+    ids=["default", "published", "overridden", "paper"],
+)
+def test_presets_choose_the_dense_steps(given, sparsity, schedule):
+    """Wan's rule, as the published code has it: t > 925 and block 0, 0.75."""
+    parsed = build_parser().parse_args(
+        ["generate", PROMPT, "--checkpoint", str(TEXT_TO_VIDEO), *given]
+    )
+    config, got = cli_model.read_request(parsed).draft
+    assert (config.sparsity, got) == (sparsity, schedule)
+
+
+def test_the_shipped_model_has_no_published_rule(tmp_path, capsys):
+    command = ["generate", PROMPT, "--preset", "published"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "--preset published: there is no published rule for this model" in error
 
 
 @pytest.mark.parametrize(

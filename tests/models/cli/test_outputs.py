@@ -76,6 +76,10 @@ def test_prompts_do_not_share_a_name_on_any_file_system(one, other):
 
 # Each option that changes what is written, with a value other than the default.
 WITH_EFFECT = {
+    "--embedded-guidance": ["6"],
+    "--preset": ["published"],
+    "--text-encoder-2": ["x"],
+    "--tokenizer-2": ["x"],
     "--checkpoint": ["folder"],
     "--lora": ["file.safetensors"],
     "--lora-strict": ["no"],

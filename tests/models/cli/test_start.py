@@ -132,6 +132,7 @@ def test_every_choice_is_offered():
         ("--guidance-batching", choices.GUIDANCE_BATCHINGS),
         ("--image-fit", choices.IMAGE_FITS),
         ("--text-device", choices.TEXT_DEVICES),
+        ("--preset", choices.PRESETS),
         ("--solver", choices.GRIDS_OF_SOLVERS),
         ("--size", choices.NAMED_SIZES),
     ):

@@ -15,13 +15,13 @@ from models.diffusion.embeddings import (
     GivenTextEncoder,
     UnknownPromptError,
 )
+from models.diffusion.folders.layouts import ALL_PARTS
+from models.diffusion.text_options import TextOptions
 from models.loading import load_pipeline
 from models.umt5.text_encoder import UMT5TextEncoder
 from models.wan.checkpoint import WanParts
-from models.wan.layouts import ALL_PARTS
 from models.wan.loading import describe_wan, load_wan
 from models.wan.sampling import wan_sampling
-from models.wan.text import TextOptions
 from tests import tiny_model
 from tests.wan_folders import TEXT_TO_VIDEO, save_image_to_video
 
@@ -174,7 +174,7 @@ def test_what_a_folder_says_without_its_weights(tmp_path, monkeypatch):
     monkeypatch.delattr(WanParts, "load_transformer")
     info = describe_wan(TEXT_TO_VIDEO)
     assert not info.config.takes_image
-    assert info.vae.stride == (4, 8, 8)
+    assert info.codec.stride == (4, 8, 8)
     assert info.sampling == wan_sampling("480p", shift=3.0, grid="diffusers")
     wide = info.sampling_at(720, 1280)  # the folder's scheduler has the shift
     assert wide == dataclasses.replace(info.sampling, height=720, width=1280)

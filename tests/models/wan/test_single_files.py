@@ -18,13 +18,13 @@ from models.checkpoints.safetensors_io import save_safetensors
 from models.cli import model as cli_model
 from models.cli.model import read_request
 from models.cli.parser import build_parser
+from models.diffusion.folders.part_files import PartFiles
 from models.loading import load_pipeline
 from models.umt5.config import UMT5Config
 from models.wan.checkpoint import open_wan_parts
 from models.wan.config import WanConfig
 from models.wan.convert import load_wan_transformer
 from models.wan.loading import describe_wan
-from models.wan.part_files import PartFiles
 from models.wan.vae.config import WanVAEConfig
 from tests.models.wan.test_published_folders import (
     FOLDERS,
@@ -480,7 +480,7 @@ def test_the_command_takes_parts(files):
         *("--tokenizer", files / "tokenizer", "--size", "48x32", "--frames", "5"),
     )
     expected = dataclasses.replace(given, tokenizer=files / "tokenizer")
-    assert request.wan.files == expected
+    assert request.info.files == expected
     line = f"model: Wan2.1-T2V-1.3B, by the shapes in {transformer}"
     assert request.describe() == [line]
     details = request.details()
@@ -495,8 +495,10 @@ def test_the_command_loads_the_commit_that_it_looked_at(tmp_path, monkeypatch):
     fetched, loaded = [], []
 
     def fetch(repository, **options):
-        fetched.append((repository, options["revision"]))
-        return snapshots / ("a1" if len(fetched) == 1 else "b2")
+        revision = options["revision"]
+        fetched.append((repository, revision))
+        moved = {"v1": "a1" if len(fetched) == 1 else "b2"}
+        return snapshots / moved.get(revision, revision)
 
     monkeypatch.setattr(hub, "_fetch", fetch)
 
@@ -512,7 +514,7 @@ def test_the_command_loads_the_commit_that_it_looked_at(tmp_path, monkeypatch):
     )
     with pytest.raises(KeyboardInterrupt):
         request.load()
-    assert fetched == [("owner/tiny", "v1")]
+    assert fetched == [("owner/tiny", "v1"), ("owner/tiny", "a1")]
     assert loaded == [snapshots / "a1"]
     assert request.details()["commit"] == "a1"
 

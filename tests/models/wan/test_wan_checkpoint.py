@@ -15,13 +15,14 @@ from flax import nnx
 from models.checkpoints.conversion import ConversionError
 from models.checkpoints.memory_map import CheckpointError
 from models.checkpoints.safetensors_io import save_safetensors
+from models.diffusion.folders.layouts import ALL_PARTS
 from models.wan.checkpoint import (
     SchedulerSettings,
     WanFolder,
     open_wan_parts,
 )
 from models.wan.convert import load_wan_transformer
-from models.wan.layouts import ALL_PARTS, find_layout, hub_patterns
+from models.wan.layouts import LAYOUTS as WAN_LAYOUTS
 from tests.published_wan import CONFIG, FIXTURES, load_published
 
 ORIGINAL_CONFIG = {
@@ -201,7 +202,7 @@ def test_hidden_files_are_no_weights(copies, layout):
 def test_hidden_files_are_no_model(tmp_path):
     for name in ("._Wan2.1_VAE.pth", "._diffusion_pytorch_model.safetensors"):
         (tmp_path / name).write_bytes(b"Mac OS X")
-    assert find_layout(tmp_path) is None
+    assert WAN_LAYOUTS.find(tmp_path) is None
 
 
 def assert_same_parameters(one, other):
@@ -373,10 +374,10 @@ def test_image_models_need_an_image_encoder(copies):
 
 
 def test_other_folders_are_told(tmp_path):
-    assert find_layout(tmp_path) is None
+    assert WAN_LAYOUTS.find(tmp_path) is None
     write_json(tmp_path / "config.json", {})  # many models have one
     for path in (tmp_path, tmp_path / "absent", tmp_path / "config.json"):
-        assert find_layout(path) is None
+        assert WAN_LAYOUTS.find(path) is None
         with pytest.raises(
             CheckpointError, match=r"is no folder of a Wan model; expec"
         ):
@@ -399,10 +400,10 @@ def test_pairs_of_transformers_are_refused(copies):
 
 @LAYOUTS
 def test_layout_of_incomplete_folders(copies, layout):
-    assert find_layout(copies / layout) == layout
+    assert WAN_LAYOUTS.find(copies / layout) == layout
     for file in (copies / layout).rglob("config.json"):
         file.unlink()
-    assert find_layout(copies / layout) == layout
+    assert WAN_LAYOUTS.find(copies / layout) == layout
 
 
 @pytest.mark.parametrize(
@@ -524,7 +525,7 @@ def test_parts_without_weights_are_told(published, layout, part):
 
 
 def test_only_files_of_the_parts_are_fetched():
-    patterns = hub_patterns(["transformer", "vae"])
+    patterns = WAN_LAYOUTS.hub_patterns(["transformer", "vae"])
     assert patterns == [
         "model_index.json",
         "config.json",
@@ -538,4 +539,4 @@ def test_only_files_of_the_parts_are_fetched():
         "transformer/*.safetensors.index.json",
         "vae/*.safetensors.index.json",
     ]
-    assert "models_t5_umt5-xxl-enc-bf16.pth" in hub_patterns()
+    assert "models_t5_umt5-xxl-enc-bf16.pth" in WAN_LAYOUTS.hub_patterns()

@@ -4,16 +4,17 @@ import math
 
 from models.diffusion.interfaces import LatentShape, LatentSizes
 from models.diffusion.sampling import Sampling
-from models.wan.config import WanConfig
+
+PatchSize = tuple[int, int, int]  # latent frames, rows and columns of one token
 
 
-def side_multiples(config: WanConfig, sizes: LatentSizes) -> tuple[int, int]:
+def side_multiples(patch_size: PatchSize, sizes: LatentSizes) -> tuple[int, int]:
     """Returns rows and columns of pixels behind one token.
 
     Height and width of videos are multiples of them.
     """
     _, *strides = sizes.stride
-    _, *patches = config.patch_size
+    _, *patches = patch_size
     rows, columns = (
         stride * patch for stride, patch in zip(strides, patches, strict=True)
     )
@@ -21,14 +22,15 @@ def side_multiples(config: WanConfig, sizes: LatentSizes) -> tuple[int, int]:
 
 
 def latent_shape(
-    sampling: Sampling, config: WanConfig, sizes: LatentSizes
+    sampling: Sampling, sizes: LatentSizes, *, patch_size: PatchSize, channels: int
 ) -> LatentShape:
     """Returns frames, rows, columns and channels of the latent of a video.
 
     Args:
       sampling: Says frames, height and width.
-      config: Of the transformer.
       sizes: The codec, or its configuration.
+      patch_size: Of the transformer.
+      channels: Latent channels that the transformer makes.
 
     Raises:
       ValueError: A side of the video does not suit the codec or the transformer's
@@ -36,7 +38,7 @@ def latent_shape(
     """
     sides = {"height": sampling.height, "width": sampling.width}
     for (name, value), multiple in zip(
-        sides.items(), side_multiples(config, sizes), strict=True
+        sides.items(), side_multiples(patch_size, sizes), strict=True
     ):
         if value % multiple:
             below = value - value % multiple
@@ -46,15 +48,15 @@ def latent_shape(
                 f"such as {nearest}"
             )
     shape = sizes.latent_shape(frames=sampling.frames, **sides)
-    if shape[0] % config.patch_size[0]:
+    if shape[0] % patch_size[0]:
         raise ValueError(
             f"frames={sampling.frames} gives {shape[0]} latent frames, which must "
-            f"be a multiple of {config.patch_size[0]} for this model"
+            f"be a multiple of {patch_size[0]} for this model"
         )
-    if shape[-1] != config.out_channels:
+    if shape[-1] != channels:
         raise ValueError(
             f"the codec has {shape[-1]} latent channels; the transformer makes "
-            f"{config.out_channels}"
+            f"{channels}"
         )
     return shape
 

@@ -7,7 +7,6 @@ folders of their own. `PartFiles` names them.
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,26 +15,10 @@ from models.checkpoints.files import find_visible
 from models.checkpoints.hub import find_checkpoint
 from models.checkpoints.listing import list_names
 from models.checkpoints.memory_map import CheckpointError
-from models.checkpoints.weights import TORCH_SUFFIXES, open_weights
-from models.umt5.convert import open_umt5_weights
-from models.umt5.tokenizer import FILE as TOKENIZER_FILE
-from models.umt5.tokenizer import search_tokenizer
-from models.wan.convert import LayoutName, open_transformer_weights
-from models.wan.layouts import LAYOUTS, Part, hub_patterns
-from models.wan.vae.convert import open_vae_weights
+from models.checkpoints.weights import TORCH_SUFFIXES
+from models.diffusion.folders.layouts import FolderLayouts, LayoutName, Part
 
 _SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-# How each part is given, for messages.
-_HOW: dict[Part, str] = {
-    "vae": "the autoencoder (--vae, such as Wan2.1_VAE.pth or wan_2.1_vae.safetensors)",
-    "text_encoder": "the text encoder (--text-encoder, such as "
-    "models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_fp8_e4m3fn_scaled.safetensors)",
-    "tokenizer": f"the tokenizer ({TOKENIZER_FILE} beside the text encoder, or "
-    "--tokenizer; --tokenizer google/umt5-xxl fetches it from the hub)",
-    "image_encoder": "the image encoder (--image-encoder, such as "
-    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth or "
-    "clip_vision_h.safetensors)",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,19 +26,23 @@ class PartFiles:
     """Parts that are given by themselves; of None the model's own is taken.
 
     Each is a file, a folder of that part or of a whole model, or a repository on the
-    hub. A file has the sizes of every Wan2.1 model.
+    hub. A file has the sizes that every model of its family has.
 
     Attributes:
       vae: The video autoencoder.
-      text_encoder: UMT5.
-      tokenizer: The text encoder's `tokenizer.json`; it is also found beside a text
-        encoder that is given.
+      text_encoder: UMT5 for Wan, the language model for HunyuanVideo.
+      tokenizer: The text encoder's tokenizer; it is also found beside a text encoder
+        that is given.
+      text_encoder_2: CLIP's text tower, for HunyuanVideo.
+      tokenizer_2: Its tokenizer, found as the first one's is.
       image_encoder: CLIP's image tower, for models that start from an image.
     """
 
     vae: Path | str | None = None
     text_encoder: Path | str | None = None
     tokenizer: Path | str | None = None
+    text_encoder_2: Path | str | None = None
+    tokenizer_2: Path | str | None = None
     image_encoder: Path | str | None = None
 
     def given(self) -> dict[Part, Path]:
@@ -64,11 +51,13 @@ class PartFiles:
             "vae": self.vae,
             "text_encoder": self.text_encoder,
             "tokenizer": self.tokenizer,
+            "text_encoder_2": self.text_encoder_2,
+            "tokenizer_2": self.tokenizer_2,
             "image_encoder": self.image_encoder,
         }
         return {part: Path(path) for part, path in named.items() if path is not None}
 
-    def fetched(self, parts: Collection[Part]) -> "PartFiles":
+    def fetched(self, parts: Collection[Part], layouts: FolderLayouts) -> "PartFiles":
         """Returns those of some parts as existing paths, fetched from the hub.
 
         Raises:
@@ -78,9 +67,9 @@ class PartFiles:
         found: dict[str, Path] = {}
         for part, name in self.given().items():
             if part in parts:
-                patterns = hub_patterns([part])
+                patterns = layouts.hub_patterns([part])
                 if part == "tokenizer":
-                    patterns.append(TOKENIZER_FILE)
+                    patterns.append(layouts.tokenizer_file)
                 with naming(part, name):
                     found[part] = find_checkpoint(name, patterns=patterns)
         return PartFiles(**found)
@@ -94,7 +83,7 @@ class PartSource:
       weights: Arrays by key, each read from disk when it is used.
       files: The files of the weights.
       config_file: The `config.json` that says its sizes; None if they are those of
-        every Wan2.1 model.
+        every model of the family.
     """
 
     weights: Mapping[str, Any]
@@ -128,40 +117,42 @@ class PartSource:
             raise CheckpointError(f"{self.config_file}: {error}") from error
 
 
-def source_in(folder: Path, layout: LayoutName, part: Part) -> PartSource:
+def source_in(
+    layouts: FolderLayouts, folder: Path, layout: LayoutName, part: Part
+) -> PartSource:
     """Returns a part of a model's folder.
 
     Raises:
       CheckpointError: A file is missing or damaged, or the part has no weights.
     """
-    if part not in LAYOUTS[layout] or part in ("tokenizer", "scheduler"):
+    patterns = layouts.files[layout].get(part, ())
+    stored = [pattern for pattern in patterns if not pattern.endswith(".json")]
+    if not stored:
         raise CheckpointError(f"{part=} has no weights in the {layout} layout")
-    first, *_ = LAYOUTS[layout][part]
-    path, stem = folder, None
-    if layout == "diffusers":
-        path /= part
-    elif part == "transformer":
-        stem = "diffusion_pytorch_model"
-    else:
-        path /= first
+    path, stem = folder / stored[0], None
+    if "*" in path.name:  # shards, maybe beside other weights
+        stem = path.name.partition("*")[0] or None
+        path = path.parent
     return PartSource(
-        weights=open_part_weights(part, path, stem=stem),
-        files=tuple(files_in(folder, layout, part)),
-        config_file=folder / first if first.endswith(".json") else None,
+        weights=layouts.open_weights(part, path, stem=stem),
+        files=tuple(files_in(layouts, folder, layout, part)),
+        config_file=folder / patterns[0] if patterns[0].endswith(".json") else None,
     )
 
 
-def files_in(folder: Path, layout: LayoutName, part: Part) -> list[Path]:
+def files_in(
+    layouts: FolderLayouts, folder: Path, layout: LayoutName, part: Part
+) -> list[Path]:
     """Returns the files of a part's weights; none for a part that has none."""
     return sorted(
         file
-        for pattern in LAYOUTS[layout].get(part, ())
+        for pattern in layouts.files[layout].get(part, ())
         if not pattern.endswith(".json")
         for file in find_visible(folder, pattern)
     )
 
 
-def find_part(part: Part, path: Path) -> PartSource:
+def find_part(layouts: FolderLayouts, part: Part, path: Path) -> PartSource:
     """Opens a part that is given by itself; see `PartFiles`.
 
     Raises:
@@ -169,21 +160,21 @@ def find_part(part: Part, path: Path) -> PartSource:
     """
     with naming(part, path):
         if path.is_file():
-            return _open_file(part, path)
-        for layout in LAYOUTS:
-            if files_in(path, layout, part):
-                return source_in(path, layout, part)
+            return _open_file(layouts, part, path)
+        for layout in layouts.files:
+            if files_in(layouts, path, layout, part):
+                return source_in(layouts, path, layout, part)
         found = [
             file for file in find_visible(path, "*") if file.suffix.lower() in _SUFFIXES
         ]
         if (path / "config.json").is_file() and found:
             return PartSource(
-                weights=open_part_weights(part, path),
+                weights=layouts.open_weights(part, path),
                 files=tuple(found),
                 config_file=path / "config.json",
             )
         if len(found) == 1:
-            return _open_file(part, found[0])
+            return _open_file(layouts, part, found[0])
         names = list_names(file.name for file in found)
         raise CheckpointError(
             f"{path} holds {f'the files {names}' if found else 'no weights'}; expected "
@@ -192,48 +183,20 @@ def find_part(part: Part, path: Path) -> PartSource:
         )
 
 
-def tokenizer_beside(source: PartSource) -> Path | None:
-    """Returns the `tokenizer.json` beside a text encoder; None if there is none."""
-    folder = source.files[0].parent
-    return search_tokenizer([folder, folder.parent])
-
-
-def check_complete(path: Path, missing_parts: Collection[Part]) -> None:
+def check_complete(
+    layouts: FolderLayouts, path: Path, missing_parts: Collection[Part]
+) -> None:
     """Raises if a lone transformer lacks parts that a pipeline needs beside it.
 
     Raises:
       CheckpointError: Names them, and how to give them.
     """
-    if missing := [how for part, how in _HOW.items() if part in missing_parts]:
+    if missing := [how for part, how in layouts.how.items() if part in missing_parts]:
         raise CheckpointError(
             f"{path} is a transformer alone; give also "
             + ", and ".join(missing)
             + "; in Python, as PartFiles(vae=...)"
         )
-
-
-def open_part_weights(
-    part: Part, path: str | os.PathLike, *, stem: str | None = None
-) -> Mapping[str, Any]:
-    """Opens the weights of a part, as other programs store them, too.
-
-    Args:
-      part: A part that has weights.
-      path: A file, or a folder with one checkpoint.
-      stem: Start of the file names of a transformer in a folder with others.
-
-    Raises:
-      CheckpointError: A file is missing or damaged, or its FP8 weights and their
-        scales do not fit.
-    """
-    match part:
-        case "transformer":
-            return open_transformer_weights(path, stem=stem)
-        case "text_encoder":
-            return open_umt5_weights(path)
-        case "vae":
-            return open_vae_weights(path)
-    return open_weights(path)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -251,10 +214,10 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _open_file(part: Part, path: Path) -> PartSource:
+def _open_file(layouts: FolderLayouts, part: Part, path: Path) -> PartSource:
     if path.suffix.lower() not in _SUFFIXES:
         raise CheckpointError(f"{path} must end with one of {', '.join(_SUFFIXES)}")
-    return PartSource(weights=open_part_weights(part, path), files=(path,))
+    return PartSource(weights=layouts.open_weights(part, path), files=(path,))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Folders of published models: their layouts, and parts given by themselves."""

@@ -1,0 +1,69 @@
+"""Small models, such as the one that ships, as a family of models."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from draft_jax import SparsitySchedule
+from models.diffusion.family import Family
+from models.diffusion.folders.part_files import PartFiles
+from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.sampling import Sampling
+from models.mini.checkpoint import (
+    SHIPPED,
+    SMALL_MODEL,
+    is_small_model,
+    read_codec,
+    read_config,
+)
+from models.mini.codec import LinearCodec
+from models.mini.pipeline import load_mini
+from models.wan.conditions import WanConditioning
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MiniInfo:
+    """Settings of a small model; see `models.diffusion.family.ModelInfo`."""
+
+    path: Path
+    conditioning: WanConditioning
+    codec: LinearCodec
+    files: PartFiles = dataclasses.field(default_factory=PartFiles)
+    model: str | None = None
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    published: SparsitySchedule | None = None
+
+    def sampling_at(self, height: int, width: int) -> Sampling:
+        """Returns the settings for another size."""
+        return dataclasses.replace(self.sampling, height=height, width=width)
+
+
+def describe_mini(path: Path | str | None = None, **options: Any) -> MiniInfo:
+    """Reads the sizes of a small model, which takes none of the options.
+
+    Raises:
+      CheckpointError: The folder is missing, incomplete, or of another format.
+    """
+    del options
+    folder = SHIPPED if path is None else Path(path)
+    config = read_config(folder)
+    return MiniInfo(
+        path=folder,
+        conditioning=WanConditioning(config),
+        codec=read_codec(folder, config),
+    )
+
+
+def _load(path: Path | str | None, **options: Any) -> VideoPipeline:
+    """Loads a small model, for which the options have no meaning."""
+    del options
+    return load_mini(path)
+
+
+MINI = Family(
+    name="small",
+    owns=is_small_model,
+    describe=describe_mini,
+    load=_load,
+    expected=SMALL_MODEL,
+)
