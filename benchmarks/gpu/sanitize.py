@@ -19,7 +19,15 @@ import numpy as np
 
 from benchmarks.common.inputs import random_mask
 from benchmarks.common.options import make_parser
-from draft_jax import DraftConfig, QKNorm, VideoGrid, draft_attention, norm_rope_pool
+from draft_jax import (
+    QKV,
+    DraftConfig,
+    QKNorm,
+    VideoGrid,
+    draft_attention,
+    joint_norm_rope_pool,
+    norm_rope_pool,
+)
 from pallas_kernels import block_sparse_attention, dense_attention
 from pallas_kernels.common.interfaces import Order
 
@@ -126,6 +134,29 @@ def prepare() -> None:
     check("norm, rotation and pooling", q, k, *jax.tree.leaves(pooled))
 
 
+def prepare_joint() -> None:
+    """Runs norm, rotation and pooling of a video and its text, joined."""
+    grid = TEXT_GRID
+    angles = jnp.ones((grid.num_visual_tokens, HEAD_DIM // 2))
+    video, text = (
+        QKV(*inputs((1, tokens, HEADS, HEAD_DIM)))
+        for tokens in (grid.num_visual_tokens, grid.text_length)
+    )
+    scales = (jnp.ones(HEAD_DIM), jnp.ones(HEAD_DIM))
+    results = joint_norm_rope_pool(
+        video,
+        text,
+        grid=grid,
+        config=DraftConfig(),
+        norm=QKNorm(over="head"),
+        scales=scales,
+        text_scales=scales,
+        rope=(jnp.cos(angles), jnp.sin(angles)),
+        order="tiled",
+    )
+    check("norm, rotation and pooling, joined", *jax.tree.leaves(results))
+
+
 BEFORE = VideoGrid(1, 13, 32, text_length=136, text_side="before")
 PARTS: dict[str, Callable[[], None]] = {
     "text": Attention(grid=TEXT_GRID, heads=HEADS),
@@ -150,6 +181,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "dense": dense,
     "draft": draft,
     "prepare": prepare,
+    "prepare-joint": prepare_joint,
 }
 
 
