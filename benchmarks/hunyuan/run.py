@@ -10,6 +10,8 @@ whenever a part has grown, and keeps the parts that are not asked for: so what a
 run lacks is added with --parts. `benchmarks.common.steps` says what a part's record
 holds, `benchmarks.hunyuan.summary` what `summary` is. Beside these:
 
+  vae_*            the decoder's first run is not counted; `vae_bf16_difference` is the
+                   relative L2 distance of pixels in bfloat16 and in float32
   mask             GPU time of a new mask from pooled tokens, by kernel, in one layer
   time_by_part_ms  GPU time of the profiled step: `draft` is that of new masks in all
                    layers, `linears` every other product of matrices, `lists` puts
@@ -34,6 +36,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.common import kernel_account
+from benchmarks.common.autoencoders import GIB
 from benchmarks.common.machine import GB, MatmulShape, device_memory, matmul_rates
 from benchmarks.common.modes import Mode
 from benchmarks.common.options import add_output, make_parser
@@ -55,6 +58,7 @@ from models.diffusion.sampler import StepInputs
 from models.diffusion.schedulers import FlowEuler
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.transformer import HunyuanTransformer
+from models.hunyuan.vae.config import HunyuanVAEConfig
 
 TINY = HunyuanConfig(
     dim=32,
@@ -81,6 +85,7 @@ MODES = {
     "768p": ("dense", "0.75", "0.8", "0.9+layers0,1", "0.9"),
 }
 PARTS = ("vae", *MODES)
+VAE = HunyuanVAEConfig.video(dtype="bfloat16")
 VALID_TEXT = 60 / 256  # share of the text's rows
 MASKS = 10  # made in a row under CUPTI
 
@@ -89,8 +94,7 @@ Record = dict[str, Any]
 
 def latent_shape(size: tuple[int, int], frames: int) -> LatentShape:
     """Shape of the latent that Hunyuan's autoencoder makes of a video."""
-    height, width = size
-    return 1 + (frames - 1) // 4, height // 8, width // 8, 16
+    return VAE.latent_shape(frames=frames, height=size[0], width=size[1])
 
 
 def make_inputs(config: HunyuanConfig) -> StepInputs:
@@ -226,19 +230,28 @@ def measure_vae(options) -> Record:
     """Decodes in a process of its own, which leaves the device free after it."""
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "vae.json"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.hunyuan.vae",
-            "--output",
-            str(file),
-        ]
+        command = [sys.executable, "-m", "benchmarks.hunyuan.vae", "--compare"]
+        command += ["--convolutions", VAE.convolution, "--output", str(file)]
         command += ["--tiny"] * (options.model == "tiny")
-        status, output = run_limited(command, options.vae_limit, {})
-        found = json.loads(file.read_text()) if file.exists() else {}
+        variables = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        status, output = run_limited(command, options.vae_limit, variables)
+        found = json.loads(file.read_text()) if file.exists() else {"records": []}
+    found |= decoder_figures(found["records"])
     if status != 0:
         found["error"] = f"ended with {status}: {output[-1000:]}"
-    return found | found.get("summary", {})
+    return found
+
+
+def decoder_figures(records: list[Record]) -> dict[str, float]:
+    """Returns the figures of `summary` that one decoded video gives."""
+    if not records or "error" in records[0]:
+        return {}
+    (record,) = records
+    return {
+        "vae_decode_s": record["total_s"],
+        "vae_peak_gb": record["peak_gib"] * GIB / GB,
+        "vae_bf16_difference": record["difference"]["relative"],
+    }
 
 
 # ---------------------------------------------------------------- command line
