@@ -43,6 +43,15 @@ class _Slot:
     layer: int | None
     shape: tuple[int, ...]
 
+    def stored_shape(self, layout: Layout) -> tuple[int, ...]:
+        """Returns the shape that a checkpoint has of it."""
+        # `save` only moves axes, so an array of strides 0 stands in for the parameter.
+        return layout.save(np.broadcast_to(np.float32(0), self.shape)).shape
+
+
+# Key and rule of each array of a checkpoint, by the paths that it fills.
+type _Assignment = Mapping[tuple[str, ...], tuple[str, Rule]]
+
 
 def best_layout[Name: str](
     keys: Iterable[str], tables: Mapping[Name, Sequence[Rule]]
@@ -94,7 +103,8 @@ def load_parameters[M: nnx.Module](
         reading; `jnp.asarray` reads it.
       rules: The table. Each key must match exactly one rule, and each parameter
         must be filled exactly once.
-      stacked: Attributes whose parameters are stacked over layers.
+      stacked: Attributes whose parameters are stacked over layers; dots lead to
+        attributes of attributes.
       float32: Attributes, at any depth, whose parameters are stored in float32
         whatever dtype the model gives them.
 
@@ -137,40 +147,59 @@ def check_parameters(
 
 def _read_arrays(
     source: Mapping[str, Any],
-    filled: Mapping[str, tuple[str, Rule]],
+    filled: _Assignment,
     slots: Mapping[str, _Slot],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
     """Reads the parameters by name; one array at a time is on the host."""
     arrays: dict[str, jax.Array] = {}
-    for path, (key, rule) in filled.items():
-        slot, layout = slots[path], rule.layout
-        shape = shapes[slot.name]
-        # Arrays that are read are given no name, which would keep them.
-        if slot.layer is None:
-            array = _convert(jnp.asarray(source[key]), layout, shape.dtype)
-        else:
-            stack = arrays.pop(slot.name, None)
-            if stack is None:
-                stack = jnp.zeros(shape.shape, shape.dtype)
-            array = _insert(stack, jnp.asarray(source[key]), slot.layer, layout)
-        # Without waiting, the arrays of many transfers would be held at once.
-        arrays[slot.name] = jax.block_until_ready(array)
+    for paths, (key, rule) in filled.items():
+        whole = jnp.asarray(source[key])
+        start = 0
+        for path in paths:
+            slot, layout = slots[path], rule.layout
+            shape, rows = shapes[slot.name], None
+            if len(paths) > 1:
+                stop = start + slot.stored_shape(layout)[0]
+                rows, start = (start, stop), stop
+            if slot.layer is None:
+                array = _convert(whole, layout, shape.dtype, rows)
+            else:
+                stack = arrays.pop(slot.name, None)
+                if stack is None:
+                    stack = jnp.zeros(shape.shape, shape.dtype)
+                array = _insert(stack, whole, slot.layer, layout, rows)
+                del stack
+            # Without waiting, the arrays of many transfers would be held at once.
+            arrays[slot.name] = jax.block_until_ready(array)
+            del array
+        del whole  # or it would be held while the next one is read
     return arrays
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _convert(value: jax.Array, layout: Layout, dtype: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _convert(
+    value: jax.Array, layout: Layout, dtype: Any, rows: tuple[int, int] | None
+) -> jax.Array:
     # On CPU the argument may be the mapped file itself, hence the copy.
-    return jnp.copy(layout.load(value).astype(dtype))
+    return jnp.copy(layout.load(_part(value, rows)).astype(dtype))
 
 
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
 def _insert(
-    stack: jax.Array, value: jax.Array, layer: Any, layout: Layout
+    stack: jax.Array,
+    value: jax.Array,
+    layer: Any,
+    layout: Layout,
+    rows: tuple[int, int] | None,
 ) -> jax.Array:
     """Overwrites one layer of a stack, in the stack's own memory."""
-    return stack.at[layer].set(layout.load(value).astype(stack.dtype))
+    loaded = layout.load(_part(value, rows))
+    return stack.at[layer].set(loaded.astype(stack.dtype))
+
+
+def _part(value: jax.Array, rows: tuple[int, int] | None) -> jax.Array:
+    return value if rows is None else value[slice(*rows)]
 
 
 def save_parameters(
@@ -196,7 +225,9 @@ def save_parameters(
     """
     flat = dict(nnx.to_flat_state(nnx.state(model)))
     values = {_name(path): leaf for path, leaf in flat.items()}
-    arrays, problems = {}, []
+    problems: list[str] = []
+    parts: dict[str, dict[str, np.ndarray]] = {}  # by key and path
+    order: dict[str, tuple[str, ...]] = {}  # paths of each key
     host: dict[str, np.ndarray] = {}
     for path, slot in _slots(flat, stacked).items():
         matches = [
@@ -211,12 +242,20 @@ def save_parameters(
             host[slot.name] = np.asarray(jax.device_get(values[slot.name][...]))
         value = host[slot.name]
         value = value if slot.layer is None else value[slot.layer]
-        arrays[key] = np.ascontiguousarray(
+        parts.setdefault(key, {})[path] = np.ascontiguousarray(
             rule.layout.save(value), dtype=dtype or value.dtype
         )
+        order[key] = rule.paths_of(key)
     if problems:
         raise _conversion_error(problems, len(values))
-    return dict(sorted(arrays.items()))
+    return {key: _join(parts[key], order[key]) for key in sorted(parts)}
+
+
+def _join(parts: Mapping[str, np.ndarray], paths: Sequence[str]) -> np.ndarray:
+    """Returns the array of a key, whose parts follow each other."""
+    if len(paths) == 1:
+        return parts[paths[0]]
+    return np.concatenate([parts[path] for path in paths])
 
 
 def _name(path: Sequence[Any]) -> str:
@@ -227,34 +266,39 @@ def _slots(
     flat: Mapping[tuple, nnx.Variable], stacked: Iterable[str]
 ) -> dict[str, _Slot]:
     """Returns every path to be filled; stacked parameters have one for each layer."""
-    stacked = set(stacked)
+    stacked = tuple(stacked)
     slots = {}
     for path, leaf in flat.items():
         name = _name(path)
-        if path[0] not in stacked:
+        stack = next((s for s in stacked if name.startswith(f"{s}.")), None)
+        if stack is None:
             slots[name] = _Slot(name, None, leaf.shape)
             continue
-        rest = _name(path[1:])
+        rest = name.removeprefix(f"{stack}.")
         for layer in range(leaf.shape[0]):
-            layer_path = f"{path[0]}.{layer}.{rest}"
-            slots[layer_path] = _Slot(name, layer, leaf.shape[1:])
+            slots[f"{stack}.{layer}.{rest}"] = _Slot(name, layer, leaf.shape[1:])
     return slots
 
 
 def _checked_assignment(
     source: Mapping[str, Any], rules: Sequence[Rule], slots: Mapping[str, _Slot]
-) -> dict[str, tuple[str, Rule]]:
-    """Returns key and rule of each path; raises for everything that does not fit."""
+) -> _Assignment:
+    """Returns key and rule of paths; raises for everything that does not fit."""
     filled, problems = _assign(source, rules, slots)
-    problems += [
-        f"missing: {_keys_for(path, rules)} for parameter {path}, "
-        f"shape {slots[path].shape}"
-        for path in slots.keys() - filled.keys()
-    ]
+    missing: dict[str, list[str]] = {}
+    for path in slots.keys() - {path for paths in filled for path in paths}:
+        missing.setdefault(_keys_for(path, rules), []).append(path)
+    for keys, paths in missing.items():
+        named = ", ".join(
+            f"{path}, shape {slots[path].shape}" for path in sorted(paths)
+        )
+        parameters = "parameter" if len(paths) == 1 else "parameters"
+        problems.append(f"missing: {keys} for {parameters} {named}")
     problems += [
         problem
-        for path, (key, rule) in filled.items()
-        if (problem := _misfit(slots[path], key, rule, source)) is not None
+        for paths, (key, rule) in filled.items()
+        if (problem := _misfit([slots[path] for path in paths], key, rule, source))
+        is not None
     ]
     if problems:
         raise _conversion_error(problems, len(source))
@@ -263,14 +307,13 @@ def _checked_assignment(
 
 def _assign(
     source: Iterable[str], rules: Sequence[Rule], slots: Mapping[str, _Slot]
-) -> tuple[dict[str, tuple[str, Rule]], list[str]]:
-    """Finds each key's parameter, and the keys that have none or share one."""
-    filled: dict[str, tuple[str, Rule]] = {}
+) -> tuple[dict[tuple[str, ...], tuple[str, Rule]], list[str]]:
+    """Finds each key's parameters, and the keys that have none or share one."""
+    filled: dict[tuple[str, ...], tuple[str, Rule]] = {}
+    key_of: dict[str, str] = {}
     problems = []
     for key in source:
-        matches = [
-            (path, rule) for rule in rules if (path := rule.path_of(key)) is not None
-        ]
+        matches = [(paths, rule) for rule in rules if (paths := rule.paths_of(key))]
         if not matches:
             problems.append(f"unmatched: no rule knows the key {_place(source, key)}")
         elif len(matches) > 1:
@@ -278,27 +321,33 @@ def _assign(
             place = _place(source, key)
             problems.append(f"ambiguous: {place} matches the rules {keys}")
         else:
-            ((path, rule),) = matches
-            if path not in slots:
-                place = _place(source, key)
+            ((paths, rule),) = matches
+            place = _place(source, key)
+            if lacking := [path for path in paths if path not in slots]:
+                names = ", ".join(lacking)
                 problems.append(
-                    f"extra: {place} leads to {path}, which the model lacks"
+                    f"extra: {place} leads to {names}, which the model lacks"
                 )
-            elif path in filled:
-                both = f"{_place(source, filled[path][0])} and {_place(source, key)}"
-                problems.append(f"twice: {both} both fill {path}")
+            elif taken := [path for path in paths if path in key_of]:
+                both = f"{_place(source, key_of[taken[0]])} and {place}"
+                problems.append(f"twice: {both} both fill {', '.join(taken)}")
             else:
-                filled[path] = key, rule
+                filled[paths] = key, rule
+                key_of |= dict.fromkeys(paths, key)
     return filled, problems
 
 
-def _misfit(slot: _Slot, key: str, rule: Rule, source: Mapping[str, Any]) -> str | None:
+def _misfit(
+    parts: Sequence[_Slot], key: str, rule: Rule, source: Mapping[str, Any]
+) -> str | None:
     """Returns the problem of an array's shape or dtype; None if there is none."""
     value, place = source[key], _place(source, key)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return f"dtype: {place} is {value.dtype}; expected floating-point numbers"
-    # `save` only moves axes, so an array of strides 0 stands in for the parameter.
-    expected = rule.layout.save(np.broadcast_to(np.float32(0), slot.shape)).shape
+    expected, *others = (slot.stored_shape(rule.layout) for slot in parts)
+    if others:
+        rows = expected[0] + sum(shape[0] for shape in others)
+        expected = (rows, *expected[1:])
     if tuple(value.shape) != expected:
         return f"shape: {place} is {tuple(value.shape)}; expected {expected}"
     return None

@@ -49,7 +49,7 @@ drop_batch_axis = Layout("1 ...", "...")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line of a table: checkpoint key, our path, change of layout.
+    """One line of a table: checkpoint key, our path or paths, change of layout.
 
     Args:
       key: A key of the checkpoint, each `{}` in it a number: `blocks.{}.q.weight`.
@@ -57,33 +57,48 @@ class Rule:
         the same order. A number in it is a layer: `blocks.3.to_q.kernel` is slice 3
         of the stacked parameter `blocks.to_q.kernel`.
       layout: Change of layout.
+      others: Paths of further parameters, where one array of the checkpoint holds
+        several: the rows (entries of the first axis) of the first, then of the others.
 
     Raises:
-      ValueError: Key and path differ in how many numbers they have, or hold other
+      ValueError: Key and a path differ in how many numbers they have, or hold other
         braces.
     """
 
     key: str
     path: str
     layout: Layout = keep
+    others: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        literals = (self.key + self.path).replace(_NUMBER, "")
-        if self.key.count(_NUMBER) != self.path.count(_NUMBER) or (
-            set("{}") & set(literals)
-        ):
-            raise ValueError(
-                f"{self.key=} with {self.path=} cannot be turned round: use as many "
-                "{} in both, and no other braces"
-            )
+        for path in self.paths:
+            literals = (self.key + path).replace(_NUMBER, "")
+            if self.key.count(_NUMBER) != path.count(_NUMBER) or (
+                set("{}") & set(literals)
+            ):
+                raise ValueError(
+                    f"{self.key=} with {path=} cannot be turned round: use as many "
+                    "{} in both, and no other braces"
+                )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all parameters of the key, in the order of their rows."""
+        return (self.path, *self.others)
 
     def path_of(self, key: str) -> str | None:
-        """Returns our path for a checkpoint key; None if the rule does not match."""
+        """Returns our (first) path for a checkpoint key; None without a match."""
         return _translate(key, self.key, self.path)
+
+    def paths_of(self, key: str) -> tuple[str, ...]:
+        """Returns our paths for a checkpoint key; none if the rule does not match."""
+        found = (_translate(key, self.key, path) for path in self.paths)
+        return tuple(path for path in found if path is not None)
 
     def key_of(self, path: str) -> str | None:
         """Returns the checkpoint key for one of our paths; None without a match."""
-        return _translate(path, self.path, self.key)
+        found = (_translate(path, own, self.key) for own in self.paths)
+        return next((key for key in found if key is not None), None)
 
 
 def _translate(name: str, template: str, other: str) -> str | None:
@@ -132,6 +147,9 @@ BATCHED_TABLE = (Parameter("", "", drop_batch_axis),)
 class Row(NamedTuple):
     """A module by its names, each `{}` in them a number.
 
+    Rows of one name in a layout are one module there: its rows of weights are those of
+    ours one after the other, in the order of the table.
+
     Attributes:
       original: Name in the layout of the authors' own code.
       library: Name in the layout of diffusers or transformers.
@@ -169,15 +187,20 @@ def library_rules(rows: Iterable[Row]) -> tuple[Rule, ...]:
 
 
 def expand(modules: Iterable[tuple[str, str, Kind]]) -> tuple[Rule, ...]:
-    """Returns a rule for each parameter of some modules.
+    """Returns a rule for each parameter of some modules in a checkpoint.
 
     Args:
-      modules: Name in the checkpoint, name here, and kind of each.
+      modules: Name in the checkpoint, name here, and kind of each. Modules of one name
+        are parts of one in the checkpoint; see `Row`.
     """
+    parts: dict[tuple[str, Layout], list[str]] = {}
+    for name, path, kind in modules:
+        for stored, ours, layout in kind:
+            key = _join(name, stored), layout
+            parts.setdefault(key, []).append(_join(path, ours))
     return tuple(
-        Rule(_join(name, stored), _join(path, ours), layout)
-        for name, path, kind in modules
-        for stored, ours, layout in kind
+        Rule(key, first, layout, tuple(others))
+        for (key, layout), (first, *others) in parts.items()
     )
 
 
