@@ -67,7 +67,7 @@ class HunyuanConfig:
       num_double_blocks: Blocks in which video and text have weights of their own.
       num_single_blocks: Blocks after them, of one stream of video and text.
       num_refiner_blocks: Blocks of the token refiner, which sees the text alone.
-      mlp_ratio: Hidden width of the feed-forward networks over `dim`.
+      mlp_ratio: Hidden width of the blocks' feed-forward networks over `dim`.
       in_channels: Channels of the latent that comes in.
       out_channels: Channels of the velocity that goes out.
       patch_size: Latent frames, rows and columns merged into one token.

@@ -24,6 +24,9 @@ from models.diffusion.transformer.layers import (
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.layers import Modulation, add_gated
 
+# Of the token refiner, whatever the blocks have: both published codes leave a default.
+_MLP_RATIO = 4
+
 
 def guidance_level(
     embedded_guidance: Float[Array, ""] | float, config: HunyuanConfig
@@ -136,7 +139,7 @@ class RefinerBlock(nnx.Module):
         self.norm1, self.norm2 = norm(), norm()
         self.attn = RefinerAttention(config, rngs=rngs)
         self.ff = MLP(
-            (config.dim, config.mlp_dim, config.dim),
+            (config.dim, _MLP_RATIO * config.dim, config.dim),
             jax.nn.silu,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
