@@ -179,6 +179,41 @@ def test_text_of_its_own_matches_loops(name, order, norm, dtype, heads, batch):
 
 
 @pytest.mark.nightly
+def test_text_of_its_own_without_rotation_and_pooling():
+    grid, norm = GRIDS["text-before"], NORMS["head"]
+    q, k, scales, _ = random_case(grid, (4, 64), norm=norm, dtype="float32", batch=2)
+    video, text = (
+        tuple(x[:, tokens] for x in (q, k, k))
+        for tokens in (grid.visual_tokens, grid.text_tokens)
+    )
+    written, pooled = kernel.norm_rope_pool(
+        video,
+        text,
+        scales,
+        None,
+        None,
+        tiling_of(grid, "raster").table,
+        grid.visual_tokens,
+        norm=norm,
+        reductions=(),
+        interpret=INTERPRET,
+    )
+    assert pooled == ()
+    for x, got, scale in zip((q, k), written[:2], scales, strict=True):
+        expected = naive_norm_rope.norm_rope(
+            np.asarray(x, np.float64),
+            over="head",
+            eps=norm.eps,
+            scale=scale,
+            cos=None,
+            sin=None,
+            visual=grid.visual_tokens,
+        )
+        np.testing.assert_allclose(got, expected, **tolerances.NORM_ROPE["float32"])
+    np.testing.assert_array_equal(written[2], k)
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("apart", [False, True], ids=["joined", "apart"])
 def test_text_with_or_without_scales_of_its_own(apart):
     """The same scales given twice are those of all; one array or two are alike."""
