@@ -56,7 +56,11 @@ def peak_bytes() -> int:
 
 
 def run_cases(
-    module: str, cases: Iterable[dict[str, Any]], limit_s: float, output: Path | None
+    module: str,
+    cases: Iterable[dict[str, Any]],
+    limit_s: float,
+    output: Path | None,
+    summarise: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> int:
     """Runs each case in a child, and writes the file of records anew after each.
 
@@ -65,6 +69,7 @@ def run_cases(
       cases: What `--case` takes.
       limit_s: Seconds for each case.
       output: JSON file; None for none.
+      summarise: Makes the file's "summary" of the records so far; None for none.
 
     Returns:
       The exit status: 1 if a case failed.
@@ -74,6 +79,8 @@ def run_cases(
         record = case | _run_in_process(module, case, limit_s)
         results["records"].append(record)
         print(json.dumps(record), flush=True)
+        if summarise:
+            results["summary"] = summarise(results["records"])
         if output:
             write_json(output, results)
     return int(any("error" in record for record in results["records"]))
