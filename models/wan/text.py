@@ -2,20 +2,16 @@
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from models.checkpoints.scaled import FLOAT8
 from models.diffusion.dtypes import default_dtype
-from models.diffusion.embeddings import (
-    CachedTextEncoder,
-    EmbeddingCache,
-    GivenTextEncoder,
-)
+from models.diffusion.embeddings import EmbeddingCache
 from models.diffusion.folders.layouts import Part
 from models.diffusion.interfaces import TextEncoder
 from models.diffusion.text_options import TextOptions
+from models.diffusion.text_sources import open_text_encoder
 from models.umt5.config import UMT5Config
 from models.umt5.embeddings import umt5_cache
 from models.umt5.text_encoder import UMT5TextEncoder
@@ -41,43 +37,32 @@ def load_text_encoder(wan: WanParts, options: TextOptions) -> TextEncoder | None
       ConversionError: The encoder does not fit its configuration.
       UnknownPromptError: A file of embeddings lacks a prompt.
     """
-    prompts = options.prompts
-    length = wan.config.text_length
-    if options.embeddings is not None and options.given:
-        encoder: Any = GivenTextEncoder.load(options.embeddings, text_length=length)
-    elif wan.text_encoder is None or wan.tokenizer is None:
-        return None
-    else:
+    load = None
+    if not options.given and wan.text_encoder is not None and wan.tokenizer is not None:
         load = functools.partial(
             UMT5TextEncoder.load,
             wan.text_encoder,
             wan.tokenizer,
             config=_text_config(wan, options.device),
-            max_length=length,
+            max_length=wan.config.text_length,
             device=options.device,
         )
-        if options.embeddings is None:
-            encoder = load()
-            if prompts is not None:
-                vectors = encoder.embed(prompts)
-                encoder.free()
-                encoder = GivenTextEncoder(embeddings=vectors, text_length=length)
-            return encoder
-        encoder = CachedTextEncoder(
-            cache=_cache(wan, options.embeddings, load.keywords["config"]),
-            text_length=length,
-            load_encoder=load,
-        )
-    if prompts is not None:
-        encoder.encode(prompts)
-    return encoder
+    return open_text_encoder(
+        load=load,
+        open_cache=functools.partial(_open_cache, wan, options.device),
+        text_length=wan.config.text_length,
+        prompts=options.prompts,
+        embeddings=options.embeddings,
+    )
 
 
-def _cache(wan: WanParts, folder: Path, config: UMT5Config) -> EmbeddingCache:
+def _open_cache(
+    wan: WanParts, device: jax.Device | None, folder: Path
+) -> EmbeddingCache:
     assert wan.tokenizer is not None
     return umt5_cache(
         folder,
-        config,
+        _text_config(wan, device),
         UMT5Tokenizer(wan.tokenizer, max_length=wan.config.text_length),
         wan.sources["text_encoder"].files,
     )

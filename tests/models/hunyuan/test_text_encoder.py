@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors
@@ -14,6 +15,7 @@ import safetensors.numpy
 from models.checkpoints.memory_map import CheckpointError
 from models.diffusion.embeddings import CachedTextEncoder
 from models.diffusion.interfaces import TextEncoder
+from models.diffusion.text_options import TextOptions
 from models.hunyuan import text_encoder
 from models.hunyuan.text import load_text_encoder
 from models.hunyuan.text_encoder import (
@@ -249,19 +251,25 @@ def test_embeddings_are_kept_in_a_folder(stand_in, tmp_path):
 def test_sources_of_a_model(stand_in, tmp_path, monkeypatch):
     _, requests = stand_in
     monkeypatch.setattr(text_encoder, "check_text_packages", lambda: None)
-    given = load_text_encoder(FILES, prompts=["a cat"], device="cpu")
+    given = load_text_encoder(
+        FILES, TextOptions(prompts=("a cat",), device=jax.devices("cpu")[0])
+    )
     assert given.encode(["a cat"]).pooled.tolist() == [[5.0] * 4]
     given.save(tmp_path / "file.safetensors")
     (request,) = requests
     assert request["device"] == "cpu"
     for files in (FILES, None):
         file = tmp_path / "file.safetensors"
-        read = load_text_encoder(files, prompts=["a cat"], embeddings=file)
+        read = load_text_encoder(
+            files, TextOptions(prompts=("a cat",), embeddings=file)
+        )
         assert read.encode(["a cat"]).pooled.tolist() == [[5.0] * 4]
     for _ in range(2):
-        load_text_encoder(FILES, prompts=["a dog!"], embeddings=tmp_path / "kept")
+        kept = TextOptions(prompts=("a dog!",), embeddings=tmp_path / "kept")
+        load_text_encoder(FILES, kept)
         assert len(requests) == 2
-    assert load_text_encoder(None, prompts=["a cat"]) is None
+    assert requests[1]["device"] is None
+    assert load_text_encoder(None, TextOptions(prompts=("a cat",))) is None
 
 
 def test_identity_differs_with_any_part(tmp_path):
