@@ -12,6 +12,7 @@ import pytest
 from jax import export
 
 from draft_jax import (
+    QKV,
     AttentionPlan,
     BlockMask,
     DraftConfig,
@@ -59,6 +60,7 @@ HISTORY = UniPCHistory(sample=ones(2), clean=ones(2), earlier=ones(2))
 TREES = {
     "mask": lambda: MASK,
     "pooled": pooled,
+    "parts": lambda: QKV(ones(1, 3, 1, 4), ones(1, 3, 1, 4), ones(1, 3, 1, 4)),
     "step": lambda: constant_step(GRID, CONFIG),
     "plan": lambda: PLAN.steps(np.array([900, 100]), num_layers=2, grid=GRID),
     "configurations": lambda: (

@@ -5,9 +5,12 @@ from jaxtyping import Array, Float
 from draft_jax.config import DraftConfig
 from draft_jax.draft.pooling import PooledTokens, reductions_of, tiling_of
 from draft_jax.grid import VideoGrid
+from draft_jax.pytree import register_named_tuple
 from pallas_kernels import pooling
 from pallas_kernels.common import AnyArray, Order, to_jax, validation
 from pallas_kernels.pooling import QKV, QKNorm, Reduction, Rope, Scales
+
+register_named_tuple(QKV)
 
 
 def norm_rope_pool(
