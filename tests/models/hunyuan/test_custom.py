@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
 from models.diffusion.interfaces import ImageCondition, TextContext
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
+from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.inputs import HunyuanInputs
+from models.hunyuan.transformer import HunyuanTransformer
 from tests import tolerances
 from tests.cases import mostly_nightly
 from tests.draft_jax import published_hunyuan as published
@@ -135,6 +138,16 @@ def test_the_grid_has_the_reference_frame_and_the_text():
     assert (grid.frames, grid.height, grid.width) == (3, 4, 8)
     assert (grid.text_length, grid.text_side) == (13, "after")
     assert model.grid((1, 2, 8, 16, 4)) == grid
+
+
+def test_the_published_size():
+    """768x1280, 129 frames: 34 frames of 48 x 80 tokens, and 831 of text."""
+    config = HunyuanConfig.custom_13b()
+    model = nnx.eval_shape(lambda: HunyuanTransformer(config, rngs=nnx.Rngs(0)))
+    grid = model.grid((33, 96, 160, 16))
+    assert (grid.frames, grid.height, grid.width) == (34, 48, 80)
+    assert (grid.num_tokens, grid.num_blocks) == (131_391, 1_027)
+    assert model.num_layers == 60
 
 
 @pytest.mark.nightly
