@@ -62,7 +62,7 @@ def test_norm_and_rotation(name, norm, has_rope):
     rope = rope if has_rope else None
     cos, sin = rope or (None, None)
     visual = tiling.tokens
-    both = xla.norm_rope(q, k, scales, rope, visual_tokens=visual, norm=norm)
+    both = xla.norm_rope(q, k, scales, None, rope, visual_tokens=visual, norm=norm)
     for i, x in enumerate((q, k)):
         scale = None if scales is None else scales[i]
         expected = naive_norm_rope.norm_rope(
