@@ -21,12 +21,13 @@ from models.diffusion.folders.layouts import ALL_PARTS, Part, class_in
 from models.diffusion.folders.part_files import PartFiles
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.text_options import TextOptions
+from models.hunyuan.family import HUNYUAN
 from models.mini.family import MINI
 from models.wan.family import WAN
 
 Loras = Iterable[tuple[Path | str, float]]
 
-FAMILIES: tuple[Family, ...] = (WAN, MINI)
+FAMILIES: tuple[Family, ...] = (HUNYUAN, WAN, MINI)
 
 
 def load_pipeline(

@@ -24,6 +24,10 @@ from models.diffusion.folders.part_files import (
     read_json,
     source_in,
 )
+from models.diffusion.folders.scheduler_settings import (
+    SchedulerSettings,
+    read_scheduler,
+)
 from models.umt5.tokenizer import find_tokenizer, search_tokenizer
 from models.wan.config import WanConfig
 from models.wan.convert import (
@@ -32,7 +36,6 @@ from models.wan.convert import (
     lora_names,
 )
 from models.wan.layouts import LAYOUTS
-from models.wan.scheduler_settings import SchedulerSettings, read_scheduler
 from models.wan.transformer import WanTransformer
 from models.wan.transformer_file import TransformerFile
 

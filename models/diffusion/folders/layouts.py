@@ -39,6 +39,8 @@ class FolderLayouts:
       signs: Any one of these shows a layout, even in a folder that is incomplete.
       classes: Classes that the family's `model_index.json` or `config.json` names.
         A folder that names another is not the family's.
+      needs_class: Whether a folder in the diffusers layout must name one: the signs
+        of that layout are those of other families, too.
       of_image: Parts that only models which start from an image have.
       how: How each part is given beside a transformer alone, for messages.
       open_part: Opens the weights of parts that need more than `open_weights`, each
@@ -50,6 +52,7 @@ class FolderLayouts:
     files: Mapping[LayoutName, Mapping[Part, tuple[str, ...]]]
     signs: Mapping[LayoutName, tuple[str, ...]]
     classes: frozenset[str]
+    needs_class: bool = False
     of_image: frozenset[Part] = frozenset()
     how: Mapping[Part, str] = dataclasses.field(default_factory=dict)
     open_part: Mapping[Part, Callable[..., Mapping[str, Any]]] = dataclasses.field(
@@ -67,6 +70,8 @@ class FolderLayouts:
         if not self.claims(path):
             return None
         for layout, signs in self.signs.items():
+            if layout == "diffusers" and self.needs_class and class_in(path) is None:
+                continue
             if any(find_visible(path, sign) for sign in signs):
                 return layout
         return None

@@ -1,0 +1,201 @@
+"""A pipeline's parts from a published HunyuanVideo model, text first."""
+
+import dataclasses
+import logging
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from draft_jax import SparsitySchedule
+from models.checkpoints.conversion import ConversionError
+from models.checkpoints.memory_map import CheckpointError
+from models.diffusion.dtypes import default_dtype
+from models.diffusion.embeddings import CachedTextEncoder, GivenTextEncoder
+from models.diffusion.folders.layouts import ALL_PARTS, Part
+from models.diffusion.folders.part_files import PartFiles
+from models.diffusion.interfaces import TextEncoder
+from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.sampling import Sampling
+from models.diffusion.text_options import TextOptions
+from models.hunyuan.checkpoint import HunyuanParts, open_hunyuan_parts
+from models.hunyuan.conditions import HunyuanConditioning
+from models.hunyuan.config import HunyuanConfig
+from models.hunyuan.convert import load_hunyuan_transformer
+from models.hunyuan.layouts import TEXT_PARTS
+from models.hunyuan.sampling import hunyuan_sampling
+from models.hunyuan.text_encoder import (
+    HunyuanTextEncoder,
+    check_text_packages,
+    hunyuan_cache,
+)
+from models.hunyuan.vae.codec import HunyuanVAECodec
+from models.hunyuan.vae.config import HunyuanVAEConfig
+from models.hunyuan.vae.convert import load_hunyuan_vae
+
+_LOG = logging.getLogger(__name__)
+
+HUNYUAN_FPS = 24.0  # of the videos that HunyuanVideo was trained on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HunyuanInfo:
+    """Settings of a model; see `models.diffusion.family.ModelInfo`."""
+
+    path: Path
+    files: PartFiles
+    model: str | None
+    config: HunyuanConfig
+    codec: HunyuanVAEConfig
+    sampling: Sampling
+
+    @property
+    def conditioning(self) -> HunyuanConditioning:
+        """HunyuanVideo's rules for requests."""
+        return HunyuanConditioning(self.config)
+
+    @property
+    def published(self) -> SparsitySchedule:
+        """The rule of the published code of DraftAttention."""
+        return SparsitySchedule.hunyuan_published()
+
+    def sampling_at(self, height: int, width: int) -> Sampling:
+        """Returns the settings for another size, which are the same."""
+        return dataclasses.replace(self.sampling, height=height, width=width)
+
+
+def describe_hunyuan(
+    path: Path | str,
+    *,
+    parts: Collection[Part] = ALL_PARTS,
+    text: TextOptions | None = None,
+    files: PartFiles | None = None,
+    revision: str | None = None,
+) -> HunyuanInfo:
+    """Opens a model to look at its settings; fetches it if it is on the hub.
+
+    Takes and raises what `load_hunyuan` does.
+    """
+    opened = open_hunyuan_parts(
+        path, parts=_needed(parts, text), files=files, revision=revision
+    )
+    return HunyuanInfo(
+        path=opened.path,
+        files=opened.given,
+        model=opened.model,
+        config=opened.config,
+        codec=_vae_config(opened),
+        sampling=_sampling(opened),
+    )
+
+
+def load_hunyuan(
+    path: Path | str,
+    *,
+    parts: Collection[Part] = ALL_PARTS,
+    loras: Iterable[tuple[Path | str, float]] = (),
+    lora_strict: bool = True,
+    text: TextOptions | None = None,
+    files: PartFiles | None = None,
+    revision: str | None = None,
+) -> VideoPipeline:
+    """Loads a pipeline: text first, in a process that ends; then the rest.
+
+    Args:
+      path: The model's folder, its repository on the hub, or a file of its
+        transformer.
+      parts: What to load; without text encoders, `generate` takes contexts.
+      loras: Adapters; there must be none.
+      lora_strict: Means nothing without adapters.
+      text: How prompts become embeddings; `TextOptions()` if None.
+      files: Parts that are given by themselves.
+      revision: Branch, tag or commit of a repository.
+
+    Raises:
+      CheckpointError: The model cannot be found, is incomplete, damaged, or of a
+        kind this port lacks; or stored embeddings are damaged.
+      ImportError: An optional package is needed and not installed.
+      UnknownPromptError: Prompts are not among the embeddings of a file.
+      ValueError: Adapters are given.
+    """
+    del lora_strict
+    if loras := list(loras):
+        raise ValueError(f"{loras=}: adapters are not merged into HunyuanVideo")
+    text = text or TextOptions()
+    dtype = default_dtype()
+    opened = open_hunyuan_parts(
+        path,
+        parts=_needed(parts, text),
+        files=files,
+        revision=revision,
+        dtype=dtype,
+        param_dtype=dtype,
+    )
+    text_encoder = _load_text_encoder(opened, text)
+    _LOG.info("loading the VAE")
+    vae = _vae_config(opened, dtype=dtype, param_dtype=dtype)
+    try:
+        codec = HunyuanVAECodec(model=load_hunyuan_vae(opened.vae.weights, vae))
+    except ConversionError as error:
+        named = ", ".join(map(str, opened.vae.files))
+        raise CheckpointError(f"the vae in {named} does not fit: {error}") from error
+    _LOG.info("loading the transformer")
+    try:
+        model = load_hunyuan_transformer(opened.transformer.weights, opened.config)
+    except ConversionError as error:
+        folder = opened.transformer.files[0].parent
+        raise CheckpointError(
+            f"the transformer in {folder} does not fit HunyuanVideo's sizes: {error}"
+        ) from error
+    return VideoPipeline(
+        model=model,
+        text_encoder=text_encoder,
+        codec=codec,
+        sampling=_sampling(opened),
+        fps=HUNYUAN_FPS,
+    )
+
+
+def _needed(parts: Collection[Part], text: TextOptions | None) -> set[Part]:
+    """Returns the parts to open; the packages that their prompts need are there."""
+    if text is not None and text.given:
+        return set(parts).difference(TEXT_PARTS)
+    if "text_encoder" in parts:
+        check_text_packages()
+    return set(parts)
+
+
+def _load_text_encoder(opened: HunyuanParts, text: TextOptions) -> TextEncoder | None:
+    """Returns what makes contexts; `text.prompts` have been through it."""
+    length = opened.config.text_length
+    if text.embeddings is not None and text.given:
+        encoder: Any = GivenTextEncoder.load(text.embeddings, text_length=length)
+    elif opened.text_files is None:
+        return None
+    else:
+        on_cpu = text.device is not None and text.device.platform == "cpu"
+        encoder = HunyuanTextEncoder(
+            files=opened.text_files, device="cpu" if on_cpu else None
+        )
+        if text.embeddings is not None:
+            encoder = CachedTextEncoder(
+                cache=hunyuan_cache(text.embeddings, opened.text_files),
+                text_length=length,
+                load_encoder=lambda made=encoder: made,
+            )
+        elif text.prompts is not None:
+            vectors = encoder.embed(text.prompts)
+            return GivenTextEncoder(embeddings=vectors, text_length=length)
+    if text.prompts is not None:
+        encoder.encode(text.prompts)
+    return encoder
+
+
+def _vae_config(opened: HunyuanParts, **changes: Any) -> HunyuanVAEConfig:
+    return opened.vae.read_config(
+        HunyuanVAEConfig.from_dict, HunyuanVAEConfig.video, **changes
+    )
+
+
+def _sampling(opened: HunyuanParts) -> Sampling:
+    told = {} if opened.config.guidance_embeds else {"embedded_guidance": None}
+    return hunyuan_sampling(shift=opened.shift, **told)
