@@ -20,7 +20,11 @@ GRIDS_OF_SOLVERS: dict[str, tuple[str, ...]] = {
     "unipc": ("wan", "diffusers"),
 }
 # Width and height in pixels.
-NAMED_SIZES: dict[str, tuple[int, int]] = {"480p": (832, 480), "720p": (1280, 720)}
+NAMED_SIZES: dict[str, tuple[int, int]] = {
+    "480p": (832, 480),
+    "540p": (960, 544),
+    "720p": (1280, 720),
+}
 
 
 class SamplingDefaults(NamedTuple):

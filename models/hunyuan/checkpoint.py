@@ -85,7 +85,7 @@ def open_hunyuan_parts(
         kind this port lacks.
       ImportError: The model is on the hub, and `huggingface_hub` is not installed.
     """
-    wanted = {"transformer", "vae", "scheduler"} | set(parts)
+    wanted: set[Part] = {*parts, "transformer", "vae", "scheduler"}
     given = (files or PartFiles()).fetched(wanted, LAYOUTS)
     own = wanted - given.given().keys()
     path = find_checkpoint(name, patterns=LAYOUTS.hub_patterns(own), revision=revision)
@@ -165,8 +165,8 @@ def _explain(weights: Mapping[str, Any]) -> str:
     embeds = ("guidance_in", "time_text_embed.guidance_embedder")
     if not any(key.startswith(embeds) for key in keys):
         return (
-            " (it embeds no guidance: HunyuanCustom, HunyuanVideo-I2V and models before "
-            "distillation are not loaded)"
+            " (it embeds no guidance: HunyuanCustom, HunyuanVideo-I2V and models "
+            "before distillation are not loaded)"
         )
     shapes = [weights[key].shape for key in keys if key.endswith("in.proj.weight")]
     if any(shape[1:2] == (33,) for shape in map(tuple, shapes)):

@@ -35,7 +35,10 @@ LAYOUTS = FolderLayouts(
     files={
         "original": {
             "transformer": (f"{_ORIGINAL}/transformers/mp_rank_00_model_states.pt",),
-            "vae": (f"{_ORIGINAL}/vae/config.json", f"{_ORIGINAL}/vae/pytorch_model.pt"),
+            "vae": (
+                f"{_ORIGINAL}/vae/config.json",
+                f"{_ORIGINAL}/vae/pytorch_model.pt",
+            ),
             **_ENCODERS,
             "tokenizer": ("text_encoder/tokenizer*.json",),
             "tokenizer_2": ("text_encoder_2/*.json", "text_encoder_2/merges.txt"),

@@ -173,17 +173,18 @@ def _load_text_encoder(opened: HunyuanParts, text: TextOptions) -> TextEncoder |
         return None
     else:
         on_cpu = text.device is not None and text.device.platform == "cpu"
-        encoder = HunyuanTextEncoder(
+        maker = HunyuanTextEncoder(
             files=opened.text_files, device="cpu" if on_cpu else None
         )
+        encoder = maker
         if text.embeddings is not None:
             encoder = CachedTextEncoder(
                 cache=hunyuan_cache(text.embeddings, opened.text_files),
                 text_length=length,
-                load_encoder=lambda made=encoder: made,
+                load_encoder=lambda: maker,
             )
         elif text.prompts is not None:
-            vectors = encoder.embed(text.prompts)
+            vectors = maker.embed(text.prompts)
             return GivenTextEncoder(embeddings=vectors, text_length=length)
     if text.prompts is not None:
         encoder.encode(text.prompts)
@@ -197,5 +198,5 @@ def _vae_config(opened: HunyuanParts, **changes: Any) -> HunyuanVAEConfig:
 
 
 def _sampling(opened: HunyuanParts) -> Sampling:
-    told = {} if opened.config.guidance_embeds else {"embedded_guidance": None}
-    return hunyuan_sampling(shift=opened.shift, **told)
+    told = 6.0 if opened.config.guidance_embeds else None
+    return hunyuan_sampling(shift=opened.shift, embedded_guidance=told)

@@ -16,6 +16,7 @@ from models.cli import choices
 from models.cli.parser import build_parser
 from models.diffusion import sampling, schedulers
 from models.diffusion.sampler import GuidanceBatching
+from models.hunyuan.sampling import HUNYUAN_PIXELS
 from models.wan.sampling import WAN_PIXELS
 
 ROOT = Path(__file__).parents[3]
@@ -107,8 +108,11 @@ def test_choices_are_those_of_the_configurations():
     ):
         assert get_args(grids) == choices.GRIDS_OF_SOLVERS[solver]
     assert {
-        name: (width, height) for name, (height, width) in WAN_PIXELS.items()
+        name: (width, height)
+        for name, (height, width) in (WAN_PIXELS | HUNYUAN_PIXELS).items()
     } == choices.NAMED_SIZES
+    shared = WAN_PIXELS.keys() & HUNYUAN_PIXELS.keys()
+    assert all(WAN_PIXELS[name] == HUNYUAN_PIXELS[name] for name in shared)
 
 
 def test_defaults_are_those_of_the_configurations():
