@@ -37,7 +37,8 @@ def flops_outside_attention(
 
 def _refiner(config: HunyuanConfig) -> float:
     """Of the text's own layers and what they are told of the time."""
-    dim, hidden, text = config.dim, config.mlp_dim, config.text_length
+    dim, text = config.dim, config.text_length
+    hidden = 4 * dim  # whatever the blocks have
     block = (
         text * (8.0 * dim**2 + 4.0 * dim * hidden)  # projections, feed-forward
         + 4.0 * text**2 * dim  # attention
