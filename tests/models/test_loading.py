@@ -125,7 +125,7 @@ def test_a_third_family_is_one_record(tmp_path, monkeypatch, capsys):
     assert main([*command, *chosen]) == 2
     assert "frames=3 must be a multiple of 2" in capsys.readouterr().err
     assert main([*command, *chosen, "--vae", "x"]) == 2
-    assert "--vae x fits Wan" in capsys.readouterr().err
+    assert "--vae x fits HunyuanVideo and Wan models" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

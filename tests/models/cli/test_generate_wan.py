@@ -167,7 +167,7 @@ def test_the_autoencoder_can_run_on_tiles(tmp_path, monkeypatch):
 def test_the_shipped_model_takes_no_tiles(tmp_path, capsys):
     command = ["generate", PROMPT, "--vae-tile", "64"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
-    assert "--vae-tile 64 fits Wan" in capsys.readouterr().err
+    assert "--vae-tile 64 fits HunyuanVideo and Wan models" in capsys.readouterr().err
 
 
 def test_the_shipped_model_takes_no_image(image, tmp_path, capsys):

@@ -456,7 +456,10 @@ def test_wrong_paths_of_parts_are_explained(tmp_path, path, message):
 
 
 def test_small_models_take_no_part_files(tmp_path):
-    message = "^files.vae=x.pth and revision=main: arguments that fit Wan models only$"
+    message = (
+        "^files.vae=x.pth and revision=main: arguments that fit HunyuanVideo and Wan "
+        "models only$"
+    )
     with pytest.raises(ValueError, match=message):
         load_pipeline(files=PartFiles(vae="x.pth"), revision="main")
 
@@ -520,6 +523,9 @@ def test_the_command_loads_the_commit_that_it_looked_at(tmp_path, monkeypatch):
 
 
 def test_the_small_model_takes_no_parts():
-    message = r"^--vae x\.pth and --revision v1 fit Wan models only: name one with"
+    message = (
+        r"^--vae x\.pth and --revision v1 fit HunyuanVideo and Wan models only: "
+        "name one with"
+    )
     with pytest.raises(ValueError, match=message):
         request_of("--vae", "x.pth", "--revision", "v1")
