@@ -17,8 +17,8 @@ Random weights and latents, the original's tiles; processes as in
   peak_gib     of the device since the process began: weights, tiles, the search for
                algorithms; on CPUs the process's own
 
-A record of one tile (`--what tile`), the largest of the video, has `tile_ms`, the median
-of several calls, and `tflop` instead, both for each item of a batch.
+A record of one tile (`--what tile`), the largest of the video, has `tile_ms`, the
+median of several calls, and `tflop` instead, both for each item of a batch.
 """
 
 import argparse

@@ -6,9 +6,9 @@ frames of 768x1280 have eight shapes, two in each direction. Tiles of the same f
 stay on the device until they are blended; finished frames are copied to the host while
 the next tiles run.
 
-On the original's tiles, by XLA's count, 129 frames of 768x1280 take 3.46 PFLOP to decode
-and 2.40 to encode; to decode a tile of 65 frames of 256x256 takes 56 TFLOP. Convolutions
-of doubled frames, as in the original, would make it 4.4 PFLOP.
+Arithmetic on the original's tiles, by XLA's count: 129 frames of 768x1280 take 3.46
+PFLOP to decode and 2.40 to encode; a tile of 65 frames of 256x256 takes 56 TFLOP to
+decode. Convolutions of doubled frames, as in the original, would make it 4.4 PFLOP.
 """
 
 import dataclasses
