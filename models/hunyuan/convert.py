@@ -6,6 +6,7 @@ swaps the halves of one layer: shift and scale before the last. Ours are all apa
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from models.checkpoints.conversion import (
     load_parameters,
     save_parameters,
 )
+from models.checkpoints.lora.rows import Target, targets_by_spelling
 from models.checkpoints.rules import (
     CONV_3D,
     LAYER_NORM,
@@ -167,6 +169,29 @@ RULES: dict[LayoutName, tuple[Rule, ...]] = {
 }
 
 
+# ComfyUI's names of what the original calls otherwise.
+_COMFY_NAMES = {
+    "attn_qkv": "attn.qkv",
+    "attn_proj": "attn.proj",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+    "mod.linear": "mod.lin",
+    "modulation.linear": "modulation.lin",
+}
+_COMFY = re.compile("|".join(map(re.escape, _COMFY_NAMES)))
+
+# Parts of modules' names that only some models have, for messages about adapters.
+LORA_FEATURES = {
+    "cross_attn": "Wan's models",
+    "attn2": "Wan's models",
+    "self_attn.": "Wan's models",
+    "audio": "models with sound",
+    "bg_proj": "models that edit videos",
+    "lora_te": "a text encoder",
+    "text_encoder": "a text encoder",
+}
+
+
 def detect_layout(keys: Iterable[str]) -> LayoutName:
     """Returns the layout of a checkpoint: the one whose table knows more of its keys.
 
@@ -174,6 +199,36 @@ def detect_layout(keys: Iterable[str]) -> LayoutName:
       ConversionError: Both know equally many, as when no key is known.
     """
     return best_layout(keys, RULES)
+
+
+def lora_names(keys: Iterable[str], config: HunyuanConfig) -> dict[str, Target]:
+    """Returns how adapters may spell the modules of a checkpoint, for `merge_lora`.
+
+    Args:
+      keys: Keys of a transformer's weights, in either layout.
+      config: Sizes of the model, which tell the rows of joined layers.
+
+    Returns:
+      The spellings of both layouts and of ComfyUI, with dots and with underscores. An
+      adapter may join other layers than the checkpoint does.
+
+    Raises:
+      ConversionError: The layout of the keys is unknown.
+    """
+    keys = list(keys)
+    joined = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+    rows = dict.fromkeys((*joined, "shift", "scale"), config.dim)
+    targets = targets_by_spelling(
+        keys,
+        RULES[detect_layout(keys)],
+        RULES.values(),
+        rows | {"proj_mlp": config.mlp_dim},
+    )
+    names: dict[str, Target] = {}
+    for module, target in targets.items():
+        for spelled in (module, _COMFY.sub(lambda m: _COMFY_NAMES[m[0]], module)):
+            names[spelled] = names[spelled.replace(".", "_")] = target
+    return names
 
 
 def open_transformer_weights(

@@ -18,7 +18,7 @@ Source: LoRA, arXiv 2106.09685; LoKr and LoHa, LyCORIS, arXiv 2309.14859 (its mo
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +83,14 @@ class Rescaled(NamedTuple):
 type Change = Sum | Rescaled
 
 
+@runtime_checkable
+class Applicable(Protocol):
+    """Changes a weight."""
+
+    def apply(self, weight: jax.Array) -> jax.Array:
+        """Returns the changed weight."""
+
+
 class MergedArray:
     """A weight with its adapters, merged in float32 when it is read.
 
@@ -93,7 +101,7 @@ class MergedArray:
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, weight: Any, changes: Sequence[Change]) -> None:
+    def __init__(self, weight: Any, changes: Sequence[Applicable]) -> None:
         self.shape = tuple(weight.shape)
         self._weight = weight
         self._changes = tuple(changes)

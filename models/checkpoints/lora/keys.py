@@ -94,9 +94,9 @@ class _Key(NamedTuple):
     adapter: str  # the adapter's own name; mostly there is none
 
 
-def sort_by_module(
-    tensors: Mapping[str, Any], names: Mapping[str, str], features: Mapping[str, str]
-) -> tuple[dict[str, dict[str, Part]], list[Problem]]:
+def sort_by_module[Name](
+    tensors: Mapping[str, Any], names: Mapping[str, Name], features: Mapping[str, str]
+) -> tuple[dict[Name, dict[str, Part]], list[Problem]]:
     """Sorts an adapter's tensors by module of the model and role.
 
     Args:
@@ -112,7 +112,7 @@ def sort_by_module(
         for part, feature in features.items()
         if not any(part in name for name in names)
     }
-    modules: dict[str, dict[str, Part]] = {}
+    modules: dict[Name, dict[str, Part]] = {}
     adapters: dict[str, str] = {}  # the first key of each name
     problems = []
     for key, value in tensors.items():
@@ -165,7 +165,7 @@ def _parse(key: str) -> _Key | None:
     return None
 
 
-def _find(spelled: str, names: Mapping[str, str]) -> str | None:
+def _find(spelled: str, names: Mapping[str, Any]) -> str | None:
     """Returns a module's name without its prefixes, if the model knows it."""
     return next((bare for bare in _bare_names(spelled) if bare in names), None)
 

@@ -18,6 +18,12 @@ from models.checkpoints.lora.formulas import Change, MergedArray
 from models.checkpoints.lora.keys import sort_by_module
 from models.checkpoints.lora.modules import ModuleReader
 from models.checkpoints.lora.problems import Problem
+from models.checkpoints.lora.rows import (
+    JoinedWeights,
+    RowChange,
+    Target,
+    split_change,
+)
 from models.checkpoints.lora.strengths import Strengths, read_strengths
 from models.checkpoints.safetensors_io import SafetensorsReader, load_safetensors
 
@@ -32,7 +38,7 @@ class MergedWeights(Mapping[str, Any]):
     """
 
     weights: Mapping[str, Any]
-    changes: Mapping[str, Sequence[Change]]
+    changes: Mapping[str, Sequence[Change | RowChange]]
 
     def __getitem__(self, key: str) -> Any:
         weight = self.weights[key]
@@ -52,7 +58,7 @@ class MergedWeights(Mapping[str, Any]):
 def merge_lora(
     weights: Mapping[str, Any],
     lora: str | os.PathLike | Mapping[str, Any],
-    names: Mapping[str, str],
+    names: Mapping[str, Target],
     *,
     scale: float = 1.0,
     strict: bool = True,
@@ -68,7 +74,7 @@ def merge_lora(
         `MergedWeights` adds one adapter to others, each to what is before it.
       lora: The adapter's `.safetensors` file, PEFT's folder, or arrays by key.
       names: For each way to spell a module or a parameter, the one in `weights`, up
-        to ".weight" and ".bias".
+        to ".weight" and ".bias"; or the rows of some that it is.
       scale: Strength of the adapter; 0 leaves the weights as they are, 1 is what it
         was trained for.
       strict: Whether tensors that mean nothing to this model are refused; else they
@@ -99,12 +105,16 @@ def merge_lora(
     if isinstance(lora, SafetensorsReader):
         strengths = read_strengths(lora.metadata, lora.files[0].parent, origin)
     modules, problems = sort_by_module(lora, names, features or {})
-    changes: dict[str, list[Change]] = {}
+    changes: dict[str, list[Change | RowChange]] = {}
     notes: list[str] = []
     num_unknown = 0
-    for base, parts in modules.items():
-        reader = ModuleReader(base, parts, weights, strengths)
-        for key, change in reader.read():
+    for target, parts in modules.items():
+        if isinstance(target, str):
+            reader = ModuleReader(target, parts, weights, strengths)
+        else:
+            whole = JoinedWeights(target, weights)
+            reader = ModuleReader(str(target), parts, whole, strengths)
+        for key, change in _of_weights(target, reader):
             changes.setdefault(key, []).append(change.scaled(scale))
         problems += reader.problems
         notes += reader.notes
@@ -121,6 +131,21 @@ def merge_lora(
         )
     _warn(origin, notes)
     return MergedWeights(weights, changes)
+
+
+def _of_weights(
+    target: Target, reader: ModuleReader
+) -> Iterator[tuple[str, Change | RowChange]]:
+    """Returns the changes of a module by key of the model's weights."""
+    for key, change in reader.read():
+        if isinstance(target, str):
+            yield key, change
+            continue
+        try:
+            yield from split_change(key, change, target)
+        except ValueError as error:
+            text = f"{next(iter(reader.parts.values())).key}: {error}"
+            reader.problems.append(Problem("rows", text))
 
 
 def _refuse(
