@@ -30,6 +30,7 @@ from models.diffusion.sampler import SamplerState, StepInputs
 from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import FlowUniPC, UniPCCoefficients, UniPCHistory
 from models.hunyuan.inputs import HunyuanInputs
+from models.hunyuan.layers import JointBlockInputs
 from models.mini.codec import LinearCodec
 from models.mini.training import Batch, TrainConfig, TrainState
 from models.wan.config import WanConfig
@@ -91,12 +92,21 @@ TREES = {
             draft=CONFIG,
         ),
     ),
-    "hunyuan": lambda: HunyuanInputs(
-        latents=ones(1, 2, 4, 4, 16),
-        timesteps=ones(1),
-        context=ones(1, 4, 8),
-        context_mask=jnp.ones((1, 4), jnp.bool_),
-        pooled=ones(1, 6),
+    "hunyuan": lambda: (
+        HunyuanInputs(
+            latents=ones(1, 2, 4, 4, 16),
+            timesteps=ones(1),
+            context=ones(1, 4, 8),
+            context_mask=jnp.ones((1, 4), jnp.bool_),
+            pooled=ones(1, 6),
+        ),
+        JointBlockInputs(
+            conditioning=ones(1, 8),
+            rope=(ones(4, 2), ones(4, 2)),
+            text_lengths=jnp.asarray([3]),
+            grid=GRID,
+            draft=CONFIG,
+        ),
     ),
     "training": lambda: (
         TrainState(

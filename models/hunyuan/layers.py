@@ -47,7 +47,7 @@ Streams = tuple[Float[Array, "B V E"], Float[Array, "B L E"]]
 
 
 @register_named_tuple
-class BlockInputs(NamedTuple):
+class JointBlockInputs(NamedTuple):
     """Inputs that all blocks of one call share.
 
     Attributes:
@@ -126,7 +126,7 @@ class JointAttention(nnx.Module):
         self,
         video: Float[Array, "B V E"],
         text: Float[Array, "B L E"],
-        inputs: BlockInputs,
+        inputs: JointBlockInputs,
         step: DraftStep | None,
         mask: BlockMask | None,
     ) -> tuple[Streams, BlockMask | None]:
@@ -183,7 +183,7 @@ class DoubleBlock(nnx.Module):
     def __call__(
         self,
         streams: Streams,
-        inputs: BlockInputs,
+        inputs: JointBlockInputs,
         step: DraftStep | None,
         mask: BlockMask | None,
     ) -> tuple[Streams, BlockMask | None]:
@@ -244,7 +244,7 @@ class SingleAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T E"],
-        inputs: BlockInputs,
+        inputs: JointBlockInputs,
         step: DraftStep | None,
         mask: BlockMask | None,
     ) -> tuple[Float[Array, "B T E"], BlockMask | None]:
@@ -286,7 +286,7 @@ class SingleBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T E"],
-        inputs: BlockInputs,
+        inputs: JointBlockInputs,
         step: DraftStep | None,
         mask: BlockMask | None,
     ) -> tuple[Float[Array, "B T E"], BlockMask | None]:
@@ -318,7 +318,7 @@ class SingleBlock(nnx.Module):
         return attended @ kernel[:dim] + hidden @ kernel[dim:] + bias
 
 
-def _attend(q, k, v, pooled, inputs: BlockInputs, step, mask):
+def _attend(q, k, v, pooled, inputs: JointBlockInputs, step, mask):
     """Attends as the call's inputs and the layer's state say."""
     return self_attention(
         q,

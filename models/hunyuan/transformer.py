@@ -30,8 +30,8 @@ from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.embeddings import ConditionEmbedder, TokenRefiner, guidance_level
 from models.hunyuan.inputs import HunyuanInputs, check_inputs
 from models.hunyuan.layers import (
-    BlockInputs,
     DoubleBlock,
+    JointBlockInputs,
     SingleBlock,
     modulated_norm,
 )
@@ -251,7 +251,7 @@ class HunyuanTransformer(nnx.Module):
             num_heads=config.num_heads,
         )
         mask = inputs.context_mask
-        shared = BlockInputs(
+        shared = JointBlockInputs(
             conditioning=self._conditioning(inputs),
             rope=video_rope(grid, config),
             text_lengths=None if mask is None else mask.sum(-1, dtype=jnp.int32),
