@@ -16,7 +16,7 @@ from models.wan.transformer import WanTransformer
 from pallas_kernels.attention import api as dispatch
 from pallas_kernels.attention.sm90 import dense_backend as hopper_dense
 from pallas_kernels.pooling.sm90 import norm_rope_pool as fused_kernel
-from tests.tolerances import GPU_WAN_ERROR_RATIO, GPU_WAN_SHARED_PAIRS
+from tests.tolerances import GPU_MODEL_ERROR_RATIO, GPU_WAN_SHARED_PAIRS
 
 # The package's attribute of this name is the function, not the module.
 
@@ -129,7 +129,7 @@ def test_velocities_are_as_exact_as_those_of_xla(parameters, plan):
     # What the other kind of attention changes is well above any error.
     change = relative_error(velocities["sparse"], velocities["dense"])
     for error, of_xla in errors.values():
-        assert error <= GPU_WAN_ERROR_RATIO * of_xla
+        assert error <= GPU_MODEL_ERROR_RATIO * of_xla
         assert change > 2 * max(error, of_xla)
 
 
