@@ -40,13 +40,13 @@ def random_autoencoder[M: nnx.Module](make: Callable[[], M]) -> M:
     return nnx.merge(graph, jax.tree.map(fill, state))
 
 
-def count_flops(lowered: Any) -> float:
-    """Arithmetic of a lowered program, by XLA's count; 0 if it does not count."""
+def count_flops(lowered: Any) -> float | None:
+    """Arithmetic of a lowered program, by XLA's count; None if it does not count."""
     try:
         cost = lowered.cost_analysis()
     except (NotImplementedError, RuntimeError):  # some platforms do not count
         cost = None
-    return float((cost or {}).get("flops", 0.0))
+    return float((cost or {}).get("flops", 0.0)) or None  # those of GPUs say 0
 
 
 def peak_bytes() -> int:

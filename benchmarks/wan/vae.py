@@ -64,8 +64,8 @@ def time_chunks(chunks: Iterable[jax.Array]) -> list[float]:
     return times
 
 
-def later_flops(step: Any, model: WanVAE, first: Any, later: Any) -> float:
-    """Arithmetic of a chunk after the first."""
+def later_flops(step: Any, model: WanVAE, first: Any, later: Any) -> float | None:
+    """Arithmetic of a chunk after the first; None where XLA does not count."""
     graph, state = nnx.split(model)
     _, cache = jax.eval_shape(lambda s, x: step(graph, s, x, None), state, first)
     return count_flops(step.lower(graph, state, later, cache))
@@ -105,8 +105,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             "first_chunk_ms": times[0],
             "chunk_ms": statistics.median(times[1:]),
             "chunks_s": sum(times) / 1e3,
-            "tflops": flops / statistics.median(times[1:]) / 1e9,
         }
+        if flops is not None:
+            record["tflops"] = flops / statistics.median(times[1:]) / 1e9
     start = time.perf_counter()
     result = jax.block_until_ready(whole(source))
     record |= {

@@ -70,16 +70,6 @@ def test_parts_of_a_step_sum_to_its_kernels():
     }
 
 
-def test_figures_of_a_decoded_video():
-    record = {"total_s": 9.5, "peak_gib": 10.0, "difference": {"relative": 0.01}}
-    assert hunyuan.decoder_figures([record]) == {
-        "vae_decode_s": 9.5,
-        "vae_peak_gb": 10.73741824,
-        "vae_bf16_difference": 0.01,
-    }
-    assert hunyuan.decoder_figures([{"error": "no memory"}]) == {}
-
-
 def test_a_decoder_that_fails_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(hunyuan, "run_limited", lambda *_: (1, "no memory"))
     record = run(tmp_path / "results.json", "vae")["parts"]["vae"]

@@ -42,9 +42,9 @@ def test_codec_matches_diffusers(name, seed):
 
 
 @pytest.mark.nightly
-def test_convolutions_in_two_dimensions_give_the_same():
+def test_convolutions_in_three_dimensions_give_the_same():
     outputs, _ = tiny_hunyuan_vae.load_fixture()
-    codec = make_codec("small", "0", convolution="2d")
+    codec = make_codec("small", "0", convolution="3d")
     latents, video = tiny_hunyuan_vae.make_arrays("small")
     for got, key in (
         (codec.decode(latents), "video"),
