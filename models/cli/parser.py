@@ -202,7 +202,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE[:STRENGTH]",
-        help="adapter (safetensors) to merge into a Wan model; may be repeated",
+        help="adapter (safetensors) to merge into a published model; may be repeated",
     )
     parser.add_argument(
         "--lora-strict",

@@ -1,7 +1,8 @@
 """Opens folders and files of published HunyuanVideo models."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from models.checkpoints.conversion import ConversionError, check_parameters
 from models.checkpoints.files import find_visible
 from models.checkpoints.hub import find_checkpoint
 from models.checkpoints.memory_map import CheckpointError
+from models.diffusion.adapters import merge_adapters
 from models.diffusion.folders.layouts import LayoutName, Part
 from models.diffusion.folders.part_files import (
     PartFiles,
@@ -23,9 +25,11 @@ from models.diffusion.folders.part_files import (
 from models.diffusion.folders.scheduler_settings import read_scheduler
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.convert import (
+    LORA_FEATURES,
     RULES,
     STACKED,
     detect_layout,
+    lora_names,
     open_transformer_weights,
 )
 from models.hunyuan.layouts import LAYOUTS, TEXT_PARTS
@@ -45,7 +49,7 @@ class HunyuanParts:
       model: Name of a model that was told by its shapes; None if a `config.json` was
         read.
       config: The transformer's configuration.
-      transformer: The transformer's weights, and their files.
+      transformer: The transformer's weights, adapters included, and their files.
       vae: The autoencoder's.
       given: Parts that were given by themselves, as paths on this machine.
       text_files: The text encoders; None if they were not asked for.
@@ -66,6 +70,8 @@ def open_hunyuan_parts(
     name: Path | str,
     *,
     parts: Collection[Part],
+    loras: Iterable[tuple[Path | str, float]] = (),
+    lora_strict: bool = True,
     files: PartFiles | None = None,
     revision: str | None = None,
     **changes: Any,
@@ -76,13 +82,17 @@ def open_hunyuan_parts(
       name: The model's folder, its repository on the hub, or a file of a transformer;
         `files` are the rest then.
       parts: Parts that are needed. The transformer and the autoencoder always are.
+      loras: Adapters to merge, each a `.safetensors` file and its strength.
+      lora_strict: Whether parts of adapters that mean nothing to this model are
+        refused; else they are skipped with a warning.
       files: Parts that are given by themselves; the model's own are left alone.
       revision: Branch, tag or commit of a repository.
       **changes: Fields of `HunyuanConfig` to set, such as `dtype`.
 
     Raises:
       CheckpointError: The model cannot be found, is incomplete or damaged, or of a
-        kind this port lacks.
+        kind this port lacks; or an adapter is damaged.
+      ConversionError: An adapter does not fit.
       ImportError: The model is on the hub, and `huggingface_hub` is not installed.
     """
     wanted: set[Part] = {*parts, "transformer", "vae", "scheduler"}
@@ -108,11 +118,18 @@ def open_hunyuan_parts(
     else:
         assert layout is not None  # a file alone was found to be incomplete
         vae = source_in(LAYOUTS, path, layout, "vae")
+    weights = merge_adapters(
+        transformer.weights,
+        loras,
+        functools.partial(lora_names, config=config),
+        strict=lora_strict,
+        features=LORA_FEATURES,
+    )
     return HunyuanParts(
         path=path,
         model=model,
         config=config,
-        transformer=transformer,
+        transformer=dataclasses.replace(transformer, weights=weights),
         vae=vae,
         given=given,
         text_files=_find_text(folder, given) if needs_text else None,

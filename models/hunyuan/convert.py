@@ -35,6 +35,7 @@ from models.checkpoints.rules import (
 )
 from models.checkpoints.safetensors_io import save_safetensors
 from models.checkpoints.weights import open_weights
+from models.diffusion.adapters import FAMILY_FEATURES
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.transformer import HunyuanTransformer
 
@@ -182,13 +183,9 @@ _COMFY = re.compile("|".join(map(re.escape, _COMFY_NAMES)))
 
 # Parts of modules' names that only some models have, for messages about adapters.
 LORA_FEATURES = {
-    "cross_attn": "Wan's models",
-    "attn2": "Wan's models",
-    "self_attn.": "Wan's models",
+    **FAMILY_FEATURES,
     "audio": "models with sound",
     "bg_proj": "models that edit videos",
-    "lora_te": "a text encoder",
-    "text_encoder": "a text encoder",
 }
 
 

@@ -23,7 +23,7 @@ HUNYUAN = Family(
     load=load_hunyuan,
     expected=f"a HunyuanVideo model in {LAYOUTS.describe()}, or one file of its "
     "transformer",
-    takes=(FOR_PUBLISHED - {"loras"}) | {"files.text_encoder_2", "files.tokenizer_2"},
+    takes=FOR_PUBLISHED | {"files.text_encoder_2", "files.tokenizer_2"},
     hub_signs=("hunyuan-video-t2v-720p/vae/config.json", "transformer/config.json"),
     describe_neighbour=LAYOUTS.describe_neighbour,
     refused={

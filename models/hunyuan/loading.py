@@ -104,27 +104,27 @@ def load_hunyuan(
       path: The model's folder, its repository on the hub, or a file of its
         transformer.
       parts: What to load; without text encoders, `generate` takes contexts.
-      loras: Adapters; there must be none.
-      lora_strict: Means nothing without adapters.
+      loras: Adapters to merge, each with its strength.
+      lora_strict: Whether parts of adapters that mean nothing to this model are
+        refused; else they are skipped with a warning.
       text: How prompts become embeddings; `TextOptions()` if None.
       files: Parts that are given by themselves.
       revision: Branch, tag or commit of a repository.
 
     Raises:
       CheckpointError: The model cannot be found, is incomplete, damaged, or of a
-        kind this port lacks; or stored embeddings are damaged.
+        kind this port lacks; or an adapter or stored embeddings are damaged.
+      ConversionError: An adapter does not fit.
       ImportError: An optional package is needed and not installed.
       UnknownPromptError: Prompts are not among the embeddings of a file.
-      ValueError: Adapters are given.
     """
-    del lora_strict
-    if loras := list(loras):
-        raise ValueError(f"{loras=}: adapters are not merged into HunyuanVideo")
     text = text or TextOptions()
     dtype = default_dtype()
     opened = open_hunyuan_parts(
         path,
         parts=_needed(parts, text),
+        loras=loras,
+        lora_strict=lora_strict,
         files=files,
         revision=revision,
         dtype=dtype,

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from models.checkpoints.conversion import ConversionError
 from models.checkpoints.files import find_visible
 from models.checkpoints.hub import find_checkpoint
-from models.checkpoints.lora import merge_lora
 from models.checkpoints.memory_map import CheckpointError
+from models.diffusion.adapters import merge_adapters
 from models.diffusion.folders.layouts import ALL_PARTS, LayoutName, Part
 from models.diffusion.folders.part_files import (
     PartFiles,
@@ -302,16 +302,13 @@ def open_wan_parts(
             f"image_encoder={os.fspath(given['image_encoder'])!r} is given, but {path} "
             "is a text-to-video model"
         )
-    weights = wan.weights
-    for lora, scale in loras:
-        weights = merge_lora(
-            weights,
-            lora,
-            lora_names(weights),
-            scale=scale,
-            strict=lora_strict,
-            features=LORA_FEATURES,
-        )
+    weights = merge_adapters(
+        wan.weights,
+        loras,
+        lora_names,
+        strict=lora_strict,
+        features=LORA_FEATURES,
+    )
     return dataclasses.replace(
         wan,
         weights=weights,

@@ -30,6 +30,7 @@ from models.checkpoints.rules import (
 )
 from models.checkpoints.safetensors_io import save_safetensors
 from models.checkpoints.weights import open_weights
+from models.diffusion.adapters import FAMILY_FEATURES
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
 
@@ -52,6 +53,7 @@ _ENDING = re.compile(r"\.(weight|bias)$")
 _TABLE_ENDING = re.compile(r"\.?modulation$")
 # Parts of modules' names that only some models have, for messages about adapters.
 LORA_FEATURES = {
+    **FAMILY_FEATURES,
     **dict.fromkeys(
         ("k_img", "v_img", "img_emb", "add_k_proj", "add_v_proj", "norm_added_k"),
         "image-to-video models",
@@ -61,8 +63,6 @@ LORA_FEATURES = {
     "control_adapter": "models with a camera control",
     "ref_conv": "models with reference images",
     "audio": "models with sound",
-    "lora_te": "a text encoder",
-    "text_encoder": "a text encoder",
 }
 
 # The original numbers the entries of `nn.Sequential`; its `norm3` stands before

@@ -16,6 +16,7 @@ from models.checkpoints.safetensors_io import load_safetensors
 # Steps that those who made them name: the first is suggested, up to the second are
 # in use. All are made for no guidance, which is 1.
 # lightx2v: Wan2.1-T2V-14B-StepDistill-CfgDistill, 4 steps. FastWan2.1: 3 steps.
+# FastHunyuan, whose adapter others call FastVideo: 6 steps.
 # CausVid, AccVid and FusionX, which holds both: 4 to 10 steps.
 _WORDS: Mapping[str, tuple[int, int]] = {
     "lightx2v": (4, 8),
@@ -24,6 +25,8 @@ _WORDS: Mapping[str, tuple[int, int]] = {
     "cfgdistill": (4, 8),
     "selfforcing": (4, 8),
     "fastwan": (3, 6),
+    "fasthunyuan": (6, 8),
+    "fastvideo": (6, 8),
     "fusionx": (8, 10),
     "causvid": (6, 10),
     "accvid": (8, 10),

@@ -197,7 +197,7 @@ def _unknown(key: str) -> Problem:
 def _unmatched(key: str, module: str, features: Mapping[str, str]) -> Problem:
     for part, feature in features.items():
         if part in module:
-            text = f"{key} is for {feature}, which this model lacks"
+            text = f"{key} is for {feature}, not for this one"
             return Problem("another model", text, may_skip=True)
     text = f"{key} belongs to no weight of the model"
     return Problem("unmatched", text, may_skip=True)

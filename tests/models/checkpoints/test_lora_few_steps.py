@@ -55,6 +55,7 @@ def test_names(tmp_path, name, num_steps, reason):
 
 MADE_FOR = {  # steps, and the most that are in use, by what names say
     (3, 6): ["fastwan"],
+    (6, 8): ["FastHunyuan", "hyvideo_FastVideo_LoRA"],
     (4, 8): [
         *("lightx2v", "lightning", "step-distill", "cfg_distill", "selfforcing"),
         *("distill", "distilled", "turbo", "turbowan", "TurboDiffusion", "lcm"),

@@ -165,7 +165,7 @@ def test_parts_for_image_to_video_models_are_named_as_such(weights):
     kinds = [line.strip().partition(": ") for line in lines]
     assert [kind for kind, _, _ in kinds] == ["another model"] * 6 + ["shape"]
     assert all(
-        text.endswith("is for image-to-video models, which this model lacks")
+        text.endswith("is for image-to-video models, not for this one")
         for kind, _, text in kinds
         if kind == "another model"
     )

@@ -43,18 +43,21 @@ def error_of(output, capsys, *arguments):
     ],
     ids=" ".join,
 )
-def test_options_of_wan_are_named_as_they_were_given(tmp_path, capsys, given, verb):
+def test_options_of_published_models_are_named_as_they_were_given(
+    tmp_path, capsys, given, verb
+):
     names = " and ".join(map(" ".join, zip(given[::2], given[1::2], strict=True)))
     assert error_of(tmp_path / "out", capsys, *given) == (
-        f"draft-video: error: {names} {verb} Wan models only: name one with "
-        "--checkpoint\n"
+        f"draft-video: error: {names} {verb} HunyuanVideo and Wan models only: "
+        "name one with --checkpoint\n"
     )
 
 
 def test_wrong_folders_are_told_before_options(tmp_path, capsys):
     given = ("--checkpoint", tmp_path, "--embeddings", "kept")
     error = error_of(tmp_path / "out", capsys, *given)
-    assert f"{tmp_path} holds no model; expected a Wan model in the original" in error
+    assert f"{tmp_path} holds no model; expected a HunyuanVideo model in the " in error
+    assert ", or a Wan model in the original layout" in error
 
 
 @pytest.mark.parametrize(

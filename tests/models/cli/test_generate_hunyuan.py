@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from draft_jax import SparsitySchedule
@@ -115,7 +116,7 @@ def test_comparison_and_inspection(folders, embeddings, tmp_path):
         (("--size", "50x32"), "width=50 must be a multiple of 16"),
         (("--frames", "8"), "frames=8 must be"),
         (("--image-encoder", "x"), "--image-encoder x fits Wan models only"),
-        (("--lora", "x"), "--lora x fits Wan models only"),
+        (("--lora", "x.safetensors"), "x.safetensors does not exist"),
         (("--vae-tile", "40"), "--vae-tile 40 must be a positive multiple of 32"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -126,6 +127,13 @@ def test_what_does_not_fit_is_refused(
     output = tmp_path / "out"
     assert run("generate", folders["original"], embeddings, output, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_steps_of_a_fast_adapter_are_suggested(folders, embeddings, tmp_path):
+    file = tmp_path / "hyvideo_FastVideo_LoRA.safetensors"
+    safetensors.numpy.save_file({"proj_out.diff_b": np.zeros(16, np.float32)}, file)
+    with pytest.warns(UserWarning, match="'fastvideo'.*: --steps 6 --guidance 1 suit"):
+        request_of(folders["diffusers"], embeddings, "--lora", file)
 
 
 def test_missing_parts_are_named(folders, embeddings, tmp_path, capsys):

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from models.checkpoints.conversion import ConversionError
 from models.checkpoints.lora import merge_lora
-from models.hunyuan.convert import LORA_FEATURES, lora_names
+from models.hunyuan.convert import lora_names
 from tests.cases import mostly_nightly
 from tests.published_hunyuan import (
     config_of,
@@ -111,16 +110,4 @@ def test_spellings_of_tools(published, spell):
     for name in modules:
         np.testing.assert_allclose(
             merged[f"{name}.weight"], changed[f"{name}.weight"], rtol=0, atol=2e-6
-        )
-
-
-def test_a_wan_adapter_is_refused(published):
-    weights = published["diffusers"]
-    tensors = {
-        "blocks.0.cross_attn.q.lora_A.weight": np.zeros((1, 24), np.float32),
-        "blocks.0.cross_attn.q.lora_B.weight": np.zeros((24, 1), np.float32),
-    }
-    with pytest.raises(ConversionError, match="is for Wan's models"):
-        merge_lora(
-            weights, tensors, lora_names(weights, CONFIG), features=LORA_FEATURES
         )

@@ -196,7 +196,9 @@ def test_shift_of_the_original_depends_on_the_size(tmp_path):
 def test_small_models_take_no_text_options(tmp_path):
     folder = tiny_model.save_checkpoint(tmp_path)
     text = TextOptions(embeddings=tmp_path / "kept", prompts=("a cat",))
-    with pytest.raises(ValueError, match="fit Wan models only") as error:
+    with pytest.raises(
+        ValueError, match="fit HunyuanVideo and Wan models only"
+    ) as error:
         load_pipeline(folder, loras=[("a.safetensors", 1.0)], text=text)
     assert str(error.value).startswith(
         "loras=['a.safetensors'] and text.prompts=('a cat',) and "
