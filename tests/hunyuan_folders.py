@@ -40,6 +40,15 @@ SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5.0}
 ORIGINAL = "hunyuan-video-t2v-720p"
 
 
+def use_tiny_sizes(monkeypatch) -> None:
+    """Makes the known sizes tiny: the original has no configuration beside it."""
+
+    def video_13b(**changes):
+        return HunyuanConfig.from_dict(CONFIG.to_dict(), **changes)
+
+    monkeypatch.setattr(HunyuanConfig, "video_13b", video_13b)
+
+
 def fill(make):
     """A model with random weights."""
     structure, state = nnx.split(nnx.eval_shape(make))

@@ -15,7 +15,6 @@ from models.cli import main
 from models.cli import model as cli_model
 from models.cli.parser import build_parser
 from models.diffusion.text_options import TextOptions
-from models.hunyuan.config import HunyuanConfig
 from models.media import video as video_io
 from tests import hunyuan_folders
 from tests.wan_folders import TEXT_TO_VIDEO
@@ -37,12 +36,7 @@ def embeddings(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """The original has no configuration of its transformer: the sizes are known."""
-
-    def video_13b(**changes):
-        return HunyuanConfig.from_dict(hunyuan_folders.CONFIG.to_dict(), **changes)
-
-    monkeypatch.setattr(HunyuanConfig, "video_13b", video_13b)
+    hunyuan_folders.use_tiny_sizes(monkeypatch)
 
 
 def run(command, checkpoint, embeddings, output, *arguments):
@@ -136,9 +130,20 @@ def test_steps_of_a_fast_adapter_are_suggested(folders, embeddings, tmp_path):
         request_of(folders["diffusers"], embeddings, "--lora", file)
 
 
-def test_missing_parts_are_named(folders, embeddings, tmp_path, capsys):
-    assert main(["generate", PROMPT, "--checkpoint", str(folders["original"])]) == 2
-    assert "text" in capsys.readouterr().err
+def test_missing_parts_are_named(folders, monkeypatch, capsys):
+    # Packages come first: torch is there in this test, installed or not.
+    monkeypatch.setattr("models.hunyuan.loading.check_text_packages", lambda: None)
+    for layout, folder in folders.items():
+        assert main(["generate", PROMPT, "--checkpoint", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert f"{folder}, a HunyuanVideo model in the {layout} layout, lacks" in error
+        lacking = error.partition(" lacks ")[2].partition("; expected ")[0].split(", ")
+        for part in ("text_encoder", "text_encoder_2"):
+            for file in ("config.json", "*.safetensors"):
+                assert f"{part}/{file} ({part})" in lacking
+
+
+def test_fp8_weights_with_a_map_are_refused(folders, embeddings, tmp_path):
     fp8 = tmp_path / "model_states_fp8.pt"
     fp8.write_bytes(b"")
     with pytest.raises(CheckpointError, match="FP8 weights whose scales are in a map"):

@@ -6,7 +6,6 @@ import safetensors.numpy
 
 from models.checkpoints.conversion import ConversionError
 from models.diffusion.text_options import TextOptions
-from models.hunyuan.config import HunyuanConfig
 from models.loading import load_pipeline
 from tests import hunyuan_folders
 from tests.wan_folders import TEXT_TO_VIDEO
@@ -31,12 +30,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """The original has no configuration of its transformer: the sizes are known."""
-
-    def video_13b(**changes):
-        return HunyuanConfig.from_dict(hunyuan_folders.CONFIG.to_dict(), **changes)
-
-    monkeypatch.setattr(HunyuanConfig, "video_13b", video_13b)
+    hunyuan_folders.use_tiny_sizes(monkeypatch)
 
 
 def write_adapter(file, modules, rows=DIM):
