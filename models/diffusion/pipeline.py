@@ -368,6 +368,6 @@ def _check_codec_output(what: str, array: Float[Array | np.ndarray, "..."]) -> N
     # NaN is both the least and the most, so no mask as large as a video is needed.
     if not np.isfinite([float(array.min()), float(array.max())]).all():
         raise FloatingPointError(
-            f"the {what} is not finite: check the codec's weights (of a Wan model its "
+            f"the {what} is not finite: check the codec's weights (a published model's "
             "VAE), which may be damaged"
         )

@@ -21,6 +21,12 @@ def side_multiples(patch_size: PatchSize, sizes: LatentSizes) -> tuple[int, int]
     return rows, columns
 
 
+def nearest_sizes(value: int, multiple: int, *, offset: int = 0) -> str:
+    """Names the sizes next to one that is no multiple and `offset` more."""
+    below = value - (value - offset) % multiple
+    return f"{below} or {below + multiple}" if below > 0 else f"{below + multiple}"
+
+
 def latent_shape(
     sampling: Sampling, sizes: LatentSizes, *, patch_size: PatchSize, channels: int
 ) -> LatentShape:
@@ -41,11 +47,9 @@ def latent_shape(
         sides.items(), side_multiples(patch_size, sizes), strict=True
     ):
         if value % multiple:
-            below = value - value % multiple
-            nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
             raise ValueError(
                 f"{name}={value} must be a multiple of {multiple} for this model, "
-                f"such as {nearest}"
+                f"such as {nearest_sizes(value, multiple)}"
             )
     shape = sizes.latent_shape(frames=sampling.frames, **sides)
     if shape[0] % patch_size[0]:

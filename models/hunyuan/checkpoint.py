@@ -18,6 +18,8 @@ from models.diffusion.folders.part_files import (
     PartFiles,
     PartSource,
     check_complete,
+    check_files,
+    find_layout,
     find_part,
     read_json,
     source_in,
@@ -201,28 +203,13 @@ def _check_no_fp8(path: Path) -> None:
 
 def _check_folder(path: Path, parts: Collection[Part]) -> LayoutName:
     """Returns a folder's layout; raises if files of the parts are missing."""
-    layout = LAYOUTS.find(path)
-    if layout is None:
-        raise CheckpointError(
-            f"{path} is no folder of a {_MODEL} model; "
-            + (LAYOUTS.describe_neighbour(path) or f"expected {LAYOUTS.describe()}")
-        )
+    layout = find_layout(LAYOUTS, path)
     table = LAYOUTS.files[layout]
-    needed = {part: files for part, files in table.items() if part in parts}
-    missing = [
-        f"{pattern} ({part})"
-        for part, patterns in needed.items()
-        for pattern in patterns
-        if not find_visible(path, pattern)
-    ]
-    if missing:
+    if not find_visible(path, table["transformer"][-1]):
         for fp8 in find_visible(path, "*/transformers/*_fp8.pt"):
-            if any("mp_rank_00_model_states.pt" in name for name in missing):
-                _check_no_fp8(fp8)
-        raise CheckpointError(
-            f"{path}, a {_MODEL} model in the {layout} layout, lacks "
-            f"{', '.join(missing)}; expected {LAYOUTS.describe({layout: needed})}"
-        )
+            _check_no_fp8(fp8)
+    needed = {part: files for part, files in table.items() if part in parts}
+    check_files(LAYOUTS, path, layout, needed)
     return layout
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.diffusion import sizes
 from models.diffusion.images import as_images
 from models.diffusion.interfaces import (
     Codec,
@@ -17,7 +18,6 @@ from models.diffusion.interfaces import (
     TextContext,
 )
 from models.diffusion.sampling import Sampling
-from models.diffusion.sizes import side_multiples
 from models.hunyuan.config import HunyuanConfig
 
 
@@ -32,29 +32,17 @@ class HunyuanConditioning:
     config: HunyuanConfig
 
     def latent_shape(self, sampling: Sampling, codec: LatentSizes) -> LatentShape:
-        """Returns the shape of a video's latent.
-
-        Raises:
-          ValueError: The frames are not one and a multiple of the codec's, a side is
-            not a multiple of what one token covers, or codec and model differ in
-            channels; names what is nearest.
-        """
-        stride, patch = codec.stride, self.config.patch_size
-        frames, height, width = sampling.frames, sampling.height, sampling.width
-        _check_multiple("frames", frames, stride[0] * patch[0], offset=1)
-        _check_multiple("height", height, stride[1] * patch[1])
-        _check_multiple("width", width, stride[2] * patch[2])
-        shape = codec.latent_shape(frames=frames, height=height, width=width)
-        if shape[-1] != self.config.out_channels:
-            raise ValueError(
-                f"the codec has {shape[-1]} latent channels; the transformer makes "
-                f"{self.config.out_channels}"
-            )
-        return shape
+        """Returns the shape of a video's latent; see `sizes.latent_shape`."""
+        return sizes.latent_shape(
+            sampling,
+            codec,
+            patch_size=self.config.patch_size,
+            channels=self.config.out_channels,
+        )
 
     def side_multiples(self, codec: LatentSizes) -> tuple[int, int]:
         """Returns the multiples that height and width of a video must be."""
-        return side_multiples(self.config.patch_size, codec)
+        return sizes.side_multiples(self.config.patch_size, codec)
 
     def check_image(self, *, given: bool) -> None:
         """Checks that an image is given exactly where the model is shown one.
@@ -182,14 +170,3 @@ def _check_counts(name: str, context: TextContext, text_length: int) -> None:
             f"{name} has masks of {counts.tolist()} rows and lengths "
             f"{lengths.tolist()}; expected the same"
         )
-
-
-def _check_multiple(name: str, value: int, multiple: int, *, offset: int = 0) -> None:
-    """Raises ValueError unless a size is a multiple, and `offset` more."""
-    rest = (value - offset) % multiple
-    if not rest:
-        return
-    below = value - rest
-    nearest = f"{below} or {below + multiple}" if below > 0 else f"{below + multiple}"
-    rule = f"a multiple of {multiple}" + (f", and {offset} more" if offset else "")
-    raise ValueError(f"{name}={value} must be {rule} for this model, such as {nearest}")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.checkpoints.conversion import ConversionError
-from models.checkpoints.files import find_visible
 from models.checkpoints.hub import find_checkpoint
 from models.checkpoints.memory_map import CheckpointError
 from models.diffusion.adapters import merge_adapters
@@ -19,6 +18,8 @@ from models.diffusion.folders.part_files import (
     PartFiles,
     PartSource,
     check_complete,
+    check_files,
+    find_layout,
     find_part,
     naming,
     read_json,
@@ -77,12 +78,7 @@ class WanFolder:
         if unknown := sorted(set(parts) - set(ALL_PARTS)):
             raise ValueError(f"parts={unknown} must be among {ALL_PARTS}")
         path = Path(path)
-        layout = LAYOUTS.find(path)
-        if layout is None:
-            raise CheckpointError(
-                f"{path} is no folder of a Wan model; "
-                + (LAYOUTS.describe_neighbour(path) or f"expected {LAYOUTS.describe()}")
-            )
+        layout = find_layout(LAYOUTS, path)
         _check_one_transformer(path)
         config: dict[str, Any] = {}
         file = path / LAYOUTS.files[layout]["transformer"][0]
@@ -97,19 +93,7 @@ class WanFolder:
         }
         # The transformer's configuration tells what the model is.
         needed.setdefault("transformer", LAYOUTS.files[layout]["transformer"][:1])
-        missing = [
-            f"{pattern} ({part})"
-            for part, patterns in needed.items()
-            for pattern in patterns
-            if not find_visible(path, pattern)
-        ]
-        if missing and (neighbour := LAYOUTS.describe_neighbour(path)):
-            raise CheckpointError(f"{path} is not a whole Wan model; {neighbour}")
-        if missing:
-            raise CheckpointError(
-                f"{path}, a Wan model in the {layout} layout, lacks "
-                f"{', '.join(missing)}; expected {LAYOUTS.describe({layout: needed})}"
-            )
+        check_files(LAYOUTS, path, layout, needed)
         return cls(
             path=path,
             layout=layout,

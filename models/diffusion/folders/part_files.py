@@ -183,6 +183,56 @@ def find_part(layouts: FolderLayouts, part: Part, path: Path) -> PartSource:
         )
 
 
+def find_layout(layouts: FolderLayouts, path: Path) -> LayoutName:
+    """Returns the layout of a model's folder, complete or not.
+
+    Raises:
+      CheckpointError: It is no folder of the family's models; says what is expected.
+    """
+    layout = layouts.find(path)
+    if layout is None:
+        raise CheckpointError(
+            f"{path} is no folder of a {layouts.family} model; "
+            + (layouts.describe_neighbour(path) or f"expected {layouts.describe()}")
+        )
+    return layout
+
+
+def check_files(
+    layouts: FolderLayouts,
+    path: Path,
+    layout: LayoutName,
+    needed: Mapping[Part, tuple[str, ...]],
+) -> None:
+    """Raises if a model's folder lacks files.
+
+    Args:
+      layouts: The family's table.
+      path: The folder.
+      layout: Its layout.
+      needed: Files that must be there, by part.
+
+    Raises:
+      CheckpointError: Names all that are missing, or the folder to give instead.
+    """
+    missing = [
+        f"{pattern} ({part})"
+        for part, patterns in needed.items()
+        for pattern in patterns
+        if not find_visible(path, pattern)
+    ]
+    if not missing:
+        return
+    if neighbour := layouts.describe_neighbour(path):
+        raise CheckpointError(
+            f"{path} is not a whole {layouts.family} model; {neighbour}"
+        )
+    raise CheckpointError(
+        f"{path}, a {layouts.family} model in the {layout} layout, lacks "
+        f"{', '.join(missing)}; expected {layouts.describe({layout: needed})}"
+    )
+
+
 def check_complete(
     layouts: FolderLayouts, path: Path, missing_parts: Collection[Part]
 ) -> None:

@@ -1,6 +1,7 @@
 """Sizes of videos and of their latents, where the first frame stands alone."""
 
 from models.diffusion.interfaces import LatentShape
+from models.diffusion.sizes import nearest_sizes
 
 COLOURS = 3
 Stride = tuple[int, int, int]  # frames, rows and columns of pixels in a latent position
@@ -24,7 +25,10 @@ def latent_shape(
     """
     time, *sides = stride
     if frames < 1 or (frames - 1) % time:
-        raise ValueError(f"{frames=} must be 1 more than a multiple of {time}")
+        raise ValueError(
+            f"{frames=} must be 1 more than a multiple of {time}, such as "
+            f"{nearest_sizes(frames, time, offset=1)}"
+        )
     for name, value, side in zip(
         ("height", "width"), (height, width), sides, strict=True
     ):

@@ -37,7 +37,10 @@ def test_any_size_that_can_be_patched(size, expected):
     [
         ({"height": 488}, "height=488 must be a multiple of 16 .*, such as 480 or 496"),
         ({"width": 10}, "width=10 must be a multiple of 16 for this model, such as 16"),
-        ({"frames": 80}, "frames=80 must be 1 more than a multiple of 4"),
+        (
+            {"frames": 80},
+            "frames=80 must be 1 more than a multiple of 4, such as 77 or 81",
+        ),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ from flax import nnx
 from models.diffusion.interfaces import ImageCondition, TextContext
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
+from models.diffusion.video_autoencoder import sizes
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.transformer import HunyuanTransformer
 
@@ -51,8 +52,8 @@ class NoCodec:
     stride = (4, 8, 8)
     channels = 4
 
-    def latent_shape(self, *, frames, height, width):
-        return 1 + frames // 4, height // 8, width // 8, self.channels
+    def latent_shape(self, **video):
+        return sizes.latent_shape(self.stride, self.channels, **video)
 
     def encode(self, video):
         raise NotImplementedError
@@ -89,8 +90,8 @@ def make_context(batch=1, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"frames": 8}, "frames=8 must be a multiple of 4, and 1 more .* 5 or 9"),
-        ({"frames": 3}, "frames=3 must be .* such as 1 or 5"),
+        ({"frames": 8}, "frames=8 must be 1 more than a multiple of 4, such as 5 or 9"),
+        ({"frames": 3}, "frames=3 must be 1 more .* such as 1 or 5"),
         ({"height": 40}, "height=40 must be a multiple of 16 .* 32 or 48"),
         ({"width": 8}, "width=8 must be a multiple of 16 .* such as 16"),
         ({"embedded_guidance": None}, "embedded_guidance=None, .* such as 6.0"),
