@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ from models.hunyuan.transformer import HunyuanTransformer
 
 _MODEL = "HunyuanVideo"
 _SUFFIXES = (".safetensors", ".pt")
+NO_I2V = "HunyuanVideo-I2V, which starts from an image, is not supported"
+# Its later model has the keys and shapes of HunyuanVideo: only names tell it.
+_I2V_NAME = re.compile(r"i2v|image[-_ ]?to[-_ ]?video", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +162,7 @@ def _open_file(
 ) -> tuple[str, HunyuanConfig, PartSource]:
     """Opens a transformer in one file, which must have the published sizes."""
     _check_no_fp8(path)
+    _check_no_i2v(path)
     weights = open_transformer_weights(path)
     config = HunyuanConfig.video_13b(**changes)
     try:
@@ -181,15 +186,16 @@ def _explain(weights: Mapping[str, Any]) -> str:
         return " (HunyuanCustom's audio and editing variants are not supported)"
     if any("lora_" in key for key in keys):
         return " (it is an adapter)"
+    first = ("img_in.proj.weight", "x_embedder.proj.weight")
+    shapes = [weights[key].shape for key in first if key in weights]
+    if any(shape[1:2] == (33,) for shape in map(tuple, shapes)):
+        return f" ({NO_I2V})"
     embeds = ("guidance_in", "time_text_embed.guidance_embedder")
     if not any(key.startswith(embeds) for key in keys):
         return (
-            " (it embeds no guidance: HunyuanCustom, HunyuanVideo-I2V and models "
-            "before distillation are not loaded)"
+            " (it embeds no guidance: HunyuanCustom and models before distillation "
+            "are not loaded)"
         )
-    shapes = [weights[key].shape for key in keys if key.endswith("in.proj.weight")]
-    if any(shape[1:2] == (33,) for shape in map(tuple, shapes)):
-        return " (HunyuanVideo-I2V, which starts from an image, is not supported)"
     return ""
 
 
@@ -199,6 +205,13 @@ def _check_no_fp8(path: Path) -> None:
             f"{path}: FP8 weights whose scales are in a map beside them are not read; "
             "expected mp_rank_00_model_states.pt"
         )
+
+
+def _check_no_i2v(path: Path) -> None:
+    # The original's file has one name in every model: its folder tells.
+    named = path.name if path.suffix != ".pt" else path.absolute().parent.parent.name
+    if _I2V_NAME.search(named):
+        raise CheckpointError(f"{path}, by the name {named}: {NO_I2V}")
 
 
 def _check_folder(path: Path, parts: Collection[Part]) -> LayoutName:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from models.diffusion.family import FOR_PUBLISHED, Family
-from models.hunyuan.checkpoint import is_hunyuan_file
+from models.hunyuan.checkpoint import NO_I2V, is_hunyuan_file
 from models.hunyuan.layouts import LAYOUTS
 from models.hunyuan.loading import describe_hunyuan, load_hunyuan
 
@@ -12,7 +12,6 @@ def _owns(path: Path) -> bool:
     return is_hunyuan_file(path) or LAYOUTS.find(path) is not None
 
 
-_I2V = "HunyuanVideo-I2V, which starts from an image, is not supported"
 _NEWER = "HunyuanVideo 1.5 is another architecture, which is not supported"
 _CUSTOM = "HunyuanCustom has no pipeline here: see models.hunyuan for its transformer"
 
@@ -27,13 +26,13 @@ HUNYUAN = Family(
     hub_signs=("hunyuan-video-t2v-720p/vae/config.json", "transformer/config.json"),
     describe_neighbour=LAYOUTS.describe_neighbour,
     refused={
-        "HunyuanVideoImageToVideoPipeline": _I2V,
-        "HunyuanSkyreelsImageToVideoPipeline": _I2V,
+        "HunyuanVideoImageToVideoPipeline": NO_I2V,
+        "HunyuanSkyreelsImageToVideoPipeline": NO_I2V,
         "HunyuanVideo15Pipeline": _NEWER,
         "HunyuanVideo15ImageToVideoPipeline": _NEWER,
         "HunyuanVideo15Transformer3DModel": _NEWER,
         "HunyuanVideoFramepackPipeline": "FramePack is not supported",
-        "hunyuan-video-i2v-720p/*": _I2V,
+        "hunyuan-video-i2v-720p/*": NO_I2V,
         "hunyuancustom_*/*": _CUSTOM,
     },
 )

@@ -11,6 +11,7 @@ from models.diffusion.folders.part_files import PartFiles
 from models.loading import load_pipeline
 from tests import hunyuan_folders
 from tests.published_hunyuan import to_original
+from tests.torch_files import write_torch
 
 PARTS = ("transformer", "vae")
 
@@ -38,7 +39,8 @@ def without_guidance(weights):
 
 
 def with_image_channels(weights):
-    """HunyuanVideo-I2V's first layer, which takes 33 channels."""
+    """HunyuanVideo-I2V's first model, which takes 33 channels and no guidance."""
+    weights = without_guidance(weights)
     (name,) = (key for key in weights if key.endswith("in.proj.weight"))
     dim, _, *patch = weights[name].shape
     return weights | {name: np.zeros((dim, 33, *patch), np.float32)}
@@ -51,7 +53,7 @@ def with_audio(weights):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (without_guidance, "it embeds no guidance: HunyuanCustom, HunyuanVideo-I2V"),
+        (without_guidance, "it embeds no guidance: HunyuanCustom and models"),
         (with_image_channels, "HunyuanVideo-I2V, which starts from an image, is not"),
         (with_audio, "HunyuanCustom's audio and editing variants are not supported"),
     ],
@@ -65,6 +67,25 @@ def test_files_of_relatives_are_refused_by_name(
     with pytest.raises(CheckpointError) as caught:
         load_pipeline(file, parts=PARTS, files=PartFiles(vae=folder))
     assert str(caught.value).startswith(f"{file} is not HunyuanVideo ({reason}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hunyuan_video_I2V_720_fixed_bf16.safetensors",
+        "hunyuan_video_v2_replace_image_to_video_720p_bf16.safetensors",
+        "hunyuan-video-i2v-720p/transformers/mp_rank_00_model_states.pt",
+    ],
+)
+def test_names_tell_models_of_equal_shapes(folder, weights, tmp_path, name):
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".pt":
+        write_torch(file, {"module": to_original(weights)})
+    else:
+        safetensors.numpy.save_file(weights, file)
+    with pytest.raises(CheckpointError, match="HunyuanVideo-I2V, which starts from"):
+        load_pipeline(file, parts=PARTS, files=PartFiles(vae=folder))
 
 
 def test_every_key_that_does_not_fit_is_named(folder, weights, tmp_path):
