@@ -46,10 +46,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.compare:
         metrics.check_ssim_size(height, width)
     video_io.check_frame_size(height, 2 * width if arguments.compare else width)
-    details = [each.details() for each in requests]
     for line in request.describe():
         print(line)
     pipeline = request.load()
+    # They name the device: before, that would take the GPU from text encoders.
+    details = [each.details() for each in requests]
     missing: dict[Path, Exception] = {}
     for folder, request, each in zip(folders, requests, details, strict=True):
         try:

@@ -10,10 +10,8 @@ from draft_jax import SparsitySchedule
 from models.checkpoints.conversion import ConversionError
 from models.checkpoints.memory_map import CheckpointError
 from models.diffusion.dtypes import default_dtype
-from models.diffusion.embeddings import CachedTextEncoder, GivenTextEncoder
 from models.diffusion.folders.layouts import ALL_PARTS, Part
 from models.diffusion.folders.part_files import PartFiles
-from models.diffusion.interfaces import TextEncoder
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.diffusion.text_options import TextOptions
@@ -23,11 +21,8 @@ from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.convert import load_hunyuan_transformer
 from models.hunyuan.layouts import TEXT_PARTS
 from models.hunyuan.sampling import hunyuan_sampling
-from models.hunyuan.text_encoder import (
-    HunyuanTextEncoder,
-    check_text_packages,
-    hunyuan_cache,
-)
+from models.hunyuan.text import load_text_encoder
+from models.hunyuan.text_encoder import check_text_packages
 from models.hunyuan.vae.codec import HunyuanVAECodec
 from models.hunyuan.vae.config import HunyuanVAEConfig
 from models.hunyuan.vae.convert import load_hunyuan_vae
@@ -100,6 +95,9 @@ def load_hunyuan(
 ) -> VideoPipeline:
     """Loads a pipeline: text first, in a process that ends; then the rest.
 
+    Where nothing else has used JAX before, the text encoders find the whole GPU free:
+    JAX takes most of its memory at its first use, which is after them.
+
     Args:
       path: The model's folder, its repository on the hub, or a file of its
         transformer.
@@ -119,7 +117,6 @@ def load_hunyuan(
       UnknownPromptError: Prompts are not among the embeddings of a file.
     """
     text = text or TextOptions()
-    dtype = default_dtype()
     opened = open_hunyuan_parts(
         path,
         parts=_needed(parts, text),
@@ -127,10 +124,9 @@ def load_hunyuan(
         lora_strict=lora_strict,
         files=files,
         revision=revision,
-        dtype=dtype,
-        param_dtype=dtype,
     )
-    text_encoder = _load_text_encoder(opened, text)
+    text_encoder = load_text_encoder(opened.text_files, text)
+    dtype = default_dtype()  # starts JAX on the GPU
     _LOG.info("loading the VAE")
     vae = _vae_config(opened, dtype=dtype, param_dtype=dtype)
     try:
@@ -140,7 +136,8 @@ def load_hunyuan(
         raise CheckpointError(f"the vae in {named} does not fit: {error}") from error
     _LOG.info("loading the transformer")
     try:
-        model = load_hunyuan_transformer(opened.transformer.weights, opened.config)
+        config = dataclasses.replace(opened.config, dtype=dtype, param_dtype=dtype)
+        model = load_hunyuan_transformer(opened.transformer.weights, config)
     except ConversionError as error:
         folder = opened.transformer.files[0].parent
         raise CheckpointError(
@@ -162,33 +159,6 @@ def _needed(parts: Collection[Part], text: TextOptions | None) -> set[Part]:
     if "text_encoder" in parts:
         check_text_packages()
     return set(parts)
-
-
-def _load_text_encoder(opened: HunyuanParts, text: TextOptions) -> TextEncoder | None:
-    """Returns what makes contexts; `text.prompts` have been through it."""
-    length = opened.config.text_length
-    if text.embeddings is not None and text.given:
-        encoder: Any = GivenTextEncoder.load(text.embeddings, text_length=length)
-    elif opened.text_files is None:
-        return None
-    else:
-        on_cpu = text.device is not None and text.device.platform == "cpu"
-        maker = HunyuanTextEncoder(
-            files=opened.text_files, device="cpu" if on_cpu else None
-        )
-        encoder = maker
-        if text.embeddings is not None:
-            encoder = CachedTextEncoder(
-                cache=hunyuan_cache(text.embeddings, opened.text_files),
-                text_length=length,
-                load_encoder=lambda: maker,
-            )
-        elif text.prompts is not None:
-            vectors = maker.embed(text.prompts)
-            return GivenTextEncoder(embeddings=vectors, text_length=length)
-    if text.prompts is not None:
-        encoder.encode(text.prompts)
-    return encoder
 
 
 def _vae_config(opened: HunyuanParts, **changes: Any) -> HunyuanVAEConfig:
