@@ -50,6 +50,8 @@ RUN_KEYS = {
     "kept_share_per_step_and_layer",
 }
 DETAIL_KEYS = {
+    "family",
+    "preset",
     "image",
     "model",
     "commit",
@@ -129,6 +131,7 @@ def test_comparison_report(comparison):
         "width": 48,
         "num_steps": 4,
         "guidance": 4.0,
+        "embedded_guidance": None,
         "shift": 3.0,
         "solver": "euler",
         "grid": None,

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests import hunyuan_folders
+from tests.cases import mostly_nightly
 
 # JAX_PLATFORMS names no platform, so the first use of JAX would be an error.
 SCRIPT = """
@@ -45,7 +46,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["folder", "kept", "file"])
+@pytest.mark.parametrize("kind", mostly_nightly(("folder", "kept", "file"), ("file",)))
 def test_text_is_encoded_before_jax_is_used(folder, kind, tmp_path):
     checkpoint, more = folder, []
     if kind == "kept":

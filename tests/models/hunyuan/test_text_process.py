@@ -139,6 +139,8 @@ def test_an_interpreter_that_is_not_there(script):
 
 
 def test_ctrl_c_ends_the_process(script):
+    # A shell in the background may have had the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     file = script(HANGS)
     main = threading.get_ident()
     pids = []
@@ -149,8 +151,11 @@ def test_ctrl_c_ends_the_process(script):
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_worker({}, script=file)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_worker({}, script=file)
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert has_ended(pids[0])
 

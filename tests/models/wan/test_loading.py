@@ -212,8 +212,9 @@ def test_folders_of_no_model_are_told_what_is_accepted(tmp_path):
         with pytest.raises(CheckpointError) as error:
             load_pipeline(path)
         message = str(error.value)
-        assert message.startswith(f"{path} holds no model; expected a Wan model in the")
-        assert "the original layout (config.json, diff" in message
+        assert message.startswith(f"{path} holds no model; expected ")
+        assert "a HunyuanVideo model in the original layout (hunyuan" in message
+        assert ", or a Wan model in the original layout (config.json, diff" in message
         assert "; for image-to-video also models_clip_" in message
         assert " or the diffusers layout (transformer/config.json, " in message
         assert ", or a folder with config.json, text_embedding.safete" in message
@@ -242,5 +243,6 @@ def test_folders_of_the_hubs_cache_are_told_the_snapshot(tmp_path, below):
     with pytest.raises(CheckpointError, match=f"{message}b2$"):
         load_pipeline(folder / below)
     shutil.rmtree(folder / "snapshots")  # refs alone are no model
-    with pytest.raises(CheckpointError, match="holds no model; expected a Wan model"):
+    expected = r"holds no model; expected a Hunyuan.* a Wan model"
+    with pytest.raises(CheckpointError, match=expected):
         load_pipeline(folder)

@@ -91,7 +91,7 @@ STEPS = [(6, 6, 6), (4, 2, 6), (8, 8, 8)]
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 @pytest.mark.parametrize("step", mostly_nightly(STEPS, (STEPS[0],)), ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", mostly_nightly(SHAPES, SHAPES[4:7]), ids=str)
 def test_tiles_are_blended_as_published(shape, step, direction):
     pixels = HunyuanTiling(size=(8, 8, 8), step=step)
     latents = pixels.divided((2, 2, 2))
