@@ -9,6 +9,7 @@ from draft_jax import AttentionPlan
 from models.cli import options, outputs
 from models.cli.model import Request, read_request
 from models.cli.progress import progress_bar
+from models.cli.report import device_details
 from models.diffusion.comparison import Comparison, run_report
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.results import GenerationResult
@@ -46,11 +47,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.compare:
         metrics.check_ssim_size(height, width)
     video_io.check_frame_size(height, 2 * width if arguments.compare else width)
+    details = [each.details() for each in requests]
     for line in request.describe():
         print(line)
     pipeline = request.load()
-    # They name the device: before, that would take the GPU from text encoders.
-    details = [each.details() for each in requests]
+    for each in details:
+        each["hardware"] |= device_details()
     missing: dict[Path, Exception] = {}
     for folder, request, each in zip(folders, requests, details, strict=True):
         try:

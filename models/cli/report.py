@@ -27,8 +27,11 @@ def run_details(
     config: DraftConfig,
     schedule: SparsitySchedule,
 ) -> dict[str, Any]:
-    """Returns what a reader of a report needs to repeat the run."""
-    device = jax.devices()[0]
+    """Returns what a reader of a report needs to repeat the run.
+
+    JAX is not used: it would take the GPU from text encoders that run beside it. See
+    `device_details`.
+    """
     checkpoint = arguments.checkpoint
     return {
         "prompt": arguments.prompt,
@@ -41,8 +44,6 @@ def run_details(
         "draft": dataclasses.asdict(config),
         "schedule": dataclasses.asdict(schedule),
         "hardware": {
-            "platform": device.platform,
-            "device": device.device_kind,
             "processor": processor_name(),
             "cpu_cores": len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
@@ -54,6 +55,12 @@ def run_details(
             **{name: metadata.version(name) for name in _VERSIONS},
         },
     }
+
+
+def device_details() -> dict[str, str]:
+    """Returns the device that JAX runs on, as part of the details' "hardware"."""
+    device = jax.devices()[0]
+    return {"platform": device.platform, "device": device.device_kind}
 
 
 def command_line(argv: Sequence[str]) -> str:
