@@ -1,7 +1,6 @@
 """The HunyuanVideo transformer with its kernels: against float32 on XLA."""
 
 import dataclasses
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,7 @@ from models.diffusion.layer_state import sparse_step
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.inputs import HunyuanInputs
 from models.hunyuan.transformer import HunyuanTransformer
-from pallas_kernels.attention import api as dispatch
-from pallas_kernels.attention.sm90 import dense_backend as hopper_dense
-from pallas_kernels.pooling.sm90 import norm_rope_pool as fused_kernel
+from tests.gpu.without_kernels import on_xla, relative_error
 from tests.tolerances import GPU_MODEL_ERROR_RATIO
 
 pytestmark = [
@@ -88,26 +85,10 @@ def run(parameters, step, masks=None, *, dtype="bfloat16", padding=0.0):
     return np.asarray(velocity, np.float64), masks, program.as_text()
 
 
-def on_xla(parameters, step, masks, dtype):
-    """`run` without any kernel of this project."""
-    unwanted = {"return_value": "XLA is wanted"}
-    with (
-        jax.default_matmul_precision("highest"),
-        mock.patch.dict(dispatch.PREFERENCE, gpu=("xla",)),
-        mock.patch.object(hopper_dense, "why_unsupported", **unwanted),
-        mock.patch.object(fused_kernel, "why_unsupported", **unwanted),
-    ):
-        return run(parameters, step, masks, dtype=dtype)[0]
-
-
 def first_step():
     model = nnx.eval_shape(lambda: HunyuanTransformer(CONFIG, rngs=nnx.Rngs(0)))
     grid = model.grid(LATENT_SHAPE)
     return sparse_step(grid, ATTENTION.config, CONFIG.num_layers)
-
-
-def relative_error(got, expected):
-    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 
 
 def test_velocities_are_as_exact_as_those_of_xla(parameters):
@@ -128,8 +109,10 @@ def test_velocities_are_as_exact_as_those_of_xla(parameters):
         assert "block_sparse_attention_sm90" in text
         assert "norm_rope_pool_sm90" in text
         assert " conditional(" not in text
-        exact = on_xla(parameters, step, masks, "float32")
-        of_xla = relative_error(on_xla(parameters, step, masks, "bfloat16"), exact)
+        with on_xla():
+            exact, _, _ = run(parameters, step, masks, dtype="float32")
+            narrow, _, _ = run(parameters, step, masks)
+        of_xla = relative_error(narrow, exact)
         velocities[kind], errors[kind] = got, (relative_error(got, exact), of_xla)
         print(kind, errors[kind], flush=True)
     change = relative_error(velocities["sparse"], velocities["dense"])

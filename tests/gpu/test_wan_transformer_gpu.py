@@ -1,7 +1,6 @@
 """The Wan transformer with its kernels: against float32 on XLA, step by step."""
 
 import dataclasses
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,8 @@ from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
 from models.wan.config import WanConfig
 from models.wan.inputs import WanInputs
 from models.wan.transformer import WanTransformer
-from pallas_kernels.attention import api as dispatch
-from pallas_kernels.attention.sm90 import dense_backend as hopper_dense
-from pallas_kernels.pooling.sm90 import norm_rope_pool as fused_kernel
+from tests.gpu.without_kernels import on_xla, relative_error
 from tests.tolerances import GPU_MODEL_ERROR_RATIO, GPU_WAN_SHARED_PAIRS
-
-# The package's attribute of this name is the function, not the module.
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,22 +87,6 @@ def run(parameters, step, masks=None, *, dtype="bfloat16"):
     return np.asarray(velocity, np.float64), masks, program.as_text()
 
 
-def on_xla(parameters, step, masks, dtype):
-    """`run` without any kernel of this project."""
-    unwanted = {"return_value": "XLA is wanted"}
-    with (
-        jax.default_matmul_precision("highest"),
-        mock.patch.dict(dispatch.PREFERENCE, gpu=("xla",)),
-        mock.patch.object(hopper_dense, "why_unsupported", **unwanted),
-        mock.patch.object(fused_kernel, "why_unsupported", **unwanted),
-    ):
-        return run(parameters, step, masks, dtype=dtype)[0]
-
-
-def relative_error(got, expected):
-    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
-
-
 def test_velocities_are_as_exact_as_those_of_xla(parameters, plan):
     """With masks given, so that no pair on the threshold makes a difference."""
     _, masks, _ = run(parameters, plan.step(0))
@@ -122,8 +101,10 @@ def test_velocities_are_as_exact_as_those_of_xla(parameters, plan):
         jax.tree.map(np.testing.assert_array_equal, kept, masks)
         assert "block_sparse_attention_sm90" in text
         assert " conditional(" not in text
-        exact = on_xla(parameters, step, masks, "float32")
-        of_xla = relative_error(on_xla(parameters, step, masks, "bfloat16"), exact)
+        with on_xla():
+            exact, _, _ = run(parameters, step, masks, dtype="float32")
+            narrow, _, _ = run(parameters, step, masks)
+        of_xla = relative_error(narrow, exact)
         velocities[kind], errors[kind] = got, (relative_error(got, exact), of_xla)
         print(kind, errors[kind], flush=True)
     # What the other kind of attention changes is well above any error.
