@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,10 +36,10 @@ from models.checkpoints.rules import (
 from models.checkpoints.safetensors_io import save_safetensors
 from models.checkpoints.weights import open_weights
 from models.diffusion.adapters import FAMILY_FEATURES
+from models.diffusion.folders.layouts import LayoutName
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.transformer import HunyuanTransformer
 
-LayoutName = Literal["original", "diffusers"]
 STACKED = (
     "context_embedder.refiner_blocks",
     "transformer_blocks",

@@ -1,11 +1,10 @@
 """Reads and writes Wan transformer checkpoints, original and diffusers layout."""
 
-import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from models.checkpoints.conversion import (
     load_parameters,
     save_parameters,
 )
+from models.checkpoints.lora.rows import Target, targets_by_spelling
 from models.checkpoints.rules import (
     BATCHED_TABLE,
     CONV_3D,
@@ -31,10 +31,10 @@ from models.checkpoints.rules import (
 from models.checkpoints.safetensors_io import save_safetensors
 from models.checkpoints.weights import open_weights
 from models.diffusion.adapters import FAMILY_FEATURES
+from models.diffusion.folders.layouts import LayoutName
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
 
-LayoutName = Literal["original", "diffusers"]
 STACKED = ("blocks",)
 # That other programs put before the keys of the original or of diffusers.
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -49,7 +49,6 @@ FLOAT32 = (
     "norm_k",
     "norm_added_k",
 )
-_ENDING = re.compile(r"\.(weight|bias)$")
 _TABLE_ENDING = re.compile(r"\.?modulation$")
 # Parts of modules' names that only some models have, for messages about adapters.
 LORA_FEATURES = {
@@ -131,7 +130,7 @@ def detect_layout(keys: Iterable[str]) -> LayoutName:
     return best_layout(keys, RULES)
 
 
-def lora_names(keys: Iterable[str]) -> dict[str, str]:
+def lora_names(keys: Iterable[str]) -> dict[str, Target]:
     """Returns how adapters may spell the modules of a checkpoint, for `merge_lora`.
 
     Args:
@@ -146,20 +145,17 @@ def lora_names(keys: Iterable[str]) -> dict[str, str]:
       ConversionError: The layout of the keys is unknown.
     """
     keys = list(keys)
-    rules, names = RULES[detect_layout(keys)], {}
-    for key in keys:
-        base = _ENDING.sub("", key)
-        for rule in rules:
-            if (path := rule.path_of(key)) is None:
-                continue
-            for other in itertools.chain(*RULES.values()):
-                if (spelled := other.key_of(path)) is not None:
-                    module = _ENDING.sub("", spelled)
-                    names[module] = names[module.replace(".", "_")] = base
-                    # LightX2V's differences of a block's table have the block's name.
-                    block, is_table = _TABLE_ENDING.subn(".diff_m", module)
-                    if is_table:
-                        names[block] = names[block.replace(".", "_")] = base
+    # No layout of Wan joins layers, so no rows are counted.
+    targets = targets_by_spelling(
+        keys, RULES[detect_layout(keys)], RULES.values(), num_rows={}
+    )
+    names: dict[str, Target] = {}
+    for module, target in targets.items():
+        names[module] = names[module.replace(".", "_")] = target
+        # LightX2V's differences of a block's table have the block's name.
+        block, is_table = _TABLE_ENDING.subn(".diff_m", module)
+        if is_table:
+            names[block] = names[block.replace(".", "_")] = target
     return names
 
 

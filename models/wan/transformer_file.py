@@ -11,11 +11,11 @@ from flax import nnx
 from models.checkpoints.conversion import ConversionError, check_parameters
 from models.checkpoints.listing import list_names
 from models.checkpoints.memory_map import CheckpointError
+from models.diffusion.folders.layouts import LayoutName
 from models.wan.config import WanConfig
 from models.wan.convert import (
     RULES,
     STACKED,
-    LayoutName,
     detect_layout,
     open_transformer_weights,
 )

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from flax import nnx
@@ -25,10 +25,10 @@ from models.checkpoints.rules import (
     within,
 )
 from models.checkpoints.weights import open_weights
+from models.diffusion.folders.layouts import LayoutName
 from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.config import WanVAEConfig
 
-LayoutName = Literal["original", "diffusers"]
 # That other programs put before the keys of the original.
 _PREFIXES = ("vae.", "first_stage_model.", "model.")
 
