@@ -19,6 +19,44 @@ def check_positive_integers(config: Any, names: Iterable[str]) -> None:
             raise ValueError(f"{name}={value!r} must be a positive integer")
 
 
+def check_sizes(config: Any, name: str, length: int) -> None:
+    """Raises ValueError if a field is no tuple of so many positive integers."""
+    value = getattr(config, name)
+    if (
+        not isinstance(value, tuple)
+        or len(value) != length
+        or not all(map(is_positive_integer, value))
+    ):
+        raise ValueError(
+            f"{name}={value!r} must be a tuple of {length} positive integers"
+        )
+
+
+def check_keys(
+    published: Iterable[str],
+    *,
+    known: Collection[str],
+    required: Iterable[str],
+    what: str = "configuration",
+) -> None:
+    """Checks the keys of a `config.json`; those that start with "_" are ignored.
+
+    Args:
+      published: Keys of the parsed file.
+      known: Keys that have a meaning.
+      required: Keys that must be there.
+      what: Name of the file for messages.
+
+    Raises:
+      ValueError: Names all keys that are unknown or missing.
+    """
+    given = {key for key in published if not key.startswith("_")}
+    unknown = sorted(given.difference(known))
+    missing = [key for key in required if key not in given]
+    if unknown or missing:
+        raise ValueError(f"{what} has {unknown=} and {missing=} keys")
+
+
 def check_dtypes(
     config: Any, accepted: Collection[str] = FLOAT_NAMES, reason: str = ""
 ) -> None:

@@ -1,8 +1,11 @@
 """Images that a caller gives to a pipeline: checked, and which part is kept."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from models.diffusion.interfaces import ImageCondition
 
 # Overshoot of an earlier resize is no reason to refuse an image.
 _MOST = 1.5
@@ -32,6 +35,30 @@ def as_images(
     if not most <= _MOST:
         raise ValueError(f"image has values up to {most:g}; expected [-1, 1]")
     return batch
+
+
+def repeat_condition(
+    image: ImageCondition, batch: int, latent_shape: tuple[int, ...]
+) -> ImageCondition:
+    """Returns the condition of every item of a batch.
+
+    Args:
+      image: One item, or one for each of the batch.
+      batch: Number of items.
+      latent_shape: Shape that the model takes of one item's `image.latents`.
+
+    Raises:
+      ValueError: There are other numbers of items, or the latents do not fit.
+    """
+    items = len(image.latents)
+    if items not in (1, batch) or image.latents.shape[1:] != latent_shape:
+        raise ValueError(
+            f"image has {items} items with latents of shape "
+            f"{image.latents.shape[1:]}; expected 1 or {batch} of shape {latent_shape}"
+        )
+    return jax.tree.map(
+        lambda leaf: jnp.repeat(leaf, batch // len(leaf), axis=0), image
+    )
 
 
 def kept_part(

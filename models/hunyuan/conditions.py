@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from models.diffusion import sizes
-from models.diffusion.images import as_images
+from models.diffusion.images import as_images, repeat_condition
 from models.diffusion.interfaces import (
     Codec,
     ImageCondition,
@@ -144,15 +143,7 @@ class HunyuanConditioning:
         Raises:
           ValueError: There are other numbers of items, or the latents do not fit.
         """
-        items, frame = len(image.latents), (1, *latent_shape[1:])
-        if items not in (1, batch) or image.latents.shape[1:] != frame:
-            raise ValueError(
-                f"image has {items} items with latents of shape "
-                f"{image.latents.shape[1:]}; expected 1 or {batch} of shape {frame}"
-            )
-        return jax.tree.map(
-            lambda leaf: jnp.repeat(leaf, batch // len(leaf), axis=0), image
-        )
+        return repeat_condition(image, batch, (1, *latent_shape[1:]))
 
 
 def _check_counts(name: str, context: TextContext, text_length: int) -> None:

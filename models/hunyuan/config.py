@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from models.checkpoints.config_checks import (
     check_dtypes,
+    check_keys,
     check_positive_integers,
-    is_positive_integer,
+    check_sizes,
 )
 from pallas_kernels.common import make_plain, register_configuration
 
@@ -122,11 +123,7 @@ class HunyuanConfig:
         make_plain(self)
         check_positive_integers(self, _POSITIVE_FIELDS)
         for name, length in (("patch_size", 3), ("tile", 2), ("rope_channels", 3)):
-            value = getattr(self, name)
-            if not isinstance(value, tuple) or not _are_sizes(value, length):
-                raise ValueError(
-                    f"{name}={value!r} must be a tuple of {length} positive integers"
-                )
+            check_sizes(self, name, length)
         if self.dim % self.num_heads:
             raise ValueError(f"{self.dim=} must be a multiple of {self.num_heads=}")
         if sum(self.rope_channels) != self.head_dim or any(
@@ -249,10 +246,6 @@ class HunyuanConfig:
         }
 
 
-def _are_sizes(values: tuple, length: int) -> bool:
-    return len(values) == length and all(map(is_positive_integer, values))
-
-
 def _check_published(published: Mapping[str, Any]) -> None:
     """Rejects other kinds of models, and keys nothing here would read."""
     if (kind := published.get("image_condition_type")) is not None:
@@ -262,10 +255,4 @@ def _check_published(published: Mapping[str, Any]) -> None:
         )
     if (norm := published.get("qk_norm", _QK_NORM_NAME)) != _QK_NORM_NAME:
         raise ValueError(f"qk_norm={norm!r} must be {_QK_NORM_NAME!r}")
-    known = {*_FIELDS, *_OTHERS}
-    unknown = sorted(
-        key for key in published if key not in known and not key.startswith("_")
-    )
-    missing = [key for key in _REQUIRED if key not in published]
-    if unknown or missing:
-        raise ValueError(f"configuration has {unknown=} and {missing=} keys")
+    check_keys(published, known={*_FIELDS, *_OTHERS}, required=_REQUIRED)

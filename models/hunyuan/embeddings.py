@@ -19,6 +19,7 @@ from models.diffusion.transformer.layers import (
     LayerNorm,
     linear,
     merge_heads,
+    projection,
     split_heads,
 )
 from models.hunyuan.config import HunyuanConfig
@@ -100,14 +101,7 @@ class RefinerAttention(nnx.Module):
 
     def __init__(self, config: HunyuanConfig, *, rngs: nnx.Rngs) -> None:
         self.num_heads = config.num_heads
-        project = functools.partial(
-            linear,
-            config.dim,
-            config.dim,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            rngs=rngs,
-        )
+        project = projection(config, rngs)
         self.to_q, self.to_k, self.to_v = project(), project(), project()
         self.to_out = project()
 

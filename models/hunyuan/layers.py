@@ -38,6 +38,7 @@ from models.diffusion.transformer.layers import (
     layer_norm,
     linear,
     merge_heads,
+    projection,
     split_heads,
 )
 from models.diffusion.transformer.rope import RopeTable
@@ -114,7 +115,7 @@ class JointAttention(nnx.Module):
 
     def __init__(self, config: HunyuanConfig, *, rngs: nnx.Rngs) -> None:
         self.num_heads, self.eps = config.num_heads, config.eps
-        project, norm = _projection(config, rngs), _qk_norm(config)
+        project, norm = projection(config, rngs), _qk_norm(config)
         self.to_q, self.to_k, self.to_v = project(), project(), project()
         self.add_q_proj, self.add_k_proj = project(), project()
         self.add_v_proj = project()
@@ -237,7 +238,7 @@ class SingleAttention(nnx.Module):
 
     def __init__(self, config: HunyuanConfig, *, rngs: nnx.Rngs) -> None:
         self.num_heads, self.eps = config.num_heads, config.eps
-        project, norm = _projection(config, rngs), _qk_norm(config)
+        project, norm = projection(config, rngs), _qk_norm(config)
         self.to_q, self.to_k, self.to_v = project(), project(), project()
         self.norm_q, self.norm_k = norm(), norm()
 
@@ -330,18 +331,6 @@ def _attend(q, k, v, pooled, inputs: JointBlockInputs, step, mask):
         mask=mask,
         pooled=pooled,
         text_lengths=inputs.text_lengths,
-    )
-
-
-def _projection(config: HunyuanConfig, rngs: nnx.Rngs):
-    """Returns a function that makes a linear layer of the model's width."""
-    return functools.partial(
-        linear,
-        config.dim,
-        config.dim,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        rngs=rngs,
     )
 
 

@@ -11,7 +11,7 @@ from models.checkpoints.conversion import ConversionError
 from models.checkpoints.memory_map import CheckpointError
 from models.diffusion.dtypes import default_dtype
 from models.diffusion.folders.layouts import ALL_PARTS, Part
-from models.diffusion.folders.part_files import PartFiles
+from models.diffusion.folders.part_files import PartFiles, fitting
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.diffusion.text_options import TextOptions
@@ -129,11 +129,8 @@ def load_hunyuan(
     dtype = default_dtype()  # starts JAX on the GPU
     _LOG.info("loading the VAE")
     vae = _vae_config(opened, dtype=dtype, param_dtype=dtype)
-    try:
+    with fitting("vae", opened.vae):
         codec = HunyuanVAECodec(model=load_hunyuan_vae(opened.vae.weights, vae))
-    except ConversionError as error:
-        named = ", ".join(map(str, opened.vae.files))
-        raise CheckpointError(f"the vae in {named} does not fit: {error}") from error
     _LOG.info("loading the transformer")
     try:
         config = dataclasses.replace(opened.config, dtype=dtype, param_dtype=dtype)

@@ -2,11 +2,8 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
-
 from models.diffusion import sizes
-from models.diffusion.images import as_images
+from models.diffusion.images import as_images, repeat_condition
 from models.diffusion.interfaces import (
     Codec,
     ImageCondition,
@@ -133,14 +130,5 @@ class WanConditioning:
         Raises:
           ValueError: There are other numbers of items, or the latents do not fit.
         """
-        items = len(image.latents)
         channels = self.config.in_channels - self.config.out_channels
-        sides = (*latent_shape[:-1], channels)
-        if items not in (1, batch) or image.latents.shape[1:] != sides:
-            raise ValueError(
-                f"image has {items} items with latents of shape "
-                f"{image.latents.shape[1:]}; expected 1 or {batch} of shape {sides}"
-            )
-        return jax.tree.map(
-            lambda leaf: jnp.repeat(leaf, batch // len(leaf), axis=0), image
-        )
+        return repeat_condition(image, batch, (*latent_shape[:-1], channels))

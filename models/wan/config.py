@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from models.checkpoints.config_checks import (
     check_dtypes,
+    check_keys,
     check_positive_integers,
-    is_positive_integer,
+    check_sizes,
 )
 from pallas_kernels.common import make_plain, register_configuration
 
@@ -112,11 +113,7 @@ class WanConfig:
         optional = () if self.image_dim is None else ("image_dim",)
         check_positive_integers(self, _POSITIVE_FIELDS + optional)
         for name, length in (("patch_size", 3), ("tile", 2)):
-            value = getattr(self, name)
-            if not isinstance(value, tuple) or not _are_sizes(value, length):
-                raise ValueError(
-                    f"{name}={value!r} must be a tuple of {length} positive integers"
-                )
+            check_sizes(self, name, length)
         if self.dim % self.num_heads:
             raise ValueError(f"{self.dim=} must be a multiple of {self.num_heads=}")
         if self.head_dim % 2 or self.head_dim < 6:
@@ -261,10 +258,6 @@ _DIFFUSERS_ONLY = (
 _ORIGINAL_ONLY = ("model_type",)
 
 
-def _are_sizes(values: tuple, length: int) -> bool:
-    return len(values) == length and all(map(is_positive_integer, values))
-
-
 def _read_diffusers_only(published: Mapping[str, Any]) -> dict[str, Any]:
     heads, head_dim = published["num_attention_heads"], published["attention_head_dim"]
     qk_norm = published.get("qk_norm", _QK_NORM_NAME)
@@ -300,12 +293,7 @@ def _check_published_keys(
     if (layers := published.get("vace_layers")) is not None:
         raise ValueError(f"vace_layers={layers!r} must be left out: {_VACE}")
     known = {*fields, *(_DIFFUSERS_ONLY if is_diffusers else _ORIGINAL_ONLY)}
-    unknown = sorted(
-        key for key in published if key not in known and not key.startswith("_")
-    )
     required = ("ffn_dim", "num_layers") + (
         ("attention_head_dim",) if is_diffusers else ("dim", "num_heads")
     )
-    missing = [key for key in required if key not in published]
-    if unknown or missing:
-        raise ValueError(f"configuration has {unknown=} and {missing=} keys")
+    check_keys(published, known=known, required=required)

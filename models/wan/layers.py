@@ -6,9 +6,7 @@ in the original under autocast; what enters a matrix product or attention is cas
 `config.dtype`, and so is what comes out of it.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,8 +32,8 @@ from models.diffusion.transformer.layers import (
     RMSNorm,
     gelu_tanh,
     layer_norm,
-    linear,
     merge_heads,
+    projection,
     split_heads,
 )
 from models.diffusion.transformer.rope import RopeTable
@@ -75,7 +73,7 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
         self.num_heads = config.num_heads
-        project = _projection(config, rngs)
+        project = projection(config, rngs)
         self.to_q, self.to_k, self.to_v = project(), project(), project()
         self.to_out = project()
         self.norm_q = _qk_norm(config) if config.qk_norm else None
@@ -157,7 +155,7 @@ class CrossAttention(nnx.Module):
     def __init__(self, config: WanConfig, *, image: bool, rngs: nnx.Rngs) -> None:
         self.num_heads = config.num_heads
         self.dtype = config.dtype
-        project = _projection(config, rngs)
+        project = projection(config, rngs)
         self.to_q, self.to_k, self.to_v = project(), project(), project()
         self.to_out = project()
         self.norm_q = _qk_norm(config) if config.qk_norm else None
@@ -260,18 +258,6 @@ class WanBlock(nnx.Module):
         hidden = layer_norm(x, self.eps) * (1 + scale_3) + shift_3
         hidden = self.ffn(hidden.astype(self.dtype))
         return x + hidden.astype(jnp.float32) * gate_3, mask
-
-
-def _projection(config: WanConfig, rngs: nnx.Rngs) -> Callable[[], nnx.Linear]:
-    """Returns a function that makes a linear layer of the model's width."""
-    return functools.partial(
-        linear,
-        config.dim,
-        config.dim,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        rngs=rngs,
-    )
 
 
 def _qk_norm(config: WanConfig) -> RMSNorm:

@@ -1,20 +1,17 @@
 """A pipeline's parts from a published Wan folder, in an order that saves memory."""
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from draft_jax import SparsitySchedule
-from models.checkpoints.conversion import ConversionError
-from models.checkpoints.memory_map import CheckpointError
 from models.clip.config import CLIPVisionConfig
 from models.clip.image_encoder import CLIPImageEncoder
 from models.diffusion.dtypes import default_dtype
 from models.diffusion.folders.layouts import ALL_PARTS, Part
-from models.diffusion.folders.part_files import PartFiles
+from models.diffusion.folders.part_files import PartFiles, fitting
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.diffusion.text_options import TextOptions
@@ -148,12 +145,12 @@ def load_wan(
         raise ValueError("parts must hold 'vae', which decodes the latents")
     vae = _vae_config(wan)
     # The transformer last: it takes minutes, and what is wrong shows before.
-    with _naming(wan, "text_encoder"):
+    with fitting("text_encoder", wan.sources.get("text_encoder")):
         text_encoder = load_text_encoder(wan, text)
-    with _naming(wan, "image_encoder"):
+    with fitting("image_encoder", wan.sources.get("image_encoder")):
         image_encoder = _load_image_encoder(wan)
     _LOG.info("loading the VAE")
-    with _naming(wan, "vae"):
+    with fitting("vae", wan.sources.get("vae")):
         codec = WanVAECodec(model=load_wan_vae(wan.vae, vae))
     _LOG.info("loading the transformer")
     return VideoPipeline(
@@ -164,16 +161,6 @@ def load_wan(
         sampling=_sampling(wan),
         fps=WAN_FPS,
     )
-
-
-@contextlib.contextmanager
-def _naming(wan: WanParts, part: Part) -> Iterator[None]:
-    """Says which part weights were of that do not fit."""
-    try:
-        yield
-    except ConversionError as error:
-        files = ", ".join(map(str, wan.sources[part].files))
-        raise CheckpointError(f"the {part} in {files} does not fit: {error}") from error
 
 
 def _needed(parts: Collection[Part], text: TextOptions | None) -> set[Part]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from models.checkpoints.conversion import ConversionError
 from models.checkpoints.files import find_visible
 from models.checkpoints.hub import find_checkpoint
 from models.checkpoints.listing import list_names
@@ -268,6 +269,21 @@ def _open_file(layouts: FolderLayouts, part: Part, path: Path) -> PartSource:
     if path.suffix.lower() not in _SUFFIXES:
         raise CheckpointError(f"{path} must end with one of {', '.join(_SUFFIXES)}")
     return PartSource(weights=layouts.open_weights(part, path), files=(path,))
+
+
+@contextlib.contextmanager
+def fitting(part: Part, source: PartSource | None) -> Iterator[None]:
+    """Says which part weights were of that do not fit; of none nothing is loaded.
+
+    Raises:
+      CheckpointError: Stands for a `ConversionError` of the block.
+    """
+    try:
+        yield
+    except ConversionError as error:
+        files = () if source is None else source.files
+        named = ", ".join(map(str, files))
+        raise CheckpointError(f"the {part} in {named} does not fit: {error}") from error
 
 
 @contextlib.contextmanager

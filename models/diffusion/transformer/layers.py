@@ -3,7 +3,9 @@
 Norms are float32 inside and out; linear layers compute in the dtype they are given.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,35 @@ def linear(
         dtype=jnp.dtype(dtype),
         param_dtype=jnp.dtype(param_dtype),
         kernel_init=kernel_init,
+        rngs=rngs,
+    )
+
+
+@runtime_checkable
+class HasWidth(Protocol):
+    """A configuration of a model with one width."""
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def dtype(self) -> str:
+        """Of matrix products."""
+
+    @property
+    def param_dtype(self) -> str:
+        """Of stored parameters."""
+
+
+def projection(config: HasWidth, rngs: nnx.Rngs) -> Callable[[], nnx.Linear]:
+    """Returns a function that makes linear layers from a model's width to the same."""
+    return functools.partial(
+        linear,
+        config.dim,
+        config.dim,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
         rngs=rngs,
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from models.checkpoints.config_checks import (
     check_dtypes,
+    check_keys,
     check_positive_integers,
     is_positive_integer,
 )
@@ -176,10 +177,7 @@ class HunyuanVAEConfig:
             if not key.startswith("_")
         }
         known = {*_REQUIRED, *_OPTIONAL, *_NEUTRAL, *_BLOCKS, *_IGNORED}
-        unknown = sorted(given.keys() - known)
-        missing = [key for key in _REQUIRED if key not in given]
-        if unknown or missing:
-            raise ValueError(f"VAE configuration has {unknown=} and {missing=} keys")
+        check_keys(given, known=known, required=_REQUIRED, what="VAE configuration")
         foreign = {
             key: given[key]
             for key, neutral in _NEUTRAL.items()

@@ -6,6 +6,7 @@ from typing import Any
 
 from models.checkpoints.config_checks import (
     check_dtypes,
+    check_keys,
     check_positive_integers,
     is_positive_integer,
 )
@@ -179,12 +180,12 @@ class WanVAEConfig:
             model does), or lacks or adds keys; all are named.
         """
         known = {*_DIFFUSERS_FIELDS, *_NEUTRAL, *_DERIVED}
-        unknown = sorted(
-            key for key in published if key not in known and not key.startswith("_")
+        check_keys(
+            published,
+            known=known,
+            required=_DIFFUSERS_FIELDS,
+            what="VAE configuration",
         )
-        missing = [key for key in _DIFFUSERS_FIELDS if key not in published]
-        if unknown or missing:
-            raise ValueError(f"VAE configuration has {unknown=} and {missing=} keys")
         foreign = {
             key: published[key]
             for key, neutral in _NEUTRAL.items()
