@@ -38,6 +38,7 @@ def test_picture_and_table(checkpoint, tmp_path, capsys, monkeypatch):
         assert ("(dense at this step)" in line) == (line == table[2])
 
 
+@pytest.mark.nightly
 def test_chosen_panels(checkpoint, tmp_path):
     sizes = []
     for layers, heads in (("0,2", "0,1"), ("2", "1")):

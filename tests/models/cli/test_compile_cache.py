@@ -57,15 +57,11 @@ def counts_of_run(arguments, *, cache, folder, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "arguments",
-    [
-        pytest.param(SHIPPED, id="shipped"),
-        pytest.param([*WAN, *ONE_STEP_EACH], id="wan", marks=pytest.mark.nightly),
-        pytest.param(
-            ["a red ball", *ONE_STEP_EACH], id="whole", marks=pytest.mark.nightly
-        ),
-    ],
+    [SHIPPED, [*WAN, *ONE_STEP_EACH], ["a red ball", *ONE_STEP_EACH]],
+    ids=["shipped", "wan", "whole"],
 )
 def test_a_second_process_compiles_nothing(tmp_path, arguments):
     """Also not where sets have another order: keys are the program's alone."""

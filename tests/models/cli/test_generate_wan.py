@@ -152,6 +152,7 @@ def test_images_and_models_must_fit(image_model, image, tmp_path, capsys):
     assert "is too long for a video of its shape" in error_of(image_model, *given)
 
 
+@pytest.mark.nightly
 def test_the_autoencoder_can_run_on_tiles(tmp_path, monkeypatch):
     seen = []
 

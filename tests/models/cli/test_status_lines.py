@@ -7,6 +7,7 @@ from PIL import Image
 
 from models.cli import main
 from models.cli.messages import status_lines
+from tests.cases import mostly_nightly
 from tests.wan_folders import save_image_to_video
 
 STAGES = [
@@ -20,7 +21,9 @@ STAGES = [
 ]
 
 
-@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "file"])
+@pytest.mark.parametrize(
+    "terminal", mostly_nightly([True, False], [True]), ids=["terminal", "file"]
+)
 def test_stages_are_told_on_a_terminal_only(tmp_path, capsys, monkeypatch, terminal):
     folder, image = save_image_to_video(tmp_path / "model"), tmp_path / "image.png"
     Image.new("RGB", (48, 32)).save(image)

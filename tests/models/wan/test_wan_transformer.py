@@ -151,7 +151,7 @@ def test_steps_do_not_recompile():
     ("dense_layers", "index", "remat"),
     [
         pytest.param((), 0, False, id="sparse", marks=pytest.mark.nightly),
-        pytest.param((0,), 0, True, id="first-remat"),
+        pytest.param((0,), 0, True, id="first-remat", marks=pytest.mark.nightly),
         pytest.param((1,), 1, False, id="middle-reused", marks=pytest.mark.nightly),
         pytest.param((0, 2), 1, False, id="ends-reused"),
         pytest.param((0, 1, 2), 0, False, id="dense", marks=pytest.mark.nightly),

@@ -135,7 +135,9 @@ def cases(grid):
 
 @pytest.mark.parametrize("head_dim", mostly_nightly([64, 128], [128]))
 @pytest.mark.parametrize("order", ["tiled", "raster"])
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize(
+    "name", mostly_nightly(GRIDS, ["odd-tiles-and-text", "odd-text-before"])
+)
 def test_fetch_and_store(name, order, head_dim):
     grid = GRIDS[name]
     geometry = geometry_of(grid, order)
