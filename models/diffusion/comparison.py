@@ -119,6 +119,7 @@ def run_report(result: GenerationResult) -> dict[str, Any]:
         "decode_ms": result.decode_ms,
         "timesteps": result.timesteps.tolist(),
         "dense_steps": int(result.dense.all(axis=1).sum()),
+        "stopped": result.stopped,
         "kept_share": float(result.kept_density.mean()),
         "kept_share_per_layer": result.kept_density.mean(axis=0).tolist(),
         "kept_share_per_step_and_layer": result.kept_density.tolist(),

@@ -19,7 +19,7 @@ from draft_jax import (
 )
 from models.diffusion.interfaces import ImageCondition, Images
 from models.diffusion.pipeline import VideoPipeline
-from models.diffusion.results import StepReport
+from models.diffusion.results import StepReport, StopGeneration
 from models.diffusion.sampling import Sampling
 from pallas_kernels.common import valid_tokens
 
@@ -86,6 +86,7 @@ def inspect_attention(
     Raises:
       ValueError: As `VideoPipeline.generate`; or there is no such step, or attention
         is dense, which has no masks.
+      StopGeneration: The callback raised it.
     """
     sampling = pipeline.sampling if sampling is None else sampling
     if attention is None:
@@ -102,7 +103,9 @@ def inspect_attention(
     )
     if step:
         programs, _ = pipeline.compile(sampler, state, inputs)
-        state, _ = sampler.run_steps(programs, state, inputs, step, callback)
+        state, reports = sampler.run_steps(programs, state, inputs, step, callback)
+        if len(reports) < step:
+            raise StopGeneration
     step_plan, timestep = sampler.step_plan(step), sampler.solver.timesteps[step]
     model = sampler.model
     captured = model.capture_qk(

@@ -38,10 +38,12 @@ from models.diffusion.sampler import (
 )
 from models.diffusion.sampling import Sampling
 from models.diffusion.seeds import items_of_seeds, join_results
+from models.diffusion.sizes import shrink_latents
 
 _LOG = logging.getLogger(__name__)
 
 DENSE = AttentionPlan.dense()
+PREVIEW_POSITIONS = 60 * 104  # most of a preview: the latent frame of 832 x 480 pixels
 
 
 class UnknownWordWarning(UserWarning):
@@ -161,7 +163,9 @@ class VideoPipeline:
           attention: Dense attention, or draft attention with its schedule.
           guidance_batching: Whether a guided step runs prompts and negative prompts
             in "one_call" or "two_calls"; two need less memory.
-          callback: Called after each step.
+          callback: Called after each step. Raising `StopGeneration` ends the run
+            there: what was computed is decoded and returned. Of several seeds, the
+            videos that are finished are returned, or else the first as far as it is.
 
         Returns:
           The videos and their statistics.
@@ -179,15 +183,17 @@ class VideoPipeline:
             items = items_of_seeds(
                 seeds, prompts, sampling, image=image, negative_context=negative_context
             )
-            results = [
-                self.generate(
+            results = []
+            for item in items:
+                result = self.generate(
                     **vars(item),
                     attention=attention,
                     guidance_batching=guidance_batching,
                     callback=callback,
                 )
-                for item in items
-            ]
+                results.append(result)
+                if result.stopped:
+                    break
             return join_results(results)
         sampler, state, inputs = self.start(
             prompts,
@@ -202,7 +208,10 @@ class VideoPipeline:
         state, reports = sampler.run_steps(
             programs, state, inputs, sampling.num_steps, callback
         )
-        latents = state.latents
+        num_steps = len(reports)
+        stopped = num_steps < sampling.num_steps
+        latents = reports[-1].estimate if stopped else state.latents
+        assert latents is not None  # the last report has it
         del state, inputs  # masks can be large, and so is what decoding needs
         video, decode_ms = self._decode(latents)
         return GenerationResult(
@@ -212,9 +221,26 @@ class VideoPipeline:
             compile_ms=compile_ms,
             decode_ms=decode_ms,
             kept_density=np.stack([report.kept_density for report in reports]),
-            dense=sampler.dense,
-            timesteps=sampler.solver.timesteps,
+            dense=sampler.dense[:num_steps],
+            timesteps=sampler.solver.timesteps[:num_steps],
+            stopped=stopped,
         )
+
+    def preview(
+        self, estimate: Float[Array, "B F H W C"]
+    ) -> Float[np.ndarray, "B height width 3"]:
+        """Returns a picture of unfinished latents, such as `StepReport.estimate`.
+
+        One latent frame is decoded, the middle one and by itself; of a large video
+        the mean of neighbours. So it is cheap, and coarser than the video's frame.
+
+        Returns:
+          The first frame that it is decoded to, in [0, 1].
+        """
+        middle = estimate.shape[1] // 2
+        frame = shrink_latents(estimate[:, middle : middle + 1], PREVIEW_POSITIONS)
+        video = np.asarray(self.codec.decode(frame)[:, 0], np.float32)
+        return np.clip(0.5 * (video + 1.0), 0.0, 1.0)
 
     def start(
         self,

@@ -1,9 +1,17 @@
 """Reports on steps and runs: times, kept shares, videos."""
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float
+
+# How a step was computed: dense in every layer, sparse in some, or skipped by a cache.
+StepWork = Literal["dense", "sparse", "skipped"]
+
+
+class StopGeneration(Exception):  # noqa: N818 -- no error, as StopIteration is none
+    """Raised by a callback to end a run after the step that it was called for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -16,6 +24,12 @@ class StepReport:
       timestep: Timestep that the model was given, 0 to 1000.
       time_ms: Time until the result was there.
       kept_density: Share of token pairs each layer computed; 1.0 where dense.
+      work: How the step was computed.
+      time_left_ms: Time that the steps left take, if each takes as long as those of
+        its kind before; of a kind that was not run yet, as long as all before.
+      estimate: The clean latents as the step predicts them, on the device, up to the
+        rounding of the timestep. `VideoPipeline.preview` makes a picture of them.
+        None in the reports of earlier steps, which would fill the memory.
     """
 
     index: int
@@ -23,6 +37,9 @@ class StepReport:
     timestep: float
     time_ms: float
     kept_density: Float[np.ndarray, " layers"]
+    work: StepWork = "dense"
+    time_left_ms: float = 0.0
+    estimate: Float[Array, "B F H W C"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +56,9 @@ class GenerationResult:
         where a step and layer ran dense.
       dense: Which steps and layers ran dense.
       timesteps: Model timestep of each step.
+      stopped: Whether `StopGeneration` ended the run before its last step. There are
+        as many steps as were run then, and the video is their estimate of the clean
+        one.
     """
 
     video: Float[np.ndarray, "B frames height width 3"]
@@ -49,3 +69,4 @@ class GenerationResult:
     kept_density: Float[np.ndarray, "steps layers"]
     dense: Bool[np.ndarray, "steps layers"]
     timesteps: Float[np.ndarray, " steps"]
+    stopped: bool = False

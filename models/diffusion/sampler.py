@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
@@ -29,8 +30,8 @@ from models.diffusion.interfaces import (
     TextContext,
     VideoModel,
 )
-from models.diffusion.results import StepReport
-from models.diffusion.schedulers import Solver
+from models.diffusion.results import StepReport, StepWork, StopGeneration
+from models.diffusion.schedulers import MAX_TIMESTEP, Solver
 
 # How a guided step runs the model on prompts and negative prompts: as one batch, or
 # one after the other, which needs less memory.
@@ -60,6 +61,15 @@ class StepInputs(NamedTuple):
     guidance: Float[Array, ""]
     image: ImageCondition | None = None  # B rows; for an image-to-video model
     embedded_guidance: Float[Array, ""] | None = None  # see `Sampling`
+
+
+@register_named_tuple
+class _StepArrays(NamedTuple):
+    """Arrays of a step's report."""
+
+    kept_density: Float[Array, " layers"]
+    is_finite: Bool[Array, ""]
+    estimate: Float[Array, "B F H W C"]  # of the clean latents
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -170,6 +180,10 @@ class Sampler:
         """Returns which program a step needs; None with dense attention."""
         return None if self.plan is None else self.plan.kind(index)
 
+    def work(self, index: int) -> StepWork:
+        """Returns how a step is computed, as its report says it."""
+        return "dense" if self.dense[index].all() else "sparse"
+
     @property
     def kinds(self) -> list[StepKind | None]:
         """The programs that the run needs, in the order of their first steps."""
@@ -215,15 +229,16 @@ class Sampler:
 
             predict = functools.partial(_in_two_calls, call) if two_calls else call
             velocity, masks = predict(inputs.context, state.masks)
+            velocity = _guide(velocity, inputs, len(state.latents))
             latents, history = update(
-                state.latents,
-                _guide(velocity, inputs, len(state.latents)),
-                state.history,
-                coefficients,
+                state.latents, velocity, state.history, coefficients
             )
-            kept_density = _density_of_layers(masks, step, model.num_layers)
-            finite = jnp.isfinite(latents).all()
-            return SamplerState(latents, masks, history), kept_density, finite
+            report = _StepArrays(
+                kept_density=_density_of_layers(masks, step, model.num_layers),
+                is_finite=jnp.isfinite(latents).all(),
+                estimate=state.latents - timestep / MAX_TIMESTEP * velocity,
+            )
+            return SamplerState(latents, masks, history), report
 
         arguments = self._arguments(state, inputs, 0)
         return jax.jit(step_fn, donate_argnums=1).lower(*arguments)
@@ -249,10 +264,10 @@ class Sampler:
         step_fn = programs[self.kind(index)]
         arguments = self._arguments(state, inputs, index)
         start = time.perf_counter()
-        state, kept_density, finite = jax.block_until_ready(step_fn(*arguments))
+        state, arrays = jax.block_until_ready(step_fn(*arguments))
         time_ms = 1e3 * (time.perf_counter() - start)
         num_steps, timestep = self.solver.num_steps, self.solver.timesteps[index]
-        if not finite:
+        if not arrays.is_finite:
             raise FloatingPointError(
                 f"the latent is not finite after step {index + 1} of {num_steps} "
                 f"(timestep {timestep:.1f}): the weights may be damaged, or guidance="
@@ -263,7 +278,9 @@ class Sampler:
             num_steps=num_steps,
             timestep=float(timestep),
             time_ms=time_ms,
-            kept_density=np.asarray(kept_density),
+            kept_density=np.asarray(arrays.kept_density),
+            work=self.work(index),
+            estimate=arrays.estimate,
         )
 
     def run_steps(
@@ -274,14 +291,34 @@ class Sampler:
         num_steps: int,
         callback: Callable[[StepReport], None] | None = None,
     ) -> tuple[SamplerState, list[StepReport]]:
-        """Runs the first steps, and calls back after each; see `run_step`."""
-        reports = []
+        """Runs the first steps, and calls back after each; see `run_step`.
+
+        Returns:
+          The state after the last step, and a report of each, fewer than `num_steps`
+          if the callback raised `StopGeneration`.
+        """
+        reports: list[StepReport] = []
         for index in range(num_steps):
+            if reports:  # the next step needs the memory
+                reports[-1] = dataclasses.replace(reports[-1], estimate=None)
             state, report = self.run_step(programs, state, inputs, index)
-            reports.append(report)
-            if callback is not None:
-                callback(report)
+            left = self._time_left_ms([*reports, report], num_steps)
+            reports.append(dataclasses.replace(report, time_left_ms=left))
+            try:
+                if callback is not None:
+                    callback(reports[-1])
+            except StopGeneration:
+                break
         return state, reports
+
+    def _time_left_ms(self, reports: list[StepReport], num_steps: int) -> float:
+        """Returns how long the steps up to `num_steps` take, after some reports."""
+        times: dict[StepKind | None, list[float]] = {}
+        for report in reports:
+            times.setdefault(self.kind(report.index), []).append(report.time_ms)
+        mean = float(np.mean([report.time_ms for report in reports]))
+        left = map(self.kind, range(len(reports), num_steps))
+        return math.fsum(np.mean(times[k]) if k in times else mean for k in left)
 
     def _arguments(self, state: SamplerState, inputs: StepInputs, index: int) -> tuple:
         timestep = jnp.float32(self.solver.timesteps[index])

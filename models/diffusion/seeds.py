@@ -88,7 +88,12 @@ def _split(batch: Any) -> list:
 
 
 def join_results(results: Sequence[GenerationResult]) -> GenerationResult:
-    """Returns the results of items as that of a batch: times are sums."""
+    """Returns the results of items as that of a batch: times are sums.
+
+    A last one that was stopped is left out, unless it is the only one.
+    """
+    stopped = results[-1].stopped
+    results = results[:-1] if stopped and len(results) > 1 else results
     first = results[0]
     return dataclasses.replace(
         first,
@@ -98,4 +103,5 @@ def join_results(results: Sequence[GenerationResult]) -> GenerationResult:
         compile_ms=sum(result.compile_ms for result in results),
         decode_ms=sum(result.decode_ms for result in results),
         kept_density=np.mean([result.kept_density for result in results], axis=0),
+        stopped=stopped,
     )

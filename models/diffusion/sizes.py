@@ -2,6 +2,9 @@
 
 import math
 
+from einops import reduce
+from jaxtyping import Array, Float
+
 from models.diffusion.interfaces import LatentShape, LatentSizes
 from models.diffusion.sampling import Sampling
 
@@ -100,3 +103,18 @@ def size_like_image(
             "the image to"
         )
     return height, width
+
+
+def shrink_latents(
+    latents: Float[Array, "B F H W C"], positions: int
+) -> Float[Array, "B F rows columns C"]:
+    """Returns means of n x n positions, n the least with at most so many in a frame.
+
+    Rows and columns at the end that fill no such square are left out.
+    """
+    rows, columns = latents.shape[2:4]
+    n = 1
+    while (rows // n) * (columns // n) > positions:
+        n += 1
+    whole = latents[:, :, : rows // n * n, : columns // n * n]
+    return reduce(whole, "B F (H y) (W x) C -> B F H W C", "mean", y=n, x=n)

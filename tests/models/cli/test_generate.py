@@ -45,6 +45,7 @@ RUN_KEYS = {
     "decode_ms",
     "timesteps",
     "dense_steps",
+    "stopped",
     "kept_share",
     "kept_share_per_layer",
     "kept_share_per_step_and_layer",

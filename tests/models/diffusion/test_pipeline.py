@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,11 @@ import pytest
 from flax import nnx
 
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule, StepKind
+from models.diffusion import pipeline as pipeline_module
+from models.diffusion import sampler as sampler_module
 from models.diffusion.interfaces import TextContext
 from models.diffusion.pipeline import EmptyPromptWarning, UnknownWordWarning
+from models.diffusion.results import StopGeneration
 from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import FlowUniPC
 from models.loading import load_pipeline
@@ -297,6 +301,99 @@ def test_callback_sees_every_step_and_may_stop_the_run(pipeline):
 
     with pytest.raises(KeyboardInterrupt):
         generate(pipeline, callback=stop)
+
+
+def stop_after(index, estimates=None):
+    """A callback that ends the run after a step, and keeps what it saw."""
+
+    def callback(report):
+        if estimates is not None:
+            estimates.append(np.asarray(report.estimate))
+        if report.index == index:
+            raise StopGeneration
+
+    return callback
+
+
+def test_a_stopped_run_keeps_what_was_computed(pipeline, dense):
+    """Its video is what the latents would be without the noise that is left."""
+    estimates = []
+    result = generate(pipeline, callback=stop_after(1, estimates))
+    assert result.stopped
+    assert not dense.stopped
+    assert len(result.time_ms) == len(result.kept_density) == len(result.dense) == 2
+    np.testing.assert_array_equal(result.timesteps, dense.timesteps[:2])
+    np.testing.assert_array_equal(result.latents, estimates[1])
+    assert result.video.shape == dense.video.shape
+    # Stopped after its last step, a run is whole.
+    result = generate(pipeline, callback=stop_after(3))
+    assert not result.stopped
+    np.testing.assert_array_equal(result.video, dense.video)
+
+
+def test_estimates_are_the_latents_without_their_noise(pipeline, dense):
+    """Euler's step in NumPy: x' = x + (s' - s) v, and the estimate is x - s v."""
+    estimates = []
+    generate(pipeline, callback=stop_after(None, estimates))
+    latents = np.asarray(pipeline.start(PROMPT, tiny_model.SAMPLING)[1].latents)
+    sigmas = [1.0, 0.9, 0.75, 0.5, 0.0]
+    for (sigma, next_sigma), estimate in zip(
+        itertools.pairwise(sigmas), estimates, strict=True
+    ):
+        velocity = (latents - estimate) / sigma
+        latents = latents + (next_sigma - sigma) * velocity
+    atol = ROUNDING * np.abs(latents).max()
+    np.testing.assert_allclose(latents, dense.latents, rtol=0, atol=atol)
+    np.testing.assert_allclose(estimates[-1], dense.latents, rtol=0, atol=atol)
+
+
+def test_seeds_that_were_finished_are_kept(pipeline, dense):
+    finished = []
+
+    def callback(report):
+        finished.append(report.index)
+        if finished == [0, 1, 2, 3, 0]:
+            raise StopGeneration
+
+    result = generate(pipeline, seeds=(0, 1, 2), callback=callback)
+    assert finished == [0, 1, 2, 3, 0]
+    assert result.stopped
+    np.testing.assert_array_equal(result.video, dense.video)
+    result = generate(pipeline, seeds=(0, 1), callback=stop_after(0))
+    assert result.stopped
+    assert len(result.video) == len(result.time_ms) == 1
+
+
+def test_reports_tell_the_work_and_the_time_left(pipeline, monkeypatch):
+    """One dense step of 8 ms, then sparse ones of 2 ms: the first sparse is a guess."""
+    clock = iter([0.0, 0.008, 1.0, 1.002, 2.0, 2.002, 3.0, 3.002])
+    attention = AttentionPlan.draft(DraftConfig(), SparsitySchedule(dense_fraction=0.2))
+    started = pipeline.start(PROMPT, tiny_model.SAMPLING, attention=attention)
+    programs, _ = pipeline.compile(*started)
+    fake = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr(sampler_module, "time", fake)
+    seen = []
+    _, reports = started[0].run_steps(programs, *started[1:], 4, seen.append)
+    assert [report.work for report in seen] == ["dense", *["sparse"] * 3]
+    left = [report.time_left_ms for report in seen]
+    assert left == pytest.approx([24, 4, 2, 0])
+    # Only the last one still holds an array as large as the latents.
+    assert [report.estimate is None for report in reports] == [True] * 3 + [False]
+
+
+def test_a_preview_is_the_middle_of_the_estimate(pipeline, dense, monkeypatch):
+    """The small codec's latent frames are independent: 2 of them, 2 x 2 frames."""
+    estimate = jnp.asarray(dense.latents)
+    picture = pipeline.preview(estimate)
+    np.testing.assert_allclose(picture, dense.video[:, 2], rtol=0, atol=1e-6)
+    # 8 x 12 positions are too many: 2 x 2 become one.
+    monkeypatch.setattr(pipeline_module, "PREVIEW_POSITIONS", 95)
+    small = dense.latents[:, 1:].reshape(1, 1, 4, 2, 6, 2, 16).mean((3, 5))
+    expected = np.asarray(pipeline.codec.decode(jnp.asarray(small)))[:, 0]
+    picture = pipeline.preview(estimate)
+    assert picture.shape == (1, 16, 24, 3)
+    expected = np.clip(0.5 * (expected + 1), 0, 1)
+    np.testing.assert_allclose(picture, expected, rtol=0, atol=1e-6)
 
 
 def test_damaged_weights_are_named_with_the_step(checkpoint, pipeline):
