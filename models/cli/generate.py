@@ -2,6 +2,8 @@
 
 import argparse
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ from models.cli.progress import progress_bar
 from models.cli.report import device_details
 from models.diffusion.comparison import Comparison, run_report
 from models.diffusion.pipeline import VideoPipeline
-from models.diffusion.results import GenerationResult
+from models.diffusion.results import GenerationResult, StepReport
 from models.files import MissingFilesError
 from models.media import metrics, plots
 from models.media import video as video_io
 from models.media.run_folder import KEPT_SHARE, REPORT, RunFolder
+
+# Takes what is shown before the bar and the number of steps; gives the callback.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[StepReport], None]]]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -43,10 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         folders = [outputs.FOLDER / name for name in names]
         _check_folders(folders, arguments)
     request = requests[0]
-    height, width = request.sampling.height, request.sampling.width
-    if arguments.compare:
-        metrics.check_ssim_size(height, width)
-    video_io.check_frame_size(height, 2 * width if arguments.compare else width)
+    check_video(request)
     details = [each.details() for each in requests]
     for line in request.describe():
         print(line)
@@ -56,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     missing: dict[Path, Exception] = {}
     for folder, request, each in zip(folders, requests, details, strict=True):
         try:
-            _run_once(RunFolder(folder), pipeline, request, each)
+            make_run(RunFolder(folder), pipeline, request, each)
         except MissingFilesError as error:
             missing |= error.reasons
             if any(path.suffix == ".mp4" for path in error.reasons):
@@ -70,32 +72,65 @@ def _check_folders(folders: list[Path], arguments: argparse.Namespace) -> None:
         outputs.check_run_folder(folder, overwrite=arguments.overwrite)
 
 
-def _run_once(
+def check_video(request: Request) -> None:
+    """Checks that videos of the size can be written and, if asked for, compared.
+
+    Raises:
+      ValueError: They cannot.
+    """
+    height, width = request.sampling.height, request.sampling.width
+    if request.arguments.compare:
+        metrics.check_ssim_size(height, width)
+        width *= 2
+    video_io.check_frame_size(height, width)
+
+
+def make_run(
     files: RunFolder,
     pipeline: VideoPipeline,
     request: Request,
     details: dict[str, Any],
+    progress: Progress = progress_bar,
 ) -> None:
-    """Makes and writes what one seed gives, bit for bit as it would alone."""
+    """Makes and writes what one seed gives, bit for bit as it would alone.
+
+    Args:
+      files: The folder.
+      pipeline: The model.
+      request: Settings, of which the seed in `sampling` is taken.
+      details: Entries to put in front of the report.
+      progress: Shows each step. Its callback may raise `StopGeneration`: what was
+        computed is written.
+
+    Raises:
+      MissingFilesError: Some of the files could not be written.
+    """
     try:
         with files:
             if request.arguments.compare:
-                _compare(files, pipeline, request, details)
+                _compare(files, pipeline, request, details, progress)
             else:
-                _make_video(files, pipeline, request, details)
+                attention = AttentionPlan.dense()
+                if not request.arguments.dense:
+                    attention = _draft_plan(request)
+                result = _generate(pipeline, request, attention, progress)
+                _write_video(files, pipeline, request, details, result, attention)
     finally:  # also if something went wrong later: they are what was computed
         for file in files.written:
             print(file, flush=True)
 
 
 def _generate(
-    pipeline: VideoPipeline, request: Request, attention: AttentionPlan
+    pipeline: VideoPipeline,
+    request: Request,
+    attention: AttentionPlan,
+    progress: Progress,
 ) -> GenerationResult:
     arguments, sampling = request.arguments, request.sampling
     name = "dense" if attention.is_dense else "sparse"
     if len(getattr(arguments, "seeds", ())) > 1:
         name += f", seed {sampling.seed}"
-    with progress_bar(name, sampling.num_steps) as callback:
+    with progress(name, sampling.num_steps) as callback:
         return pipeline.generate(
             arguments.prompt,
             sampling,
@@ -111,13 +146,17 @@ def _compare(
     pipeline: VideoPipeline,
     request: Request,
     details: dict[str, Any],
+    progress: Progress,
 ) -> None:
     """Makes and writes a dense and a sparse video; the first before the second."""
     fps = _fps(pipeline, request)
-    dense = _generate(pipeline, request, AttentionPlan.dense())
+    dense = _generate(pipeline, request, AttentionPlan.dense(), progress)
+    if dense.stopped:  # there will be nothing to compare it with
+        _write_video(files, pipeline, request, details, dense, AttentionPlan.dense())
+        return
     video = functools.partial(video_io.write_mp4, video=dense.video[0], fps=fps)
     files.write("dense.mp4", video)
-    sparse = _generate(pipeline, request, _draft_plan(request))
+    sparse = _generate(pipeline, request, _draft_plan(request), progress)
     comparison = Comparison(dense=dense, sparse=sparse)
     for name, writer in comparison.writers(fps=fps, details=details).items():
         files.write(name, writer)
@@ -127,29 +166,28 @@ def _compare(
         print(_difference(comparison.report()))
 
 
-def _make_video(
+def _write_video(
     files: RunFolder,
     pipeline: VideoPipeline,
     request: Request,
     details: dict[str, Any],
+    result: GenerationResult,
+    attention: AttentionPlan,
 ) -> None:
-    arguments = request.arguments
-    attention = AttentionPlan.dense() if arguments.dense else _draft_plan(request)
-    result = _generate(pipeline, request, attention)
     fps = _fps(pipeline, request)
     video = functools.partial(video_io.write_mp4, video=result.video[0], fps=fps)
     files.write("video.mp4", video)
-    if not arguments.dense:
+    if not attention.is_dense:
         picture = functools.partial(
             plots.plot_kept_share,
             kept_density=result.kept_density,
             timesteps=result.timesteps,
-            title=arguments.prompt,
+            title=request.arguments.prompt,
         )
         files.write(KEPT_SHARE, picture)
 
     def write_report(path: Path) -> None:
-        name = "dense" if arguments.dense else "draft"
+        name = "dense" if attention.is_dense else "draft"
         report = details | {"attention": name} | run_report(result)
         video_io.write_json(path, report)
 

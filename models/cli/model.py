@@ -55,21 +55,25 @@ class Request:
         """The draft's settings and schedule, the model's own if that is asked for."""
         return options.draft_from(self.arguments, self.info.published)
 
-    def load(self) -> VideoPipeline:
-        """Loads the pipeline; large encoders run before the transformer is loaded."""
+    def load(self, *, any_prompt: bool = False) -> VideoPipeline:
+        """Loads the pipeline.
+
+        Args:
+          any_prompt: Whether it is to serve other prompts, too, for which text
+            encoders stay in memory. Else they run before the transformer is loaded.
+        """
         arguments, sampling = self.arguments, self.sampling
         if "text.prompts" not in self.family.takes:
             return load_pipeline(arguments.checkpoint)
         negative = (sampling.negative_prompt,) if sampling.guided else ()
+        prompts = None if any_prompt else (arguments.prompt, *negative)
         # Of the path and the files that were looked at: a name on the hub may stand
         # for others by now.
         pipeline = load_pipeline(
             self.info.path,
             loras=arguments.lora,
             lora_strict=arguments.lora_strict == "yes",
-            text=dataclasses.replace(
-                _text_options(arguments), prompts=(arguments.prompt, *negative)
-            ),
+            text=dataclasses.replace(_text_options(arguments), prompts=prompts),
             files=self.info.files,
         )
         if arguments.vae_tile is None:

@@ -41,9 +41,11 @@ class Comparison:
         dense_video, sparse_video = self.dense.video[0], self.sparse.video[0]
         decibel = psnr(sparse_video, dense_video)
         sparse_steps = ~self.dense_steps()
+        # Of a sparse run that was stopped: the steps that both have.
+        dense_time_ms = self.dense.time_ms[: len(sparse_steps)]
         speed_up = None
         if sparse_steps.any():
-            dense_ms = np.median(self.dense.time_ms[sparse_steps])
+            dense_ms = np.median(dense_time_ms[sparse_steps])
             speed_up = float(dense_ms / np.median(self.sparse.time_ms[sparse_steps]))
         return {
             "psnr_db": decibel if math.isfinite(decibel) else None,
@@ -51,7 +53,7 @@ class Comparison:
             "sparse_steps": int(sparse_steps.sum()),
             "speed_up_of_sparse_steps": speed_up,
             "speed_up_of_all_steps": float(
-                self.dense.time_ms.sum() / self.sparse.time_ms.sum()
+                dense_time_ms.sum() / self.sparse.time_ms.sum()
             ),
             "dense": run_report(self.dense),
             "sparse": run_report(self.sparse),

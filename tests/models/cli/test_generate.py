@@ -18,7 +18,8 @@ import pytest
 
 from models.cli import generate, main, options
 from models.cli import model as cli_model
-from models.cli.parser import build_parser, parse_lora
+from models.cli.model_options import parse_lora
+from models.cli.parser import build_parser
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.schedulers import FlowUniPC
 from models.files import whole_file

@@ -60,6 +60,21 @@ def test_report(comparison):
     json.dumps(report, allow_nan=False)
 
 
+def test_report_of_a_sparse_run_that_was_stopped(comparison):
+    """Times are compared over the two steps that both have: 80 ms and 60 ms."""
+    sparse = comparison.sparse
+    fields = ("time_ms", "kept_density", "dense", "timesteps")
+    sparse = dataclasses.replace(
+        sparse, **{name: getattr(sparse, name)[:2] for name in fields}, stopped=True
+    )
+    report = Comparison(dense=comparison.dense, sparse=sparse).report()
+    assert report["sparse_steps"] == 1
+    assert report["speed_up_of_sparse_steps"] == pytest.approx(2)
+    assert report["speed_up_of_all_steps"] == pytest.approx(80 / 60)
+    assert report["sparse"]["stopped"]
+    assert not report["dense"]["stopped"]
+
+
 def test_equal_videos_have_no_finite_psnr(comparison):
     same = Comparison(dense=comparison.dense, sparse=comparison.dense)
     report = same.report()
