@@ -4,7 +4,7 @@ Pipeline, sampler and inspection know a model family by these alone. A family is
 `VideoModel` with its `Conditioning`, a `Codec` and encoders.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -261,4 +261,29 @@ class VideoModel(Protocol):
         """Returns queries and keys of every layer, as self-attention sees them.
 
         Takes what `__call__` takes. Tokens are in tiled order.
+        """
+
+    def map_qk(
+        self,
+        function: Callable[[Array, Array], Any],
+        inputs: Any,
+        *,
+        attention: AttentionPlan,
+        step: DraftStep | None,
+        masks: BlockMask | None,
+    ) -> Any:
+        """Calls a function of queries and keys of every layer, one layer at a time.
+
+        No two layers' queries and keys exist at once, so it is for models and videos
+        of any size.
+
+        Args:
+          function: Returns a pytree of arrays for q and k, [B, T, N, D] in tiled order.
+          inputs: As `__call__` takes them.
+          attention: As `__call__` takes it.
+          step: As `__call__` takes it.
+          masks: As `__call__` takes them.
+
+        Returns:
+          What it has returned, stacked over layers.
         """

@@ -35,6 +35,7 @@ from models.diffusion.sampler import (
     Sampler,
     SamplerState,
     StepInputs,
+    StepRecorder,
 )
 from models.diffusion.sampling import Sampling
 from models.diffusion.seeds import items_of_seeds, join_results
@@ -140,6 +141,7 @@ class VideoPipeline:
         attention: AttentionPlan = DENSE,
         guidance_batching: GuidanceBatching = "one_call",
         callback: Callable[[StepReport], None] | None = None,
+        recorder: StepRecorder | None = None,
     ) -> GenerationResult:
         """Generates one video for each prompt.
 
@@ -166,6 +168,7 @@ class VideoPipeline:
           callback: Called after each step. Raising `StopGeneration` ends the run
             there: what was computed is decoded and returned. Of several seeds, the
             videos that are finished are returned, or else the first as far as it is.
+          recorder: Called before each step, such as `AttentionRecorder`.
 
         Returns:
           The videos and their statistics.
@@ -190,6 +193,7 @@ class VideoPipeline:
                     attention=attention,
                     guidance_batching=guidance_batching,
                     callback=callback,
+                    recorder=recorder,
                 )
                 results.append(result)
                 if result.stopped:
@@ -206,7 +210,7 @@ class VideoPipeline:
         )
         programs, compile_ms = self.compile(sampler, state, inputs)
         state, reports = sampler.run_steps(
-            programs, state, inputs, sampling.num_steps, callback
+            programs, state, inputs, sampling.num_steps, callback, recorder
         )
         num_steps = len(reports)
         stopped = num_steps < sampling.num_steps

@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -290,8 +290,11 @@ class Sampler:
         inputs: StepInputs,
         num_steps: int,
         callback: Callable[[StepReport], None] | None = None,
+        recorder: "StepRecorder | None" = None,
     ) -> tuple[SamplerState, list[StepReport]]:
         """Runs the first steps, and calls back after each; see `run_step`.
+
+        A recorder is called before each step, outside the time that is reported.
 
         Returns:
           The state after the last step, and a report of each, fewer than `num_steps`
@@ -301,6 +304,8 @@ class Sampler:
         for index in range(num_steps):
             if reports:  # the next step needs the memory
                 reports[-1] = dataclasses.replace(reports[-1], estimate=None)
+            if recorder is not None:
+                recorder.before_step(self, state, inputs, index)
             state, report = self.run_step(programs, state, inputs, index)
             left = self._time_left_ms([*reports, report], num_steps)
             reports.append(dataclasses.replace(report, time_left_ms=left))
@@ -328,6 +333,16 @@ class Sampler:
         )
         budget = None if self.plan is None else jnp.asarray(self.plan.budget[index])
         return nnx.state(self.model), state, inputs, timestep, coefficients, budget
+
+
+@runtime_checkable
+class StepRecorder(Protocol):
+    """Looks at what a step is about to start from, and changes nothing."""
+
+    def before_step(
+        self, sampler: Sampler, state: SamplerState, inputs: StepInputs, index: int
+    ) -> None:
+        """Is called before step `index`; the state's arrays are gone after it."""
 
 
 def _is_guided(state: SamplerState, inputs: StepInputs) -> bool:

@@ -10,6 +10,7 @@ through: the double blocks come first.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -156,10 +157,28 @@ class HunyuanTransformer(nnx.Module):
           q and k after norm and rotary embedding: visual tokens in tiled order, then
           the text.
         """
-        *_, sown = self._run(inputs, attention, step, masks, capture=True)
-        double, single = (stack["attn"] for stack in sown)
-        q, k = (jnp.concatenate([double[name], single[name]]) for name in ("q", "k"))
-        return q, k
+        return self.map_qk(
+            lambda q, k: (q, k), inputs, attention=attention, step=step, masks=masks
+        )
+
+    def map_qk(
+        self,
+        function: Callable[[Array, Array], Any],
+        inputs: HunyuanInputs,
+        *,
+        attention: AttentionPlan = _DENSE,
+        step: DraftStep | None = None,
+        masks: BlockMask | None = None,
+    ) -> Any:
+        """Calls a function of every layer's q and k; see `VideoModel.map_qk`."""
+        *_, stacks = self._run(
+            inputs,
+            attention,
+            step,
+            masks,
+            capture=lambda sown: function(sown["attn"]["q"], sown["attn"]["k"]),
+        )
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
 
     def step_inputs(
         self,
@@ -235,9 +254,9 @@ class HunyuanTransformer(nnx.Module):
         masks: BlockMask | None,
         *,
         remat: bool = False,
-        capture: bool = False,
+        capture: Callable[[dict[str, Any]], Any] | None = None,
     ) -> tuple[Velocity, BlockMask | None, Any]:
-        """Returns velocity, masks, and with `capture` what each stack has sown."""
+        """Returns velocity, masks, and what `capture` returns for each stack."""
         config = self.config
         check_inputs(inputs, config)
         grid = self.grid(inputs.latents.shape)

@@ -6,6 +6,7 @@ output is put back once; no layer reorders tokens. Layers share one traced block
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -120,8 +121,28 @@ class WanTransformer(nnx.Module):
         Returns:
           q and k after norm and rotary embedding, tokens in tiled order.
         """
-        *_, sown = self._run(inputs, attention, step, masks, capture=True)
-        return sown["attn1"]["q"], sown["attn1"]["k"]
+        return self.map_qk(
+            lambda q, k: (q, k), inputs, attention=attention, step=step, masks=masks
+        )
+
+    def map_qk(
+        self,
+        function: Callable[[Array, Array], Any],
+        inputs: WanInputs,
+        *,
+        attention: AttentionPlan = _DENSE,
+        step: DraftStep | None = None,
+        masks: BlockMask | None = None,
+    ) -> Any:
+        """Calls a function of every layer's q and k; see `VideoModel.map_qk`."""
+        *_, results = self._run(
+            inputs,
+            attention,
+            step,
+            masks,
+            capture=lambda sown: function(sown["attn1"]["q"], sown["attn1"]["k"]),
+        )
+        return results
 
     def step_inputs(
         self,
@@ -185,9 +206,9 @@ class WanTransformer(nnx.Module):
         masks: BlockMask | None,
         *,
         remat: bool = False,
-        capture: bool = False,
+        capture: Callable[[dict[str, Any]], Any] | None = None,
     ) -> tuple[Velocity, BlockMask | None, Any]:
-        """Returns velocity, masks, and with `capture` what all layers have sown."""
+        """Returns velocity, masks, and what `capture` returns for all layers."""
         config = self.config
         check_inputs(inputs, config)
         grid = self.grid(inputs.latents.shape)

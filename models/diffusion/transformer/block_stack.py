@@ -52,7 +52,7 @@ def run_blocks(
     masks: BlockMask | None,
     first: int = 0,
     remat: bool = False,
-    capture: bool = False,
+    capture: Callable[[dict[str, Any]], Any] | None = None,
 ) -> tuple[Any, BlockMask | None, Any]:
     """Runs a stack of blocks with self-attention, dense or by a schedule.
 
@@ -68,14 +68,13 @@ def run_blocks(
       first: Number of the model's layers before this stack: the index of its first
         block in step and masks.
       remat: Recompute each block in the backward pass.
-      capture: Whether to collect what blocks sow.
+      capture: Called in each block with what it has sown, in nested dictionaries.
 
     Returns:
-      The residual stream, the masks of all layers of the model, and with `capture` what
-      these blocks have sown, stacked.
+      The residual stream, the masks of all layers of the model, and what `capture` has
+      returned for these blocks, stacked; None without.
     """
     structure, parameters = nnx.split(blocks)
-    call_block = call_and_capture if capture else _call_block
 
     def run_layer(known_dense, carry, layer):
         x, masks = carry
@@ -87,7 +86,11 @@ def run_blocks(
 
         def run_block(x, layer_parameters, mask):
             block = nnx.merge(structure, layer_parameters)
-            return call_block(block, x, shared, layer_step, mask)
+            arguments = x, shared, layer_step, mask
+            if capture is None:
+                return block(*arguments), None
+            result, sown = call_and_capture(block, *arguments)
+            return result, capture(sown)
 
         if remat:
             # Inside a scan the backward pass cannot merge with the forward one.
@@ -107,11 +110,6 @@ def run_blocks(
     x, masks = carry
     sown = jax.tree.map(lambda *runs: jnp.concatenate(runs), *sown_of_runs)
     return x, masks, sown
-
-
-def _call_block(block: nnx.Module, *arguments: Any) -> tuple[Any, None]:
-    """Calls a block as `call_and_capture` does, and collects nothing."""
-    return block(*arguments), None
 
 
 def runs_of_layers(

@@ -1,0 +1,125 @@
+"""Recording draft maps and masks beside a run."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule, VideoGrid
+from models.diffusion.inspection import inspect_attention
+from models.diffusion.recording import AttentionRecorder, choose_looks, to_levels
+from models.mini.pipeline import pipeline_of
+from tests import tiny_model
+
+PROMPT = "a red ball"
+PLAN = AttentionPlan.draft(
+    DraftConfig(sparsity=0.5), SparsitySchedule(dense_fraction=0.25, dense_layers=(1,))
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return pipeline_of(tiny_model.make_checkpoint())
+
+
+@pytest.fixture(scope="module")
+def run(pipeline):
+    recorder = AttentionRecorder()
+    result = pipeline.generate(
+        PROMPT, tiny_model.SAMPLING, attention=PLAN, recorder=recorder
+    )
+    return result, recorder.record()
+
+
+def numpy_levels(scores):
+    levels = np.zeros(scores.shape, int)
+    for index in np.ndindex(scores.shape[:-2]):
+        for row, column in np.ndindex(scores.shape[-2:]):
+            share = scores[index][row, column] / scores[index].max()
+            if share > 1e-4:
+                levels[index][row, column] = round(255 * (1 + np.log10(share) / 4))
+    return levels
+
+
+@pytest.mark.nightly
+def test_a_record_has_what_inspection_sees(pipeline, run):
+    _, record = run
+    assert record.looks.steps == (2,)  # the middle of the steps 1, 2, 3
+    assert record.looks.layers == (0, 1, 2)
+    assert record.looks.heads == (0, 1)
+    assert (record.of_steps, record.of_layers, record.of_heads) == (4, 3, 2)
+    assert record.dense.tolist() == [[False, True, False]]
+    view = inspect_attention(
+        pipeline, PROMPT, tiny_model.SAMPLING, step=2, attention=PLAN
+    )
+    assert record.timesteps == (view.timestep,)
+    masks = np.unpackbits(record.masks[0], axis=-1, count=tiny_model.NUM_TILES)
+    np.testing.assert_array_equal(masks, view.masks)
+    np.testing.assert_allclose(record.peaks[0], view.draft_maps.max((-2, -1)), 1e-5)
+    # A score that rounds up here may round down there.
+    differences = record.levels[0].astype(int) - numpy_levels(view.draft_maps)
+    assert np.abs(differences).max() <= 1
+
+
+@pytest.mark.nightly
+def test_a_recorder_changes_neither_video_nor_latents(pipeline, run):
+    recorded, record = run
+    plain = pipeline.generate(PROMPT, tiny_model.SAMPLING, attention=PLAN)
+    np.testing.assert_array_equal(recorded.video, plain.video)
+    np.testing.assert_array_equal(recorded.latents, plain.latents)
+    assert record.levels.max((-2, -1)).tolist() == [[[255, 255]] * 3]
+
+
+@pytest.mark.nightly
+def test_a_dense_run_leaves_no_record(pipeline):
+    recorder = AttentionRecorder()
+    sampling = dataclasses.replace(tiny_model.SAMPLING, num_steps=1)
+    pipeline.generate(PROMPT, sampling, recorder=recorder)
+    assert recorder.record() is None
+
+
+def test_levels_of_a_map_worked_by_hand():
+    scores = jnp.array([[[0.5, 0.05], [5e-5, 1e-9]], [[0.0, 0.0], [0.0, 0.0]]])
+    levels, peaks = to_levels(scores)
+    # A tenth of the largest is one of four decades below it.
+    np.testing.assert_array_equal(levels[0], [[255, 191], [0, 0]])
+    np.testing.assert_array_equal(levels[1], 0)
+    np.testing.assert_allclose(peaks, [0.5, 0.0])
+
+
+def looks_of(*, num_steps=50, num_layers=40, num_heads=24, **options):
+    """Looks at 100 tiles, of a run whose first fifth is dense."""
+    plan = SparsitySchedule(dense_fraction=0.2).plan(
+        np.linspace(1000, 10, num_steps),
+        num_layers=num_layers,
+        grid=VideoGrid(1, 1, 100, tile=(1, 1)),
+        config=DraftConfig(),
+    )
+    return choose_looks(plan, num_heads=num_heads, num_tiles=100, **options)
+
+
+def test_looks_are_spread_over_sparse_steps_and_all_layers():
+    looks = looks_of()
+    assert looks.steps == (10, 30, 49)
+    assert looks.layers == (0, 6, 11, 17, 22, 28, 33, 39)
+    assert looks.heads == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("most_bytes", [10_000, 60_000, 200_000, 10**6], ids=str)
+def test_looks_take_no_more_than_they_may(most_bytes):
+    """A map of 100 x 100 tiles has 100 * (100 + 13) bytes."""
+    looks = looks_of(most_bytes=most_bytes)
+    if most_bytes < 11_300:
+        assert looks is None
+        return
+    number = len(looks.steps) * len(looks.layers) * len(looks.heads)
+    assert number * 11_300 <= most_bytes
+    assert number >= 0.5 * min(most_bytes // 11_300, 96)
+
+
+def test_few_steps_and_small_models_have_fewer_looks():
+    looks = looks_of(num_steps=16, num_layers=2, num_heads=1)
+    assert len(looks.steps) == 1
+    assert looks.layers == (0, 1)
+    assert looks.heads == (0,)
