@@ -14,13 +14,17 @@ from pallas_kernels.attention.dense_api import (
     why_no_cudnn,
 )
 from pallas_kernels.attention.derivatives import RESIDUAL_NAMES
+from pallas_kernels.attention.means import Means
 from pallas_kernels.common.slow_paths import SlowBackendWarning
+from pallas_kernels.common.sub_tiles import SubTiles
 
 __all__ = [
     "RESIDUAL_NAMES",
     "BackendChoice",
     "BackendName",
+    "Means",
     "SlowBackendWarning",
+    "SubTiles",
     "block_sparse_attention",
     "block_sparse_attention_with_lse",
     "chosen_backend",

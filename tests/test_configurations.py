@@ -44,7 +44,7 @@ from models.umt5.config import UMT5Config
 from models.wan.config import WanConfig
 from models.wan.vae.config import WanVAEConfig
 from models.wan.vae.tiling import Tiling as FrameTiling
-from pallas_kernels import block_sparse_attention
+from pallas_kernels import SubTiles, block_sparse_attention
 from pallas_kernels.attention.blocks import ChunkConfig
 from pallas_kernels.attention.sm90.plan import KernelConfig
 from pallas_kernels.common import configuration
@@ -124,6 +124,16 @@ EQUAL = {
             "width": np.int8(8),
             "tile": [2, 4],
             "order": np.str_("tiled"),
+        },
+    ),
+    SubTiles: (
+        {"frames": 2, "height": 4, "width": 8, "tile": (2, 4), "sub_tile": (1, 2)},
+        {
+            "frames": np.uint8(2),
+            "height": np.int64(4),
+            "width": np.int8(8),
+            "tile": [2, 4],
+            "sub_tile": [np.int8(1), 2],
         },
     ),
     KernelConfig: ({"num_slots": 6}, {"num_slots": np.uint8(6)}),

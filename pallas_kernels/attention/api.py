@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import reference as oracle
 from pallas_kernels.attention import sm90, xla
+from pallas_kernels.attention.means import Means
 from pallas_kernels.common import AnyArray, Scale, to_jax, validation
 from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.interfaces import (
@@ -80,6 +81,7 @@ def block_sparse_attention(
     order: Order,
     scale: Scale | None = None,
     text_lengths: Int[AnyArray, " B"] | None = None,
+    means: Means | None = None,
     backend: BackendName = "auto",
 ) -> Float[Array, "B T N D"]:
     """Computes softmax attention of each query block over the key blocks it keeps.
@@ -103,6 +105,8 @@ def block_sparse_attention(
         into q, rounded to its dtype; XLA multiplies in float32.
       text_lengths: Valid text tokens of each batch item, the first ones of the
         text; None means all. Keys past them are not attended to.
+      means: Means of keys and values that stand for the skipped blocks, in the same
+        softmax; None leaves them out. Gradients flow to its k and v.
       backend: A backend by name, or "auto" for the fastest one that supports the
         inputs on this device; see `chosen_backend`.
 
@@ -122,6 +126,7 @@ def block_sparse_attention(
     )
     validation.check_mask(q, mask, grid)
     validation.check_lists(mask)
+    means = _checked_means(means, q, grid)
     return unchecked_block_sparse_attention(
         q,
         k,
@@ -131,6 +136,7 @@ def block_sparse_attention(
         order=order,
         scale=scale,
         text_lengths=text_lengths,
+        means=means,
         backend=backend,
     )
 
@@ -145,6 +151,7 @@ def block_sparse_attention_with_lse(
     order: Order,
     scale: Scale | None = None,
     text_lengths: Int[AnyArray, " B"] | None = None,
+    means: Means | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
     """Computes `block_sparse_attention` and the log-sum-exp of the logits.
@@ -158,6 +165,7 @@ def block_sparse_attention_with_lse(
       order: How the tokens of q, k, v and of both results are ordered. Required.
       scale: Factor on the logits.
       text_lengths: Valid text tokens of each batch item.
+      means: What stands for skipped blocks.
       backend: A backend by name, or "auto".
 
     Returns:
@@ -174,6 +182,7 @@ def block_sparse_attention_with_lse(
     )
     validation.check_mask(q, mask, grid)
     validation.check_lists(mask)
+    means = _checked_means(means, q, grid)
     return _dispatch(
         q,
         k,
@@ -183,6 +192,7 @@ def block_sparse_attention_with_lse(
         order=order,
         scale=scale,
         text_lengths=text_lengths,
+        means=means,
         backend=backend,
         with_lse=True,
     )
@@ -198,6 +208,7 @@ def unchecked_block_sparse_attention(
     order: Order,
     scale: Scale,
     text_lengths: Int[Array, " B"] | None,
+    means: Means | None = None,
     backend: BackendName,
 ) -> Float[Array, "B T N D"]:
     """Computes `block_sparse_attention` for a caller that checks arguments.
@@ -211,6 +222,7 @@ def unchecked_block_sparse_attention(
       order: How the tokens of q, k, v and of the output are ordered.
       scale: Factor on the logits, as `validation.check_attention` returns it.
       text_lengths: Valid text tokens, as `validation.check_attention` returns them.
+      means: What stands for skipped blocks.
       backend: A backend by name, or "auto".
 
     Returns:
@@ -228,6 +240,7 @@ def unchecked_block_sparse_attention(
         order=order,
         scale=scale,
         text_lengths=text_lengths,
+        means=means,
         backend=backend,
         with_lse=False,
     )
@@ -235,11 +248,12 @@ def unchecked_block_sparse_attention(
 
 
 def _dispatch(
-    q, k, v, mask, *, grid, order, scale, text_lengths, backend, with_lse: bool
+    q, k, v, mask, *, grid, order, scale, text_lengths, means, backend, with_lse: bool
 ) -> Any:
     """Chooses a backend and runs it; the log-sum-exp is None where it is not asked."""
     device = current_device(q)
-    choice = choose(_describe(q, grid, order, device), backend)
+    problem = _describe(q, grid, order, device, has_means=means is not None)
+    choice = choose(problem, backend)
     if choice.slower_because is not None:
         warn_once(
             f"block_sparse_attention runs on backend {choice.name!r}: "
@@ -255,6 +269,7 @@ def _dispatch(
         mask.block_ids,
         text_lengths,
         scale_array,
+        means,
         grid=grid,
         order=order,
         scale=known_scale,
@@ -262,6 +277,23 @@ def _dispatch(
         device=device,
         with_lse=with_lse,
     )
+
+
+def _checked_means(
+    means: Means | None, q: Float[Array, "B T N D"], grid: BlockGrid
+) -> Means | None:
+    """Returns means whose arrays are jax's; raises unless they fit q and the grid."""
+    if means is None:
+        return None
+    if not isinstance(means, Means):
+        raise TypeError(
+            f"means is {type(means).__name__}; expected Means, such as of "
+            "draft_jax.make_means, or None"
+        )
+    k, v, dropped = to_jax(*means[:3])
+    means = Means(k, v, dropped, means.sub_tiles)
+    validation.check_means(q, means, grid)
+    return means
 
 
 class _Lists(NamedTuple):
@@ -284,6 +316,7 @@ def _attend(
     block_ids,
     text_lengths,
     scale_array,
+    means,
     *,
     grid: BlockGrid,
     order: Order,
@@ -304,6 +337,8 @@ def _attend(
         "text_lengths": text_lengths,
         "device": device,
     }
+    if means is not None:
+        options["means"] = means
     if backend.takes_raster:
         out, lse = backend.function(q, k, v, mask, order=order, **options)
         return out, lse if with_lse else None
@@ -321,6 +356,7 @@ def chosen_backend(
     *,
     grid: BlockGrid,
     order: Order,
+    has_means: bool = False,
     backend: BackendName = "auto",
 ) -> BackendChoice:
     """Says which backend a call with such queries runs on, and why.
@@ -329,6 +365,7 @@ def chosen_backend(
       q: The queries, or their shape and dtype.
       grid: As passed to `block_sparse_attention`.
       order: As passed to `block_sparse_attention`. Required.
+      has_means: Whether `block_sparse_attention` is given means.
       backend: As passed to `block_sparse_attention`.
 
     Returns:
@@ -338,7 +375,8 @@ def chosen_backend(
       ValueError: As `block_sparse_attention` would for the order or the backend.
     """
     validation.check_order(order)
-    return choose(_describe(q, grid, order, current_device(q)), backend)
+    problem = _describe(q, grid, order, current_device(q), has_means=has_means)
+    return choose(problem, backend)
 
 
 def choose(problem: Problem, backend: str) -> BackendChoice:
@@ -371,7 +409,12 @@ def choose(problem: Problem, backend: str) -> BackendChoice:
 
 
 def _describe(
-    q: jax.Array | jax.ShapeDtypeStruct, grid: BlockGrid, order: Order, device: Device
+    q: jax.Array | jax.ShapeDtypeStruct,
+    grid: BlockGrid,
+    order: Order,
+    device: Device,
+    *,
+    has_means: bool,
 ) -> Problem:
     return Problem(
         head_dim=q.shape[-1],
@@ -379,4 +422,5 @@ def _describe(
         grid=grid,
         order=order,
         device=device,
+        has_means=has_means,
     )

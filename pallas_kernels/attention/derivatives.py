@@ -3,7 +3,8 @@
 The forward pass gives the output and the log-sum-exp; all else follows from them, block
 by block. Reverse mode is FlashAttention's backward pass: dQ walks the lists of the
 forward pass, dK and dV the transposed ones. Forward mode walks those of the forward
-pass.
+pass. Means for skipped blocks are further keys of the same softmax: their share of the
+tangents is added, and JAX transposes it.
 """
 
 import dataclasses
@@ -26,10 +27,17 @@ from pallas_kernels.attention.blocks import (
     transpose,
     valid_only,
 )
+from pallas_kernels.attention.means import (
+    Means,
+    MeansByHead,
+    added_tangents,
+    by_head,
+)
 from pallas_kernels.attention.pair_sums import Arrays, Walked, dot, sum_over_pairs
 from pallas_kernels.common.interfaces import BlockGrid, Order
 from pallas_kernels.common.linear_maps import LinearMap
 from pallas_kernels.common.static import jit_once
+from pallas_kernels.common.sub_tiles import SubTiles
 from pallas_kernels.common.token_order import reorder_tokens
 
 # Log-sum-exp that derivatives see of a query without a key: its probabilities are zero.
@@ -40,17 +48,21 @@ NO_KEY = np.finfo(np.float32).max
 RESIDUAL_NAMES = ("attention_output", "attention_log_sum_exp")
 
 
+_NUM_ARRAYS = 6  # of an attention without means
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention:
     """An attention function and what its derivatives need to know. Static.
 
     Attributes:
-      forward: Takes q, k, v, row_offsets, block_ids and text_lengths; returns the
-        output and the float32 log-sum-exp.
+      forward: Takes q, k, v, row_offsets, block_ids and text_lengths, and of means k,
+        v and dropped; returns the output and the float32 log-sum-exp.
       grid: Geometry of the blocks.
       order: How the tokens are ordered.
       scale: Factor on the logits.
       config: Amounts that derivatives compute at once.
+      sub_tiles: What the means are taken over; None without means.
     """
 
     forward: Callable[..., tuple[Array, Array]]
@@ -58,6 +70,7 @@ class Attention:
     order: Order
     scale: float
     config: ChunkConfig
+    sub_tiles: SubTiles | None = None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -79,8 +92,43 @@ def _differentiate(attention, primals, tangents):
         apply=functools.partial(_tangents, attention),
         transpose=functools.partial(_cotangents, attention),
     )
-    moved = tuple(None if isinstance(x, SymbolicZero) else x for x in tangents[:3])
-    return (out, lse), program((*primals, out, kept_lse), moved)
+    kept = (*primals[:_NUM_ARRAYS], out, kept_lse)
+    moved = program(kept, _moving(tangents[:3]))
+    if attention.sub_tiles is not None:
+        mean_k, mean_v, dropped = primals[_NUM_ARRAYS:]
+        means = Means(mean_k, mean_v, dropped, attention.sub_tiles)
+        moving = _moving((tangents[0], *tangents[_NUM_ARRAYS:-1]))
+        added = _tangents_of_means(attention, kept, means, moving)
+        moved = tuple(x + y for x, y in zip(moved, added, strict=True))
+    return (out, lse), moved
+
+
+def _moving(tangents: tuple[Array | SymbolicZero, ...]) -> tuple[Array | None, ...]:
+    return tuple(None if isinstance(x, SymbolicZero) else x for x in tangents)
+
+
+@functools.partial(jit_once, static_argnums=0)
+def _tangents_of_means(
+    attention: Attention, kept: Arrays, means: Means, moved: tuple[Array | None, ...]
+) -> Arrays:
+    """Returns what the means add to the tangents; `moved` are those of q and means."""
+    if all(x is None for x in moved):
+        return tuple(jnp.zeros_like(x) for x in kept[-2:])
+    blocks = _Blocks(attention, kept)
+    upcast = attention.config.upcast
+    d_q, d_k, d_v = moved
+    d_out, d_lse = added_tangents(
+        blocks.q,
+        blocks.out,
+        blocks.lse,
+        MeansByHead.of(means, upcast=upcast),
+        d_q=None if d_q is None else valid_only(blocks.cut(d_q), blocks.lengths),
+        d_k=None if d_k is None else by_head(d_k, upcast=upcast),
+        d_v=None if d_v is None else by_head(d_v, upcast=upcast),
+        scale=attention.scale,
+    )
+    dtype = kept[-2].dtype
+    return blocks.join(d_out).astype(dtype), blocks.join(d_lse).swapaxes(1, 2)
 
 
 class _Blocks:

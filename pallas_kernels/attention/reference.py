@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.attention.means import Means
 from pallas_kernels.common.interfaces import Backend, BlockGrid, BlockLists, Problem
 
 MAX_TOKENS = 8_192  # 256 MiB of float32 logits for each head and batch item
@@ -24,8 +25,11 @@ def oracle_attention(
     grid: BlockGrid,
     scale: float | Float[Array, ""],
     text_lengths: Int[Array, " B"] | None,
+    means: Means | None = None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
     """Computes a softmax over the kept and valid keys of each query, in float32.
+
+    Means are further keys: a mean of n dropped tokens is one key n times.
 
     Args:
       q: Queries in tiled order.
@@ -35,6 +39,7 @@ def oracle_attention(
       grid: Geometry of the blocks.
       scale: Factor on the logits.
       text_lengths: Valid text tokens of each batch item; None means all.
+      means: What stands for the blocks that each query block skips, or None.
 
     Returns:
       The attention output in q's dtype, and the natural log of the sum of exp of
@@ -44,12 +49,18 @@ def oracle_attention(
     if text_lengths is not None:  # padding may be NaN, and zero times NaN is NaN
         valid = _valid_tokens(grid, text_lengths)[:, :, None, None]
         q, k, v = (jnp.where(valid, x, 0) for x in (q, k, v))
+    count = kept.astype(jnp.float32)
+    if means is not None:
+        k, v = (jnp.concatenate(pair, 1) for pair in ((k, means.k), (v, means.v)))
+        count = jnp.concatenate([count, _tokens_of_means(means, grid)], axis=-1)
+        kept = count > 0
     logits = scale * jnp.einsum(
         "btnd,bsnd->bnts",
         q.astype(jnp.float32),
         k.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
+    logits += jnp.log(jnp.where(kept, count, 1.0))
     has_key = kept.any(-1)
     # Two steps of `where`: a row without keys is replaced before the softmax, so
     # that neither its value nor its gradient is ever NaN.
@@ -66,6 +77,15 @@ def oracle_attention(
     # Again, so that a cotangent of such a row, which may be NaN, is dropped.
     out = jnp.where(has_key.swapaxes(1, 2)[..., None], out, 0.0)
     return out.astype(q.dtype), jnp.where(has_key, lse, -jnp.inf)
+
+
+def _tokens_of_means(means: Means, grid: BlockGrid) -> Float[Array, "B N T M"]:
+    """Counts the tokens that each mean stands for, for each query."""
+    cells = means.sub_tiles
+    column_of_mean = np.arange(cells.num_cells) // cells.per_column
+    block_of_token = np.repeat(np.arange(grid.num_blocks), grid.block_lengths)
+    frames = means.dropped[:, :, block_of_token][..., column_of_mean]
+    return frames.astype(jnp.float32) * cells.tokens_per_frame
 
 
 def _token_mask(

@@ -19,6 +19,7 @@ from pallas_kernels.attention.blocks import (
     walk,
 )
 from pallas_kernels.attention.derivatives import Attention, attend
+from pallas_kernels.attention.means import Means, MeansByHead, start_softmax
 from pallas_kernels.attention.pair_sums import dot
 from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.interfaces import Backend, BlockGrid, BlockLists, Problem
@@ -34,6 +35,7 @@ def xla_attention(
     grid: BlockGrid,
     scale: float | Float[Array, ""],
     text_lengths: Int[Array, " B"] | None,
+    means: Means | None = None,
     config: ChunkConfig | None = None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
     """Computes attention over kept blocks only; differentiable in both modes.
@@ -46,6 +48,7 @@ def xla_attention(
       grid: Geometry of the blocks.
       scale: Factor on the logits, also a traced one.
       text_lengths: Valid text tokens of each batch item; None means all.
+      means: What stands for the blocks that each query block skips, or None.
       config: Group and step sizes; chosen by platform when None.
 
     Returns:
@@ -59,19 +62,22 @@ def xla_attention(
     if not isinstance(scale, float):
         # Exact: products of a float32 array are float32.
         q, scale = q.astype(jnp.float32) * scale, 1.0
+    sub_tiles = None if means is None else means.sub_tiles
     attention = Attention(
-        forward=functools.partial(_forward, (grid, scale, config)),
+        forward=functools.partial(_forward, (grid, scale, config, sub_tiles)),
         grid=grid,
         order="tiled",
         scale=scale,
         config=config,
+        sub_tiles=sub_tiles,
     )
-    return attend(attention, q, k, v, mask.row_offsets, mask.block_ids, text_lengths)
+    arrays = (q, k, v, mask.row_offsets, mask.block_ids, text_lengths)
+    return attend(attention, *arrays, *(() if means is None else means[:3]))
 
 
 @functools.partial(jit_once, static_argnums=0)
-def _forward(static, q, k, v, row_offsets, block_ids, text_lengths):
-    grid, scale, config = static
+def _forward(static, q, k, v, row_offsets, block_ids, text_lengths, *means):
+    grid, scale, config, sub_tiles = static
     batch, _, num_heads, _ = q.shape
     lengths = block_lengths(grid, text_lengths, num_heads)
 
@@ -80,9 +86,16 @@ def _forward(static, q, k, v, row_offsets, block_ids, text_lengths):
             x = x.astype(jnp.float32)
         return valid_only(cut(x, grid), lengths)
 
+    own = blocks(q)
+    started: tuple[Array, ...] = ()
+    if sub_tiles is not None:
+        mean_k, mean_v, dropped = means
+        of_blocks = Means(mean_k, mean_v, dropped, sub_tiles)
+        by_head = MeansByHead.of(of_blocks, upcast=config.upcast)
+        started = start_softmax(own, by_head, scale=scale)
     out, lse = walk(
         row_lists(row_offsets, block_ids),
-        own=(blocks(q), lengths),
+        own=(own, *started, lengths),
         others=(blocks(k), blocks(v), lengths),
         init=_forward_init,
         step=functools.partial(_forward_step, scale=scale),
@@ -95,7 +108,9 @@ def _forward(static, q, k, v, row_offsets, block_ids, text_lengths):
 
 
 def _forward_init(own):
-    q, _ = own
+    q, *started, _ = own
+    if started:
+        return tuple(started)
     return (
         jnp.full(q.shape[:-1], -jnp.inf, jnp.float32),
         jnp.zeros(q.shape[:-1], jnp.float32),
@@ -105,7 +120,7 @@ def _forward_init(own):
 
 def _forward_step(own, others, valid, carry, *, scale):
     """Adds the gathered keys to the running maximum, sum and weighted values."""
-    (q, _), (k, v) = own, others
+    (q, *_), (k, v) = own, others
     maximum, total, weighted = carry
     logits = scale * dot("gpd,gkd->gpk", q, k)
     logits = jnp.where(valid[:, None], logits, -jnp.inf)
@@ -120,7 +135,7 @@ def _forward_step(own, others, valid, carry, *, scale):
 
 
 def _forward_finish(own, carry):
-    _, length = own
+    length = own[-1]
     maximum, total, weighted = carry
     is_query = jnp.arange(total.shape[-1]) < length[:, None]
     has_key = (total != 0) & is_query  # true for NaN, which must not become zero

@@ -23,6 +23,7 @@ from pallas_kernels.common.interfaces import (
 )
 from pallas_kernels.common.slow_paths import SlowBackendWarning, warn_once
 from pallas_kernels.common.static import jit_once, split_scale
+from pallas_kernels.common.sub_tiles import SubTiles
 from pallas_kernels.common.token_order import reorder_tokens
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Problem",
     "Scale",
     "SlowBackendWarning",
+    "SubTiles",
     "current_device",
     "describe",
     "describe_device",

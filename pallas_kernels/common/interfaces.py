@@ -145,6 +145,7 @@ class Problem:
     grid: BlockGrid
     order: Order
     device: Device
+    has_means: bool = False
 
 
 BackendFunction = Callable[..., tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]]
@@ -159,7 +160,8 @@ class Backend:
       function: `f(q, k, v, mask, *, grid, scale, text_lengths, device)` returns the
         output and the log-sum-exp. It is traced once for the arguments that are not
         arrays. Inputs were validated. `text_lengths` is int32 [B] or None. Rows
-        without a valid key are zeros in the output and -inf in the log-sum-exp.
+        without a valid key are zeros in the output and -inf in the log-sum-exp. It
+        takes `means` too where it supports a problem that has them.
       takes_raster: Whether the function takes `order`, and tokens in raster order.
         Others get them in tiled order.
       why_unsupported: Returns why it cannot take a problem, or None if it can.

@@ -3,7 +3,7 @@
 import functools
 import math
 import numbers
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,12 @@ from pallas_kernels.common.static import jit_once
 
 def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
     """Raises unless q, k and v are [B, T, N, D] of one shape and supported dtype."""
-    _check_alike({"q": q, "k": k, "v": v})
+    check_alike({"q": q, "k": k, "v": v})
 
 
 def check_qk(q: jax.Array, k: jax.Array) -> None:
     """Raises unless q and k are [B, T, N, D] of one shape and supported dtype."""
-    _check_alike({"q": q, "k": k})
+    check_alike({"q": q, "k": k})
 
 
 def check_joint(
@@ -36,7 +36,7 @@ def check_joint(
     parts = {"video": video, "text": text}
     for part, arrays in parts.items():
         names = (f"{part}.{name}" for name in "qkv")
-        _check_alike(dict(zip(names, arrays, strict=True)))
+        check_alike(dict(zip(names, arrays, strict=True)))
     if grid.text_length == 0:
         raise ValueError(
             f"text was given, but {grid} has none: give the grid its text_length"
@@ -57,7 +57,7 @@ def check_joint(
         )
 
 
-def _check_alike(arrays: dict[str, jax.Array]) -> None:
+def check_alike(arrays: dict[str, jax.Array]) -> None:
     """Raises unless arrays have the shape and the supported dtype of the first."""
     first, q = next(iter(arrays.items()))
     for name, array in arrays.items():
@@ -113,11 +113,11 @@ def _remedy(name: str, shape: tuple[int, ...], of_q: tuple[int, ...]) -> str:
     return ""
 
 
-def check_tokens(q: jax.Array, grid: BlockGrid) -> None:
-    """Raises unless q has as many tokens as the grid."""
+def check_tokens(q: jax.Array, grid: BlockGrid, name: str = "q") -> None:
+    """Raises unless q, or what `name` says, has as many tokens as the grid."""
     if q.shape[1] != grid.num_tokens:
         raise ValueError(
-            f"q has shape {q.shape}, {q.shape[1]} tokens; {grid} has "
+            f"{name} has shape {q.shape}, {q.shape[1]} tokens; {grid} has "
             f"{grid.num_tokens}, text included"
         )
 
@@ -175,6 +175,35 @@ def check_mask(q: jax.Array, mask: BlockLists, grid: BlockGrid) -> None:
             )
         if array.dtype != jnp.int32:
             raise TypeError(f"mask.{name} has dtype {array.dtype.name}; expected int32")
+
+
+def check_means(q: jax.Array, means: Any, grid: BlockGrid) -> None:
+    """Raises unless the arrays of `Means` fit q, the grid and their sub-tiles."""
+    cells = means.sub_tiles
+    visual_tokens = grid.num_tokens - grid.text_length
+    if (cells.tile, cells.num_tokens) != (grid.tile, visual_tokens):
+        raise ValueError(
+            f"means.sub_tiles={cells} has {cells.num_tokens} tokens in tiles of "
+            f"{cells.tile}; {grid} has {visual_tokens} of the video in {grid.tile}"
+        )
+    batch, _, num_heads, head_dim = q.shape
+    mean = (batch, cells.num_cells, num_heads, head_dim)
+    columns = (batch, num_heads, grid.num_blocks, cells.num_columns)
+    for name, expected, axes, dtype in (
+        ("k", mean, "[B, M, N, D]", q.dtype),
+        ("v", mean, "[B, M, N, D]", q.dtype),
+        ("dropped", columns, "[B, N, R, C]", jnp.dtype(jnp.uint8)),
+    ):
+        array = getattr(means, name)
+        if array.shape != expected:
+            raise ValueError(
+                f"means.{name} has shape {array.shape}; q of shape {q.shape} and "
+                f"{cells} need {axes} = {expected}"
+            )
+        if array.dtype != dtype:
+            raise TypeError(
+                f"means.{name} has dtype {array.dtype.name}; expected {dtype.name}"
+            )
 
 
 def check_lists(mask: BlockLists) -> None:

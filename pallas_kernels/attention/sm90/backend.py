@@ -237,7 +237,11 @@ def why_unsupported_shape(dtype: str, head_dim: int, block_size: int) -> str | N
 
 
 def _why_unsupported(problem: Problem) -> str | None:
-    return problem.device.why_not_hopper() or why_unsupported_shape(
+    if cause := problem.device.why_not_hopper():
+        return cause
+    if problem.has_means:
+        return "it does not take means for skipped blocks"
+    return why_unsupported_shape(
         problem.dtype, problem.head_dim, problem.grid.block_size
     )
 
