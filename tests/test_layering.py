@@ -50,6 +50,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "models.files",
         *LIBRARY,
     ),
+    "models.report": MODEL_BASE,
     "models.umt5": (*MODEL_BASE, *LIBRARY),
     "models.clip": (*MODEL_BASE, *LIBRARY),
     "models.mini": ("models.wan", *MODEL_BASE, *LIBRARY),

@@ -14,14 +14,18 @@ from models.cli.progress import progress_bar
 from models.cli.report import device_details
 from models.diffusion.comparison import Comparison, run_report
 from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.recording import AttentionRecorder
 from models.diffusion.results import GenerationResult, StepReport
 from models.files import MissingFilesError
 from models.media import metrics, plots
 from models.media import video as video_io
-from models.media.run_folder import KEPT_SHARE, REPORT, RunFolder
+from models.media.run_folder import KEPT_SHARE, PAGE, REPORT, RunFolder
+from models.report.explorer import explorer_data
+from models.report.writing import LABELS, write_report
 
 # Takes what is shown before the bar and the number of steps; gives the callback.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[StepReport], None]]]
+_DENSE = {"attention": "dense"}  # in a report of one video
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -105,16 +109,13 @@ def make_run(
     Raises:
       MissingFilesError: Some of the files could not be written.
     """
+    details = details | {"fps": _fps(pipeline, request)}
     try:
         with files:
             if request.arguments.compare:
                 _compare(files, pipeline, request, details, progress)
             else:
-                attention = AttentionPlan.dense()
-                if not request.arguments.dense:
-                    attention = _draft_plan(request)
-                result = _generate(pipeline, request, attention, progress)
-                _write_video(files, pipeline, request, details, result, attention)
+                _make_video(files, pipeline, request, details, progress)
     finally:  # also if something went wrong later: they are what was computed
         for file in files.written:
             print(file, flush=True)
@@ -125,6 +126,7 @@ def _generate(
     request: Request,
     attention: AttentionPlan,
     progress: Progress,
+    recorder: AttentionRecorder | None = None,
 ) -> GenerationResult:
     arguments, sampling = request.arguments, request.sampling
     name = "dense" if attention.is_dense else "sparse"
@@ -138,6 +140,7 @@ def _generate(
             attention=attention,
             guidance_batching=arguments.guidance_batching,
             callback=callback,
+            recorder=recorder,
         )
 
 
@@ -149,35 +152,51 @@ def _compare(
     progress: Progress,
 ) -> None:
     """Makes and writes a dense and a sparse video; the first before the second."""
-    fps = _fps(pipeline, request)
+    fps, recorder = details["fps"], AttentionRecorder()
     dense = _generate(pipeline, request, AttentionPlan.dense(), progress)
     if dense.stopped:  # there will be nothing to compare it with
-        _write_video(files, pipeline, request, details, dense, AttentionPlan.dense())
+        _write_video(files, request, details | _DENSE, dense, recorder)
         return
     video = functools.partial(video_io.write_mp4, video=dense.video[0], fps=fps)
     files.write("dense.mp4", video)
-    sparse = _generate(pipeline, request, _draft_plan(request), progress)
+    sparse = _generate(pipeline, request, _draft_plan(request), progress, recorder)
     comparison = Comparison(dense=dense, sparse=sparse)
     for name, writer in comparison.writers(fps=fps, details=details).items():
         files.write(name, writer)
+    _write_page(files, lambda: details | comparison.report(), recorder, sparse)
     print(_times("dense", dense))
     print(_times("sparse", sparse))
     if files.path / REPORT in files.written:  # else its numbers failed, or the disk
         print(_difference(comparison.report()))
 
 
-def _write_video(
+def _make_video(
     files: RunFolder,
     pipeline: VideoPipeline,
     request: Request,
     details: dict[str, Any],
-    result: GenerationResult,
-    attention: AttentionPlan,
+    progress: Progress,
 ) -> None:
-    fps = _fps(pipeline, request)
-    video = functools.partial(video_io.write_mp4, video=result.video[0], fps=fps)
+    attention, recorder = AttentionPlan.dense(), AttentionRecorder()
+    if not request.arguments.dense:
+        attention = _draft_plan(request)
+        details = details | {"attention": "draft"}
+    result = _generate(pipeline, request, attention, progress, recorder)
+    _write_video(files, request, _DENSE | details, result, recorder)
+
+
+def _write_video(
+    files: RunFolder,
+    request: Request,
+    details: dict[str, Any],
+    result: GenerationResult,
+    recorder: AttentionRecorder,
+) -> None:
+    video = functools.partial(
+        video_io.write_mp4, video=result.video[0], fps=details["fps"]
+    )
     files.write("video.mp4", video)
-    if not attention.is_dense:
+    if details["attention"] == "draft":
         picture = functools.partial(
             plots.plot_kept_share,
             kept_density=result.kept_density,
@@ -186,13 +205,32 @@ def _write_video(
         )
         files.write(KEPT_SHARE, picture)
 
-    def write_report(path: Path) -> None:
-        name = "dense" if attention.is_dense else "draft"
-        report = details | {"attention": name} | run_report(result)
-        video_io.write_json(path, report)
-
-    files.write(REPORT, write_report)
+    report = details | run_report(result)
+    files.write(REPORT, functools.partial(video_io.write_json, content=report))
+    _write_page(files, lambda: report, recorder, result)
     print(_times("video", result))
+
+
+def _write_page(
+    files: RunFolder,
+    report: Callable[[], dict[str, Any]],
+    recorder: AttentionRecorder,
+    result: GenerationResult,
+) -> None:
+    """Writes the page that shows the videos that were written before it."""
+
+    def write(path: Path) -> None:
+        record = recorder.record()
+        write_report(
+            path,
+            report(),
+            videos=[name for name in LABELS if files.path / name in files.written],
+            explorer=(
+                None if record is None else explorer_data(record, result.video[0])
+            ),
+        )
+
+    files.write(PAGE, write)
 
 
 def _draft_plan(request: Request) -> AttentionPlan:

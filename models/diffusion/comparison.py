@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from models.diffusion.results import GenerationResult
 from models.media import plots
 from models.media import video as video_io
-from models.media.metrics import psnr, ssim
+from models.media.metrics import finite_or_null, psnr, psnr_per_frame, ssim
 from models.media.run_folder import KEPT_SHARE, REPORT, RunFolder
 
 
@@ -36,10 +35,8 @@ class Comparison:
         """Returns everything measured, ready for strict JSON.
 
         PSNR and SSIM are of the sparse video against the dense one, before video
-        compression. `psnr_db` is null for equal videos, where it is infinite.
+        compression. It is null for equal videos and frames, where it is infinite.
         """
-        dense_video, sparse_video = self.dense.video[0], self.sparse.video[0]
-        decibel = psnr(sparse_video, dense_video)
         sparse_steps = ~self.dense_steps()
         # Of a sparse run that was stopped: the steps that both have.
         dense_time_ms = self.dense.time_ms[: len(sparse_steps)]
@@ -48,8 +45,7 @@ class Comparison:
             dense_ms = np.median(dense_time_ms[sparse_steps])
             speed_up = float(dense_ms / np.median(self.sparse.time_ms[sparse_steps]))
         return {
-            "psnr_db": decibel if math.isfinite(decibel) else None,
-            "ssim": ssim(sparse_video, dense_video),
+            **self._differences,
             "sparse_steps": int(sparse_steps.sum()),
             "speed_up_of_sparse_steps": speed_up,
             "speed_up_of_all_steps": float(
@@ -57,6 +53,16 @@ class Comparison:
             ),
             "dense": run_report(self.dense),
             "sparse": run_report(self.sparse),
+        }
+
+    @functools.cached_property
+    def _differences(self) -> dict[str, Any]:
+        """Measured once, for it takes seconds on large videos."""
+        dense, sparse = self.dense.video[0], self.sparse.video[0]
+        return {
+            "psnr_db": finite_or_null([psnr(sparse, dense)])[0],
+            "psnr_db_per_frame": finite_or_null(psnr_per_frame(sparse, dense)),
+            "ssim": ssim(sparse, dense),
         }
 
     def dense_steps(self) -> np.ndarray:

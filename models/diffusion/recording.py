@@ -29,7 +29,7 @@ MAX_LEVEL = 255
 DECADES = 4  # from level 255 to level 0
 STEPS_FOR_A_LOOK = 16  # a look costs half a guided step, so 3 % of the steps
 MOST_LOOKS, MOST_LAYERS, MOST_HEADS = 3, 8, 4
-MOST_BYTES = 14 * 2**20  # of levels and bits; a third more as text
+MOST_BYTES = 14_000_000  # of levels and bits; a third more as text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """Measures of how close two videos are: PSNR and SSIM, in float64 NumPy."""
 
+import math
+
 import numpy as np
 from jaxtyping import Float
 
@@ -28,6 +30,22 @@ def psnr(video: Video, reference: Video) -> float:
     difference = video.astype(np.float64) - reference.astype(np.float64)
     error = np.mean(difference**2)
     return float("inf") if error == 0 else float(-10.0 * np.log10(error))
+
+
+def psnr_per_frame(video: Video, reference: Video) -> list[float]:
+    """Computes the `psnr` of each frame of a video.
+
+    Raises:
+      ValueError: The shapes differ.
+    """
+    _check_same_shape(video, reference)
+    frames = zip(video, reference, strict=True)
+    return [psnr(frame[None], of_reference[None]) for frame, of_reference in frames]
+
+
+def finite_or_null(values: list[float]) -> list[float | None]:
+    """Returns values as JSON can say them: None for the infinity of equal frames."""
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def ssim(video: Video, reference: Video) -> float:

@@ -8,6 +8,7 @@ from types import TracebackType
 from models.files import MissingFilesError
 
 REPORT = "report.json"
+PAGE = "report.html"
 KEPT_SHARE = "kept_share.png"
 # All that any kind of run writes, so that none is left beside the files of another.
 FILES = (
@@ -17,6 +18,7 @@ FILES = (
     "side_by_side.mp4",
     KEPT_SHARE,
     REPORT,
+    PAGE,
 )
 
 
@@ -29,7 +31,7 @@ def earlier_files(folder: Path) -> list[Path]:
 class RunFolder:
     """Writes the files of one run, each of which is tried whatever happens to others.
 
-    The report of an earlier run goes before the first file is written, so that a
+    Both reports of an earlier run go before the first file is written, so that a
     report always belongs to the files beside it. Other files of an earlier run go at
     the end of the block, as soon as something has been written in their place.
 
@@ -59,7 +61,8 @@ class RunFolder:
             return
         try:
             if not self.written:
-                (self.path / REPORT).unlink(missing_ok=True)
+                for report in (REPORT, PAGE):
+                    (self.path / report).unlink(missing_ok=True)
             writer(path)
         except Exception as error:
             self._failures[path] = error

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from models.files import whole_file, write_whole
 VIDEO_EXTRA_MODULES = ("imageio_ffmpeg", "matplotlib", "tqdm")
 INSTALL_VIDEO_EXTRA = "pip install '.[video]' in a clone of draft_jax"
 H264_CRF = 16  # 0 is lossless, 23 x264's default; small videos can afford it
+PREVIEW_CRF = 26
 MAX_SIDE = 16_384  # pixels, of x264
 # Far beyond these ffmpeg's containers overflow, at the end of a run.
 MIN_FPS, MAX_FPS = 0.01, 1000
@@ -156,6 +158,37 @@ def read_mp4(path: Path) -> ByteVideo:
     )
 
 
+def encode_preview(path: Path, *, most_bytes: int) -> bytes | None:
+    """Returns a video file again as H.264 of at most so many bytes.
+
+    Every frame is there. Sides are halved until it fits, three times at most.
+
+    Returns:
+      The bytes of an MP4; None if the smallest is still too large.
+
+    Raises:
+      FileNotFoundError: There is no such file.
+      MissingExtraError: imageio-ffmpeg is not installed.
+      OSError: ffmpeg failed.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"path={str(path)!r} is not a file")
+    for halvings in range(4):
+        side = "max(2\\,trunc({}/" + str(2 ** (halvings + 1)) + ")*2)"
+        with tempfile.TemporaryDirectory() as folder:
+            preview = Path(folder) / "preview.mp4"
+            _run_ffmpeg(
+                *("-i", _file(path), "-fps_mode", "passthrough", "-an"),
+                *("-vf", f"scale={side.format('iw')}:{side.format('ih')}"),
+                *f"-c:v libx264 -crf {PREVIEW_CRF} -pix_fmt yuv420p".split(),
+                *("-movflags", "+faststart", str(preview)),
+            )
+            data = preview.read_bytes()
+        if len(data) <= most_bytes:
+            return data
+    return None
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes strict JSON, indented.
 
@@ -167,6 +200,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
     write_whole(path, f"{text}\n".encode(errors="backslashreplace"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file that `write_json` has written.
+
+    Raises:
+      OSError: It cannot be read.
+      ValueError: It is no JSON object.
+    """
+    content = json.loads(path.read_text("utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}; expected an object")
+    return content
 
 
 def _file(path: Path) -> str:

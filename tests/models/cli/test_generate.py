@@ -37,6 +37,7 @@ COMPARISON_FILES = {
     "side_by_side.mp4",
     "kept_share.png",
     "report.json",
+    "report.html",
 }
 RUN_KEYS = {
     "time_ms_per_step",
@@ -67,9 +68,11 @@ DETAIL_KEYS = {
     "schedule",
     "hardware",
     "versions",
+    "fps",
 }
 COMPARISON_KEYS = {
     "psnr_db",
+    "psnr_db_per_frame",
     "ssim",
     "sparse_steps",
     "speed_up_of_sparse_steps",
@@ -143,6 +146,10 @@ def test_comparison_report(comparison):
     assert report["draft"]["sparsity"] == 0.75
     assert report["schedule"]["dense_fraction"] == 0.25
     assert 5 < report["psnr_db"] < 80
+    errors = 10 ** (-0.1 * np.array(report["psnr_db_per_frame"]))
+    assert len(errors) == 4
+    assert -10 * np.log10(errors.mean()) == pytest.approx(report["psnr_db"])
+    assert report["fps"] == 12.0
     assert 0 < report["ssim"] < 1
     dense, sparse = report["dense"], report["sparse"]
     assert (dense["dense_steps"], sparse["dense_steps"]) == (4, 1)
@@ -177,7 +184,7 @@ def test_sparsity_zero_equals_dense(checkpoint, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("dense: ")
     assert printed[1].startswith("sparse: ")
-    assert printed[-1] == str(tmp_path / "report.json")
+    assert printed[-1] == str(tmp_path / "report.html")
 
 
 @pytest.mark.nightly
@@ -195,14 +202,19 @@ def test_a_seed_gives_the_same_file_and_another_seed_another(
     )
     assert one == same
     assert one != other
-    assert names_in(tmp_path / "one") == {"video.mp4", "kept_share.png", "report.json"}
+    assert names_in(tmp_path / "one") == {
+        "video.mp4",
+        "kept_share.png",
+        "report.json",
+        "report.html",
+    }
     report = read_report(tmp_path / "one")
     assert set(report) == DETAIL_KEYS | RUN_KEYS | {"attention"}
     assert report["attention"] == "draft"
     assert run(checkpoint, "--dense", "--fps", "6", prompt="Blue   SEA!") == 0
     (folder,) = (tmp_path / "outputs").iterdir()  # the default
     assert re.fullmatch("blue-sea-0-[0-9a-f]{8}", folder.name)
-    assert names_in(folder) == {"video.mp4", "report.json"}
+    assert names_in(folder) == {"video.mp4", "report.json", "report.html"}
     assert read_report(folder)["attention"] == "dense"
     assert read_report(folder)["kept_share"] == 1.0
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from models.cli import generate as generate_command
 from models.cli import main, outputs
 from models.cli.messages import EXIT_BAD_INPUT, EXIT_INCOMPLETE, one_line
 from models.cli.options import sampling_from
@@ -24,7 +25,7 @@ from tests import tiny_model
 
 PROMPT = "a red ball"
 SMALL = ("--size", "48x32", "--frames", "4", "--steps", "4")
-DRAFT_FILES = {"video.mp4", "kept_share.png", "report.json"}
+DRAFT_FILES = {"video.mp4", "kept_share.png", "report.json", "report.html"}
 
 # -------------------------------------------------------------------------- names
 
@@ -326,6 +327,7 @@ def fail(*_, **__):
         (plots, "plot_kept_share", "kept_share.png"),
         (video_io, "write_json", "report.json"),
         (video_io, "write_mp4", "video.mp4"),
+        (generate_command, "write_report", "report.html"),
     ],
 )
 def test_a_file_that_fails_costs_no_other(
@@ -340,7 +342,7 @@ def test_a_file_that_fails_costs_no_other(
     assert {str(tmp_path / name) for name in names_in(tmp_path)} <= set(printed)
 
 
-def test_a_failing_measure_costs_the_report_alone(
+def test_a_failing_measure_costs_the_reports_alone(
     checkpoint, computed, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("models.diffusion.comparison.ssim", fail)
@@ -348,8 +350,11 @@ def test_a_failing_measure_costs_the_report_alone(
     videos = {"dense.mp4", "sparse.mp4", "side_by_side.mp4"}
     assert names_in(tmp_path) == videos | {"kept_share.png"}
     captured = capsys.readouterr()
-    missing = tmp_path / "report.json"
-    assert f"{missing} (RuntimeError: no ink) is missing" in captured.err
+    missing = " and ".join(
+        f"{tmp_path / name} (RuntimeError: no ink)"
+        for name in ("report.json", "report.html")
+    )
+    assert f"{missing} are missing" in captured.err
     assert [line.split(":")[0] for line in captured.out.splitlines()] == [
         "dense",
         "sparse",
@@ -389,7 +394,7 @@ def test_another_kind_of_run_leaves_no_file_of_the_earlier(
     kinds = {
         "--compare": {"dense.mp4", "sparse.mp4", "side_by_side.mp4"}
         | (DRAFT_FILES - {"video.mp4"}),
-        "--dense": {"video.mp4", "report.json"},
+        "--dense": {"video.mp4", "report.json", "report.html"},
         "--fps=3": DRAFT_FILES,
     }
     for option, files in kinds.items():
@@ -404,6 +409,7 @@ def test_no_old_picture_or_report_stays_where_the_new_one_fails(
         (tmp_path / name).write_text("old")
     monkeypatch.setattr(plots, "plot_kept_share", fail)
     monkeypatch.setattr(video_io, "write_json", fail)
+    monkeypatch.setattr(generate_command, "write_report", fail)
     assert generate(checkpoint, tmp_path, "--overwrite") == EXIT_INCOMPLETE
     assert names_in(tmp_path) == {"video.mp4"}
 

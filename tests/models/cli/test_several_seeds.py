@@ -33,7 +33,7 @@ def test_each_video_is_the_one_that_its_seed_gives_alone(checkpoint, tmp_path, c
     assert [line for line in printed if line.startswith("/")] == [
         str(folder / seed / name)
         for seed in ("3", "4")
-        for name in ("video.mp4", "report.json")
+        for name in ("video.mp4", "report.json", "report.html")
     ]
     one = tmp_path / "one"
     assert run(checkpoint, "--seed", "4", "--dense", "--output", one) == 0

@@ -1,0 +1,171 @@
+// Puts the page together from its data.
+
+const HEADINGS = {
+  sampling: "Video", draft: "Draft attention", schedule: "Schedule",
+  hardware: "Hardware", versions: "Versions",
+};
+
+function plain(value) {
+  if (value === null) return "–";
+  if (Array.isArray(value)) return value.length ? value.map(plain).join(", ") : "none";
+  if (typeof value === "object") {
+    return Object.entries(value).map(([key, each]) => `${key} ${plain(each)}`).join(", ");
+  }
+  return value === "" ? "–" : String(value);
+}
+
+function words(name) {
+  return name.replaceAll("_", " ");
+}
+
+/** Says in one line what was made. */
+function summaryOf({ sampling, date, draft, attention, dense, sparse, model, family }) {
+  const parts = [
+    model ?? `${family} model`,
+    `${sampling.width} × ${sampling.height} pixels`, `${sampling.frames} frames`,
+    `${sampling.num_steps} steps`, `seed ${sampling.seed}`,
+  ];
+  if (attention !== "dense") parts.push(`${percent(draft.sparsity)} of tile pairs skipped`);
+  if (date) parts.push(date.replace("T", " ").replace("+00:00", " UTC"));
+  return parts.join(" · ");
+}
+
+/** Returns the main numbers of a run, each with its name. */
+function figuresOf(report) {
+  const figures = [];
+  const add = (name, text) => figures.push([text, name]);
+  if ("psnr_db" in report) {
+    add("PSNR, sparse against dense", decibels(report.psnr_db));
+    add("SSIM", number(report.ssim, 3));
+    if (report.speed_up_of_sparse_steps) {
+      add("as fast: a sparse step", `${number(report.speed_up_of_sparse_steps, 2)} ×`);
+    }
+    add("as fast: all steps", `${number(report.speed_up_of_all_steps, 2)} ×`);
+    add("of token pairs computed", percent(report.sparse.kept_share));
+  } else if (report.time_ms_per_step) {
+    add("for all steps", seconds(report.time_ms_all_steps));
+    add("for a step, median", seconds(report.time_ms_median_step));
+    add("of token pairs computed", percent(report.kept_share));
+  }
+  return figures;
+}
+
+function header(data, prefixes) {
+  const several = data.runs.length > 1;
+  const runs = data.runs.map(({ report }, index) => {
+    const figures = figuresOf(report).map(([value, name]) =>
+      make("div", {}, make("dt", {}, name), make("dd", {}, value)));
+    return make(
+      "div", { class: "run" },
+      make(several ? "h2" : "h1", {}, prefixes[index] + (report.prompt || "(no prompt)")),
+      make("p", { class: "summary" }, summaryOf(report)),
+      figures.length ? make("dl", { class: "figures" }, ...figures) : null,
+    );
+  });
+  const title = several ? [make("h1", {}, "Two runs side by side")] : [];
+  return make("header", {}, ...title, make("div", { class: "columns" }, ...runs));
+}
+
+function command(report, label) {
+  if (!report.command) return null;
+  const text = make("code", { tabindex: 0 }, report.command);
+  const button = make("button", { type: "button" }, "Copy");
+  button.addEventListener("click", async () => {
+    getSelection().selectAllChildren(text); // for browsers that forbid what follows
+    try {
+      await navigator.clipboard.writeText(report.command);
+      button.textContent = "Copied";
+    } catch {
+      button.textContent = "Selected";
+    }
+  });
+  return make(
+    "div", { class: "command" }, make("h3", {}, label),
+    make("div", {}, make("pre", {}, text), button),
+  );
+}
+
+/** Returns settings as rows: a name, and what it is in each run. */
+function settingsTable(name, reports) {
+  const keys = [...new Set(reports.flatMap((report) => Object.keys(report[name] ?? {})))];
+  const rows = keys.map((key) => {
+    const values = reports.map((report) => plain(report[name]?.[key] ?? null));
+    const differ = values.some((value) => value !== values[0]);
+    return make(
+      "tr", { class: differ ? "differs" : null },
+      make("th", { scope: "row" }, words(key)),
+      ...values.map((value) => make("td", {}, value)),
+    );
+  });
+  if (rows.length === 0) return null;
+  return make("table", {}, make("caption", {}, HEADINGS[name]), make("tbody", {}, ...rows));
+}
+
+function settings(data, prefixes) {
+  const reports = data.runs.map(({ report }) => report);
+  const extra = reports.map((report) => ({
+    other: Object.fromEntries(
+      ["checkpoint", "model", "family", "commit", "preset", "loras", "image", "fps"]
+        .filter((key) => key in report).map((key) => [key, report[key]]),
+    ),
+  }));
+  HEADINGS.other = "Model";
+  const tables = [settingsTable("other", extra)];
+  for (const name of Object.keys(HEADINGS).slice(0, 5)) {
+    tables.push(settingsTable(name, reports));
+  }
+  return section(
+    "settings", "Settings",
+    ...reports.map((report, index) =>
+      command(report, `${prefixes[index]}The command that makes it again`)),
+    make("div", { class: "tables" }, ...tables.filter((table) => table !== null)),
+  );
+}
+
+function build() {
+  const data = readElement("report");
+  const several = data.runs.length > 1;
+  const prefixes = data.runs.map((_, index) => (several ? `${"AB"[index]}: ` : ""));
+  const nameOf = (index) => {
+    const { run, label } = data.videos[index];
+    return prefixes[run] + label;
+  };
+  const page = document.getElementById("page");
+  page.replaceChildren(header(data, prefixes));
+  const parts = {};
+  if (data.videos.length > 0) {
+    parts.players = new Players(data, nameOf);
+    page.append(parts.players.whole);
+    addKeys(parts.players);
+  }
+  const steps = stepSection(data, prefixes);
+  if (steps !== null) page.append(steps);
+  parts.explorers = data.runs.flatMap((_, index) => {
+    const found = readElement(`explorer-${index}`);
+    if (found === null) return [];
+    const title = `${prefixes[index]}Where attention looks`;
+    const explorer = new Explorer(found, title, `explorer-of-${index}`);
+    page.append(explorer.whole);
+    explorer.draw();
+    return [explorer];
+  });
+  page.append(settings(data, prefixes));
+  window.report = parts;
+}
+
+/** Space plays and pauses, the comma and the full stop go frame by frame. */
+function addKeys(players) {
+  const actions = {
+    " ": () => players.toggle(),
+    ",": () => { players.pause(); players.seek(players.frame - 1); },
+    ".": () => { players.pause(); players.seek(players.frame + 1); },
+  };
+  document.addEventListener("keydown", (event) => {
+    const own = event.target.closest("button, select, input, textarea, a, summary, canvas");
+    if (own !== null || !(event.key in actions) || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    actions[event.key]();
+  });
+}
+
+build();
