@@ -16,6 +16,7 @@ from models.checkpoints.hub import (
     why_not_found,
 )
 from models.checkpoints.memory_map import CheckpointError
+from models.diffusion.dtypes import Linears
 from models.diffusion.family import Family
 from models.diffusion.folders.layouts import ALL_PARTS, Part, class_in
 from models.diffusion.folders.part_files import PartFiles
@@ -39,6 +40,7 @@ def load_pipeline(
     text: TextOptions | None = None,
     files: PartFiles | None = None,
     revision: str | None = None,
+    linears: Linears = "bfloat16",
 ) -> VideoPipeline:
     """Loads a checkpoint of any family, by default the model that ships.
 
@@ -61,6 +63,10 @@ def load_pipeline(
         a transformer these are the autoencoder, text encoders and tokenizers.
       revision: Branch, tag or commit of a repository on the hub. It is looked up
         once, so that all its files are of one commit.
+      linears: Precision of the transformer's linear layers: "float8" halves their
+        memory and is faster on GPUs that have it (Hopper, Ada), "auto" takes it there
+        alone. Embeddings, modulation, text projections and the first and last layers
+        stay as they are. Adapters are merged before weights are rounded.
 
     Returns:
       A pipeline with the weights in memory.
@@ -70,8 +76,8 @@ def load_pipeline(
       ConversionError: An adapter does not fit.
       ImportError: An optional package is needed and not installed.
       UnknownPromptError: `text` gives embeddings that lack one of its prompts.
-      ValueError: `parts` lacks the VAE, or there are options that mean nothing to the
-        model's family.
+      ValueError: `parts` lacks the VAE, there are options that mean nothing to the
+        model's family, or the device has no FP8.
 
     Example:
         ```py
@@ -92,6 +98,7 @@ def load_pipeline(
         text=text,
         files=files,
         revision=commit,
+        linears=linears,
     )
 
 

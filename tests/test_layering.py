@@ -30,6 +30,7 @@ MODEL_BASE = (
     "models.diffusion",
     "models.media",
     "models.checkpoints",
+    "models.float8",
     "models.files",
 )
 LIBRARY = ("draft_jax", "pallas_kernels")
@@ -42,11 +43,13 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "draft_jax": ("pallas_kernels",),
     "models": (*MODEL_FAMILIES, *MODEL_BASE, *LIBRARY),
     "models.files": (),
-    "models.checkpoints": ("models.files",),
+    "models.float8": ("pallas_kernels",),
+    "models.checkpoints": ("models.files", "models.float8"),
     "models.media": ("models.files",),
     "models.diffusion": (
         "models.media",
         "models.checkpoints",
+        "models.float8",
         "models.files",
         *LIBRARY,
     ),

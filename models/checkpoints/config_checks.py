@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 FLOAT_NAMES = ("float32", "bfloat16", "float16")
+LINEARS = ("bfloat16", "float8")
 
 
 def is_positive_integer(value: Any) -> bool:
@@ -72,6 +73,17 @@ def check_dtypes(
         if value not in accepted:
             because = f"; {reason}" if reason else ""
             raise ValueError(f"{name}={value!r} must be one of {accepted}{because}")
+
+
+def check_linears(config: Any) -> None:
+    """Raises ValueError if `linears` names no precision, or `dtype` does not suit."""
+    if config.linears not in LINEARS:
+        raise ValueError(f"linears={config.linears!r} must be one of {LINEARS}")
+    if config.linears == "float8" and config.dtype == "float16":
+        raise ValueError(
+            "linears='float8' needs dtype 'bfloat16' or 'float32', not "
+            f"{config.dtype!r}: products before they are scaled pass its largest number"
+        )
 
 
 def check_published(

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.checkpoints.float8_weights import read_scaled_rows
 from models.checkpoints.listing import list_names, list_problems
-from models.checkpoints.rules import Layout, Rule
+from models.checkpoints.rules import Layout, Rule, keep, transpose
+from models.float8.rows import FLOAT8, ScaledRows, widen_rows
 
 
 class ConversionError(ValueError):
@@ -42,6 +44,7 @@ class _Slot:
     name: str  # path of the parameter in the module
     layer: int | None
     shape: tuple[int, ...]
+    scale: str | None = None  # path of the scales of a weight in FP8
 
     def stored_shape(self, layout: Layout) -> tuple[int, ...]:
         """Returns the shape that a checkpoint has of it."""
@@ -96,6 +99,9 @@ def load_parameters[M: nnx.Module](
     array.
 
     Arrays go to JAX's default device; `jax.default_device` names another.
+
+    A weight in FP8 (`weight` with a `weight_scale` beside it, rows being output
+    channels) is filled by the key of a `kernel`; see `read_scaled_rows`.
 
     Args:
       make_model: Makes the model; run under `nnx.eval_shape`.
@@ -154,27 +160,42 @@ def _read_arrays(
     """Reads the parameters by name; one array at a time is on the host."""
     arrays: dict[str, jax.Array] = {}
     for paths, (key, rule) in filled.items():
-        whole = jnp.asarray(source[key])
-        start = 0
-        for path in paths:
-            slot, layout = slots[path], rule.layout
-            shape, rows = shapes[slot.name], None
-            if len(paths) > 1:
-                stop = start + slot.stored_shape(layout)[0]
-                rows, start = (start, stop), stop
+        # A call of its own, or its arrays would be held while the next are read.
+        _fill(arrays, source[key], rule.layout, [slots[path] for path in paths], shapes)
+    return arrays
+
+
+def _fill(
+    arrays: dict[str, jax.Array],
+    stored: Any,
+    layout: Layout,
+    parts: Sequence[_Slot],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> None:
+    """Reads an array of a checkpoint and puts each part of it where it belongs."""
+    if parts[0].scale is None:
+        values = [(jnp.asarray(stored), layout)]
+    else:
+        assert layout == transpose, "weights in FP8 are those of linear layers"
+        values = [(array, keep) for array in read_scaled_rows(stored)]
+    start, rows = 0, None
+    for slot in parts:
+        if len(parts) > 1:
+            stop = start + slot.stored_shape(layout)[0]
+            rows, start = (start, stop), stop
+        names = (slot.name,) if slot.scale is None else (slot.name, slot.scale)
+        for name, (value, change) in zip(names, values, strict=True):
+            shape, dtype = shapes[name].shape, shapes[name].dtype
             if slot.layer is None:
-                array = _convert(whole, layout, shape.dtype, rows)
+                array = _convert(value, change, dtype, rows)
             else:
-                stack = arrays.pop(slot.name, None)
+                stack = arrays.pop(name, None)
                 if stack is None:
-                    stack = jnp.zeros(shape.shape, shape.dtype)
-                array = _insert(stack, whole, slot.layer, layout, rows)
+                    stack = jnp.zeros(shape, dtype)
+                array = _insert(stack, value, slot.layer, change, rows)
                 del stack
             # Without waiting, the arrays of many transfers would be held at once.
-            arrays[slot.name] = jax.block_until_ready(array)
-            del array
-        del whole  # or it would be held while the next one is read
-    return arrays
+            arrays[name] = jax.block_until_ready(array)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -215,7 +236,8 @@ def save_parameters(
       model: The model.
       rules: The table that `load_parameters` reads the same keys by.
       stacked: Attributes whose parameters are stacked over layers.
-      dtype: Cast to this; None keeps the parameters' dtypes.
+      dtype: Cast to this; None keeps the parameters' dtypes. Weights in FP8 are
+        multiplied by their scales, in float32, first.
 
     Returns:
       Arrays by checkpoint key, in the order of the keys.
@@ -238,10 +260,11 @@ def save_parameters(
             problems.append(f"parameter {path} is named by {len(matches)} keys: {keys}")
             continue
         ((key, rule),) = matches
-        if slot.name not in host:
-            host[slot.name] = np.asarray(jax.device_get(values[slot.name][...]))
-        value = host[slot.name]
-        value = value if slot.layer is None else value[slot.layer]
+        value = _parameter(slot.name, slot, values, host)
+        if slot.scale is not None:
+            scale = _parameter(slot.scale, slot, values, host)
+            rows = ScaledRows(jnp.asarray(value), jnp.asarray(scale))
+            value = np.asarray(widen_rows(rows)).T
         parts.setdefault(key, {})[path] = np.ascontiguousarray(
             rule.layout.save(value), dtype=dtype or value.dtype
         )
@@ -249,6 +272,18 @@ def save_parameters(
     if problems:
         raise _conversion_error(problems, len(values))
     return {key: _join(parts[key], order[key]) for key in sorted(parts)}
+
+
+def _parameter(
+    name: str,
+    slot: _Slot,
+    values: Mapping[str, nnx.Variable],
+    host: dict[str, np.ndarray],
+) -> np.ndarray:
+    """Returns a parameter, or the slot's layer of it; `host` keeps whole ones."""
+    if name not in host:
+        host[name] = np.asarray(jax.device_get(values[name][...]))
+    return host[name] if slot.layer is None else host[name][slot.layer]
 
 
 def _join(parts: Mapping[str, np.ndarray], paths: Sequence[str]) -> np.ndarray:
@@ -269,14 +304,22 @@ def _slots(
     stacked = tuple(stacked)
     slots = {}
     for path, leaf in flat.items():
-        name = _name(path)
+        name, shape, scale = _name(path), leaf.shape, None
+        known_as = name
+        if leaf.dtype == FLOAT8:
+            # To rules it is the kernel, [in, out], that other models have in its place.
+            known_as = _name((*path[:-1], "kernel"))
+            shape = (*shape[:-2], shape[-1], shape[-2])
+            scale = f"{name}_scale"
+        elif path[-1] == "weight_scale":
+            continue  # filled with its weight
         stack = next((s for s in stacked if name.startswith(f"{s}.")), None)
         if stack is None:
-            slots[name] = _Slot(name, None, leaf.shape)
+            slots[known_as] = _Slot(name, None, shape, scale)
             continue
-        rest = name.removeprefix(f"{stack}.")
-        for layer in range(leaf.shape[0]):
-            slots[f"{stack}.{layer}.{rest}"] = _Slot(name, layer, leaf.shape[1:])
+        rest = known_as.removeprefix(f"{stack}.")
+        for layer in range(shape[0]):
+            slots[f"{stack}.{layer}.{rest}"] = _Slot(name, layer, shape[1:], scale)
     return slots
 
 

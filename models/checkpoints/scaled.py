@@ -1,4 +1,4 @@
-"""Weights in FP8 with scales, multiplied when they are read.
+"""Weights in FP8 with scales, as files store them.
 
 FP8 has three or two bits of fraction and a small range. So files store `weight / scale`
 in it, with the scale beside; the weight is their product. Two spellings are common:
@@ -8,8 +8,10 @@ in it, with the scale beside; the weight is their product. Two spellings are com
     blocks.0.ffn.0.weight_scale   newer files of ComfyUI, LightX2V; `comfy_quant` beside
                                   it, or the file's metadata, name the format
 
-`scale_input` and `input_scale` are of activations, for products in FP8. There are none
-here: weights are multiplied first, in float32. FP8 without scales is only narrow.
+Weights are multiplied by their scales in float32 where they are read, unless they are
+for products in FP8: these take them as they are; see `float8_weights`. `scale_input`
+and `input_scale` are of activations, which our products measure themselves. FP8 without
+scales is only narrow.
 
 Source: ComfyUI `comfy/utils.py` (`convert_old_quants`) and QUANTIZATION.md;
 musubi-tuner `fp8_optimization_utils.py`, whose scales may also be those of blocks.
@@ -29,6 +31,8 @@ from models.checkpoints.conversion import file_of
 from models.checkpoints.listing import list_problems, shorten
 from models.checkpoints.memory_map import CheckpointError
 from models.checkpoints.views import name_of
+from models.float8.rows import FLOAT8 as E4M3
+from models.float8.rows import ScaledRows
 
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 MARKER = "scaled_fp8"
@@ -56,6 +60,19 @@ class ScaledArray:
 
     def __jax_array__(self) -> jax.Array:
         return _multiply(jnp.asarray(self._weight), jnp.asarray(self._scale))
+
+    def scaled_rows(self) -> ScaledRows | None:
+        """Returns the weight as it is stored, with a scale for each row.
+
+        None if it is not in e4m3, or has several scales in a row.
+        """
+        if len(self.shape) != 2 or self._weight.dtype != E4M3:
+            return None
+        if self._scale.ndim == 3 and self._scale.size != 1:
+            return None
+        scale = jnp.asarray(self._scale).astype(jnp.float32).reshape(-1)
+        rows = jnp.broadcast_to(scale, self.shape[:1])
+        return ScaledRows(jnp.asarray(self._weight), rows)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.__jax_array__(), dtype)

@@ -11,6 +11,7 @@ POOLINGS = ("mean", "mean+max")  # `DraftConfig.pooling`
 EDGE_TILES = ("by_tokens", "as_published")  # `DraftConfig.edge_tiles`
 GUIDANCE_BATCHINGS = ("one_call", "two_calls")
 IMAGE_FITS = ("aspect", "crop")
+LINEARS = ("bfloat16", "float8", "auto")  # `models.diffusion.dtypes.Linears`
 LORA_STRICT = ("yes", "no")
 PRESETS = ("paper", "published")
 TEXT_DEVICES = ("default", "cpu")

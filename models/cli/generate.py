@@ -13,6 +13,7 @@ from models.cli.model import Request, read_request
 from models.cli.progress import progress_bar
 from models.cli.report import device_details
 from models.diffusion.comparison import Comparison, run_report
+from models.diffusion.dtypes import choose_linears
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.recording import AttentionRecorder
 from models.diffusion.results import GenerationResult, StepReport
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     pipeline = request.load()
     for each in details:
         each["hardware"] |= device_details()
+        each["linears"] = choose_linears(arguments.linears)
     missing: dict[Path, Exception] = {}
     for folder, request, each in zip(folders, requests, details, strict=True):
         try:

@@ -64,7 +64,7 @@ class Request:
         """
         arguments, sampling = self.arguments, self.sampling
         if "text.prompts" not in self.family.takes:
-            return load_pipeline(arguments.checkpoint)
+            return load_pipeline(arguments.checkpoint, linears=arguments.linears)
         negative = (sampling.negative_prompt,) if sampling.guided else ()
         prompts = None if any_prompt else (arguments.prompt, *negative)
         # Of the path and the files that were looked at: a name on the hub may stand
@@ -75,6 +75,7 @@ class Request:
             lora_strict=arguments.lora_strict == "yes",
             text=dataclasses.replace(_text_options(arguments), prompts=prompts),
             files=self.info.files,
+            linears=arguments.linears,
         )
         if arguments.vae_tile is None:
             return pipeline

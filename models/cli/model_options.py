@@ -47,6 +47,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "pixels as --size, as in Wan; crop: it has exactly the --size, and the middle "
         "of an image of another aspect ratio is kept",
     )
+    parser.add_argument(
+        "--linears",
+        choices=choices.LINEARS,
+        default="bfloat16",
+        help="precision of the transformer's matrix products (a CPU takes float32 for "
+        "bfloat16): float8 halves the memory of weights and is faster on Hopper and "
+        "Ada GPUs; auto takes it there alone",
+    )
     _add_encoder_options(parser)
     parser.add_argument(
         "--no-compile-cache",

@@ -32,6 +32,7 @@ from models.diffusion.interfaces import (
 )
 from models.diffusion.results import StepReport, StepWork, StopGeneration
 from models.diffusion.schedulers import MAX_TIMESTEP, Solver
+from models.float8.product import compiler_options
 
 # How a guided step runs the model on prompts and negative prompts: as one batch, or
 # one after the other, which needs less memory.
@@ -204,8 +205,11 @@ class Sampler:
         """
         kinds = self.kinds if kinds is None else list(kinds)
         lowered = [self._lower(state, inputs, kind) for kind in kinds]
+        options = compiler_options(nnx.state(self.model))
         with concurrent.futures.ThreadPoolExecutor(max(len(kinds), 1)) as pool:
-            programs = pool.map(lambda step: step.compile(), lowered)
+            programs = pool.map(
+                lambda step: step.compile(compiler_options=options), lowered
+            )
             return dict(zip(kinds, programs, strict=True))
 
     def _lower(self, state: SamplerState, inputs: StepInputs, kind: StepKind | None):

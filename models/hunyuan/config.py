@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from models.checkpoints.config_checks import (
     check_dtypes,
     check_keys,
+    check_linears,
     check_positive_integers,
     check_sizes,
 )
@@ -90,6 +91,9 @@ class HunyuanConfig:
         modulation, softmax, rotary embedding and the embedding of time, guidance and
         pooled text are float32.
       param_dtype: Parameters are stored in it.
+      linears: Precision of the blocks' matrix products: "bfloat16" stands for `dtype`,
+        "float8" for FP8 with scales; see `models.float8`. Layers on the transformer's
+        list are in `dtype` either way.
 
     Raises:
       ValueError: A size is not a positive integer, does not divide as it must, or
@@ -118,6 +122,7 @@ class HunyuanConfig:
     tile: tuple[int, int] = (8, 16)
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
+    linears: str = "bfloat16"
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -147,6 +152,7 @@ class HunyuanConfig:
         if self.reference_frames not in (0, 1):
             raise ValueError(f"{self.reference_frames=} must be 0 or 1")
         check_dtypes(self)
+        check_linears(self)
 
     @property
     def head_dim(self) -> int:

@@ -34,6 +34,7 @@ from models.diffusion.transformer.attention import self_attention
 from models.diffusion.transformer.layers import (
     MLP,
     RMSNorm,
+    apply_side_by_side,
     gelu_tanh,
     layer_norm,
     linear,
@@ -312,11 +313,7 @@ class SingleBlock(nnx.Module):
         self, attended: Float[Array, "B T E"], hidden: Float[Array, "B T M"]
     ) -> Float[Array, "B T E"]:
         """Applies `proj_out` to both side by side, which never are one array."""
-        dim, dtype = self.config.dim, self.config.dtype
-        kernel = self.proj_out.kernel[...].astype(dtype)
-        assert self.proj_out.bias is not None, "made with one"
-        bias = self.proj_out.bias[...].astype(dtype)
-        return attended @ kernel[:dim] + hidden @ kernel[dim:] + bias
+        return apply_side_by_side(self.proj_out, attended, hidden)
 
 
 def _attend(q, k, v, pooled, inputs: JointBlockInputs, step, mask):

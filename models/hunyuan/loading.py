@@ -9,7 +9,7 @@ from typing import Any
 from draft_jax import SparsitySchedule
 from models.checkpoints.conversion import ConversionError
 from models.checkpoints.memory_map import CheckpointError
-from models.diffusion.dtypes import default_dtype
+from models.diffusion.dtypes import Linears, choose_linears, default_dtype
 from models.diffusion.folders.layouts import ALL_PARTS, Part
 from models.diffusion.folders.part_files import PartFiles, fitting
 from models.diffusion.pipeline import VideoPipeline
@@ -92,6 +92,7 @@ def load_hunyuan(
     text: TextOptions | None = None,
     files: PartFiles | None = None,
     revision: str | None = None,
+    linears: Linears = "bfloat16",
 ) -> VideoPipeline:
     """Loads a pipeline: text first, in a process that ends; then the rest.
 
@@ -108,6 +109,8 @@ def load_hunyuan(
       text: How prompts become embeddings; `TextOptions()` if None.
       files: Parts that are given by themselves.
       revision: Branch, tag or commit of a repository.
+      linears: Precision of the transformer's linear layers; see `load_pipeline`. The
+        device is looked at when the text is done.
 
     Raises:
       CheckpointError: The model cannot be found, is incomplete, damaged, or of a
@@ -115,6 +118,7 @@ def load_hunyuan(
       ConversionError: An adapter does not fit.
       ImportError: An optional package is needed and not installed.
       UnknownPromptError: Prompts are not among the embeddings of a file.
+      ValueError: The device has no FP8.
     """
     text = text or TextOptions()
     opened = open_hunyuan_parts(
@@ -127,13 +131,16 @@ def load_hunyuan(
     )
     text_encoder = load_text_encoder(opened.text_files, text)
     dtype = default_dtype()  # starts JAX on the GPU
+    chosen = choose_linears(linears)
     _LOG.info("loading the VAE")
     vae = _vae_config(opened, dtype=dtype, param_dtype=dtype)
     with fitting("vae", opened.vae):
         codec = HunyuanVAECodec(model=load_hunyuan_vae(opened.vae.weights, vae))
     _LOG.info("loading the transformer")
     try:
-        config = dataclasses.replace(opened.config, dtype=dtype, param_dtype=dtype)
+        config = dataclasses.replace(
+            opened.config, dtype=dtype, param_dtype=dtype, linears=chosen
+        )
         model = load_hunyuan_transformer(opened.transformer.weights, config)
     except ConversionError as error:
         folder = opened.transformer.files[0].parent

@@ -24,6 +24,7 @@ from models.diffusion.interfaces import ImageCondition, TextContext
 from models.diffusion.layer_state import prepare_layer_state
 from models.diffusion.transformer.block_stack import run_blocks, stack_blocks
 from models.diffusion.transformer.embeddings import PatchEmbedding
+from models.diffusion.transformer.float8 import use_float8_linears
 from models.diffusion.transformer.layers import linear
 from models.diffusion.transformer.tokens import latent_grid, unpatchify
 from models.hunyuan.conditions import HunyuanConditioning
@@ -39,6 +40,19 @@ from models.hunyuan.layers import (
 from models.hunyuan.rope import video_rope
 
 Velocity = Float[Array, "B F H W C_out"]
+
+# Paths of linear layers that are in `config.dtype` with linears in FP8, too: text
+# projections and embeddings, modulation, and the last layer. (The embedding of patches
+# is none.)
+WIDE_LINEARS = (
+    "context_embedder",
+    "time_text_embed",
+    "transformer_blocks.norm1",
+    "transformer_blocks.norm1_context",
+    "single_transformer_blocks.norm",
+    "norm_out",
+    "proj_out",
+)
 
 _DENSE = AttentionPlan.dense()
 
@@ -106,6 +120,8 @@ class HunyuanTransformer(nnx.Module):
             rngs=rngs,
             kernel_init=nnx.initializers.zeros_init(),
         )
+        if config.linears == "float8":
+            use_float8_linears(self, leave=WIDE_LINEARS)
 
     def __call__(
         self,

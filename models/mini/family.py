@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from draft_jax import SparsitySchedule
+from models.diffusion.dtypes import Linears
 from models.diffusion.family import Family
 from models.diffusion.folders.part_files import PartFiles
 from models.diffusion.pipeline import VideoPipeline
@@ -54,10 +55,12 @@ def describe_mini(path: Path | str | None = None, **options: Any) -> MiniInfo:
     )
 
 
-def _load(path: Path | str | None, **options: Any) -> VideoPipeline:
-    """Loads a small model, for which the options have no meaning."""
+def _load(
+    path: Path | str | None, *, linears: Linears = "bfloat16", **options: Any
+) -> VideoPipeline:
+    """Loads a small model, for which other options have no meaning."""
     del options
-    return load_mini(path)
+    return load_mini(path, linears=linears)
 
 
 MINI = Family(

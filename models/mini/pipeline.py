@@ -2,21 +2,28 @@
 
 from pathlib import Path
 
-from models.diffusion.dtypes import default_dtype
+from models.diffusion.dtypes import Linears, choose_linears, default_dtype
 from models.diffusion.pipeline import VideoPipeline
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
 
 
-def load_mini(path: Path | str | None = None) -> VideoPipeline:
+def load_mini(
+    path: Path | str | None = None, *, linears: Linears = "bfloat16"
+) -> VideoPipeline:
     """Loads a small model, by default the one that ships.
 
     Args:
       path: A folder in the format of `models/mini/weights`.
+      linears: Precision of the transformer's linear layers; see `load_pipeline`.
 
     Raises:
       CheckpointError: The folder is missing, incomplete, or of another format.
+      ValueError: The device has no FP8.
     """
-    return pipeline_of(MiniCheckpoint.load(path, dtype=default_dtype()))
+    checkpoint = MiniCheckpoint.load(
+        path, dtype=default_dtype(), linears=choose_linears(linears)
+    )
+    return pipeline_of(checkpoint)
 
 
 def pipeline_of(checkpoint: MiniCheckpoint) -> VideoPipeline:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from models.checkpoints.config_checks import (
     check_dtypes,
     check_keys,
+    check_linears,
     check_positive_integers,
     check_sizes,
 )
@@ -83,6 +84,9 @@ class WanConfig:
       dtype: Of the matrix products and attention. Norms, softmax, modulation,
         rotary embedding, time embedding and the residual stream stay float32.
       param_dtype: Parameters are stored in it.
+      linears: Precision of the blocks' matrix products: "bfloat16" stands for `dtype`,
+        "float8" for FP8 with scales; see `models.float8`. Layers on the transformer's
+        list are in `dtype` either way.
 
     Raises:
       ValueError: A size is not a positive integer, does not divide as it must, or
@@ -107,6 +111,7 @@ class WanConfig:
     tile: tuple[int, int] = (8, 16)
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
+    linears: str = "bfloat16"
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -128,6 +133,7 @@ class WanConfig:
         if not self.rope_theta > 1.0:
             raise ValueError(f"{self.rope_theta=} must be greater than 1")
         check_dtypes(self)
+        check_linears(self)
 
     @property
     def head_dim(self) -> int:

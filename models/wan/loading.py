@@ -9,7 +9,7 @@ from typing import Any
 from draft_jax import SparsitySchedule
 from models.clip.config import CLIPVisionConfig
 from models.clip.image_encoder import CLIPImageEncoder
-from models.diffusion.dtypes import default_dtype
+from models.diffusion.dtypes import Linears, choose_linears, default_dtype
 from models.diffusion.folders.layouts import ALL_PARTS, Part
 from models.diffusion.folders.part_files import PartFiles, fitting
 from models.diffusion.pipeline import VideoPipeline
@@ -108,6 +108,7 @@ def load_wan(
     text: TextOptions | None = None,
     files: PartFiles | None = None,
     revision: str | None = None,
+    linears: Linears = "bfloat16",
 ) -> VideoPipeline:
     """Loads a pipeline: text first, for it may be freed; then the rest.
 
@@ -121,6 +122,7 @@ def load_wan(
       text: How prompts become embeddings; `TextOptions()` if None.
       files: Parts that are given by themselves.
       revision: Branch, tag or commit of a repository.
+      linears: Precision of the transformer's linear layers; see `load_pipeline`.
 
     Raises:
       CheckpointError: The model cannot be found, is incomplete, damaged, or of a
@@ -128,8 +130,8 @@ def load_wan(
       ConversionError: An adapter does not fit.
       ImportError: An optional package is needed and not installed.
       UnknownPromptError: Prompts are not among the embeddings of a file.
-      ValueError: `parts` lacks the VAE, or an image encoder is given for a model
-        that takes no image.
+      ValueError: `parts` lacks the VAE, an image encoder is given for a model that
+        takes no image, or the device has no FP8.
     """
     text = text or TextOptions()
     wan = open_wan_parts(
@@ -140,6 +142,7 @@ def load_wan(
         lora_strict=lora_strict,
         files=files,
         revision=revision,
+        linears=choose_linears(linears),
     )
     if wan.vae is None:
         raise ValueError("parts must hold 'vae', which decodes the latents")

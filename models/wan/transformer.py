@@ -19,6 +19,7 @@ from models.diffusion.interfaces import ImageCondition, TextContext
 from models.diffusion.layer_state import prepare_layer_state
 from models.diffusion.transformer.block_stack import run_blocks, stack_blocks
 from models.diffusion.transformer.embeddings import PatchEmbedding
+from models.diffusion.transformer.float8 import use_float8_linears
 from models.diffusion.transformer.layers import layer_norm, linear
 from models.diffusion.transformer.rope import rope_table
 from models.diffusion.transformer.tokens import latent_grid, unpatchify
@@ -30,6 +31,10 @@ from models.wan.layers import BlockInputs, WanBlock, modulation_table
 from models.wan.rope import split_head_dim
 
 Velocity = Float[Array, "B F H W C_out"]
+
+# Paths of linear layers that are in `config.dtype` with linears in FP8, too. (The
+# embedding of patches is none.)
+WIDE_LINEARS = ("condition_embedder", "proj_out")
 
 _DENSE = AttentionPlan.dense()
 
@@ -71,6 +76,8 @@ class WanTransformer(nnx.Module):
             rngs=rngs,
             kernel_init=nnx.initializers.zeros_init(),
         )
+        if config.linears == "float8":
+            use_float8_linears(self, leave=WIDE_LINEARS)
 
     def __call__(
         self,

@@ -13,6 +13,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from models.diffusion.transformer.float8 import Float8Linear
+
 # The initialisation of most linear layers in the original codes of all families.
 XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
 
@@ -66,6 +68,20 @@ def projection(config: HasWidth, rngs: nnx.Rngs) -> Callable[[], nnx.Linear]:
         param_dtype=config.param_dtype,
         rngs=rngs,
     )
+
+
+def apply_side_by_side(
+    layer: nnx.Linear | Float8Linear,
+    first: Float[Array, "B T E"],
+    second: Float[Array, "B T M"],
+) -> Float[Array, "B T O"]:
+    """Applies a layer to two inputs side by side, which never are one array."""
+    if isinstance(layer, Float8Linear):
+        return layer(first, second)
+    kernel, width = layer.kernel[...].astype(layer.dtype), first.shape[-1]
+    assert layer.bias is not None, "made with one"
+    bias = layer.bias[...].astype(layer.dtype)
+    return first @ kernel[:width] + second @ kernel[width:] + bias
 
 
 def layer_norm(x: Float[Array, "*axes E"], eps: float) -> Float[Array, "*axes E"]:

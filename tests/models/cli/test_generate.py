@@ -67,6 +67,7 @@ DETAIL_KEYS = {
     "draft",
     "schedule",
     "hardware",
+    "linears",
     "versions",
     "fps",
 }

@@ -89,6 +89,7 @@ WITH_EFFECT = {
     "--embeddings": ["folder"],
     "--text-device": ["cpu"],
     "--vae-tile": ["256"],
+    "--linears": ["auto"],
     "--fps": ["5"],
     "--dense": [],
     "--compare": [],

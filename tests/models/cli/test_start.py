@@ -15,6 +15,7 @@ from draft_jax.config import EdgeTiles, Pooling, Selection
 from models.cli import choices
 from models.cli.parser import build_parser
 from models.diffusion import sampling, schedulers
+from models.diffusion.dtypes import Linears
 from models.diffusion.sampler import GuidanceBatching
 from models.hunyuan.sampling import HUNYUAN_PIXELS
 from models.wan.sampling import WAN_PIXELS
@@ -101,6 +102,7 @@ def test_choices_are_those_of_the_configurations():
     assert get_args(Pooling) == choices.POOLINGS
     assert get_args(EdgeTiles) == choices.EDGE_TILES
     assert get_args(GuidanceBatching) == choices.GUIDANCE_BATCHINGS
+    assert get_args(Linears) == choices.LINEARS
     assert get_args(schedulers.SolverName) == tuple(choices.GRIDS_OF_SOLVERS)
     for solver, grids in (
         ("euler", schedulers.EulerGrid),
@@ -136,6 +138,7 @@ def test_every_choice_is_offered():
         ("--guidance-batching", choices.GUIDANCE_BATCHINGS),
         ("--image-fit", choices.IMAGE_FITS),
         ("--text-device", choices.TEXT_DEVICES),
+        ("--linears", choices.LINEARS),
         ("--preset", choices.PRESETS),
         ("--solver", choices.GRIDS_OF_SOLVERS),
         ("--size", choices.NAMED_SIZES),

@@ -1,0 +1,77 @@
+"""Linear layers of a transformer in FP8.
+
+A transformer is built with ordinary layers; then those that are not on its list of
+layers to leave become `Float8Linear`s. Embeddings, modulation, text projections and the
+first and last layers stay as they are: they are few, and errors in them reach all else.
+"""
+
+from collections.abc import Collection, Iterator
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from models.float8.product import scaled_product
+from models.float8.rows import ScaledRows, quantise_rows
+
+
+class Float8Linear(nnx.Module):
+    """A dense layer whose product is in FP8.
+
+    Attributes:
+      weight: Rows are output channels, [out, in], as the product wants them.
+      weight_scale: One for each output channel, float32.
+      bias: Added in float32; None without.
+      dtype: Of the output.
+    """
+
+    def __init__(
+        self, rows: ScaledRows, bias: Float[Array, "*layers out"] | None, *, dtype: str
+    ) -> None:
+        self.weight = nnx.Param(rows.values)
+        self.weight_scale = nnx.Param(rows.scale)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.dtype = dtype
+
+    @classmethod
+    def of(cls, layer: nnx.Linear) -> "Float8Linear":
+        """Rounds a layer's weights; those of a stack have leading axes."""
+        bias = None if layer.bias is None else layer.bias[...]
+        weight = jnp.swapaxes(layer.kernel[...], -1, -2)
+        return cls(quantise_rows(weight), bias, dtype=jnp.dtype(layer.dtype).name)
+
+    def __call__(self, *parts: Float[Array, "*axes _"]) -> Float[Array, "*axes O"]:
+        """Applies the layer to the last axis; see `scaled_product` for several."""
+        rows = ScaledRows(self.weight[...], self.weight_scale[...])
+        bias = None if self.bias is None else self.bias[...]
+        return scaled_product(parts, rows, bias, dtype=self.dtype)
+
+
+def use_float8_linears(model: nnx.Module, *, leave: Collection[str]) -> None:
+    """Turns the linear layers of a model into `Float8Linear`s, in place.
+
+    Args:
+      model: The model; with `nnx.eval_shape` around, nothing is computed.
+      leave: Paths of layers that stay as they are, with dots, or of modules whose
+        layers all do.
+
+    Raises:
+      ValueError: A path of `leave` leads to no linear layer.
+    """
+    used = set()
+    for parent, name, path in list(_linears(model, "")):
+        fitting = [left for left in leave if f"{path}.".startswith(f"{left}.")]
+        used.update(fitting)
+        if not fitting:
+            setattr(parent, name, Float8Linear.of(getattr(parent, name)))
+    if unused := sorted(set(leave) - used):
+        raise ValueError(f"leave={unused} lead to no linear layer of the model")
+
+
+def _linears(module: nnx.Module, prefix: str) -> Iterator[tuple[nnx.Module, str, str]]:
+    """Returns the module that holds each linear layer, its name there, and its path."""
+    for name, part in vars(module).items():
+        if isinstance(part, nnx.Linear):
+            yield module, name, f"{prefix}{name}"
+        elif isinstance(part, nnx.Module):
+            yield from _linears(part, f"{prefix}{name}.")

@@ -1,0 +1,1 @@
+"""Matrix products in FP8: rounding with scales, and products of what was rounded."""

@@ -1,0 +1,216 @@
+"""Products in FP8 against products of the same e4m3 numbers in float64."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from models.float8 import product
+from models.float8.product import (
+    compiler_options,
+    scaled_product,
+    why_no_float8,
+)
+from models.float8.rows import ScaledRows, quantise_rows
+from pallas_kernels.common import Device
+from tests.tolerances import FLOAT8_PRODUCT
+
+CPU = Device(platform="cpu")
+H100 = Device(platform="gpu", kind="H100", compute_capability=(9, 0))
+L40 = Device(platform="gpu", kind="L40", compute_capability=(8, 9))
+A100 = Device(platform="gpu", kind="A100", compute_capability=(8, 0))
+TPU = Device(platform="tpu", kind="v5")
+
+
+def numpy_round(x):
+    """Numbers that rows in e4m3 stand for, in float64."""
+    x = np.asarray(x, np.float32)
+    largest = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.float32(2.0**-100))
+    values = (x * (np.float32(448) / largest)).astype(ml_dtypes.float8_e4m3fn)
+    return values.astype(np.float64) * (largest.astype(np.float64) / 448)
+
+
+def make_problem(dtype=np.float32, rows=(2, 5), inner=48, outer=20):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(*rows, inner)) * np.exp(rng.normal(size=(*rows, 1)))
+    weight = rng.normal(size=(outer, inner)).astype(np.float32)
+    bias = rng.normal(size=outer).astype(np.float32)
+    return x.astype(dtype), weight, bias
+
+
+def numpy_product(parts, weight, bias):
+    rounded = np.concatenate([numpy_round(part) for part in parts], axis=-1)
+    return rounded @ numpy_round(weight).T + bias
+
+
+def relative(got, expected):
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("widths", [(48,), (20, 28)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_match_float64(dtype, widths):
+    x, weight, bias = make_problem(np.dtype(dtype))
+    parts = np.split(x, np.cumsum(widths)[:-1], axis=-1)
+    got = scaled_product(
+        [jnp.asarray(part) for part in parts],
+        quantise_rows(jnp.asarray(weight)),
+        jnp.asarray(bias),
+        dtype=dtype,
+    )
+    assert got.dtype == dtype
+    error = relative(np.asarray(got, np.float64), numpy_product(parts, weight, bias))
+    assert error < FLOAT8_PRODUCT[dtype]
+
+
+def test_parts_are_rounded_by_themselves():
+    """A part of small values keeps its precision beside one of large values."""
+    x, weight, _ = make_problem()
+    small, large = x[..., :24] / 1e5, x[..., 24:]
+    rows = quantise_rows(jnp.asarray(weight))
+    both = scaled_product((small, large), rows, dtype="float32")
+    alone = scaled_product((np.zeros_like(small), large), rows, dtype="float32")
+    expected = numpy_round(small) @ numpy_round(weight)[:, :24].T
+    rounding = 4 * np.abs(np.asarray(alone)).max() * 2.0**-24
+    np.testing.assert_allclose(both - alone, expected, rtol=0, atol=rounding)
+    assert np.abs(expected).max() > 20 * rounding
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_gradients_pass_as_if_nothing_were_rounded(has_bias):
+    x, weight, bias = make_problem()
+    rows = quantise_rows(jnp.asarray(weight))
+    pulled = np.random.default_rng(1).normal(size=(2, 5, 20)).astype(np.float32)
+
+    def loss(x, bias):
+        out = scaled_product((x,), rows, bias if has_bias else None, dtype="float32")
+        return (out * pulled).sum()
+
+    of_x, of_bias = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, bias)
+    np.testing.assert_allclose(of_x, pulled @ numpy_round(weight), rtol=2e-5, atol=1e-5)
+    expected = pulled.sum((0, 1)) if has_bias else np.zeros(20)
+    np.testing.assert_allclose(of_bias, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_pass_through_scans_and_checkpoints():
+    x, _, _ = make_problem(inner=20)
+    stack = jax.random.normal(jax.random.key(0), (3, 20, 20))
+    rows = quantise_rows(stack)
+
+    def layer(x, rows):
+        return scaled_product((x,), ScaledRows(*rows), dtype="float32"), None
+
+    def run(x, layer):
+        return jax.lax.scan(layer, x, tuple(rows))[0].sum()
+
+    expected = np.ones(20)
+    for weight in reversed(np.asarray(stack)):
+        expected = expected @ numpy_round(weight)
+    for body in (layer, jax.checkpoint(layer)):
+        got = jax.grad(run)(jnp.asarray(x), body)
+        np.testing.assert_allclose(
+            got, np.broadcast_to(expected, x.shape), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_weights_in_fp8_have_no_gradient():
+    x, weight, _ = make_problem()
+    rows = quantise_rows(jnp.asarray(weight))
+
+    def loss(scale):
+        return scaled_product(
+            (x,), ScaledRows(rows.values, scale), dtype="float32"
+        ).sum()
+
+    with pytest.raises(TypeError, match="no gradient; train with linears='bfloat16'"):
+        jax.grad(loss)(rows.scale)
+
+
+def test_vmap_is_a_loop():
+    x, weight, bias = make_problem()
+    rows = quantise_rows(jnp.asarray(weight))
+
+    def apply(x):
+        return scaled_product((x,), rows, bias, dtype="float32")
+
+    looped = np.stack([apply(item) for item in x])
+    np.testing.assert_allclose(jax.vmap(apply)(x), looped, rtol=1e-6, atol=1e-6)
+
+
+def test_calls_alike_compile_once():
+    _, weight, bias = make_problem()
+    rows = quantise_rows(jnp.asarray(weight))
+    traces = []
+
+    @jax.jit
+    def apply(x, rows):
+        traces.append(x)
+        return scaled_product((x,), rows, bias, dtype="float32")
+
+    for seed in range(3):
+        apply(np.random.default_rng(seed).normal(size=(3, 48)).astype(np.float32), rows)
+    assert len(traces) == 1
+
+
+def test_layers_that_read_the_same_input_round_it_once():
+    """XLA makes one of equal expressions: q, k and v share what was rounded."""
+    x, weight, _ = make_problem(rows=(7, 11))
+    stack = [quantise_rows(jnp.asarray(weight + i)) for i in range(3)]
+
+    def project(x, stack):
+        normed = x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True))
+        return [scaled_product((normed,), rows, dtype="float32") for rows in stack]
+
+    text = jax.jit(project).lower(jnp.asarray(x), stack).compile().as_text()
+    rounded = re.findall(r"= f8e4m3fn\[7,11,48\]\S* convert\(", text)
+    assert len(rounded) == 1
+
+
+def test_widths_must_fit():
+    x, weight, _ = make_problem()
+    rows = quantise_rows(jnp.asarray(weight))
+    with pytest.raises(ValueError, match=r"parts have \[47\] channels; expected"):
+        scaled_product((x[..., 1:],), rows, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        (CPU, None),
+        (H100, None),
+        (L40, None),
+        (A100, r"need an NVIDIA GPU .* 8\.9 .* not gpu A100 \(sm_80\)"),
+        (TPU, r"need an NVIDIA GPU .*, not tpu v5$"),
+    ],
+    ids=lambda value: getattr(value, "kind", None),
+)
+def test_devices_without_fp8_are_named(device, reason, monkeypatch):
+    found = why_no_float8(device)
+    assert (found is None) == (reason is None)
+    if reason is None:
+        return
+    assert re.search(reason, str(found))
+    monkeypatch.setattr(product, "current_device", lambda *_: device)
+    x, weight, _ = make_problem()
+    with pytest.raises(ValueError, match="choose linears='bfloat16'"):
+        scaled_product((x,), quantise_rows(jnp.asarray(weight)), dtype="bfloat16")
+
+
+@pytest.mark.parametrize("device", [CPU, H100], ids=lambda device: device.platform)
+def test_only_programs_with_fp8_on_a_gpu_have_options(device, monkeypatch):
+    monkeypatch.setattr(product, "current_device", lambda *_: device)
+    rows = quantise_rows(jnp.ones((2, 3)))
+    assert compiler_options({"a": rows.scale}) == {}
+    expected = {} if device is CPU else {"xla_gpu_enable_triton_gemm": False}
+    assert compiler_options({"a": [rows.scale, rows.values]}) == expected
+
+
+def test_the_compiler_knows_the_options(monkeypatch):
+    """A name that XLA does not know would be an error on GPUs alone."""
+    monkeypatch.setattr(product, "current_device", lambda *_: H100)
+    options = compiler_options(quantise_rows(jnp.ones((2, 3))))
+    compiled = jax.jit(jnp.sin).lower(1.0).compile(compiler_options=options)
+    assert float(compiled(0.0)) == 0.0
