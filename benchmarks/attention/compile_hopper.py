@@ -18,7 +18,7 @@ import tempfile
 from benchmarks.common.hopper_target import h100_sharding, leave_gpus_alone
 
 
-def compile_variant(shape, options, sharding, order) -> None:
+def compile_variant(shape, options, sharding, order, means=None) -> None:
     """Compiles one configuration for one shape; Mosaic writes the dumps."""
     import dataclasses
 
@@ -42,9 +42,13 @@ def compile_variant(shape, options, sharding, order) -> None:
         lambda: BlockMask.full(grid=grid, batch=1, num_heads=num_heads)
     )
     mask = jax.tree.map(placed, full)
+    given = None
+    if means is not None:
+        *sub_tile, frames = means
+        given = jax.tree.map(placed, means_like(q, grid, tuple(sub_tile), frames))
 
     @jax.jit
-    def run(q, k, v, mask):
+    def run(q, k, v, mask, means):
         return hopper.hopper_attention(
             q,
             k,
@@ -54,10 +58,37 @@ def compile_variant(shape, options, sharding, order) -> None:
             scale=head_dim**-0.5,
             text_lengths=None,
             order=order,
+            means=means,
             config=config,
         )
 
-    run.trace(q, q, q, mask).lower(lowering_platforms=("cuda",)).compile()
+    run.trace(q, q, q, mask, given).lower(lowering_platforms=("cuda",)).compile()
+
+
+def means_like(q, grid, sub_tile, frames):
+    """Returns means of a sequence's keys and values, without values."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import Means, SubTiles
+
+    cells = SubTiles(
+        frames=grid.frames,
+        height=grid.height,
+        width=grid.width,
+        tile=grid.tile,
+        sub_tile=sub_tile,
+        group_frames=frames,
+    )
+    batch, _, num_heads, head_dim = q.shape
+    mean = (batch, cells.num_cells, num_heads, head_dim)
+    columns = (batch, num_heads, grid.num_blocks, cells.num_columns)
+
+    def zeros():
+        k, v = jnp.zeros(mean, q.dtype), jnp.zeros(mean, q.dtype)
+        return Means(k, v, jnp.zeros(columns, jnp.uint8), cells)
+
+    return jax.eval_shape(zeros)
 
 
 def compile_prepare(shape, over, sharding, *, is_joint: bool) -> None:
@@ -101,6 +132,13 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["default"])
     parser.add_argument("--order", choices=("tiled", "raster"), default="tiled")
     parser.add_argument(
+        "--means",
+        nargs=3,
+        type=int,
+        metavar=("ROWS", "COLUMNS", "FRAMES"),
+        help="with means over such sub-tiles and so many frames behind the lists",
+    )
+    parser.add_argument(
         "--norms",
         nargs="*",
         choices=["head", "heads"],
@@ -134,7 +172,9 @@ def main() -> None:
                 compile_prepare(SHAPES[name], variant, sharding, is_joint=joint)
             else:
                 options = VARIANTS[variant]
-                compile_variant(SHAPES[name], options, sharding, arguments.order)
+                compile_variant(
+                    SHAPES[name], options, sharding, arguments.order, arguments.means
+                )
             for report in sorted({*folder.glob("*.ptxas")} - seen):
                 seen.add(report)
                 print(f"== {name}, {variant}: {report}")

@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "exact-softmax": {"exact_softmax": True},
     "five-slots": {"num_slots": 5},
     "four-slots": {"num_slots": 4},
+    "sums-last": {"sums_last": True},
+    "sums-between": {"sums_last": False},
 }
 
 

@@ -32,5 +32,8 @@ SHAPES = {
     ),
     "wan": Shape(grid=VideoGrid(21, 48, 80), num_heads=40, head_dim=128),
     "head-dim-64": Shape(grid=VideoGrid(33, 48, 80), num_heads=24, head_dim=64),
+    "head-dim-64-edges": Shape(
+        grid=VideoGrid(33, 45, 80, text_length=256), num_heads=24, head_dim=64
+    ),
 }
 DENSITIES = (1.0, 0.5, 0.25, 0.1)

@@ -26,6 +26,7 @@ from pallas_kernels.common.interfaces import (
 )
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import jit_once, split_scale
+from pallas_kernels.common.sub_tiles import SubTiles
 from pallas_kernels.common.token_order import reorder_tokens
 
 BackendName = Literal["auto", "hopper", "xla", "oracle"]
@@ -252,7 +253,8 @@ def _dispatch(
 ) -> Any:
     """Chooses a backend and runs it; the log-sum-exp is None where it is not asked."""
     device = current_device(q)
-    problem = _describe(q, grid, order, device, has_means=means is not None)
+    sub_tiles = None if means is None else means.sub_tiles
+    problem = _describe(q, grid, order, device, sub_tiles=sub_tiles)
     choice = choose(problem, backend)
     if choice.slower_because is not None:
         warn_once(
@@ -356,7 +358,7 @@ def chosen_backend(
     *,
     grid: BlockGrid,
     order: Order,
-    has_means: bool = False,
+    sub_tiles: SubTiles | None = None,
     backend: BackendName = "auto",
 ) -> BackendChoice:
     """Says which backend a call with such queries runs on, and why.
@@ -365,7 +367,7 @@ def chosen_backend(
       q: The queries, or their shape and dtype.
       grid: As passed to `block_sparse_attention`.
       order: As passed to `block_sparse_attention`. Required.
-      has_means: Whether `block_sparse_attention` is given means.
+      sub_tiles: Those of the means that `block_sparse_attention` is given, if any.
       backend: As passed to `block_sparse_attention`.
 
     Returns:
@@ -375,7 +377,7 @@ def chosen_backend(
       ValueError: As `block_sparse_attention` would for the order or the backend.
     """
     validation.check_order(order)
-    problem = _describe(q, grid, order, current_device(q), has_means=has_means)
+    problem = _describe(q, grid, order, current_device(q), sub_tiles=sub_tiles)
     return choose(problem, backend)
 
 
@@ -414,7 +416,7 @@ def _describe(
     order: Order,
     device: Device,
     *,
-    has_means: bool,
+    sub_tiles: SubTiles | None,
 ) -> Problem:
     return Problem(
         head_dim=q.shape[-1],
@@ -422,5 +424,5 @@ def _describe(
         grid=grid,
         order=order,
         device=device,
-        has_means=has_means,
+        sub_tiles=sub_tiles,
     )

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.common.device import Device
+from pallas_kernels.common.sub_tiles import SubTiles
 
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -145,7 +146,7 @@ class Problem:
     grid: BlockGrid
     order: Order
     device: Device
-    has_means: bool = False
+    sub_tiles: SubTiles | None = None  # of means for skipped blocks
 
 
 BackendFunction = Callable[..., tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]]

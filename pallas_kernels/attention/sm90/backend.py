@@ -15,10 +15,14 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.blocks import ChunkConfig
 from pallas_kernels.attention.derivatives import Attention, attend
+from pallas_kernels.attention.means import Means
 from pallas_kernels.attention.sm90 import schedule
 from pallas_kernels.attention.sm90.cta import Work
 from pallas_kernels.attention.sm90.geometry import Geometry, geometry_of
 from pallas_kernels.attention.sm90.kernel import attend_blocks
+from pallas_kernels.attention.sm90.means import mean_blocks
+from pallas_kernels.attention.sm90.means import plan_of as mean_plan
+from pallas_kernels.attention.sm90.means import why_unsupported as why_no_means
 from pallas_kernels.attention.sm90.partition_lists import partition_lists
 from pallas_kernels.attention.sm90.plan import (
     BLOCK,
@@ -41,6 +45,7 @@ from pallas_kernels.common.interfaces import (
 )
 from pallas_kernels.common.linear_maps import sealed
 from pallas_kernels.common.static import fold_scale
+from pallas_kernels.common.sub_tiles import SubTiles
 
 SUPPORTED_DTYPES = ("bfloat16", "float16")
 SUPPORTED_HEAD_DIMS = (64, 128)
@@ -56,6 +61,7 @@ def hopper_attention(
     scale: float | Float[Array, ""],
     text_lengths: Int[Array, " B"] | None,
     order: Order,
+    means: Means | None = None,
     config: KernelConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"]]:
@@ -72,6 +78,7 @@ def hopper_attention(
       scale: Factor on the logits; an array is multiplied into q: see `fold_scale`.
       text_lengths: Valid text tokens of each batch item; None means all.
       order: How the tokens are ordered; they are read and written in place.
+      means: What stands for the blocks that each query block skips, or None.
       config: Buffers and scheduling; chosen by head dimension when None.
       interpret: Run the kernel on the CPU in GPU interpret mode.
 
@@ -80,10 +87,13 @@ def hopper_attention(
       for queries without a valid key.
 
     Raises:
-      ValueError: The dtype, head dimension or block size is not supported, or the
-        config needs too much shared memory.
+      ValueError: The dtype, head dimension, block size or number of means of a tile is
+        not supported, or the config needs too much shared memory.
     """
-    if cause := why_unsupported_shape(q.dtype.name, q.shape[-1], grid.block_size):
+    cause = why_unsupported_shape(q.dtype.name, q.shape[-1], grid.block_size)
+    if cause is None and means is not None:
+        cause = why_no_means(means.sub_tiles)
+    if cause is not None:
         raise ValueError(f"the Hopper kernel cannot take these inputs: {cause}")
     if config is None:
         config = KernelConfig.for_head_dim(q.shape[-1])
@@ -102,13 +112,25 @@ def hopper_attention(
         scale=scale,
         text_lengths=text_lengths,
         order=order,
+        means=means,
         config=config,
         interpret=interpret,
     )
 
 
 def _attend(
-    q, k, v, mask, *, grid, scale, text_lengths, order, config=None, interpret=None
+    q,
+    k,
+    v,
+    mask,
+    *,
+    grid,
+    scale,
+    text_lengths,
+    order,
+    means: Means | None = None,
+    config=None,
+    interpret=None,
 ):
     """Computes `hopper_attention` for inputs that the kernel takes."""
     if config is None:
@@ -117,15 +139,18 @@ def _attend(
     has_lengths = text_lengths is not None
     if text_lengths is None:
         text_lengths = jnp.full(q.shape[0], grid.text_length, jnp.int32)
-    static = _Static(grid, order, scale, has_lengths, config, interpret)
+    sub_tiles = None if means is None else means.sub_tiles
+    static = _Static(grid, order, scale, has_lengths, sub_tiles, config, interpret)
     attention = Attention(
         forward=functools.partial(_forward, static),
         grid=grid,
         order=order,
         scale=static.scale,
         config=ChunkConfig.for_platform(current_device(q).platform),
+        sub_tiles=sub_tiles,
     )
-    return attend(attention, q, k, v, mask.row_offsets, mask.block_ids, text_lengths)
+    arrays = (q, k, v, mask.row_offsets, mask.block_ids, text_lengths)
+    return attend(attention, *arrays, *(() if means is None else means[:3]))
 
 
 class _Static(NamedTuple):
@@ -133,21 +158,22 @@ class _Static(NamedTuple):
     order: Order
     scale: float
     has_text_lengths: bool
+    sub_tiles: SubTiles | None  # of the means, or None without
     config: KernelConfig
     interpret: plgpu.InterpretGPUParams | None
 
 
-def _forward(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
+def _forward(static: _Static, q, k, v, row_offsets, block_ids, text_lengths, *means):
     if static.has_text_lengths:
         # The kernel skips padded keys by their logits. A value that is NaN would pass,
         # and a query's NaN would make its whole block's sums untrusted.
         q, v = (clear_padding(x, static.grid, text_lengths) for x in (q, v))
     run = fold_mapped_axes(functools.partial(_run, static))
-    return sealed(run, q, k, v, row_offsets, block_ids, text_lengths)
+    return sealed(run, q, k, v, row_offsets, block_ids, text_lengths, *means)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
+def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths, *means):
     grid, shape = static.grid, q.shape
     batch, _, num_heads, _ = shape
     num_blocks = grid.num_blocks
@@ -160,6 +186,12 @@ def _run(static: _Static, q, k, v, row_offsets, block_ids, text_lengths):
     row_offsets = row_offsets.reshape(batch * num_heads, num_blocks + 1)
     block_ids = block_ids.reshape(batch * num_heads, -1)
     work = _work(static, geometry, plan, row_offsets, block_ids, text_lengths)
+    if static.sub_tiles is not None:
+        counts = jnp.diff(row_offsets)
+        mean_k, mean_v, dropped = means
+        given = Means(mean_k, mean_v, dropped, static.sub_tiles)
+        blocks = mean_blocks(given, counts, geometry.copies)
+        work = work._replace(means=blocks)
     out, lse = attend_blocks(q, k, v, work, plan=plan, interpret=static.interpret)
     if not plan.config.exact_softmax:
         out, lse = repair(
@@ -184,13 +216,16 @@ def _work(
             interpret=static.interpret,
         )
     counts = jnp.diff(row_offsets)
+    num_behind = 0 if plan.means is None else plan.means.num_blocks
     full_list = np.argsort(geometry.width_of_block, stable=True)
     return Work(
         row_offsets=row_offsets,
         block_ids=block_ids,
         width_ends=width_ends,
         full_list=jnp.asarray(full_list, jnp.int32),
-        launch_order=schedule.launch_order(counts, schedule.num_multiprocessors()),
+        launch_order=schedule.launch_order(
+            counts, schedule.num_multiprocessors(), num_behind
+        ),
         num_query_blocks=jnp.full(1, counts.size, jnp.int32),
         addresses=jax.tree.map(jnp.asarray, geometry.addresses),
         lengths=jnp.asarray(static.grid.block_lengths),
@@ -219,6 +254,7 @@ def _plan(static: _Static, geometry: Geometry, shape, dtype) -> Plan:
         has_short_blocks=geometry.stores_short_blocks,
         grows=dtype == jnp.float16,
         interpreted=static.interpret is not None,
+        means=None if static.sub_tiles is None else mean_plan(static.sub_tiles),
     )
 
 
@@ -239,11 +275,12 @@ def why_unsupported_shape(dtype: str, head_dim: int, block_size: int) -> str | N
 def _why_unsupported(problem: Problem) -> str | None:
     if cause := problem.device.why_not_hopper():
         return cause
-    if problem.has_means:
-        return "it does not take means for skipped blocks"
-    return why_unsupported_shape(
+    cause = why_unsupported_shape(
         problem.dtype, problem.head_dim, problem.grid.block_size
     )
+    if cause is None and problem.sub_tiles is not None:
+        cause = why_no_means(problem.sub_tiles)
+    return cause
 
 
 def _why_slow(problem: Problem) -> str | None:

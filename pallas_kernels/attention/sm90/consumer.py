@@ -5,6 +5,7 @@ of the next key block, then the last weights times V. While the second one runs 
 computes the softmax of the new logits.
 """
 
+import abc
 import dataclasses
 import math
 from typing import NamedTuple
@@ -17,9 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.sm90 import softmax as sm90_softmax
 from pallas_kernels.attention.sm90.cta import Cta, QueryBlock
-from pallas_kernels.attention.sm90.lanes import WGMMA, WGMMA_ROW
-from pallas_kernels.attention.sm90.plan import BLOCK, ROWS, Ref, Width
+from pallas_kernels.attention.sm90.plan import BLOCK, ROWS, MeanPlan, Ref, Width
 from pallas_kernels.attention.sm90.softmax import RowState
+from pallas_kernels.common.lanes import WGMMA, WGMMA_COLUMN, WGMMA_ROW
 
 LN_2 = math.log(2.0)
 
@@ -36,8 +37,14 @@ def consume(cta: Cta) -> None:
         state = _empty_rows(cta, slot)
         for width_index, width in enumerate(cta.plan.widths):
             begin, end = cta.steps_of_width(query_block, width_index)
-            walk = _Walk(cta, query_block, queries, width, begin, end)
+            walk = _TokenWalk(cta, query_block, queries, begin, end, width)
             state = lax.cond(end > begin, walk.run, lambda state: state, state)
+        if cta.plan.means is not None:
+            mean_walk = _MeanWalk(
+                cta, query_block, queries, jnp.int32(0), query_block.num_means
+            )
+            has_means = query_block.num_means > 0
+            state = lax.cond(has_means, mean_walk.run, lambda state: state, state)
         total = cta.instructions.row_sums(state.total)
         cta.instructions.finish_reads()
         _store(cta, query_block, state._replace(total=total))
@@ -141,42 +148,57 @@ class _Ring:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Walk:
-    """A consumer's walk over the key blocks of one width of a list."""
+class _Walk(abc.ABC):
+    """A consumer's walk over key blocks."""
 
     cta: Cta
     query_block: QueryBlock
     queries: _Queries
-    width: Width
     begin: jax.Array
     end: jax.Array
+
+    @property
+    @abc.abstractmethod
+    def ring(self) -> _Ring:
+        """The blocks, cut to what is used of them."""
+
+    @property
+    @abc.abstractmethod
+    def is_first(self):
+        """Whether the query block has met no key block before."""
+
+    @abc.abstractmethod
+    def facts(self, step):
+        """Returns what must be known of a step's keys; they are read a step ahead."""
+
+    @abc.abstractmethod
+    def prepare(self, logits, step, facts):
+        """Returns logits with masked keys at -inf, and the counts of the keys.
+
+        Counts are base-2 logarithms for each column; None where each key is one.
+        """
 
     @property
     def softmax(self):
         """The softmax of this launch."""
         return sm90_softmax.softmax_of(self.cta.plan, self.cta.instructions)
 
-    @property
-    def ring(self) -> _Ring:
-        """The blocks, cut to the width."""
-        return _Ring(self.cta, self.width.tokens)
-
     def run(self, state: RowState) -> RowState:
         """Walks at least one block; the first K is, or will be, in `state.slot`."""
         ring, dtype = self.ring, self.queries.rows.dtype
         valid, next_valid = (
-            self._valid_keys(self.begin),
-            self._valid_keys(self.begin + 1),
+            self.facts(self.begin),
+            self.facts(self.begin + 1),
         )
 
         ring.wait(state.slot)
         logits = self.cta.instructions.logits(self.queries.rows, ring.block(state.slot))
         ring.free(state.slot)
-        logits = _mask_keys(logits, valid)
+        logits, log_counts = self.prepare(logits, self.begin, valid)
         reference = self.softmax.first_reference(
-            logits, state.reference, self.begin == 0
+            logits, state.reference, self.is_first, log_counts
         )
-        state = self._weigh(state._replace(reference=reference), logits)
+        state = self._weigh(state._replace(reference=reference), logits, log_counts)
         next_slot = ring.after(state.slot)
         ring.wait(next_slot)
         state = state._replace(
@@ -191,10 +213,10 @@ class _Walk:
         slot = ring.after(last)
         return state._replace(acc=acc, weights=None, valid=None, slot=slot)
 
-    def _weigh(self, state: RowState, logits) -> RowState:
+    def _weigh(self, state: RowState, logits, log_counts) -> RowState:
         """Turns the first logits of a width into weights."""
         *new, correction = self.softmax.next_weights(
-            logits, state, self.queries.warp_has_rows
+            logits, state, self.queries.warp_has_rows, log_counts
         )
         weights, reference, total = new
         state = state._replace(weights=weights, reference=reference, total=total)
@@ -207,14 +229,14 @@ class _Walk:
         afterwards. The V of the step before is between them.
         """
         ring, dtype = self.ring, self.queries.rows.dtype
-        next_valid = self._valid_keys(step + 1)
+        next_valid = self.facts(step + 1)
         k_slot, v_slot = state.slot, ring.after(state.slot)
 
         def use_logits(logits):
             ring.free(k_slot)
-            logits = _mask_keys(logits, state.valid)
+            logits, log_counts = self.prepare(logits, step, state.valid)
             weights = self.softmax.next_weights(
-                logits, state, self.queries.warp_has_rows
+                logits, state, self.queries.warp_has_rows, log_counts
             )
             results = lax.optimization_barrier(tuple(weights))
             # Looking for the next block here also keeps the compiler from putting the
@@ -243,12 +265,72 @@ class _Walk:
         # them for the same registers and wait for every single wgmma.
         return state._replace(weights=state.weights.astype(dtype))
 
-    def _valid_keys(self, step):
+
+@dataclasses.dataclass(frozen=True)
+class _TokenWalk(_Walk):
+    """A walk over the key blocks of one width of a list."""
+
+    width: Width
+
+    @property
+    def ring(self) -> _Ring:
+        """The blocks, cut to the width."""
+        return _Ring(self.cta, self.width.tokens)
+
+    @property
+    def is_first(self):
+        """Whether the list begins with this width."""
+        return self.begin == 0
+
+    def facts(self, step):
         """Returns the valid tokens of a step's key block; None where all are full."""
         if not self.width.masks:
             return None
         block = self.cta.key_block(self.query_block, step)
         return self.cta.gmem.work.valid[self.query_block.batch, block]
+
+    def prepare(self, logits, step, facts):
+        """Masks the keys past the valid ones."""
+        del step
+        return _mask_keys(logits, facts), None
+
+
+@dataclasses.dataclass(frozen=True)
+class _MeanWalk(_Walk):
+    """A walk over the blocks of means behind a list: block `step` in each step."""
+
+    @property
+    def plan(self) -> MeanPlan:
+        """What is static about the means."""
+        assert self.cta.plan.means is not None
+        return self.cta.plan.means
+
+    @property
+    def ring(self) -> _Ring:
+        """Whole blocks: means past the last one count as none."""
+        return _Ring(self.cta, BLOCK)
+
+    @property
+    def is_first(self):
+        """Whether the query block keeps no token at all."""
+        return self.query_block.count == 0
+
+    def facts(self, step):
+        """Returns the logarithms of what was dropped of the columns of a block."""
+        columns = BLOCK // self.plan.per_column
+        first = jnp.minimum(step, self.plan.num_blocks - 1) * columns
+        place = self.query_block.list_row, self.query_block.block
+        dropped = self.cta.means.log_dropped
+        return tuple(dropped[*place, first + i] for i in range(columns))
+
+    def prepare(self, logits, step, facts):
+        """Returns the logarithms of the tokens that each mean stands for."""
+        log_counts = self.cta.instructions.in_columns(facts, self.plan.per_column)
+        if self.plan.has_log_tokens:
+            log_tokens: Ref = self.cta.means.log_tokens
+            own = log_tokens.at[pl.ds(step * BLOCK, BLOCK)]
+            log_counts += plgpu.load(own, layout=WGMMA_COLUMN)
+        return logits, log_counts
 
 
 def _mask_keys(logits, valid):
@@ -272,7 +354,10 @@ def _store(cta: Cta, query_block: QueryBlock, state: RowState) -> None:
     o_smem, lse_smem = cta.smem.q_smem.at[wg], cta.smem.lse_smem.at[wg]
     softmax = sm90_softmax.softmax_of(plan, cta.instructions)
     has_key = state.total != 0.0  # true for NaN, which must not become zero
-    needs_repair = softmax.needs_repair(state.total, query_block.count)
+    num_blocks = query_block.count
+    if plan.means is not None:
+        num_blocks += query_block.num_means
+    needs_repair = softmax.needs_repair(state.total, num_blocks)
     if plan.masks_queries:
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=WGMMA_ROW)
         place = query_block.batch, query_block.block

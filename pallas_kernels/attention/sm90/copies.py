@@ -29,7 +29,7 @@ from pallas_kernels.attention.sm90.plan import (
     Width,
     smem_transforms,
 )
-from pallas_kernels.attention.sm90.row_copies import Rows
+from pallas_kernels.attention.sm90.row_copies import Rows, reciprocal_of
 
 
 class RunAddresses(NamedTuple):
@@ -82,6 +82,10 @@ class _AsMatrix:
         """Returns the first tokens of a block in shared memory."""
         return smem.at[slot, pl.ds(0, width)]
 
+    def mean_shape(self, num_means):
+        """Returns the axes of so many means in the array that they are read from."""
+        return (num_means,)
+
     def is_row_of_block(self, row, consumer, length):
         """Says which rows of a consumer hold tokens of a block of this length."""
         return row + consumer * ROWS < length
@@ -110,6 +114,19 @@ class _ByTma(abc.ABC):
         self, cta: Cta, array, query_block: QueryBlock, block, slot, width: Width
     ) -> Iterator[tuple]:
         """Yields the source and target of each copy of a key block."""
+
+    @abc.abstractmethod
+    def mean_pieces(
+        self, cta: Cta, array, query_block: QueryBlock, block, slot
+    ) -> Iterator[tuple]:
+        """Yields the source and target of each copy of a block of means.
+
+        They lie in one piece, but the barrier counts the copies of any key block.
+        """
+
+    @property
+    def _means_of_a_copy(self) -> int:
+        return BLOCK // self.num_arrivals
 
     @property
     def num_query_arrivals(self) -> int:
@@ -160,6 +177,14 @@ class Runs(_AsMatrix, _ByTma):
         for row, size in self.parts(width):
             token = self._token(cta, block, row)
             source = array.at[query_block.batch, pl.ds(token, size), query_block.head]
+            yield source, slot_smem.at[pl.ds(row, size)]
+
+    def mean_pieces(self, cta: Cta, array, query_block: QueryBlock, block, slot):
+        """Yields the source and target of each copy of a block of means."""
+        slot_smem, size = cta.smem.kv_smem.at[slot], self._means_of_a_copy
+        for row in range(0, BLOCK, size):
+            means = pl.ds(block * BLOCK + row, size)
+            source = array.at[query_block.batch, means, query_block.head]
             yield source, slot_smem.at[pl.ds(row, size)]
 
     def store(self, cta: Cta, query_block: QueryBlock, o_smem) -> None:
@@ -241,6 +266,18 @@ class Boxes(_ByTma):
     def first_tokens(self, smem, slot, width):
         """Returns the first tokens of a block in shared memory."""
         return smem.at[slot, pl.ds(0, width // ALIGNMENT)]
+
+    def mean_shape(self, num_means):
+        """Returns the axes of so many means in the array that they are read from."""
+        return num_means // ALIGNMENT, ALIGNMENT
+
+    def mean_pieces(self, cta: Cta, array, query_block: QueryBlock, block, slot):
+        """Yields the source and target of each copy of a block of means."""
+        slot_smem, size = cta.smem.kv_smem.at[slot], self._means_of_a_copy // ALIGNMENT
+        for row in range(0, BLOCK // ALIGNMENT, size):
+            rows = pl.ds(block * (BLOCK // ALIGNMENT) + row, size)
+            source = array.at[query_block.batch, rows, :, query_block.head]
+            yield source, slot_smem.at[pl.ds(row, size)]
 
     def is_row_of_block(self, row, consumer, length):
         """Says which rows of a consumer hold tokens of a block of this length."""
@@ -340,6 +377,15 @@ class _TmaLoads:
         else:
             copy()  # each CTA makes its own, and both still wait for each other
 
+    def load_means(self, source, block, slot, fill) -> None:
+        """Starts to copy a block of means into a free slot of the ring."""
+        del fill
+        pieces = self.copies.mean_pieces(
+            self.cta, source, self.query_block, block, slot
+        )
+        for piece, target in pieces:
+            plgpu.copy_gmem_to_smem(piece, target, self.cta.signals.kv_full.at[slot])
+
     def finish(self, end) -> None:
         """Does nothing: the hardware arrives."""
 
@@ -407,11 +453,27 @@ class _RowLoads:
 
     def load_block(self, source, block, slot, fill, width: Width) -> None:
         """Starts to copy a key block, and makes one arrive that was started before."""
+        rows = _rows_of_block(self.cta, block)
+        self._load(source, rows, slot, fill, num_rows=width.tokens)
+
+    def load_means(self, source, block, slot, fill) -> None:
+        """Starts to copy a block of means likewise."""
+        first = block * BLOCK
+        rows = Rows(
+            start=first,
+            jump=jnp.int32(0),
+            reciprocal=jnp.int32(reciprocal_of(BLOCK)),
+            length=jnp.minimum(source.shape[1] - first, BLOCK),
+            first=jnp.int32(0),
+        )
+        self._load(source, rows, slot, fill, num_rows=BLOCK)
+
+    def _load(self, source, rows: Rows, slot, fill, *, num_rows: int) -> None:
         self.cta.instructions.fetch_rows(
             source.at[self.query_block.batch, :, self.query_block.head],
-            _rows_of_block(self.cta, block),
+            rows,
             self.cta.smem.kv_smem.at[slot],
-            num_rows=width.tokens,
+            num_rows=num_rows,
         )
         self.cta.instructions.end_group()
 

@@ -6,11 +6,32 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.sm90.instructions import Instructions
 from pallas_kernels.attention.sm90.plan import Plan, Ref
 from pallas_kernels.attention.sm90.signals import Signals
+
+
+class MeanBlocks(NamedTuple):
+    """Means for skipped key blocks, in blocks of BLOCK: see `means`.
+
+    Attributes:
+      k: Mean keys, [B, M, N, D]; M as `BlockCopies.mean_shape` splits it.
+      v: Mean values, like k.
+      log_dropped: Base-2 logarithm of the frames that a query block dropped of each
+        column, times the tokens of a mean in a frame where that is the same for all;
+        minus infinity for none.
+      log_tokens: Base-2 logarithm of the tokens of each mean in a frame; not read
+        where they are the same.
+      num_blocks: Blocks of means that each query block walks: all or none.
+    """
+
+    k: Any
+    v: Any
+    log_dropped: Float[Array, "L R C"]
+    log_tokens: Float[Array, " M"]
+    num_blocks: Int[Array, "L R"]
 
 
 class Work(NamedTuple):
@@ -28,6 +49,7 @@ class Work(NamedTuple):
       addresses: Where blocks lie; the class belongs to the way of copying.
       lengths: Tokens of each block.
       valid: Tokens of each block of each batch item that are not padding.
+      means: What stands for the blocks that are in no list, or None.
     """
 
     row_offsets: Int[Array, "L offsets"]
@@ -39,6 +61,7 @@ class Work(NamedTuple):
     addresses: Any
     lengths: Int[Array, " R"]
     valid: Int[Array, "B R"]
+    means: MeanBlocks | None = None
 
 
 class GlobalMemory(NamedTuple):
@@ -71,6 +94,7 @@ class QueryBlock:
     first: jax.Array  # entry in block_ids
     count: jax.Array
     is_shared: jax.Array | bool  # both CTAs of the pair have full rows of one head
+    num_means: jax.Array | int  # blocks of means behind the list
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +107,12 @@ class Cta:
     signals: Signals
     instructions: Instructions
     wg: jax.Array  # value of the "wg" axis
+
+    @property
+    def means(self) -> MeanBlocks:
+        """The means of a launch that has them."""
+        assert self.gmem.work.means is not None
+        return self.gmem.work.means
 
     def for_each_query_block(self, body, carry):
         """Calls `carry = body(query_block, index, carry)` for this CTA's blocks."""
@@ -115,6 +145,9 @@ class Cta:
         else:
             first = work.row_offsets[list_row, block]
             last = work.row_offsets[list_row, block + 1]
+        num_means: jax.Array | int = 0
+        if plan.means is not None:
+            num_means = self.means.num_blocks[list_row, block]
         return QueryBlock(
             batch=lax.div(list_row, jnp.int32(plan.num_heads)),
             head=lax.rem(list_row, jnp.int32(plan.num_heads)),
@@ -123,6 +156,7 @@ class Cta:
             first=first,
             count=last - first,
             is_shared=False,
+            num_means=num_means,
         )
 
     def _query_block_of_pair(self) -> QueryBlock:

@@ -63,6 +63,10 @@ class Emulation(Instructions):
         """Sums each row."""
         return weights.sum(axis=1)
 
+    def in_columns(self, values, per_value):
+        """Repeats each number."""
+        return jnp.repeat(jnp.stack(values), per_value)
+
     def any_of_warp(self, rows):
         """Says whether any row of the warpgroup is true."""
         return jnp.any(rows).astype(jnp.int32)

@@ -10,8 +10,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.sm90 import lanes, row_copies, wgmma
+from pallas_kernels.attention.sm90 import row_copies, wgmma
 from pallas_kernels.attention.sm90.plan import Ref
+from pallas_kernels.common import lanes
 
 
 class Instructions:
@@ -100,6 +101,10 @@ class Instructions:
     def partial_sums(self, weights):
         """Sums each row over the columns that a thread holds."""
         return lanes.thread_sums(weights)
+
+    def in_columns(self, values, per_value: int):
+        """Repeats each number for so many columns of logits."""
+        return lanes.in_columns(values, per_value)
 
     def any_of_warp(self, rows):
         """Returns an integer that is not zero where the warp holds a true row.

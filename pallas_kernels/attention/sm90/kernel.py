@@ -27,8 +27,8 @@ Barriers
 Barrier    arrives        waits      count
 q_full     copies         consumers  one for each query block
 q_free     consumers      PRODUCER   one for each query block
-kv_full    copies         consumers  two for each kept key block
-kv_free    consumers      PRODUCER   two for each kept key block
+kv_full    copies         consumers  two for each key block, also of means
+kv_free    consumers      PRODUCER   likewise
 turn       one consumer   the other  one for each step after the first of a width
 pair_free  both PRODUCERs PRODUCER   two for each key block of a shared row
 
@@ -50,6 +50,9 @@ are [rows, 8] instead of one axis.
 Lists have their short blocks last, by classes of width (`partition_lists`). A class is
 walked like a list of its own, with products over as many keys as it has.
 
+Behind its list a row that drops something walks means of what it drops, in blocks of
+128, with a loop of its own: see `means`.
+
 How blocks are copied (`copies`) is one of three. A block lies in one piece in tiled
 order. In raster order one copy takes a box of 8 columns, or, where text stands beside
 the video, one row of the tile; that is eight copies for a block and slower, for every
@@ -62,6 +65,7 @@ Hazards
 - A short block (edge tile or text) is copied up to its width, a query block whole: the
   rows past its end are other tokens, or zeros past the end of the array. As keys they
   are masked; as queries the consumers set them to zero, and they are not stored.
+- Means past the last one are zeros, and count as none: their logits get -inf.
 - The output leaves through the shared memory of Q, so q_free comes after it has been
   read.
 - Consumers call commit_smem before each copy to global memory.

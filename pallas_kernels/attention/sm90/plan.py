@@ -32,12 +32,15 @@ class KernelConfig:
       num_slots: K or V blocks in flight.
       exact_softmax: Search every key block for the maxima of its rows, not only the
         first one. Repairs do.
+      sums_last: Add up the weights of a block when all its exponentials have been
+        taken, not in between. The order of the additions stays.
       consumer_registers: Registers of a thread of a consumer.
       producer_registers: Registers of a thread of the producer.
     """
 
     num_slots: int
     exact_softmax: bool = False
+    sums_last: bool = False
     consumer_registers: int = 232
     producer_registers: int = 40
 
@@ -53,8 +56,16 @@ class KernelConfig:
 
     @classmethod
     def for_head_dim(cls, head_dim: int) -> "KernelConfig":
-        """Takes as many slots as shared memory or the named barriers allow."""
-        return cls(num_slots=6 if head_dim == 128 else 9)
+        """Takes as many slots as shared memory or the named barriers allow.
+
+        At head dimension 64 the softmax takes as long as the products, and additions
+        between exponentials hold these up. Sums behind them took 178 ms for 191 (dense,
+        H100, 126,720 x 24 x 64); at 128, where products hide the softmax, 3 to 7 %
+        longer.
+        """
+        if head_dim == 128:
+            return cls(num_slots=6)
+        return cls(num_slots=9, sums_last=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +92,9 @@ class LoadsOfQueryBlock(Protocol):
         self, source: Ref, block: Any, slot: Any, fill: Any, width: Width
     ) -> None:
         """Starts to copy a key block from K or V into a free slot of the ring."""
+
+    def load_means(self, source: Ref, block: Any, slot: Any, fill: Any) -> None:
+        """Starts to copy a block of mean keys or mean values likewise."""
 
     def finish(self, end: Any) -> None:
         """Makes all copies arrive; `end` is the `fill` of the next query block."""
@@ -110,6 +124,9 @@ class BlockCopies(Protocol):
     def first_tokens(self, smem: Ref, slot: Any, width: int) -> Ref:
         """Returns the first tokens of a block in shared memory."""
 
+    def mean_shape(self, num_means: int) -> tuple[int, ...]:
+        """Returns the axes of so many means in the array that they are read from."""
+
     def is_row_of_block(self, row: Any, consumer: Any, length: Any) -> Any:
         """Says which rows of a consumer hold tokens of a block of this length."""
 
@@ -118,6 +135,15 @@ class BlockCopies(Protocol):
 
     def store(self, cta: Any, query_block: Any, o_smem: Ref) -> None:
         """Starts to copy a consumer's rows of the output to global memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeanPlan:
+    """Everything static about the means of a launch: see `means`."""
+
+    num_blocks: int  # of BLOCK means
+    per_column: int  # means that one count of dropped frames is for
+    has_log_tokens: bool  # means stand for different numbers of tokens of a frame
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +165,7 @@ class Plan:
     has_short_blocks: bool
     grows: bool  # weights of float16 overflow: references must follow the logits
     interpreted: bool  # on the CPU, which emulates instructions and named barriers
+    means: MeanPlan | None = None  # behind the lists of rows that drop something
 
 
 def smem_transforms(*, in_boxes: bool = False) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ NUM_MULTIPROCESSORS = 132  # of an H100 or H200 SXM, where no GPU can be asked
 
 
 def launch_order(
-    counts: Int[Array, "L R"], num_ctas_at_once: int
+    counts: Int[Array, "L R"], num_ctas_at_once: int, num_behind: int = 0
 ) -> Int[Array, " L*R"]:
     """Orders query blocks as CTAs take them, `num_ctas_at_once` at a time.
 
@@ -26,6 +26,7 @@ def launch_order(
     Args:
       counts: Length of each query block's list, for each batch item and head.
       num_ctas_at_once: How many CTAs the GPU runs at a time.
+      num_behind: Blocks that are walked behind every list that is not full.
 
     Returns:
       Query blocks, counted list by list.
@@ -35,7 +36,8 @@ def launch_order(
     num_others = num_blocks - is_full.sum(1, dtype=jnp.int32)
     # How many other lists could run in the time of those before each head's.
     entries = counts.sum(dtype=jnp.float32, where=~is_full)
-    length = jnp.maximum(entries / jnp.maximum(num_others.sum(), 1), 1.0)
+    length = entries / jnp.maximum(num_others.sum(), 1)
+    length = jnp.maximum(length + num_behind, 1.0)
     time_of_full = is_full.sum(dtype=jnp.float32) * num_blocks / length
     waiting = time_of_full.astype(jnp.int32)
     before = waiting + jnp.cumsum(num_others) - num_others

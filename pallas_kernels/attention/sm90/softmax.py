@@ -27,8 +27,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.sm90.instructions import Instructions
-from pallas_kernels.attention.sm90.lanes import WGMMA_ROW
 from pallas_kernels.attention.sm90.plan import ROWS, Plan
+from pallas_kernels.common.lanes import WGMMA_ROW
 
 LOG2_E = math.log2(math.e)
 GROWTH = 8.0  # powers of two; a float16 weight holds up to 2**15
@@ -49,7 +49,8 @@ class RowState(NamedTuple):
         None between two widths.
       reference: What the weights refer to, in base 2, [ROWS].
       total: Partial sums of the weights, [ROWS].
-      valid: Valid tokens of the next key block; None where all are full.
+      valid: Valid tokens of the next key block, or None where all are full; of a block
+        of means the logarithms of what was dropped.
       slot: Slot of the ring whose block is used next.
     """
 
@@ -81,25 +82,30 @@ class FirstBlockSoftmax:
         """Returns the reference of rows that have met no block."""
         return _rows_of(0.0)
 
-    def first_reference(self, logits, reference, is_first):
+    def first_reference(self, logits, reference, is_first, log_counts=None):
         """Returns the reference to begin a list with, or the present one later on."""
-        logits, scale = _base_2(self.plan, logits)
+        logits, scale = _base_2(self.plan, logits, log_counts)
         maximum = logits.max(axis=1) * scale
         # A first block without a key says nothing about the others.
         maximum = jnp.where(maximum < NO_MAXIMUM, 0.0, maximum)
         return lax.cond(is_first, lambda: maximum, lambda: reference)
 
-    def next_weights(self, logits, state: RowState, warp_has_rows=None) -> Weights:
+    def next_weights(
+        self, logits, state: RowState, warp_has_rows=None, log_counts=None
+    ) -> Weights:
         """Returns the weights of another block.
 
-        A warp without a row of the query block skips the work. Nobody stores its
-        output: its weights are its logits, for zeros would take registers, and its
+        A key counts as many times as `log_counts` of its column says, once where that
+        is None. A warp without a row of the query block skips the work. Nobody stores
+        its output: its weights are its logits, for zeros would take registers, and its
         sums are ones, which need no repair.
         """
         logits, scale = _base_2(self.plan, logits)
 
         def weigh():
-            weights = _weights(logits, scale, state.reference)
+            weights = _weights(logits, scale, state.reference, log_counts)
+            if self.plan.config.sums_last:
+                weights = lax.optimization_barrier(weights)
             return weights, self.instructions.partial_sums(weights)
 
         def skip():
@@ -155,15 +161,17 @@ class RunningSoftmax:
         """Returns the reference of rows that have met no block."""
         return _rows_of(NO_MAXIMUM)
 
-    def first_reference(self, logits, reference, is_first):
+    def first_reference(self, logits, reference, is_first, log_counts=None):
         """Returns the present reference: every block is searched later."""
-        del logits, is_first
+        del logits, is_first, log_counts
         return reference
 
-    def next_weights(self, logits, state: RowState, warp_has_rows=None) -> Weights:
+    def next_weights(
+        self, logits, state: RowState, warp_has_rows=None, log_counts=None
+    ) -> Weights:
         """Returns the weights of another block; the correction is the sums' decay."""
         del warp_has_rows
-        logits, scale = _base_2(self.plan, logits)
+        logits, scale = _base_2(self.plan, logits, log_counts)
         maximum = jnp.maximum(state.reference, logits.max(axis=1) * scale)
         decay = jnp.exp2(state.reference - maximum)
         weights = _weights(logits, scale, maximum)
@@ -191,17 +199,30 @@ def _rows_of(value: float):
     return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), WGMMA_ROW)
 
 
-def _base_2(plan: Plan, logits):
-    """Returns logits and a positive factor that makes them exponents of two."""
+def _base_2(plan: Plan, logits, log_counts=None):
+    """Returns logits and a positive factor that makes them exponents of two.
+
+    Logarithms of the counts of columns are added to them.
+    """
     scale = plan.scale * LOG2_E
+    if log_counts is not None:
+        return logits * scale + _along_columns(log_counts, logits), 1.0
     if scale > 0.0:
         return logits, scale
     return logits * scale, 1.0  # the largest product is not the largest logit
 
 
-def _weights(logits, scale, reference):
-    return jnp.exp2(logits * scale - _along_rows(reference, logits))
+def _weights(logits, scale, reference, log_counts=None):
+    offset = _along_rows(reference, logits)
+    if log_counts is not None:
+        # The counts first: a group of columns has one, and so one offset.
+        offset = offset - _along_columns(log_counts, logits)
+    return jnp.exp2(logits * scale - offset)
 
 
 def _along_rows(values, like):
     return lax.broadcast_in_dim(values, like.shape, [0])
+
+
+def _along_columns(values, like):
+    return lax.broadcast_in_dim(values, like.shape, [1])

@@ -89,3 +89,11 @@ def test_full_rows_take_the_time_of_as_many_entries():
     order = np.asarray(launch_order(jnp.asarray(counts, jnp.int32), 4))
     first, second = [9, 1, 5, 4, 3, 3, 3, 3, 2], [1, 5, 4, 4, 3, 3, 3, 2, 2]
     np.testing.assert_array_equal(counts.ravel()[order], first + second)
+
+
+def test_blocks_behind_the_lists_count_as_entries():
+    """The same times as above, where two entries of each other list are means."""
+    counts = np.array([[1, -1, 9, 3, 1, 0, 2, 1, 1], [1, 3, 0, 2, -1, 1, 0, 2, 1]])
+    order = np.asarray(launch_order(jnp.asarray(counts, jnp.int32), 4, 2))
+    first, second = [9, -1, 3, 2, 1, 1, 1, 1, 0], [-1, 3, 2, 2, 1, 1, 1, 0, 0]
+    np.testing.assert_array_equal(counts.ravel()[order], first + second)

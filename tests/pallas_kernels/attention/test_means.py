@@ -369,11 +369,24 @@ def test_sizes_of_sub_tiles_are_checked(sizes):
         SubTiles(**given | sizes)
 
 
-def test_hopper_says_that_it_takes_none():
-    problem = Problem(order="tiled", device=HOPPER, has_means=True, **HOPPER_TAKES)
+@pytest.mark.parametrize(
+    ("sub_tile", "taken"),
+    [((1, 1), 128), ((2, 8), 8), ((8, 4), 4), ((3, 8), 6), ((3, 2), 24)],
+    ids=str,
+)
+def test_hopper_takes_what_divides_its_blocks(sub_tile, taken):
+    cells = SubTiles(frames=2, height=16, width=32, tile=(8, 16), sub_tile=sub_tile)
+    assert cells.per_column == taken
+    problem = Problem(order="tiled", device=HOPPER, sub_tiles=cells, **HOPPER_TAKES)
     choice = choose(problem, "auto")
-    assert choice.name == "xla"
-    assert "'hopper': it does not take means" in choice.slower_because
+    is_taken = taken in (8, 128)
+    assert choice.name == ("hopper" if is_taken else "xla")
+    message = f"'hopper': it takes 8, 16, 32, 64, 128 means of a tile, not {taken}"
+    assert is_taken or message in str(choice.slower_because)
+
+
+def test_the_choice_can_be_asked_for():
     q = jax.ShapeDtypeStruct((1, 64, 1, 8), jnp.float32)
     grid = VideoGrid(1, 8, 8, tile=(4, 4))
-    assert chosen_backend(q, grid=grid, order="tiled", has_means=True).name == "xla"
+    cells = SubTiles(frames=1, height=8, width=8, tile=(4, 4), sub_tile=(2, 2))
+    assert chosen_backend(q, grid=grid, order="tiled", sub_tiles=cells).name == "xla"
