@@ -1,15 +1,22 @@
 """`draft-video inspect`: draft maps and block masks as a picture."""
 
 import argparse
+import functools
+from collections.abc import Callable
+from pathlib import Path
 
 from draft_jax import AttentionPlan
 from models.cli import options, outputs
 from models.cli.model import read_request
 from models.cli.progress import progress_bar
+from models.cli.report import device_details
 from models.diffusion.inspection import AttentionView, inspect_attention
+from models.diffusion.recording import record_of_view
 from models.files import MissingFilesError
 from models.media import plots
 from models.media import video as video_io
+from models.report.explorer import explorer_data
+from models.report.writing import write_report
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -34,7 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
         name = outputs.run_name(arguments, sampling, request.info.published)
         path = outputs.FOLDER / f"{name}-step{step}.png"
         outputs.check_picture(path, overwrite=arguments.overwrite)
+    details = request.details()
     pipeline = request.load()
+    details["hardware"] |= device_details()
     model = pipeline.model
     layers = getattr(arguments, "layers", _spread(model.num_layers))
     heads = getattr(arguments, "heads", tuple(range(min(4, model.num_heads))))
@@ -50,23 +59,48 @@ def run(arguments: argparse.Namespace) -> None:
             attention=AttentionPlan.draft(*request.draft),
             callback=callback,
         )
+    print(_table(view))  # before the files, which may fail
     blocks = view.grid.num_visual_blocks
-    print(_table(view))  # before the picture, which may fail
     title = f"step {step}, timestep {view.timestep:.0f}, {blocks} x {blocks} tiles"
-    try:
-        plots.plot_attention(
-            path,
-            view.draft_maps,
-            view.masks,
-            layers=layers,
-            heads=heads,
-            blocks_per_frame=blocks // view.grid.frames,
-            title=f"{arguments.prompt}\n{title}",
-            text=_text_shares(view),
+    draw = functools.partial(
+        plots.plot_attention,
+        draft_maps=view.draft_maps,
+        masks=view.masks,
+        layers=layers,
+        heads=heads,
+        blocks_per_frame=blocks // view.grid.frames,
+        title=f"{arguments.prompt}\n{title}",
+        text=_text_shares(view),
+    )
+
+    def write_page(path: Path) -> None:
+        record = record_of_view(
+            view, step=step, of_steps=sampling.num_steps, layers=layers, heads=heads
         )
-    except Exception as error:
-        raise MissingFilesError({path: error}) from error
-    print(path)
+        video = pipeline.preview_video(view.estimate[None])[0]
+        explorer = None if record is None else explorer_data(record, video)
+        report = details | {"step": step, "timestep": view.timestep}
+        write_report(path, report, explorer=explorer)
+
+    _write_files({path: draw, outputs.page_of(path): write_page})
+
+
+def _write_files(writers: dict[Path, Callable[[Path], None]]) -> None:
+    """Writes files, of which one that fails costs no other.
+
+    Raises:
+      MissingFilesError: Names those that failed.
+    """
+    missing: dict[Path, Exception] = {}
+    for path, write in writers.items():
+        try:
+            write(path)
+        except Exception as error:
+            missing[path] = error
+        else:
+            print(path)
+    if missing:
+        raise MissingFilesError(missing) from next(iter(missing.values()))
 
 
 def _spread(num_layers: int) -> tuple[int, ...]:

@@ -115,29 +115,37 @@ def check_run_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def check_picture(path: Path, *, overwrite: bool) -> None:
-    """Raises before any compute if a picture cannot be written to a path.
+    """Raises before any compute if a picture and its page cannot be written.
 
     Args:
-      path: File to write, ending in .png; its folder need not exist.
-      overwrite: Whether an existing file may be replaced.
+      path: Picture to write, ending in .png; its folder need not exist. The page
+        beside it is `page_of(path)`.
+      overwrite: Whether existing files may be replaced.
 
     Raises:
       FileExistsError: There is such a file.
-      OSError: It cannot be written.
-      ValueError: It does not end in .png.
+      OSError: One of them cannot be written.
+      ValueError: The path does not end in .png.
     """
     if path.suffix.lower() != ".png":
         raise ValueError(f"--output {path} must end in .png")
     check_writable(path.parent)
-    _check_name(path, path.name)
-    if path.is_dir():
-        raise IsADirectoryError(f"--output {path} is a folder")
-    if path.is_symlink() and not path.exists():
-        raise _dangling(path, path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"--output {path} exists; --overwrite replaces it, or name another file"
-        )
+    for file in (path, page_of(path)):
+        named = f"--output {path}" if file == path else f"--output {path}: {file}"
+        _check_name(file, file.name)
+        if file.is_dir():
+            raise IsADirectoryError(f"{named} is a folder")
+        if file.is_symlink() and not file.exists():
+            raise _dangling(path, file)
+        if file.exists() and not overwrite:
+            raise FileExistsError(
+                f"{named} exists; --overwrite replaces it, or name another file"
+            )
+
+
+def page_of(picture: Path) -> Path:
+    """Returns where the page of a picture lies: beside it, as an HTML file."""
+    return picture.with_suffix(".html")
 
 
 def check_writable(folder: Path) -> None:

@@ -21,6 +21,7 @@ from models.diffusion.interfaces import ImageCondition, Images
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.results import StepReport, StopGeneration
 from models.diffusion.sampling import Sampling
+from models.diffusion.schedulers import MAX_TIMESTEP
 from pallas_kernels.common import valid_tokens
 
 TOP_SHARE = 0.1  # of block pairs, in `AttentionView.top_mass`
@@ -42,6 +43,7 @@ class AttentionView:
       text_share: Share of each tile's mass that lies on the text; 0 without text.
       text_masses: Mass of each text block on every block of the sequence.
       grid: Geometry of the tokens; says which of them a tile holds.
+      estimate: The clean latents as the prompt's own pass predicts them at this step.
       timestep: Timestep of the step that was looked at.
       is_dense: Whether the schedule runs each layer dense at this step, so that its
         mask would not be used.
@@ -54,6 +56,7 @@ class AttentionView:
     text_share: Float[np.ndarray, "layers N S"]
     text_masses: Float[np.ndarray, "layers N X R"]
     grid: VideoGrid
+    estimate: Float[np.ndarray, "F H W C"]
     timestep: float
     is_dense: Bool[np.ndarray, " layers"]
 
@@ -108,7 +111,17 @@ def inspect_attention(
             raise StopGeneration
     step_plan, timestep = sampler.step_plan(step), sampler.solver.timesteps[step]
     model = sampler.model
-    captured = model.capture_qk(
+    grid = model.grid(sampler.latent_shape)
+    assert step_plan is not None  # attention is not dense
+    look = functools.partial(
+        _look,
+        budget=step_plan.budget,
+        text_lengths=inputs.context.lengths[:1] if grid.text_length else None,
+        grid=grid,
+        draft=attention.config,
+    )
+    velocity, fields = model.map_qk(
+        look,
         model.step_inputs(
             state.latents,
             timestep,
@@ -120,31 +133,18 @@ def inspect_attention(
         step=step_plan,
         masks=state.masks,
     )
-    grid = model.grid(sampler.latent_shape)
-    q, k = (part[:, :1] for part in captured)  # item 0 is the prompt
-    assert step_plan is not None  # attention is not dense
-    lengths = inputs.context.lengths[:1] if grid.text_length else None
-    fields = _look_at_layers(
-        q, k, step_plan.budget, lengths, grid=grid, draft=attention.config
-    )
     return AttentionView(
         **{name: np.asarray(value[:, 0]) for name, value in fields.items()},
         grid=grid,
+        estimate=np.asarray(state.latents[0] - timestep / MAX_TIMESTEP * velocity[0]),
         timestep=float(timestep),
         is_dense=np.asarray(step_plan.dense),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "draft"))
-def _look_at_layers(q, k, budget, text_lengths, *, grid: VideoGrid, draft: DraftConfig):
-    look = functools.partial(
-        _look, budget=budget, text_lengths=text_lengths, grid=grid, draft=draft
-    )
-    return jax.lax.map(look, (q, k))
-
-
 def _look(
-    q_and_k: tuple[Float[Array, "B T N D"], Float[Array, "B T N D"]],
+    q: Float[Array, "rows T N D"],
+    k: Float[Array, "rows T N D"],
     *,
     budget: Int[Array | np.ndarray, ""],
     text_lengths: Int[Array, " B"] | None,
@@ -152,7 +152,7 @@ def _look(
     draft: DraftConfig,
 ) -> dict[str, Array]:
     """Returns draft maps, masks and masses of one layer; each with a batch axis."""
-    q, k = q_and_k
+    q, k = q[:1], k[:1]  # item 0 is the prompt
     scores = draft_scores(q, k, grid=grid, config=draft, order="tiled")
     mask = compute_mask(
         q, k, grid=grid, config=draft, budget=budget, order="tiled"

@@ -271,7 +271,7 @@ class VideoModel(Protocol):
         attention: AttentionPlan,
         step: DraftStep | None,
         masks: BlockMask | None,
-    ) -> Any:
+    ) -> tuple[Float[Array, "rows F H W C"], Any]:
         """Calls a function of queries and keys of every layer, one layer at a time.
 
         No two layers' queries and keys exist at once, so it is for models and videos
@@ -285,5 +285,5 @@ class VideoModel(Protocol):
           masks: As `__call__` takes them.
 
         Returns:
-          What it has returned, stacked over layers.
+          The velocity, and what the function has returned, stacked over layers.
         """

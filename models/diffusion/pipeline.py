@@ -246,6 +246,18 @@ class VideoPipeline:
         video = np.asarray(self.codec.decode(frame)[:, 0], np.float32)
         return np.clip(0.5 * (video + 1.0), 0.0, 1.0)
 
+    def preview_video(
+        self, estimate: Float[Array | np.ndarray, "B F H W C"]
+    ) -> Float[np.ndarray, "B frames height width 3"]:
+        """Returns a small video of unfinished latents, all its frames.
+
+        Of a large video it shows the mean of neighbours: sides are at most a few
+        hundred pixels.
+        """
+        small = shrink_latents(jnp.asarray(estimate), PREVIEW_POSITIONS // 4)
+        decode = getattr(self.codec, "decode_to_host", self.codec.decode)
+        return np.clip(0.5 * (np.asarray(decode(small), np.float32) + 1.0), 0.0, 1.0)
+
     def start(
         self,
         prompts: str | Sequence[str] | TextContext,

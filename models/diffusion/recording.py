@@ -22,6 +22,7 @@ from draft_jax import (
     compute_mask,
     draft_scores,
 )
+from models.diffusion.inspection import AttentionView
 from models.diffusion.sampler import Sampler, SamplerState, StepInputs
 
 # A level of a draft map is a share of the map's largest score, on a logarithmic scale.
@@ -92,7 +93,7 @@ def choose_looks(
     """
     dense = np.asarray(plan.dense)
     refreshed = np.flatnonzero(np.asarray(plan.refresh) & ~dense.all(axis=1))
-    num_maps = most_bytes // (num_tiles * (num_tiles + -(-num_tiles // 8)))
+    num_maps = _maps_in(most_bytes, num_tiles)
     if not len(refreshed) or not num_maps:
         return None
     steps = min(MOST_LOOKS, max(1, len(plan) // STEPS_FOR_A_LOOK), len(refreshed))
@@ -200,6 +201,58 @@ class AttentionRecorder:
         )
 
 
+def record_of_view(
+    view: AttentionView,
+    *,
+    step: int,
+    of_steps: int,
+    layers: tuple[int, ...],
+    heads: tuple[int, ...],
+    most_bytes: int = MOST_BYTES,
+) -> AttentionRecord | None:
+    """Returns what a view shows of a step, as a record of one look.
+
+    Args:
+      view: The view.
+      step: Its step.
+      of_steps: Steps of the run.
+      layers: Layers to keep if not all of them fit.
+      heads: Heads to keep if not all of them fit; the first ones, if still too many.
+      most_bytes: Bytes that draft maps and masks may take.
+
+    Returns:
+      The record; None if a single map takes too much.
+    """
+    of_layers, of_heads, num_tiles, _ = view.draft_maps.shape
+    num_maps = _maps_in(most_bytes, num_tiles)
+    if of_layers * of_heads <= num_maps:
+        layers, heads = tuple(range(of_layers)), tuple(range(of_heads))
+    heads = heads[: max(1, num_maps // len(layers))]
+    layers = layers[: num_maps // len(heads)]
+    if not layers:
+        return None
+    chosen = np.ix_(layers, heads)
+    levels, peaks = to_levels(jnp.asarray(view.draft_maps[chosen]))
+    return AttentionRecord(
+        looks=Looks(steps=(step,), layers=layers, heads=heads),
+        levels=np.asarray(levels)[None],
+        peaks=np.asarray(peaks)[None],
+        masks=np.packbits(view.masks[chosen], axis=-1)[None],
+        dense=view.is_dense[list(layers)][None],
+        timesteps=(view.timestep,),
+        grid=view.grid,
+        of_steps=of_steps,
+        of_layers=of_layers,
+        of_heads=of_heads,
+        time_ms=0.0,
+    )
+
+
+def _maps_in(size: int, num_tiles: int) -> int:
+    """Returns how many maps and masks between tiles so many bytes hold."""
+    return size // (num_tiles * (num_tiles + -(-num_tiles // 8)))
+
+
 def look_at_step(
     sampler: Sampler, state: SamplerState, inputs: StepInputs, index: int, looks: Looks
 ) -> dict[str, np.ndarray]:
@@ -264,7 +317,7 @@ def _look(
         return {"levels": levels, "peaks": peaks, "masks": bits}
 
     rows = model.step_inputs(latents, timestep, context, image, embedded_guidance)
-    seen = model.map_qk(
+    _, seen = model.map_qk(
         look_at_layer, rows, attention=attention, step=kind.step(budget), masks=None
     )
     return jax.tree.map(lambda layers: layers[np.asarray(looks.layers)], seen)

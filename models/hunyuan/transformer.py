@@ -173,9 +173,10 @@ class HunyuanTransformer(nnx.Module):
           q and k after norm and rotary embedding: visual tokens in tiled order, then
           the text.
         """
-        return self.map_qk(
+        _, captured = self.map_qk(
             lambda q, k: (q, k), inputs, attention=attention, step=step, masks=masks
         )
+        return captured
 
     def map_qk(
         self,
@@ -185,16 +186,16 @@ class HunyuanTransformer(nnx.Module):
         attention: AttentionPlan = _DENSE,
         step: DraftStep | None = None,
         masks: BlockMask | None = None,
-    ) -> Any:
+    ) -> tuple[Velocity, Any]:
         """Calls a function of every layer's q and k; see `VideoModel.map_qk`."""
-        *_, stacks = self._run(
+        velocity, _, stacks = self._run(
             inputs,
             attention,
             step,
             masks,
             capture=lambda sown: function(sown["attn"]["q"], sown["attn"]["k"]),
         )
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
+        return velocity, jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
 
     def step_inputs(
         self,

@@ -128,9 +128,10 @@ class WanTransformer(nnx.Module):
         Returns:
           q and k after norm and rotary embedding, tokens in tiled order.
         """
-        return self.map_qk(
+        _, captured = self.map_qk(
             lambda q, k: (q, k), inputs, attention=attention, step=step, masks=masks
         )
+        return captured
 
     def map_qk(
         self,
@@ -140,16 +141,16 @@ class WanTransformer(nnx.Module):
         attention: AttentionPlan = _DENSE,
         step: DraftStep | None = None,
         masks: BlockMask | None = None,
-    ) -> Any:
+    ) -> tuple[Velocity, Any]:
         """Calls a function of every layer's q and k; see `VideoModel.map_qk`."""
-        *_, results = self._run(
+        velocity, _, results = self._run(
             inputs,
             attention,
             step,
             masks,
             capture=lambda sown: function(sown["attn1"]["q"], sown["attn1"]["k"]),
         )
-        return results
+        return velocity, results
 
     def step_inputs(
         self,

@@ -101,10 +101,11 @@ class Explorer {
 
   notes() {
     const { data } = this;
-    const decades = `Draft maps are shown in ${data.decades} decades below their largest `
-      + "score, rounded to 256 levels.";
+    const decades = "Colours of draft maps are logarithmic, from a map's least score to its "
+      + `largest; below it ${data.decades} decades are told apart.`;
     const text = data.grid.text > 0 ? "All tiles attend to the text, too." : "";
-    const time = `Recording took ${seconds(data.time_ms)}, beside the steps.`;
+    const time = data.time_ms > 0
+      ? `Recording took ${seconds(data.time_ms)}, which no step's time has in it.` : "";
     return [data.left_out, decades, text, time].filter(Boolean).join(" ");
   }
 
@@ -234,7 +235,19 @@ class Explorer {
         ];
         this.drawTile(context, frame * this.perFrame + place, rectangle, levels);
       }
+      this.drawNumber(context, frame, x, y);
     }
+  }
+
+  drawNumber(context, frame, x, y) {
+    const own = frame - this.unpictured;
+    context.font = "600 12px system-ui, sans-serif";
+    context.lineWidth = 3;
+    context.strokeStyle = "#000";
+    context.fillStyle = "#fff";
+    const text = own < 0 ? "reference" : String(own + 1);
+    context.strokeText(text, x + 7, y + 17);
+    context.fillText(text, x + 7, y + 17);
   }
 
   /** The strongest level of the chosen tile's row. */
@@ -317,7 +330,11 @@ class Explorer {
     const context = canvas.getContext("2d");
     const image = context.createImageData(this.tiles, this.tiles);
     const kept = kind === "mask";
-    const colours = Array.from({ length: 256 }, (_, level) => magma(level / 255));
+    const first = this.map * this.tiles ** 2;
+    const low = this.levels.subarray(first, first + this.tiles ** 2)
+      .reduce((least, level) => Math.min(least, level), 254);
+    const colours = Array.from({ length: 256 }, (_, level) =>
+      magma(Math.max(0, level - low) / (255 - low)));
     for (let query = 0, at = 0; query < this.tiles; query++) {
       for (let key = 0; key < this.tiles; key++, at += 4) {
         const [red, green, blue] = kept

@@ -3,7 +3,7 @@
 const VIEWS = [
   ["sides", "Side by side"],
   ["wipe", "Slider"],
-  ["difference", "Difference × 4"],
+  ["difference", "Difference"],
 ];
 const CURVE_HEIGHT = 96;
 const CURVE_PAD = 8; // half the width of the timeline's thumb, so that both line up
@@ -59,13 +59,14 @@ class Players {
       (index) => this.showPair(index),
     );
     this.note = make("p", { class: "note" });
+    this.amplified = make("p", { class: "note" }, "Differences are four times as strong.");
     return section(
       "videos", "Video",
       make(
         "div", { class: "bar" },
         this.pairs.length > 1 ? this.pairChoice.whole : null, this.buildViews(),
       ),
-      this.stage, this.wipeField, this.buildControls(), this.buildCurve(), this.note,
+      this.stage, this.amplified, this.wipeField, this.buildControls(), this.buildCurve(), this.note,
     );
   }
 
@@ -178,6 +179,7 @@ class Players {
     this.stage.dataset.view = view;
     for (const label of this.views) label.firstChild.checked = label.firstChild.value === view;
     this.wipeField.hidden = view !== "wipe";
+    this.amplified.hidden = view !== "difference";
     this.moveWipe(Number(this.wipe.value));
   }
 

@@ -19,12 +19,13 @@ function words(name) {
 }
 
 /** Says in one line what was made. */
-function summaryOf({ sampling, date, draft, attention, dense, sparse, model, family }) {
+function summaryOf({ sampling, date, draft, attention, model, family, step }) {
   const parts = [
     model ?? `${family} model`,
     `${sampling.width} × ${sampling.height} pixels`, `${sampling.frames} frames`,
     `${sampling.num_steps} steps`, `seed ${sampling.seed}`,
   ];
+  if (step !== undefined) parts.push(`looked at step ${step}`);
   if (attention !== "dense") parts.push(`${percent(draft.sparsity)} of tile pairs skipped`);
   if (date) parts.push(date.replace("T", " ").replace("+00:00", " UTC"));
   return parts.join(" · ");
@@ -38,9 +39,9 @@ function figuresOf(report) {
     add("PSNR, sparse against dense", decibels(report.psnr_db));
     add("SSIM", number(report.ssim, 3));
     if (report.speed_up_of_sparse_steps) {
-      add("as fast: a sparse step", `${number(report.speed_up_of_sparse_steps, 2)} ×`);
+      add("speed-up of sparse steps", `${number(report.speed_up_of_sparse_steps, 2)} ×`);
     }
-    add("as fast: all steps", `${number(report.speed_up_of_all_steps, 2)} ×`);
+    add("speed-up of all steps", `${number(report.speed_up_of_all_steps, 2)} ×`);
     add("of token pairs computed", percent(report.sparse.kept_share));
   } else if (report.time_ms_per_step) {
     add("for all steps", seconds(report.time_ms_all_steps));
@@ -88,8 +89,9 @@ function command(report, label) {
 /** Returns settings as rows: a name, and what it is in each run. */
 function settingsTable(name, reports) {
   const keys = [...new Set(reports.flatMap((report) => Object.keys(report[name] ?? {})))];
-  const rows = keys.map((key) => {
+  const rows = keys.flatMap((key) => {
     const values = reports.map((report) => plain(report[name]?.[key] ?? null));
+    if (values.every((value) => value === "–")) return [];
     const differ = values.some((value) => value !== values[0]);
     return make(
       "tr", { class: differ ? "differs" : null },

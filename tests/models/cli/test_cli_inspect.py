@@ -6,6 +6,7 @@ import matplotlib.image
 import pytest
 
 from models.cli import main
+from models.report.page import read_page
 from tests import tiny_model
 
 PROMPT = "a red ball"
@@ -25,9 +26,18 @@ def run(checkpoint, *arguments):
 def test_picture_and_table(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(checkpoint, "--sparsity", "0.5", "--dense-layers", "1") == 0
-    *table, path = capsys.readouterr().out.splitlines()
+    *table, path, page = capsys.readouterr().out.splitlines()
     assert re.fullmatch("outputs/a-red-ball-0-[0-9a-f]{8}-step2.png", path)
-    assert list((tmp_path / "outputs").iterdir()) == [tmp_path / path]
+    assert page == path.removesuffix("png") + "html"
+    written = {tmp_path / path, tmp_path / page}
+    assert set((tmp_path / "outputs").iterdir()) == written
+    data = read_page((tmp_path / page).read_text())
+    assert data["report"]["videos"] == []
+    assert data["report"]["runs"][0]["report"]["step"] == 2
+    explorer = data["explorer-0"]
+    assert (explorer["layers"], explorer["heads"]) == ([0, 1, 2], [0, 1])
+    assert explorer["dense"] == [[False, True, False]]
+    assert len(explorer["frames"]) == 2
     rows = [[float(n) for n in re.findall(r"[\d.]+", line)] for line in table[1:]]
     assert [row[0] for row in rows] == [0, 1, 2]
     for line, (_, kept, mass, top_mass, *_) in zip(table[1:], rows, strict=True):
@@ -83,3 +93,11 @@ def test_output_that_is_a_folder_is_refused(checkpoint, tmp_path, capsys):
     folder.mkdir()
     assert run(checkpoint, "--output", str(folder)) == 2
     assert f"--output {folder} is a folder" in capsys.readouterr().err
+
+
+def test_a_page_of_an_earlier_run_is_kept(checkpoint, tmp_path, capsys):
+    page = tmp_path / "map.html"
+    page.write_text("mine")
+    assert run(checkpoint, "--output", str(tmp_path / "map.png")) == 2
+    assert f"{page} exists; --overwrite replaces it" in capsys.readouterr().err
+    assert page.read_text() == "mine"
