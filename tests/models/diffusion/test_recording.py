@@ -1,14 +1,20 @@
 """Recording draft maps and masks beside a run."""
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule, VideoGrid
-from models.diffusion.inspection import inspect_attention
-from models.diffusion.recording import AttentionRecorder, choose_looks, to_levels
+from models.diffusion.inspection import AttentionView, inspect_attention
+from models.diffusion.recording import (
+    AttentionRecorder,
+    choose_looks,
+    record_of_view,
+    to_levels,
+)
 from models.mini.pipeline import pipeline_of
 from tests import tiny_model
 
@@ -123,3 +129,55 @@ def test_few_steps_and_small_models_have_fewer_looks():
     assert len(looks.steps) == 1
     assert looks.layers == (0, 1)
     assert looks.heads == (0,)
+
+
+def view_like(*, layers, heads, tiles):
+    """A view whose draft maps and masks tell layers and heads apart."""
+    number = np.arange(1, layers * heads + 1).reshape(layers, heads, 1, 1)
+    maps = np.broadcast_to(number / 1000, (layers, heads, tiles, tiles))
+    shares = np.zeros((layers, heads), np.float32)
+    return AttentionView(
+        draft_maps=maps.astype(np.float32),
+        masks=np.broadcast_to(number % 2 == 0, maps.shape),
+        top_mass=shares,
+        kept_mass=shares,
+        text_share=np.zeros((layers, heads, tiles), np.float32),
+        text_masses=np.zeros((layers, heads, 0, tiles), np.float32),
+        grid=VideoGrid(1, 1, tiles, tile=(1, 1)),
+        estimate=np.zeros((1, 1, tiles, 1), np.float32),
+        timestep=500.0,
+        is_dense=np.arange(layers) == 1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("most_bytes", "layers", "heads"),
+    [
+        (6 * 99, (0, 1, 2), (0, 1)),  # a map of 9 x 9 tiles has 9 * (9 + 2) bytes
+        (5 * 99, (1, 2), (0, 1)),
+        (3 * 99, (1, 2), (0,)),
+        (99, (1,), (0,)),
+        (98, None, None),
+    ],
+)
+def test_what_is_kept_of_a_view(most_bytes, layers, heads):
+    record = record_of_view(
+        view_like(layers=3, heads=2, tiles=9),
+        step=7,
+        of_steps=16,
+        layers=(1, 2),
+        heads=(0, 1),
+        most_bytes=most_bytes,
+    )
+    if layers is None:
+        assert record is None
+        return
+    assert (record.looks.layers, record.looks.heads) == (layers, heads)
+    assert record.looks.steps == (7,)
+    assert record.dense[0].tolist() == [layer == 1 for layer in layers]
+    for place, (layer, head) in enumerate(itertools.product(layers, heads)):
+        index = (0, place // len(heads), place % len(heads))
+        number = 2 * layer + head + 1
+        assert record.peaks[index] == pytest.approx(number / 1000)
+        kept = np.unpackbits(record.masks[index], axis=-1, count=9)
+        assert (kept == (number % 2 == 0)).all()
