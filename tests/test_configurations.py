@@ -34,6 +34,8 @@ from draft_jax import (
     select_blocks,
 )
 from models.clip.config import CLIPVisionConfig
+from models.diffusion.caches import EasyCache, MagCache, MagRatios
+from models.diffusion.caches.calibration import MagCalibration
 from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import FlowEuler, FlowUniPC
 from models.hunyuan.config import HunyuanConfig
@@ -56,6 +58,7 @@ pytestmark = pytest.mark.usefixtures("without_jaxtyping")  # which say Python's 
 PACKAGES = (draft_jax, models, pallas_kernels)
 GRID = VideoGrid(2, 4, 8, tile=(2, 4), text_length=3)
 CONFIG = DraftConfig(sparsity=0.5)
+RATIOS = MagRatios(values=((1.0,),), model="a", source="b")
 
 # Of each class: its fields in Python's types, and equal ones of other types.
 EQUAL = {
@@ -153,6 +156,28 @@ EQUAL = {
         {"num_steps": 4, "shift": 3.1},
         {"num_steps": np.uint8(4), "shift": np.float32(3.1)},
     ),
+    MagRatios: (
+        {"values": ((1.0, 0.9), (1.0, 0.8)), "model": "a", "source": "b", "shift": 3.1},
+        {
+            "values": np.array([[1.0, 0.9], [1.0, 0.8]]),
+            "model": np.str_("a"),
+            "source": "b",
+            "shift": np.float32(3.1),
+        },
+    ),
+    MagCache: (
+        {"ratios": RATIOS, "threshold": 0.24, "max_skips": 6},
+        {
+            "ratios": lambda: MagRatios(values=[[1.0]], model="a", source="b"),
+            "threshold": np.float32(0.24),
+            "max_skips": np.uint8(6),
+        },
+    ),
+    EasyCache: (
+        {"threshold": 0.1, "first_steps": 5},
+        {"threshold": np.float32(0.1), "first_steps": np.uint8(5)},
+    ),
+    MagCalibration: ({}, {}),
     Sampling: (
         {"frames": 9, "num_steps": 4, "guidance": 5.1, "seed": 7},
         {

@@ -25,10 +25,13 @@ from draft_jax import (
     norm_rope_pool,
     scheduled_attention,
 )
+from models.diffusion.caches import CacheState
+from models.diffusion.caches.easy import Computed
 from models.diffusion.interfaces import ImageCondition, TextContext
 from models.diffusion.sampler import SamplerState, StepInputs
 from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import FlowUniPC, UniPCCoefficients, UniPCHistory
+from models.diffusion.step_programs import StepArrays, StepNumbers
 from models.hunyuan.inputs import HunyuanInputs
 from models.hunyuan.layers import JointBlockInputs
 from models.mini.codec import LinearCodec
@@ -57,6 +60,7 @@ def pooled():
 TEXT = TextContext(embeddings=ones(1, 4, 8), lengths=jnp.asarray([3]))
 IMAGE = ImageCondition(latents=ones(1, 1, 2, 2, 4), tokens=None)
 MASK = BlockMask.full(grid=GRID, batch=1, num_heads=2)
+EASY = Computed(ones(1, 1, 2, 2, 4), ones(2, 1, 2, 2, 4), rate=ones())
 HISTORY = UniPCHistory(sample=ones(2), clean=ones(2), earlier=ones(2))
 TREES = {
     "mask": lambda: MASK,
@@ -75,7 +79,16 @@ TREES = {
     ),
     "codec": lambda: LinearCodec(mean=ones(96), basis=ones(96, 4), scale=ones(4)),
     "sampler": lambda: (
-        SamplerState(latents=ones(1, 2, 2, 2, 4), masks=MASK, history=HISTORY),
+        SamplerState(
+            latents=ones(1, 2, 2, 2, 4),
+            masks=MASK,
+            history=HISTORY,
+            cache=CacheState(kept=EASY, score=ones(), owes_masks=True),
+        ),
+        (
+            StepNumbers(ones(), ones(), ones()),
+            StepArrays(ones(2), jnp.ones((), jnp.bool_), ones(1, 1, 2, 2, 4)),
+        ),
         StepInputs(context=TEXT, guidance=ones(), image=IMAGE),
         UniPCCoefficients(sigma=ones(), corrector=ones(5), predictor=ones(3)),
     ),

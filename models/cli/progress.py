@@ -41,8 +41,10 @@ def progress_bar(name: str, num_steps: int) -> Iterator[Callable[[StepReport], N
             if report.index == 0:
                 # Compiling is over and says nothing about the time left.
                 bar.start_t = bar.last_print_t = time.time() - 1e-3 * report.time_ms
-            share = report.kept_density.mean()
-            bar.set_description(f"{name}: {100 * share:.0f} % of pairs", refresh=False)
+            share = 100 * report.kept_density.mean()
+            is_skipped = report.work == "skipped"
+            done = "skipped" if is_skipped else f"{share:.0f} % of pairs"
+            bar.set_description(f"{name}: {done}", refresh=False)
             bar.update()
 
         yield show

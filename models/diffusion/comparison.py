@@ -37,7 +37,7 @@ class Comparison:
         PSNR and SSIM are of the sparse video against the dense one, before video
         compression. It is null for equal videos and frames, where it is infinite.
         """
-        sparse_steps = ~self.dense_steps()
+        sparse_steps = np.array([work == "sparse" for work in self.sparse.work])
         # Of a sparse run that was stopped: the steps that both have.
         dense_time_ms = self.dense.time_ms[: len(sparse_steps)]
         speed_up = None
@@ -47,6 +47,7 @@ class Comparison:
         return {
             **self._differences,
             "sparse_steps": int(sparse_steps.sum()),
+            "skipped_steps": int(self.sparse.skipped.sum()),
             "speed_up_of_sparse_steps": speed_up,
             "speed_up_of_all_steps": float(
                 dense_time_ms.sum() / self.sparse.time_ms.sum()
@@ -64,10 +65,6 @@ class Comparison:
             "psnr_db_per_frame": finite_or_null(psnr_per_frame(sparse, dense)),
             "ssim": ssim(sparse, dense),
         }
-
-    def dense_steps(self) -> np.ndarray:
-        """Returns which steps of the sparse run were dense in every layer, [steps]."""
-        return self.sparse.dense.all(axis=1)
 
     def write(
         self, folder: Path, *, fps: int | float, details: dict[str, Any]
@@ -112,6 +109,7 @@ class Comparison:
                 self.sparse.kept_density,
                 self.sparse.timesteps,
                 title="sparse run",
+                skipped=self.sparse.skipped,
             ),
             REPORT: lambda path: video_io.write_json(path, details | self.report()),
         }
@@ -126,7 +124,9 @@ def run_report(result: GenerationResult) -> dict[str, Any]:
         "compile_ms": result.compile_ms,
         "decode_ms": result.decode_ms,
         "timesteps": result.timesteps.tolist(),
-        "dense_steps": int(result.dense.all(axis=1).sum()),
+        "dense_steps": result.work.count("dense"),
+        "skipped_steps": result.work.count("skipped"),
+        "work_per_step": list(result.work),
         "stopped": result.stopped,
         "kept_share": float(result.kept_density.mean()),
         "kept_share_per_layer": result.kept_density.mean(axis=0).tolist(),

@@ -7,6 +7,7 @@ Pipeline, sampler and inspection know a model family by these alone. A family is
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -286,4 +287,38 @@ class VideoModel(Protocol):
 
         Returns:
           The velocity, and what the function has returned, stacked over layers.
+        """
+
+
+@runtime_checkable
+class KeepsResidual(VideoModel, Protocol):
+    """A model whose blocks can be left out: `MagCache` needs one.
+
+    Its residual is the output of the last block without the input of the first, of
+    the tokens that the head sees.
+    """
+
+    def residual_shape(self, latent_shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        """Returns shape and dtype of one item's residual."""
+
+    def call_with_residual(
+        self,
+        inputs: Any,
+        *,
+        attention: AttentionPlan,
+        step: DraftStep | None,
+        masks: BlockMask | None,
+    ) -> tuple[
+        Float[Array, "rows F H W C"], BlockMask | None, Float[Array, "rows T E"]
+    ]:
+        """Returns what `__call__` does, and the residual."""
+
+    def reuse_residual(
+        self, inputs: Any, residual: Float[Array, "rows T E"]
+    ) -> Float[Array, "rows F H W C"]:
+        """Returns the velocity without running a block: embedding, sum and head.
+
+        Args:
+          inputs: As of `__call__`.
+          residual: Of an earlier call.
         """

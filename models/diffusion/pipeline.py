@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from draft_jax import AttentionPlan, StepKind
+from draft_jax import AttentionPlan
+from models.diffusion.caches import StepCache
 from models.diffusion.contexts import as_prompts, join_contexts
 from models.diffusion.interfaces import (
     ClosedVocabulary,
@@ -40,6 +41,7 @@ from models.diffusion.sampler import (
 from models.diffusion.sampling import Sampling
 from models.diffusion.seeds import items_of_seeds, join_results
 from models.diffusion.sizes import shrink_latents
+from models.diffusion.step_programs import Program
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,6 +55,10 @@ class UnknownWordWarning(UserWarning):
 
 class EmptyPromptWarning(UserWarning):
     """A prompt has no text."""
+
+
+class CacheWarning(UserWarning):
+    """Constants of a step cache belong to another run, or it skips nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +146,7 @@ class VideoPipeline:
         noise: Float[Array | np.ndarray, "B F H W C"] | None = None,
         attention: AttentionPlan = DENSE,
         guidance_batching: GuidanceBatching = "one_call",
+        cache: StepCache | None = None,
         callback: Callable[[StepReport], None] | None = None,
         recorder: StepRecorder | None = None,
     ) -> GenerationResult:
@@ -165,6 +172,8 @@ class VideoPipeline:
           attention: Dense attention, or draft attention with its schedule.
           guidance_batching: Whether a guided step runs prompts and negative prompts
             in "one_call" or "two_calls"; two need less memory.
+          cache: Rule by which steps are skipped, such as `EasyCache()`; None to
+            compute every step. Of several seeds each skips its own steps.
           callback: Called after each step. Raising `StopGeneration` ends the run
             there: what was computed is decoded and returned. Of several seeds, the
             videos that are finished are returned, or else the first as far as it is.
@@ -192,6 +201,7 @@ class VideoPipeline:
                     **vars(item),
                     attention=attention,
                     guidance_batching=guidance_batching,
+                    cache=cache,
                     callback=callback,
                     recorder=recorder,
                 )
@@ -207,6 +217,7 @@ class VideoPipeline:
             noise=noise,
             attention=attention,
             guidance_batching=guidance_batching,
+            cache=cache,
         )
         programs, compile_ms = self.compile(sampler, state, inputs)
         state, reports = sampler.run_steps(
@@ -218,6 +229,7 @@ class VideoPipeline:
         assert latents is not None  # the last report has it
         del state, inputs  # masks can be large, and so is what decoding needs
         video, decode_ms = self._decode(latents)
+        skipped = np.array([report.work == "skipped" for report in reports])
         return GenerationResult(
             video=video,
             latents=np.asarray(latents),
@@ -225,7 +237,7 @@ class VideoPipeline:
             compile_ms=compile_ms,
             decode_ms=decode_ms,
             kept_density=np.stack([report.kept_density for report in reports]),
-            dense=sampler.dense[:num_steps],
+            dense=sampler.dense[:num_steps] & ~skipped[:, None],
             timesteps=sampler.solver.timesteps[:num_steps],
             stopped=stopped,
         )
@@ -268,6 +280,7 @@ class VideoPipeline:
         noise: Float[Array | np.ndarray, "B F H W C"] | None = None,
         attention: AttentionPlan = DENSE,
         guidance_batching: GuidanceBatching = "one_call",
+        cache: StepCache | None = None,
     ) -> tuple[Sampler, SamplerState, StepInputs]:
         """Prepares what `generate` runs its first step with, for loops of your own.
 
@@ -276,14 +289,17 @@ class VideoPipeline:
         conditioning = self.model.conditioning
         conditioning.check_image(given=image is not None)
         conditioning.check_guidance(sampling)
-        shape = self.latent_shape(sampling)
+        shape, solver = self.latent_shape(sampling), sampling.make_solver()
+        for note in [] if cache is None else cache.notes(solver, attention):
+            warnings.warn(note, CacheWarning, skip_file_prefixes=(__file__,))
         context = self._context(prompts, sampling, negative_context)
         sampler = Sampler.create(
             self.model,
             latent_shape=shape,
-            solver=sampling.make_solver(),
+            solver=solver,
             attention=attention,
             guidance_batching=guidance_batching,
+            cache=cache,
         )
         batch = len(context.lengths) // (2 if sampling.guided else 1)
         inputs = StepInputs(
@@ -309,7 +325,7 @@ class VideoPipeline:
 
     def compile(
         self, sampler: Sampler, state: SamplerState, inputs: StepInputs
-    ) -> tuple[dict[StepKind | None, Callable], float]:
+    ) -> tuple[dict[Program, Callable], float]:
         """Returns compiled steps and the milliseconds that took; 0 if known before."""
         arrays = nnx.state(sampler.model), state, inputs
         key = (
@@ -320,6 +336,7 @@ class VideoPipeline:
             # their kind below.
             sampler.attention.config,
             sampler.guidance_batching,
+            type(sampler.cache),  # its constants are read on the host
             # Shardings tell the devices too; a program serves no others.
             tuple(
                 (leaf.shape, leaf.dtype.name, leaf.sharding)

@@ -23,7 +23,8 @@ class StepReport:
       num_steps: Steps of the run.
       timestep: Timestep that the model was given, 0 to 1000.
       time_ms: Time until the result was there.
-      kept_density: Share of token pairs each layer computed; 1.0 where dense.
+      kept_density: Share of token pairs each layer computed: 1.0 where dense, and 0.0
+        where a cache skipped the step.
       work: How the step was computed.
       time_left_ms: Time that the steps left take, if each takes as long as those of
         its kind before; of a kind that was not run yet, as long as all before.
@@ -53,7 +54,7 @@ class GenerationResult:
       compile_ms: Time to trace and compile the steps; 0 if all were compiled before.
       decode_ms: Time of the codec, its compilation included.
       kept_density: Share of token pairs computed, mean over batch and heads; 1.0
-        where a step and layer ran dense.
+        where a step and layer ran dense, 0.0 where a step was skipped.
       dense: Which steps and layers ran dense.
       timesteps: Model timestep of each step.
       stopped: Whether `StopGeneration` ended the run before its last step. There are
@@ -70,3 +71,17 @@ class GenerationResult:
     dense: Bool[np.ndarray, "steps layers"]
     timesteps: Float[np.ndarray, " steps"]
     stopped: bool = False
+
+    @property
+    def skipped(self) -> Bool[np.ndarray, " steps"]:
+        """Which steps a cache skipped; no other step computes nothing."""
+        return (self.kept_density == 0.0).all(axis=1)
+
+    @property
+    def work(self) -> tuple[StepWork, ...]:
+        """How each step was computed."""
+        dense = self.dense.all(axis=1)
+        return tuple(
+            "skipped" if skip else "dense" if full else "sparse"
+            for skip, full in zip(self.skipped, dense, strict=True)
+        )

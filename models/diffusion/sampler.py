@@ -6,14 +6,13 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool
 
 from draft_jax import (
     AttentionPlan,
@@ -23,54 +22,24 @@ from draft_jax import (
     StepPlan,
     initial_mask,
 )
-from draft_jax.pytree import register_named_tuple
-from models.diffusion.interfaces import (
-    ImageCondition,
-    LatentShape,
-    TextContext,
-    VideoModel,
-)
+from models.diffusion.caches import StepCache
+from models.diffusion.interfaces import KeepsResidual, LatentShape, VideoModel
 from models.diffusion.results import StepReport, StepWork, StopGeneration
-from models.diffusion.schedulers import MAX_TIMESTEP, Solver
+from models.diffusion.schedulers import Solver
+from models.diffusion.step_programs import (
+    SKIPPED,
+    Program,
+    ProgramParts,
+    SamplerState,
+    StepInputs,
+    StepNumbers,
+    run_program,
+)
 from models.float8.product import compiler_options
 
 # How a guided step runs the model on prompts and negative prompts: as one batch, or
 # one after the other, which needs less memory.
 GuidanceBatching = Literal["one_call", "two_calls"]
-
-
-@register_named_tuple
-class SamplerState(NamedTuple):
-    """State that one step hands to the next."""
-
-    latents: Float[Array, "B F H W C"]  # float32
-    # Leaves [layers, rows, ...], or [2, layers, B, ...] with guidance in two calls;
-    # None with dense attention.
-    masks: BlockMask | None
-    history: Any  # the solver's
-
-
-@register_named_tuple
-class StepInputs(NamedTuple):
-    """Inputs that are the same for every step.
-
-    With guidance, prompts come first and their negative prompts after them, so 2 B
-    rows; without it, B rows.
-    """
-
-    context: TextContext
-    guidance: Float[Array, ""]
-    image: ImageCondition | None = None  # B rows; for an image-to-video model
-    embedded_guidance: Float[Array, ""] | None = None  # see `Sampling`
-
-
-@register_named_tuple
-class _StepArrays(NamedTuple):
-    """Arrays of a step's report."""
-
-    kept_density: Float[Array, " layers"]
-    is_finite: Bool[Array, ""]
-    estimate: Float[Array, "B F H W C"]  # of the clean latents
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +53,10 @@ class Sampler:
       attention: Dense or draft attention.
       plan: The schedule's entry for each step; None with dense attention.
       guidance_batching: How guided steps run the model.
+      cache: Rule of a step cache; None to compute every step.
+
+    Raises:
+      ValueError: There is no such batching, or the model cannot have the cache.
     """
 
     model: VideoModel
@@ -92,6 +65,7 @@ class Sampler:
     attention: AttentionPlan
     plan: StepPlan | None
     guidance_batching: GuidanceBatching = "one_call"
+    cache: StepCache | None = None
 
     def __post_init__(self) -> None:
         if self.guidance_batching not in get_args(GuidanceBatching):
@@ -99,6 +73,9 @@ class Sampler:
                 f"guidance_batching={self.guidance_batching!r} must be one of "
                 f"{get_args(GuidanceBatching)}"
             )
+        why_not = self.cache and self.cache.why_unsupported(self.model)
+        if why_not:
+            raise ValueError(f"cache={self.cache!r} does not fit: {why_not}")
 
     @classmethod
     def create(
@@ -109,6 +86,7 @@ class Sampler:
         solver: Solver,
         attention: AttentionPlan,
         guidance_batching: GuidanceBatching = "one_call",
+        cache: StepCache | None = None,
     ) -> "Sampler":
         """Works the schedule out for a model and a size.
 
@@ -120,10 +98,11 @@ class Sampler:
           guidance_batching: Whether a guided step runs prompts and negative prompts
             in "one_call" or "two_calls". Two need less memory; results agree up to
             rounding.
+          cache: Rule of a step cache; None to compute every step.
 
         Raises:
           ValueError: The schedule or the latent's shape does not fit the model, or
-            there is no such batching.
+            there is no such batching, or the model cannot have the cache.
         """
         plan = attention.steps(
             solver.timesteps,
@@ -137,11 +116,12 @@ class Sampler:
             attention=attention,
             plan=plan,
             guidance_batching=guidance_batching,
+            cache=cache,
         )
 
     @property
     def dense(self) -> Bool[np.ndarray, "steps layers"]:
-        """Which steps and layers run dense."""
+        """Which steps and layers run dense, if they are not skipped."""
         if self.plan is not None:
             return np.asarray(self.plan.dense)
         return np.ones((self.solver.num_steps, self.model.num_layers), np.bool_)
@@ -151,7 +131,7 @@ class Sampler:
         return None if self.plan is None else self.plan.step(index)
 
     def initial_state(self, batch: int, *, seed: int, guided: bool) -> SamplerState:
-        """Returns pure noise and masks to start from.
+        """Returns pure noise, masks and a cache's state to start from.
 
         Item `i` gets noise from `fold_in(key(seed), i)`, so that it does not depend
         on how many items are sampled together.
@@ -159,8 +139,19 @@ class Sampler:
         keys = [jax.random.fold_in(jax.random.key(seed), item) for item in range(batch)]
         noise = [jax.random.normal(key, self.latent_shape) for key in keys]
         latents = jnp.stack(noise)
-        masks = self._initial_masks(batch, guided)
-        return SamplerState(latents, masks, self.solver.initial_history(latents))
+        masks, cache = self._initial_masks(batch, guided), None
+        if self.cache is not None:
+            cache = self.cache.initial_state(
+                latents,
+                rows=batch * (2 if guided else 1),
+                residual=(
+                    self.model.residual_shape(self.latent_shape)
+                    if isinstance(self.model, KeepsResidual)
+                    else None
+                ),
+            )
+        history = self.solver.initial_history(latents)
+        return SamplerState(latents, masks, history, cache)
 
     def _initial_masks(self, batch: int, guided: bool) -> BlockMask | None:
         """Returns arrays of their own for each layer, for steps reuse the memory."""
@@ -178,33 +169,85 @@ class Sampler:
         return jax.tree.map(lambda leaf: jnp.tile(leaf, repeats), mask)
 
     def kind(self, index: int) -> StepKind | None:
-        """Returns which program a step needs; None with dense attention."""
+        """Returns the kind of a step that is not skipped; None with dense attention."""
         return None if self.plan is None else self.plan.kind(index)
 
-    def work(self, index: int) -> StepWork:
-        """Returns how a step is computed, as its report says it."""
-        return "dense" if self.dense[index].all() else "sparse"
+    @functools.cached_property
+    def skippable(self) -> Bool[np.ndarray, " steps"]:
+        """Which steps a cache may skip."""
+        num_steps = self.solver.num_steps
+        if self.cache is None:
+            return np.zeros(num_steps, np.bool_)
+        return self.cache.skippable(num_steps)
+
+    def program(
+        self, index: int, *, skip: bool, owes_masks: bool
+    ) -> tuple[Program, bool]:
+        """Returns which program a step needs.
+
+        A skipped step keeps masks as they are. If it was to make new ones, the next
+        sparse step that is computed does.
+
+        Args:
+          index: Number of the step, from 0.
+          skip: Whether a cache skips it.
+          owes_masks: Whether a skipped step before was to make masks.
+
+        Returns:
+          The program, and whether masks are owed after the step.
+        """
+        kind = self.kind(index)
+        if kind is None:
+            return (SKIPPED if skip else None), False
+        owes_masks = owes_masks or kind.refresh
+        if skip:
+            return SKIPPED, owes_masks
+        if all(kind.dense):
+            return kind, owes_masks
+        return dataclasses.replace(kind, refresh=owes_masks), False
 
     @property
-    def kinds(self) -> list[StepKind | None]:
-        """The programs that the run needs, in the order of their first steps."""
-        return list(dict.fromkeys(map(self.kind, range(self.solver.num_steps))))
+    def kinds(self) -> list[Program]:
+        """The programs that the run may need, in the order of their first steps."""
+        found: dict[Program, None] = {}
+        debts = {False}
+        for index in range(self.solver.num_steps):
+            options = {bool(self.skippable[index])}
+            if self.cache is not None and not self.cache.is_known:
+                options.add(False)  # the latents may forbid it
+            steps = [
+                self.program(index, skip=skip, owes_masks=debt)
+                for skip in sorted(options)
+                for debt in sorted(debts)
+            ]
+            found |= dict.fromkeys(program for program, _ in steps)
+            debts = {debt for _, debt in steps}
+        return list(found)
 
     def compile(
         self,
         state: SamplerState,
         inputs: StepInputs,
-        kinds: Iterable[StepKind | None] | None = None,
-    ) -> dict[StepKind | None, Callable]:
+        kinds: Iterable[Program] | None = None,
+    ) -> dict[Program, Callable]:
         """Compiles steps for arrays shaped as these.
 
         Args:
           state: From `initial_state`.
           inputs: Inputs that `run_step` will be given.
-          kinds: Kinds of steps; all of `self.kinds` by default.
+          kinds: Programs; all of `self.kinds` by default.
         """
         kinds = self.kinds if kinds is None else list(kinds)
-        lowered = [self._lower(state, inputs, kind) for kind in kinds]
+        parts = ProgramParts(
+            model=self.model,
+            solver=self.solver,
+            attention=self.attention,
+            two_calls=self.guidance_batching == "two_calls"
+            and _is_guided(state, inputs),
+            cache=self.cache,
+        )
+        numbers = self._numbers(0)
+        lowered = [parts.lower(kind, state, inputs, numbers) for kind in kinds]
         options = compiler_options(nnx.state(self.model))
         with concurrent.futures.ThreadPoolExecutor(max(len(kinds), 1)) as pool:
             programs = pool.map(
@@ -212,44 +255,9 @@ class Sampler:
             )
             return dict(zip(kinds, programs, strict=True))
 
-    def _lower(self, state: SamplerState, inputs: StepInputs, kind: StepKind | None):
-        structure, _ = nnx.split(self.model)
-        attention, update = self.attention, self.solver.update
-        two_calls = self.guidance_batching == "two_calls" and _is_guided(state, inputs)
-
-        def step_fn(parameters, state, inputs, timestep, coefficients, budget):
-            model = nnx.merge(structure, parameters)
-            step = None if kind is None else kind.step(budget)
-
-            def call(context, masks):
-                rows = model.step_inputs(
-                    state.latents,
-                    timestep,
-                    context,
-                    inputs.image,
-                    inputs.embedded_guidance,
-                )
-                return model(rows, attention=attention, step=step, masks=masks)
-
-            predict = functools.partial(_in_two_calls, call) if two_calls else call
-            velocity, masks = predict(inputs.context, state.masks)
-            velocity = _guide(velocity, inputs, len(state.latents))
-            latents, history = update(
-                state.latents, velocity, state.history, coefficients
-            )
-            report = _StepArrays(
-                kept_density=_density_of_layers(masks, step, model.num_layers),
-                is_finite=jnp.isfinite(latents).all(),
-                estimate=state.latents - timestep / MAX_TIMESTEP * velocity,
-            )
-            return SamplerState(latents, masks, history), report
-
-        arguments = self._arguments(state, inputs, 0)
-        return jax.jit(step_fn, donate_argnums=1).lower(*arguments)
-
     def run_step(
         self,
-        programs: dict[StepKind | None, Callable],
+        programs: dict[Program, Callable],
         state: SamplerState,
         inputs: StepInputs,
         index: int,
@@ -265,10 +273,13 @@ class Sampler:
         Raises:
           FloatingPointError: The result is not finite.
         """
-        step_fn = programs[self.kind(index)]
-        arguments = self._arguments(state, inputs, index)
+        program, state, owes_masks = self._choose(state, index)
+        arguments = nnx.state(self.model), state, inputs, self._numbers(index)
         start = time.perf_counter()
-        state, arrays = jax.block_until_ready(step_fn(*arguments))
+        state, arrays = run_program(programs[program], program, *arguments)
+        if state.cache is not None and self.cache and not self.cache.is_known:
+            state.cache.score.copy_to_host_async()  # while the device works
+        state, arrays = jax.block_until_ready((state, arrays))
         time_ms = 1e3 * (time.perf_counter() - start)
         num_steps, timestep = self.solver.num_steps, self.solver.timesteps[index]
         if not arrays.is_finite:
@@ -277,19 +288,39 @@ class Sampler:
                 f"(timestep {timestep:.1f}): the weights may be damaged, or guidance="
                 f"{float(inputs.guidance):g} too strong"
             )
+        if state.cache is not None:
+            cache = dataclasses.replace(state.cache, owes_masks=owes_masks)
+            state = state._replace(cache=cache)
         return state, StepReport(
             index=index,
             num_steps=num_steps,
             timestep=float(timestep),
             time_ms=time_ms,
             kept_density=np.asarray(arrays.kept_density),
-            work=self.work(index),
+            work=_work(program),
             estimate=arrays.estimate,
         )
 
+    def _choose(
+        self, state: SamplerState, index: int
+    ) -> tuple[Program, SamplerState, bool]:
+        """Returns a step's program, the state for it, and if masks are owed then."""
+        rule, cache = self.cache, state.cache
+        if rule is None or cache is None:
+            program, _ = self.program(index, skip=False, owes_masks=False)
+            return program, state, False
+        skip = bool(self.skippable[index])
+        if skip and not rule.is_known:
+            skip = rule.allows(np.asarray(cache.score))
+        program, owes_masks = self.program(
+            index, skip=skip, owes_masks=cache.owes_masks
+        )
+        cache = dataclasses.replace(cache, owes_masks=False)
+        return program, state._replace(cache=cache), owes_masks
+
     def run_steps(
         self,
-        programs: dict[StepKind | None, Callable],
+        programs: dict[Program, Callable],
         state: SamplerState,
         inputs: StepInputs,
         num_steps: int,
@@ -322,21 +353,39 @@ class Sampler:
 
     def _time_left_ms(self, reports: list[StepReport], num_steps: int) -> float:
         """Returns how long the steps up to `num_steps` take, after some reports."""
-        times: dict[StepKind | None, list[float]] = {}
+        times: dict[Program, list[float]] = {}
         for report in reports:
-            times.setdefault(self.kind(report.index), []).append(report.time_ms)
+            times.setdefault(self._time_group(report.index), []).append(report.time_ms)
         mean = float(np.mean([report.time_ms for report in reports]))
-        left = map(self.kind, range(len(reports), num_steps))
+        left = map(self._time_group, range(len(reports), num_steps))
         return math.fsum(np.mean(times[k]) if k in times else mean for k in left)
 
-    def _arguments(self, state: SamplerState, inputs: StepInputs, index: int) -> tuple:
-        timestep = jnp.float32(self.solver.timesteps[index])
-        coefficients = jax.tree.map(
-            lambda value: jnp.asarray(value, jnp.float32),
-            self.solver.coefficients(index),
+    def _time_group(self, index: int) -> Program:
+        """Returns the program that a step's time stands for.
+
+        Steps that may be skipped are one group: it has as many skipped ones as before.
+        """
+        return SKIPPED if self.skippable[index] else self.kind(index)
+
+    def _numbers(self, index: int) -> StepNumbers:
+        return StepNumbers(
+            timestep=jnp.float32(self.solver.timesteps[index]),
+            coefficients=jax.tree.map(
+                lambda value: jnp.asarray(value, jnp.float32),
+                self.solver.coefficients(index),
+            ),
+            budget=(
+                None if self.plan is None else jnp.asarray(self.plan.budget[index])
+            ),
         )
-        budget = None if self.plan is None else jnp.asarray(self.plan.budget[index])
-        return nnx.state(self.model), state, inputs, timestep, coefficients, budget
+
+
+def _work(program: Program) -> StepWork:
+    """Returns how a step is computed, as its report says it."""
+    if program == SKIPPED:
+        return "skipped"
+    dense = not isinstance(program, StepKind) or all(program.dense)
+    return "dense" if dense else "sparse"
 
 
 @runtime_checkable
@@ -352,44 +401,3 @@ class StepRecorder(Protocol):
 def _is_guided(state: SamplerState, inputs: StepInputs) -> bool:
     """Tells whether there are rows of negative prompts."""
     return len(jax.tree.leaves(inputs.context)[0]) > len(state.latents)
-
-
-def _in_two_calls(
-    call: Callable, context: TextContext, masks: BlockMask | None
-) -> tuple[Float[Array, "rows F H W C"], BlockMask | None]:
-    """Runs `call` on the prompts' rows, then on those of the negative prompts.
-
-    A loop, for XLA may run what is unrolled side by side.
-    """
-    halves = jax.tree.map(
-        lambda rows: rearrange(rows, "(halves B) ... -> halves B ...", halves=2),
-        context,
-    )
-    velocity, masks = jax.lax.map(lambda half: call(*half), (halves, masks))
-    return rearrange(velocity, "halves B ... -> (halves B) ..."), masks
-
-
-def _guide(
-    velocity: Float[Array, "rows F H W C"], inputs: StepInputs, batch: int
-) -> Float[Array, "B F H W C"]:
-    """Applies classifier-free guidance where there are rows of negative prompts."""
-    if velocity.shape[0] == batch:
-        return velocity
-    positive, negative = velocity[:batch], velocity[batch:]
-    return negative + inputs.guidance * (positive - negative)
-
-
-def _density_of_layers(
-    masks: BlockMask | None, step: DraftStep | None, num_layers: int
-) -> Float[Array, " layers"]:
-    """Returns each layer's share of computed token pairs, mean of rows and heads."""
-    if step is None or masks is None:
-        return jnp.ones(num_layers)
-    calls = masks.row_offsets.shape[:-4]  # (2,) with guidance in two calls
-    # A layer at a time: the lists of all layers are large.
-    per_layer = jax.lax.map(
-        lambda mask: mask.density.mean(),
-        jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(calls) + 1 :]), masks),
-    )
-    per_layer = per_layer.reshape(-1, num_layers).mean(0)
-    return jnp.where(step.dense, 1.0, per_layer)

@@ -90,7 +90,8 @@ def _split(batch: Any) -> list:
 def join_results(results: Sequence[GenerationResult]) -> GenerationResult:
     """Returns the results of items as that of a batch: times are sums.
 
-    A last one that was stopped is left out, unless it is the only one.
+    A last one that was stopped is left out, unless it is the only one. A step counts
+    as skipped where all items skipped it.
     """
     stopped = results[-1].stopped
     results = results[:-1] if stopped and len(results) > 1 else results
@@ -103,5 +104,6 @@ def join_results(results: Sequence[GenerationResult]) -> GenerationResult:
         compile_ms=sum(result.compile_ms for result in results),
         decode_ms=sum(result.decode_ms for result in results),
         kept_density=np.mean([result.kept_density for result in results], axis=0),
+        dense=np.any([result.dense for result in results], axis=0),
         stopped=stopped,
     )

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,8 +153,39 @@ class HunyuanTransformer(nnx.Module):
         Raises:
           ValueError: An input does not fit the configuration or the others.
         """
-        velocity, masks, _ = self._run(inputs, attention, step, masks, remat=remat)
-        return velocity, masks
+        results = self._run(inputs, attention, step, masks, remat=remat)
+        return results.velocity, results.masks
+
+    def call_with_residual(
+        self,
+        inputs: HunyuanInputs,
+        *,
+        attention: AttentionPlan = _DENSE,
+        step: DraftStep | None = None,
+        masks: BlockMask | None = None,
+    ) -> tuple[Velocity, BlockMask | None, Float[Array, "B V E"]]:
+        """Returns velocity, masks and residual; see `KeepsResidual`.
+
+        The residual is that of the video's tokens, without a reference and the text.
+        """
+        results = self._run(inputs, attention, step, masks)
+        return results.velocity, results.masks, results.residual
+
+    def reuse_residual(
+        self, inputs: HunyuanInputs, residual: Float[Array, "B V E"]
+    ) -> Velocity:
+        """Returns the velocity that follows from a residual; see `KeepsResidual`."""
+        check_inputs(inputs, self.config)
+        _, video = self._parts(self.grid(inputs.latents.shape))
+        x = self.x_embedder(inputs.latents, video) + residual
+        return self._head(x, self._conditioning(inputs), video)
+
+    def residual_shape(self, latent_shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        """Returns shape and dtype of one item's residual."""
+        _, video = self._parts(self.grid(latent_shape))
+        return jax.ShapeDtypeStruct(
+            (video.num_tokens, self.config.dim), self.config.compute_dtype
+        )
 
     def capture_qk(
         self,
@@ -188,14 +219,15 @@ class HunyuanTransformer(nnx.Module):
         masks: BlockMask | None = None,
     ) -> tuple[Velocity, Any]:
         """Calls a function of every layer's q and k; see `VideoModel.map_qk`."""
-        velocity, _, stacks = self._run(
+        results = self._run(
             inputs,
             attention,
             step,
             masks,
             capture=lambda sown: function(sown["attn"]["q"], sown["attn"]["k"]),
         )
-        return velocity, jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
+        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *results.found)
+        return results.velocity, joined
 
     def step_inputs(
         self,
@@ -272,8 +304,8 @@ class HunyuanTransformer(nnx.Module):
         *,
         remat: bool = False,
         capture: Callable[[dict[str, Any]], Any] | None = None,
-    ) -> tuple[Velocity, BlockMask | None, Any]:
-        """Returns velocity, masks, and what `capture` returns for each stack."""
+    ) -> "_Results":
+        """Runs the model; `found` is what `capture` returns for each stack."""
         config = self.config
         check_inputs(inputs, config)
         grid = self.grid(inputs.latents.shape)
@@ -295,7 +327,8 @@ class HunyuanTransformer(nnx.Module):
             draft=attention.config,
         )
         text = self.context_embedder(inputs.context, inputs.timesteps, mask)
-        streams = self._embed(inputs, grid), text
+        embedded = self._embed(inputs, grid)
+        streams = embedded, text
         streams, masks, sown = run_blocks(
             self.transformer_blocks,
             streams,
@@ -315,8 +348,15 @@ class HunyuanTransformer(nnx.Module):
             remat=remat,
             capture=capture,
         )
-        velocity = self._head(x, shared.conditioning, grid)
-        return velocity, masks, (sown, sown_single)
+        _, video = self._parts(grid)
+        end = grid.visual_tokens.stop
+        x = x[:, end - video.num_tokens : end]
+        return _Results(
+            self._head(x, shared.conditioning, video),
+            masks,
+            (sown, sown_single),
+            x - embedded[:, -video.num_tokens :],
+        )
 
     def _conditioning(self, inputs: HunyuanInputs) -> Float[Array, "B E"]:
         """Returns what modulates all blocks; each applies its layer to its SiLU."""
@@ -344,17 +384,14 @@ class HunyuanTransformer(nnx.Module):
 
     def _head(
         self,
-        x: Float[Array, "B T E"],
+        x: Float[Array, "B V E"],
         conditioning: Float[Array, "B E"],
-        grid: VideoGrid,
+        video: VideoGrid,
     ) -> Velocity:
         """Applies the modulated norm and the last layer to the video's tokens.
 
         Then puts tokens back to raster order and cuts patches into positions.
         """
-        _, video = self._parts(grid)
-        end = grid.visual_tokens.stop
-        x = x[:, end - video.num_tokens : end]
         x = modulated_norm(x, *self.norm_out(conditioning), self.config)
         return unpatchify(
             self.proj_out(x).astype(jnp.float32),
@@ -362,3 +399,12 @@ class HunyuanTransformer(nnx.Module):
             patch_size=self.config.patch_size,
             channels="first",
         )
+
+
+class _Results(NamedTuple):
+    """Results of a call; compiled programs make those that are read."""
+
+    velocity: Velocity
+    masks: BlockMask | None
+    found: Any  # of double and of single blocks; None without capturing
+    residual: Float[Array, "B V E"]

@@ -49,6 +49,7 @@ def plot_kept_share(
     timesteps: Float[np.ndarray, " steps"],
     *,
     title: str,
+    skipped: Bool[np.ndarray, " steps"] | None = None,
 ) -> None:
     """Draws the share of token pairs computed as a heat map, layer by step.
 
@@ -57,6 +58,7 @@ def plot_kept_share(
       kept_density: 1.0 where a step and layer ran dense.
       timesteps: Model timestep of each step, for the axis.
       title: Printed above, as text.
+      skipped: Steps that a cache skipped, drawn as hatched columns; None for none.
 
     Raises:
       MissingExtraError: matplotlib is not installed.
@@ -66,11 +68,20 @@ def plot_kept_share(
     image = axes.imshow(
         kept_density.T, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto"
     )
+    is_skipped = np.zeros(len(timesteps), bool) if skipped is None else skipped
     for step, layer in np.ndindex(kept_density.shape):
+        if is_skipped[step]:
+            continue
         share = kept_density[step, layer]
         colour = "black" if share > 0.6 else "white"
         label = axes.text(step, layer, f"{100 * share:.0f}", color=colour, fontsize=7)
         label.set(ha="center", va="center")
+    for step in map(float, np.flatnonzero(is_skipped)):
+        axes.axvspan(
+            step - 0.5, step + 0.5, facecolor="white", edgecolor="grey", hatch="///"
+        )
+        label = axes.text(step, (kept_density.shape[1] - 1) / 2, "skipped", fontsize=7)
+        label.set(ha="center", va="center", rotation=90)
     axes.set_xticks(
         range(len(timesteps)), [f"{t:.0f}" for t in timesteps], rotation=90, fontsize=7
     )

@@ -7,7 +7,7 @@ output is put back once; no layer reorders tokens. Layers share one traced block
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,8 +109,39 @@ class WanTransformer(nnx.Module):
         Raises:
           ValueError: An input does not fit the configuration or the others.
         """
-        velocity, masks, _ = self._run(inputs, attention, step, masks, remat=remat)
-        return velocity, masks
+        results = self._run(inputs, attention, step, masks, remat=remat)
+        return results.velocity, results.masks
+
+    def call_with_residual(
+        self,
+        inputs: WanInputs,
+        *,
+        attention: AttentionPlan = _DENSE,
+        step: DraftStep | None = None,
+        masks: BlockMask | None = None,
+    ) -> tuple[Velocity, BlockMask | None, Float[Array, "B T E"]]:
+        """Returns velocity, masks and residual; see `KeepsResidual`."""
+        results = self._run(inputs, attention, step, masks)
+        return results.velocity, results.masks, results.residual
+
+    def reuse_residual(
+        self, inputs: WanInputs, residual: Float[Array, "B T E"]
+    ) -> Velocity:
+        """Returns the velocity that follows from a residual; see `KeepsResidual`."""
+        check_inputs(inputs, self.config)
+        grid = self.grid(inputs.latents.shape)
+        time, _, _ = self.condition_embedder(
+            inputs.timesteps, inputs.context, inputs.context_lengths
+        )
+        x = self.patch_embedding(inputs.latents, grid).astype(jnp.float32)
+        return self._head(x + residual, time, grid)
+
+    def residual_shape(self, latent_shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        """Returns shape and dtype of one item's residual."""
+        tokens = self.grid(latent_shape).num_tokens
+        return jax.ShapeDtypeStruct(
+            (tokens, self.config.dim), self.config.compute_dtype
+        )
 
     def capture_qk(
         self,
@@ -143,14 +174,14 @@ class WanTransformer(nnx.Module):
         masks: BlockMask | None = None,
     ) -> tuple[Velocity, Any]:
         """Calls a function of every layer's q and k; see `VideoModel.map_qk`."""
-        velocity, _, results = self._run(
+        results = self._run(
             inputs,
             attention,
             step,
             masks,
             capture=lambda sown: function(sown["attn1"]["q"], sown["attn1"]["k"]),
         )
-        return velocity, results
+        return results.velocity, results.found
 
     def step_inputs(
         self,
@@ -215,8 +246,8 @@ class WanTransformer(nnx.Module):
         *,
         remat: bool = False,
         capture: Callable[[dict[str, Any]], Any] | None = None,
-    ) -> tuple[Velocity, BlockMask | None, Any]:
-        """Returns velocity, masks, and what `capture` returns for all layers."""
+    ) -> "_Results":
+        """Runs the model; `found` is what `capture` returns for all layers."""
         config = self.config
         check_inputs(inputs, config)
         grid = self.grid(inputs.latents.shape)
@@ -242,17 +273,23 @@ class WanTransformer(nnx.Module):
             grid=grid,
             draft=attention.config,
         )
-        x = self.patch_embedding(inputs.latents, grid).astype(jnp.float32)
+        embedded = self.patch_embedding(inputs.latents, grid)
         x, masks, sown = run_blocks(
             self.blocks,
-            x,
+            embedded.astype(jnp.float32),
             shared,
             step=step,
             masks=masks,
             remat=remat,
             capture=capture,
         )
-        return self._head(x, time, grid), masks, sown
+        return _Results(
+            self._head(x, time, grid),
+            masks,
+            sown,
+            # Of the embedding as it was made: half the memory of its float32 copy.
+            (x - embedded.astype(jnp.float32)).astype(config.compute_dtype),
+        )
 
     def _head(
         self, x: Float[Array, "B T E"], time: Float[Array, "B E"], grid: VideoGrid
@@ -268,6 +305,15 @@ class WanTransformer(nnx.Module):
         return unpatchify(
             patches, grid, patch_size=self.config.patch_size, channels="last"
         )
+
+
+class _Results(NamedTuple):
+    """Results of a call; compiled programs make those that are read."""
+
+    velocity: Velocity
+    masks: BlockMask | None
+    found: Any  # None without capturing
+    residual: Float[Array, "B T E"]
 
 
 def kept_density(

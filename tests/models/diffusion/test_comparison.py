@@ -75,6 +75,21 @@ def test_report_of_a_sparse_run_that_was_stopped(comparison):
     assert not report["dense"]["stopped"]
 
 
+def test_report_of_a_run_whose_cache_skipped_steps(comparison):
+    """Skipped steps are neither dense nor sparse: one sparse step, 44 ms and 12 ms."""
+    kept = np.array([[1, 1], [0, 0], [0, 0], [1, 0.4]])
+    sparse = dataclasses.replace(
+        comparison.sparse, kept_density=kept, dense=kept == 1.0
+    )
+    report = Comparison(dense=comparison.dense, sparse=sparse).report()
+    assert (report["sparse_steps"], report["skipped_steps"]) == (1, 2)
+    assert report["speed_up_of_sparse_steps"] == pytest.approx(44 / 12)
+    one = report["sparse"]
+    assert one["work_per_step"] == ["dense", "skipped", "skipped", "sparse"]
+    assert (one["dense_steps"], one["skipped_steps"]) == (1, 2)
+    assert report["dense"]["work_per_step"] == ["dense"] * 4
+
+
 def test_equal_videos_have_no_finite_psnr(comparison):
     same = Comparison(dense=comparison.dense, sparse=comparison.dense)
     report = same.report()

@@ -105,3 +105,21 @@ def test_missing_extra_is_told(tmp_path, monkeypatch):
         plots.plot_kept_share(
             tmp_path / "x.png", np.ones((2, 2)), np.array([2.0, 1.0]), title=""
         )
+
+
+def test_skipped_steps_are_hatched_in_the_picture_of_kept_shares(tmp_path):
+    """The column of step 1 differs where it was skipped, and no other does."""
+    kept, pictures = np.full((3, 4), 0.5), []
+    for skipped in (None, np.array([False, True, False])):
+        path = tmp_path / "kept.png"
+        plots.plot_kept_share(
+            path, kept, np.array([900.0, 500.0, 100.0]), title="a", skipped=skipped
+        )
+        pictures.append(matplotlib.image.imread(path)[..., :3])
+    columns = np.nonzero((pictures[0] != pictures[1]).any(-1))[1]
+    is_heat_map = (np.ptp(pictures[0], axis=-1) > 0.1).mean(0) > 0.3
+    left = np.flatnonzero(is_heat_map)[0]
+    assert len(columns) > 100
+    # Three columns of a step each: the middle one does not begin at the left edge.
+    assert columns.min() > left + 0.5 * np.ptp(columns)
+    assert np.ptp(columns) < 0.5 * pictures[0].shape[1]
