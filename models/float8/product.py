@@ -4,7 +4,8 @@ Activations are rounded row by row where they are used, so XLA makes the roundin
 of the operation before: norm and modulation, or GELU. Of layers that read the same
 activations, it rounds once. The product's scales and bias are part of the operation
 after. The product itself is left in the output's dtype without scales, and on a GPU is
-cuBLASLt's, with its default accumulation.
+cuBLASLt's, with its default accumulation. Between two products of a feed-forward
+network nothing but the first product is written out; see `unscaled_product`.
 
 cuBLASLt wants both operands with the inner axis last: weights are [out, in], as
 checkpoints store them, and nothing is transposed.
@@ -16,9 +17,9 @@ A gradient passes as if nothing were rounded ("straight through"). It is that of
 inputs and of the bias; weights in FP8 have none.
 """
 
+import dataclasses
 import functools
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from models.float8.rows import FLOAT8, ScaledRows, quantise_rows, widen_rows
+from models.float8.rows import FLOAT8, ScaledRows, quantise_made, quantise_rows
 from pallas_kernels.common import Device, current_device
 
 _FIRST_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
@@ -76,8 +77,35 @@ def compiler_options(arrays: Any) -> dict[str, bool]:
     return dict(_GPU_OPTIONS) if on_gpu else {}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Unscaled:
+    """A product that what reads it scales, and applies an activation to.
+
+    Attributes:
+      product: In the dtype that products have.
+      rows: Scales of its rows.
+      columns: Scales of its columns.
+      bias: Added after scaling.
+      activation: Applied at last, in float32.
+    """
+
+    product: Float[Array, "*rows K"]
+    rows: Float[Array, "*rows"]
+    columns: Float[Array, " K"]
+    bias: Float[Array, " K"] | None
+    activation: Callable[[Array], Array]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the product."""
+        return self.product.shape
+
+
+Part = Float[Array | np.ndarray, "*rows _"] | Unscaled
+
+
 def scaled_product(
-    parts: Sequence[Float[Array | np.ndarray, "*rows _"]],
+    parts: Sequence[Part],
     weight: ScaledRows,
     bias: Float[Array | np.ndarray, " out"] | None = None,
     *,
@@ -99,37 +127,85 @@ def scaled_product(
       TypeError: A gradient of the weight is asked for.
       ValueError: The device has no products in FP8, or widths do not fit.
     """
+    _check(parts, weight)
+    start, total = 0, None
+    for part in parts:
+        stop = start + part.shape[-1]
+        product, rows = _multiply_part(part, weight.values[:, start:stop], dtype)
+        scaled = product.astype(jnp.float32) * rows[..., None]
+        start, total = stop, scaled if total is None else total + scaled
+    assert total is not None, "checked"
+    total = total * weight.scale
+    return (total if bias is None else total + _float32(bias)).astype(dtype)
+
+
+def unscaled_product(
+    x: Part,
+    weight: ScaledRows,
+    bias: Float[Array | np.ndarray, " out"] | None,
+    activation: Callable[[Array], Array],
+    *,
+    dtype: str,
+) -> Unscaled:
+    """Multiplies activations with a weight in FP8 for another such product to read.
+
+    What the two do in between (scales, bias, activation, maxima and rounding) is
+    computed twice, once for the maxima. Else its result would be written out and read
+    again, which takes longer, and as much memory again.
+
+    Takes and raises what `scaled_product` does.
+    """
+    _check([x], weight)
+    product, rows = _multiply_part(x, weight.values, dtype)
+    return Unscaled(
+        product=product,
+        rows=rows,
+        columns=weight.scale,
+        bias=None if bias is None else jnp.asarray(bias),
+        activation=activation,
+    )
+
+
+def _check(parts: Sequence[Part], weight: ScaledRows) -> None:
     if reason := why_no_float8(current_device(*parts)):
         raise ValueError(f"{reason}; choose linears='bfloat16'")
     widths = [part.shape[-1] for part in parts]
-    if weight.values.ndim != 2 or sum(widths) != weight.values.shape[1]:
+    if weight.values.ndim != 2 or not widths or sum(widths) != weight.values.shape[1]:
         raise ValueError(
             f"parts have {widths} channels; expected as many together as the weight "
             f"of shape {weight.values.shape} has inputs"
         )
-    given = tuple(map(jnp.asarray, parts))
-    return _product(dtype, given, weight, None if bias is None else jnp.asarray(bias))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(dtype, parts, weight, bias):
-    total = None
-    for part, values in _pair(parts, weight.values):
-        rows = quantise_rows(part)
-        raw = _multiply(rows.values, values, jnp.dtype(dtype))
-        scaled = raw.astype(jnp.float32) * rows.scale[..., None]
-        total = scaled if total is None else total + scaled
-    total = total * weight.scale
-    if bias is not None:
-        total = total + bias.astype(jnp.float32)
-    return total.astype(dtype)
+def _multiply_part(part: Part, values: Array, dtype: str) -> tuple[Array, Array]:
+    """Rounds activations; returns the product without scales, and theirs."""
+    if isinstance(part, Unscaled):
+        finish = functools.partial(_finish, part.activation)
+        return _product(
+            finish, dtype, (part.product, part.rows, part.columns, part.bias), values
+        )
+    return _product(None, dtype, jnp.asarray(part), values)
 
 
-def _pair(parts, matrix):
-    """Returns each part with the columns of a matrix that it meets."""
-    bounds = [0, *itertools.accumulate(part.shape[-1] for part in parts)]
-    cuts = (matrix[:, first:last] for first, last in itertools.pairwise(bounds))
-    return zip(parts, cuts, strict=True)
+def _float32(x):
+    return jnp.asarray(x).astype(jnp.float32)
+
+
+def _finish(activation, arrays):
+    """Applies scales, bias and activation of an `Unscaled`."""
+    product, rows, columns, bias = arrays
+    x = _float32(product) * rows[..., None] * columns
+    return activation(x if bias is None else x + _float32(bias))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(make, dtype, arrays, values):
+    """Returns a product without scales, and those of its rows.
+
+    Rows are what `make` makes of arrays; None takes an array as it is.
+    """
+    rows = quantise_rows(arrays) if make is None else quantise_made(make, arrays)
+    return _multiply(rows.values, values, jnp.dtype(dtype)), rows.scale
 
 
 def _multiply(rows, columns, dtype):
@@ -145,31 +221,28 @@ def _multiply(rows, columns, dtype):
     return product.astype(dtype)
 
 
-def _forward(dtype, parts, weight, bias):
-    values = jax.tree.map(lambda primal: primal.value, (parts, weight, bias))
-    if any(jax.tree.leaves(jax.tree.map(lambda primal: primal.perturbed, weight))):
+def _forward(make, dtype, arrays, values):
+    if values.perturbed:
         raise TypeError(
             "weights in FP8 have no gradient; train with linears='bfloat16', and "
             "round afterwards"
         )
-    parts, weight, bias = values
-    return _product(dtype, parts, weight, bias), values
+    arrays = jax.tree.map(lambda primal: primal.value, arrays)
+    product, scale = _product(make, dtype, arrays, values.value)
+    return (product, scale), (arrays, values.value, scale)
 
 
-def _backward(dtype, saved, cotangent):
-    parts, weight, bias = saved
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
-    cotangent = cotangent.astype(jnp.float32)
-    of_parts = tuple(
-        (cotangent @ columns).astype(part.dtype)
-        for part, columns in _pair(parts, widen_rows(weight))
-    )
-    of_bias = None
-    if bias is not None:
-        rows = tuple(range(cotangent.ndim - 1))
-        of_bias = cotangent.sum(rows).astype(bias.dtype)
-    return of_parts, None, of_bias
+def _backward(make, dtype, saved, cotangents):
+    """Pulls back as if nothing were rounded; scales are constants."""
+    del dtype
+    arrays, values, scale = saved
+    of_product, _ = cotangents
+    if isinstance(of_product, jax.custom_derivatives.SymbolicZero):
+        return jax.tree.map(jnp.zeros_like, arrays), None
+    of_rows = _float32(of_product) / scale[..., None] @ _float32(values)
+    if make is None:
+        return of_rows.astype(arrays.dtype), None
+    return *jax.vjp(make, arrays)[1](of_rows), None
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)

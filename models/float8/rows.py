@@ -6,8 +6,10 @@ becomes 448. The same function rounds weights, whose rows are output channels, a
 activations, whose rows are tokens.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn
 
@@ -37,8 +39,37 @@ def quantise_rows(x: Float[Array, "*rows K"]) -> ScaledRows:
       Values up to 448, and scales in float32.
     """
     wide = x.astype(jnp.float32)
-    largest = jnp.maximum(jnp.abs(wide).max(axis=-1), _LEAST_MAXIMUM)
-    values = wide * (LARGEST / largest)[..., None]
+    return _divide(wide, _largest(wide))
+
+
+def quantise_made(
+    make: Callable[[Any], Float[Array, "*rows K"]], arrays: Any
+) -> ScaledRows:
+    """Rounds rows that are made twice, for their maxima and for their values.
+
+    To XLA the second making is another one than the first. Else it would write the rows
+    out when it takes the maxima, and read them again.
+
+    Args:
+      make: Makes the rows, in float32.
+      arrays: A tree of arrays for it.
+
+    Returns:
+      What `quantise_rows` returns of the rows.
+    """
+    largest = _largest(make(arrays))
+    arrays, largest = jax.lax.optimization_barrier((arrays, largest))
+    return _divide(make(arrays), largest)
+
+
+def _largest(rows: Float[Array, "*rows K"]) -> Float[Array, "*rows"]:
+    return jnp.maximum(jnp.abs(rows).max(axis=-1), _LEAST_MAXIMUM)
+
+
+def _divide(
+    rows: Float[Array, "*rows K"], largest: Float[Array, "*rows"]
+) -> ScaledRows:
+    values = rows * (LARGEST / largest)[..., None]
     return ScaledRows(values.astype(FLOAT8), largest * (1 / LARGEST))
 
 

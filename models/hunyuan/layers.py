@@ -34,6 +34,7 @@ from models.diffusion.transformer.attention import self_attention
 from models.diffusion.transformer.layers import (
     MLP,
     RMSNorm,
+    activate,
     apply_side_by_side,
     gelu_tanh,
     layer_norm,
@@ -306,14 +307,9 @@ class SingleBlock(nnx.Module):
         shift, scale, gate = self.norm(inputs.conditioning)
         normed = modulated_norm(x, shift, scale, self.config)
         attended, mask = self.attn(normed, inputs, step, mask)
-        hidden = gelu_tanh(self.proj_mlp(normed))
-        return add_gated(x, self._project_out(attended, hidden), gate), mask
-
-    def _project_out(
-        self, attended: Float[Array, "B T E"], hidden: Float[Array, "B T M"]
-    ) -> Float[Array, "B T E"]:
-        """Applies `proj_out` to both side by side, which never are one array."""
-        return apply_side_by_side(self.proj_out, attended, hidden)
+        hidden = activate(gelu_tanh, self.proj_mlp, normed)
+        out = apply_side_by_side(self.proj_out, attended, hidden)
+        return add_gated(x, out, gate), mask
 
 
 def _attend(q, k, v, pooled, inputs: JointBlockInputs, step, mask):

@@ -5,13 +5,13 @@ layers to leave become `Float8Linear`s. Embeddings, modulation, text projections
 first and last layers stay as they are: they are few, and errors in them reach all else.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from models.float8.product import scaled_product
+from models.float8.product import Unscaled, scaled_product, unscaled_product
 from models.float8.rows import ScaledRows, quantise_rows
 
 
@@ -40,11 +40,25 @@ class Float8Linear(nnx.Module):
         weight = jnp.swapaxes(layer.kernel[...], -1, -2)
         return cls(quantise_rows(weight), bias, dtype=jnp.dtype(layer.dtype).name)
 
-    def __call__(self, *parts: Float[Array, "*axes _"]) -> Float[Array, "*axes O"]:
+    def __call__(
+        self, *parts: Float[Array, "*axes _"] | Unscaled
+    ) -> Float[Array, "*axes O"]:
         """Applies the layer to the last axis; see `scaled_product` for several."""
-        rows = ScaledRows(self.weight[...], self.weight_scale[...])
-        bias = None if self.bias is None else self.bias[...]
-        return scaled_product(parts, rows, bias, dtype=self.dtype)
+        return scaled_product(parts, self._rows, self._bias, dtype=self.dtype)
+
+    def before(
+        self, activation: Callable[[Array], Array], x: Float[Array, "*axes I"]
+    ) -> Unscaled:
+        """Applies the layer, and then an activation, for another `Float8Linear`."""
+        return unscaled_product(x, self._rows, self._bias, activation, dtype=self.dtype)
+
+    @property
+    def _rows(self) -> ScaledRows:
+        return ScaledRows(self.weight[...], self.weight_scale[...])
+
+    @property
+    def _bias(self) -> Float[Array, " O"] | None:
+        return None if self.bias is None else self.bias[...]
 
 
 def use_float8_linears(model: nnx.Module, *, leave: Collection[str]) -> None:

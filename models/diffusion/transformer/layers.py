@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models.diffusion.transformer.float8 import Float8Linear
+from models.float8.product import Unscaled
 
 # The initialisation of most linear layers in the original codes of all families.
 XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
@@ -70,14 +71,26 @@ def projection(config: HasWidth, rngs: nnx.Rngs) -> Callable[[], nnx.Linear]:
     )
 
 
+def activate(
+    activation: Callable[[Array], Array],
+    layer: nnx.Linear | Float8Linear,
+    x: Float[Array, "*axes I"],
+) -> Float[Array, "*axes H"] | Unscaled:
+    """Applies a layer and then an activation, for another layer of its kind."""
+    if isinstance(layer, Float8Linear):
+        return layer.before(activation, x)
+    return activation(layer(x))
+
+
 def apply_side_by_side(
     layer: nnx.Linear | Float8Linear,
     first: Float[Array, "B T E"],
-    second: Float[Array, "B T M"],
+    second: Float[Array, "B T M"] | Unscaled,
 ) -> Float[Array, "B T O"]:
     """Applies a layer to two inputs side by side, which never are one array."""
     if isinstance(layer, Float8Linear):
         return layer(first, second)
+    assert not isinstance(second, Unscaled), "layers that meet are of one kind"
     kernel, width = layer.kernel[...].astype(layer.dtype), first.shape[-1]
     assert layer.bias is not None, "made with one"
     bias = layer.bias[...].astype(layer.dtype)
@@ -137,14 +150,14 @@ class MLP(nnx.Module):
         self.linear_1 = linear(
             features_in, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
-        self.linear_2 = linear(
+        self.linear_2: Callable[..., Array] = linear(
             hidden, features_out, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.activation = activation
 
     def __call__(self, x: Float[Array, "*axes I"]) -> Float[Array, "*axes O"]:
         """Applies both layers to the last axis."""
-        return self.linear_2(self.activation(self.linear_1(x)))
+        return self.linear_2(activate(self.activation, self.linear_1, x))
 
 
 def gelu_tanh(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:

@@ -12,6 +12,7 @@ from models.float8 import product
 from models.float8.product import (
     compiler_options,
     scaled_product,
+    unscaled_product,
     why_no_float8,
 )
 from models.float8.rows import ScaledRows, quantise_rows
@@ -79,6 +80,59 @@ def test_parts_are_rounded_by_themselves():
     assert np.abs(expected).max() > 20 * rounding
 
 
+def make_network():
+    """Activations, two weights and two biases of a feed-forward network."""
+    x, first, first_bias = make_problem()
+    rng = np.random.default_rng(2)
+    second = rng.normal(size=(9, 20)).astype(np.float32)
+    second_bias = rng.normal(size=9).astype(np.float32)
+    return x, (first, first_bias), (second, second_bias)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_networks_match_float64(dtype):
+    """What lies between the products is rounded once, from float32."""
+    x, (first, first_bias), (second, second_bias) = make_network()
+    first_rows, second_rows = (quantise_rows(jnp.asarray(w)) for w in (first, second))
+
+    @jax.jit
+    def apply(x):
+        hidden = unscaled_product(x, first_rows, first_bias, jnp.tanh, dtype=dtype)
+        return scaled_product((hidden,), second_rows, second_bias, dtype=dtype)
+
+    product = numpy_round(x) @ numpy_round(first).T
+    if dtype == "bfloat16":  # of the unscaled product; a scale is no power of two
+        scale = np.abs(x).max(axis=-1, keepdims=True) / 448
+        scale = scale * np.abs(first).max(axis=1) / 448
+        product = (product / scale).astype(ml_dtypes.bfloat16).astype(float) * scale
+    hidden = np.tanh(product + first_bias)
+    expected = numpy_product([hidden], second, second_bias)
+    error = relative(np.asarray(apply(x), np.float64), expected)
+    assert error < FLOAT8_PRODUCT[dtype]
+
+
+def test_gradients_of_networks_are_those_of_their_parts():
+    x, (first, first_bias), (second, second_bias) = make_network()
+    first_rows, second_rows = (quantise_rows(jnp.asarray(w)) for w in (first, second))
+
+    def apart(x, bias):
+        hidden = jnp.tanh(scaled_product((x,), first_rows, bias, dtype="float32"))
+        out = scaled_product((hidden,), second_rows, second_bias, dtype="float32")
+        return jnp.sin(out).sum()
+
+    def together(x, bias):
+        hidden = unscaled_product(x, first_rows, bias, jnp.tanh, dtype="float32")
+        out = scaled_product((hidden,), second_rows, second_bias, dtype="float32")
+        return jnp.sin(out).sum()
+
+    expected, got = (
+        jax.jit(jax.grad(f, argnums=(0, 1)))(x, first_bias) for f in (apart, together)
+    )
+    for name, one, other in zip(("x", "bias"), got, expected, strict=True):
+        assert np.abs(other).max() > 0.1, name
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_gradients_pass_as_if_nothing_were_rounded(has_bias):
     x, weight, bias = make_problem()
@@ -120,13 +174,13 @@ def test_weights_in_fp8_have_no_gradient():
     x, weight, _ = make_problem()
     rows = quantise_rows(jnp.asarray(weight))
 
-    def loss(scale):
+    def loss(values):
         return scaled_product(
-            (x,), ScaledRows(rows.values, scale), dtype="float32"
+            (x,), ScaledRows(values, rows.scale), dtype="float32"
         ).sum()
 
     with pytest.raises(TypeError, match="no gradient; train with linears='bfloat16'"):
-        jax.grad(loss)(rows.scale)
+        jax.grad(loss)(rows.values)
 
 
 def test_vmap_is_a_loop():
