@@ -26,12 +26,15 @@ from draft_jax.attention import draft_attention, initial_mask, scheduled_attenti
 from draft_jax.attention_plan import AttentionPlan
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import (
+    Compensation,
     DraftConfig,
     SparsityWarning,
     kept_pairs_budget,
     mask_capacity,
+    means_work,
 )
 from draft_jax.debugging import check_finite, check_positions
+from draft_jax.draft.means import make_means
 from draft_jax.draft.pooling import PooledTokens, pool_tokens
 from draft_jax.draft.qk_preparation import (
     QKV,
@@ -61,6 +64,7 @@ __all__ = [
     "QKV",
     "AttentionPlan",
     "BlockMask",
+    "Compensation",
     "DraftAttention",
     "DraftAttentionFn",
     "DraftConfig",
@@ -82,7 +86,9 @@ __all__ = [
     "initial_mask",
     "joint_norm_rope_pool",
     "kept_pairs_budget",
+    "make_means",
     "mask_capacity",
+    "means_work",
     "norm_rope_pool",
     "pool_tokens",
     "scheduled_attention",

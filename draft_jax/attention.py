@@ -7,12 +7,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, mask_capacity, warn_of_few_blocks
+from draft_jax.draft.means import unchecked_means
 from draft_jax.draft.pooling import PooledTokens
 from draft_jax.draft.selection import unchecked_mask
 from draft_jax.grid import VideoGrid
 from draft_jax.schedule import DraftStep
 from pallas_kernels import (
     BackendName,
+    Means,
     unchecked_block_sparse_attention,
     unchecked_dense_attention,
 )
@@ -35,8 +37,9 @@ def draft_attention(
 
     Batch items and heads have their own masks and do not influence each other.
 
-    It is `compute_mask` followed by `pallas_kernels.block_sparse_attention`. Call the
-    two for a mask, a budget or pooled tokens of your own, or to look at the mask.
+    It is `compute_mask`, `make_means` where `config.compensation` asks for means, and
+    `pallas_kernels.block_sparse_attention`. Call these for a mask, a budget or pooled
+    tokens of your own, or to look at the mask.
     `BlockMask.from_visual` and `BlockMask.from_dense` turn boolean maps into masks.
 
     Args:
@@ -89,6 +92,7 @@ def draft_attention(
         order=order,
         scale=known_scale,
         text_lengths=text_lengths,
+        means=_means(k, v, mask, config, order),
         backend=backend,
     )
     return out
@@ -191,11 +195,25 @@ def scheduled_attention(
             order=order,
             scale=known_scale,
             text_lengths=text_lengths,
+            means=_means(k, v, used, config, order),
             backend=backend,
         )
         return out, None if mask is None else used
 
     return _choose(step.dense, run_dense, run_sparse, mask)
+
+
+def _means(
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"],
+    mask: BlockMask,
+    config: DraftConfig,
+    order: Order,
+) -> Means | None:
+    """Returns what stands for the blocks that a mask skips, if anything does."""
+    if config.compensation is None:
+        return None
+    return unchecked_means(k, v, mask, config.compensation, order)
 
 
 def _check_step(step: DraftStep) -> None:

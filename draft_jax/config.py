@@ -4,18 +4,55 @@ import dataclasses
 import math
 import numbers
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from draft_jax.grid import VideoGrid
-from pallas_kernels.common import make_plain, register_configuration, warn_once
+from pallas_kernels.common import (
+    SubTiles,
+    make_plain,
+    register_configuration,
+    warn_once,
+)
 
 Pooling = Literal["mean", "mean+max"]
 EdgeTiles = Literal["by_tokens", "as_published"]
 Selection = Literal["percentile", "row_topk", "top_p"]
+Ranking = Literal["mass", "spread", "exact_spread"]
 
 
 class SparsityWarning(UserWarning):
     """More is computed than the sparsity says: the video has too few blocks for it."""
+
+
+@register_configuration
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compensation:
+    """Means of keys and values that stand for what is skipped.
+
+    Every skipped block takes part in the softmax through the means of its sub-tiles,
+    each taken over a few consecutive frames at the same place. A mean counts as the
+    tokens it stands for: those of the frames whose block was skipped.
+
+    Smaller sub-tiles and fewer frames make more means: a share
+    1 / (rows * columns * frames) of the keys, which every query sees.
+
+    Args:
+      sub_tile: Rows and columns of a sub-tile, in tokens. One larger than the tile is
+        the whole tile.
+      frames: Consecutive latent frames that a mean is taken over, 1 to 255.
+
+    Raises:
+      ValueError: A field is outside the values above.
+    """
+
+    sub_tile: tuple[int, int] = (2, 8)
+    frames: int = 4
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        check_sides("sub_tile", self.sub_tile)
+        if not _is_positive(self.frames) or self.frames > 255:
+            raise ValueError(f"frames={self.frames!r} must be an integer in 1 to 255")
 
 
 @register_configuration
@@ -47,6 +84,18 @@ class DraftConfig:
       top_p: Probability mass to reach in each row, in (0, 1]. Read by "top_p" only.
       keep_own_tile: Always keep each query block's own block.
       keep_first_frame: Always keep the key blocks of the first frame.
+      draft_tile: Rows and columns of the parts of a tile that the draft pools, in
+        tokens. The score of a pair of tiles is then the probability that its parts of
+        the key tile have together, averaged over the parts of the query tile. None
+        pools whole tiles (the paper).
+      compensation: Means that stand for the skipped blocks. None leaves them out (the
+        paper).
+      ranking: What block pairs are ranked by. "mass" is their probability (the paper).
+        "spread" multiplies it by how badly the means stand for the key block: the root
+        mean square of q . (k - mean of k) over its tokens, for the query tile's mean
+        and with the channels taken as uncorrelated. "exact_spread" takes them as they
+        are, which costs a product of all tiles with all keys. Both need compensation.
+        For "top_p", the products are divided by their sum in each row.
 
     The pairs of `keep_own_tile` and `keep_first_frame` are ranked before all others,
     so they count within the budget; where the budget is smaller than their number,
@@ -65,6 +114,9 @@ class DraftConfig:
     top_p: float = 0.9
     keep_own_tile: bool = False
     keep_first_frame: bool = False
+    draft_tile: tuple[int, int] | None = None
+    compensation: Compensation | None = None
+    ranking: Ranking = "mass"
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -72,6 +124,7 @@ class DraftConfig:
             ("pooling", get_args(Pooling)),
             ("edge_tiles", get_args(EdgeTiles)),
             ("selection", get_args(Selection)),
+            ("ranking", get_args(Ranking)),
         ):
             if (value := getattr(self, name)) not in accepted:
                 raise ValueError(f"{name}={value!r} must be one of {accepted}")
@@ -81,6 +134,74 @@ class DraftConfig:
         for name in ("keep_own_tile", "keep_first_frame"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}={value!r} must be True or False")
+        if self.draft_tile is not None:
+            check_sides("draft_tile", self.draft_tile)
+        compensation = self.compensation
+        if compensation is not None and not isinstance(compensation, Compensation):
+            raise ValueError(f"{compensation=} must be a Compensation or None")
+        if compensation is None and self.ranking != "mass":
+            raise ValueError(
+                f"ranking={self.ranking!r} needs compensation, as it asks how badly "
+                "means stand for a block: pass compensation=Compensation()"
+            )
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "DraftConfig":
+        """Returns the paper's method: whole tiles, nothing for what is skipped.
+
+        Args:
+          **changes: Fields that differ, such as `sparsity`.
+        """
+        return cls(**changes)
+
+    @classmethod
+    def compensated(cls, **changes: Any) -> "DraftConfig":
+        """Returns sub-tile drafts, the spread, and means over four frames.
+
+        Args:
+          **changes: Fields that differ, such as `sparsity`.
+        """
+        preset: dict[str, Any] = {
+            "selection": "row_topk",
+            "draft_tile": (4, 4),
+            "compensation": Compensation(sub_tile=(2, 2), frames=4),
+            "ranking": "spread",
+        }
+        return cls(**(preset | changes))
+
+
+def means_work(grid: VideoGrid, config: DraftConfig) -> float:
+    """Returns the work that the means add, as a share of dense attention's.
+
+    It is the number of pairs of a visual query and a mean, over all pairs of tokens.
+    Add `BlockMask.density` for the whole work of a sparse layer.
+
+    Args:
+      grid: Geometry of the sequence.
+      config: Its compensation says how many means there are.
+
+    Returns:
+      0.0 without compensation.
+    """
+    if config.compensation is None:
+        return 0.0
+    cells = sub_tiles_of(grid, config.compensation.sub_tile, config.compensation.frames)
+    num_means = int((cells.tokens_per_frame > 0).sum())
+    return num_means * grid.num_visual_tokens / grid.num_tokens**2
+
+
+def sub_tiles_of(
+    grid: VideoGrid, sub_tile: tuple[int, int], frames: int = 1
+) -> SubTiles:
+    """Returns the sub-tiles of a grid's tiles over groups of frames."""
+    return SubTiles(
+        frames=grid.frames,
+        height=grid.height,
+        width=grid.width,
+        tile=grid.tile,
+        sub_tile=sub_tile,
+        group_frames=min(frames, grid.frames),
+    )
 
 
 def kept_pairs_budget(sparsity: float, num_visual_blocks: int) -> int:
@@ -190,6 +311,22 @@ def check_sparsity(name: str, value: object) -> None:
     """Raises ValueError unless `value` is a number in [0, 1)."""
     if not is_real(value) or not 0.0 <= value < 1.0:  # type: ignore[operator]
         raise ValueError(f"{name}={value!r} must be a number in [0, 1)")
+
+
+def check_sides(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is two positive integers, rows and columns."""
+    if (
+        not isinstance(value, tuple)
+        or len(value) != 2
+        or not all(map(_is_positive, value))
+    ):
+        raise ValueError(
+            f"{name}={value!r} must be a tuple of two positive integers (rows, columns)"
+        )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _forced_pairs(grid: VideoGrid, config: DraftConfig) -> tuple[int, int]:

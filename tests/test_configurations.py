@@ -17,6 +17,7 @@ import pallas_kernels
 from draft_jax import (
     AttentionPlan,
     BlockMask,
+    Compensation,
     DraftAttentionFn,
     DraftConfig,
     QKNorm,
@@ -71,6 +72,10 @@ EQUAL = {
             "tile": [np.uint8(2), 4],
             "text_length": np.uint8(3),
         },
+    ),
+    Compensation: (
+        {"sub_tile": (2, 8), "frames": 4},
+        {"sub_tile": np.array([2, 8]), "frames": np.uint8(4)},
     ),
     DraftConfig: (
         {"sparsity": 0.9, "top_p": 0.7, "keep_own_tile": True},

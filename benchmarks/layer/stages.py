@@ -137,7 +137,9 @@ def pooling_stages(shape: Shape, backend: BackendName) -> dict[str, Stage]:
     pools: dict[str, Callable] = {}
     for order in ORDERS:
         pools[f"xla/{order}"] = half(pool_xla, grid=grid, order=order)
-        pools[f"default/{order}"] = half(pool_queries_and_keys, grid=grid, order=order)
+        pools[f"default/{order}"] = half(
+            pool_queries_and_keys, grid=grid, config=DraftConfig(), order=order
+        )
         if backend == "hopper":
             pools[f"kernel/{order}"] = half(pool_kernel, grid=grid, order=order)
     if backend == "hopper":

@@ -1,22 +1,34 @@
 """Pools each tile of each frame into one draft token."""
 
 import dataclasses
+import functools
 from typing import get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from draft_jax.config import DraftConfig
+from draft_jax.config import DraftConfig, sub_tiles_of
+from draft_jax.draft.means import visual_tokens
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
-from pallas_kernels.common import AnyArray, Order, to_jax, validation
-from pallas_kernels.pooling import Reduction, Tiling, pool_tiles, reduce_tiles
+from pallas_kernels.common import AnyArray, Order, jit_once, to_jax, validation
+from pallas_kernels.pooling import (
+    Reduction,
+    Tiling,
+    pool_tiles,
+    reduce_sub_tiles,
+    reduce_tiles,
+)
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PooledTokens:
     """Queries and keys pooled over the tiles of a video, float32.
+
+    With `DraftConfig.draft_tile` they are pooled over the sub-tiles of each tile, which
+    follow each other row by row: S is then their number, and those of edge tiles
+    without a token are 0.
 
     Attributes:
       q_mean: Mean of the queries of each tile.
@@ -56,11 +68,18 @@ def reductions_of(config: DraftConfig) -> tuple[Reduction, ...]:
     return ("mean", "max") if config.pooling == "mean+max" else ("mean",)
 
 
+def num_draft_tokens(grid: VideoGrid, config: DraftConfig) -> int:
+    """Returns how many queries and keys the draft of a video has."""
+    if config.draft_tile is None:
+        return grid.num_visual_blocks
+    return sub_tiles_of(grid, config.draft_tile).num_cells
+
+
 def check_pooled(
     pooled: PooledTokens, q: Array, grid: VideoGrid, config: DraftConfig
 ) -> None:
     """Raises unless `pooled` can stand for q and k on this grid."""
-    expected = (q.shape[0], grid.num_visual_blocks, *q.shape[2:])
+    expected = (q.shape[0], num_draft_tokens(grid, config), *q.shape[2:])
     for reduction in reductions_of(config):
         for name in (f"q_{reduction}", f"k_{reduction}"):
             value = getattr(pooled, name)
@@ -124,19 +143,20 @@ def pool_queries_and_keys(
     k: Float[Array, "B T N D"],
     grid: VideoGrid,
     *,
+    config: DraftConfig,
     order: Order = "raster",
-    reductions: tuple[Reduction, ...] = ("mean",),
 ) -> PooledTokens:
     """Pools the visual tokens of q and k, in one pass where a kernel can.
 
-    On a GPU where it cannot, XLA takes over, slower: that warns once.
+    On a GPU where it cannot, XLA takes over, slower: that warns once. Sub-tiles are
+    always pooled by XLA.
 
     Args:
       q: Queries of the whole sequence, T = `grid.num_tokens`.
       k: Keys, like q.
       grid: Geometry that defines the tiles.
+      config: `config.pooling` and `config.draft_tile` say what is computed.
       order: How the visual tokens are ordered.
-      reductions: What to compute, with "mean" among it; see `pool_tokens`.
 
     Returns:
       The reductions of q and of k.
@@ -147,8 +167,25 @@ def pool_queries_and_keys(
     Source: DraftAttention (arXiv 2505.14708), low-resolution draft.
     """
     validation.check_order(order)
-    pooled = pool_tiles(q, k, tiling_of(grid, order), reductions=reductions)
+    reductions = reductions_of(config)
+    if config.draft_tile is None:
+        pooled = pool_tiles(q, k, tiling_of(grid, order), reductions=reductions)
+    else:
+        pooled = _pool_sub_tiles(q, k, grid, config, order)
     return PooledTokens.from_reductions(reductions, pooled)
+
+
+@functools.partial(jit_once, static_argnums=(2, 3, 4))
+def _pool_sub_tiles(q, k, grid, config, order) -> tuple[Array, ...]:
+    cells = sub_tiles_of(grid, config.draft_tile)
+    pooled = []
+    for x in (q, k):
+        tokens, known_order = visual_tokens(x, grid, order)
+        pooled += [
+            reduce_sub_tiles(tokens, cells, order=known_order, reduction=reduction)
+            for reduction in reductions_of(config)
+        ]
+    return tuple(pooled)
 
 
 def tiling_of(grid: VideoGrid, order: Order) -> Tiling:

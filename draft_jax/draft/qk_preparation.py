@@ -1,9 +1,15 @@
 """Preparation of queries and keys before attention: norm, rotation, pooling."""
 
+import jax
 from jaxtyping import Array, Float
 
 from draft_jax.config import DraftConfig
-from draft_jax.draft.pooling import PooledTokens, reductions_of, tiling_of
+from draft_jax.draft.pooling import (
+    PooledTokens,
+    pool_queries_and_keys,
+    reductions_of,
+    tiling_of,
+)
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_named_tuple
 from pallas_kernels import pooling
@@ -37,7 +43,8 @@ def norm_rope_pool(
       q: Queries of the whole sequence as projected, T = `grid.num_tokens`.
       k: Keys, like q.
       grid: Geometry that defines the tiles. Static.
-      config: `config.pooling` says what to pool. None pools nothing. Static.
+      config: `config.pooling` and `config.draft_tile` say what to pool. None pools
+        nothing. Static.
       norm: RMS norm to apply, or None.
       scales: Factors of the channels of q and of k after the norm: N * D for a norm
         over all heads, D for one per head.
@@ -66,7 +73,7 @@ def norm_rope_pool(
         raise ValueError(
             f"text_scales were given, but {grid} has no text: leave them out"
         )
-    reductions = _reductions(config)
+    reductions = _fused_reductions(config)
     q, k, pooled = pooling.norm_rope_pool(
         q,
         k,
@@ -78,7 +85,8 @@ def norm_rope_pool(
         reductions=reductions,
         pool_anyway=pool_anyway,
     )
-    return q, k, _named(reductions, pooled)
+    named = _named(reductions, pooled)
+    return q, k, _with_sub_tiles(named, q, k, grid, config, order, pool_anyway)
 
 
 def joint_norm_rope_pool(
@@ -132,7 +140,7 @@ def joint_norm_rope_pool(
     video, text = QKV(*to_jax(*video)), QKV(*to_jax(*text))
     validation.check_joint(video, text, grid)
     validation.check_order(order)
-    reductions = _reductions(config)
+    reductions = _fused_reductions(config)
     q, k, v, pooled = pooling.joint_norm_rope_pool(
         video,
         text,
@@ -144,11 +152,31 @@ def joint_norm_rope_pool(
         reductions=reductions,
         pool_anyway=pool_anyway,
     )
-    return q, k, v, _named(reductions, pooled)
+    named = _named(reductions, pooled)
+    return q, k, v, _with_sub_tiles(named, q, k, grid, config, order, pool_anyway)
 
 
-def _reductions(config: DraftConfig | None) -> tuple[Reduction, ...]:
-    return () if config is None else reductions_of(config)
+def _fused_reductions(config: DraftConfig | None) -> tuple[Reduction, ...]:
+    """Returns what is pooled in the pass of norm and rotation: whole tiles only."""
+    if config is None or config.draft_tile is not None:
+        return ()
+    return reductions_of(config)
+
+
+def _with_sub_tiles(
+    pooled: PooledTokens | None,
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    grid: VideoGrid,
+    config: DraftConfig | None,
+    order: Order,
+    pool_anyway: bool,
+) -> PooledTokens | None:
+    """Pools sub-tiles, in a pass of their own, where the config has them."""
+    if config is None or config.draft_tile is None or not pool_anyway:
+        return pooled
+    q, k = jax.lax.stop_gradient((q, k))
+    return pool_queries_and_keys(q, k, grid, config=config, order=order)
 
 
 def _named(

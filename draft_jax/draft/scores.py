@@ -2,24 +2,29 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float
 
-from draft_jax.config import DraftConfig
+from draft_jax.config import DraftConfig, sub_tiles_of
+from draft_jax.draft import head_chunks
 from draft_jax.draft.pooling import (
     PooledTokens,
     check_pooled,
     pool_queries_and_keys,
-    reductions_of,
 )
+from draft_jax.draft.spread import key_spread, weigh_by_spread
 from draft_jax.grid import VideoGrid
 from pallas_kernels.common import (
     AnyArray,
     Order,
     Scale,
+    SubTiles,
     jit_once,
     split_scale,
     to_jax,
@@ -44,18 +49,22 @@ def draft_scores(
     logits, which changes nothing where the tile divides the frame. With
     `config.edge_tiles="as_published"` it is not.
 
+    With `config.draft_tile` the softmax is over sub-tiles; probabilities are added over
+    those of the key tile and averaged over those of the query tile, by their tokens.
+    With another `config.ranking` than "mass" the result is what that ranks by.
+
     Args:
       q: Queries of the whole sequence, T = `grid.num_tokens`; text is left out.
       k: Keys, like q.
       grid: Geometry that defines the tiles.
-      config: `config.pooling` and `config.edge_tiles` are read.
+      config: Says how the draft is made and what is ranked.
       scale: Factor of the logits; 1 / sqrt(D) by default.
       order: How the visual tokens of q and k are ordered.
-      pooled: q and k pooled before, such as by `norm_rope_pool`; q and k are then not
-        read. None pools them here.
+      pooled: q and k pooled before, such as by `norm_rope_pool`; q is then not read,
+        and k only for ranking by spread. None pools them here.
 
     Returns:
-      float32 probabilities; each row sums to 1.
+      float32 probabilities; each row sums to 1. Ranked by spread, they are weighted.
 
     Raises:
       ValueError: q or k is not [B, T, N, D] of `grid.num_tokens` tokens, or they
@@ -67,14 +76,36 @@ def draft_scores(
     q, k = to_jax(q, k)
     check_draft_inputs(q, k, grid, order)
     pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
+    draft = Draft(pooled=pooled, spread=key_spread(k, grid, config, order))
     known_scale, scale_array = split_scale(scale)
-    return _scores(pooled, scale_array, grid=grid, config=config, scale=known_scale)
+    return _scores(
+        draft,
+        scale_array,
+        grid=grid,
+        config=config,
+        scale=known_scale,
+        max_bytes=head_chunks.MAX_CHUNK_BYTES,
+    )
 
 
-@functools.partial(jit_once, static_argnames=("grid", "config", "scale"))
-def _scores(pooled, scale_array, *, grid, config, scale):
+class Draft(NamedTuple):
+    """What block pairs are ranked from.
+
+    Attributes:
+      pooled: Pooled queries and keys.
+      spread: What `key_spread` returns of the keys.
+    """
+
+    pooled: PooledTokens
+    spread: Float[Array, "B S *P N D"] | None
+
+
+@functools.partial(jit_once, static_argnames=("grid", "config", "scale", "max_bytes"))
+def _scores(draft, scale_array, *, grid, config, scale, max_bytes):
     scale = scale_array if scale is None else scale
-    return scores_of_pooled(pooled, grid=grid, config=config, scale=scale)
+    return scores_of_draft(
+        draft, grid=grid, config=config, scale=scale, max_bytes=max_bytes
+    )
 
 
 def check_draft_inputs(
@@ -104,41 +135,129 @@ def pool_draft(
       TypeError: pooled is not float32.
     """
     if pooled is None:
-        pooled = pool_queries_and_keys(
-            q, k, grid, order=order, reductions=reductions_of(config)
-        )
+        pooled = pool_queries_and_keys(q, k, grid, config=config, order=order)
     check_pooled(pooled, q, grid, config)
     return pooled
 
 
-def scores_of_pooled(
-    pooled: PooledTokens,
+def scores_of_draft(
+    draft: Draft,
     *,
     grid: VideoGrid,
     config: DraftConfig,
     scale: Scale | None = None,
+    max_bytes: int,
 ) -> Float[Array, "B N S S"]:
-    """Returns the map of pooled queries and keys; see `draft_scores`.
+    """Returns what pairs of tiles are ranked by; see `draft_scores`.
 
     Args:
-      pooled: Pooled queries and keys, of any heads.
+      draft: Pooled queries and keys, of any heads, and the spread of the keys.
       grid: Geometry that defines the tiles.
-      config: `config.pooling` and `config.edge_tiles` are read.
+      config: Says how the draft is made and what is ranked.
       scale: Factor of the logits; 1 / sqrt(D) by default.
+      max_bytes: Most bytes of a map of sub-tiles that is held at once.
     """
+    pooled, spread = draft
     if scale is None:
         scale = 1.0 / math.sqrt(pooled.q_mean.shape[-1])
-    log_weights = _log_weights(grid, config)
-    maps = []
-    for draft_q, draft_k in pooled.pairs(config):
-        # The map is small, and TF32 would reorder scores that are close together.
-        logits = jnp.einsum(
-            "bqnd,bknd->bnqk", draft_q, draft_k, precision=jax.lax.Precision.HIGHEST
-        )
-        # Apart from what follows, or XLA runs cuBLAS and then copies the whole map.
-        logits = jax.lax.optimization_barrier(logits)
-        maps.append(jax.nn.softmax(logits * scale + log_weights, axis=-1))
-    return maps[0] if len(maps) == 1 else 0.5 * (maps[0] + maps[1])
+    of_pair = functools.partial(
+        _tile_map if config.draft_tile is None else _sub_tile_map,
+        grid=grid,
+        config=config,
+        scale=scale,
+        max_bytes=max_bytes,
+    )
+    maps = [of_pair(*pair) for pair in pooled.pairs(config)]
+    mass = maps[0] if len(maps) == 1 else 0.5 * (maps[0] + maps[1])
+    if spread is None:
+        return mass
+    q_mean = pooled.q_mean
+    if config.draft_tile is not None:
+        q_mean = _tile_means(q_mean, _draft_cells(grid, config))
+    return weigh_by_spread(mass, q_mean, spread, grid=grid, config=config)
+
+
+def _tile_map(
+    draft_q: Array, draft_k: Array, *, grid, config, scale, max_bytes
+) -> Float[Array, "B N S S"]:
+    """Returns the probabilities between whole tiles."""
+    del max_bytes  # the map is the result
+    logits = _products(draft_q, draft_k) * scale + _log_weights(grid, config)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def _sub_tile_map(
+    draft_q: Float[Array, "B C N D"],
+    draft_k: Float[Array, "B C N D"],
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    scale: Scale,
+    max_bytes: int,
+) -> Float[Array, "B N S S"]:
+    """Returns the probabilities between tiles, from those of their sub-tiles.
+
+    A few query tiles at a time, so that the map of sub-tiles never exists as a whole.
+    """
+    cells = _draft_cells(grid, config)
+    parts = cells.per_column
+    batch, num_cells, num_heads, _ = draft_q.shape
+    num_tiles = num_cells // parts
+    tokens = cells.tokens.astype(np.float32)
+    weights = tokens if config.edge_tiles == "by_tokens" else np.sign(tokens)
+    log_weights = np.log(weights, out=np.full_like(weights, -np.inf), where=weights > 0)
+    shares = (tokens / np.repeat(cells.tokens_of_tile, parts)).reshape(-1, parts, 1)
+
+    def of_tiles(own: tuple[Array, Array]) -> Float[Array, "G B N S"]:
+        q, shares = own  # [G, B, J, N, D], [G, J, 1]
+        q = rearrange(q, "g b j n d -> b (g j) n d")
+        logits = _products(q, draft_k) * scale + log_weights
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        by_tile = rearrange(
+            probabilities, "b n (g j) (s i) -> g b n j s i", j=parts, i=parts
+        ).sum(-1)
+        return (by_tile * shares[:, None, None]).sum(-2)
+
+    queries = rearrange(draft_q, "b (s j) n d -> s b j n d", j=parts)
+    head_bytes = parts * num_cells * 4
+    chunk = max(1, max_bytes // (batch * num_heads * head_bytes))
+    if chunk >= num_tiles:
+        scores = of_tiles((queries, jnp.asarray(shares)))
+    else:
+        scores = _map_chunks(of_tiles, (queries, jnp.asarray(shares)), chunk)
+    return rearrange(scores, "s b n k -> b n s k")
+
+
+def _map_chunks(function: Callable[[Any], Array], arrays: Any, chunk: int) -> Array:
+    """Applies a function to `chunk` entries of the first axis at a time."""
+    size = jax.tree.leaves(arrays)[0].shape[0]
+    missing = -size % chunk
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(-1, chunk, *x.shape[1:])
+
+    results = jax.lax.map(function, jax.tree.map(split, arrays))
+    return results.reshape(size + missing, *results.shape[2:])[:size]
+
+
+def _draft_cells(grid: VideoGrid, config: DraftConfig) -> SubTiles:
+    assert config.draft_tile is not None, "called with sub-tiles only"
+    return sub_tiles_of(grid, config.draft_tile)
+
+
+def _tile_means(x: Float[Array, "B C N D"], cells: SubTiles) -> Float[Array, "B S N D"]:
+    """Averages the means of the sub-tiles of each tile by their tokens."""
+    shares = cells.tokens.reshape(-1, cells.per_column) / cells.tokens_of_tile[:, None]
+    parts = rearrange(x, "b (s j) n d -> b s j n d", j=cells.per_column)
+    return (parts * shares.astype(np.float32)[:, :, None, None]).sum(2)
+
+
+def _products(q: Float[Array, "B Q N D"], k: Float[Array, "B K N D"]) -> Array:
+    # Maps are small, and TF32 would reorder scores that are close together.
+    logits = jnp.einsum("bqnd,bknd->bnqk", q, k, precision=jax.lax.Precision.HIGHEST)
+    # Apart from what follows, or XLA runs cuBLAS and then copies the whole map.
+    return jax.lax.optimization_barrier(logits)
 
 
 def _log_weights(grid: VideoGrid, config: DraftConfig) -> Float[np.ndarray, " #S"]:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from draft_jax.block_mask import BlockMask
@@ -21,10 +20,12 @@ from draft_jax.config import (
 from draft_jax.draft import head_chunks
 from draft_jax.draft.pooling import PooledTokens
 from draft_jax.draft.scores import (
+    Draft,
     check_draft_inputs,
     pool_draft,
-    scores_of_pooled,
+    scores_of_draft,
 )
+from draft_jax.draft.spread import key_spread
 from draft_jax.grid import VideoGrid
 from pallas_kernels import ranking
 from pallas_kernels.common import (
@@ -258,28 +259,30 @@ def unchecked_mask(
     _check_budget(budget, grid, config)
     task = _Task.of(pooled.q_mean, grid, config)
     known_scale, scale_array = split_scale(scale)
-    mask = _draft_in_chunks(task, known_scale, pooled, budget, scale_array)
+    draft = Draft(pooled=pooled, spread=key_spread(k, grid, config, order))
+    mask = _draft_in_chunks(task, known_scale, draft, budget, scale_array)
     return mask.vouched_for()
 
 
 @functools.partial(jit_once, static_argnums=(0, 1))
 def _draft_in_chunks(
-    task: _Task, scale: float | None, pooled: PooledTokens, budget, scale_array
+    task: _Task, scale: float | None, draft: Draft, budget, scale_array
 ) -> BlockMask:
-    """Selects from the scores of pooled queries and keys, a few heads at a time."""
+    """Selects from the scores of a draft, a few heads at a time."""
     budget = _clipped(budget, task)
 
     def of_heads(by_heads: Any, budget: Array, scale_array: Array | None) -> BlockMask:
-        own = jax.tree.map(lambda x: rearrange(x, "B N S D -> B S N D"), by_heads)
-        scores = scores_of_pooled(
+        own = jax.tree.map(lambda x: jnp.moveaxis(x, 1, -2), by_heads)
+        scores = scores_of_draft(
             own,
             grid=task.grid,
             config=task.config,
             scale=scale_array if scale is None else scale,
+            max_bytes=task.max_chunk_bytes,
         )
         return _select(scores, task, budget)
 
-    by_heads = jax.tree.map(lambda x: rearrange(x, "B S N D -> B N S D"), pooled)
+    by_heads = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 1), draft)
     return task.map_heads(of_heads, by_heads, budget, scale_array)
 
 

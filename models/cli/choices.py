@@ -9,6 +9,7 @@ from typing import NamedTuple
 SELECTIONS = ("percentile", "row_topk", "top_p")  # `DraftConfig.selection`
 POOLINGS = ("mean", "mean+max")  # `DraftConfig.pooling`
 EDGE_TILES = ("by_tokens", "as_published")  # `DraftConfig.edge_tiles`
+RANKINGS = ("mass", "spread", "exact_spread")  # `DraftConfig.ranking`
 GUIDANCE_BATCHINGS = ("one_call", "two_calls")
 IMAGE_FITS = ("aspect", "crop")
 LINEARS = ("bfloat16", "float8", "auto")  # `models.diffusion.dtypes.Linears`
@@ -43,6 +44,12 @@ class SamplingDefaults(NamedTuple):
     negative_prompt: str = ""
 
 
+class MeansDefaults(NamedTuple):
+    """The settings of `Compensation()`."""
+
+    frames: int = 4
+
+
 class DraftDefaults(NamedTuple):
     """The settings of `DraftConfig()` and `SparsitySchedule.paper()`."""
 
@@ -50,6 +57,9 @@ class DraftDefaults(NamedTuple):
     selection: str = "percentile"
     pooling: str = "mean"
     edge_tiles: str = "by_tokens"
+    draft_tile: tuple[int, int] | None = None
+    ranking: str = "mass"
+    compensation: None = None
     top_p: float = 0.9
     dense_fraction: float = 0.25
     dense_layers: tuple[int, ...] = ()

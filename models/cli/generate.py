@@ -204,6 +204,7 @@ def _write_video(
             kept_density=result.kept_density,
             timesteps=result.timesteps,
             title=request.arguments.prompt,
+            means_work=result.means_work,
         )
         files.write(KEPT_SHARE, picture)
 
@@ -264,4 +265,9 @@ def _times(name: str, result: GenerationResult) -> str:
         f"{name}: {1e-3 * result.time_ms.sum():.1f} s in {len(result.time_ms)} steps "
         f"(and {1e-3 * result.compile_ms:.1f} s to compile), "
         f"{100 * result.kept_density.mean():.0f} % of token pairs"
+        + (
+            f", with means {100 * result.work_share:.0f} % of the work"
+            if result.means_work
+            else ""
+        )
     )

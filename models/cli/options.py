@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from draft_jax.config import DraftConfig
+from draft_jax.config import Compensation, DraftConfig
 from draft_jax.schedule import SparsitySchedule
 from models.cli.choices import GRIDS_OF_SOLVERS
 from models.diffusion.sampling import Sampling, check_seed
@@ -78,6 +78,9 @@ def draft_from(
         selection=arguments.selection,
         sparsity=getattr(arguments, "sparsity", sparsity),
         top_p=arguments.top_p,
+        draft_tile=arguments.draft_tile,
+        compensation=_compensation_from(arguments),
+        ranking=arguments.ranking,
     )
     given = {
         name: getattr(arguments, name)
@@ -88,6 +91,28 @@ def draft_from(
         rule, sparsity=None, mask_refresh=arguments.mask_refresh, **given
     )
     return config, schedule
+
+
+def _compensation_from(arguments: argparse.Namespace) -> Compensation | None:
+    """Returns the means that the options describe, or None without them.
+
+    Raises:
+      ValueError: A value is out of range, or an option needs --means.
+    """
+    if arguments.means is not None:
+        given = {"frames": arguments.mean_frames} if "mean_frames" in arguments else {}
+        return Compensation(sub_tile=arguments.means, **given)
+    if "mean_frames" in arguments:
+        raise ValueError(
+            f"--mean-frames {arguments.mean_frames} is given without --means: pass "
+            "--means 2x2, or leave it out"
+        )
+    if arguments.ranking != "mass":
+        raise ValueError(
+            f"--ranking {arguments.ranking} asks how badly means stand for a block: "
+            "pass --means 2x2, too"
+        )
+    return None
 
 
 def check_preset(

@@ -315,6 +315,37 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
         help="how short tiles at the edges of a frame weigh in the draft",
     )
     group.add_argument(
+        "--draft-tile",
+        type=parse_rows_and_columns,
+        metavar="ROWSxCOLUMNS",
+        help="tokens that the draft pools together, such as 4x4 (default: whole "
+        "tiles). Smaller ones find important blocks better and cost more",
+    )
+    group.add_argument(
+        "--means",
+        type=parse_rows_and_columns,
+        metavar="ROWSxCOLUMNS",
+        help="let skipped blocks take part through means of their keys and values, "
+        "each over this many tokens of a frame, such as 2x2 (default: leave them out). "
+        "The report says what share of the work that adds",
+    )
+    group.add_argument(
+        "--mean-frames",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="latent frames that each of the --means is taken over (default: "
+        f"{choices.MeansDefaults().frames}). More frames are less work, and worse "
+        "where much moves",
+    )
+    group.add_argument(
+        "--ranking",
+        choices=choices.RANKINGS,
+        default=_DRAFT.ranking,
+        help="what blocks are ranked by: their probability mass, or that times how "
+        "badly means stand for them (spread, which needs --means)",
+    )
+    group.add_argument(
         "--top-p",
         type=float,
         default=_DRAFT.top_p,
@@ -355,6 +386,16 @@ def parse_size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(
             f"{text!r} must be WIDTHxHEIGHT in pixels, such as 128x96, or one of "
             f"{', '.join(choices.NAMED_SIZES)}"
+        )
+    return int(match[1]), int(match[2])
+
+
+def parse_rows_and_columns(text: str) -> tuple[int, int]:
+    """Returns rows and columns of "RxC", in tokens."""
+    match = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be ROWSxCOLUMNS in tokens, such as 4x4"
         )
     return int(match[1]), int(match[2])
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from draft_jax import AttentionPlan
+from draft_jax import AttentionPlan, means_work
 from models.diffusion.caches import StepCache
 from models.diffusion.contexts import as_prompts, join_contexts
 from models.diffusion.interfaces import (
@@ -240,6 +240,7 @@ class VideoPipeline:
             dense=sampler.dense[:num_steps] & ~skipped[:, None],
             timesteps=sampler.solver.timesteps[:num_steps],
             stopped=stopped,
+            means_work=_means_work(sampler),
         )
 
     def preview(
@@ -420,6 +421,14 @@ class VideoPipeline:
                 UnknownWordWarning,
                 skip_file_prefixes=(__file__,),  # the caller's line
             )
+
+
+def _means_work(sampler: Sampler) -> float:
+    """Returns the work of means in a sparse layer; 0 with dense attention."""
+    config = sampler.attention.config
+    if config is None:
+        return 0.0
+    return means_work(sampler.model.grid(sampler.latent_shape), config)
 
 
 def _check_codec_output(what: str, array: Float[Array | np.ndarray, "..."]) -> None:

@@ -60,6 +60,8 @@ class GenerationResult:
       stopped: Whether `StopGeneration` ended the run before its last step. There are
         as many steps as were run then, and the video is their estimate of the clean
         one.
+      means_work: Work of the means that stand for skipped blocks in a sparse layer, as
+        a share of dense attention's; see `draft_jax.means_work`.
     """
 
     video: Float[np.ndarray, "B frames height width 3"]
@@ -71,6 +73,7 @@ class GenerationResult:
     dense: Bool[np.ndarray, "steps layers"]
     timesteps: Float[np.ndarray, " steps"]
     stopped: bool = False
+    means_work: float = 0.0
 
     @property
     def skipped(self) -> Bool[np.ndarray, " steps"]:
@@ -85,3 +88,13 @@ class GenerationResult:
             "skipped" if skip else "dense" if full else "sparse"
             for skip, full in zip(self.skipped, dense, strict=True)
         )
+
+    @property
+    def work_share(self) -> float:
+        """Work of all steps and layers, means included, over that of dense attention.
+
+        It is the mean of `kept_density` where there are no means.
+        """
+        is_sparse = ~self.dense & ~self.skipped[:, None]
+        means = self.means_work * float(is_sparse.mean())
+        return float(self.kept_density.mean()) + means

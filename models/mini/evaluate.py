@@ -1,15 +1,17 @@
 """Measures a trained small model.
 
-It tells how uneven its attention is, and how close sparse videos come to dense ones.
+It tells how uneven its attention is, and how close sparse videos come to dense ones:
 
     python -m models.mini.evaluate --checkpoint run/weights --output run
 
-writes `evaluation.json` and a contact sheet of all prompts.
+writes a contact sheet of all prompts and `evaluation.json`. That file is written anew
+after each result; a run that was stopped goes on where it ended, and further methods,
+sparsities or means are added to it. `models.mini.quality` says what the methods are.
 """
 
 import argparse
-import concurrent.futures
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,77 +21,60 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from draft_jax import (
-    AttentionPlan,
-    DraftConfig,
-    SparsitySchedule,
-    VideoGrid,
-    compute_mask,
-    constant_step,
-)
-from draft_jax.config import Selection
+from draft_jax import DraftConfig, VideoGrid, compute_mask, constant_step
 from models.diffusion.inspection import TOP_SHARE, block_masses
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
-from models.media.metrics import psnr, ssim
 from models.media.video import write_json
 from models.mini.captions import SAMPLE_PROMPTS
 from models.mini.pipeline import load_mini
+from models.mini.quality import DENSE_FRACTION, METHODS, Trial, measure, trials
 from models.mini.samples import draw_sheet
 
-SELECTIONS: tuple[Selection, ...] = ("percentile", "row_topk")
-SPARSITIES = (0.5, 0.75, 0.9)
-DENSE_FRACTION = 0.25
+REPORT, DENSE_VIDEOS = "evaluation.json", "dense.npy"
 ATTENTION_STEPS = (0, 2, 4, 8, 12, 15)
 ATTENTION_PROMPTS = 4
 
 
 def measure_quality(
-    pipeline: VideoPipeline, prompts: Sequence[str], sampling: Sampling
-) -> tuple[Float[np.ndarray, "B T Y X 3"], list[dict[str, Any]]]:
-    """Generates dense and sparse videos from the same noise and compares them.
+    pipeline: VideoPipeline,
+    asked: Sequence[Trial],
+    report: dict[str, Any],
+    sampling: Sampling,
+    folder: Path,
+) -> None:
+    """Compares sparse videos with dense ones of the same noise.
 
     Args:
       pipeline: The model.
-      prompts: One video each.
+      asked: What to measure; what the report has is left out.
+      report: Gets a row after each trial, and is written to the folder.
       sampling: Settings of all videos.
-
-    Returns:
-      The dense videos, and one row per selection and sparsity.
+      folder: Where the report and the dense videos are.
     """
-    dense = pipeline.generate(list(prompts), sampling)
-    rows = []
-    for selection in SELECTIONS:
-        # The smallest sparsity sets the capacity of the masks: one compilation.
-        draft = DraftConfig(selection=selection, sparsity=min(SPARSITIES))
-        for sparsity in SPARSITIES:
-            schedule = SparsitySchedule(
-                dense_fraction=DENSE_FRACTION, sparsity=sparsity
-            )
-            attention = AttentionPlan.draft(draft, schedule)
-            sparse = pipeline.generate(list(prompts), sampling, attention=attention)
-            with concurrent.futures.ThreadPoolExecutor() as pool:
-                decibels = list(pool.map(psnr, sparse.video, dense.video))
-                likeness = list(pool.map(ssim, sparse.video, dense.video))
-            sparse_steps = ~sparse.dense.all(axis=1)
-            rows.append(
-                {
-                    "selection": selection,
-                    "sparsity": sparsity,
-                    "kept_share_of_sparse_steps": float(
-                        sparse.kept_density[sparse_steps].mean()
-                    ),
-                    "kept_share": float(sparse.kept_density.mean()),
-                    "psnr_db_mean": float(np.mean(decibels)),
-                    "psnr_db_min": float(np.min(decibels)),
-                    "ssim_mean": float(np.mean(likeness)),
-                    "ssim_min": float(np.min(likeness)),
-                    "psnr_db": [round(value, 2) for value in decibels],
-                    "ssim": [round(value, 4) for value in likeness],
-                }
-            )
-            print({name: rows[-1][name] for name in list(rows[-1])[:7]}, flush=True)
-    return dense.video, rows
+    dense = _dense_videos(pipeline, report["prompts"], sampling, folder)
+    draw_sheet(folder / "samples_final.png", report["prompts"], dense)
+    known = [row["trial"] for row in report["quality"]]
+    for trial in asked:
+        if trial.described() in known:
+            continue
+        row = measure(pipeline, trial, report["prompts"], sampling, dense)
+        report["quality"].append(row)
+        write_json(folder / REPORT, report)
+        shown = ("work_of_sparse_steps", "psnr_db_mean", "psnr_db_min", "ssim_mean")
+        print(row["trial"] | {name: row[name] for name in shown}, flush=True)
+
+
+def _dense_videos(
+    pipeline: VideoPipeline, prompts: Sequence[str], sampling: Sampling, folder: Path
+) -> Float[np.ndarray, "B T Y X 3"]:
+    """Generates the dense videos, or reads those of an earlier run."""
+    path = folder / DENSE_VIDEOS
+    if path.exists():
+        return np.load(path)
+    videos = pipeline.generate(list(prompts), sampling).video
+    np.save(path, videos)
+    return videos
 
 
 def measure_attention(
@@ -159,21 +144,23 @@ def attention_shares(
     return shares
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measures as the command line asks."""
-    parser = argparse.ArgumentParser(description="Measures a small video model.")
-    parser.add_argument("--checkpoint", type=Path, help="default: the one that ships")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=len(SAMPLE_PROMPTS))
-    options = parser.parse_args(arguments)
-    prompts, sampling = SAMPLE_PROMPTS[: options.prompts], Sampling()
-    pipeline = load_mini(options.checkpoint)
-    attention = measure_attention(
-        pipeline, prompts[:ATTENTION_PROMPTS], sampling, ATTENTION_STEPS
-    )
-    videos, quality = measure_quality(pipeline, prompts, sampling)
-    draw_sheet(options.output / "samples_final.png", prompts, videos)
-    report = {
+def begin_report(
+    folder: Path, checkpoint: Path | None, prompts: Sequence[str], sampling: Sampling
+) -> dict[str, Any]:
+    """Returns the folder's report, or a new one that has no results yet.
+
+    Args:
+      folder: Where the report is, or will be.
+      checkpoint: The model; None for the one that ships.
+      prompts: One video each.
+      sampling: Settings of all videos.
+
+    Raises:
+      ValueError: The folder has the report of another model, of other prompts, or of
+        another device or version: its results would not compare.
+    """
+    head = {
+        "checkpoint": "shipped" if checkpoint is None else str(checkpoint),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "prompts": list(prompts),
@@ -181,10 +168,85 @@ def main(arguments: list[str] | None = None) -> None:
         "guidance": sampling.guidance,
         "shift": sampling.shift,
         "dense_fraction": DENSE_FRACTION,
-        "attention": attention,
-        "quality": quality,
     }
-    write_json(options.output / "evaluation.json", report)
+    path = folder / REPORT
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        return head | {"attention": [], "quality": []}
+    report = json.loads(path.read_text())
+    for name, value in head.items():
+        if report.get(name) != value:
+            raise ValueError(
+                f"{path} is of {name}={report.get(name)!r}, this run of {value!r}: "
+                "pass another folder as --output"
+            )
+    return report
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures as the command line asks."""
+    options = make_parser().parse_args(arguments)
+    prompts, sampling = SAMPLE_PROMPTS[: options.prompts], Sampling()
+    asked = trials(
+        options.methods, options.sparsities, options.sub_tiles, options.mean_frames
+    )
+    report = begin_report(options.output, options.checkpoint, prompts, sampling)
+    pipeline = load_mini(options.checkpoint)
+    if options.attention and not report["attention"]:
+        report["attention"] = measure_attention(
+            pipeline, prompts[:ATTENTION_PROMPTS], sampling, ATTENTION_STEPS
+        )
+        write_json(options.output / REPORT, report)
+    measure_quality(pipeline, asked, report, sampling, options.output)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of the command line."""
+    parser = argparse.ArgumentParser(description="Measures a small video model.")
+    parser.add_argument("--checkpoint", type=Path, help="default: the one that ships")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=len(SAMPLE_PROMPTS))
+    parser.add_argument(
+        "--attention",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also measure how concentrated dense attention is",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["percentile", "row_topk", "spread"],
+        help="how blocks are ranked and what stands for the others",
+    )
+    parser.add_argument(
+        "--sparsities",
+        nargs="+",
+        type=float,
+        default=[0.75, 0.9, 0.95],
+        help="shares of block pairs that are skipped",
+    )
+    parser.add_argument(
+        "--sub-tiles",
+        nargs="+",
+        type=_rows_and_columns,
+        default=[(1, 2)],
+        metavar="ROWSxCOLUMNS",
+        help="tokens that a mean is taken over in a frame, of the methods with means",
+    )
+    parser.add_argument(
+        "--mean-frames",
+        nargs="+",
+        type=int,
+        default=[4],
+        help="latent frames that a mean is taken over",
+    )
+    return parser
+
+
+def _rows_and_columns(text: str) -> tuple[int, int]:
+    rows, columns = map(int, text.split("x"))
+    return rows, columns
 
 
 if __name__ == "__main__":

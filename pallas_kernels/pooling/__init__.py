@@ -14,6 +14,11 @@ from pallas_kernels.pooling.interfaces import (
     Scales,
     Tiling,
 )
+from pallas_kernels.pooling.sub_tiles import (
+    channel_variances,
+    deviations_of_tiles,
+    reduce_sub_tiles,
+)
 
 __all__ = [
     "QKV",
@@ -22,8 +27,11 @@ __all__ = [
     "Rope",
     "Scales",
     "Tiling",
+    "channel_variances",
+    "deviations_of_tiles",
     "joint_norm_rope_pool",
     "norm_rope_pool",
     "pool_tiles",
+    "reduce_sub_tiles",
     "reduce_tiles",
 ]

@@ -142,3 +142,92 @@ def percentile_mask(q, k, grid, sparsity, scale=None):
     budget = math.ceil(pairs * scores.shape[-1] ** 2)
     kept = [[select_percentile(s, budget) for s in item] for item in scores]
     return add_text(np.array(kept), grid)
+
+
+def cell_members(grid, sub_tile, frames=1):
+    """Raster positions of each sub-tile's visual tokens over each group of frames."""
+    cells = []
+    for group in itertools.batched(range(grid.frames), frames):
+        for top in range(0, grid.height, grid.tile[0]):
+            for left in range(0, grid.width, grid.tile[1]):
+                bottom = min(top + grid.tile[0], grid.height)
+                right = min(left + grid.tile[1], grid.width)
+                for y in range(top, top + grid.tile[0], sub_tile[0]):
+                    for x in range(left, left + grid.tile[1], sub_tile[1]):
+                        cells.append(
+                            [
+                                (frame * grid.height + row) * grid.width + column
+                                for frame in group
+                                for row in range(y, min(y + sub_tile[0], bottom))
+                                for column in range(x, min(x + sub_tile[1], right))
+                            ]
+                        )
+    return cells
+
+
+def mean_of(x, tokens):
+    """x [T, D] -> [D]; 0 of no tokens."""
+    return x[tokens].mean(0) if tokens else np.zeros(x.shape[1:])
+
+
+def sub_tile_map(q, k, grid, sub_tile, *, weights_by_tokens=True):
+    """q, k [V, D] of one head in raster order -> [S, S]."""
+    q, k = q.astype(np.float64), k.astype(np.float64)
+    cells, num_tiles = cell_members(grid, sub_tile), grid.num_visual_blocks
+    parts = len(cells) // num_tiles
+    counts = np.array([len(cell) for cell in cells])
+    weights = counts if weights_by_tokens else np.sign(counts)
+    out = np.zeros((num_tiles, num_tiles))
+    for i, cell in enumerate(cells):
+        logits = np.array([mean_of(q, cell) @ mean_of(k, other) for other in cells])
+        masses = weights * np.exp(logits / math.sqrt(q.shape[-1]))
+        tile = i // parts
+        share = counts[i] / counts[tile * parts : (tile + 1) * parts].sum()
+        by_tile = [masses[j * parts : (j + 1) * parts].sum() for j in range(num_tiles)]
+        out[tile] += share * np.array(by_tile) / masses.sum()
+    return out
+
+
+def spread(q, k, grid, sub_tile, frames, *, exact):
+    """Root mean square of q . (k - mean of k): q, k [V, D] of one head -> [S, S]."""
+    q, k = q.astype(np.float64), k.astype(np.float64)
+    tiles = tile_members(grid.frames, grid.height, grid.width, grid.tile)
+    rest = k.copy()
+    for cell in cell_members(grid, sub_tile, frames):
+        rest[cell] -= mean_of(k, cell)
+    out = np.zeros((len(tiles), len(tiles)))
+    for i, j in np.ndindex(out.shape):
+        query, own = mean_of(q, tiles[i]), rest[tiles[j]]
+        squares = (own @ query) ** 2 if exact else (own**2) @ (query**2)
+        out[i, j] = math.sqrt(squares.mean())
+    return out
+
+
+def compensated_attention(q, k, v, kept, grid, sub_tile, frames, text_lengths=None):
+    """`attention` with means for what is not kept: q, k, v [B, T, N, D] raster."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    shift = grid.visual_tokens.start
+    cells = [
+        [shift + token for token in cell]
+        for cell in cell_members(grid, sub_tile, frames)
+    ]
+    out = np.zeros_like(q)
+    for b, n in np.ndindex(q.shape[0], q.shape[2]):
+        allowed = token_mask(kept[b, n], grid)
+        skipped = ~allowed
+        if text_lengths is not None:
+            start = grid.text_tokens.start + int(text_lengths[b])
+            allowed[:, start : grid.text_tokens.stop] = False
+            allowed[start : grid.text_tokens.stop] = False
+        for t in np.flatnonzero(allowed.any(-1)):
+            keys, values = [*k[b, allowed[t], n]], [*v[b, allowed[t], n]]
+            counts = [1.0] * len(keys)
+            for cell in cells:
+                if count := skipped[t, cell].sum():
+                    keys.append(mean_of(k[b, :, n], cell))
+                    values.append(mean_of(v[b, :, n], cell))
+                    counts.append(count)
+            logits = np.stack(keys) @ q[b, t, n] / math.sqrt(q.shape[-1])
+            weights = np.exp(logits - logits.max()) * counts
+            out[b, t, n] = weights @ np.stack(values) / weights.sum()
+    return out

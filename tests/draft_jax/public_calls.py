@@ -14,6 +14,7 @@ import pallas_kernels
 from draft_jax import (
     QKV,
     BlockMask,
+    Compensation,
     DraftAttention,
     DraftConfig,
     PooledTokens,
@@ -37,6 +38,7 @@ PUBLIC = frozenset(
 NOT_COMPUTED = frozenset(
     {
         "draft_jax.AttentionPlan",
+        "draft_jax.Compensation",
         "draft_jax.DraftConfig",
         "draft_jax.DraftStep",
         "draft_jax.PooledTokens",
@@ -50,6 +52,7 @@ NOT_COMPUTED = frozenset(
         "draft_jax.constant_step",
         "draft_jax.kept_pairs_budget",
         "draft_jax.mask_capacity",
+        "draft_jax.means_work",
         "pallas_kernels.BackendChoice",
         "pallas_kernels.BackendName",
         "pallas_kernels.Means",
@@ -145,9 +148,18 @@ def make_inputs(
 
 
 CONFIG = DraftConfig(sparsity=0.5)
+COMPENSATION = Compensation(sub_tile=(1, 2), frames=2)
+EXACT = DraftConfig(ranking="exact_spread", compensation=COMPENSATION)
 CONFIGS = {
     "percentile": CONFIG,
-    "row_topk": DraftConfig(sparsity=0.5, selection="row_topk", keep_own_tile=True),
+    "row_topk": DraftConfig(
+        sparsity=0.5,
+        selection="row_topk",
+        keep_own_tile=True,
+        draft_tile=(1, 2),
+        compensation=COMPENSATION,
+        ranking="spread",
+    ),
     "top_p": DraftConfig(sparsity=0.5, selection="top_p", pooling="mean+max"),
 }
 NORM = QKNorm(over="head")
@@ -254,8 +266,14 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "draft_jax.compute_mask pooled": lambda x: draft_jax.compute_mask(
         x.q, x.k, grid=x.grid, config=CONFIG, pooled=x.pooled, budget=3, scale=0.5
     ),
+    "draft_jax.make_means": lambda x: draft_jax.make_means(
+        x.k, x.v, x.mask, compensation=COMPENSATION, order=x.order
+    ),
     "draft_jax.draft_scores": lambda x: draft_jax.draft_scores(
         x.q, x.k, grid=x.grid, config=CONFIG, order=x.order
+    ),
+    "draft_jax.draft_scores exact spread": lambda x: draft_jax.draft_scores(
+        x.q, x.k, grid=x.grid, config=EXACT, order=x.order
     ),
     "draft_jax.select_blocks": lambda x: draft_jax.select_blocks(
         x.scores, grid=x.grid, config=CONFIG, budget=np.int32(5)
@@ -337,6 +355,9 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
 }
 # Called by others of the table with the arguments that they check.
 CALLED_BY = {
+    "pallas_kernels.pooling.channel_variances": "draft_jax.draft_attention row_topk",
+    "pallas_kernels.pooling.deviations_of_tiles": "draft_jax.draft_scores exact spread",
+    "pallas_kernels.pooling.reduce_sub_tiles": "draft_jax.make_means",
     "draft_jax.draft_attention_fn": "draft_jax.DraftAttentionFn",
     "pallas_kernels.unchecked_block_sparse_attention": (
         "pallas_kernels.block_sparse_attention"

@@ -258,7 +258,7 @@ def test_full_size_agrees_with_xla(grid, heads, name):
         # Another rounding of a value moves it by one unit in the last place.
         assert (jnp.abs(a - b) <= 2**-7 * jnp.abs(b) + 1e-5).all()
         assert (a == b).mean() > 0.99
-    again = pool_queries_and_keys(*fused[:2], grid, order="tiled")
+    again = pool_queries_and_keys(*fused[:2], grid, config=DraftConfig(), order="tiled")
     for a, b in zip(jax.tree.leaves(fused[2]), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(a, b, **tolerances.POOLED)
     mask = functools.partial(compute_mask, grid=grid, config=config, order="tiled")

@@ -10,8 +10,8 @@ from typing import get_args
 
 import pytest
 
-from draft_jax import DraftConfig, SparsitySchedule
-from draft_jax.config import EdgeTiles, Pooling, Selection
+from draft_jax import Compensation, DraftConfig, SparsitySchedule
+from draft_jax.config import EdgeTiles, Pooling, Ranking, Selection
 from models.cli import choices
 from models.cli.parser import build_parser
 from models.diffusion import sampling, schedulers
@@ -101,6 +101,7 @@ def test_choices_are_those_of_the_configurations():
     assert get_args(Selection) == choices.SELECTIONS
     assert get_args(Pooling) == choices.POOLINGS
     assert get_args(EdgeTiles) == choices.EDGE_TILES
+    assert get_args(Ranking) == choices.RANKINGS
     assert get_args(GuidanceBatching) == choices.GUIDANCE_BATCHINGS
     assert get_args(Linears) == choices.LINEARS
     assert get_args(schedulers.SolverName) == tuple(choices.GRIDS_OF_SOLVERS)
@@ -121,6 +122,7 @@ def test_defaults_are_those_of_the_configurations():
     default = sampling.Sampling()
     for name, value in choices.SamplingDefaults()._asdict().items():
         assert getattr(default, name) == value, name
+    assert Compensation().frames == choices.MeansDefaults().frames
     draft, schedule = DraftConfig(), SparsitySchedule.paper()
     for name, value in choices.DraftDefaults()._asdict().items():
         owner = draft if hasattr(draft, name) else schedule
@@ -135,6 +137,7 @@ def test_every_choice_is_offered():
         ("--selection", choices.SELECTIONS),
         ("--pooling", choices.POOLINGS),
         ("--edge-tiles", choices.EDGE_TILES),
+        ("--ranking", choices.RANKINGS),
         ("--guidance-batching", choices.GUIDANCE_BATCHINGS),
         ("--image-fit", choices.IMAGE_FITS),
         ("--text-device", choices.TEXT_DEVICES),

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule, StepKind
+from draft_jax import (
+    AttentionPlan,
+    Compensation,
+    DraftConfig,
+    SparsitySchedule,
+    StepKind,
+)
 from models.diffusion import pipeline as pipeline_module
 from models.diffusion import sampler as sampler_module
 from models.diffusion.interfaces import TextContext
@@ -103,6 +109,24 @@ def test_sparsity_zero_gives_the_dense_video(pipeline, dense, selection):
     assert not sparse.dense.any()
     np.testing.assert_array_equal(sparse.kept_density, np.ones((4, 3)))
     np.testing.assert_allclose(sparse.video, dense.video, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.nightly
+def test_means_of_single_tokens_give_the_dense_video(pipeline, dense):
+    """Nothing is left out then, with masks that are kept for a second step, too."""
+    draft = DraftConfig(
+        sparsity=0.8,
+        draft_tile=(1, 2),
+        compensation=Compensation(sub_tile=(1, 1), frames=1),
+        ranking="spread",
+    )
+    schedule = SparsitySchedule(dense_fraction=0.25, mask_refresh=2)
+    sparse = generate(pipeline, attention=AttentionPlan.draft(draft, schedule))
+    assert (sparse.kept_density[1:] < 0.4).all()
+    np.testing.assert_allclose(sparse.video, dense.video, rtol=0, atol=ROUNDING)
+    assert sparse.means_work == 1.0
+    assert sparse.work_share == pytest.approx(sparse.kept_density.mean() + 0.75)
+    assert dense.work_share == 1.0
 
 
 def test_schedule_and_kept_shares(pipeline, dense):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from draft_jax import AttentionPlan, Compensation, DraftConfig
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.convert import load_hunyuan_transformer
 from models.hunyuan.embeddings import guidance_level
@@ -37,6 +38,26 @@ def test_captured_layers_are_those_of_both_stacks():
     grid = model.grid(inputs.latents.shape)
     assert q.shape == k.shape == (5, 2, grid.num_tokens, 2, 12)
     assert len({float(jnp.abs(layer).sum()) for layer in q}) == 5
+
+
+@pytest.mark.nightly
+def test_means_of_single_tokens_give_the_dense_velocity():
+    """Nothing is left out then, beside text of ragged lengths."""
+    model, inputs = make_model(), inputs_of("divided")
+    config = DraftConfig(
+        sparsity=0.7,
+        draft_tile=(1, 2),
+        compensation=Compensation(sub_tile=(1, 1), frames=1),
+        ranking="spread",
+    )
+    run = nnx.jit(
+        lambda model, inputs, attention: model(inputs, attention=attention)[0],
+        static_argnums=2,
+    )
+    got = run(model, inputs, AttentionPlan.draft(config))
+    expected = run(model, inputs, AttentionPlan.dense())
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * scale)
 
 
 @pytest.mark.nightly

@@ -29,6 +29,24 @@ def test_kept_share_shows_its_numbers(tmp_path):
     assert plt.get_fignums() == figures_before, "no global figure is left behind"
 
 
+def test_kept_share_says_what_means_add(tmp_path):
+    """In the title: nothing below it changes."""
+    pictures = []
+    for work in (0.0, 0.0625):
+        path = tmp_path / f"{work}.png"
+        plots.plot_kept_share(
+            path,
+            np.full((5, 3), 0.2),
+            np.linspace(1000, 200, 5),
+            title="a title",
+            means_work=work,
+        )
+        pictures.append(matplotlib.image.imread(path))
+    rows, _ = np.nonzero((pictures[0] != pictures[1]).any(-1))
+    assert rows.size > 0
+    assert rows.max() < 0.2 * pictures[0].shape[0]
+
+
 def test_attention_draws_the_panels_that_are_asked_for(tmp_path):
     rng = np.random.default_rng(0)
     maps = rng.dirichlet(np.ones(6), size=(4, 3, 6))

@@ -1,0 +1,102 @@
+"""How badly means stand for a key tile: what ranking by spread multiplies masses by.
+
+A query q gives the tokens of a skipped tile the logits of their means. The root mean
+square of q . (k - mean of k) over its tokens is how far these are off. The query is the
+mean of a query tile. Its exact form is a product of all tiles with all keys; with the
+channels of k - mean of k taken as uncorrelated, one number for each channel will do.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from draft_jax.config import DraftConfig, sub_tiles_of
+from draft_jax.draft.means import visual_tokens
+from draft_jax.grid import VideoGrid
+from pallas_kernels.common import Order, jit_once
+from pallas_kernels.pooling import (
+    channel_variances,
+    deviations_of_tiles,
+    reduce_sub_tiles,
+)
+
+
+@functools.partial(jit_once, static_argnames=("grid", "config", "order"))
+def key_spread(
+    k: Float[Array, "B T N D"], grid: VideoGrid, config: DraftConfig, order: Order
+) -> Float[Array, "B S *P N D"] | None:
+    """Returns how far keys are from the means that would stand for them.
+
+    Args:
+      k: Keys of the whole sequence.
+      grid: Geometry that defines the tiles. Static.
+      config: `config.ranking` and `config.compensation` are read. Static.
+      order: How the visual tokens are ordered. Static.
+
+    Returns:
+      For "spread" the mean square of each channel [B, S, N, D], for "exact_spread" the
+      differences of all tokens [B, S, P, N, D]; float32. None for "mass".
+    """
+    if config.ranking == "mass" or config.compensation is None:
+        return None
+    cells = sub_tiles_of(grid, config.compensation.sub_tile, config.compensation.frames)
+    tokens, order = visual_tokens(k, grid, order)
+    means = reduce_sub_tiles(tokens, cells, order=order)
+    of_tiles = channel_variances if config.ranking == "spread" else deviations_of_tiles
+    return of_tiles(tokens, means, cells, order=order)
+
+
+def weigh_by_spread(
+    mass: Float[Array, "B N S S"],
+    q_mean: Float[Array, "B S N D"],
+    spread: Float[Array, "B S *P N D"],
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+) -> Float[Array, "B N S S"]:
+    """Multiplies masses by how badly means stand for the key tile.
+
+    Args:
+      mass: Draft map.
+      q_mean: Mean query of each tile.
+      spread: What `key_spread` returns.
+      grid: Geometry that defines the tiles.
+      config: `config.ranking` and `config.selection` are read.
+
+    Returns:
+      The products; for "top_p" divided by their sum in each row, where it is not zero.
+    """
+    if config.ranking == "spread":
+        squares = _product("bqnd,bknd->bnqk", jnp.square(q_mean), spread)
+    else:
+        squares = _exact_squares(q_mean, spread, grid)
+    scores = mass * jnp.sqrt(squares)
+    if config.selection != "top_p":
+        return scores
+    total = scores.sum(-1, keepdims=True)
+    return jnp.where(total > 0, scores / jnp.where(total > 0, total, 1.0), mass)
+
+
+def _exact_squares(
+    q_mean: Float[Array, "B S N D"],
+    differences: Float[Array, "B S P N D"],
+    grid: VideoGrid,
+) -> Float[Array, "B N S S"]:
+    """Returns mean squares of q . (k - mean of k), a frame of keys at a time."""
+
+    def of_frame(own: Float[Array, "B K P N D"]) -> Float[Array, "B N S K"]:
+        products = _product("bqnd,bkpnd->bnqkp", q_mean, own)
+        return jnp.square(products).sum(-1)
+
+    frames = rearrange(differences, "B (F K) P N D -> F B K P N D", F=grid.frames)
+    sums = rearrange(jax.lax.map(of_frame, frames), "F B N S K -> B N S (F K)")
+    tokens = grid.block_lengths[grid.visual_blocks].astype(np.float32)
+    return sums / tokens
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,184 @@
+"""Means over the sub-tiles of a video and groups of frames, as XLA operations."""
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, reduce
+from jaxtyping import Array, Float
+
+from pallas_kernels.common.interfaces import Order
+from pallas_kernels.common.static import jit_once
+from pallas_kernels.common.sub_tiles import SubTiles
+from pallas_kernels.pooling.interfaces import Reduction
+
+# Axes of a split video: groups `g` of frames `t`; rows and columns of tiles `th tw`, of
+# sub-tiles `jr jc` in each, and of tokens `sr sc` in those.
+_AXES = {
+    "raster": "b g t th jr sr tw jc sc n d",
+    "tiled": "b g t th tw jr sr jc sc n d",
+}
+_CELLS = "b (g th tw jr jc) n d"
+
+
+@functools.partial(jit_once, static_argnames=("sub_tiles", "order", "reduction"))
+def reduce_sub_tiles(
+    x: Float[Array, "B V N D"],
+    sub_tiles: SubTiles,
+    *,
+    order: Order,
+    reduction: Reduction = "mean",
+) -> Float[Array, "B M N D"]:
+    """Reduces the tokens of each sub-tile over each group of frames.
+
+    Args:
+      x: Tokens of the video, without text.
+      sub_tiles: What is reduced together. Static.
+      order: How the tokens are ordered; "raster" where some tile is cut off. Static.
+      reduction: "mean", or "max" for the largest value of each channel. Static.
+
+    Returns:
+      float32, in the order of the cells of `sub_tiles`. Cells without a token are 0.
+
+    Raises:
+      ValueError: order is "tiled" where some tile is cut off by the frame's edge.
+    """
+    pattern = f"{_AXES[order]} -> {_CELLS}"
+    if reduction == "max":
+        parts = _split(x, sub_tiles, order, padding=-math.inf)
+        largest = reduce(parts, pattern, "max").astype(jnp.float32)
+        return jnp.where((sub_tiles.tokens > 0)[:, None, None], largest, 0)
+    parts = _split(x, sub_tiles, order).astype(jnp.float32)
+    tokens = np.maximum(sub_tiles.tokens, 1).astype(np.float32)
+    return reduce(parts, pattern, "sum") / tokens[:, None, None]
+
+
+@functools.partial(jit_once, static_argnames=("sub_tiles", "order"))
+def channel_variances(
+    x: Float[Array, "B V N D"],
+    means: Float[Array, "B M N D"],
+    sub_tiles: SubTiles,
+    *,
+    order: Order,
+) -> Float[Array, "B S N D"]:
+    """Computes how far the tokens of each tile are from their means, by channel.
+
+    Args:
+      x: Tokens of the video, without text.
+      means: Their means over the cells of `sub_tiles`, float32.
+      sub_tiles: What the means are taken over. Static.
+      order: How the tokens are ordered; "raster" where some tile is cut off. Static.
+
+    Returns:
+      Mean square of the differences over the tokens of each tile of each frame.
+
+    Raises:
+      ValueError: order is "tiled" where some tile is cut off by the frame's edge.
+    """
+    rest = _deviations(x, means, sub_tiles, order=order)
+    squares = reduce(jnp.square(rest), f"{_AXES[order]} -> b (g t th tw) n d", "sum")
+    squares = squares[:, : sub_tiles.num_tiles]  # the last group may have fewer frames
+    return squares / sub_tiles.tokens_of_tile.astype(np.float32)[:, None, None]
+
+
+@functools.partial(jit_once, static_argnames=("sub_tiles", "order"))
+def deviations_of_tiles(
+    x: Float[Array, "B V N D"],
+    means: Float[Array, "B M N D"],
+    sub_tiles: SubTiles,
+    *,
+    order: Order,
+) -> Float[Array, "B S P N D"]:
+    """Subtracts from each token the mean of its cell, tile by tile of each frame.
+
+    Args:
+      x: Tokens of the video, without text.
+      means: Their means over the cells of `sub_tiles`, float32.
+      sub_tiles: What the means are taken over. Static.
+      order: How the tokens are ordered; "raster" where some tile is cut off. Static.
+
+    Returns:
+      float32, in any order within a tile; 0 for places without a token.
+
+    Raises:
+      ValueError: order is "tiled" where some tile is cut off by the frame's edge.
+    """
+    rest = _deviations(x, means, sub_tiles, order=order)
+    tiles = f"{_AXES[order]} -> b (g t th tw) (jr jc sr sc) n d"
+    return rearrange(rest, tiles)[:, : sub_tiles.num_tiles]
+
+
+def _deviations(
+    x: Float[Array, "B V N D"],
+    means: Float[Array, "B M N D"],
+    sub_tiles: SubTiles,
+    *,
+    order: Order,
+) -> Float[Array, "..."]:
+    """Subtracts from each token the mean of its cell; split as `_AXES` says."""
+    ones = jnp.ones((1, x.shape[1], 1, 1), jnp.float32)
+    is_token = _split(ones, sub_tiles, order) > 0
+    groups = {"g": sub_tiles.num_groups}
+    for axes, sides in (
+        (("th", "tw"), sub_tiles.tiles_per_frame),
+        (("jr", "jc"), sub_tiles.sub_tiles_per_tile),
+    ):
+        groups |= dict(zip(axes, sides, strict=True))
+    spread = _AXES[order].replace(" t ", " 1 ").replace("sr", "1").replace("sc", "1")
+    own_means = rearrange(means, f"{_CELLS} -> {spread}", **groups)
+    parts = _split(x, sub_tiles, order).astype(jnp.float32)
+    return jnp.where(is_token, parts - own_means, 0)
+
+
+def _split(
+    x: Float[Array, "B V N D"],
+    sub_tiles: SubTiles,
+    order: Order,
+    *,
+    padding: float = 0.0,
+) -> Float[Array, "..."]:
+    """Splits the axis of tokens as `_AXES` says; what has no token is padding."""
+    if order == "tiled" and sub_tiles.has_edges:
+        raise ValueError(f"{order=} must be 'raster': {sub_tiles} has cut-off tiles")
+    (rows, columns), (tile_rows, tile_columns) = (
+        sub_tiles.tile,
+        sub_tiles.tiles_per_frame,
+    )
+    sizes = {"th": tile_rows, "tw": tile_columns, "r": rows, "c": columns}
+    if order == "raster":
+        sides = {"f": sub_tiles.frames, "h": sub_tiles.height}
+        x = rearrange(x, "b (f h w) n d -> b f h w n d", **sides)
+        missing = {
+            2: tile_rows * rows - sub_tiles.height,
+            3: tile_columns * columns - sub_tiles.width,
+        }
+        x = _padded(x, missing, padding)
+        x = rearrange(x, "b f (th r) (tw c) n d -> b f th r tw c n d", **sizes)
+        row_axis = 3
+    else:
+        x = rearrange(x, "b (f th tw r c) n d -> b f th tw r c n d", **sizes)
+        row_axis = 4
+    (parts, parts_across), part = sub_tiles.sub_tiles_per_tile, sub_tiles.part
+    missing = {
+        1: -sub_tiles.frames % sub_tiles.group_frames,
+        row_axis: parts * part[0] - rows,
+        5: parts_across * part[1] - columns,
+    }
+    x = _padded(x, missing, padding)
+    whole = _AXES[order].replace("g t", "(g t)").replace("jc sc", "(jc sc)")
+    return rearrange(
+        x,
+        f"{whole.replace('jr sr', '(jr sr)')} -> {_AXES[order]}",
+        t=sub_tiles.group_frames,
+        sr=part[0],
+        sc=part[1],
+    )
+
+
+def _padded(x: Array, missing: dict[int, int], padding: float) -> Array:
+    """Appends padding to axes, as much as each is missing."""
+    if not any(missing.values()):
+        return x
+    widths = [(0, missing.get(axis, 0)) for axis in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=padding)

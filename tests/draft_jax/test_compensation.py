@@ -1,0 +1,233 @@
+"""Means for what is skipped, from keys to outputs, against NumPy loops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from draft_jax import (
+    BlockMask,
+    Compensation,
+    DraftConfig,
+    VideoGrid,
+    compute_mask,
+    constant_step,
+    draft_attention,
+    initial_mask,
+    make_means,
+    means_work,
+    scheduled_attention,
+)
+from pallas_kernels import block_sparse_attention, dense_attention
+from tests.cases import mostly_nightly
+from tests.draft_jax import naive_draft
+
+# Largest error measured against float64 loops: 6e-7.
+F32 = {"rtol": 1e-5, "atol": 3e-6}
+TEXT = VideoGrid(3, 5, 7, tile=(2, 4), text_length=5, text_side="before")
+EVEN = VideoGrid(2, 4, 8, tile=(2, 4))
+COMPENSATIONS = {
+    "sub-tiles, two frames": Compensation(sub_tile=(1, 3), frames=2),
+    "whole tiles, all frames": Compensation(sub_tile=(8, 16), frames=9),
+    "each place": Compensation(sub_tile=(1, 1), frames=3),
+}
+SELECTIONS = ("percentile", "row_topk", "top_p")
+
+
+def random_qkv(grid, dim=8):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(3, 2, grid.num_tokens, 2, dim)).astype(np.float32)
+
+
+def config_of(name, selection="row_topk"):
+    return DraftConfig(
+        selection=selection,
+        sparsity=0.6,
+        draft_tile=(1, 2),
+        compensation=COMPENSATIONS[name],
+        ranking="spread",
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    mostly_nightly(
+        [
+            (grid, name, selection)
+            for grid in (TEXT, EVEN)
+            for name in COMPENSATIONS
+            for selection in SELECTIONS
+        ],
+        quick=[(TEXT, "sub-tiles, two frames", "row_topk")],
+    ),
+    ids=lambda case: f"{case[0].height}, {case[1]}, {case[2]}",
+)
+def test_the_whole_method_matches_loops(case):
+    """Both orders, ragged text."""
+    grid, name, selection = case
+    config, (q, k, v) = config_of(name, selection), random_qkv(grid)
+    lengths = np.array([3, 0]) if grid.text_length else None
+    attend = functools.partial(
+        draft_attention, grid=grid, config=config, text_lengths=lengths
+    )
+    kept = np.asarray(compute_mask(q, k, grid=grid, config=config).to_dense())
+    comp = config.compensation
+    want = naive_draft.compensated_attention(
+        q, k, v, kept, grid, comp.sub_tile, comp.frames, lengths
+    )
+    np.testing.assert_allclose(attend(q, k, v), want, **F32)
+    tiled = attend(*(x[:, grid.tile_order] for x in (q, k, v)), order="tiled")
+    np.testing.assert_allclose(tiled, want[:, grid.tile_order], **F32)
+
+
+def test_means_match_loops():
+    """Also those of the frames whose block is kept count in a mean."""
+    comp = COMPENSATIONS["sub-tiles, two frames"]
+    _, k, v = random_qkv(TEXT)
+    rng = np.random.default_rng(1)
+    kept = rng.random((2, 2, 18, 18)) < 0.5
+    means = make_means(k, v, BlockMask.from_visual(kept, grid=TEXT), compensation=comp)
+    cells = naive_draft.cell_members(TEXT, comp.sub_tile, comp.frames)
+    shift = TEXT.visual_tokens.start
+    for name, x in (("k", k), ("v", v)):
+        want = [
+            x[:, [shift + token for token in cell]].mean(1) if cell else 0 * x[:, 0]
+            for cell in cells
+        ]
+        np.testing.assert_allclose(
+            getattr(means, name), np.stack(want, 1), rtol=1e-5, atol=1e-6
+        )
+    frames = ~kept.reshape(2, 2, 18, 3, 6)
+    want = np.stack([frames[..., :2, :].sum(-2), frames[..., 2:, :].sum(-2)], axis=-2)
+    text = TEXT.num_text_blocks
+    np.testing.assert_array_equal(
+        means.dropped[:, :, text:], want.reshape(2, 2, 18, 12)
+    )
+    assert not means.dropped[:, :, :text].any()
+
+
+@pytest.mark.nightly
+def test_a_full_mask_is_dense_attention():
+    q, k, v = random_qkv(TEXT)
+    config = DraftConfig(sparsity=0.0, compensation=Compensation())
+    out = draft_attention(q, k, v, grid=TEXT, config=config)
+    np.testing.assert_allclose(out, dense_attention(q, k, v, grid=TEXT), **F32)
+
+
+@pytest.mark.nightly
+def test_means_of_single_tokens_are_dense_attention():
+    """Each token is a mean of itself: nothing is left out."""
+    q, k, v = random_qkv(EVEN)
+    comp = Compensation(sub_tile=(1, 1), frames=1)
+    config = DraftConfig(sparsity=0.8, compensation=comp)
+    out = draft_attention(q, k, v, grid=EVEN, config=config)
+    np.testing.assert_allclose(out, dense_attention(q, k, v, grid=EVEN), **F32)
+    assert means_work(EVEN, config) == 1.0
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("order", ["raster", "tiled"])
+def test_gradients_flow_through_means(order):
+    """Against the oracle, with the mask held: all tokens of a cell move its mean."""
+    q, k, v = map(jnp.asarray, random_qkv(TEXT))
+    config = config_of("sub-tiles, two frames")
+    mask = compute_mask(q, k, grid=TEXT, config=config, order=order)
+
+    def loss(attend, q, k, v):
+        return jnp.sin(attend(q, k, v)).sum()
+
+    def whole(q, k, v):
+        return draft_attention(q, k, v, grid=TEXT, config=config, order=order)
+
+    def oracle(q, k, v):
+        means = make_means(k, v, mask, compensation=config.compensation, order=order)
+        return block_sparse_attention(
+            q, k, v, mask, grid=TEXT, order=order, means=means, backend="oracle"
+        )
+
+    got, want = (
+        jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2)))(q, k, v)
+        for f in (whole, oracle)
+    )
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+@pytest.mark.nightly
+def test_a_reused_mask_has_means_of_new_keys():
+    """A schedule's mask says what was skipped; keys and values are the step's."""
+    q, k, v = random_qkv(EVEN)
+    config = config_of("sub-tiles, two frames")
+    run = functools.partial(scheduled_attention, grid=EVEN, config=config)
+    step = constant_step(EVEN, config)
+    mask = initial_mask(EVEN, config, batch=2, num_heads=2)
+    _, mask = run(q, k, v, step=step, mask=mask)
+    reuse = type(step)(dense=step.dense, budget=step.budget, refresh=np.asarray(False))
+    out, _ = run(q, k[::-1], v[::-1], step=reuse, mask=mask)
+    comp = config.compensation
+    want = naive_draft.compensated_attention(
+        q,
+        k[::-1],
+        v[::-1],
+        np.asarray(mask.to_dense()),
+        EVEN,
+        comp.sub_tile,
+        comp.frames,
+    )
+    np.testing.assert_allclose(out, want, **F32)
+
+
+@pytest.mark.nightly
+def test_transformations_and_numpy_agree():
+    grid = VideoGrid(2, 3, 4, tile=(2, 2), text_length=3)
+    q, k, v = random_qkv(grid)
+    config = config_of("sub-tiles, two frames")
+    attend = functools.partial(draft_attention, grid=grid, config=config)
+    want = attend(q, k, v)
+    with jax.disable_jit():
+        np.testing.assert_allclose(attend(q, k, v), want, **F32)
+    np.testing.assert_allclose(jax.jit(attend)(q, k, v), want, **F32)
+    mapped = jax.vmap(attend)(*(jnp.stack([x, x[::-1]]) for x in (q, k, v)))
+    np.testing.assert_allclose(mapped[0], want, **F32)
+    np.testing.assert_allclose(mapped[1], want[::-1], **F32)
+
+
+def test_work_of_means_is_the_share_of_pairs_with_them():
+    config = DraftConfig(compensation=Compensation(sub_tile=(2, 8), frames=4))
+    grid = VideoGrid(33, 48, 80)  # the last group has one frame: 9 groups
+    assert means_work(grid, config) == 9 * (48 * 80 // 16) / grid.num_tokens
+    assert means_work(grid, DraftConfig.paper()) == 0.0
+    # Text neither has means nor sees any: 2 groups of 12 sub-tiles have tokens.
+    text = VideoGrid(5, 4, 6, tile=(4, 4), text_length=8)
+    small = DraftConfig(compensation=Compensation(sub_tile=(1, 2), frames=4))
+    assert means_work(text, small) == pytest.approx(2 * 12 * 120 / 128**2)
+
+
+def test_presets():
+    assert DraftConfig.paper(sparsity=0.9) == DraftConfig(sparsity=0.9)
+    config = DraftConfig.compensated(sparsity=0.95)
+    assert config.sparsity == 0.95
+    assert config.compensation is not None
+    assert config.ranking == "spread"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"k": np.zeros((2, 3, 2, 8), np.float32)}, ValueError, "k has shape"),
+        ({"v": np.zeros((2, 64, 2, 4), np.float32)}, ValueError, "v has shape"),
+        ({"order": "zigzag"}, ValueError, "order='zigzag'"),
+    ],
+    ids=["tokens", "channels", "order"],
+)
+@pytest.mark.usefixtures("without_jaxtyping")
+def test_make_means_refuses(change, error, text):
+    _, k, v = random_qkv(EVEN)
+    arguments = {"k": k, "v": v} | change
+    if "k" in change:
+        arguments["v"] = change["k"]
+    mask = initial_mask(EVEN, DraftConfig(), batch=2, num_heads=2)
+    with pytest.raises(error, match=text):
+        make_means(**arguments, mask=mask, compensation=Compensation())
