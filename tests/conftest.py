@@ -12,6 +12,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from tests.browser import NAMES, find_chromium
 from tests.tolerances import MEASURED
 
 # Pallas' interpret mode blocks one thread of XLA's pool for each warpgroup, and one
@@ -42,6 +43,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-torch",
         action="store_true",
         help="fail, instead of skip, tests marked torch where it is not installed",
+    )
+    parser.addoption(
+        "--require-browser",
+        action="store_true",
+        help="fail, instead of skip, tests marked browser where there is no Chromium",
     )
     parser.addoption(
         "--torch-python",
@@ -120,6 +126,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _skip(item, "--require-gpu", reason)
     if item.get_closest_marker("torch") and not has_torch(item.config):
         _skip(item, "--require-torch", "needs torch and transformers")
+    if item.get_closest_marker("browser") and find_chromium() is None:
+        _skip(item, "--require-browser", f"needs one of {', '.join(NAMES)}")
 
 
 def _skip(item: pytest.Item, required: str, reason: str) -> None:
