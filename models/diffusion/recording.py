@@ -74,7 +74,12 @@ class AttentionRecord:
 
 
 def choose_looks(
-    plan: StepPlan, *, num_heads: int, num_tiles: int, most_bytes: int = MOST_BYTES
+    plan: StepPlan,
+    *,
+    num_heads: int,
+    num_tiles: int,
+    skippable: Bool[np.ndarray, " steps"] | None = None,
+    most_bytes: int = MOST_BYTES,
 ) -> Looks | None:
     """Chooses what to look at, so that neither time nor memory is spent unduly.
 
@@ -86,13 +91,17 @@ def choose_looks(
       plan: The schedule of the run.
       num_heads: Heads of a layer.
       num_tiles: Tiles of the video, S.
+      skippable: Steps that a cache may skip; others are taken where there are some.
       most_bytes: Bytes that draft maps and masks may take.
 
     Returns:
       The looks; None if no step makes a mask, or a single map takes too much.
     """
     dense = np.asarray(plan.dense)
-    refreshed = np.flatnonzero(np.asarray(plan.refresh) & ~dense.all(axis=1))
+    makes_masks = np.asarray(plan.refresh) & ~dense.all(axis=1)
+    if skippable is not None and (makes_masks & ~skippable).any():
+        makes_masks &= ~skippable
+    refreshed = np.flatnonzero(makes_masks)
     num_maps = _maps_in(most_bytes, num_tiles)
     if not len(refreshed) or not num_maps:
         return None
@@ -175,6 +184,7 @@ class AttentionRecorder:
             sampler.plan,
             num_heads=model.num_heads,
             num_tiles=model.grid(sampler.latent_shape).num_visual_blocks,
+            skippable=sampler.skippable,
             most_bytes=self._most_bytes,
         )
 

@@ -11,7 +11,12 @@ function seriesOf(report, prefixes) {
     if (run.time_ms_per_step) {
       found.push([run.attention === "dense" ? "Dense" : "Sparse", run]);
     }
-    return found.map(([name, pass]) => ({ name: prefixes[index] + name, pass }));
+    return found.map(([name, pass]) => {
+      const kinds = pass.work_per_step ?? [];
+      const work = pass.time_ms_per_step.map((_, step) =>
+        (kinds[step] === "skipped" ? ", skipped by a cache" : ""));
+      return { name: prefixes[index] + name, pass, work };
+    });
   });
 }
 
@@ -37,12 +42,12 @@ class StepChart {
     const group = inner / steps;
     const bar = (0.8 * group) / this.series.length;
     const x = (step, index) => MARGIN.left + group * step + 0.1 * group + bar * index;
-    const bars = this.series.flatMap(({ name, values }, index) =>
+    const bars = this.series.flatMap(({ name, values, work }, index) =>
       values.map((value, step) => draw(
         "rect",
         { x: x(step, index), y: y(value), width: Math.max(0.5, bar - (bar > 4 ? 1 : 0)),
           height: MARGIN.top + height - y(value), class: `series-${index}` },
-        draw("title", {}, `${name}, step ${step}: ${this.format(value)}`),
+        draw("title", {}, `${name}, step ${step}: ${this.format(value)}${work[step]}`),
       )));
     const lines = [0, most / 2, most].flatMap((value) => [
       draw("line", {
@@ -79,15 +84,15 @@ function stepSection(report, prefixes) {
     make("li", {}, make("span", { class: `swatch series-${index}` }), name)));
   const times = new StepChart(
     "Time", "s",
-    series.map(({ name, pass }) => ({
-      name, values: pass.time_ms_per_step.map((value) => value / 1000),
+    series.map(({ name, pass, work }) => ({
+      name, work, values: pass.time_ms_per_step.map((value) => value / 1000),
     })),
     (value) => number(value, value < 10 ? 2 : 0),
   );
   const kept = new StepChart(
     "Kept share of token pairs", "%",
-    series.map(({ name, pass }) => ({
-      name, values: keptOf(pass).map((value) => 100 * value),
+    series.map(({ name, pass, work }) => ({
+      name, work, values: keptOf(pass).map((value) => 100 * value),
     })),
     (value) => number(value, 0),
   );
@@ -110,11 +115,11 @@ function stepTable(series, keptOf) {
   const rows = longest.map((timestep, step) => make(
     "tr", {}, make("th", { scope: "row" }, String(step)),
     make("td", {}, number(timestep, 0)),
-    ...series.flatMap(({ pass }, index) => {
+    ...series.flatMap(({ pass, work }, index) => {
       const time = pass.time_ms_per_step[step];
       return [
         make("td", {}, time === undefined ? "–" : seconds(time)),
-        make("td", {}, time === undefined ? "–" : percent(kept[index][step], 1)),
+        make("td", {}, time === undefined ? "–" : percent(kept[index][step], 1) + work[step]),
       ];
     }),
   ));

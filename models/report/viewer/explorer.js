@@ -15,9 +15,13 @@ function magma(share) {
 }
 
 class Explorer {
-  /** @param {object} data From the element of a run's explorer. */
-  constructor(data, title, id) {
+  /**
+   * @param {object} data From the element of a run's explorer.
+   * @param {string[]} work How each step of the run was computed.
+   */
+  constructor(data, work, title, id) {
     this.data = data;
+    this.work = work;
     this.levels = bytesOf(data.levels);
     this.bits = bytesOf(data.masks);
     const [rows, columns] = data.grid.tiles;
@@ -197,12 +201,16 @@ class Explorer {
       share += score;
       if (best < 0 || this.level(this.query, key) > this.level(this.query, best)) best = key;
     }
-    const dense = this.data.dense[look][layer]
-      ? " This layer ran dense at this step: its mask was not used." : "";
+    let unused = "";
+    if (this.work[this.data.looks[look].step] === "skipped") {
+      unused = " A cache skipped this step: the mask was not used.";
+    } else if (this.data.dense[look][layer]) {
+      unused = " This layer ran dense at this step: its mask was not used.";
+    }
     const strongest = best < 0 ? "" : ` Strongest: ${this.describe(best)}.`;
     this.said.textContent = `The tile in ${this.describe(this.query)} attends to ${kept} of `
       + `${this.tiles} tiles (${percent(kept / this.tiles)}), which have `
-      + `${percent(share / all)} of its draft.${strongest}${dense}`;
+      + `${percent(share / all)} of its draft.${strongest}${unused}`;
   }
 
   /** Draws every frame with its tiles: those attended to bright, the others dim. */

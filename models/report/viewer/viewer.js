@@ -1,7 +1,9 @@
 // Puts the page together from its data.
 
+const MODEL = ["checkpoint", "model", "family", "commit", "preset", "loras", "image", "fps"];
+const PASSES = ["dense", "sparse"];
 const HEADINGS = {
-  sampling: "Video", draft: "Draft attention", schedule: "Schedule",
+  model: "Model", sampling: "Video", draft: "Draft attention", schedule: "Schedule",
   hardware: "Hardware", versions: "Versions",
 };
 
@@ -100,22 +102,25 @@ function settingsTable(name, reports) {
     );
   });
   if (rows.length === 0) return null;
-  return make("table", {}, make("caption", {}, HEADINGS[name]), make("tbody", {}, ...rows));
+  return make("table", {}, make("caption", {}, HEADINGS[name] ?? words(name)), make("tbody", {}, ...rows));
 }
 
 function settings(data, prefixes) {
   const reports = data.runs.map(({ report }) => report);
-  const extra = reports.map((report) => ({
-    other: Object.fromEntries(
-      ["checkpoint", "model", "family", "commit", "preset", "loras", "image", "fps"]
-        .filter((key) => key in report).map((key) => [key, report[key]]),
+  const model = reports.map((report) => ({
+    model: Object.fromEntries(
+      MODEL.filter((key) => key in report).map((key) => [key, report[key]]),
     ),
   }));
-  HEADINGS.other = "Model";
-  const tables = [settingsTable("other", extra)];
-  for (const name of Object.keys(HEADINGS).slice(0, 5)) {
-    tables.push(settingsTable(name, reports));
+  const groups = new Set(Object.keys(HEADINGS).slice(1));
+  for (const report of reports) {
+    for (const [key, value] of Object.entries(report)) {
+      const isGroup = value !== null && typeof value === "object" && !Array.isArray(value);
+      if (isGroup && !PASSES.includes(key) && !MODEL.includes(key)) groups.add(key);
+    }
   }
+  const tables = [settingsTable("model", model)];
+  for (const name of groups) tables.push(settingsTable(name, reports));
   return section(
     "settings", "Settings",
     ...reports.map((report, index) =>
@@ -142,11 +147,12 @@ function build() {
   }
   const steps = stepSection(data, prefixes);
   if (steps !== null) page.append(steps);
-  parts.explorers = data.runs.flatMap((_, index) => {
+  parts.explorers = data.runs.flatMap(({ report }, index) => {
     const found = readElement(`explorer-${index}`);
     if (found === null) return [];
     const title = `${prefixes[index]}Where attention looks`;
-    const explorer = new Explorer(found, title, `explorer-of-${index}`);
+    const work = (report.sparse ?? report).work_per_step ?? [];
+    const explorer = new Explorer(found, work, title, `explorer-of-${index}`);
     page.append(explorer.whole);
     explorer.draw();
     return [explorer];

@@ -112,6 +112,13 @@ def test_looks_are_spread_over_sparse_steps_and_all_layers():
     assert looks.heads == (0, 1, 2, 3)
 
 
+def test_steps_that_a_cache_skips_are_left_out_where_others_are():
+    skippable = np.ones(50, bool)
+    assert looks_of(skippable=skippable).steps == (10, 30, 49)
+    skippable[[5, 20, 21]] = False  # step 5 is dense
+    assert looks_of(skippable=skippable).steps == (20, 21)
+
+
 @pytest.mark.parametrize("most_bytes", [10_000, 60_000, 200_000, 10**6], ids=str)
 def test_looks_take_no_more_than_they_may(most_bytes):
     """A map of 100 x 100 tiles has 100 * (100 + 13) bytes."""

@@ -99,7 +99,7 @@ def compared():
         speed_up_of_sparse_steps=1.5,
         speed_up_of_all_steps=1.2,
         dense=run_of(0),
-        sparse=run_of(1),
+        sparse=run_of(1) | {"work_per_step": ["dense", "sparse", "skipped", "sparse"]},
     )
 
 
@@ -314,6 +314,27 @@ def test_a_click_on_a_tile_shows_what_it_attends_to(folder, browser):
     assert "ran dense" not in text
     choose(browser, "Layer", 1)
     assert "This layer ran dense at this step: its mask was not used." in said(browser)
+    choose(browser, "Step", 0)  # step 2 of the run
+    assert "A cache skipped this step: the mask was not used." in said(browser)
+
+
+def test_times_and_kept_shares_stand_in_a_table(folder, browser):
+    open_report(browser, folder / "report.html")
+    rows = browser.evaluate(
+        "[...document.querySelectorAll('#steps tbody tr')]"
+        ".map((row) => [...row.children].map((cell) => cell.textContent))"
+    )
+    assert rows[2] == [
+        *("2", "750", "0.12 s", "100.0 %", "0.12 s", "25.0 %, skipped by a cache"),
+    ]
+    assert rows[4] == ["All steps", "0.46 s", "100.0 %", "0.46 s", "25.0 %"]
+    tallest = browser.evaluate(
+        "[...document.querySelectorAll('#steps rect')]"
+        ".map((bar) => Number(bar.getAttribute('height')))"
+    )
+    times = np.tile([100.0, 110.0, 120.0, 130.0], 2)
+    np.testing.assert_allclose(np.divide(tallest[:8], tallest[3]), times / 130, 1e-6)
+    np.testing.assert_allclose(tallest[12:], 0.25 * tallest[8])
 
 
 def bright_tiles(browser):
