@@ -10,6 +10,7 @@ sparsities or means are added to it. `models.mini.quality` says what the methods
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -145,7 +146,11 @@ def attention_shares(
 
 
 def begin_report(
-    folder: Path, checkpoint: Path | None, prompts: Sequence[str], sampling: Sampling
+    folder: Path,
+    checkpoint: Path | None,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    tile: tuple[int, int],
 ) -> dict[str, Any]:
     """Returns the folder's report, or a new one that has no results yet.
 
@@ -154,6 +159,7 @@ def begin_report(
       checkpoint: The model; None for the one that ships.
       prompts: One video each.
       sampling: Settings of all videos.
+      tile: Rows and columns of the blocks of attention.
 
     Raises:
       ValueError: The folder has the report of another model, of other prompts, or of
@@ -164,6 +170,8 @@ def begin_report(
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "prompts": list(prompts),
+        "size": [sampling.width, sampling.height],
+        "tile": list(tile),
         "num_steps": sampling.num_steps,
         "guidance": sampling.guidance,
         "shift": sampling.shift,
@@ -186,12 +194,27 @@ def begin_report(
 def main(arguments: list[str] | None = None) -> None:
     """Measures as the command line asks."""
     options = make_parser().parse_args(arguments)
-    prompts, sampling = SAMPLE_PROMPTS[: options.prompts], Sampling()
+    prompts = SAMPLE_PROMPTS[: options.prompts]
+    width, height = options.size
+    sampling = Sampling(width=width, height=height)
     asked = trials(
-        options.methods, options.sparsities, options.sub_tiles, options.mean_frames
+        options.methods,
+        options.sparsities,
+        draft_tile=options.draft_tile,
+        sub_tiles=options.sub_tiles,
+        mean_frames=options.mean_frames,
     )
-    report = begin_report(options.output, options.checkpoint, prompts, sampling)
     pipeline = load_mini(options.checkpoint)
+    model: Any = pipeline.model
+    if options.tile is not None:  # a choice of run time: weights do not depend on it
+        model.config = dataclasses.replace(model.config, tile=options.tile)
+    report = begin_report(
+        options.output,
+        options.checkpoint,
+        prompts,
+        sampling,
+        model.config.tile,
+    )
     if options.attention and not report["attention"]:
         report["attention"] = measure_attention(
             pipeline, prompts[:ATTENTION_PROMPTS], sampling, ATTENTION_STEPS
@@ -206,6 +229,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, help="default: the one that ships")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=len(SAMPLE_PROMPTS))
+    parser.add_argument(
+        "--size",
+        type=_two_sides,
+        default=(Sampling().width, Sampling().height),
+        metavar="WxH",
+        help="width and height in pixels",
+    )
+    parser.add_argument(
+        "--tile",
+        type=_two_sides,
+        metavar="ROWSxCOLUMNS",
+        help="tokens of a block of attention; default: the model's",
+    )
     parser.add_argument(
         "--attention",
         action=argparse.BooleanOptionalAction,
@@ -227,10 +263,17 @@ def make_parser() -> argparse.ArgumentParser:
         help="shares of block pairs that are skipped",
     )
     parser.add_argument(
+        "--draft-tile",
+        type=_two_sides,
+        default=(2, 4),
+        metavar="ROWSxCOLUMNS",
+        help="tokens that drafts of sub-tiles pool together",
+    )
+    parser.add_argument(
         "--sub-tiles",
         nargs="+",
-        type=_rows_and_columns,
-        default=[(1, 2)],
+        type=_two_sides,
+        default=[(2, 2)],
         metavar="ROWSxCOLUMNS",
         help="tokens that a mean is taken over in a frame, of the methods with means",
     )
@@ -244,9 +287,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rows_and_columns(text: str) -> tuple[int, int]:
-    rows, columns = map(int, text.split("x"))
-    return rows, columns
+def _two_sides(text: str) -> tuple[int, int]:
+    first, second = map(int, text.split("x"))
+    return first, second
 
 
 if __name__ == "__main__":

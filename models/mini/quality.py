@@ -25,21 +25,18 @@ from models.diffusion.sampling import Sampling
 from models.media.metrics import psnr, ssim
 
 DENSE_FRACTION = 0.25
-DRAFT_TILE = (2, 4)  # a quarter of the model's tiles
 
-# Fields of `DraftConfig`. Those of `WITH_MEANS` have means of several sizes.
+# Fields of `DraftConfig`. All but `WHOLE_TILES` draft sub-tiles, and those of
+# `WITH_MEANS` have means of several sizes.
 METHODS: dict[str, dict[str, Any]] = {
     "percentile": {},
     "row_topk": {"selection": "row_topk"},
-    "sub_tiles": {"selection": "row_topk", "draft_tile": DRAFT_TILE},
-    "mass": {"selection": "row_topk", "draft_tile": DRAFT_TILE, "ranking": "mass"},
-    "spread": {"selection": "row_topk", "draft_tile": DRAFT_TILE, "ranking": "spread"},
-    "exact_spread": {
-        "selection": "row_topk",
-        "draft_tile": DRAFT_TILE,
-        "ranking": "exact_spread",
-    },
+    "sub_tiles": {"selection": "row_topk"},
+    "mass": {"selection": "row_topk", "ranking": "mass"},
+    "spread": {"selection": "row_topk", "ranking": "spread"},
+    "exact_spread": {"selection": "row_topk", "ranking": "exact_spread"},
 }
+WHOLE_TILES = ("percentile", "row_topk")
 WITH_MEANS = ("mass", "spread", "exact_spread")
 
 
@@ -52,18 +49,21 @@ class Trial:
       sparsity: Share of block pairs that are skipped.
       least_sparsity: The smallest sparsity of the trials of the method. It sets the
         capacity of masks, so that all sparsities share a program.
+      draft_tile: What the draft pools; None for whole tiles.
       compensation: The means; None for a method without.
     """
 
     method: str
     sparsity: float
     least_sparsity: float
+    draft_tile: tuple[int, int] | None = None
     compensation: Compensation | None = None
 
     def config(self) -> DraftConfig:
         """Returns what sparse layers compute, at the least sparsity."""
         return DraftConfig(
             sparsity=self.least_sparsity,
+            draft_tile=self.draft_tile,
             compensation=self.compensation,
             **METHODS[self.method],
         )
@@ -74,6 +74,7 @@ class Trial:
         return {
             "method": self.method,
             "sparsity": self.sparsity,
+            "draft_tile": None if self.draft_tile is None else list(self.draft_tile),
             "sub_tile": None if means is None else list(means.sub_tile),
             "mean_frames": None if means is None else means.frames,
         }
@@ -82,6 +83,8 @@ class Trial:
 def trials(
     methods: Sequence[str],
     sparsities: Sequence[float],
+    *,
+    draft_tile: tuple[int, int],
     sub_tiles: Sequence[tuple[int, int]],
     mean_frames: Sequence[int],
 ) -> list[Trial]:
@@ -90,6 +93,7 @@ def trials(
     Args:
       methods: Names of `METHODS`.
       sparsities: Shares of block pairs that are skipped.
+      draft_tile: Rows and columns of what drafts of sub-tiles pool.
       sub_tiles: Rows and columns of what a mean is taken over in a frame.
       mean_frames: Frames that a mean is taken over.
 
@@ -107,6 +111,7 @@ def trials(
                 method=method,
                 sparsity=sparsity,
                 least_sparsity=min(sparsities),
+                draft_tile=None if method in WHOLE_TILES else draft_tile,
                 compensation=compensation,
             )
             trial.config()  # a wrong field is told before an hour of work

@@ -1,5 +1,6 @@
 """Trials of the small model's quality, and that a stopped evaluation goes on."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,6 +15,11 @@ pytestmark = pytest.mark.usefixtures("without_jaxtyping")  # a pipeline that is 
 SHAPE = (2, 4, 16, 16, 3)
 
 
+@dataclasses.dataclass
+class TinyConfig:
+    tile: tuple[int, int] = (2, 4)
+
+
 class GreyPipeline:
     """Stands for a model: dense videos are grey, sparse ones darker by their skips."""
 
@@ -21,12 +27,13 @@ class GreyPipeline:
         self.calls = []
         self.fail_at = fail_at
         self.model = self
+        self.config = TinyConfig()
 
     def latent_shape(self, sampling):
         return (2, 4, 8, 4)
 
     def grid(self, latent_shape):
-        return VideoGrid(2, 4, 8, tile=(2, 4))
+        return VideoGrid(2, 4, 8, tile=self.config.tile)
 
     def generate(self, prompts, sampling, *, attention=None):
         if len(self.calls) == self.fail_at:
@@ -48,6 +55,7 @@ class GreyPipeline:
 
 ARGUMENTS = ["--prompts", "2", "--no-attention", "--methods", "percentile", "spread"]
 ARGUMENTS += ["--sparsities", "0.5", "0.8", "--mean-frames", "1", "2"]
+ARGUMENTS += ["--sub-tiles", "1x2"]
 
 
 def run(folder, pipeline, monkeypatch, *more):
@@ -87,17 +95,31 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     report = run(tmp_path, pipeline, monkeypatch)
     assert len(pipeline.calls) == 4
     assert report["quality"][:2] == written["quality"]
-    assert len(run(tmp_path, GreyPipeline(), monkeypatch, "--sub-tiles", "2x2")) > 0
+    further = run(tmp_path, GreyPipeline(), monkeypatch, "--sub-tiles", "1x1")
+    assert further["quality"][:6] == report["quality"]
+    assert len(further["quality"]) == 6 + 4
 
 
-def test_results_of_other_prompts_are_not_mixed(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("option", "value", "name"),
+    [
+        ("--prompts", "1", "prompts"),
+        ("--tile", "4x4", "tile"),
+        ("--size", "8x8", "size"),
+    ],
+)
+def test_results_of_other_settings_are_not_mixed(
+    option, value, name, tmp_path, monkeypatch
+):
     run(tmp_path, GreyPipeline(), monkeypatch)
-    with pytest.raises(ValueError, match=r"is of prompts=.*another folder as --output"):
-        run(tmp_path, GreyPipeline(), monkeypatch, "--prompts", "1")
+    text = rf"is of {name}=.*another folder as --output"
+    with pytest.raises(ValueError, match=text):
+        run(tmp_path, GreyPipeline(), monkeypatch, option, value)
 
 
 def test_trials_are_methods_by_sizes_of_means():
-    found = quality.trials(["row_topk", "mass"], [0.9, 0.75], [(1, 2), (2, 2)], [4])
+    sizes = {"draft_tile": (2, 4), "sub_tiles": [(1, 2), (2, 2)], "mean_frames": [4]}
+    found = quality.trials(["row_topk", "mass"], [0.9, 0.75], **sizes)
     assert [trial.compensation for trial in found] == [
         *(None, None),
         *[Compensation(sub_tile=(1, 2), frames=4)] * 2,
@@ -106,9 +128,9 @@ def test_trials_are_methods_by_sizes_of_means():
     # One capacity: one program for all sparsities of a method.
     assert {trial.config().sparsity for trial in found} == {0.75}
     with pytest.raises(ValueError, match="sparsity=1"):
-        quality.trials(["percentile"], [1.5], [], [])
+        quality.trials(["percentile"], [1.5], **sizes)
     with pytest.raises(ValueError, match="frames=0"):
-        quality.trials(["spread"], [0.5], [(1, 1)], [0])
+        quality.trials(["spread"], [0.5], **sizes | {"mean_frames": [0]})
 
 
 def test_methods_are_configs_that_differ():
@@ -119,6 +141,7 @@ def test_methods_are_configs_that_differ():
             method=name,
             sparsity=0.5,
             least_sparsity=0.5,
+            draft_tile=None if name in quality.WHOLE_TILES else (2, 4),
             compensation=means if name in quality.WITH_MEANS else None,
         )
         configs.add(trial.config())
