@@ -12,6 +12,7 @@ from models.cli import options, outputs
 from models.cli.model import Request, read_request
 from models.cli.progress import progress_bar
 from models.cli.report import device_details
+from models.diffusion.caches import StepCache
 from models.diffusion.comparison import Comparison, run_report
 from models.diffusion.dtypes import choose_linears
 from models.diffusion.pipeline import VideoPipeline
@@ -129,6 +130,7 @@ def _generate(
     attention: AttentionPlan,
     progress: Progress,
     recorder: AttentionRecorder | None = None,
+    cache: StepCache | None = None,
 ) -> GenerationResult:
     arguments, sampling = request.arguments, request.sampling
     name = "dense" if attention.is_dense else "sparse"
@@ -141,6 +143,7 @@ def _generate(
             image=request.image,
             attention=attention,
             guidance_batching=arguments.guidance_batching,
+            cache=cache,
             callback=callback,
             recorder=recorder,
         )
@@ -161,7 +164,9 @@ def _compare(
         return
     video = functools.partial(video_io.write_mp4, video=dense.video[0], fps=fps)
     files.write("dense.mp4", video)
-    sparse = _generate(pipeline, request, _draft_plan(request), progress, recorder)
+    sparse = _generate(
+        pipeline, request, _draft_plan(request), progress, recorder, request.cache
+    )
     comparison = Comparison(dense=dense, sparse=sparse)
     for name, writer in comparison.writers(fps=fps, details=details).items():
         files.write(name, writer)
@@ -183,7 +188,7 @@ def _make_video(
     if not request.arguments.dense:
         attention = _draft_plan(request)
         details = details | {"attention": "draft"}
-    result = _generate(pipeline, request, attention, progress, recorder)
+    result = _generate(pipeline, request, attention, progress, recorder, request.cache)
     _write_video(files, request, _DENSE | details, result, recorder)
 
 
@@ -198,13 +203,14 @@ def _write_video(
         video_io.write_mp4, video=result.video[0], fps=details["fps"]
     )
     files.write("video.mp4", video)
-    if details["attention"] == "draft":
+    if details["attention"] == "draft" or result.skipped.any():
         picture = functools.partial(
             plots.plot_kept_share,
             kept_density=result.kept_density,
             timesteps=result.timesteps,
             title=request.arguments.prompt,
             means_work=result.means_work,
+            skipped=result.skipped,
         )
         files.write(KEPT_SHARE, picture)
 

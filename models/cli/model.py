@@ -12,7 +12,9 @@ from draft_jax import DraftConfig, SparsitySchedule
 from models.checkpoints.hub import commit_of
 from models.cli import options
 from models.cli.adapters import suggest_few_steps
+from models.cli.caching import cache_from, describe_cache
 from models.cli.report import run_details
+from models.diffusion.caches import StepCache
 from models.diffusion.contexts import as_prompts
 from models.diffusion.family import Family, ModelInfo
 from models.diffusion.folders.part_files import PartFiles
@@ -55,6 +57,11 @@ class Request:
         """The draft's settings and schedule, the model's own if that is asked for."""
         return options.draft_from(self.arguments, self.info.published)
 
+    @property
+    def cache(self) -> StepCache | None:
+        """Rule of the step cache that is asked for; None to compute every step."""
+        return cache_from(self.arguments, self.info, self.sampling)
+
     def load(self, *, any_prompt: bool = False) -> VideoPipeline:
         """Loads the pipeline.
 
@@ -96,6 +103,7 @@ class Request:
         """Returns what a reader of a report needs to repeat the run."""
         return run_details(self.arguments, self.sampling, *self.draft) | {
             "family": self.family.name,
+            "cache": None if self.cache is None else self.cache.describe(),
             "image": self._image_details(),
             "model": self.info.model,
             "commit": commit_of(self.info.path),
@@ -109,7 +117,7 @@ class Request:
             lines.append(f"model: {info.model}, by the shapes in {info.path}")
         if self.image is not None:
             lines.append(self._describe_image())
-        return lines
+        return lines + describe_cache(self.arguments, self.cache, self.sampling)
 
     def _describe_image(self) -> str:
         details = self._image_details()

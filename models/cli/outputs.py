@@ -127,20 +127,27 @@ def check_picture(path: Path, *, overwrite: bool) -> None:
       OSError: One of them cannot be written.
       ValueError: The path does not end in .png.
     """
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--output {path} must end in .png")
+    _check_suffix(path, ".png")
     check_writable(path.parent)
     for file in (path, page_of(path)):
-        named = f"--output {path}" if file == path else f"--output {path}: {file}"
-        _check_name(file, file.name)
-        if file.is_dir():
-            raise IsADirectoryError(f"{named} is a folder")
-        if file.is_symlink() and not file.exists():
-            raise _dangling(path, file)
-        if file.exists() and not overwrite:
-            raise FileExistsError(
-                f"{named} exists; --overwrite replaces it, or name another file"
-            )
+        _check_file(path, file, overwrite=overwrite)
+
+
+def check_ratios(path: Path, *, overwrite: bool) -> None:
+    """Raises before any compute if a file of ratios cannot be written to a path.
+
+    Args:
+      path: File to write, ending in .json; its folder need not exist.
+      overwrite: Whether an existing file may be replaced.
+
+    Raises:
+      FileExistsError: There is such a file.
+      OSError: It cannot be written.
+      ValueError: It does not end in .json.
+    """
+    _check_suffix(path, ".json")
+    check_writable(path.parent)
+    _check_file(path, path, overwrite=overwrite)
 
 
 def page_of(picture: Path) -> Path:
@@ -170,6 +177,25 @@ def check_writable(folder: Path) -> None:
         raise OSError(
             f"--output {folder}: {existing} cannot be written to ({error.strerror})"
         ) from error
+
+
+def _check_suffix(path: Path, suffix: str) -> None:
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"--output {path} must end in {suffix}")
+
+
+def _check_file(path: Path, file: Path, *, overwrite: bool) -> None:
+    """Raises if a file cannot be written; messages call it --output `path`."""
+    named = f"--output {path}" if file == path else f"--output {path}: {file}"
+    _check_name(file, file.name)
+    if file.is_dir():
+        raise IsADirectoryError(f"{named} is a folder")
+    if file.is_symlink() and not file.exists():
+        raise _dangling(path, file)
+    if file.exists() and not overwrite:
+        raise FileExistsError(
+            f"{named} exists; --overwrite replaces it, or name another file"
+        )
 
 
 def _check_name(output: Path, name: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from models.cli import choices
+from models.cli.cache_options import add_cache_options
 from models.cli.messages import EXIT_BAD_INPUT, one_line
 from models.cli.model_options import add_model_options
 from models.cli.version import package_version
@@ -23,6 +24,7 @@ _GENERATE_EXAMPLES = """examples:
   draft-video generate "a red ball bounces over a blue sea"
   draft-video generate "a red ball bounces" --compare --sparsity 0.9
   draft-video generate "a green box turns" --dense --seed 7 --output outputs/box
+  draft-video generate "a red ball bounces" --compare --cache easy:0.1,4
   draft-video generate "a cat" --size 192x128 --frames 32 --mask-refresh 4
   draft-video generate "a cat" --checkpoint DIR --size 720p --frames 81
   draft-video generate "it turns" --checkpoint DIR --image cat.jpg --size 480p
@@ -31,6 +33,10 @@ _INSPECT_EXAMPLES = """examples:
   draft-video inspect "a red ball bounces over a blue sea"
   draft-video inspect "a red ball bounces" --step 12 --layers 0,3,7 --heads 0
   draft-video inspect "a green box" --sparsity 0.9 --selection row_topk
+"""
+_CALIBRATE_EXAMPLES = """examples:
+  draft-video calibrate "a red ball bounces over a blue sea" --output ratios.json
+  draft-video generate "a green box" --cache mag:0.12,2 --cache-ratios ratios.json
 """
 # Wrapped here: the formatter leaves descriptions as they are.
 _DEFAULTS_OF_MODELS = """\
@@ -98,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_generate(commands)
     _add_inspect(commands)
+    _add_calibrate(commands)
     return parser
 
 
@@ -136,14 +143,9 @@ def _add_generate(commands: Any) -> None:
         "side too, with PSNR, SSIM, times and kept shares",
     )
     _add_sampling_options(parser)
-    parser.add_argument(
-        "--guidance-batching",
-        choices=choices.GUIDANCE_BATCHINGS,
-        default="one_call",
-        help="run prompt and negative prompt in one model call, or in two calls, "
-        "which need less memory",
-    )
+    _add_guidance_batching(parser)
     _add_draft_options(parser)
+    add_cache_options(parser)
 
 
 def _add_inspect(commands: Any) -> None:
@@ -185,6 +187,47 @@ def _add_inspect(commands: Any) -> None:
         )
     _add_sampling_options(parser)
     _add_draft_options(parser)
+
+
+def _add_calibrate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure the ratios that --cache mag skips steps by",
+        description="Runs the steps of a video, all of them computed, and writes how "
+        "much longer the residual of each is than that of the step before. Ratios "
+        "belong to the checkpoint, the number of steps, the shift and the attention.",
+        epilog=_CALIBRATE_EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    _add_prompt(parser)
+    add_model_options(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="JSON",
+        default=argparse.SUPPRESS,
+        help="file to write (default: outputs/<prompt>-<seed>-<hash of all "
+        "settings>-ratios.json)",
+    )
+    _add_overwrite(parser, "an earlier file of that name")
+    parser.add_argument(
+        "--dense",
+        action="store_true",
+        help="ratios of full attention, as the published ones are",
+    )
+    _add_sampling_options(parser)
+    _add_guidance_batching(parser)
+    _add_draft_options(parser)
+
+
+def _add_guidance_batching(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--guidance-batching",
+        choices=choices.GUIDANCE_BATCHINGS,
+        default="one_call",
+        help="run prompt and negative prompt in one model call, or in two calls, "
+        "which need less memory",
+    )
 
 
 def _add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:

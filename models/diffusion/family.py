@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from draft_jax import SparsitySchedule
+from models.diffusion.caches import MagRatios
 from models.diffusion.folders.part_files import PartFiles
 from models.diffusion.interfaces import Conditioning, LatentSizes
 from models.diffusion.pipeline import VideoPipeline
@@ -52,6 +53,9 @@ class ModelInfo(Protocol):
 
     def sampling_at(self, height: int, width: int) -> Sampling:
         """Returns the settings for another size."""
+
+    def mag_ratios(self, sampling: Sampling) -> MagRatios | None:
+        """Returns the ratios that were published for the model at a size, if any."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

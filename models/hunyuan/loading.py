@@ -9,6 +9,7 @@ from typing import Any
 from draft_jax import SparsitySchedule
 from models.checkpoints.conversion import ConversionError
 from models.checkpoints.memory_map import CheckpointError
+from models.diffusion.caches import MagRatios, published_ratios
 from models.diffusion.dtypes import Linears, choose_linears, default_dtype
 from models.diffusion.folders.layouts import ALL_PARTS, Part
 from models.diffusion.folders.part_files import PartFiles, fitting
@@ -29,6 +30,8 @@ from models.hunyuan.vae.convert import load_hunyuan_vae
 
 _LOG = logging.getLogger(__name__)
 
+# Pixels of a frame, between those of 540p (522,240) and 720p (921,600).
+_BETWEEN_SIZES = 700_000
 HUNYUAN_FPS = 24.0  # of the videos that HunyuanVideo was trained on
 
 
@@ -56,6 +59,15 @@ class HunyuanInfo:
     def sampling_at(self, height: int, width: int) -> Sampling:
         """Returns the settings for another size, which are the same."""
         return dataclasses.replace(self.sampling, height=height, width=width)
+
+    def mag_ratios(self, sampling: Sampling) -> MagRatios | None:
+        """Returns the ratios published for HunyuanVideo, at the nearer of two sizes."""
+        published = HunyuanConfig.video_13b()
+        names = ("dim", "num_double_blocks", "num_single_blocks", "reference_frames")
+        if any(getattr(self.config, n) != getattr(published, n) for n in names):
+            return None
+        small = sampling.height * sampling.width < _BETWEEN_SIZES
+        return published_ratios(f"hunyuanvideo-{'540p' if small else '720p'}")
 
 
 def describe_hunyuan(

@@ -38,6 +38,10 @@ class MiniInfo:
         """Returns the settings for another size."""
         return dataclasses.replace(self.sampling, height=height, width=width)
 
+    def mag_ratios(self, sampling: Sampling) -> None:
+        """Returns that no ratios are published."""
+        return None
+
 
 def describe_mini(path: Path | str | None = None, **options: Any) -> MiniInfo:
     """Reads the sizes of a small model, which takes none of the options.

@@ -9,6 +9,7 @@ from typing import Any
 from draft_jax import SparsitySchedule
 from models.clip.config import CLIPVisionConfig
 from models.clip.image_encoder import CLIPImageEncoder
+from models.diffusion.caches import MagRatios, published_ratios
 from models.diffusion.dtypes import Linears, choose_linears, default_dtype
 from models.diffusion.folders.layouts import ALL_PARTS, Part
 from models.diffusion.folders.part_files import PartFiles, fitting
@@ -27,6 +28,8 @@ from models.wan.vae.convert import load_wan_vae
 
 _LOG = logging.getLogger(__name__)
 
+# Pixels of a frame, between those of 480p (399,360) and 720p (921,600).
+_BETWEEN_SIZES = 600_000
 WAN_FPS = 16.0  # of the videos that Wan was trained on
 
 
@@ -71,6 +74,23 @@ class WanInfo:
             return sampling
         shift = wan_shift(_task(self.config), height, width)
         return dataclasses.replace(sampling, shift=shift)
+
+    def mag_ratios(self, sampling: Sampling) -> MagRatios | None:
+        """Returns the ratios published for a model of these sizes, if there are.
+
+        Those of image-to-video models at 480p and 720p, which have the same sizes,
+        are told apart by the size of the video.
+        """
+        sizes = ("dim", "ffn_dim", "num_layers", "in_channels", "image_dim")
+        small = sampling.height * sampling.width < _BETWEEN_SIZES
+        for name, published in (
+            ("t2v-1.3b", WanConfig.t2v_1_3b()),
+            ("t2v-14b", WanConfig.t2v_14b()),
+            (f"i2v-14b-{'480p' if small else '720p'}", WanConfig.i2v_14b()),
+        ):
+            if all(getattr(self.config, s) == getattr(published, s) for s in sizes):
+                return published_ratios(f"wan2.1-{name}")
+        return None
 
 
 def describe_wan(

@@ -55,6 +55,7 @@ RUN_KEYS = {
     "kept_share_per_step_and_layer",
 }
 DETAIL_KEYS = {
+    "cache",
     "family",
     "preset",
     "image",

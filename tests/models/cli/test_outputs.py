@@ -79,6 +79,8 @@ def test_prompts_do_not_share_a_name_on_any_file_system(one, other):
 WITH_EFFECT = {
     "--embedded-guidance": ["6"],
     "--preset": ["published"],
+    "--cache": ["easy"],
+    "--cache-ratios": ["x"],
     "--text-encoder-2": ["x"],
     "--tokenizer-2": ["x"],
     "--checkpoint": ["folder"],

@@ -52,6 +52,7 @@ def python(*arguments, cwd=ROOT, **environment):
         (["--help"], 0),
         (["generate", "--help"], 0),
         (["inspect", "--help"], 0),
+        (["calibrate", "--help"], 0),
         (["generate"], 2),
     ],
     ids=str,
