@@ -45,6 +45,7 @@ _KEYS = {
     "ArrowUp": 38,
     "ArrowDown": 40,
     "PageDown": 34,
+    "PageUp": 33,
     "Tab": 9,
     " ": 32,
 }

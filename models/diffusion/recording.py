@@ -54,6 +54,8 @@ class AttentionRecord:
       dense: Whether the schedule ran each layer dense, so that its mask was not used.
       timesteps: Timestep of each step that was looked at.
       grid: Geometry of the tokens; says which of them a tile holds.
+      video_frames: Latent frames of the video, the last ones of the grid; a reference
+        image may stand before them.
       of_steps: Steps of the run.
       of_layers: Layers of the model.
       of_heads: Heads of a layer.
@@ -67,6 +69,7 @@ class AttentionRecord:
     dense: Bool[np.ndarray, "looks layers"]
     timesteps: tuple[float, ...]
     grid: VideoGrid
+    video_frames: int
     of_steps: int
     of_layers: int
     of_heads: int
@@ -204,6 +207,7 @@ class AttentionRecorder:
             dense=sampler.dense[np.ix_(looks.steps, looks.layers)],
             timesteps=tuple(float(sampler.solver.timesteps[i]) for i in looks.steps),
             grid=model.grid(sampler.latent_shape),
+            video_frames=sampler.latent_shape[0],
             of_steps=sampler.solver.num_steps,
             of_layers=model.num_layers,
             of_heads=model.num_heads,
@@ -251,6 +255,7 @@ def record_of_view(
         dense=view.is_dense[list(layers)][None],
         timesteps=(view.timestep,),
         grid=view.grid,
+        video_frames=len(view.estimate),
         of_steps=of_steps,
         of_layers=of_layers,
         of_heads=of_heads,

@@ -53,7 +53,7 @@ def explorer_data(
         "peaks": record.peaks.astype(float).tolist(),
         "levels": _base64(record.levels.tobytes()),
         "masks": _base64(record.masks.tobytes()),
-        "frames": [] if video is None else _pictures(video, grid.frames),
+        "frames": [] if video is None else _pictures(video, record.video_frames),
         "left_out": _left_out(record),
     }
 

@@ -87,7 +87,7 @@ function stepSection(report, prefixes) {
     series.map(({ name, pass, work }) => ({
       name, work, values: pass.time_ms_per_step.map((value) => value / 1000),
     })),
-    (value) => number(value, value < 10 ? 2 : 0),
+    (value) => (value === 0 ? "0" : number(value, value < 10 ? 2 : 0)),
   );
   const kept = new StepChart(
     "Kept share of token pairs", "%",

@@ -33,6 +33,7 @@ class Explorer {
     this.query = Math.floor(data.grid.frames / 2) * this.perFrame
       + Math.floor(rows / 2) * columns + Math.floor(columns / 2);
     this.chosen = { look: 0, layer: 0, head: 0 };
+    this.images = {};
     this.whole = this.build(title, id);
     this.pictures = data.frames.map((text) => {
       const picture = new Image();
@@ -333,23 +334,35 @@ class Explorer {
     context.strokeRect(0.75, middle - height / 2 - 0.75, side - 1.5, height + 1.5);
   }
 
+  /** Returns a canvas with a pixel for each pair of tiles; made once for each map. */
   imageOf(kind) {
+    const name = `${kind} ${this.map}`;
+    if (this.images[kind]?.name !== name) {
+      this.images[kind] = { name, canvas: this.paint(kind === "mask") };
+    }
+    return this.images[kind].canvas;
+  }
+
+  paint(isMask) {
     const canvas = make("canvas", { width: this.tiles, height: this.tiles });
     const context = canvas.getContext("2d");
     const image = context.createImageData(this.tiles, this.tiles);
-    const kept = kind === "mask";
-    const first = this.map * this.tiles ** 2;
-    const low = this.levels.subarray(first, first + this.tiles ** 2)
-      .reduce((least, level) => Math.min(least, level), 254);
-    const colours = Array.from({ length: 256 }, (_, level) =>
-      magma(Math.max(0, level - low) / (255 - low)));
-    for (let query = 0, at = 0; query < this.tiles; query++) {
-      for (let key = 0; key < this.tiles; key++, at += 4) {
-        const [red, green, blue] = kept
-          ? (this.isKept(query, key) ? [255, 176, 32] : [28, 34, 44])
-          : colours[this.level(query, key)];
-        image.data.set([red, green, blue, 255], at);
+    const pixels = new Uint32Array(image.data.buffer);
+    const packed = ([red, green, blue]) => ((255 << 24) | (blue << 16) | (green << 8) | red);
+    if (isMask) {
+      const kept = packed([255, 176, 32]), skipped = packed([28, 34, 44]);
+      for (let query = 0, at = 0; query < this.tiles; query++) {
+        for (let key = 0; key < this.tiles; key++, at++) {
+          pixels[at] = this.isKept(query, key) ? kept : skipped;
+        }
       }
+    } else {
+      const first = this.map * this.tiles ** 2;
+      const levels = this.levels.subarray(first, first + this.tiles ** 2);
+      const low = Math.min(254, levels.reduce((least, level) => Math.min(least, level)));
+      const colours = Array.from({ length: 256 }, (_, level) =>
+        packed(magma(Math.max(0, level - low) / (255 - low))));
+      levels.forEach((level, at) => { pixels[at] = colours[level]; });
     }
     context.putImageData(image, 0, 0);
     return canvas;

@@ -38,7 +38,7 @@ def grey_video(*, inverted=False):
     return np.broadcast_to(levels[:, None, None, None] / 255, shape).astype(np.float32)
 
 
-def record():
+def record(*, frames=3):
     rng = np.random.default_rng(0)
     shape = (2, 2, 2, 12, 12)
     masks = rng.random(shape) < 0.3
@@ -51,6 +51,7 @@ def record():
         dense=np.array([[False, True], [False, True]]),
         timesteps=(750.0, 500.0),
         grid=GRID,
+        video_frames=frames,
         of_steps=4,
         of_layers=8,
         of_heads=2,
@@ -383,6 +384,17 @@ def test_the_maps_are_those_that_were_recorded(folder, browser):
     np.testing.assert_array_equal(kept, masks[0, 1, 0].ravel())
     notes = browser.evaluate("document.querySelector('#explorer-of-0').textContent")
     assert "Recorded were 2 of 4 steps, 2 of 8 layers, chosen before the run." in notes
+
+
+def test_a_reference_image_has_no_picture_and_a_name(browser, tmp_path):
+    _, recorded = record(frames=2)
+    explorer = explorer_data(recorded, grey_video())
+    write_report(tmp_path / "report.html", report_of(), explorer=explorer)
+    open_report(browser, tmp_path / "report.html")
+    for key, where in (("PageUp", "the reference frame"), ("PageDown", "frame 1")):
+        browser.evaluate("document.querySelector('.strip').focus()")
+        browser.press(key)
+        assert f"The tile in {where}, row 2, column 2 attends" in said(browser)
 
 
 # ------------------------------------------------------------------- whole pages
