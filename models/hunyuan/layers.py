@@ -307,7 +307,7 @@ class SingleBlock(nnx.Module):
         shift, scale, gate = self.norm(inputs.conditioning)
         normed = modulated_norm(x, shift, scale, self.config)
         attended, mask = self.attn(normed, inputs, step, mask)
-        hidden = activate(gelu_tanh, self.proj_mlp, normed)
+        hidden = activate(gelu_tanh, self.proj_mlp, normed, before=self.proj_out)
         out = apply_side_by_side(self.proj_out, attended, hidden)
         return add_gated(x, out, gate), mask
 

@@ -5,7 +5,7 @@ Norms are float32 inside and out; linear layers compute in the dtype they are gi
 
 import functools
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -75,9 +75,11 @@ def activate(
     activation: Callable[[Array], Array],
     layer: nnx.Linear | Float8Linear,
     x: Float[Array, "*axes I"],
+    *,
+    before: nnx.Linear | Float8Linear,
 ) -> Float[Array, "*axes H"] | Unscaled:
-    """Applies a layer and then an activation, for another layer of its kind."""
-    if isinstance(layer, Float8Linear):
+    """Applies a layer and then an activation, for the layer that it stands before."""
+    if isinstance(layer, Float8Linear) and isinstance(before, Float8Linear):
         return layer.before(activation, x)
     return activation(layer(x))
 
@@ -90,7 +92,7 @@ def apply_side_by_side(
     """Applies a layer to two inputs side by side, which never are one array."""
     if isinstance(layer, Float8Linear):
         return layer(first, second)
-    assert not isinstance(second, Unscaled), "layers that meet are of one kind"
+    assert not isinstance(second, Unscaled), "see `activate`"
     kernel, width = layer.kernel[...].astype(layer.dtype), first.shape[-1]
     assert layer.bias is not None, "made with one"
     bias = layer.bias[...].astype(layer.dtype)
@@ -150,14 +152,16 @@ class MLP(nnx.Module):
         self.linear_1 = linear(
             features_in, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
-        self.linear_2: Callable[..., Array] = linear(
+        # In FP8 it takes what `activate` leaves unscaled, too.
+        self.linear_2: Any = linear(
             hidden, features_out, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.activation = activation
 
     def __call__(self, x: Float[Array, "*axes I"]) -> Float[Array, "*axes O"]:
         """Applies both layers to the last axis."""
-        return self.linear_2(activate(self.activation, self.linear_1, x))
+        hidden = activate(self.activation, self.linear_1, x, before=self.linear_2)
+        return self.linear_2(hidden)
 
 
 def gelu_tanh(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from models.diffusion.transformer.float8 import Float8Linear, use_float8_linears
+from models.diffusion.transformer.layers import MLP, gelu_tanh
 from models.float8.rows import FLOAT8, ScaledRows, widen_rows
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.inputs import HunyuanInputs
@@ -210,6 +211,22 @@ def test_lists_name_what_there_is():
     np.testing.assert_allclose(model.first.weight_scale[...], largest / 448, rtol=1e-6)
 
 
+@pytest.mark.parametrize("left", ["linear_1", "linear_2"])
+def test_layers_in_fp8_stand_beside_wide_ones(left):
+    mlp = MLP(
+        (8, 12, 4),
+        gelu_tanh,
+        dtype="float32",
+        param_dtype="float32",
+        rngs=nnx.Rngs(0),
+    )
+    x = jax.random.normal(jax.random.key(0), (1, 5, 8))
+    expected = mlp(x)
+    use_float8_linears(mlp, leave=[left])
+    error = jnp.linalg.norm(mlp(x) - expected) / jnp.linalg.norm(expected)
+    assert 1e-4 < float(error) < 0.1
+
+
 @pytest.mark.parametrize("config", [WAN, HUNYUAN], ids=["wan", "hunyuan"])
 def test_configurations_name_precisions(config):
     with pytest.raises(ValueError, match="linears='fp8' must be one of"):
@@ -219,7 +236,7 @@ def test_configurations_name_precisions(config):
 
 
 WAN_DIM, WAN_FFN, WAN_LAYERS = 5120, 13824, 40
-DIM, MLP, DOUBLE, SINGLE = 3072, 4 * 3072, 20, 40
+DIM, HIDDEN, DOUBLE, SINGLE = 3072, 4 * 3072, 20, 40
 
 
 @pytest.mark.parametrize(
@@ -235,9 +252,9 @@ DIM, MLP, DOUBLE, SINGLE = 3072, 4 * 3072, 20, 40
         (
             HunyuanTransformer,
             HunyuanConfig.video_13b(param_dtype="bfloat16"),
-            DOUBLE * 2 * (4 * DIM**2 + 2 * DIM * MLP)
-            + SINGLE * (4 * DIM**2 + 2 * DIM * MLP),
-            DOUBLE * 2 * (5 * DIM + MLP) + SINGLE * (4 * DIM + MLP),
+            DOUBLE * 2 * (4 * DIM**2 + 2 * DIM * HIDDEN)
+            + SINGLE * (4 * DIM**2 + 2 * DIM * HIDDEN),
+            DOUBLE * 2 * (5 * DIM + HIDDEN) + SINGLE * (4 * DIM + HIDDEN),
             16.6,
         ),
     ],
