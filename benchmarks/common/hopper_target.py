@@ -19,6 +19,7 @@ from pallas_kernels.common.device import Device
 
 H100 = Device(platform="gpu", kind="NVIDIA H100", compute_capability=(9, 0))
 CUDNN_VERSION = 91900
+# Without the version of CUDA's runtime, XLA has no products in FP8.
 DESCRIPTION = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -42,6 +43,7 @@ gpu_device_info {
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
+runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 

@@ -5,10 +5,12 @@ like of arrays with an element for each token and channel (`layers`), and of sma
 ones with a row of 64 or more for each token (`ends`: patches, rotation tables, output).
 Weights are counted nowhere. Each kind of step that `models.diffusion.sampler` compiles
 is looked at; a conditional would wait for the host. Sizes in gigabytes are what XLA
-plans.
+plans. `products` counts those of cuBLASLt by name; "$f8" ends that of FP8, which
+--linears float8 compiles.
 """
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import re
@@ -30,10 +32,13 @@ from benchmarks.common.options import add_output, height_by_width, make_parser
 from benchmarks.common.records import ResultFile
 from draft_jax import AttentionPlan, DraftConfig, StepKind, VideoGrid
 from draft_jax.attention import initial_mask
+from models.checkpoints.config_checks import LINEARS
 from models.diffusion.interfaces import LatentShape, VideoModel
+from models.float8.product import compiler_options
 
 TABLE_WIDTH = 64  # values for each token in the rotation tables, and in patches
 DRAFT = DraftConfig(sparsity=0.9)
+PRODUCT = re.compile(r'custom_call_target="__(cublas[^"]*matmul[^"]*)"')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,7 +89,8 @@ def compile_call(call: Call, kind: StepKind) -> Any:
         (state, call.inputs, struct(dtype="int32"), masks),
     )
     with on_h100():
-        jitted = jax.jit(run, donate_argnums=3)
+        options = compiler_options(state)
+        jitted = jax.jit(run, donate_argnums=3, compiler_options=options)
         traced = jitted.trace(*arguments)
         return traced.lower(lowering_platforms=("cuda",)).compile()
 
@@ -108,6 +114,7 @@ def describe(call: Call, kind: StepKind) -> tuple[dict[str, Any], str]:
         "tokens": grid.num_tokens,
         "channels": call.channels,
         **moves(text, grid, call.channels),
+        "products": dict(collections.Counter(PRODUCT.findall(text))),
         "conditionals": len(re.findall(r" conditional\(", text)),
         "argument_gb": stats.argument_size_in_bytes / GB,
         "temp_gb": stats.temp_size_in_bytes / GB,
@@ -117,7 +124,7 @@ def describe(call: Call, kind: StepKind) -> tuple[dict[str, Any], str]:
 
 def run(
     doc: str | None,
-    make_call: Callable[[tuple[int, int], int], Call],
+    make_call: Callable[[tuple[int, int], int, str], Call],
     kinds: Mapping[str, StepKind],
     *,
     sizes: list[tuple[int, int]],
@@ -127,7 +134,8 @@ def run(
 
     Args:
       doc: Text of the program, for its help.
-      make_call: Makes the call of a height, width and number of frames.
+      make_call: Makes the call of a height and width, a number of frames, and a
+        precision of linear layers.
       kinds: Kinds of steps by name.
       sizes: Heights and widths by default.
       frames: Of the video, by default.
@@ -136,11 +144,15 @@ def run(
     parser.add_argument("--sizes", nargs="+", type=height_by_width, default=sizes)
     parser.add_argument("--frames", type=int, default=frames)
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=list(kinds))
+    parser.add_argument("--linears", choices=LINEARS, default="bfloat16")
     add_output(parser)
     options = parser.parse_args()
     leave_gpus_alone()
     stored = ResultFile(options.output, device="compiled for an H100, not run")
     for size, kind in itertools.product(options.sizes, options.kinds):
-        call = make_call(size, options.frames)
+        call = make_call(size, options.frames, options.linears)
         record, _ = describe(call, kinds[kind])
-        stored.add({"size": "x".join(map(str, size)), "step": kind} | record)
+        facts = {"size": "x".join(map(str, size)), "step": kind}
+        if options.linears != "bfloat16":
+            facts["linears"] = options.linears
+        stored.add(facts | record)

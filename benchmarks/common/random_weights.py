@@ -8,11 +8,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.float8.rows import FLOAT8
+
 STANDARD_DEVIATION = 0.02
+FLOAT8_DEVIATION = 80.0  # 448, the largest number, is 5.6 of them
 
 
 def random_model[M: nnx.Module](make: Callable[[], M], seed: int = 0) -> M:
     """Returns a model of normal numbers whose norms multiply by 1.
+
+    Weights in FP8 are normal numbers, too, which fill its range; their scales make them
+    as small as others.
 
     Leaves are made one after the other, and each by rows of its first axis, which are
     layers where there are any: beside the model little memory is used.
@@ -25,25 +31,32 @@ def random_model[M: nnx.Module](make: Callable[[], M], seed: int = 0) -> M:
     leaves, tree = jax.tree.flatten_with_path(state)
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
     made = [
-        jnp.ones(leaf.shape, leaf.dtype)
-        if _is_scale(path)
-        else _normal(key, leaf.shape, leaf.dtype)
-        for (path, leaf), key in zip(leaves, keys, strict=True)
+        _make(path, key, leaf) for (path, leaf), key in zip(leaves, keys, strict=True)
     ]
     return nnx.merge(structure, jax.tree.unflatten(tree, made))
 
 
-def _is_scale(path: tuple) -> bool:
-    return any(getattr(part, "key", None) == "scale" for part in path)
+def _make(path: tuple, key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Makes a leaf."""
+    names = {getattr(part, "key", None) for part in path}
+    if "scale" in names:
+        return jnp.ones(leaf.shape, leaf.dtype)
+    if "weight_scale" in names:
+        return jnp.full(leaf.shape, STANDARD_DEVIATION / FLOAT8_DEVIATION, leaf.dtype)
+    deviation = FLOAT8_DEVIATION if leaf.dtype == FLOAT8 else STANDARD_DEVIATION
+    return _normal(key, leaf.shape, leaf.dtype, deviation)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Normal numbers of a small standard deviation."""
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "deviation"))
+def _normal(
+    key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, deviation: float
+) -> jax.Array:
+    """Normal numbers of a standard deviation."""
+    wide = jnp.float32 if dtype == FLOAT8 else dtype
     rows = shape[0] if len(shape) > 2 else 1
     size = (math.prod(shape) // rows,)
 
     def make(key: jax.Array) -> jax.Array:
-        return STANDARD_DEVIATION * jax.random.normal(key, size, dtype)
+        return (deviation * jax.random.normal(key, size, wide)).astype(dtype)
 
     return jax.lax.map(make, jax.random.split(key, rows)).reshape(shape)

@@ -271,7 +271,7 @@ def profile_step(steps: Steps, timed: Record) -> Record:
 
 def add_shares(case: Record, matmul: Mapping[str, Record]) -> None:
     """Adds the rate outside attention over the measured ones."""
-    if "outside" not in case:
+    if "outside" not in case or not matmul:
         return
     rates = {name: rate["tflops"] for name, rate in matmul.items()}
     rate = case["outside"]["tflops"]

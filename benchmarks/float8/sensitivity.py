@@ -228,21 +228,27 @@ def measure_videos(
 
 
 def measure(
-    pipeline: VideoPipeline, prompts: Sequence[str], levels: Sequence[float]
-) -> Record:
-    """Returns a model's record."""
+    pipeline: VideoPipeline,
+    prompts: Sequence[str],
+    levels: Sequence[float],
+    report: Callable[[Record], None],
+) -> None:
+    """Measures a model; `report` takes its record whenever it has grown."""
     wide = pipeline.model
     narrow = in_float8(wide)
     dense = pipeline.generate(list(prompts))
     _, _, inputs = pipeline.start(list(prompts), pipeline.sampling)
     clean = jnp.asarray(dense.latents)
-    return {
+    record: Record = {
         "prompts": list(prompts),
         "sampling": dataclasses.asdict(pipeline.sampling),
-        "levels": measure_steps(wide, narrow, inputs, clean, levels),
-        "only": measure_kinds(wide, inputs, clean),
-        "videos": measure_videos(pipeline, narrow, prompts, dense.video),
     }
+    record["videos"] = measure_videos(pipeline, narrow, prompts, dense.video)
+    report(record)
+    record["levels"] = measure_steps(wide, narrow, inputs, clean, levels)
+    report(record)
+    record["only"] = measure_kinds(wide, inputs, clean)
+    report(record)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -263,9 +269,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.steps is not None:
         sampling = dataclasses.replace(pipeline.sampling, num_steps=options.steps)
         pipeline = dataclasses.replace(pipeline, sampling=sampling)
-    record = measure(pipeline, SAMPLE_PROMPTS[: options.prompts], options.levels)
-    if options.output is not None:
-        write_json(options.output, {"environment": environment(), **record})
+
+    def report(record: Record) -> None:
+        if options.output is not None:
+            write_json(options.output, {"environment": environment(), **record})
+
+    measure(pipeline, SAMPLE_PROMPTS[: options.prompts], options.levels, report)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@
 transformer with draft attention, as published.
 """
 
+import dataclasses
+
 from flax import nnx
 
 from benchmarks.common.model_moves import Call, run, struct
@@ -25,12 +27,13 @@ KINDS = {
 }
 
 
-def make_call(size: tuple[int, int], frames: int) -> Call:
+def make_call(size: tuple[int, int], frames: int, linears: str) -> Call:
     """One call of the 13B transformer."""
     shape = latent_shape(size, frames)
+    config = dataclasses.replace(CONFIG, linears=linears)
     text = (1, CONFIG.text_length)
     return Call(
-        model=nnx.eval_shape(lambda: HunyuanTransformer(CONFIG, rngs=nnx.Rngs(0))),
+        model=nnx.eval_shape(lambda: HunyuanTransformer(config, rngs=nnx.Rngs(0))),
         latent_shape=shape,
         inputs=HunyuanInputs(
             latents=struct(1, *shape),

@@ -5,7 +5,8 @@
 
 Weights are random, made on the device. A step is the pipeline's own: Euler, embedded
 guidance, one prompt of 60 valid text tokens of 256. Parts are a size each, 129 frames,
-and the decoder, which runs first and in a process of its own. The file is written anew
+one of them with linear layers in FP8, too; and the decoder, which runs first and in a
+process of its own. The file is written anew
 whenever a part has grown, and keeps the parts that are not asked for: so what a cut
 run lacks is added with --parts. `benchmarks.common.steps` says what a part's record
 holds, `benchmarks.hunyuan.summary` what `summary` is. Beside these:
@@ -19,6 +20,7 @@ holds, `benchmarks.hunyuan.summary` what `summary` is. Beside these:
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -36,6 +38,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.common import kernel_account
+from benchmarks.common.linear_times import linear_times
 from benchmarks.common.machine import GB, MatmulShape, device_memory, matmul_rates
 from benchmarks.common.modes import Mode
 from benchmarks.common.options import add_output, make_parser
@@ -84,7 +87,10 @@ MODES = {
     "768p": ("dense", "0.75", "0.8", "0.9+layers0,1", "0.9"),
     "720p": ("0.9",),
 }
-PARTS = ("vae", *MODES)
+# The same size and weights, with linear layers in FP8.
+FLOAT8 = "768p_float8"
+FLOAT8_MODES = ("dense", "0.9")
+PARTS = ("vae", *MODES, FLOAT8)
 VAE = HunyuanVAEConfig.video(dtype="bfloat16")
 VALID_TEXT = 60 / 256  # share of the text's rows
 MASKS = 10  # made in a row under CUPTI
@@ -134,6 +140,16 @@ def matmul_shapes(config: HunyuanConfig, tokens: int) -> dict[str, MatmulShape]:
     }
 
 
+def linear_shapes(config: HunyuanConfig, tokens: int) -> dict[str, MatmulShape]:
+    """Rows, inner size and columns of the linear layers of a block."""
+    dim, hidden = config.dim, config.mlp_dim
+    return {
+        "projection": (tokens, dim, dim),
+        "mlp in": (tokens, dim, hidden),
+        "mlp out": (tokens, hidden, dim),
+    }
+
+
 # ------------------------------------------------------------------- the parts
 
 
@@ -179,6 +195,30 @@ def measure_size(model: HunyuanTransformer, part: str, options, report) -> None:
         by_class = record["profile"]["by_class_ms"]
         parts = by_part(by_class, record["mask"], model.num_layers)
         keep({"time_by_part_ms": parts})
+
+
+def measure_float8(config: HunyuanConfig, options, report) -> None:
+    """Products and steps in FP8 at the largest size; see `measure_size`."""
+    size, frames = SIZES[options.model]["768p"], FRAMES[options.model]
+    model, loaded = load(dataclasses.replace(config, linears="float8"))
+    problem = make_problem(model, latent_shape(size, frames))
+    grid = model.grid(problem.latent_shape)
+    shapes = linear_shapes(config, grid.num_tokens)
+    record: Record = {"load": loaded, "linears": attempt(linear_times, shapes)}
+    report(record)
+
+    def keep(grown: Record) -> None:
+        record.update(grown)
+        report(record)
+
+    samples = Samples(
+        modes=[Mode.parse(name) for name in FLOAT8_MODES],
+        sparse=options.samples,
+        dense=options.dense_samples,
+        cudnn=False,
+        profile=True,
+    )
+    measure_steps(problem, samples, {"size": list(size), "frames": frames}, keep)
 
 
 def profile_mask(grid: VideoGrid, config: HunyuanConfig) -> Record:
@@ -288,18 +328,13 @@ def brief(record: Record) -> Record:
     return numbers | record.get("time_by_part_ms", {}) | errors
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measures the parts that are asked for."""
-    options = parse(arguments)
-    results = Results(options)
-    if "vae" in options.parts:  # before JAX takes the device
-        facts = {"environment": provenance()}
-        results.put("vae", facts | attempt(measure_vae, options))
-    sizes = [part for part in MODES if part in options.parts]
-    if sizes:
-        results.document["environment"] = environment()
-        model, loaded = load(MODELS[options.model])
-        results.document |= {"config": model.config.to_dict(), "load": loaded}
+def measure_wide(sizes: list[str], options, results: Results) -> None:
+    """Measures parts of the bfloat16 model, whose memory is free after them."""
+    if not sizes:
+        return
+    results.document["environment"] = environment()
+    model, loaded = load(MODELS[options.model])
+    results.document |= {"config": model.config.to_dict(), "load": loaded}
     for part in sizes:
         facts = {"environment": environment()}
 
@@ -309,6 +344,25 @@ def main(arguments: list[str] | None = None) -> None:
         failure = attempt(measure_size, model, part, options, report)
         if failure:
             report(results.document["parts"].get(part, {}) | failure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures the parts that are asked for."""
+    options = parse(arguments)
+    results = Results(options)
+    if "vae" in options.parts:  # before JAX takes the device
+        facts = {"environment": provenance()}
+        results.put("vae", facts | attempt(measure_vae, options))
+    measure_wide([part for part in MODES if part in options.parts], options, results)
+    if FLOAT8 in options.parts:
+        facts = {"environment": environment()}
+
+        def report(record: Record) -> None:
+            results.put(FLOAT8, facts | record)
+
+        failure = attempt(measure_float8, MODELS[options.model], options, report)
+        if failure:
+            report(results.document["parts"].get(FLOAT8, {}) | failure)
     print(json.dumps(results.document.get("summary", {}), indent=1), flush=True)
 
 

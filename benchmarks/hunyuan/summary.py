@@ -15,11 +15,17 @@ What a figure says; one whose records are missing is left out:
   step_720p_over_768              steps at 90 %
   speedup_544p                    as at 768 x 1280
   vae_*                           from benchmarks.hunyuan.vae
+  step_90_fp8_s, step_dense_fp8_s steps with linear layers in FP8
+  step_90_fp8_speedup_over_cudnn  dense bfloat16 step with cuDNN over the first
+  fp8_linear_speedup              linear layers of a block in bfloat16 over FP8, by
+                                  themselves, rounding of inputs included
+  outside_attention_speedup       what lies outside self-attention in a step at 90 %
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.common.linear_times import weighted_speedup
 from draft_jax import SparsitySchedule
 from models.diffusion.schedulers import FlowEuler
 
@@ -28,6 +34,7 @@ Record = Mapping[str, Any]
 NUM_STEPS = 50
 SHIFT = 7.0
 SPARSE, PUBLISHED = "0.9", "0.9+layers0,1"
+LINEARS = {"projection": 4, "mlp in": 1, "mlp out": 1}  # of each shape in a block
 STEPS = {
     "dense": "step_dense_s",
     "0.75": "step_75_s",
@@ -67,7 +74,24 @@ def summarise(parts: Mapping[str, Record]) -> dict[str, float]:
         moved = by_part["draft"] + by_part["lists"] + by_part["copies"]
         share = moved / modes[SPARSE]["median_ms"]
         figures["draft_and_reorder_share"] = share
+    figures |= _in_float8(parts)
     return figures | _ratios(figures, parts) | _videos(figures)
+
+
+def _in_float8(parts: Mapping[str, Record]) -> dict[str, float]:
+    """Figures of the part with linear layers in FP8."""
+    narrow, wide = parts.get("768p_float8", {}), parts.get("768p", {})
+    figures = {}
+    for mode, name in (("dense", "step_dense_fp8_s"), (SPARSE, "step_90_fp8_s")):
+        if mode in narrow.get("modes", {}):
+            figures[name] = narrow["modes"][mode]["median_ms"] / 1e3
+    speedup = weighted_speedup(narrow.get("linears", {}), LINEARS)
+    if speedup is not None:
+        figures["fp8_linear_speedup"] = speedup
+    if "outside" in narrow and "outside" in wide:
+        wide_ms, ms = (part["outside"]["outside_ms"] for part in (wide, narrow))
+        figures["outside_attention_speedup"] = wide_ms / ms
+    return figures
 
 
 def _ratios(
@@ -78,6 +102,9 @@ def _ratios(
     if {"step_cudnn_s", "step_90_s"} <= figures.keys():
         speedup = figures["step_cudnn_s"] / figures["step_90_s"]
         ratios["step_90_bf16_speedup_over_cudnn"] = speedup
+    if {"step_cudnn_s", "step_90_fp8_s"} <= figures.keys():
+        speedup = figures["step_cudnn_s"] / figures["step_90_fp8_s"]
+        ratios["step_90_fp8_speedup_over_cudnn"] = speedup
     between = parts.get("720p", {}).get("modes", {}).get(SPARSE)
     if between and "step_90_s" in figures:
         ratio = between["median_ms"] / 1e3 / figures["step_90_s"]

@@ -9,6 +9,8 @@ transformer with draft attention, all sizes but the number of layers as publishe
 layers are a loop, so two have the program of forty.
 """
 
+import dataclasses
+
 from flax import nnx
 
 from benchmarks.common.model_moves import Call, run, struct
@@ -27,12 +29,13 @@ KINDS = {
 }
 
 
-def make_call(size: tuple[int, int], frames: int) -> Call:
+def make_call(size: tuple[int, int], frames: int, linears: str) -> Call:
     """One call of the 14B transformer."""
     shape = latent_shape(size, frames)
+    config = dataclasses.replace(CONFIG, linears=linears)
     text = (1, CONFIG.text_length, CONFIG.text_dim)
     return Call(
-        model=nnx.eval_shape(lambda: WanTransformer(CONFIG, rngs=nnx.Rngs(0))),
+        model=nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0))),
         latent_shape=shape,
         inputs=WanInputs(
             latents=struct(1, *shape),

@@ -9,10 +9,11 @@
 step is the pipeline's own, UniPC with guidance, by default in two calls of the model.
 Each kind of step has its program; modes that differ in sparsity share one. peak_gb
 is that of the process so far. "dense" is the library's dense attention; --cudnn adds
-steps with cuDNN's. Name small sizes first. The file is written anew after each part.
+steps with cuDNN's. --float8 then loads the model with linear layers in FP8 and measures
+the same: `float8`. Name small sizes first. The file is written anew after each part.
 
-`benchmarks.common.steps` says what else is in a record, and `benchmarks.common.modes`
-what modes there are.
+`benchmarks.common.steps` says what else is in a record, `benchmarks.common.modes` what
+modes there are, and `benchmarks.wan.summary` what `summary` is.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 # Read when JAX first uses the GPU. Grown piece by piece, its memory would break up.
@@ -33,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.common.linear_times import linear_times
 from benchmarks.common.machine import (
     GB,
     device_memory,
@@ -52,6 +55,7 @@ from benchmarks.common.steps import (
 from benchmarks.wan import vae as wan_vae
 from benchmarks.wan import weights as wan_weights
 from benchmarks.wan.account import flops_outside_attention
+from benchmarks.wan.summary import summarise
 from models.diffusion.interfaces import TextContext
 from models.diffusion.sampler import StepInputs
 from models.diffusion.schedulers import make_solver
@@ -79,7 +83,7 @@ GUIDANCE = ("two_calls", "one_call", "off")
 # ----------------------------------------------------------------- the loading
 
 
-def load(folder: pathlib.Path) -> tuple[WanTransformer, dict[str, Any]]:
+def load(folder: pathlib.Path, linears: str) -> tuple[WanTransformer, dict[str, Any]]:
     """Loads the model as users do, and measures what that takes."""
     shards = [file.stat().st_size for file in folder.glob("transformer/*.safetensors")]
     if not shards:
@@ -90,7 +94,7 @@ def load(folder: pathlib.Path) -> tuple[WanTransformer, dict[str, Any]]:
     before = host_peak_bytes(reset=True)
     start = time.perf_counter()
     parts: tuple[Part, ...] = ("transformer",)
-    model = open_wan_parts(folder, parts=parts).load_transformer()
+    model = open_wan_parts(folder, parts=parts, linears=linears).load_transformer()
     state = jax.block_until_ready(nnx.state(model))
     seconds = time.perf_counter() - start
     growth = host_peak_bytes() - before
@@ -193,6 +197,45 @@ def decode(size: tuple[int, int], options) -> dict[str, Any]:
     }
 
 
+def measure_steps_of_model(
+    linears: str, results: dict[str, Any], options, save: Callable[[str, Any], None]
+) -> None:
+    """Loads the model and measures its products and steps, which go to `results`.
+
+    Args:
+      linears: Precision of the model's linear layers.
+      results: Takes what is measured, as it comes.
+      options: Of the command line.
+      save: Takes what was measured by name whenever there is more.
+    """
+    model, results["load"] = load(options.folder, linears)
+    config = model.config
+    results["config"] = dataclasses.asdict(config)
+    save(f"load, {linears}", results["load"])
+    largest = max(options.sizes, key=lambda size: size[0] * size[1])
+    num_tokens = model.grid(latent_shape(largest, options.frames)).num_tokens
+    shapes = matmul_shapes(config, num_tokens)
+    if linears == "float8":
+        results["linears"] = attempt(linear_times, shapes)
+        save("linears", results["linears"])
+        # Those with cuDNN's attention are the wide model's.
+        options = argparse.Namespace(**{**vars(options), "cudnn": False})
+    else:
+        results["matmul"] = matmul_rates(shapes)
+        save("matmul", results["matmul"])
+    for size in options.sizes:
+        results["cases"].append({"size": list(size)})
+
+        def report(record, size=size):
+            results["cases"][-1] = record
+            add_shares(record, results.get("matmul", {}))
+            save(f"{'x'.join(map(str, size))}, {linears}", record)
+
+        failure = attempt(measure_size, model, size, options, report)
+        if failure:
+            report(results["cases"][-1] | failure)
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -225,28 +268,14 @@ def measure(options: argparse.Namespace) -> None:
         now = time.perf_counter() - start
         shown = {k: v for k, v in record.items() if k != "profile" or "error" in v}
         print(f"[{now:6.1f} s] {what}: {json.dumps(shown)}", flush=True)
+        results["summary"] = summarise(results)
         if options.output:
             write_json(options.output, results)
 
-    model, results["load"] = load(options.folder)
-    config = model.config
-    results["config"] = dataclasses.asdict(config)
-    save("load", results["load"])
-    largest = max(options.sizes, key=lambda size: size[0] * size[1])
-    num_tokens = model.grid(latent_shape(largest, options.frames)).num_tokens
-    results["matmul"] = matmul_rates(matmul_shapes(config, num_tokens))
-    save("matmul", results["matmul"])
-    for size in options.sizes:
-        results["cases"].append({"size": list(size)})
-
-        def report(record, size=size):
-            results["cases"][-1] = record
-            add_shares(record, results["matmul"])
-            save("x".join(map(str, size)), record)
-
-        failure = attempt(measure_size, model, size, options, report)
-        if failure:
-            report(results["cases"][-1] | failure)
+    measure_steps_of_model("bfloat16", results, options, save)
+    if options.float8:
+        results["float8"] = {"cases": []}
+        measure_steps_of_model("float8", results["float8"], options, save)
     for size in options.sizes if options.decode else ():
         results.setdefault("decode", []).append(attempt(decode, size, options))
         save("decode", results["decode"][-1])
@@ -278,6 +307,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--guidance", choices=GUIDANCE, default="two_calls")
     add("--cudnn", action="store_true", help="dense steps with cuDNN's kernel, too")
     add("--profile", action="store_true", help="one more step, by kernels")
+    add("--float8", action="store_true", help="the same steps with linears in FP8, too")
     add("--decode", action="store_true", help="decode a video of each size, too")
     add("--vae-dtype", default="float32", choices=("float32", "bfloat16"))
     add("--output", type=pathlib.Path, help="JSON file")

@@ -36,3 +36,16 @@ def test_layers_leaves_and_seeds_differ():
     np.testing.assert_array_equal(kernels[0], kernels[1])
     assert (kernels[0] != kernels[2]).mean() > 0.9
     assert (kernels[0][0] != kernels[0][1]).mean() > 0.9
+
+
+def test_weights_in_fp8_stand_for_numbers_as_small_as_others():
+    class Float8(nnx.Module):
+        def __init__(self) -> None:
+            self.weight = nnx.Param(jnp.zeros((2, 30, 40), jnp.float8_e4m3fn))
+            self.weight_scale = nnx.Param(jnp.zeros((2, 30)))
+
+    model = random_model(Float8)
+    codes = np.asarray(model.weight[...], np.float32)
+    assert np.isfinite(codes).all()
+    values = codes * np.asarray(model.weight_scale[...])[..., None]
+    np.testing.assert_allclose(values.std(), 0.02, atol=4 * 0.02 / np.sqrt(2 * 2400))

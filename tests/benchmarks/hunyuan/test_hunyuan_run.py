@@ -74,3 +74,13 @@ def test_a_decoder_that_fails_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(hunyuan, "run_limited", lambda *_: (1, "no memory"))
     record = run(tmp_path / "results.json", "vae")["parts"]["vae"]
     assert record["error"] == "ended with 1: no memory"
+
+
+def test_linear_layers_in_fp8_are_a_part(tmp_path):
+    document = run(tmp_path / "results.json", "768p_float8")
+    part = document["parts"]["768p_float8"]
+    assert list(part["modes"]) == ["dense", "0.9"]
+    assert part["linears"].keys() == {"projection", "mlp in", "mlp out"}
+    assert {"step_90_fp8_s", "step_dense_fp8_s", "fp8_linear_speedup"} <= set(
+        document["summary"]
+    )
