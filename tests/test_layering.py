@@ -39,6 +39,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "pallas_kernels.common": (),
     "pallas_kernels.ranking": ("pallas_kernels.common",),
     "pallas_kernels.pooling": ("pallas_kernels.common",),
+    "pallas_kernels.tile_scores": ("pallas_kernels.common",),
     "pallas_kernels.attention": ("pallas_kernels.common", "pallas_kernels.ranking"),
     "draft_jax": ("pallas_kernels",),
     "models": (*MODEL_FAMILIES, *MODEL_BASE, *LIBRARY),
@@ -68,6 +69,7 @@ EXPORTING = (
     "pallas_kernels.common",
     "pallas_kernels.pooling",
     "pallas_kernels.ranking",
+    "pallas_kernels.tile_scores",
 )
 
 

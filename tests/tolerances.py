@@ -169,3 +169,8 @@ HUNYUAN_BFLOAT16_RELATIVE = {"wide": 9.2e-3, "divided": 9.1e-3, "ragged": 8.2e-3
 # sums in float32. In bfloat16 products are rounded, and then results.
 # Measured on CPU: 1.4e-7 and 2.2e-3.
 FLOAT8_PRODUCT = {"float32": 3e-7, "bfloat16": 2.7e-3}
+
+# Scores of tiles in float32, of size 0.02 to 1, against float64 loops.
+TILE_SCORES = {"rtol": 1e-5, "atol": 1e-8}
+# The same from bfloat16 queries and keys, for logits of standard deviation 1.
+TILE_SCORES_BFLOAT16 = {"rtol": 2e-2, "atol": 1e-8}

@@ -20,7 +20,7 @@ from pallas_kernels.common import (
     to_jax,
     validation,
 )
-from pallas_kernels.pooling import reduce_sub_tiles
+from pallas_kernels.pooling import pool_sub_tiles
 
 register_named_tuple(Means)
 
@@ -72,18 +72,11 @@ def unchecked_means(
     """Computes `make_means` for a caller that has checked arguments."""
     grid = mask.grid
     cells = sub_tiles_of(grid, compensation.sub_tile, compensation.frames)
-    mean_k, mean_v = (
-        reduce_visual(x, grid, cells, order=order).astype(x.dtype) for x in (k, v)
+    start = grid.visual_tokens.start
+    mean_k, mean_v = pool_sub_tiles(
+        k, v, cells, order=order, start=start, dtype=k.dtype.name
     )
     return Means(mean_k, mean_v, dropped_frames(mask, cells), cells)
-
-
-def reduce_visual(
-    x: Float[Array, "B T N D"], grid: VideoGrid, cells: SubTiles, *, order: Order
-) -> Float[Array, "B M N D"]:
-    """Averages the visual tokens of a sequence over the cells, in float32."""
-    tokens, order = visual_tokens(x, grid, order)
-    return reduce_sub_tiles(tokens, cells, order=order)
 
 
 def visual_tokens(

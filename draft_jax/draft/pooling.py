@@ -15,6 +15,7 @@ from pallas_kernels.common import AnyArray, Order, jit_once, to_jax, validation
 from pallas_kernels.pooling import (
     Reduction,
     Tiling,
+    pool_sub_tiles,
     pool_tiles,
     reduce_sub_tiles,
     reduce_tiles,
@@ -148,8 +149,8 @@ def pool_queries_and_keys(
 ) -> PooledTokens:
     """Pools the visual tokens of q and k, in one pass where a kernel can.
 
-    On a GPU where it cannot, XLA takes over, slower: that warns once. Sub-tiles are
-    always pooled by XLA.
+    On a GPU where it cannot, XLA takes over, slower: that warns once. Maxima of
+    sub-tiles are always XLA's.
 
     Args:
       q: Queries of the whole sequence, T = `grid.num_tokens`.
@@ -170,6 +171,9 @@ def pool_queries_and_keys(
     reductions = reductions_of(config)
     if config.draft_tile is None:
         pooled = pool_tiles(q, k, tiling_of(grid, order), reductions=reductions)
+    elif reductions == ("mean",):
+        cells, start = sub_tiles_of(grid, config.draft_tile), grid.visual_tokens.start
+        pooled = pool_sub_tiles(q, k, cells, order=order, start=start)
     else:
         pooled = _pool_sub_tiles(q, k, grid, config, order)
     return PooledTokens.from_reductions(reductions, pooled)

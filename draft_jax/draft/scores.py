@@ -2,8 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from pallas_kernels.common import (
     to_jax,
     validation,
 )
+from pallas_kernels.tile_scores import Parts, tile_scores
 
 
 def draft_scores(
@@ -195,50 +195,23 @@ def _sub_tile_map(
     scale: Scale,
     max_bytes: int,
 ) -> Float[Array, "B N S S"]:
-    """Returns the probabilities between tiles, from those of their sub-tiles.
+    """Returns the probabilities between tiles, from those of their sub-tiles."""
+    parts = _parts_of(grid, config)
+    return tile_scores(draft_q, draft_k, parts, scale=scale, max_bytes=max_bytes)
 
-    A few query tiles at a time, so that the map of sub-tiles never exists as a whole.
-    """
+
+@functools.lru_cache(maxsize=64)
+def _parts_of(grid: VideoGrid, config: DraftConfig) -> Parts:
+    """Returns what the sub-tiles of a draft count: as queries their share of a tile."""
     cells = _draft_cells(grid, config)
-    parts = cells.per_column
-    batch, num_cells, num_heads, _ = draft_q.shape
-    num_tiles = num_cells // parts
-    tokens = cells.tokens.astype(np.float32)
-    weights = tokens if config.edge_tiles == "by_tokens" else np.sign(tokens)
-    log_weights = np.log(weights, out=np.full_like(weights, -np.inf), where=weights > 0)
-    shares = (tokens / np.repeat(cells.tokens_of_tile, parts)).reshape(-1, parts, 1)
-
-    def of_tiles(own: tuple[Array, Array]) -> Float[Array, "G B N S"]:
-        q, shares = own  # [G, B, J, N, D], [G, J, 1]
-        q = rearrange(q, "g b j n d -> b (g j) n d")
-        logits = _products(q, draft_k) * scale + log_weights
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        by_tile = rearrange(
-            probabilities, "b n (g j) (s i) -> g b n j s i", j=parts, i=parts
-        ).sum(-1)
-        return (by_tile * shares[:, None, None]).sum(-2)
-
-    queries = rearrange(draft_q, "b (s j) n d -> s b j n d", j=parts)
-    head_bytes = parts * num_cells * 4
-    chunk = max(1, max_bytes // (batch * num_heads * head_bytes))
-    if chunk >= num_tiles:
-        scores = of_tiles((queries, jnp.asarray(shares)))
-    else:
-        scores = _map_chunks(of_tiles, (queries, jnp.asarray(shares)), chunk)
-    return rearrange(scores, "s b n k -> b n s k")
-
-
-def _map_chunks(function: Callable[[Any], Array], arrays: Any, chunk: int) -> Array:
-    """Applies a function to `chunk` entries of the first axis at a time."""
-    size = jax.tree.leaves(arrays)[0].shape[0]
-    missing = -size % chunk
-
-    def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, chunk, *x.shape[1:])
-
-    results = jax.lax.map(function, jax.tree.map(split, arrays))
-    return results.reshape(size + missing, *results.shape[2:])[:size]
+    shares = cells.tokens / np.repeat(cells.tokens_of_tile, cells.per_column)
+    by_tokens = config.edge_tiles == "by_tokens"
+    counts = cells.tokens if by_tokens else np.sign(cells.tokens)
+    return Parts(
+        per_tile=cells.per_column,
+        query_weights=tuple(shares.tolist()),
+        key_weights=tuple(counts.astype(float).tolist()),
+    )
 
 
 def _draft_cells(grid: VideoGrid, config: DraftConfig) -> SubTiles:

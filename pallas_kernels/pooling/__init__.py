@@ -3,6 +3,7 @@
 from pallas_kernels.pooling.api import (
     joint_norm_rope_pool,
     norm_rope_pool,
+    pool_sub_tiles,
     pool_tiles,
     reduce_tiles,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "deviations_of_tiles",
     "joint_norm_rope_pool",
     "norm_rope_pool",
+    "pool_sub_tiles",
     "pool_tiles",
     "reduce_sub_tiles",
     "reduce_tiles",

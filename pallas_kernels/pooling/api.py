@@ -12,8 +12,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.common.arrays import AnyArray, to_jax
 from pallas_kernels.common.device import current_device
+from pallas_kernels.common.interfaces import Order
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import jit_once
+from pallas_kernels.common.sub_tiles import SubTiles
 from pallas_kernels.pooling import sm90, xla
 from pallas_kernels.pooling.interfaces import (
     QKV,
@@ -23,6 +25,7 @@ from pallas_kernels.pooling.interfaces import (
     Scales,
     Tiling,
 )
+from pallas_kernels.pooling.sub_tiles import cell_table, raster_order, reduce_sub_tiles
 
 
 def pool_tiles(
@@ -79,6 +82,84 @@ def reduce_tiles(
       really has.
     """
     return xla.reduce_tiles(x, tiling, reduction=reduction)
+
+
+def pool_sub_tiles(
+    q: Float[AnyArray, "B T N D"],
+    k: Float[AnyArray, "B T N D"],
+    sub_tiles: SubTiles,
+    *,
+    order: Order,
+    start: int = 0,
+    dtype: str = "float32",
+) -> tuple[Float[Array, "B M N D"], Float[Array, "B M N D"]]:
+    """Averages the tokens of each cell of two arrays, in one pass where a kernel can.
+
+    Args:
+      q: Queries of the whole sequence, or keys.
+      k: Keys, or values, like q.
+      sub_tiles: What is averaged together. Static.
+      order: How the tokens of the video are ordered. Static.
+      start: First token of the video: text may stand before it. Static.
+      dtype: That of the results; sums are float32. Static.
+
+    Returns:
+      The means, in the order of the cells of `sub_tiles`; 0 of cells without a token.
+    """
+    q, k = to_jax(q, k)
+    device = current_device(q)
+    cause = sm90.pool_tiles.why_unsupported(q.shape, q.dtype, device)
+    if cause is not None and device.platform == "gpu":
+        warn_once(f"pooling runs on XLA instead of its kernel: {cause}")
+    task = _Cells(sub_tiles=sub_tiles, order=order, start=start, dtype=dtype)
+    return _pool_sub_tiles(task, q, k, has_kernel=cause is None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Cells:
+    """The static arguments of pooling of sub-tiles."""
+
+    sub_tiles: SubTiles
+    order: Order
+    start: int
+    dtype: str
+
+
+@functools.partial(jit_once, static_argnums=0, static_argnames="has_kernel")
+def _pool_sub_tiles(task: _Cells, q, k, *, has_kernel: bool):
+    return (_cells_in_kernel if has_kernel else _cells_by_xla)(task, q, k)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _cells_in_kernel(task: _Cells, q, k):
+    cells = task.sub_tiles
+    return sm90.pool_tiles.pool_cells(
+        q,
+        k,
+        cell_table(cells, task.order, task.start),
+        frame_stride=cells.height * cells.width,
+        dtype=task.dtype,
+    )
+
+
+@_cells_in_kernel.defjvp
+def _differentiate_cells(task: _Cells, primals, tangents):
+    return _cells_in_kernel(task, *primals), _cells_by_xla(task, *tangents)
+
+
+def _cells_by_xla(task: _Cells, q, k):
+    cells, order = task.sub_tiles, task.order
+    video = slice(task.start, task.start + cells.num_tokens)
+    places = None
+    if order == "tiled" and cells.has_edges:
+        # Tiles that are cut off by the frame's edge are not alike.
+        places, order = raster_order(cells), "raster"
+
+    def mean(x):
+        x = x[:, video] if places is None else x[:, task.start + places]
+        return reduce_sub_tiles(x, cells, order=order).astype(task.dtype)
+
+    return mean(q), mean(k)
 
 
 def norm_rope_pool(

@@ -1,12 +1,16 @@
-"""Means over the sub-tiles of a video and groups of frames, as XLA operations."""
+"""Means over the sub-tiles of a video and groups of frames.
 
+`pool_sub_tiles` runs in a kernel where it can; the rest are XLA operations.
+"""
+
+import dataclasses
 import functools
 import math
 
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.interfaces import Order
 from pallas_kernels.common.static import jit_once
@@ -20,6 +24,63 @@ _AXES = {
     "tiled": "b g t th tw jr sr jc sc n d",
 }
 _CELLS = "b (g th tw jr jc) n d"
+
+
+@functools.lru_cache(maxsize=64)
+def cell_table(sub_tiles: SubTiles, order: Order, start: int) -> Int[np.ndarray, "M 5"]:
+    """Returns where the tokens of each cell stand in a sequence.
+
+    Args:
+      sub_tiles: What the cells are.
+      order: How the tokens of the video are ordered.
+      start: First token of the video: text may stand before it.
+
+    Returns:
+      Of each cell the first token in its group's first frame, tokens from a row to the
+      next, rows, columns and frames. Read-only.
+    """
+    (tile_rows, tile_columns), (part_rows, part_columns) = (
+        sub_tiles.tile,
+        sub_tiles.part,
+    )
+    height, width = sub_tiles.height, sub_tiles.width
+    shape = (*sub_tiles.tiles_per_frame, *sub_tiles.sub_tiles_per_tile)
+    group, i, j, top, left = np.indices((sub_tiles.num_groups, *shape))
+    top, left = top * part_rows, left * part_columns
+    own_rows = np.minimum(tile_rows, height - i * tile_rows)
+    own_columns = np.minimum(tile_columns, width - j * tile_columns)
+    rows = np.clip(own_rows - top, 0, part_rows)
+    columns = np.clip(own_columns - left, 0, part_columns)
+    first = i * tile_rows * width
+    if order == "raster":
+        stride = np.full_like(top, width)
+        first = first + top * width + j * tile_columns + left
+    else:
+        stride = own_columns
+        first = first + own_rows * j * tile_columns + top * own_columns + left
+    first_frame = group * sub_tiles.group_frames
+    first = start + first_frame * height * width + first
+    first = np.where(rows * columns > 0, first, start)
+    frames = np.minimum(sub_tiles.group_frames, sub_tiles.frames - first_frame)
+    fields = [x.ravel() for x in (first, stride, rows, columns, frames)]
+    table = np.stack(fields, axis=-1).astype(np.int32)
+    table.flags.writeable = False
+    return table
+
+
+@functools.lru_cache(maxsize=64)
+def raster_order(sub_tiles: SubTiles) -> Int[np.ndarray, " V"]:
+    """Returns the place of each token of raster order in tiled order. Read-only."""
+    whole_tiles = dataclasses.replace(
+        sub_tiles, sub_tile=sub_tiles.tile, group_frames=1
+    )
+    parts = []
+    for first, stride, rows, columns, _ in cell_table(whole_tiles, "raster", 0):
+        tokens = first + np.arange(rows)[:, None] * stride + np.arange(columns)
+        parts.append(tokens.ravel())
+    order = np.argsort(np.concatenate(parts)).astype(np.int32)
+    order.flags.writeable = False
+    return order
 
 
 @functools.partial(jit_once, static_argnames=("sub_tiles", "order", "reduction"))

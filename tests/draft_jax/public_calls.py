@@ -357,6 +357,7 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
 CALLED_BY = {
     "pallas_kernels.pooling.channel_variances": "draft_jax.draft_attention row_topk",
     "pallas_kernels.pooling.deviations_of_tiles": "draft_jax.draft_scores exact spread",
+    "pallas_kernels.pooling.pool_sub_tiles": "draft_jax.make_means",
     "pallas_kernels.pooling.reduce_sub_tiles": "draft_jax.make_means",
     "draft_jax.draft_attention_fn": "draft_jax.DraftAttentionFn",
     "pallas_kernels.unchecked_block_sparse_attention": (

@@ -5,7 +5,8 @@ owns up to 16 bytes of each token and adds them up in registers: nothing is exch
 between threads. The loads of one row of a tile are issued together, so a
 multiprocessor, which holds several CTAs, has enough bytes in flight to keep the memory
 busy. A tile is given by its first token and the distance between its rows, so raster
-and tiled order, edge tiles and text before the video are the same program.
+and tiled order, edge tiles and text before the video are the same program. So are
+sub-tiles of a tile; of these a CTA may pool those at one place of a few frames.
 """
 
 import dataclasses
@@ -37,6 +38,8 @@ class PoolPlan:
     chunk: int  # channels of a CTA
     has_short_rows: bool  # some tile has fewer columns
     reductions: tuple[Reduction, ...]
+    frame_stride: int | None = None  # tokens between frames; None: one frame each
+    dtype: str = "float32"  # of the results
 
 
 def pool_tiles(
@@ -62,18 +65,54 @@ def pool_tiles(
     Raises:
       ValueError: The kernel cannot take these inputs on any device.
     """
-    if cause := _why_unsupported_shape(q.shape, q.dtype):
-        raise ValueError(f"the pooling kernel cannot take these inputs: {cause}")
-    num_channels = q.shape[2] * q.shape[3]
-    columns = int(tiles[:, 3].max())
-    plan = PoolPlan(
-        columns=columns,
-        chunk=_chunk_of(num_channels, q.dtype.itemsize),
-        has_short_rows=bool((tiles[:, 3] < columns).any()),
-        reductions=reductions,
-    )
+    plan = _plan_of(q, tiles, reductions)
     run = functools.partial(_run, tiles=tiles, plan=plan, interpret=interpret)
     return fold_mapped_axes(run)(q, k)
+
+
+def pool_cells(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    cells: Int[np.ndarray, "M 5"],
+    *,
+    frame_stride: int,
+    dtype: str = "float32",
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Float[Array, "B M N D"], Float[Array, "B M N D"]]:
+    """Averages the tokens of each cell of two arrays, of queries and keys or others.
+
+    Args:
+      q: The one.
+      k: The other.
+      cells: First token, tokens between two rows, rows, columns and frames of each.
+      frame_stride: Tokens between two frames.
+      dtype: That of the results; sums are float32.
+      interpret: Run on the CPU in GPU interpret mode.
+
+    Returns:
+      The means; 0 of cells without a token.
+
+    Raises:
+      ValueError: The kernel cannot take these inputs on any device.
+    """
+    options = {"frame_stride": frame_stride, "dtype": dtype}
+    plan = _plan_of(q, cells, ("mean",), **options)
+    run = functools.partial(_run, tiles=cells, plan=plan, interpret=interpret)
+    return fold_mapped_axes(run)(q, k)
+
+
+def _plan_of(q, tiles, reductions, **options) -> PoolPlan:
+    """Returns the plan of a launch; raises ValueError where there is no kernel."""
+    if cause := _why_unsupported_shape(q.shape, q.dtype):
+        raise ValueError(f"the pooling kernel cannot take these inputs: {cause}")
+    columns = int(tiles[:, 3].max())
+    return PoolPlan(
+        columns=columns,
+        chunk=_chunk_of(q.shape[2] * q.shape[3], q.dtype.itemsize),
+        has_short_rows=bool((tiles[:, 3] < columns).any()),
+        reductions=reductions,
+        **options,
+    )
 
 
 def why_unsupported(
@@ -98,7 +137,7 @@ def _why_unsupported_shape(shape, dtype) -> str | None:
 def _run(q, k, *, tiles, plan: PoolPlan, interpret):
     batch, num_tokens, *heads = q.shape
     channels = heads[0] * heads[1]
-    out = jax.ShapeDtypeStruct((batch, len(tiles), channels), jnp.float32)
+    out = jax.ShapeDtypeStruct((batch, len(tiles), channels), jnp.dtype(plan.dtype))
     outs = plgpu.kernel(
         functools.partial(_body, plan=plan),
         out_type=(out,) * (2 * len(plan.reductions)),
@@ -121,16 +160,37 @@ def _body(q_gmem, k_gmem, tiles_gmem, *outs_gmem, plan: PoolPlan):
     channels = pl.ds(lax.axis_index("chunk") * plan.chunk, plan.chunk)
     first, stride, rows, columns = (tiles_gmem[tile, field] for field in range(4))
     num = len(plan.reductions)
+    count = rows * columns
+    if plan.frame_stride is not None:
+        frames = tiles_gmem[tile, 4]
+        count = jnp.maximum(count * frames, 1)
 
     def pool(x_gmem, outs, batch):
         def load(token):
             return x_gmem[batch, token, channels].astype(jnp.float32)
 
-        results = _reduce_tile(load, first, stride, rows, columns, plan)
+        state = _start(plan)
+        if plan.frame_stride is None:
+            results = _reduce_tile(load, state, first, stride, rows, columns, plan)
+        else:
+            results = lax.fori_loop(
+                0,
+                frames,
+                lambda frame, state: _reduce_tile(
+                    load,
+                    state,
+                    first + frame * plan.frame_stride,
+                    stride,
+                    rows,
+                    columns,
+                    plan,
+                ),
+                state,
+            )
         for out, name, result in zip(outs, plan.reductions, results, strict=True):
             if name == "mean":
-                result = result * (1.0 / (rows * columns).astype(jnp.float32))
-            out[batch, tile, channels] = result
+                result = result * (1.0 / count.astype(jnp.float32))
+            out[batch, tile, channels] = result.astype(out.dtype)
 
     batch = lax.div(item, jnp.int32(2))
     is_key = lax.rem(item, jnp.int32(2)) == 1
@@ -138,8 +198,20 @@ def _body(q_gmem, k_gmem, tiles_gmem, *outs_gmem, plan: PoolPlan):
     pl.when(is_key)(lambda: pool(k_gmem, outs_gmem[num:], batch))
 
 
-def _reduce_tile(load, first, stride, rows, columns, plan: PoolPlan):
-    """Returns sums or maxima over the tokens of one tile."""
+def _start(plan: PoolPlan):
+    """Returns the reductions of no token."""
+    layout = plgpu.Layout.WG_STRIDED((plan.chunk,), vec_size=plan.chunk // THREADS)
+    return tuple(
+        plgpu.layout_cast(
+            jnp.full((plan.chunk,), 0.0 if name == "mean" else -jnp.inf, jnp.float32),
+            layout,
+        )
+        for name in plan.reductions
+    )
+
+
+def _reduce_tile(load, state, first, stride, rows, columns, plan: PoolPlan):
+    """Adds the tokens of one tile to sums or maxima."""
 
     def add_tokens(state, tokens):
         values = [load(token) for token in tokens]  # all loads, then all sums
@@ -163,14 +235,6 @@ def _reduce_tile(load, first, stride, rows, columns, plan: PoolPlan):
             0, columns, lambda i, state: add_tokens(state, [token + i]), state
         )
 
-    layout = plgpu.Layout.WG_STRIDED((plan.chunk,), vec_size=plan.chunk // THREADS)
-    state = tuple(
-        plgpu.layout_cast(
-            jnp.full((plan.chunk,), 0.0 if name == "mean" else -jnp.inf, jnp.float32),
-            layout,
-        )
-        for name in plan.reductions
-    )
     if not plan.has_short_rows:
         return lax.fori_loop(0, rows, add_row, state)
     return lax.cond(
