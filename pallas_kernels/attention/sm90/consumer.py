@@ -329,7 +329,8 @@ class _MeanWalk(_Walk):
         if self.plan.has_log_tokens:
             log_tokens: Ref = self.cta.means.log_tokens
             own = log_tokens.at[pl.ds(step * BLOCK, BLOCK)]
-            log_counts += plgpu.load(own, layout=WGMMA_COLUMN)
+            # From global memory, where no layout is better than another.
+            log_counts += plgpu.load(own, layout=WGMMA_COLUMN, optimized=False)
         return logits, log_counts
 
 
