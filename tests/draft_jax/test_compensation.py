@@ -6,15 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from draft_jax import (
     BlockMask,
     Compensation,
+    DraftAttention,
     DraftConfig,
     VideoGrid,
     compute_mask,
     constant_step,
     draft_attention,
+    draft_attention_fn,
     initial_mask,
     make_means,
     means_work,
@@ -125,6 +128,23 @@ def test_means_of_single_tokens_are_dense_attention():
     out = draft_attention(q, k, v, grid=EVEN, config=config)
     np.testing.assert_allclose(out, dense_attention(q, k, v, grid=EVEN), **F32)
     assert means_work(EVEN, config) == 1.0
+
+
+@pytest.mark.nightly
+def test_flax_layers_pass_it_on():
+    """Both kinds of layers: single tokens as means leave nothing out."""
+    comp = Compensation(sub_tile=(1, 1), frames=1)
+    sparse = DraftConfig(sparsity=0.8, compensation=comp, ranking="spread")
+    x = random_qkv(EVEN)[0].reshape(2, -1, 16)
+    made = functools.partial(DraftAttention, 2, 16)
+    layers = [made(config=c, rngs=nnx.Rngs(0)) for c in (sparse, DraftConfig())]
+    got, left_out = (layer(x, grid=EVEN) for layer in layers)
+    qkv = layers[0].project(x)
+    want = layers[0].out(dense_attention(*qkv, grid=EVEN))
+    np.testing.assert_allclose(got, want, **F32)
+    assert np.abs(left_out - want).max() > 1e-3
+    by_function = draft_attention_fn(EVEN, sparse)(*qkv)
+    np.testing.assert_allclose(layers[0].out(by_function), want, **F32)
 
 
 @pytest.mark.nightly
