@@ -50,6 +50,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="fail, instead of skip, tests marked browser where there is no Chromium",
     )
     parser.addoption(
+        "--require-app",
+        action="store_true",
+        help="fail, instead of skip, tests marked app without Gradio or Playwright",
+    )
+    parser.addoption(
         "--torch-python",
         default=sys.executable,
         help="interpreter with torch and transformers, for tests marked torch",
@@ -128,6 +133,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _skip(item, "--require-torch", "needs torch and transformers")
     if item.get_closest_marker("browser") and find_chromium() is None:
         _skip(item, "--require-browser", f"needs one of {', '.join(NAMES)}")
+    if item.get_closest_marker("app") and not has_app_extra():
+        _skip(item, "--require-app", "needs gradio and playwright: extra browser")
 
 
 def _skip(item: pytest.Item, required: str, reason: str) -> None:
@@ -135,6 +142,11 @@ def _skip(item: pytest.Item, required: str, reason: str) -> None:
     if item.config.getoption(required):
         pytest.fail(f"{required}: {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+def has_app_extra() -> bool:
+    """Whether tests marked app have what they need beside Chromium."""
+    return all(importlib.util.find_spec(name) for name in ("gradio", "playwright"))
 
 
 def has_torch(config: pytest.Config) -> bool:

@@ -18,10 +18,16 @@ from models.cli.messages import (
     status_lines,
     write_line,
 )
-from models.cli.parser import build_parser
+from models.cli.parser import UsageError, build_parser
 from models.cli.signals import Terminated, quiet_imports, say_stopped, take_over
 from models.files import MissingFilesError
 
+_MODULES = {
+    "generate": "models.cli.generate",
+    "inspect": "models.cli.inspect",
+    "calibrate": "models.cli.calibrate",
+    "app": "models.app.command",
+}
 # Bad values, a missing extra, files, damaged weights and too little memory; see
 # `_is_for_users`.
 _BUILT_IN_USER_ERRORS = (
@@ -60,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return say_stopped(signal.SIGINT)
     except Terminated as stop:
         return say_stopped(stop.signal_number)
-    except SystemExit as stop:  # argparse has printed its line
+    except UsageError as error:
+        write_line(error.line)
+        return EXIT_BAD_INPUT
+    except SystemExit as stop:  # argparse has printed the help
         return stop.code if isinstance(stop.code, int) else EXIT_BAD_INPUT
 
 
@@ -70,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> int:
         with one_line_warnings(), status_lines():
             # jax is imported now: parsing, the help and the version do without.
             with quiet_imports():
-                command = importlib.import_module(f"models.cli.{arguments.command}")
+                command = importlib.import_module(_MODULES[arguments.command])
             with compile_cache(enabled=not arguments.no_compile_cache):
                 command.run(arguments)
     except Exception as error:

@@ -34,9 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Generates and writes; everything that can be wrong is checked first."""
     video_io.check_video_extra()
     video_io.check_ffmpeg()
-    options.draft_from(arguments)
-    if arguments.fps is not None:
-        video_io.check_fps(arguments.fps)
+    _check_options(arguments)
     folder = getattr(arguments, "output", None)
     folders = []
     if folder is None:
@@ -45,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         seeds = getattr(arguments, "seeds", ())
         folders = outputs.folders_of_seeds(folder, seeds)
         _check_folders(folders, arguments)
-    requests = read_request(arguments).for_each_seed()
+    requests = read_run(arguments).for_each_seed()
     if folder is None:
         names = [
             outputs.run_name(arguments, each.sampling, each.info.published)
@@ -53,12 +51,10 @@ def run(arguments: argparse.Namespace) -> None:
         ]
         folders = [outputs.FOLDER / name for name in names]
         _check_folders(folders, arguments)
-    request = requests[0]
-    check_video(request)
     details = [each.details() for each in requests]
-    for line in request.describe():
+    for line in requests[0].describe():
         print(line)
-    pipeline = request.load()
+    pipeline = requests[0].load()
     for each in details:
         each["hardware"] |= device_details()
         each["linears"] = choose_linears(arguments.linears)
@@ -79,17 +75,30 @@ def _check_folders(folders: list[Path], arguments: argparse.Namespace) -> None:
         outputs.check_run_folder(folder, overwrite=arguments.overwrite)
 
 
-def check_video(request: Request) -> None:
-    """Checks that videos of the size can be written and, if asked for, compared.
+def read_run(arguments: argparse.Namespace) -> Request:
+    """Checks all about a run but where it is written; see `read_request`.
 
     Raises:
-      ValueError: They cannot.
+      CheckpointError: As `read_request`.
+      OSError: As `read_request`.
+      ValueError: As `read_request`; or the draft's settings are wrong, or videos of the
+        size cannot be written or compared.
     """
+    _check_options(arguments)
+    request = read_request(arguments)
     height, width = request.sampling.height, request.sampling.width
-    if request.arguments.compare:
+    if arguments.compare:
         metrics.check_ssim_size(height, width)
         width *= 2
     video_io.check_frame_size(height, width)
+    return request
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Checks what needs no model."""
+    options.draft_from(arguments)
+    if arguments.fps is not None:
+        video_io.check_fps(arguments.fps)
 
 
 def make_run(

@@ -151,27 +151,16 @@ def read_request(arguments: argparse.Namespace) -> Request:
       ValueError: An option, the image or the size does not suit the model.
     """
     as_prompts(arguments.prompt)
-    if arguments.vae_tile is not None:
-        _check_tile(arguments.vae_tile)
     options.sampling_from(arguments)  # what is wrong with any model
     image = None if arguments.image is None else read_image(arguments.image)
-    path, revision = arguments.checkpoint, arguments.revision
-    family, commit = find_family(path, revision=revision)
-    _check_fits(arguments, family)
-    info = family.describe(
-        path,
-        text=_text_options(arguments),
-        files=_part_files(arguments),
-        revision=commit,
-    )
+    request = read_model(arguments)
+    info, sampling = request.info, request.sampling
     info.conditioning.check_image(given=image is not None)
-    sampling = _sampling(arguments, info)
     info.conditioning.check_guidance(sampling)
     options.check_preset(arguments, info.published)
-    if path is None:
+    if arguments.checkpoint is None:
         _note_large_size(sampling)
     suggest_few_steps([file for file, _ in arguments.lora], sampling)
-    request = Request(arguments=arguments, family=family, sampling=sampling, info=info)
     if image is None:
         info.conditioning.latent_shape(sampling, info.codec)
         return request
@@ -191,6 +180,29 @@ def read_request(arguments: argparse.Namespace) -> Request:
         image=image,
         kept=kept_part(image.shape[:2], size, multiples),
     )
+
+
+def read_model(arguments: argparse.Namespace) -> Request:
+    """Returns a request of which the model is checked, but neither image nor size.
+
+    A model on the hub is fetched; no weights are read.
+
+    Raises:
+      CheckpointError: The model or stored embeddings are missing or damaged.
+      ValueError: An option does not suit the model.
+    """
+    if arguments.vae_tile is not None:
+        _check_tile(arguments.vae_tile)
+    family, commit = find_family(arguments.checkpoint, revision=arguments.revision)
+    _check_fits(arguments, family)
+    info = family.describe(
+        arguments.checkpoint,
+        text=_text_options(arguments),
+        files=_part_files(arguments),
+        revision=commit,
+    )
+    sampling = _sampling(arguments, info)
+    return Request(arguments=arguments, family=family, sampling=sampling, info=info)
 
 
 # Flags of arguments that not every family takes.

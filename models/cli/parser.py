@@ -7,12 +7,12 @@ into the objects that it stands for.
 import argparse
 import platform
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from models.cli import choices
+from models.cli.app_options import add_app
 from models.cli.cache_options import add_cache_options
 from models.cli.messages import EXIT_BAD_INPUT, one_line
 from models.cli.model_options import add_model_options
@@ -51,27 +51,31 @@ embedded guidance 6, euler with shift 7.
 
 
 class UsageError(SystemExit):
-    """The options are not such as the parser takes; its line has been printed."""
+    """The options are not such as the parser takes.
 
-    def __init__(self, line: str):
+    Attributes:
+      message: What is wrong with them.
+      line: The same for a terminal, with the command in front.
+    """
+
+    def __init__(self, command: str, message: str):
         super().__init__(EXIT_BAD_INPUT)
-        self.line = line
+        self.message = message
+        self.line = f"{command}: error: {message}"
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Reports errors in one line, without repeating the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Prints the line and exits.
+        """Raises what makes one line on a terminal.
 
         Raises:
           UsageError: Always.
         """
         if message.startswith("unrecognized arguments") and " -" not in message:
             message += " (put the prompt in quotes)"
-        message = one_line(message)
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise UsageError(message)
+        raise UsageError(self.prog, one_line(message))
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -105,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_inspect(commands)
     _add_calibrate(commands)
+    add_app(commands, formatter_class=HelpFormatter)
     return parser
 
 

@@ -22,7 +22,10 @@ from models.wan.sampling import WAN_PIXELS
 
 ROOT = Path(__file__).parents[3]
 # Packages of which none is needed to parse options or to print help.
-HEAVY = ("jax", "jaxlib", "flax", "numpy", "einops", "jaxtyping", "tqdm", "matplotlib")
+HEAVY = (
+    *("jax", "jaxlib", "flax", "numpy", "einops", "jaxtyping", "tqdm", "matplotlib"),
+    *("gradio", "fastapi", "pandas"),
+)
 # 0.30 to 0.37 s on two busy cores, 2026-11-29; with jax 1.8 to 3.6 s.
 MOST_SECONDS = 1.0
 LIGHT = f"""
@@ -53,6 +56,7 @@ def python(*arguments, cwd=ROOT, **environment):
         (["generate", "--help"], 0),
         (["inspect", "--help"], 0),
         (["calibrate", "--help"], 0),
+        (["app", "--help"], 0),
         (["generate"], 2),
     ],
     ids=str,
@@ -61,6 +65,18 @@ def test_parsing_and_help_import_nothing_heavy(arguments, status):
     done = python("-c", LIGHT, *arguments)
     assert done.stdout.splitlines()[-1] == "loaded: []"
     assert done.returncode == status
+
+
+def test_only_the_page_imports_gradio():
+    """An import would fail: Gradio is made one that cannot be imported."""
+    code = (
+        "import sys; sys.modules['gradio'] = None\n"
+        "import draft_jax, models, models.loading\n"
+        "import models.cli.generate, models.cli.inspect, models.app.runner\n"
+        "print(sorted({'starlette', 'fastapi', 'uvicorn'} & set(sys.modules)))"
+    )
+    done = python("-c", code)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
 def test_the_version_comes_at_once():
