@@ -21,12 +21,15 @@ function words(name) {
 }
 
 /** Says in one line what was made. */
-function summaryOf({ sampling, date, draft, attention, model, family, step }) {
+function summaryOf(report) {
+  const { sampling, date, draft, attention, model, family, step } = report;
+  const last = report.sparse ?? report;
   const parts = [
     model ?? `${family} model`,
     `${sampling.width} × ${sampling.height} pixels`, `${sampling.frames} frames`,
     `${sampling.num_steps} steps`, `seed ${sampling.seed}`,
   ];
+  if (last.stopped) parts.push(`stopped after ${last.timesteps.length} steps`);
   if (step !== undefined) parts.push(`looked at step ${step}`);
   if (attention !== "dense") parts.push(`${percent(draft.sparsity)} of tile pairs skipped`);
   if (date) parts.push(date.replace("T", " ").replace("+00:00", " UTC"));
@@ -37,6 +40,12 @@ function summaryOf({ sampling, date, draft, attention, model, family, step }) {
 function figuresOf(report) {
   const figures = [];
   const add = (name, text) => figures.push([text, name]);
+  const addShares = (pass) => {
+    add("of token pairs computed", percent(pass.kept_share));
+    if (pass.means_work_of_a_sparse_layer) {
+      add("of dense attention's work, with means", percent(pass.work_share));
+    }
+  };
   if ("psnr_db" in report) {
     add("PSNR, sparse against dense", decibels(report.psnr_db));
     add("SSIM", number(report.ssim, 3));
@@ -44,11 +53,11 @@ function figuresOf(report) {
       add("speed-up of sparse steps", `${number(report.speed_up_of_sparse_steps, 2)} ×`);
     }
     add("speed-up of all steps", `${number(report.speed_up_of_all_steps, 2)} ×`);
-    add("of token pairs computed", percent(report.sparse.kept_share));
+    addShares(report.sparse);
   } else if (report.time_ms_per_step) {
     add("for all steps", seconds(report.time_ms_all_steps));
     add("for a step, median", seconds(report.time_ms_median_step));
-    add("of token pairs computed", percent(report.kept_share));
+    addShares(report);
   }
   return figures;
 }

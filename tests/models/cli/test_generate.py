@@ -49,6 +49,8 @@ RUN_KEYS = {
     "dense_steps",
     "skipped_steps",
     "work_per_step",
+    "work_share",
+    "means_work_of_a_sparse_layer",
     "stopped",
     "kept_share",
     "kept_share_per_layer",
