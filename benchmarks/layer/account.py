@@ -5,7 +5,7 @@ the same program, its short second launch (the repair) included. Names of XLA's 
 do not tell what they are for, so the rest is attributed so (`groups_ms`):
 
   pooling            kernels with pool in their name
-  logits             matrix products
+  logits             matrix products, and the kernel for drafts of sub-tiles
   order and repair   what follows the main launch, and as much time before it as the
                      `sparse` stage of the same sparsity takes before its own: that
                      stage gets a mask, so there it is the order of work and nothing
@@ -22,7 +22,7 @@ from typing import Any
 
 ATTENTION = "block_sparse_attention_sm90"
 POOLING = re.compile("pool")
-LOGITS = re.compile("gemm|dot|cublas|cutlass|nvjet")
+LOGITS = re.compile("gemm|dot|cublas|cutlass|nvjet|tile_scores")
 GROUPS = ("pooling", "logits", "selection", "order and repair")
 
 Kernels = list[dict[str, Any]]  # name and ms of each, in the order of launch

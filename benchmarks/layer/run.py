@@ -18,7 +18,8 @@ themselves.
 (`benchmarks.attention.edges`): the GPU's clock moves by more between two stages of
 `measure` than they differ by. `memory` asks the device what one layer needed. The
 allocator's peak is of the process, so it takes one stage; run it again for another. The
-file gets each part under its own key and keeps the others.
+file gets each part under its own key and keeps the others. `summary` says what means
+for skipped blocks cost (`benchmarks.layer.means_stages`).
 """
 
 import argparse
@@ -42,6 +43,7 @@ from benchmarks.common.options import add_output, add_turns, make_parser
 from benchmarks.common.records import environment, write_json
 from benchmarks.common.shapes import Shape
 from benchmarks.common.timing import slowdown, spread, take_turns
+from benchmarks.layer import means_stages
 from benchmarks.layer.account import (
     attention_account,
     groups,
@@ -204,7 +206,8 @@ def measure(options: argparse.Namespace) -> None:
 
     def save() -> None:
         facts = {"environment": environment(), "shape": problem(options.shape)}
-        update(options.output, **facts, results=results)
+        parts = {"results": results, "summary": means_stages.summary(results)}
+        update(options.output, **facts, **parts)
 
     calls = {}
     for name, program in programs.items():

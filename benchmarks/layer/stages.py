@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.common.inputs import random_inputs
 from benchmarks.common.shapes import SHAPES, Shape
-from benchmarks.layer import qk_stages
+from benchmarks.layer import means_stages, qk_stages
 from draft_jax import (
     DraftConfig,
     DraftStep,
@@ -120,6 +120,8 @@ def stages(shape: Shape, backend: BackendName, dense: str) -> dict[str, Stage]:
     table |= {name: Stage(*entry) for name, entry in prepared.items()}
     table |= selection_stages(shape)
     table |= layer_stages(shape, backend)
+    with_means = means_stages.entries(shape, backend)
+    table |= {name: Stage(*entry) for name, entry in with_means.items()}
     attend = functools.partial(jax.nn.dot_product_attention, implementation=dense)
     table["dense"] = Stage(attend, ("q", "k", "v"))
     return table
@@ -242,6 +244,7 @@ def make_inputs(shape: Shape) -> dict[str, object]:
             select_blocks, grid=grid, config=DraftConfig(sparsity=sparsity)
         )
         inputs[f"mask_{sparsity}"] = jax.jit(select)(scores)
+    inputs |= means_stages.make_inputs(inputs)
     start = initial_mask(grid, config, batch=1, num_heads=shape.num_heads)
     assert start.capacity == inputs["mask_0.9"].capacity
     return inputs

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.common.timing import slowdown
 from benchmarks.layer import account as layer_account
+from benchmarks.layer import means_stages
 from benchmarks.layer import plot as layer_plot
 from benchmarks.layer import run as layer
 
@@ -113,3 +114,43 @@ def test_plot_needs_groups(tmp_path):
     path.write_text(json.dumps(document | {"results": stages}))
     with pytest.raises(SystemExit, match="scheduled/reuse"):
         layer_plot.plot(path, tmp_path / "layer.png")
+
+
+def test_the_summary_is_of_the_most_means_and_of_one_run():
+    results = {
+        "sparse/0.9": {"attention_ms": 28.0},
+        "sparse-means/32nd": {"attention_ms": 35.0},
+        "sparse-means/16th": {"attention_ms": 42.0},
+        "layer-means/32nd": {"attention_ms": 35.0, "beyond_ms": 2.25},
+        "layer-means/16th": {"attention_ms": 42.0, "beyond_ms": 2.5},
+    }
+    assert means_stages.summary(results) == {
+        "overhead_ms": 2.5,
+        "kernel_ratio_32nd": 1.25,
+        "kernel_ratio_16th": 1.5,
+    }
+
+
+def test_the_summary_leaves_out_what_was_not_measured():
+    results = {
+        "sparse/0.9": {"error": "cause"},
+        "sparse-means/32nd": {"attention_ms": 35.0},
+        "layer-means/32nd": {"median_ms": 40.0},
+    }
+    assert means_stages.summary(results) == {}
+
+
+@pytest.mark.nightly
+def test_stages_with_means_run(tmp_path):
+    path = tmp_path / "layer.json"
+    arguments = ["measure", "--shape", "tiny", "--samples", "1", "--output", str(path)]
+    options = layer.parse([*arguments, "--only", "means|spread|sub-tiles"])
+    options.run(options)
+    results = json.loads(path.read_text())["results"]
+    stages = {
+        f"{kind}/{n}"
+        for kind in ("layer-means", "sparse-means", "means")
+        for n in ("32nd", "16th")
+    }
+    assert stages <= set(results)
+    assert not [name for name, result in results.items() if "error" in result]
