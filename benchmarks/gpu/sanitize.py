@@ -21,14 +21,17 @@ from benchmarks.common.inputs import random_mask
 from benchmarks.common.options import make_parser
 from draft_jax import (
     QKV,
+    BlockMask,
+    Compensation,
     DraftConfig,
     QKNorm,
     VideoGrid,
     draft_attention,
     joint_norm_rope_pool,
+    make_means,
     norm_rope_pool,
 )
-from pallas_kernels import block_sparse_attention, dense_attention
+from pallas_kernels import Means, block_sparse_attention, dense_attention
 from pallas_kernels.common.interfaces import Order
 
 HEADS, HEAD_DIM = 4, 128  # 2 heads would be norm_rope_pool's XLA path
@@ -46,6 +49,7 @@ class Attention:
     dtype: str = "bfloat16"
     text_lengths: tuple[int, ...] = ()  # one for each batch item
     growth: float = 0.0  # of the logits, in nats from one key block to the next
+    sub_tile: tuple[int, int] | None = None  # of means over two frames, if any
     densities: tuple[float, ...] = (0.4, 1.0)
 
     @property
@@ -65,6 +69,13 @@ class Attention:
         q = q.at[..., 0].set(1.0)
         return q, k.at[..., 0].set(jnp.asarray(growing, k.dtype)[:, None]), v
 
+    def means(self, k: jax.Array, v: jax.Array, mask: BlockMask) -> Means | None:
+        """Makes means of what a mask skips, if this part has them."""
+        if self.sub_tile is None:
+            return None
+        compensation = Compensation(sub_tile=self.sub_tile, frames=2)
+        return make_means(k, v, mask, compensation=compensation, order=self.order)
+
     def __call__(self) -> None:
         """Runs the kernel at each density."""
         lengths = jnp.asarray(self.text_lengths, jnp.int32)
@@ -77,6 +88,7 @@ class Attention:
                 grid=self.grid,
                 order=self.order,
                 text_lengths=lengths if self.text_lengths else None,
+                means=self.means(k, v, mask),
                 backend="hopper",
             )
         )
@@ -116,6 +128,20 @@ def draft() -> None:
         )
         qkv = inputs((1, grid.num_tokens, HEADS, HEAD_DIM))
         check(f"draft attention, {selection}", attend(*qkv))
+
+
+def draft_with_means() -> None:
+    """Runs a draft of sub-tiles and ranking by spread, and means behind the lists."""
+    config = DraftConfig(
+        sparsity=0.5,
+        selection="row_topk",
+        draft_tile=(4, 4),
+        compensation=Compensation(sub_tile=(2, 4), frames=2),
+        ranking="spread",
+    )
+    attend = jax.jit(lambda *qkv: draft_attention(*qkv, grid=TEXT_GRID, config=config))
+    qkv = inputs((1, TEXT_GRID.num_tokens, HEADS, HEAD_DIM))
+    check("draft attention with means", attend(*qkv))
 
 
 def prepare() -> None:
@@ -178,8 +204,18 @@ PARTS: dict[str, Callable[[], None]] = {
     "repair-float16": Attention(
         grid=TEXT_GRID, dtype="float16", growth=400.0, densities=(1.0,)
     ),
+    "means": Attention(grid=VideoGrid(3, 16, 32), sub_tile=(2, 2)),
+    "means-edges": Attention(grid=TEXT_GRID, sub_tile=(2, 4), order="raster"),
+    "means-boxes": Attention(
+        grid=VideoGrid(3, 13, 32), sub_tile=(2, 2), order="raster", head_dim=64
+    ),
+    "means-by-rows": Attention(grid=VideoGrid(2, 13, 21), sub_tile=(4, 4)),
+    "means-float16": Attention(
+        grid=VideoGrid(3, 16, 32), sub_tile=(1, 1), dtype="float16", growth=60.0
+    ),
     "dense": dense,
     "draft": draft,
+    "draft-means": draft_with_means,
     "prepare": prepare,
     "prepare-joint": prepare_joint,
 }
