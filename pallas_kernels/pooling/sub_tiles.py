@@ -139,7 +139,6 @@ def channel_variances(
     """
     rest = _deviations(x, means, sub_tiles, order=order)
     squares = reduce(jnp.square(rest), f"{_AXES[order]} -> b (g t th tw) n d", "sum")
-    squares = squares[:, : sub_tiles.num_tiles]  # the last group may have fewer frames
     return squares / sub_tiles.tokens_of_tile.astype(np.float32)[:, None, None]
 
 
@@ -167,7 +166,7 @@ def deviations_of_tiles(
     """
     rest = _deviations(x, means, sub_tiles, order=order)
     tiles = f"{_AXES[order]} -> b (g t th tw) (jr jc sr sc) n d"
-    return rearrange(rest, tiles)[:, : sub_tiles.num_tiles]
+    return rearrange(rest, tiles)
 
 
 def _deviations(
@@ -177,19 +176,29 @@ def _deviations(
     *,
     order: Order,
 ) -> Float[Array, "..."]:
-    """Subtracts from each token the mean of its cell; split as `_AXES` says."""
-    ones = jnp.ones((1, x.shape[1], 1, 1), jnp.float32)
-    is_token = _split(ones, sub_tiles, order) > 0
-    groups = {"g": sub_tiles.num_groups}
+    """Subtracts from each token the mean of its cell; split as `_AXES` says.
+
+    Frame by frame, so that a last group of fewer frames needs no padding: XLA would
+    write all differences to memory for it.
+    """
+    frames, group_frames = sub_tiles.frames, sub_tiles.group_frames
+    frame_cells = dataclasses.replace(sub_tiles, group_frames=1)
+    groups = rearrange(means, "b (g c) n d -> b g c n d", g=sub_tiles.num_groups)
+    own_means = jnp.repeat(groups, group_frames, axis=1)[:, :frames]
+    sizes: dict[str, int] = {}
     for axes, sides in (
         (("th", "tw"), sub_tiles.tiles_per_frame),
         (("jr", "jc"), sub_tiles.sub_tiles_per_tile),
     ):
-        groups |= dict(zip(axes, sides, strict=True))
+        sizes |= dict(zip(axes, sides, strict=True))
     spread = _AXES[order].replace(" t ", " 1 ").replace("sr", "1").replace("sc", "1")
-    own_means = rearrange(means, f"{_CELLS} -> {spread}", **groups)
-    parts = _split(x, sub_tiles, order).astype(jnp.float32)
-    return jnp.where(is_token, parts - own_means, 0)
+    cells = _CELLS.replace("(g th tw jr jc)", "g (th tw jr jc)")
+    own_means = rearrange(own_means, f"{cells} -> {spread}", **sizes)
+    rest = _split(x, frame_cells, order).astype(jnp.float32) - own_means
+    if (frame_cells.tokens_per_frame == math.prod(frame_cells.part)).all():
+        return rest
+    ones = jnp.ones((1, x.shape[1], 1, 1), jnp.float32)
+    return jnp.where(_split(ones, frame_cells, order) > 0, rest, 0)
 
 
 def _split(
