@@ -14,6 +14,11 @@ class Players {
    * @param {(text: string) => string} nameOf Names the video of an index.
    */
   constructor(report, nameOf) {
+    this.problem = make(
+      "p", { role: "alert", hidden: true },
+      "This browser cannot play a video of this page, which is H.264. The files beside the "
+        + "page play elsewhere.",
+    );
     this.report = report;
     this.nameOf = nameOf;
     this.frame = 0;
@@ -37,6 +42,7 @@ class Players {
       "aria-label": this.nameOf(index),
     });
     video.muted = true;
+    video.addEventListener("error", () => { this.problem.hidden = false; });
     video.addEventListener("ended", () => this.atEnd(video));
     video.addEventListener("loadedmetadata", () => this.seek(this.frame));
     return video;
@@ -66,7 +72,7 @@ class Players {
         "div", { class: "bar" },
         this.pairs.length > 1 ? this.pairChoice.whole : null, this.buildViews(),
       ),
-      this.stage, this.amplified, this.wipeField, this.buildControls(), this.buildCurve(), this.note,
+      this.problem, this.stage, this.amplified, this.wipeField, this.buildControls(), this.buildCurve(), this.note,
     );
   }
 

@@ -69,7 +69,10 @@ function header(data, prefixes) {
       make("div", {}, make("dt", {}, name), make("dd", {}, value)));
     return make(
       "div", { class: "run" },
-      make(several ? "h2" : "h1", {}, prefixes[index] + (report.prompt || "(no prompt)")),
+      make(
+        several ? "h2" : "h1", { class: report.prompt.length > 140 ? "long" : null },
+        prefixes[index] + (report.prompt || "(no prompt)"),
+      ),
       make("p", { class: "summary" }, summaryOf(report)),
       figures.length ? make("dl", { class: "figures" }, ...figures) : null,
     );

@@ -475,6 +475,16 @@ def test_a_single_video_without_a_recording(browser, tmp_path):
     assert browser.evaluate("report.explorers.length") == 0
 
 
+def test_a_video_that_does_not_play_is_told(browser, tmp_path):
+    (tmp_path / "video.mp4").write_bytes(b"no video")
+    write_report(tmp_path / "report.html", report_of(), videos=["video.mp4"])
+    browser.open((tmp_path / "report.html").as_uri())
+    browser.wait_for("window.report !== undefined")
+    browser.wait_for("!document.querySelector('[role=alert]').hidden")
+    browser.press(" ")  # stays paused
+    browser.wait_for("document.querySelector('#play').textContent === 'Play'")
+
+
 def test_a_video_that_is_too_large_is_a_link(folder, browser, tmp_path):
     report = compared()
     for name in ("dense.mp4", "sparse.mp4"):
