@@ -65,6 +65,9 @@ CASES = {
         grid=VideoGrid(1, 13, 32, text_length=40), order="raster"
     ),
     "boxes": Case(grid=VideoGrid(1, 13, 32), order="raster"),
+    "sums-last-and-edges": Case(
+        grid=VideoGrid(1, 13, 16), dtype="float16", config={"sums_last": True}
+    ),
     "narrower-than-a-tile": Case(grid=VideoGrid(2, 13, 8), order="raster"),
     "three-widths": Case(grid=VideoGrid(1, 14, 20, text_length=136)),
     "text-before-and-empty": Case(

@@ -32,6 +32,7 @@ CONFIGS = {
     "default": {},
     "exact-softmax": {"exact_softmax": True},
     "four-slots": {"num_slots": 4},
+    "sums-last": {"sums_last": True},
 }
 
 
