@@ -231,6 +231,9 @@ def test_presets():
     assert config.sparsity == 0.95
     assert config.compensation is not None
     assert config.ranking == "spread"
+    grid = VideoGrid(4, 32, 64)
+    assert means_work(grid, DraftConfig.compensated()) == 1 / 16
+    assert DraftConfig.compensated().sparsity == 0.9
 
 
 @pytest.mark.parametrize(
