@@ -7,6 +7,7 @@ of its own: the program that makes the video is the same with and without a reco
 import dataclasses
 import functools
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,10 @@ DECADES = 4  # from level 255 to level 0
 STEPS_FOR_A_LOOK = 16  # a look costs half a guided step, so 3 % of the steps
 MOST_LOOKS, MOST_LAYERS, MOST_HEADS = 3, 8, 4
 MOST_BYTES = 14_000_000  # of levels and bits; a third more as text
+
+
+class RecordingWarning(UserWarning):
+    """A recording has ended before its run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,14 +174,28 @@ class AttentionRecorder:
     def before_step(
         self, sampler: Sampler, state: SamplerState, inputs: StepInputs, index: int
     ) -> None:
-        """Looks at the step if it is one of the chosen ones."""
+        """Looks at the step if it is one of the chosen ones.
+
+        A look for which the device has no memory ends the recording, not the run.
+        """
         if self._sampler is not sampler:  # a run has begun
             self._sampler, self._seen, self._time_ms = sampler, {}, 0.0
             self._looks = self._choose(sampler)
         if self._looks is None or index not in self._looks.steps:
             return
         start = time.perf_counter()
-        self._seen[index] = look_at_step(sampler, state, inputs, index, self._looks)
+        try:
+            seen = look_at_step(sampler, state, inputs, index, self._looks)
+        except jax.errors.JaxRuntimeError as error:
+            self._looks = dataclasses.replace(self._looks, steps=())
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            warnings.warn(
+                f"draft maps are recorded up to step {index}, not further: {reason}",
+                RecordingWarning,
+                stacklevel=2,
+            )
+            return
+        self._seen[index] = seen
         self._time_ms += 1e3 * (time.perf_counter() - start)
 
     def _choose(self, sampler: Sampler) -> Looks | None:

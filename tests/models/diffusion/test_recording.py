@@ -2,15 +2,20 @@
 
 import dataclasses
 import itertools
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule, VideoGrid
+from models.diffusion import recording
 from models.diffusion.inspection import AttentionView, inspect_attention
 from models.diffusion.recording import (
     AttentionRecorder,
+    Looks,
+    RecordingWarning,
     choose_looks,
     record_of_view,
     to_levels,
@@ -75,6 +80,38 @@ def test_a_recorder_changes_neither_video_nor_latents(pipeline, run):
     np.testing.assert_array_equal(recorded.video, plain.video)
     np.testing.assert_array_equal(recorded.latents, plain.latents)
     assert record.levels.max((-2, -1)).tolist() == [[[255, 255]] * 3]
+
+
+def test_a_look_without_memory_ends_the_recording_alone(monkeypatch, without_jaxtyping):
+    """Of looks before steps 1, 4 and 7 the second fails."""
+
+    def look_at_step(sampler, state, inputs, index, looks):
+        if index == 4:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB\nmore")
+        maps = np.zeros((1, 1, 2, 2), np.uint8)
+        return {"levels": maps, "peaks": np.ones((1, 1)), "masks": maps[..., :1]}
+
+    monkeypatch.setattr(recording, "look_at_step", look_at_step)
+    looks = Looks(steps=(1, 4, 7), layers=(0,), heads=(0,))
+    monkeypatch.setattr(AttentionRecorder, "_choose", lambda *_: looks)
+    grid = VideoGrid(1, 1, 2, tile=(1, 1))
+    sampler = types.SimpleNamespace(
+        model=types.SimpleNamespace(num_layers=1, num_heads=1, grid=lambda _: grid),
+        latent_shape=(1, 1, 2, 1),
+        dense=np.zeros((8, 1), bool),
+        solver=types.SimpleNamespace(timesteps=np.arange(8.0), num_steps=8),
+    )
+    recorder = AttentionRecorder()
+    message = "recorded up to step 4, not further: RESOURCE_EXHAUSTED: 9 GB$"
+    for index in range(4):
+        recorder.before_step(sampler, None, None, index)
+    with pytest.warns(RecordingWarning, match=message):
+        recorder.before_step(sampler, None, None, 4)
+    for index in range(5, 8):
+        recorder.before_step(sampler, None, None, index)
+    record = recorder.record()
+    assert record.looks.steps == (1,)
+    assert record.timesteps == (1.0,)
 
 
 @pytest.mark.nightly
