@@ -4,7 +4,7 @@ import pytest
 
 from draft_jax import Compensation, DraftConfig
 from models.cli.options import draft_from
-from models.cli.parser import build_parser
+from models.cli.parser import UsageError, build_parser
 
 
 def config_of(*options):
@@ -43,7 +43,7 @@ def test_what_does_not_go_together_is_refused(options, text):
 
 
 @pytest.mark.parametrize("value", ["4", "4x", "0x4", "4x4x4", "axb"])
-def test_sizes_are_rows_and_columns(value, capsys):
-    with pytest.raises(SystemExit):
+def test_sizes_are_rows_and_columns(value):
+    with pytest.raises(UsageError) as caught:
         config_of("--means", value)
-    assert f"'{value}' must be ROWSxCOLUMNS in tokens" in capsys.readouterr().err
+    assert f"'{value}' must be ROWSxCOLUMNS in tokens" in caught.value.line
