@@ -139,7 +139,9 @@ def _build_generate(page: gr.Blocks, runner: Runner, queue: JobQueue) -> None:
         made = ""
         if job.folder is not None:
             made = fragments.result_of(runner.outputs, job.folder)
+        steps, time = job.work.sampling.num_steps, runner.expect(job.work)
         yield {
+            expected: fragments.expected_time(values.mode, steps, time),
             status: fragments.status_of(job, []),
             result: made,
             start: gr.update(interactive=True),
@@ -149,7 +151,7 @@ def _build_generate(page: gr.Blocks, runner: Runner, queue: JobQueue) -> None:
     start.click(
         generate,
         inputs,
-        [status, result, start, stop, *fields.errors.values()],
+        [expected, status, result, start, stop, *fields.errors.values()],
         concurrency_limit=None,
         **_QUIET,
     )

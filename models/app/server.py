@@ -1,5 +1,6 @@
 """Serves the page: files and checks in front, Gradio behind."""
 
+import logging
 import socket
 import sys
 from collections.abc import Callable
@@ -116,3 +117,8 @@ class _Server(uvicorn.Server):
         """Starts, and then says so."""
         await super().startup(sockets=sockets)
         self._when_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends, without a traceback of each page that is still open."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets=sockets)

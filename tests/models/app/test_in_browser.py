@@ -183,7 +183,7 @@ def test_a_comparison_from_the_prompt_to_its_players(page):
     clips = []
     for value in ("20", "80"):
         report.locator("#wipe").fill(value)
-        clips.append(report.locator(".stage").inner_html())
+        clips.append(report.locator(".stage").evaluate("s => s.outerHTML"))
     assert clips[0] != clips[1]
     # A click on a tile tells what it attends to.
     said = report.locator(".said")
@@ -201,7 +201,7 @@ def test_a_comparison_from_the_prompt_to_its_players(page):
 def test_earlier_runs_are_listed_and_compared(page, server):
     for seed in (1, 2):
         generate(page, SMALL | {"seed": seed})
-        wait_for_status(page, "^(?!Done|Stopped)")
+        wait_for_status(page, "Dense")
         wait_for_status(page, "^Done")
     page.get_by_role("tab", name="Earlier runs").click()
     page.locator("#runs tbody tr").nth(1).wait_for()
@@ -214,7 +214,7 @@ def test_earlier_runs_are_listed_and_compared(page, server):
     button(page, "Compare the two").click()
     report = report_of(page, "#earlier-result")
     report.locator("video").first.wait_for()
-    assert page.locator("#error-runs").inner_text() == ""
+    assert page.locator("#error-runs").is_hidden()
     (folder,) = (server.outputs / "comparisons").iterdir()
     assert (folder / "report.html").is_file()
     button(page, "Show the first").click()
@@ -313,7 +313,7 @@ CONTRAST = """element => {
 
 def test_no_path_leads_out_of_the_outputs_folder(server):
     secret = server.outputs.parent / "secret.json"
-    secret.write_text("secret")
+    secret.write_text("what nobody may read")
     inside = server.outputs / "run"
     inside.mkdir(parents=True, exist_ok=True)
     (inside / "fine.json").write_text("fine")
@@ -341,7 +341,7 @@ def test_no_path_leads_out_of_the_outputs_folder(server):
     ):
         status, body = server.ask("GET", path)
         assert status in (400, 403, 404, 405), path
-        assert b"secret" not in body.replace(str(secret).encode(), b""), path
+        assert b"nobody may read" not in body, path
         assert b"root:" not in body
     assert server.ask("POST", "/runs/run/fine.json", b"x")[0] == 405
     assert server.ask("PUT", "/runs/run/new.json", b"x")[0] == 405
