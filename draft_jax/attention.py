@@ -18,7 +18,14 @@ from pallas_kernels import (
     unchecked_block_sparse_attention,
     unchecked_dense_attention,
 )
-from pallas_kernels.common import AnyArray, Order, Scale, to_jax, validation
+from pallas_kernels.common import (
+    AnyArray,
+    Order,
+    Scale,
+    alike,
+    to_jax,
+    validation,
+)
 
 
 def draft_attention(
@@ -161,6 +168,10 @@ def scheduled_attention(
     else:
         _check_mask(mask, q, grid, config)
     warn_of_few_blocks(config.sparsity, grid)
+    if any(isinstance(flag, jax.core.Tracer) for flag in (step.dense, step.refresh)):
+        # Both branches return the mask: the old one is sharded like a new one.
+        names = ("q: B T N D", "k: B T N D", "v: B T N D", "mask: B N R")
+        q, k, v, mask = alike((q, k, v, mask), names)
 
     def run_dense(mask: BlockMask | None):
         out = unchecked_dense_attention(

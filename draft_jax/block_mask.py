@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
 from pallas_kernels import ranking
-from pallas_kernels.common import jit_once
+from pallas_kernels.common import jit_once, lists_of_maps, on_own_shards
 
 
 @register_dataclass
@@ -159,24 +159,47 @@ class BlockMask:
     @jit_once
     def row_ids(self) -> Int[Array, "B N M"]:
         """Returns the query block of each kept pair; R for entries not read."""
-        entries = jnp.arange(self.capacity, dtype=jnp.int32)
-        search = jax.vmap(
-            jax.vmap(lambda offsets: jnp.searchsorted(offsets, entries, side="right"))
-        )
-        return search(self.row_offsets[..., 1:]).astype(jnp.int32)
+        capacity = self.capacity
+
+        def run(row_offsets):
+            batch, num_heads, _ = row_offsets.shape
+            item, head = jnp.ogrid[:batch, :num_heads]
+            # The row of an entry is the number of rows that end at or before it.
+            ends = jnp.zeros((batch, num_heads, capacity + 1), jnp.int32)
+            place = (item[..., None], head[..., None], row_offsets[..., 1:])
+            ends = ends.at[place].add(1)
+            return (jnp.cumsum(ends[..., :capacity], axis=-1, dtype=jnp.int32),)
+
+        (rows,) = on_own_shards(
+            run,
+            operation="BlockMask.row_ids",
+            operands=("row_offsets: B N R",),
+            results=("B N M",),
+        )(self.row_offsets)
+        return rows
 
     @jit_once
     def to_dense(self) -> Bool[Array, "B N R R"]:
         """Returns the boolean map of kept block pairs, text blocks included."""
-        num_blocks, rows = self.grid.num_blocks, self.row_ids()
-        columns = jnp.where(rows < num_blocks, self.block_ids, 0)
-        batch, num_heads, _ = rows.shape
-        # Entries that are not read go to a row of their own, not out of bounds, where
-        # checkify would stop. It has no rule for a scatter under vmap.
-        kept = jnp.zeros((batch, num_heads, num_blocks + 1, num_blocks), jnp.bool_)
-        item, head = jnp.ogrid[:batch, :num_heads]
-        kept = kept.at[item[..., None], head[..., None], rows, columns].set(True)
-        return kept[:, :, :num_blocks]
+        num_blocks = self.grid.num_blocks
+
+        def run(rows, block_ids):
+            columns = jnp.where(rows < num_blocks, block_ids, 0)
+            batch, num_heads, _ = rows.shape
+            # Entries that are not read go to a row of their own, not out of bounds,
+            # where checkify would stop. It has no rule for a scatter under vmap.
+            kept = jnp.zeros((batch, num_heads, num_blocks + 1, num_blocks), jnp.bool_)
+            item, head = jnp.ogrid[:batch, :num_heads]
+            kept = kept.at[item[..., None], head[..., None], rows, columns].set(True)
+            return (kept[:, :, :num_blocks],)
+
+        (dense,) = on_own_shards(
+            run,
+            operation="BlockMask.to_dense",
+            operands=("row_ids: B N M", "block_ids: B N M"),
+            results=("B N R C",),
+        )(self.row_ids(), self.block_ids)
+        return dense
 
     @property
     @jit_once
@@ -186,16 +209,27 @@ class BlockMask:
         1.0 is dense attention. The cost of a block-sparse kernel is proportional
         to it; with short blocks or text it differs from the share of block pairs.
         """
-        lengths = np.asarray(self.grid.block_lengths, np.int32)
-        if (lengths == lengths[0]).all():
-            kept_tokens = self.counts * lengths[0]
-        else:
-            # Sums may pass 2**31 and wrap round: differences within a row do not.
-            sums = jnp.cumsum(jnp.asarray(lengths)[self.block_ids], -1, dtype=jnp.int32)
-            sums = jnp.concatenate([jnp.zeros_like(sums[..., :1]), sums], axis=-1)
-            kept_tokens = jnp.diff(jnp.take_along_axis(sums, self.row_offsets, -1))
-        pairs = kept_tokens.astype(jnp.float32) * lengths.astype(np.float32)
-        return pairs.sum(-1) / float(self.grid.num_tokens) ** 2
+        lists = lists_of_maps(self.row_offsets.ndim - 1)
+        (shares,) = on_own_shards(
+            lambda mask: (_density(mask),),
+            operation="BlockMask.density",
+            operands=(f"mask: {lists} R",),
+            results=(lists,),
+        )(self)
+        return shares
+
+
+def _density(mask: BlockMask) -> Float[Array, "*layers B N"]:
+    lengths = np.asarray(mask.grid.block_lengths, np.int32)
+    if (lengths == lengths[0]).all():
+        kept_tokens = mask.counts * lengths[0]
+    else:
+        # Sums may pass 2**31 and wrap round: differences within a row do not.
+        sums = jnp.cumsum(jnp.asarray(lengths)[mask.block_ids], -1, dtype=jnp.int32)
+        sums = jnp.concatenate([jnp.zeros_like(sums[..., :1]), sums], axis=-1)
+        kept_tokens = jnp.diff(jnp.take_along_axis(sums, mask.row_offsets, -1))
+    pairs = kept_tokens.astype(jnp.float32) * lengths.astype(np.float32)
+    return pairs.sum(-1) / float(mask.grid.num_tokens) ** 2
 
 
 def _check_map(

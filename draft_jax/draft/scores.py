@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from pallas_kernels.common import (
     Scale,
     SubTiles,
     jit_once,
+    over_explicit_axes,
     split_scale,
     to_jax,
     validation,
@@ -102,10 +103,25 @@ class Draft(NamedTuple):
 
 @functools.partial(jit_once, static_argnames=("grid", "config", "scale", "max_bytes"))
 def _scores(draft, scale_array, *, grid, config, scale, max_bytes):
-    scale = scale_array if scale is None else scale
-    return scores_of_draft(
-        draft, grid=grid, config=config, scale=scale, max_bytes=max_bytes
-    )
+    def run(draft, scale_array):
+        known = scale_array if scale is None else scale
+        return scores_of_draft(
+            draft, grid=grid, config=config, scale=known, max_bytes=max_bytes
+        )
+
+    return over_explicit_axes(
+        run,
+        operation="draft_scores",
+        operands=(axes_of_draft(draft), "scale:"),
+        results="B N S S",
+    )(draft, scale_array)
+
+
+def axes_of_draft(draft: Draft) -> Any:
+    """Returns the axes of the arrays of a draft, as `common.sharding` takes them."""
+    axes_of_token = 0 if draft.spread is None else draft.spread.ndim - 4
+    inner = " ".join(f"P{i}" for i in range(axes_of_token))
+    return Draft("pooled: B S N D", f"spread: B S {inner} N D")  # type: ignore[arg-type]
 
 
 def check_draft_inputs(

@@ -21,6 +21,7 @@ from draft_jax.draft import head_chunks
 from draft_jax.draft.pooling import PooledTokens
 from draft_jax.draft.scores import (
     Draft,
+    axes_of_draft,
     check_draft_inputs,
     pool_draft,
     scores_of_draft,
@@ -35,6 +36,7 @@ from pallas_kernels.common import (
     Scale,
     current_device,
     jit_once,
+    on_own_shards,
     split_scale,
     to_jax,
 )
@@ -131,10 +133,21 @@ class _Task:
 
 @functools.partial(jit_once, static_argnums=0)
 def _select_in_chunks(task: _Task, scores, budget) -> BlockMask:
-    budget = _clipped(budget, task)
-    return task.map_heads(
-        lambda own, budget: _select(own, task, budget), scores, budget
+    def run(scores, budget):
+        budget = _clipped(budget, task)
+        mask = task.map_heads(
+            lambda own, budget: _select(own, task, budget), scores, budget
+        )
+        return mask.row_offsets, mask.block_ids
+
+    run = on_own_shards(
+        run,
+        operation="select_blocks",
+        operands=("scores: B N S S", "budget:"),
+        results=("B N R", "B N M"),
     )
+    row_offsets, block_ids = run(scores, budget)
+    return BlockMask(row_offsets=row_offsets, block_ids=block_ids, grid=task.grid)
 
 
 def _clipped(budget: Any, task: _Task) -> Int[Array, ""]:
@@ -269,7 +282,6 @@ def _draft_in_chunks(
     task: _Task, scale: float | None, draft: Draft, budget, scale_array
 ) -> BlockMask:
     """Selects from the scores of a draft, a few heads at a time."""
-    budget = _clipped(budget, task)
 
     def of_heads(by_heads: Any, budget: Array, scale_array: Array | None) -> BlockMask:
         own = jax.tree.map(lambda x: jnp.moveaxis(x, 1, -2), by_heads)
@@ -282,8 +294,20 @@ def _draft_in_chunks(
         )
         return _select(scores, task, budget)
 
-    by_heads = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 1), draft)
-    return task.map_heads(of_heads, by_heads, budget, scale_array)
+    def run(draft, budget, scale_array):
+        by_heads = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 1), draft)
+        shared = (_clipped(budget, task), scale_array)
+        mask = task.map_heads(of_heads, by_heads, *shared)
+        return mask.row_offsets, mask.block_ids
+
+    run = on_own_shards(
+        run,
+        operation="compute_mask",
+        operands=(axes_of_draft(draft), "budget:", "scale:"),
+        results=("B N R", "B N M"),
+    )
+    row_offsets, block_ids = run(draft, budget, scale_array)
+    return BlockMask(row_offsets=row_offsets, block_ids=block_ids, grid=task.grid)
 
 
 def _add_text_words(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import reference as oracle
 from pallas_kernels.attention import sm90, xla
+from pallas_kernels.attention.derivatives import AXES, AXES_OF_MEANS
 from pallas_kernels.attention.means import Means
 from pallas_kernels.common import AnyArray, Scale, to_jax, validation
 from pallas_kernels.common.device import Device, current_device
@@ -24,6 +25,7 @@ from pallas_kernels.common.interfaces import (
     Order,
     Problem,
 )
+from pallas_kernels.common.sharding import over_explicit_axes
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import jit_once, split_scale
 from pallas_kernels.common.sub_tiles import SubTiles
@@ -310,7 +312,21 @@ class _Lists(NamedTuple):
     jit_once,
     static_argnames=("grid", "order", "scale", "backend", "device", "with_lse"),
 )
-def _attend(
+def _attend(*arrays, **options):
+    """Runs a backend on the batch items and heads that each device has."""
+    axes_of_means: Any = "means:"
+    if (means := arrays[-1]) is not None:
+        axes_of_means = jax.tree.unflatten(jax.tree.structure(means), AXES_OF_MEANS)
+    run = over_explicit_axes(
+        functools.partial(_attend_where_arrays_are, **options),
+        operation=AXES.operation,
+        operands=(*AXES.operands, "scale:", axes_of_means),
+        results=AXES.results if options["with_lse"] else (AXES.results[0], None),
+    )
+    return run(*arrays)
+
+
+def _attend_where_arrays_are(
     q,
     k,
     v,

@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import sm90
 from pallas_kernels.attention.api import BackendChoice
 from pallas_kernels.attention.dense_fused import FusedAttention, attend
-from pallas_kernels.attention.dense_xla import chunk_size, chunked_attention
+from pallas_kernels.attention.dense_xla import AXES, chunk_size, chunked_attention
 from pallas_kernels.common import AnyArray, Scale, to_jax, validation
 from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.interfaces import BlockGrid, clear_padding, valid_tokens
+from pallas_kernels.common.sharding import over_explicit_axes
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import fold_scale, jit_once, split_scale
 
@@ -142,7 +143,18 @@ def unchecked_dense_attention(
 
 
 @functools.partial(jit_once, static_argnames=("path", "grid", "scale", "device"))
-def _attend(
+def _attend(*arrays, **options):
+    """Runs the chosen path on the batch items and heads that each device has."""
+    run = over_explicit_axes(
+        functools.partial(_attend_where_arrays_are, **options),
+        operation=AXES.operation,
+        operands=(*AXES.operands, "scale:"),
+        results=AXES.results[0],
+    )
+    return run(*arrays)
+
+
+def _attend_where_arrays_are(
     q,
     k,
     v,

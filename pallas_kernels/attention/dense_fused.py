@@ -15,11 +15,11 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import sm90
-from pallas_kernels.attention.dense_xla import chunk_size, chunked_attention
+from pallas_kernels.attention.dense_xla import AXES, chunk_size, chunked_attention
 from pallas_kernels.attention.derivatives import RESIDUAL_NAMES
 from pallas_kernels.common.device import Device
 from pallas_kernels.common.interfaces import BlockGrid, valid_tokens
-from pallas_kernels.common.linear_maps import LinearMap
+from pallas_kernels.common.linear_maps import LinearMap, sealed
 from pallas_kernels.common.slow_paths import warn_once
 
 
@@ -97,7 +97,9 @@ class FusedAttention:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attend(attention: FusedAttention, *arrays: Array) -> Float[Array, "B T N D"]:
     """Computes attention by a fused kernel, differentiable in every mode and order."""
-    return attention.forward(*arrays)
+    axes = dataclasses.replace(AXES, operands=AXES.operands[: len(arrays)])
+    (out,) = sealed(lambda *arrays: (attention.forward(*arrays),), *arrays, axes=axes)
+    return out
 
 
 @functools.partial(attend.defjvp, symbolic_zeros=True)
@@ -112,8 +114,13 @@ def _differentiate(attention, arrays, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _for_gradients(attention: FusedAttention, *arrays: Array) -> tuple[Array, ...]:
     """Returns cuDNN's output and what its backward pass keeps beside the inputs."""
-    out, pullback = _by_cudnn_with_pullback(attention, *arrays)
-    return out, *jax.tree.leaves(pullback)
+
+    def run(*arrays):
+        out, pullback = _by_cudnn_with_pullback(attention, *arrays)
+        return out, *jax.tree.leaves(pullback)
+
+    # XLA knows how cuDNN's attention is sharded.
+    return tuple(sealed(run, *arrays))
 
 
 @functools.partial(_for_gradients.defjvp, symbolic_zeros=True)

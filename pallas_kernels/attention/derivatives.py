@@ -35,7 +35,8 @@ from pallas_kernels.attention.means import (
 )
 from pallas_kernels.attention.pair_sums import Arrays, Walked, dot, sum_over_pairs
 from pallas_kernels.common.interfaces import BlockGrid, Order
-from pallas_kernels.common.linear_maps import LinearMap
+from pallas_kernels.common.linear_maps import LinearMap, sealed
+from pallas_kernels.common.sharding import Axes
 from pallas_kernels.common.static import jit_once
 from pallas_kernels.common.sub_tiles import SubTiles
 from pallas_kernels.common.token_order import reorder_tokens
@@ -47,8 +48,36 @@ NO_KEY = np.finfo(np.float32).max
 # `jax.checkpoint_policies.save_only_these_names` and the like.
 RESIDUAL_NAMES = ("attention_output", "attention_log_sum_exp")
 
+# What an attention's forward pass takes and returns.
+AXES = Axes(
+    operation="block_sparse_attention",
+    operands=(
+        "q: B T N D",
+        "k: B T N D",
+        "v: B T N D",
+        "mask.row_offsets: B N R",
+        "mask.block_ids: B N M",
+        "text_lengths: B",
+    ),
+    results=("B T N D", "B N T"),
+)
+AXES_OF_MEANS = (
+    "means.k: B M N D",
+    "means.v: B M N D",
+    "means.dropped: B N R C",
+)
+_NUM_ARRAYS = len(AXES.operands)  # of an attention without means
 
-_NUM_ARRAYS = 6  # of an attention without means
+
+def _axes_of_derivatives(*, has_means: bool) -> Axes:
+    """Returns the axes of the residuals, then of the tangents, of either's part."""
+    residuals = (*AXES.operands, *(f"output: {axes}" for axes in AXES.results))
+    moving = AXES.operands[:3]
+    if has_means:
+        residuals = (*residuals, *AXES_OF_MEANS)
+        moving = (AXES.operands[0], *AXES_OF_MEANS[:2])
+    tangents = (f"tangent of {axes}" for axes in moving)
+    return dataclasses.replace(AXES, operands=(*residuals, *tangents))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +105,10 @@ class Attention:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attend(attention: Attention, *arrays: Array) -> tuple[Array, Array]:
     """Computes an attention's forward pass, with the derivatives of this module."""
-    return attention.forward(*arrays)
+    operands = (*AXES.operands, *AXES_OF_MEANS)[: len(arrays)]
+    axes = dataclasses.replace(AXES, operands=operands)
+    out, lse = sealed(attention.forward, *arrays, axes=axes)
+    return out, lse
 
 
 @functools.partial(attend.defjvp, symbolic_zeros=True)
@@ -91,15 +123,20 @@ def _differentiate(attention, primals, tangents):
     program = LinearMap(
         apply=functools.partial(_tangents, attention),
         transpose=functools.partial(_cotangents, attention),
+        axes=_axes_of_derivatives(has_means=False),
     )
     kept = (*primals[:_NUM_ARRAYS], out, kept_lse)
     moved = program(kept, _moving(tangents[:3]))
     if attention.sub_tiles is not None:
-        mean_k, mean_v, dropped = primals[_NUM_ARRAYS:]
-        means = Means(mean_k, mean_v, dropped, attention.sub_tiles)
+        of_means = LinearMap(
+            apply=functools.partial(_tangents_of_means, attention),
+            transpose=functools.partial(_cotangents_of_means, attention),
+            axes=_axes_of_derivatives(has_means=True),
+        )
         moving = _moving((tangents[0], *tangents[_NUM_ARRAYS:-1]))
-        added = _tangents_of_means(attention, kept, means, moving)
-        moved = tuple(x + y for x, y in zip(moved, added, strict=True))
+        if any(x is not None for x in moving):
+            added = of_means((*kept, *primals[_NUM_ARRAYS:]), moving)
+            moved = tuple(x + y for x, y in zip(moved, added, strict=True))
     return (out, lse), moved
 
 
@@ -109,12 +146,13 @@ def _moving(tangents: tuple[Array | SymbolicZero, ...]) -> tuple[Array | None, .
 
 @functools.partial(jit_once, static_argnums=0)
 def _tangents_of_means(
-    attention: Attention, kept: Arrays, means: Means, moved: tuple[Array | None, ...]
+    attention: Attention, residuals: Arrays, moved: tuple[Array | None, ...]
 ) -> Arrays:
     """Returns what the means add to the tangents; `moved` are those of q and means."""
-    if all(x is None for x in moved):
-        return tuple(jnp.zeros_like(x) for x in kept[-2:])
-    blocks = _Blocks(attention, kept)
+    *kept, mean_k, mean_v, dropped = residuals
+    assert attention.sub_tiles is not None, "else there are no means"
+    means = Means(mean_k, mean_v, dropped, attention.sub_tiles)
+    blocks = _Blocks(attention, tuple(kept))
     upcast = attention.config.upcast
     d_q, d_k, d_v = moved
     d_out, d_lse = added_tangents(
@@ -129,6 +167,17 @@ def _tangents_of_means(
     )
     dtype = kept[-2].dtype
     return blocks.join(d_out).astype(dtype), blocks.join(d_lse).swapaxes(1, 2)
+
+
+def _cotangents_of_means(
+    attention: Attention, residuals: Arrays, cotangents: Arrays
+) -> Arrays:
+    """Returns what the means add to the cotangent of q, and those of their k and v."""
+    arrays = (residuals[0], *residuals[-3:-1])  # of the shapes of their tangents
+    _, transposed = jax.vjp(
+        lambda *moved: _tangents_of_means(attention, residuals, moved), *arrays
+    )
+    return transposed(tuple(cotangents))
 
 
 class _Blocks:

@@ -70,7 +70,10 @@ class MeansByHead:
         return jnp.where(counts > 0, jnp.log(jnp.maximum(counts, 1)), -jnp.inf)
 
     def map_rows(
-        self, function: Callable[..., tuple[Array, ...]], *rows: Float[Array, "L P ..."]
+        self,
+        function: Callable[..., tuple[Array, ...]],
+        *rows: Float[Array, "L P ..."],
+        num_maps: int = 1,
     ) -> tuple[Array, ...]:
         """Applies a function to a few query blocks of all heads at a time.
 
@@ -78,12 +81,13 @@ class MeansByHead:
           function: Takes arrays [H, G, P, ...] of G query blocks, and their rows of
             `dropped`; returns arrays that begin with the same three axes.
           *rows: Arrays of all query blocks, L = H * R.
+          num_maps: How many arrays as large as the logits it holds at once.
 
         Returns:
           The results of all query blocks [L, P, ...].
         """
         heads, num_rows, _ = self.dropped.shape
-        logits = heads * rows[0].shape[1] * self.k.shape[1] * 4
+        logits = num_maps * heads * rows[0].shape[1] * self.k.shape[1] * 4
         chunk = min(num_rows, max(1, MAX_CHUNK_BYTES // logits))
         padding = -num_rows % chunk  # rows that drop nothing
 
@@ -184,4 +188,5 @@ def added_tangents(
         return d_out, jnp.where(has_means, d_lse, 0.0)
 
     moved = () if d_q is None else (d_q,)
-    return means.map_rows(move, q, out, lse, *moved)  # type: ignore[return-value]
+    results = means.map_rows(move, q, out, lse, *moved, num_maps=2)
+    return results  # type: ignore[return-value]

@@ -21,6 +21,13 @@ from pallas_kernels.common.interfaces import (
     Problem,
     valid_tokens,
 )
+from pallas_kernels.common.linear_maps import on_own_shards, sealed_with_derivatives
+from pallas_kernels.common.sharding import (
+    Axes,
+    alike,
+    lists_of_maps,
+    over_explicit_axes,
+)
 from pallas_kernels.common.slow_paths import SlowBackendWarning, warn_once
 from pallas_kernels.common.static import jit_once, split_scale
 from pallas_kernels.common.sub_tiles import SubTiles
@@ -29,6 +36,7 @@ from pallas_kernels.common.token_order import reorder_tokens
 __all__ = [
     "SUPPORTED_DTYPES",
     "AnyArray",
+    "Axes",
     "Backend",
     "BlockGrid",
     "BlockLists",
@@ -38,17 +46,22 @@ __all__ = [
     "Scale",
     "SlowBackendWarning",
     "SubTiles",
+    "alike",
     "current_device",
     "describe",
     "describe_device",
     "fold_mapped_axes",
     "jit_once",
+    "lists_of_maps",
     "make_plain",
+    "on_own_shards",
+    "over_explicit_axes",
     "plain",
     "read",
     "register_configuration",
     "register_export",
     "reorder_tokens",
+    "sealed_with_derivatives",
     "split_scale",
     "to_jax",
     "valid_tokens",

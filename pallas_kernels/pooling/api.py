@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.common.arrays import AnyArray, to_jax
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.interfaces import Order
+from pallas_kernels.common.linear_maps import sealed, sealed_with_derivatives
+from pallas_kernels.common.sharding import Axes, over_explicit_axes, vary_alike
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import jit_once
 from pallas_kernels.common.sub_tiles import SubTiles
@@ -61,9 +63,22 @@ def pool_tiles(
 def _pool_tiles(
     q, k, *, tiling: Tiling, reductions: tuple[Reduction, ...], has_kernel: bool
 ):
-    if has_kernel:
-        return sm90.pool_tiles.pool_tiles(q, k, tiling.table, reductions=reductions)
-    return xla.pool_tiles(q, k, tiling, reductions=reductions)
+    axes = Axes(
+        operation="pool_tiles",
+        operands=("q: B T N D", "k: B T N D"),
+        results=("B S N D",) * (2 * len(reductions)),
+    )
+
+    def run(q, k):
+        if has_kernel:
+            pool = functools.partial(sm90.pool_tiles.pool_tiles, reductions=reductions)
+            return tuple(sealed(lambda q, k: pool(q, k, tiling.table), q, k, axes=axes))
+        pool = functools.partial(xla.pool_tiles, tiling=tiling, reductions=reductions)
+        return tuple(sealed_with_derivatives(pool, axes, q, k))
+
+    return over_explicit_axes(
+        run, operation=axes.operation, operands=axes.operands, results=axes.results
+    )(q, k)
 
 
 @functools.partial(jit_once, static_argnames=("tiling", "reduction"))
@@ -81,7 +96,20 @@ def reduce_tiles(
       float32. Means are taken in float32; an edge tile is reduced over the tokens it
       really has.
     """
-    return xla.reduce_tiles(x, tiling, reduction=reduction)
+    axes = Axes(
+        operation="reduce_tiles", operands=("x: B T N D",), results=("B S N D",)
+    )
+
+    def reduce(x):
+        return (xla.reduce_tiles(x, tiling, reduction=reduction),)
+
+    (tiles,) = over_explicit_axes(
+        lambda x: tuple(sealed_with_derivatives(reduce, axes, x)),
+        operation=axes.operation,
+        operands=axes.operands,
+        results=axes.results,
+    )(x)
+    return tiles
 
 
 def pool_sub_tiles(
@@ -127,19 +155,36 @@ class _Cells:
 
 @functools.partial(jit_once, static_argnums=0, static_argnames="has_kernel")
 def _pool_sub_tiles(task: _Cells, q, k, *, has_kernel: bool):
-    return (_cells_in_kernel if has_kernel else _cells_by_xla)(task, q, k)
+    pool = _cells_in_kernel if has_kernel else _cells_by_xla
+    return over_explicit_axes(
+        functools.partial(pool, task),
+        operation=_AXES_OF_CELLS.operation,
+        operands=_AXES_OF_CELLS.operands,
+        results=_AXES_OF_CELLS.results,
+    )(q, k)
+
+
+_AXES_OF_CELLS = Axes(
+    operation="pool_sub_tiles",
+    operands=("q: B T N D", "k: B T N D"),
+    results=("B M N D",) * 2,
+)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _cells_in_kernel(task: _Cells, q, k):
     cells = task.sub_tiles
-    return sm90.pool_tiles.pool_cells(
-        q,
-        k,
-        cell_table(cells, task.order, task.start),
-        frame_stride=cells.height * cells.width,
-        dtype=task.dtype,
-    )
+
+    def run(q, k):
+        return sm90.pool_tiles.pool_cells(
+            q,
+            k,
+            cell_table(cells, task.order, task.start),
+            frame_stride=cells.height * cells.width,
+            dtype=task.dtype,
+        )
+
+    return tuple(sealed(run, q, k, axes=_AXES_OF_CELLS))
 
 
 @_cells_in_kernel.defjvp
@@ -277,6 +322,27 @@ class _Task:
     norm: QKNorm | None
     reductions: tuple[Reduction, ...]
 
+    @property
+    def needs_all_heads(self) -> bool:
+        """Whether the heads of a token are normed together."""
+        return self.norm is not None and self.norm.over == "heads"
+
+    @property
+    def tokens(self) -> str:
+        """Axes of arrays of tokens: what may be sharded, see `common.sharding`."""
+        return f"B T {'all_heads' if self.needs_all_heads else 'N'} D"
+
+    @property
+    def tiles(self) -> str:
+        """Axes of pooled arrays."""
+        return f"B S {'all_heads' if self.needs_all_heads else 'N'} D"
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Axes of the video's arrays, the text's, both scales and the rotations."""
+        parts = (f"video: {self.tokens}", f"text: {self.tokens}")
+        return *parts, "scales: C", "text_scales: C", "rope: V half"
+
 
 def _prepare(task: _Task, video, text, scales, text_scales, rope, *, pool_anyway: bool):
     """Checks, chooses the kernel or XLA, and returns written and pooled arrays.
@@ -313,22 +379,49 @@ def _norm_rope(task: _Task, video, text, scales, text_scales, rope):
 
 @functools.partial(jit_once, static_argnums=0)
 def _fused(task: _Task, video, text, scales, text_scales, rope):
-    return _differentiable_kernel(task, video, text, scales, text_scales, rope)
+    def run(*arguments):
+        # A gradient of what devices share, such as scales, is then summed over them.
+        leaves, tree = jax.tree.flatten(arguments)
+        arguments = jax.tree.unflatten(tree, vary_alike(leaves))
+        return _differentiable_kernel(task, *arguments)
+
+    return over_explicit_axes(
+        run,
+        operation="norm_rope_pool",
+        operands=task.operands,
+        results=(task.tokens, task.tiles),
+    )(video, text, scales, text_scales, rope)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiable_kernel(task: _Task, video, text, scales, text_scales, rope):
-    return sm90.norm_rope_pool.norm_rope_pool(
-        video,
-        text,
-        scales,
-        text_scales,
-        rope,
-        task.tiling.table,
-        task.tiling.tokens,
-        norm=task.norm,
-        reductions=task.reductions,
+    arguments = (video, text, scales, text_scales, rope)
+    leaves, tree = jax.tree.flatten(arguments)
+    names = jax.tree.leaves(jax.tree.broadcast(task.operands, arguments))
+    num_pooled = 2 * len(task.reductions)
+    axes = Axes(
+        operation="norm_rope_pool",
+        operands=tuple(names),
+        results=(task.tokens,) * len(video) + (task.tiles,) * num_pooled,
     )
+
+    def run(*leaves):
+        video, text, scales, text_scales, rope = jax.tree.unflatten(tree, leaves)
+        written, pooled = sm90.norm_rope_pool.norm_rope_pool(
+            video,
+            text,
+            scales,
+            text_scales,
+            rope,
+            task.tiling.table,
+            task.tiling.tokens,
+            norm=task.norm,
+            reductions=task.reductions,
+        )
+        return *written, *pooled
+
+    outs = tuple(sealed(run, *leaves, axes=axes))
+    return outs[: len(video)], outs[len(video) :]
 
 
 def _forward(task: _Task, *arrays):

@@ -7,6 +7,8 @@ it; XLA does it elsewhere, which on another GPU is many times slower and warns o
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels.common.arrays import AnyArray, to_jax
 from pallas_kernels.common.device import Device, current_device
+from pallas_kernels.common.linear_maps import on_own_shards
+from pallas_kernels.common.sharding import lists_of_maps
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import StaticArray, jit_once
 from pallas_kernels.ranking import packed_bits, sm90, xla
@@ -85,7 +89,25 @@ def select_in_maps(
 
 @functools.partial(jit_once, static_argnames=("forced", "path"))
 def _select_in_maps(scores, count, *, forced: StaticArray, path: RankingPath):
-    keys = rank_keys(scores, forced.values)
+    def select(scores, count):
+        return (_best_of_maps(scores, count, forced.values, path),)
+
+    (words,) = _on_own_maps(select, "count:")(scores, count)
+    return words
+
+
+def _on_own_maps(select: Callable[..., Any], *operands: str) -> Callable[..., Any]:
+    """Makes a selection run where its maps are; `operands` are those after scores."""
+    return on_own_shards(
+        select,
+        operation="selection",
+        operands=("scores: B N R C", *operands),
+        results=("B N R W",),
+    )
+
+
+def _best_of_maps(scores, count, forced, path: RankingPath):
+    keys = rank_keys(scores, forced)
     if path.selects_in_kernels:
         threshold = sm90.backend.kth_largest_of_map(keys, count)
     else:
@@ -121,9 +143,14 @@ def select_in_rows(
 
 @functools.partial(jit_once, static_argnames=("forced", "path"))
 def _select_in_rows(scores, count, *, forced: StaticArray, path: RankingPath):
-    if path.selects_in_kernels:
-        return sm90.backend.select_in_rows(scores, count, forced.values)
-    return xla.select_in_rows(scores, count, forced.values, digit_bits=path.digit_bits)
+    def select(scores, count):
+        if path.selects_in_kernels:
+            return (sm90.backend.select_in_rows(scores, count, forced.values),)
+        bits = path.digit_bits
+        return (xla.select_in_rows(scores, count, forced.values, digit_bits=bits),)
+
+    (words,) = _on_own_maps(select, "count: R")(scores, count)
+    return words
 
 
 def select_to_mass(
@@ -162,10 +189,14 @@ def select_to_mass(
 def _select_to_mass(
     probabilities, least, most, *, forced: StaticArray, wanted: int, path: RankingPath
 ):
-    arguments = (probabilities, least, most, forced.values, wanted)
-    if path.selects_in_kernels:
-        return sm90.backend.select_to_mass(*arguments)
-    return xla.select_to_mass(*arguments, digit_bits=path.digit_bits)
+    def select(*arrays):
+        arguments = (*arrays, forced.values, wanted)
+        if path.selects_in_kernels:
+            return (sm90.backend.select_to_mass(*arguments),)
+        return (xla.select_to_mass(*arguments, digit_bits=path.digit_bits),)
+
+    (words,) = _on_own_maps(select, "least: R", "most: R")(probabilities, least, most)
+    return words
 
 
 def compress_rows(
@@ -200,7 +231,18 @@ def compress_rows(
 
 
 @functools.partial(jit_once, static_argnames=("first_columns", "capacity", "in_kernel"))
-def _compress_rows(
+def _compress_rows(words, **options):
+    lists = lists_of_maps(words.ndim - 2)
+    run = on_own_shards(
+        functools.partial(_lists_of_rows, **options),
+        operation="selection",
+        operands=(f"words: {lists} R W",),
+        results=(f"{lists} R", f"{lists} M"),
+    )
+    return run(words)
+
+
+def _lists_of_rows(
     words, *, first_columns: StaticArray, capacity: int, in_kernel: bool
 ):
     *batch, num_rows, _ = words.shape
