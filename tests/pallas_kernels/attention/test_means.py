@@ -336,7 +336,7 @@ def test_vmap_numpy_and_a_traced_scale_agree():
             r"means\.sub_tiles=.* has 32 tokens",
         ),
     ],
-    ids=str,
+    ids=["k", "v", "columns", "integers", "sub_tiles"],
 )
 def test_what_does_not_fit_is_refused(change, error, text):
     x = Case("divisible")
