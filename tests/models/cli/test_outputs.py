@@ -112,7 +112,7 @@ WITH_EFFECT = {
     "--draft-tile": ["4x4"],
     "--means": ["2x2"],
     "--mean-frames": ["2", "--means", "2x2"],
-    "--ranking": ["spread"],
+    "--ranking": ["spread", "--means", "2x2"],
     "--top-p": ["0.5"],
     "--dense-fraction": ["0.5"],
     "--dense-layers": ["2"],
