@@ -174,6 +174,7 @@ np.save(f"{folder}/out.npy", out)
 """
 
 
+@pytest.mark.nightly
 def test_another_process_reads_exported_attention(tmp_path):
     shape = (3, 1, GRID.num_tokens, 2, 8)
     q, k, v = np.random.default_rng(0).normal(size=shape).astype(np.float32)

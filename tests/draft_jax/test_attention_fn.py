@@ -66,6 +66,7 @@ def test_attention_fn_in_linen_multi_head_attention():
     np.testing.assert_allclose(out, numpy_layer(parameters, x), **F32)
 
 
+@pytest.mark.nightly
 def test_attention_fn_takes_any_number_of_batch_axes():
     rng = np.random.default_rng(0)
     shape = (3, 2, 1, GRID.num_tokens, HEADS, DIM)  # q, k, v, two batch axes

@@ -72,6 +72,7 @@ def test_for_layer_takes_a_traced_integer(where):
     np.testing.assert_array_equal(dense, [True, False, False])
 
 
+@pytest.mark.nightly
 def test_scan_over_layers_runs_layer_0_dense_and_layer_1_sparse():
     step = step_of(SparsitySchedule(dense_layers=(0,)))
     rng = np.random.default_rng(0)

@@ -52,6 +52,7 @@ def test_a_second_call_compiles_nothing(name, inputs, compiled):
     check_second_call(CALLS[name], inputs, compiled)
 
 
+@pytest.mark.nightly
 def test_few_heads_at_a_time_compile_nothing(monkeypatch, inputs, compiled):
     monkeypatch.setattr(head_chunks, "MAX_CHUNK_BYTES", 4 * 12 * 12)  # one head
     check_second_call(CALLS["draft_jax.draft_attention top_p"], inputs, compiled)
@@ -73,6 +74,7 @@ def resident_bytes():
         return int(file.read().split()[1]) * PAGE_BYTES
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "selection", mostly_nightly(["percentile", "top_p"], ["top_p"])
 )

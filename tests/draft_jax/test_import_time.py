@@ -34,6 +34,7 @@ def imports():
     return [json.loads(run(MEASURE)) for _ in range(3)]
 
 
+@pytest.mark.nightly
 def test_import_brings_what_all_need_and_takes_little_beside_jax(imports):
     *_, modules = imports[0]
     assert "draft_jax.attention" in modules

@@ -65,6 +65,7 @@ def large_moves(text, num_elements):
     return found - STAYS_IN_PLACE
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("grid", "order"),
     [
@@ -92,6 +93,7 @@ def test_nothing_large_is_moved(grid, order):
     assert all(name in text for name in OF_A_NEW_MASK)
 
 
+@pytest.mark.nightly
 def test_a_move_is_seen():
     """So that the test above can fail."""
 

@@ -142,6 +142,7 @@ def test_the_finder_is_put_in_once(ours):
     assert run(code, ours) == "-1 1"
 
 
+@pytest.mark.nightly
 def test_the_packages_themselves(tmp_path):
     theirs = write(tmp_path / "theirs", "models/__init__.py")
     code = (

@@ -33,6 +33,7 @@ def check(case: str, found: dict) -> None:
     assert max(found["errors"]) <= MOST_ERROR, case
 
 
+@pytest.mark.nightly
 def test_each_device_computes_its_own():
     for case, found in run(*QUICK).items():
         check(case, found)

@@ -26,6 +26,7 @@ def qkv():
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("selection", ["percentile", "row_topk", "top_p"])
 def test_the_same_pairs_in_int32(qkv, selection):
     config = DraftConfig(sparsity=0.6, selection=selection, top_p=0.5)

@@ -38,6 +38,7 @@ def test_of_no_heads_there_are_no_results():
     assert got.shape == (0, 3, 5)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("selection", "pooling"),
     [("percentile", "mean"), ("row_topk", "mean"), ("top_p", "mean+max")],

@@ -216,6 +216,7 @@ def test_capacity_holds_the_worst_case(grid, forced, selection):
         assert num_kept == mask_capacity(grid, config)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("selection", ["percentile", "row_topk", "top_p"])
 def test_traced_budget_equals_a_sparser_config_without_recompiling(selection):
     grid = GRIDS[0]

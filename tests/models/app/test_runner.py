@@ -111,6 +111,7 @@ def stop_after_first_step(monkeypatch, stage):
     watch(monkeypatch, see)
 
 
+@pytest.mark.nightly
 def test_a_stopped_run_is_kept_as_far_as_it_is(runner, monkeypatch):
     stop_after_first_step(monkeypatch, "sparse")
     job = job_of(runner)

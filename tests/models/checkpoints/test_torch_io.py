@@ -261,6 +261,7 @@ def test_wrong_contents_are_told(tmp_path, root, message):
         load_torch(file)
 
 
+@pytest.mark.nightly
 def test_deep_nesting_is_told(tmp_path):
     depth = 100_000
     data = b"\x80\x02" + b"}X\x01\x00\x00\x00a" * depth + b"N" + b"s" * depth + b"."
@@ -316,6 +317,7 @@ COSTLY = {  # pickle after its first two bytes, message
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("case", COSTLY)
 def test_few_bytes_cannot_ask_for_work(tmp_path, case):

@@ -49,6 +49,7 @@ def read_report(folder):
     return json.loads((folder / "report.json").read_text())
 
 
+@pytest.mark.nightly
 def test_both_layouts_load_to_the_same_model(folders, embeddings):
     text = TextOptions(embeddings=embeddings, prompts=(PROMPT,))
     models = [

@@ -21,6 +21,7 @@ STAGES = [
 ]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "terminal", mostly_nightly([True, False], [True]), ids=["terminal", "file"]
 )

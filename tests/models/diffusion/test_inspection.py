@@ -133,6 +133,7 @@ def test_the_strongest_pairs_are_kept(pipeline):
         assert mask[strongest].all()
 
 
+@pytest.mark.nightly
 def test_sparsity_zero_keeps_all_mass(pipeline):
     attention = AttentionPlan.draft(DraftConfig(sparsity=0.0))
     view = inspect_attention(

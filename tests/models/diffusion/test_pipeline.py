@@ -145,6 +145,7 @@ def test_schedule_and_kept_shares(pipeline, dense):
     assert np.abs(sparse.video - dense.video).max() > 1e-3
 
 
+@pytest.mark.nightly
 def test_a_program_for_each_kind_of_step(pipeline):
     """Four sparse steps of two sparsities: budgets share programs."""
     pipeline = dataclasses.replace(pipeline)  # with nothing compiled
@@ -259,6 +260,7 @@ def test_first_masks_have_a_row_for_each_prompt_of_a_call(
         assert leaf.shape[:-1] == (*rows, tiny_model.CONFIG.num_heads)
 
 
+@pytest.mark.nightly
 def test_unipc_run_follows_its_solver(pipeline):
     """The loop once more: one model call per prompt, guidance in NumPy."""
     solver = FlowUniPC(num_steps=4, shift=3.0)
@@ -420,6 +422,7 @@ def test_a_preview_is_the_middle_of_the_estimate(pipeline, dense, monkeypatch):
     np.testing.assert_allclose(picture, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_damaged_weights_are_named_with_the_step(checkpoint, pipeline):
     broken = nnx.merge(*nnx.split(checkpoint.transformer))  # a copy
     broken.proj_out.bias = type(broken.proj_out.bias)(jnp.full(64, jnp.nan))

@@ -48,6 +48,7 @@ def write_adapter(file, modules, rows=DIM):
     return products
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "layout", ["original", pytest.param("diffusers", marks=pytest.mark.nightly)]
 )

@@ -56,6 +56,7 @@ def test_draft_that_skips_nothing_matches_diffusers(name):
     assert_close(got, velocity_of(name))
 
 
+@pytest.mark.nightly
 def test_a_mix_of_dense_and_full_sparse_layers_matches_diffusers():
     """Dense layers of both stacks: the second and the fourth block."""
     config, model = DraftConfig(sparsity=0.0), load_case("divided")

@@ -39,6 +39,7 @@ def make_model():
     return model
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "state",
     mostly_nightly(("refresh", "reuse", "dense-step", "dense-model"), ("refresh",)),

@@ -125,6 +125,7 @@ def test_condition_matches_diffusers():
     np.testing.assert_allclose(got, expected, **tolerances.IMAGE_CONDITION)
 
 
+@pytest.mark.nightly
 def test_run_follows_the_flow_equation(pipeline, result):
     """The loop once more, with channels and tokens put together here."""
     start = pipeline.start(

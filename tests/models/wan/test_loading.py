@@ -127,6 +127,7 @@ def test_another_encoder_has_its_own_embeddings(tmp_path, encoders):
     assert len(encoders) == 2
 
 
+@pytest.mark.nightly
 def test_embeddings_of_a_file_need_no_encoder(encoders, contexts, tmp_path):
     file = tmp_path / "prompts.safetensors"
     vectors = load_wan(TEXT_TO_VIDEO).text_encoder.embed(PROMPTS)

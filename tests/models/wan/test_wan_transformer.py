@@ -73,6 +73,7 @@ def item(inputs, index):
     return jax.tree.map(lambda value: value[index : index + 1], inputs)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("attention", ["dense", "draft"])
 def test_batch_items_do_not_influence_each_other(attention):
     model, inputs, attention = make_model(), make_inputs(), ATTENTION[attention]
@@ -181,6 +182,7 @@ def test_known_steps_need_no_conditional(dense_layers, index, remat):
     jax.tree.map(np.testing.assert_array_equal, got[1], expected[1])
 
 
+@pytest.mark.nightly
 def test_captured_layers_of_several_runs_stay_in_order():
     model = make_model()
     step = scheduled(model, dense_layers=(0, 2)).step(0)
@@ -226,6 +228,7 @@ def test_the_same_model_runs_dense_and_sparse():
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.nightly
 def test_capture_qk_gives_what_attention_sees(monkeypatch):
     """One layer, unrolled by hand, against what the stand-in attention receives."""
     model, inputs = make_model(num_layers=1), make_inputs()
@@ -243,6 +246,7 @@ def test_capture_qk_gives_what_attention_sees(monkeypatch):
     np.testing.assert_array_equal(k[0], seen[0][1])
 
 
+@pytest.mark.nightly
 def test_captured_queries_are_in_tiled_order():
     shape = (1, 1, 4, 16, 4)  # tokens: 1 x 2 x 8, tiles of 2 x 4
     captured = []
@@ -308,6 +312,7 @@ def test_layers_do_not_reorder_tokens(attention, monkeypatch):
     assert len(outside) == 4
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("attention", ["dense", "draft"])
 def test_the_program_does_not_grow_with_depth(attention):
     def program_size(num_layers):

@@ -145,6 +145,7 @@ def test_one_kept_block(backend):
     np.testing.assert_array_equal(out, np.asarray(v)[:, partner])
 
 
+@pytest.mark.nightly
 def test_huge_logits(backend):
     q, k, v = random_qkv(ODD)
     q, k = 100 * q, 100 * k  # logits reach 1e5 at scale 1
@@ -305,6 +306,7 @@ def test_scan_and_remat(backend):
     np.testing.assert_allclose(got, want, **GRADIENT["float32"])
 
 
+@pytest.mark.nightly
 # A few fixed geometries, so that examples share compiled code.
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(

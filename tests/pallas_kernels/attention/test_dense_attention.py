@@ -38,6 +38,7 @@ def test_matches_numpy(case, dtype):
     np.testing.assert_allclose(out.astype("float32"), want, **ATTENTION[dtype])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("one_head_at_a_time", [True, False])
 @pytest.mark.parametrize("chunk", mostly_nightly([1, 7, 100], [7]))
 def test_any_chunk_gives_the_same(chunk, one_head_at_a_time):

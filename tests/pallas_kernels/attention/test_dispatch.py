@@ -180,6 +180,7 @@ def test_known_mask_is_checked_inside_jit():
         run(jnp.ones(SHAPE))
 
 
+@pytest.mark.nightly
 def test_masks_of_this_package_are_not_fetched(monkeypatch):
     """The lists of others are looked at, once for each call."""
     looked_at = []

@@ -200,6 +200,7 @@ def test_logits_that_grow_from_block_to_block(growth, dtype):
     np.testing.assert_allclose(lse, want_lse, **LSE[dtype])
 
 
+@pytest.mark.nightly
 def test_first_block_without_keys_and_logits_far_below_zero():
     """All weights would be too small for float32 if the reference stayed 0."""
     grid = VideoGrid(1, 8, 16, text_length=128, text_side="before")
@@ -215,6 +216,7 @@ def test_first_block_without_keys_and_logits_far_below_zero():
     np.testing.assert_allclose(lse, want_lse, **HUGE_LSE)
 
 
+@pytest.mark.nightly
 def test_nan_stays_nan():
     grid = VideoGrid(1, 8, 32)
     q, k, v = random_qkv(grid, batch=1, num_heads=1, head_dim=64, dtype="float16")

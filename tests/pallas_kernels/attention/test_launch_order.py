@@ -64,6 +64,7 @@ def test_full_masks_keep_the_order_of_blocks():
     np.testing.assert_array_equal(order_of(counts), np.arange(93))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("full", "most", "before"), [(0, 10, 50), (2, 50, 70)])
 def test_waves_of_a_list_start_together(full, most, before):
     """Six lists of 7.4 waves each, of blocks with about 100 entries."""

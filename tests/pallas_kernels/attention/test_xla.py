@@ -60,6 +60,7 @@ def test_memory_is_linear_in_tokens():
     assert used[1] < 4.5 * used[0]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("group_tokens", "step_tokens", "upcast"),
     [(1, 1, True), (24, 8, False), (40, 40, True), (10**6, 10**6, False)],

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 # A process of its own: under test every function is wrapped by a checker of types,
 # whose lines would be the ones that called.
 SCRIPT = """
@@ -33,6 +35,7 @@ for name, call in {
 """
 
 
+@pytest.mark.nightly
 def test_slow_paths_show_the_line_that_called():
     """Whatever lies between: an operation, the method, both, or jax."""
     done = subprocess.run(

@@ -31,6 +31,7 @@ def measure(pipeline, sampling=tiny_model.SAMPLING, **options):
     return measure_ratios(pipeline, PROMPT, sampling, **options)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "batching", ["one_call", pytest.param("two_calls", marks=pytest.mark.nightly)]
 )

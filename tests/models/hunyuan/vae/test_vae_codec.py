@@ -37,6 +37,7 @@ def test_samples_lie_around_the_mean():
     assert np.abs(got - other).max() > 1.0
 
 
+@pytest.mark.nightly
 def test_encode_is_the_mean_and_sample_is_not(codec):
     _, video = tiny_hunyuan_vae.make_arrays(CASE)
     video = video[:1]
@@ -58,6 +59,7 @@ def test_log_variances_are_clipped(codec, monkeypatch):
     np.testing.assert_array_equal(posterior.log_variance.ravel(), [-30, 0.5, 20])
 
 
+@pytest.mark.nightly
 def test_batch_items_do_not_influence_each_other(codec):
     latents, _ = tiny_hunyuan_vae.make_arrays(CASE)
     before = np.asarray(codec.decode(latents))

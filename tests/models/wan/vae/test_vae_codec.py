@@ -54,6 +54,7 @@ def test_tiles_share_a_quarter_of_their_sides(codec):
             codec.tiled(pixels)
 
 
+@pytest.mark.nightly
 def test_every_way_to_decode_gives_the_same(codec, latents, decoded):
     chunks = list(codec.decode_chunks(jnp.asarray(latents[:1])))
     assert [chunk.shape[1] for chunk in chunks] == [1, 2, 2, 2, 2]

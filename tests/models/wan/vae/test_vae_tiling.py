@@ -52,6 +52,7 @@ def blend(left, right, shared):
     return np.concatenate(parts, axis=-2)
 
 
+@pytest.mark.nightly
 def test_overlaps_are_blended(codecs, latents, video):
     whole, tiled = codecs["attention"]
     left, right = (
@@ -71,6 +72,7 @@ def test_overlaps_are_blended(codecs, latents, video):
     np.testing.assert_allclose(tiled.encode(video), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_without_attention_only_seams_differ(codecs, latents, video):
     """Positions further from the next tile's side than a convolution reaches."""
     whole, tiled = codecs["local"]
