@@ -8,10 +8,9 @@ through: the double blocks come first.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,12 @@ from models.diffusion.layer_state import prepare_layer_state
 from models.diffusion.transformer.block_stack import run_blocks, stack_blocks
 from models.diffusion.transformer.embeddings import PatchEmbedding
 from models.diffusion.transformer.float8 import use_float8_linears
-from models.diffusion.transformer.layers import linear
+from models.diffusion.transformer.layers import linear, projection
+from models.diffusion.transformer.model import (
+    Results,
+    Velocity,
+    VideoTransformer,
+)
 from models.diffusion.transformer.tokens import latent_grid, unpatchify
 from models.hunyuan.conditions import HunyuanConditioning
 from models.hunyuan.config import HunyuanConfig
@@ -38,8 +42,6 @@ from models.hunyuan.layers import (
     modulated_norm,
 )
 from models.hunyuan.rope import video_rope
-
-Velocity = Float[Array, "B F H W C_out"]
 
 # Paths of linear layers that are in `config.dtype` with linears in FP8, too: text
 # projections and embeddings, modulation, and the last layer. (The embedding of patches
@@ -61,14 +63,7 @@ class OutputModulation(nnx.Module):
     """Shift and scale before the last layer; checkpoints store them as one layer."""
 
     def __init__(self, config: HunyuanConfig, *, rngs: nnx.Rngs) -> None:
-        layer = functools.partial(
-            linear,
-            config.dim,
-            config.dim,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            rngs=rngs,
-        )
+        layer = projection(config, rngs)
         self.shift, self.scale = layer(), layer()
 
     def __call__(
@@ -78,7 +73,7 @@ class OutputModulation(nnx.Module):
         return self.shift(conditioning)[:, None], self.scale(conditioning)[:, None]
 
 
-class HunyuanTransformer(nnx.Module):
+class HunyuanTransformer(VideoTransformer):
     """Predicts the velocity of a noisy latent, given time, text and guidance.
 
     A `VideoModel`. Source: HunyuanVideo `HYVideoDiffusionTransformer` and diffusers
@@ -156,21 +151,6 @@ class HunyuanTransformer(nnx.Module):
         results = self._run(inputs, attention, step, masks, remat=remat)
         return results.velocity, results.masks
 
-    def call_with_residual(
-        self,
-        inputs: HunyuanInputs,
-        *,
-        attention: AttentionPlan = _DENSE,
-        step: DraftStep | None = None,
-        masks: BlockMask | None = None,
-    ) -> tuple[Velocity, BlockMask | None, Float[Array, "B V E"]]:
-        """Returns velocity, masks and residual; see `KeepsResidual`.
-
-        The residual is that of the video's tokens, without a reference and the text.
-        """
-        results = self._run(inputs, attention, step, masks)
-        return results.velocity, results.masks, results.residual
-
     def reuse_residual(
         self, inputs: HunyuanInputs, residual: Float[Array, "B V E"]
     ) -> Velocity:
@@ -186,28 +166,6 @@ class HunyuanTransformer(nnx.Module):
         return jax.ShapeDtypeStruct(
             (video.num_tokens, self.config.dim), self.config.compute_dtype
         )
-
-    def capture_qk(
-        self,
-        inputs: HunyuanInputs,
-        *,
-        attention: AttentionPlan = _DENSE,
-        step: DraftStep | None = None,
-        masks: BlockMask | None = None,
-    ) -> tuple[Float[Array, "layers B T N D"], Float[Array, "layers B T N D"]]:
-        """Returns queries and keys that every layer's attention sees.
-
-        Takes what `__call__` takes. All layers are held at once, so it is for small
-        models or short videos.
-
-        Returns:
-          q and k after norm and rotary embedding: visual tokens in tiled order, then
-          the text.
-        """
-        _, captured = self.map_qk(
-            lambda q, k: (q, k), inputs, attention=attention, step=step, masks=masks
-        )
-        return captured
 
     def map_qk(
         self,
@@ -304,7 +262,7 @@ class HunyuanTransformer(nnx.Module):
         *,
         remat: bool = False,
         capture: Callable[[dict[str, Any]], Any] | None = None,
-    ) -> "_Results":
+    ) -> Results:
         """Runs the model; `found` is what `capture` returns for each stack."""
         config = self.config
         check_inputs(inputs, config)
@@ -351,7 +309,7 @@ class HunyuanTransformer(nnx.Module):
         _, video = self._parts(grid)
         end = grid.visual_tokens.stop
         x = x[:, end - video.num_tokens : end]
-        return _Results(
+        return Results(
             self._head(x, shared.conditioning, video),
             masks,
             (sown, sown_single),
@@ -399,12 +357,3 @@ class HunyuanTransformer(nnx.Module):
             patch_size=self.config.patch_size,
             channels="first",
         )
-
-
-class _Results(NamedTuple):
-    """Results of a call; compiled programs make those that are read."""
-
-    velocity: Velocity
-    masks: BlockMask | None
-    found: Any  # of double and of single blocks; None without capturing
-    residual: Float[Array, "B V E"]

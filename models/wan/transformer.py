@@ -7,7 +7,7 @@ output is put back once; no layer reorders tokens. Layers share one traced block
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,11 @@ from models.diffusion.transformer.block_stack import run_blocks, stack_blocks
 from models.diffusion.transformer.embeddings import PatchEmbedding
 from models.diffusion.transformer.float8 import use_float8_linears
 from models.diffusion.transformer.layers import layer_norm, linear
+from models.diffusion.transformer.model import (
+    Results,
+    Velocity,
+    VideoTransformer,
+)
 from models.diffusion.transformer.rope import rope_table
 from models.diffusion.transformer.tokens import latent_grid, unpatchify
 from models.wan.conditions import NO_EMBEDDED_GUIDANCE, WanConditioning
@@ -30,8 +35,6 @@ from models.wan.inputs import WanInputs, check_inputs
 from models.wan.layers import BlockInputs, WanBlock, modulation_table
 from models.wan.rope import split_head_dim
 
-Velocity = Float[Array, "B F H W C_out"]
-
 # Paths of linear layers that are in `config.dtype` with linears in FP8, too. (The
 # embedding of patches is none.)
 WIDE_LINEARS = ("condition_embedder", "proj_out")
@@ -39,7 +42,7 @@ WIDE_LINEARS = ("condition_embedder", "proj_out")
 _DENSE = AttentionPlan.dense()
 
 
-class WanTransformer(nnx.Module):
+class WanTransformer(VideoTransformer):
     """Predicts the velocity of a noisy latent, given time, text and perhaps an image.
 
     A `VideoModel`. Source: Wan2.1 `WanModel` and diffusers `WanTransformer3DModel`.
@@ -112,18 +115,6 @@ class WanTransformer(nnx.Module):
         results = self._run(inputs, attention, step, masks, remat=remat)
         return results.velocity, results.masks
 
-    def call_with_residual(
-        self,
-        inputs: WanInputs,
-        *,
-        attention: AttentionPlan = _DENSE,
-        step: DraftStep | None = None,
-        masks: BlockMask | None = None,
-    ) -> tuple[Velocity, BlockMask | None, Float[Array, "B T E"]]:
-        """Returns velocity, masks and residual; see `KeepsResidual`."""
-        results = self._run(inputs, attention, step, masks)
-        return results.velocity, results.masks, results.residual
-
     def reuse_residual(
         self, inputs: WanInputs, residual: Float[Array, "B T E"]
     ) -> Velocity:
@@ -142,27 +133,6 @@ class WanTransformer(nnx.Module):
         return jax.ShapeDtypeStruct(
             (tokens, self.config.dim), self.config.compute_dtype
         )
-
-    def capture_qk(
-        self,
-        inputs: WanInputs,
-        *,
-        attention: AttentionPlan = _DENSE,
-        step: DraftStep | None = None,
-        masks: BlockMask | None = None,
-    ) -> tuple[Float[Array, "layers B T N D"], Float[Array, "layers B T N D"]]:
-        """Returns queries and keys that every layer's self-attention sees.
-
-        Takes what `__call__` takes. All layers are held at once, so it is for small
-        models or short videos.
-
-        Returns:
-          q and k after norm and rotary embedding, tokens in tiled order.
-        """
-        _, captured = self.map_qk(
-            lambda q, k: (q, k), inputs, attention=attention, step=step, masks=masks
-        )
-        return captured
 
     def map_qk(
         self,
@@ -246,7 +216,7 @@ class WanTransformer(nnx.Module):
         *,
         remat: bool = False,
         capture: Callable[[dict[str, Any]], Any] | None = None,
-    ) -> "_Results":
+    ) -> Results:
         """Runs the model; `found` is what `capture` returns for all layers."""
         config = self.config
         check_inputs(inputs, config)
@@ -283,7 +253,7 @@ class WanTransformer(nnx.Module):
             remat=remat,
             capture=capture,
         )
-        return _Results(
+        return Results(
             self._head(x, time, grid),
             masks,
             sown,
@@ -305,15 +275,6 @@ class WanTransformer(nnx.Module):
         return unpatchify(
             patches, grid, patch_size=self.config.patch_size, channels="last"
         )
-
-
-class _Results(NamedTuple):
-    """Results of a call; compiled programs make those that are read."""
-
-    velocity: Velocity
-    masks: BlockMask | None
-    found: Any  # None without capturing
-    residual: Float[Array, "B T E"]
 
 
 def kept_density(
