@@ -15,6 +15,7 @@ from models.diffusion.caches.interfaces import (
     Latents,
     Residual,
     Velocity,
+    empty_residual,
     why_no_residual,
 )
 from models.diffusion.interfaces import VideoModel
@@ -69,9 +70,8 @@ class MagCalibration:
         self, latents: Latents, rows: int, residual: jax.ShapeDtypeStruct | None
     ) -> CacheState:
         """Returns a residual of zeros, and a ratio for each branch."""
-        assert residual is not None  # the sampler has seen to it
         return CacheState(
-            kept=jnp.zeros((rows, *residual.shape), residual.dtype),
+            kept=empty_residual(rows, residual),
             score=jnp.ones(rows // len(latents)),
         )
 

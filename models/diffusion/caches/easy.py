@@ -1,7 +1,6 @@
 """EasyCache: skips steps while the velocity is expected to have changed little."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,14 @@ from jaxtyping import Array, Bool, Float
 
 from draft_jax import AttentionPlan
 from draft_jax.pytree import register_named_tuple
-from models.diffusion.caches.interfaces import CacheState, Latents, Residual, Velocity
+from models.diffusion.caches.interfaces import (
+    CacheState,
+    Latents,
+    Residual,
+    Velocity,
+    check_count,
+    check_threshold,
+)
 from models.diffusion.interfaces import VideoModel
 from models.diffusion.schedulers import Solver
 from pallas_kernels.common import make_plain, register_configuration
@@ -59,13 +65,8 @@ class EasyCache:
 
     def __post_init__(self) -> None:
         make_plain(self)
-        if not 0.0 < self.threshold < math.inf:
-            raise ValueError(f"threshold={self.threshold!r} must be a positive number")
-        is_count = isinstance(self.first_steps, int) and self.first_steps >= 1
-        if not is_count or isinstance(self.first_steps, bool):
-            raise ValueError(
-                f"first_steps={self.first_steps!r} must be an integer >= 1"
-            )
+        check_threshold(self.threshold)
+        check_count("first_steps", self.first_steps)
 
     @property
     def keeps_residual(self) -> bool:

@@ -1,10 +1,12 @@
 """The rule of a step cache as the sampler knows it, and its state between steps."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
@@ -110,6 +112,24 @@ class StepCache(Protocol):
         self, state: CacheState, before: Latents, after: Latents
     ) -> Float[Array, "..."]:
         """Returns the score once a step has moved the latents."""
+
+
+def check_threshold(threshold: float) -> None:
+    """Raises ValueError unless a threshold is a positive, finite number."""
+    if not 0.0 < threshold < math.inf:
+        raise ValueError(f"{threshold=!r} must be a positive number")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer >= 1")
+
+
+def empty_residual(rows: int, residual: jax.ShapeDtypeStruct | None) -> Residual:
+    """Returns zeros to keep until a step is computed, one residual for each row."""
+    assert residual is not None  # the sampler has seen to it
+    return jnp.zeros((rows, *residual.shape), residual.dtype)
 
 
 def why_no_residual(model: VideoModel) -> str | None:

@@ -17,6 +17,9 @@ from models.diffusion.caches.interfaces import (
     Latents,
     Residual,
     Velocity,
+    check_count,
+    check_threshold,
+    empty_residual,
     why_no_residual,
 )
 from models.diffusion.caches.ratios import MagRatios
@@ -57,11 +60,8 @@ class MagCache:
 
     def __post_init__(self) -> None:
         make_plain(self)
-        if not 0.0 < self.threshold < math.inf:
-            raise ValueError(f"threshold={self.threshold!r} must be a positive number")
-        is_count = isinstance(self.max_skips, int) and self.max_skips >= 1
-        if not is_count or isinstance(self.max_skips, bool):
-            raise ValueError(f"max_skips={self.max_skips!r} must be an integer >= 1")
+        check_threshold(self.threshold)
+        check_count("max_skips", self.max_skips)
         if not 0.0 <= self.retention <= 1.0:
             raise ValueError(f"retention={self.retention!r} must be in [0, 1]")
 
@@ -159,9 +159,7 @@ class MagCache:
         self, latents: Latents, rows: int, residual: jax.ShapeDtypeStruct | None
     ) -> CacheState:
         """Returns a residual of zeros; no step reads it before one is computed."""
-        assert residual is not None  # the sampler has seen to it
-        kept = jnp.zeros((rows, *residual.shape), residual.dtype)
-        return CacheState(kept=kept, score=jnp.zeros(()))
+        return CacheState(kept=empty_residual(rows, residual), score=jnp.zeros(()))
 
     def after_computing(
         self,
