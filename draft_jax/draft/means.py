@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, UInt8
 
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import Compensation, sub_tiles_of
-from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_named_tuple
 from pallas_kernels import Means
 from pallas_kernels.common import (
@@ -16,7 +15,6 @@ from pallas_kernels.common import (
     Order,
     SubTiles,
     jit_once,
-    reorder_tokens,
     to_jax,
     validation,
 )
@@ -77,17 +75,6 @@ def unchecked_means(
         k, v, cells, order=order, start=start, dtype=k.dtype.name
     )
     return Means(mean_k, mean_v, dropped_frames(mask, cells), cells)
-
-
-def visual_tokens(
-    x: Float[Array, "B T N D"], grid: VideoGrid, order: Order
-) -> tuple[Float[Array, "B V N D"], Order]:
-    """Returns the visual tokens in an order that sub-tiles can be cut from."""
-    rows, columns = grid.tile
-    if order == "tiled" and (grid.height % rows or grid.width % columns):
-        # Tiles that are cut off by the frame's edge are not alike.
-        x, order = reorder_tokens(x, grid, to="raster", axis=1), "raster"
-    return x[:, grid.visual_tokens], order
 
 
 def dropped_frames(mask: BlockMask, cells: SubTiles) -> UInt8[Array, "B N R C"]:

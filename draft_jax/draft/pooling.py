@@ -8,10 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from draft_jax.config import DraftConfig, sub_tiles_of
-from draft_jax.draft.means import visual_tokens
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
-from pallas_kernels.common import AnyArray, Order, jit_once, to_jax, validation
+from pallas_kernels.common import (
+    AnyArray,
+    Order,
+    jit_once,
+    reorder_tokens,
+    to_jax,
+    validation,
+)
 from pallas_kernels.pooling import (
     Reduction,
     Tiling,
@@ -190,6 +196,16 @@ def _pool_sub_tiles(q, k, grid, config, order) -> tuple[Array, ...]:
             for reduction in reductions_of(config)
         ]
     return tuple(pooled)
+
+
+def visual_tokens(
+    x: Float[Array, "B T N D"], grid: VideoGrid, order: Order
+) -> tuple[Float[Array, "B V N D"], Order]:
+    """Returns the visual tokens in an order that sub-tiles can be cut from."""
+    if order == "tiled" and tiling_of(grid, order).has_edges:
+        # Tiles that are cut off by the frame's edge are not alike.
+        x, order = reorder_tokens(x, grid, to="raster", axis=1), "raster"
+    return x[:, grid.visual_tokens], order
 
 
 def tiling_of(grid: VideoGrid, order: Order) -> Tiling:

@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from draft_jax.config import DraftConfig, sub_tiles_of
-from draft_jax.draft.means import visual_tokens
+from draft_jax.draft.pooling import visual_tokens
 from draft_jax.grid import VideoGrid
 from pallas_kernels.common import Order, jit_once
 from pallas_kernels.pooling import (
