@@ -220,7 +220,7 @@ class _Walk(abc.ABC):
         )
         weights, reference, total = new
         state = state._replace(weights=weights, reference=reference, total=total)
-        return self.softmax.correct(state, correction)
+        return self.softmax.correct(state, correction, self.queries.warp_has_rows)
 
     def _step(self, step, state: RowState) -> RowState:
         """Computes logits of a step and, overlapped, the product of the one before.
@@ -260,7 +260,7 @@ class _Walk(abc.ABC):
         )
         ring.free(v_slot)
         state = RowState(acc, weights, reference, total, next_valid, ring.after(v_slot))
-        state = self.softmax.correct(state, correction)
+        state = self.softmax.correct(state, correction, self.queries.warp_has_rows)
         # Not before the product with the last weights is done: ptxas would take
         # them for the same registers and wait for every single wgmma.
         return state._replace(weights=state.weights.astype(dtype))

@@ -104,24 +104,30 @@ class FirstBlockSoftmax:
 
         def weigh():
             weights = _weights(logits, scale, state.reference, log_counts)
-            if self.plan.config.sums_last:
-                weights = lax.optimization_barrier(weights)
-            return weights, self.instructions.partial_sums(weights)
+            return weights, None if is_later else self._sums(weights)
 
         def skip():
-            return logits, plgpu.layout_cast(jnp.ones_like(state.total), WGMMA_ROW)
+            return logits, None if is_later else _no_sums(state)
 
-        if warp_has_rows is None:
-            weights, sums = weigh()
-        else:
-            weights, sums = lax.cond(warp_has_rows, weigh, skip)
-        has_grown = jnp.int32(0)
-        if self.plan.grows:
-            has_grown = self.instructions.any_of_warp(sums > 2.0**GROWTH)
-        return Weights(weights, state.reference, state.total + sums, has_grown)
+        is_later = self.plan.config.sums_last
+        weights, sums = _where_rows(warp_has_rows, weigh, skip)
+        if is_later:
+            return Weights(weights, state.reference, state.total, None)
+        total = state.total + sums
+        return Weights(weights, state.reference, total, self._has_grown(sums))
 
-    def correct(self, state: RowState, has_grown) -> RowState:
+    def correct(self, state: RowState, has_grown, warp_has_rows=None) -> RowState:
         """Makes all that was summed before, and new weights, refer to one reference."""
+        if self.plan.config.sums_last:
+            # Here the loop that waits for a block is between them and the exponentials;
+            # a barrier of the compiler before does not keep ptxas from mixing both.
+            sums = _where_rows(
+                warp_has_rows,
+                lambda: self._sums(state.weights),
+                lambda: _no_sums(state),
+            )
+            state = state._replace(total=state.total + sums)
+            has_grown = self._has_grown(sums)
         if not self.plan.grows:
             return state
         acc, weights, reference, total, *_ = state
@@ -143,6 +149,14 @@ class FirstBlockSoftmax:
             has_grown != 0, grow, lambda: (acc, weights, reference, total)
         )
         return RowState(acc, weights, reference, total, state.valid, state.slot)
+
+    def _sums(self, weights):
+        return self.instructions.partial_sums(weights)
+
+    def _has_grown(self, sums):
+        if not self.plan.grows:
+            return jnp.int32(0)
+        return self.instructions.any_of_warp(sums > 2.0**GROWTH)
 
     def needs_repair(self, total, num_blocks):
         """Returns the rows that must be computed again."""
@@ -178,8 +192,9 @@ class RunningSoftmax:
         total = state.total * decay + self.instructions.partial_sums(weights)
         return Weights(weights, maximum, total, decay)
 
-    def correct(self, state: RowState, decay) -> RowState:
+    def correct(self, state: RowState, decay, warp_has_rows=None) -> RowState:
         """Makes the accumulator refer to the newest maximum."""
+        del warp_has_rows
         return state._replace(acc=state.acc * _along_rows(decay, state.acc))
 
     def needs_repair(self, total, num_blocks):
@@ -193,6 +208,18 @@ def softmax_of(
     """Returns the softmax that a launch computes."""
     kind = RunningSoftmax if plan.config.exact_softmax else FirstBlockSoftmax
     return kind(plan, instructions)
+
+
+def _where_rows(warp_has_rows, compute, skip):
+    """Computes unless the warp has no row of the query block; None says it has."""
+    if warp_has_rows is None:
+        return compute()
+    return lax.cond(warp_has_rows, compute, skip)
+
+
+def _no_sums(state: RowState):
+    """Returns the sums of rows that nobody stores: they need no repair."""
+    return plgpu.layout_cast(jnp.ones_like(state.total), WGMMA_ROW)
 
 
 def _rows_of(value: float):
