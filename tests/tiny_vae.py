@@ -1,4 +1,4 @@
-"""Wan's autoencoder in small, with the seeded weights and inputs of the fixtures."""
+"""Wan's autoencoders in small, with the seeded weights and inputs of the fixtures."""
 
 import functools
 import json
@@ -13,15 +13,19 @@ from models.wan.vae.config import WanVAEConfig
 from models.wan.vae.convert import load_wan_vae, make_rules
 from tests.fixtures.seeded_arrays import seeded_uniform, seeded_weight
 
-FIXTURE = Path(__file__).parent / "fixtures" / "vae_wan2_1.safetensors"
+FIXTURES = Path(__file__).parent / "fixtures"
+FILES = ("vae_wan2_1.safetensors", "vae_wan2_2.safetensors")
 
 
 @functools.cache
 def load_fixture() -> tuple[dict[str, np.ndarray], dict[str, dict]]:
     """Outputs of diffusers and the configurations; see make_wan_vae_fixtures."""
-    with safetensors.safe_open(FIXTURE, "np") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["configs"])
+    tensors, configs = {}, {}
+    for name in FILES:
+        with safetensors.safe_open(FIXTURES / name, "np") as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            configs |= json.loads(file.metadata()["configs"])
+    return tensors, configs
 
 
 @functools.cache

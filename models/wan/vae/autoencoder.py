@@ -5,12 +5,13 @@ This is the mathematics; `models.wan.vae.codec` runs it over whole videos.
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
 from models.diffusion.video_autoencoder.layers import Frames, pointwise
-from models.diffusion.video_autoencoder.sizes import COLOURS
-from models.wan.vae.config import WanVAEConfig
+from models.wan.vae.averages import average_down, repeat_up
+from models.wan.vae.config import Level, WanVAEConfig
 from models.wan.vae.layers import (
     Cache,
     CausalConv,
@@ -25,13 +26,14 @@ from models.wan.vae.layers import (
 
 
 class WanVAE(nnx.Module):
-    """The autoencoder of Wan2.1.
+    """The autoencoder of Wan2.1, and that of Wan2.2's 5B model.
 
     Args:
       config: Sizes and dtypes.
       rngs: Source of the initial weights.
 
-    Source: Wan2.1 `WanVAE_` and, for the normalisation of latents, `WanVAE`.
+    Source: Wan2.1 `WanVAE_` and, for the normalisation of latents, `WanVAE`; Wan2.2's
+    of the same names in `vae2_2.py`.
     """
 
     def __init__(self, config: WanVAEConfig, *, rngs: nnx.Rngs) -> None:
@@ -68,7 +70,10 @@ class WanVAE(nnx.Module):
                 f"video has shape {video.shape}; expected {'1 + ' if start else ''}a "
                 f"multiple of {time} frames, rows and columns multiples of {side}"
             )
-        x, cache = self.encoder(video, cache)
+        side = self.config.patch_size
+        # Of a patch's pixels those of one column follow each other.
+        x = rearrange(video, "B T (Y y) (X x) C -> B T Y X (C x y)", y=side, x=side)
+        x, cache = self.encoder(x, cache)
         mean, _ = jnp.split(self.quant_conv(x).astype(jnp.float32), 2, axis=-1)
         return (mean - self._latents("mean")) / self._latents("std"), cache
 
@@ -88,6 +93,8 @@ class WanVAE(nnx.Module):
         latents = latents.astype(jnp.float32)
         latents = latents * self._latents("std") + self._latents("mean")
         x, cache = self.decoder(self.post_quant_conv(latents), cache)
+        side = self.config.patch_size
+        x = rearrange(x, "B T Y X (C x y) -> B T (Y y) (X x) C", y=side, x=side)
         return jnp.clip(x.astype(jnp.float32), -1.0, 1.0), cache
 
     def _latents(self, statistic: str) -> Float[Array, " C"]:
@@ -95,23 +102,23 @@ class WanVAE(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Turns pixels into mean and log variance of the latent.
+    """Turns patches of pixels into mean and log variance of the latent.
 
-    Source: Wan2.1 `Encoder3d`.
+    Source: Wan2.1 and Wan2.2 `Encoder3d`.
     """
 
     def __init__(self, config: WanVAEConfig, *, rngs: nnx.Rngs) -> None:
-        size = config.base_dim
-        self.conv_in = CausalConv(COLOURS, size, config, rngs=rngs)
-        blocks: list[nnx.Module] = []
-        for level, dim in enumerate(config.channels):
-            for _ in range(config.num_res_blocks):
-                blocks.append(ResidualBlock(size, dim, config, rngs))
-                size = dim
-            if level < len(config.temporal_downsample):
-                temporal = config.temporal_downsample[level]
-                blocks.append(Downsample(dim, config, temporal=temporal, rngs=rngs))
-        self.down_blocks = nnx.List(blocks)
+        self.conv_in = CausalConv(
+            config.patch_channels, config.base_dim, config, rngs=rngs
+        )
+        self.down_blocks = nnx.List(
+            [
+                block
+                for level in config.encoder_levels
+                for block in _blocks_down(level, config, rngs)
+            ]
+        )
+        size = config.channels[-1]
         self.mid_block = MidBlock(size, config, rngs)
         self.norm_out = RMSNorm(size, config)
         self.conv_out = CausalConv(size, 2 * config.latent_channels, config, rngs=rngs)
@@ -126,24 +133,24 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Turns latents into pixels.
+    """Turns latents into patches of pixels.
 
-    Source: Wan2.1 `Decoder3d`.
+    Source: Wan2.1 and Wan2.2 `Decoder3d`.
     """
 
     def __init__(self, config: WanVAEConfig, *, rngs: nnx.Rngs) -> None:
-        size = config.channels[-1]
-        self.conv_in = CausalConv(config.latent_channels, size, config, rngs=rngs)
-        self.mid_block = MidBlock(size, config, rngs)
-        blocks = []
-        # The last block has no step to a finer resolution.
-        steps = (*reversed(config.temporal_downsample), None)
-        for dim, temporal in zip(reversed(config.channels), steps, strict=True):
-            blocks.append(UpBlock(size, dim, config, temporal=temporal, rngs=rngs))
-            size = dim // 2  # the step halves the channels
-        self.up_blocks = nnx.List(blocks)
-        self.norm_out = RMSNorm(config.channels[0], config)
-        self.conv_out = CausalConv(config.channels[0], COLOURS, config, rngs=rngs)
+        first, *_, last = config.decoder_levels
+        self.conv_in = CausalConv(
+            config.latent_channels, first.inputs, config, rngs=rngs
+        )
+        self.mid_block = MidBlock(first.inputs, config, rngs)
+        self.up_blocks = nnx.List(
+            [UpBlock(level, config, rngs) for level in config.decoder_levels]
+        )
+        self.norm_out = RMSNorm(last.outputs, config)
+        self.conv_out = CausalConv(
+            last.outputs, config.patch_channels, config, rngs=rngs
+        )
 
     def __call__(self, x: Frames, cache: Cache) -> Step:
         """Runs the next frames of a video."""
@@ -168,37 +175,82 @@ class MidBlock(nnx.Module):
         return run_layers(layers, x, cache)
 
 
+def _blocks_down(
+    level: Level, config: WanVAEConfig, rngs: nnx.Rngs
+) -> list[nnx.Module]:
+    """Returns the parts of a level: one to go round, or else each by itself."""
+    if config.averages:
+        return [DownBlock(level, config, rngs)]
+    resnets = _resnets(level, config, rngs, count=config.num_res_blocks)
+    if level.temporal is None:
+        return resnets
+    return [
+        *resnets,
+        Downsample(level.outputs, config, temporal=level.temporal, rngs=rngs),
+    ]
+
+
+def _resnets(
+    level: Level, config: WanVAEConfig, rngs: nnx.Rngs, *, count: int
+) -> list[nnx.Module]:
+    sizes = [level.inputs] + [level.outputs] * (count - 1)
+    return [ResidualBlock(size, level.outputs, config, rngs) for size in sizes]
+
+
+class DownBlock(nnx.Module):
+    """Residual blocks of one resolution and the step to the next, gone round.
+
+    What goes round them is the input, averaged.
+
+    Source: Wan2.2 `Down_ResidualBlock`.
+    """
+
+    def __init__(self, level: Level, config: WanVAEConfig, rngs: nnx.Rngs) -> None:
+        self.level = level
+        self.resnets = nnx.List(
+            _resnets(level, config, rngs, count=config.num_res_blocks)
+        )
+        self.downsampler = (
+            None
+            if level.temporal is None
+            else Downsample(level.outputs, config, temporal=level.temporal, rngs=rngs)
+        )
+
+    def __call__(self, x: Frames, cache: Cache) -> Step:
+        """Runs the next frames of a video."""
+        round_it = average_down(x, self.level, starts=cache is None)
+        last = () if self.downsampler is None else (self.downsampler,)
+        x, cache = run_layers((*self.resnets, *last), x, cache)
+        return x + round_it, cache
+
+
 class UpBlock(nnx.Module):
     """Residual blocks of one resolution, and the step to the next.
 
-    Args:
-      in_features: Channels in.
-      out_features: Channels of the resolution.
-      config: Sizes and dtypes.
-      temporal: Whether the step doubles the frames, too; None for no step.
-      rngs: Source of the initial weights.
+    With averages the input goes round them, repeated, where there is a step.
+
+    Source: Wan2.1 `Decoder3d`, Wan2.2 `Up_ResidualBlock`.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        config: WanVAEConfig,
-        *,
-        temporal: bool | None,
-        rngs: nnx.Rngs,
-    ) -> None:
-        sizes = [in_features] + [out_features] * config.num_res_blocks
+    def __init__(self, level: Level, config: WanVAEConfig, rngs: nnx.Rngs) -> None:
+        self.level = level
+        self.goes_round = config.averages and level.temporal is not None
         self.resnets = nnx.List(
-            [ResidualBlock(size, out_features, config, rngs) for size in sizes]
+            _resnets(level, config, rngs, count=config.num_res_blocks + 1)
         )
+        outputs = level.outputs if config.averages else level.outputs // 2
         self.upsampler = (
             None
-            if temporal is None
-            else Upsample(out_features, config, temporal=temporal, rngs=rngs)
+            if level.temporal is None
+            else Upsample(
+                level.outputs, outputs, config, temporal=level.temporal, rngs=rngs
+            )
         )
 
     def __call__(self, x: Frames, cache: Cache) -> Step:
         """Runs the next frames of a video."""
         last = () if self.upsampler is None else (self.upsampler,)
-        return run_layers((*self.resnets, *last), x, cache)
+        out, after = run_layers((*self.resnets, *last), x, cache)
+        if self.goes_round:
+            out = out + repeat_up(x, self.level, starts=cache is None)
+        return out, after

@@ -1,8 +1,8 @@
-"""Sizes of Wan2.1's video autoencoder."""
+"""Sizes of the video autoencoders of Wan2.1 and Wan2.2."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from models.checkpoints.config_checks import (
     check_dtypes,
@@ -13,6 +13,7 @@ from models.checkpoints.config_checks import (
 from models.diffusion.interfaces import LatentShape
 from models.diffusion.video_autoencoder import sizes
 from models.diffusion.video_autoencoder.layers import ConvolutionName, check_convolution
+from models.diffusion.video_autoencoder.sizes import COLOURS
 from pallas_kernels.common import make_plain, register_configuration
 
 # Published name of each of our fields in a diffusers `config.json`.
@@ -25,17 +26,19 @@ _DIFFUSERS_FIELDS = {
     "latents_mean": "latents_mean",
     "latents_std": "latents_std",
 }
-# What diffusers can ask for beyond Wan2.1, and the values that ask for nothing.
+# Fields that only Wan2.2's files have. A null in them says what the default does.
+_DIFFUSERS_OPTIONAL = {
+    "decoder_base_dim": "decoder_base_dim",
+    "is_residual": "averages",
+    "patch_size": "patch_size",
+}
+# What diffusers can ask for beyond both models, and the values that ask for nothing.
 _NEUTRAL: dict[str, tuple] = {
-    "decoder_base_dim": (None,),
     "attn_scales": ([],),
     "dropout": (0, 0.0),
-    "is_residual": (False,),
-    "in_channels": (3,),
-    "out_channels": (3,),
-    "patch_size": (None, 1),
 }
 _DERIVED = ("scale_factor_temporal", "scale_factor_spatial")
+_CHANNELS = ("in_channels", "out_channels")  # of pixels, as patches
 
 # Of the latents that Wan2.1 was trained on; from its `wan/modules/vae.py`.
 _WAN_2_1_MEAN = (
@@ -46,6 +49,49 @@ _WAN_2_1_STD = (
     *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
+# Of those that Wan2.2's 5B model was trained on; from its `wan/modules/vae2_2.py`.
+_WAN_2_2_MEAN = (
+    *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557),
+    *(-0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825),
+    *(-0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+    *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230),
+    *(-0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748),
+    *(0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+)
+_WAN_2_2_STD = (
+    *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013),
+    *(0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978),
+    *(0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+    *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093),
+    *(0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887),
+    *(0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+)
+
+
+class Level(NamedTuple):
+    """One resolution of the encoder or decoder.
+
+    Attributes:
+      inputs: Channels in.
+      outputs: Channels of the resolution.
+      temporal: Whether the step to the next resolution halves, or doubles, the frames
+        too; None for no step.
+    """
+
+    inputs: int
+    outputs: int
+    temporal: bool | None
+
+    @property
+    def factors(self) -> tuple[int, int]:
+        """The factors in time and in space of the step to the next resolution."""
+        return 1 + bool(self.temporal), 1 if self.temporal is None else 2
+
+    @property
+    def positions(self) -> int:
+        """The number of positions that the step makes one, or makes of one."""
+        time, side = self.factors
+        return time * side**2
 
 
 @register_configuration
@@ -54,7 +100,8 @@ class WanVAEConfig:
     """The sizes and numerics of the autoencoder. Hashable: a static jit argument.
 
     Attributes:
-      base_dim: Channels at full resolution.
+      base_dim: Channels of the encoder at the finest resolution.
+      decoder_base_dim: Those of the decoder; None for as many as the encoder has.
       latent_channels: Channels of the latent, C.
       dim_mult: Channels of each resolution, finest first, in units of `base_dim`.
         Each but the first halves rows and columns.
@@ -62,6 +109,10 @@ class WanVAEConfig:
         has one more.
       temporal_downsample: Whether the step from a resolution to the next also
         halves the frames; one entry less than `dim_mult`.
+      averages: Whether a level's input goes round it to its output, averaged or
+        repeated to the new size, as in Wan2.2's 5B model.
+      patch_size: Rows and columns of pixels that enter as one position, their colours
+        side by side in the channels.
       latents_mean: Mean of the encoder's output, by channel. The transformer works
         on latents less this mean, over `latents_std`.
       latents_std: Standard deviation of the encoder's output, by channel.
@@ -87,13 +138,18 @@ class WanVAEConfig:
     temporal_downsample: tuple[bool, ...]
     latents_mean: tuple[float, ...]
     latents_std: tuple[float, ...]
+    decoder_base_dim: int | None = None
+    averages: bool = False
+    patch_size: int = 1
     dtype: str = "float32"
     param_dtype: str = "float32"
     convolution: ConvolutionName = "3d"
 
     def __post_init__(self) -> None:
         make_plain(self)
-        check_positive_integers(self, ("base_dim", "latent_channels", "num_res_blocks"))
+        names = ("base_dim", "latent_channels", "num_res_blocks", "patch_size")
+        optional = () if self.decoder_base_dim is None else ("decoder_base_dim",)
+        check_positive_integers(self, names + optional)
         mult = self.dim_mult
         if (
             not isinstance(mult, tuple)
@@ -101,12 +157,14 @@ class WanVAEConfig:
             or not all(map(is_positive_integer, mult))
         ):
             raise ValueError(f"dim_mult={mult!r} must be a tuple of positive integers")
-        if any(dim % 2 for dim in self.channels[1:]):
+        self._check_tuples()
+        if self.averages:
+            self._check_averages()
+        elif any(level.outputs % 2 for level in self.decoder_levels[:-1]):
             raise ValueError(
                 f"{self.base_dim=} times {self.dim_mult=} must be even where the "
                 "decoder halves the channels: everywhere but in the first entry"
             )
-        self._check_tuples()
         check_dtypes(self)
         check_convolution(self)
 
@@ -125,10 +183,50 @@ class WanVAEConfig:
         if not all(value > 0.0 for value in self.latents_std):
             raise ValueError(f"{self.latents_std=} must hold positive numbers")
 
+    def _check_averages(self) -> None:
+        """Checks that channels are groups of others where a level is gone round."""
+        for level in self.encoder_levels:
+            if level.inputs * level.positions % level.outputs:
+                raise ValueError(
+                    f"a level of the encoder has {level.outputs} channels, which must "
+                    f"divide {level.inputs} of the level before x {level.positions}"
+                )
+        for level in self.decoder_levels:
+            if level.temporal is not None and (
+                level.outputs * level.positions % level.inputs
+            ):
+                raise ValueError(
+                    f"a level of the decoder has {level.outputs} channels, which x "
+                    f"{level.positions} must be a multiple of {level.inputs} of the "
+                    "level before"
+                )
+
     @property
     def channels(self) -> tuple[int, ...]:
-        """The channels of each resolution, finest first."""
+        """The encoder's channels of each resolution, finest first."""
         return tuple(self.base_dim * factor for factor in self.dim_mult)
+
+    @property
+    def encoder_levels(self) -> "tuple[Level, ...]":
+        """The encoder's resolutions, finest first."""
+        inputs = (self.base_dim, *self.channels)
+        steps = (*self.temporal_downsample, None)
+        return tuple(map(Level, inputs, self.channels, steps))
+
+    @property
+    def decoder_levels(self) -> "tuple[Level, ...]":
+        """The decoder's resolutions, coarsest first."""
+        base = self.decoder_base_dim or self.base_dim
+        outputs = tuple(base * factor for factor in reversed(self.dim_mult))
+        steps = (*reversed(self.temporal_downsample), None)
+        # Without averages around it, the step to a finer resolution halves channels.
+        before = outputs if self.averages else tuple(size // 2 for size in outputs)
+        return tuple(map(Level, (outputs[0], *before), outputs, steps))
+
+    @property
+    def patch_channels(self) -> int:
+        """The channels of pixels, as patches."""
+        return COLOURS * self.patch_size**2
 
     @property
     def stride(self) -> tuple[int, int, int]:
@@ -136,7 +234,7 @@ class WanVAEConfig:
 
         The first latent frame stands for one frame of the video only.
         """
-        side = 2 ** (len(self.dim_mult) - 1)
+        side = 2 ** (len(self.dim_mult) - 1) * self.patch_size
         return 2 ** sum(self.temporal_downsample), side, side
 
     def latent_shape(self, *, frames: int, height: int, width: int) -> LatentShape:
@@ -151,7 +249,7 @@ class WanVAEConfig:
 
     @classmethod
     def wan2_1(cls, **changes: Any) -> "WanVAEConfig":
-        """Returns the autoencoder of Wan2.1, of all sizes of the transformer."""
+        """Returns the autoencoder of Wan2.1, which Wan2.2's 14B models have, too."""
         fields: dict[str, Any] = {
             "base_dim": 96,
             "latent_channels": 16,
@@ -162,6 +260,20 @@ class WanVAEConfig:
             "latents_std": _WAN_2_1_STD,
         }
         return cls(**(fields | changes))
+
+    @classmethod
+    def wan2_2(cls, **changes: Any) -> "WanVAEConfig":
+        """Returns the autoencoder of Wan2.2's 5B model."""
+        fields: dict[str, Any] = {
+            "base_dim": 160,
+            "decoder_base_dim": 256,
+            "latent_channels": 48,
+            "averages": True,
+            "patch_size": 2,
+            "latents_mean": _WAN_2_2_MEAN,
+            "latents_std": _WAN_2_2_STD,
+        }
+        return cls.wan2_1(**(fields | changes))
 
     @classmethod
     def from_dict(cls, published: Mapping[str, Any], **changes: Any) -> "WanVAEConfig":
@@ -176,10 +288,11 @@ class WanVAEConfig:
           The configuration.
 
         Raises:
-          ValueError: The file asks for what Wan2.1 does not have (as Wan2.2's 5B
-            model does), or lacks or adds keys; all are named.
+          ValueError: The file asks for what neither model has, or lacks or adds keys;
+            all are named.
         """
-        known = {*_DIFFUSERS_FIELDS, *_NEUTRAL, *_DERIVED}
+        known = {*_DIFFUSERS_FIELDS, *_DIFFUSERS_OPTIONAL, *_NEUTRAL, *_DERIVED}
+        known |= {*_CHANNELS}
         check_keys(
             published,
             known=known,
@@ -193,7 +306,8 @@ class WanVAEConfig:
         }
         if foreign:
             raise ValueError(
-                f"only the autoencoder of Wan2.1 is supported; this one sets {foreign}"
+                "only the autoencoders of Wan2.1 and Wan2.2 are supported; this one "
+                f"sets {foreign}"
             )
         fields: dict[str, Any] = {
             ours: tuple(published[key])
@@ -201,4 +315,17 @@ class WanVAEConfig:
             else published[key]
             for key, ours in _DIFFUSERS_FIELDS.items()
         }
-        return cls(**(fields | changes))
+        fields |= {
+            ours: published[key]
+            for key, ours in _DIFFUSERS_OPTIONAL.items()
+            if published.get(key) is not None
+        }
+        config = cls(**(fields | changes))
+        for key in _CHANNELS:
+            channels = published.get(key, COLOURS)
+            if channels != config.patch_channels:
+                raise ValueError(
+                    f"{key}={channels!r} must be {config.patch_channels}, the colours "
+                    f"of {config.patch_size} x {config.patch_size} pixels"
+                )
+        return config

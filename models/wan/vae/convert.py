@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from flax import nnx
@@ -68,25 +68,19 @@ _HALF = (  # of encoder and decoder
     Row("head.0", "norm_out", "norm_out", _NORM_3D),
     Row("head.2", "conv_out", "conv_out", CONV_3D),
 )
-_ENCODER = (
-    *_HALF,
-    *within(
-        "downsamples.{}", "down_blocks.{}", "down_blocks.{}", _RESIDUAL + _RESAMPLE
-    ),
-)
 
 
 def make_rules(config: WanVAEConfig, layout: LayoutName) -> tuple[Rule, ...]:
     """Returns the rules of one layout.
 
     Args:
-      config: Sizes of the model. The original counts the blocks of the decoder
+      config: Sizes of the model. The original counts the blocks of Wan2.1's decoder
         through, so that their numbers depend on how many there are.
       layout: The layout whose keys the rules know.
     """
     table = (
         *_QUANTIZERS,
-        *within("encoder", "encoder", "encoder", _ENCODER),
+        *within("encoder", "encoder", "encoder", _HALF + _downsampling(config)),
         *within("decoder", "decoder", "decoder", _HALF + _upsampling(config)),
     )
     return original_rules(table) if layout == "original" else library_rules(table)
@@ -147,10 +141,20 @@ def export_wan_vae(
     return save_parameters(model, make_rules(model.config, layout), dtype=dtype)
 
 
+def _downsampling(config: WanVAEConfig) -> tuple[Row, ...]:
+    """Returns the encoder's blocks, which are in groups where levels are gone round."""
+    if not config.averages:
+        name = "down_blocks.{}"
+        return tuple(within("downsamples.{}", name, name, _RESIDUAL + _RESAMPLE))
+    return _levels("down", config, per_level=config.num_res_blocks + 1)
+
+
 def _upsampling(config: WanVAEConfig) -> tuple[Row, ...]:
-    """Returns the decoder's blocks, which only the original numbers through."""
-    rows: list[Row] = []
+    """Returns the decoder's blocks; the original numbers Wan2.1's through."""
     per_level = config.num_res_blocks + 2  # the last is the step to the next level
+    if config.averages:
+        return _levels("up", config, per_level=per_level)
+    rows: list[Row] = []
     for level in range(len(config.dim_mult)):
         ours = f"up_blocks.{level}"
         for block in range(per_level - 1):
@@ -160,4 +164,20 @@ def _upsampling(config: WanVAEConfig) -> tuple[Row, ...]:
         rows += within(
             f"upsamples.{index}", f"{ours}.upsamplers.0", f"{ours}.upsampler", _RESAMPLE
         )
+    return tuple(rows)
+
+
+def _levels(
+    name: Literal["down", "up"], config: WanVAEConfig, *, per_level: int
+) -> tuple[Row, ...]:
+    """Returns levels that are groups in the original, too; the last part is a step."""
+    rows: list[Row] = []
+    for level in range(len(config.dim_mult)):
+        original = f"{name}samples.{level}.{name}samples"
+        ours = f"{name}_blocks.{level}"
+        for block in range(per_level - 1):
+            resnet = f"{ours}.resnets.{block}"
+            rows += within(f"{original}.{block}", resnet, resnet, _RESIDUAL)
+        step = f"{ours}.{name}sampler"
+        rows += within(f"{original}.{per_level - 1}", step, step, _RESAMPLE)
     return tuple(rows)

@@ -207,21 +207,34 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles rows and columns, halves channels, and if asked doubles the frames.
+    """Doubles rows and columns, and if asked the frames.
 
     The first frame of a video stays one frame, and later frames do not see it. To the
     convolution in time the video begins after it.
+
+    Args:
+      dim: Channels in.
+      out_features: Channels out.
+      config: Sizes and dtypes.
+      temporal: Whether it doubles the frames, too.
+      rngs: Source of the initial weights.
 
     Source: Wan2.1 `Resample`, modes "upsample2d" and "upsample3d"; the first frame
     is its special case "Rep".
     """
 
     def __init__(
-        self, dim: int, config: WanVAEConfig, *, temporal: bool, rngs: nnx.Rngs
+        self,
+        dim: int,
+        out_features: int,
+        config: WanVAEConfig,
+        *,
+        temporal: bool,
+        rngs: nnx.Rngs,
     ) -> None:
         self.resample = nnx.Conv(
             dim,
-            dim // 2,
+            out_features,
             (3, 3),
             padding=((1, 1), (1, 1)),
             dtype=jnp.dtype(config.dtype),

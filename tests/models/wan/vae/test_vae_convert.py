@@ -20,48 +20,62 @@ from tests import tiny_vae
 
 CASE = "small"
 # Original key, diffusers key, shape, from the models themselves.
-PUBLISHED = json.loads(tiny_vae.FIXTURE.with_name("vae_wan2_1_keys.json").read_text())
+PUBLISHED = {
+    name: json.loads((tiny_vae.FIXTURES / f"vae_{name}_keys.json").read_text())
+    for name in ("wan2_1", "wan2_2")
+}
+PRESETS = {name: getattr(WanVAEConfig, name)() for name in PUBLISHED}
+
+
+def both_layouts(name):
+    return {
+        "diffusers": tiny_vae.make_weights(name),
+        "original": export_wan_vae(tiny_vae.make_model(name), layout="original"),
+    }
 
 
 @pytest.fixture(scope="module")
 def published():
     """Weights in both layouts; those of the original by the names written out."""
-    return {
-        "diffusers": tiny_vae.make_weights(CASE),
-        "original": export_wan_vae(tiny_vae.make_model(CASE), layout="original"),
-    }
+    return both_layouts(CASE)
 
 
+@pytest.mark.parametrize("model", PUBLISHED)
 @pytest.mark.parametrize(("layout", "column"), [("original", 0), ("diffusers", 1)])
-def test_keys_and_shapes_are_those_of_wan2_1(layout, column):
-    expected = {row[column]: tuple(row[2]) for row in PUBLISHED}
-    assert tiny_vae.checkpoint_shapes(WanVAEConfig.wan2_1(), layout) == expected
-    assert detect_layout(expected, WanVAEConfig.wan2_1()) == layout
+def test_keys_and_shapes_are_the_published(layout, column, model):
+    expected = {row[column]: tuple(row[2]) for row in PUBLISHED[model]}
+    assert tiny_vae.checkpoint_shapes(PRESETS[model], layout) == expected
+    assert detect_layout(expected, PRESETS[model]) == layout
 
 
-def test_each_weight_has_its_own_two_keys():
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_each_weight_has_its_own_two_keys(model):
     """The pairs of keys, not only both sets: original to ours to diffusers."""
-    config = WanVAEConfig.wan2_1()
+    config = PRESETS[model]
 
     def unique(values):
         (value,) = (value for value in values if value is not None)
         return value
 
     tables = {name: make_rules(config, name) for name in ("original", "diffusers")}
-    for original, diffusers, _ in PUBLISHED:
+    for original, diffusers, _ in PUBLISHED[model]:
         path = unique(rule.path_of(original) for rule in tables["original"])
         assert unique(r.key_of(path) for r in tables["diffusers"]) == diffusers
 
 
-def test_the_preset_has_the_published_number_of_parameters():
-    shapes = tiny_vae.checkpoint_shapes(WanVAEConfig.wan2_1(), "original")
-    assert sum(map(math.prod, shapes.values())) == 126_892_531
+@pytest.mark.parametrize(
+    ("model", "parameters"), [("wan2_1", 126_892_531), ("wan2_2", 704_688_668)]
+)
+def test_presets_have_the_published_number_of_parameters(model, parameters):
+    shapes = tiny_vae.checkpoint_shapes(PRESETS[model], "original")
+    assert sum(map(math.prod, shapes.values())) == parameters
 
 
-def test_both_layouts_give_the_same_model(published):
+@pytest.mark.parametrize("name", [CASE, "averages_small"])
+def test_both_layouts_give_the_same_model(name):
     models = [
-        load_wan_vae(weights, tiny_vae.make_config(CASE))
-        for weights in published.values()
+        load_wan_vae(weights, tiny_vae.make_config(name))
+        for weights in both_layouts(name).values()
     ]
     one, other = (dict(nnx.to_flat_state(nnx.state(model))) for model in models)
     assert one.keys() == other.keys()

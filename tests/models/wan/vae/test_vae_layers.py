@@ -88,7 +88,7 @@ def test_the_first_frame_is_downsampled_alone(temporal):
 
 def test_later_frames_are_upsampled_without_the_first():
     """The original's "Rep": one frame stays one, and is not in the window."""
-    layer = Upsample(4, WanVAEConfig.wan2_1(), temporal=True, rngs=nnx.Rngs(0))
+    layer = Upsample(4, 2, WanVAEConfig.wan2_1(), temporal=True, rngs=nnx.Rngs(0))
     x = random(1, 4, 2, 3, 4)
     frames, cache = [], None
     for index in range(4):
