@@ -20,6 +20,7 @@ from models.diffusion.dtypes import Linears
 from models.diffusion.family import Family
 from models.diffusion.folders.layouts import ALL_PARTS, Part, class_in
 from models.diffusion.folders.part_files import PartFiles
+from models.diffusion.interfaces import Codec
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.text_options import TextOptions
 from models.hunyuan.family import HUNYUAN
@@ -100,6 +101,34 @@ def load_pipeline(
         revision=commit,
         linears=linears,
     )
+
+
+def load_codec(
+    path: Path | str | None = None,
+    *,
+    files: PartFiles | None = None,
+    revision: str | None = None,
+    tile: int | None = None,
+) -> Codec:
+    """Loads the codec of a checkpoint alone, such as to decode latents that were kept.
+
+    Args:
+      path: As of `load_pipeline`.
+      files: Parts that are given by themselves, of which the autoencoder is read.
+      revision: Branch, tag or commit of a repository on the hub.
+      tile: Rows and columns of pixels of the tiles that it is to run on; see
+        `Codec.tiled`.
+
+    Raises:
+      CheckpointError: The model is missing, incomplete, or of another format.
+      ValueError: The family has no use for a part, a revision or tiles that are given,
+        or there are no tiles of that size.
+    """
+    family, commit = find_family(path, revision=revision)
+    given = given_arguments(files=files, revision=revision)
+    check_takes(family, given | ({} if tile is None else {"tiles": tile}))
+    codec = family.load_codec(path, files=files, revision=commit)
+    return codec if tile is None else codec.tiled(tile)
 
 
 def find_family(

@@ -13,6 +13,7 @@ MEDIA_TYPES = {
     ".json": "application/json",
     ".mp4": "video/mp4",
     ".png": "image/png",
+    ".safetensors": "application/octet-stream",
 }
 # A report loads nothing from elsewhere and sends nothing: not to this server either.
 _REPORT_POLICY = (

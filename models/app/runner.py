@@ -189,6 +189,7 @@ class _Shown:
         self.was_stopped = False
         self._job = job
         self._pipeline = pipeline
+        self._has_previews = True
         self._runs_left = 2 if job.work.arguments.compare else 1
         self._show(Progress(stage="preparing", seconds_left=_seconds(expected)))
 
@@ -218,7 +219,7 @@ class _Shown:
                     self.was_stopped = True
                     raise StopGeneration
             elif report.index % every == every - 1 and report.estimate is not None:
-                preview = _jpeg(self._pipeline.preview(report.estimate)[0])
+                preview = self._preview(report.estimate) or preview
             times.append(1e-3 * report.time_ms)
             # A run that comes after this one takes at most as long, dense or sparse.
             later = statistics.median(times) * num_steps * self._runs_left
@@ -235,6 +236,17 @@ class _Shown:
             )
 
         yield callback
+
+    def _preview(self, estimate: jax.Array) -> bytes | None:
+        """Returns a picture; None, and none later, where the device has no memory."""
+        if not self._has_previews:
+            return None
+        try:
+            return _jpeg(self._pipeline.preview(estimate)[0])
+        except jax.errors.JaxRuntimeError as error:
+            self._has_previews = False
+            self._job.notes.append(f"There is no preview: {one_line(error)}")
+            return None
 
     def _show(self, progress: Progress) -> None:
         self._job.progress = progress

@@ -26,6 +26,7 @@ _MODULES = {
     "generate": "models.cli.generate",
     "inspect": "models.cli.inspect",
     "calibrate": "models.cli.calibrate",
+    "decode": "models.cli.decode",
     "app": "models.app.command",
 }
 # Bad values, a missing extra, files, damaged weights and too little memory; see

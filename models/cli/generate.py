@@ -1,6 +1,7 @@
 """`draft-video generate`: a video from a prompt, and dense against sparse."""
 
 import argparse
+import contextlib
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -9,6 +10,7 @@ from typing import Any
 
 from draft_jax import AttentionPlan
 from models.cli import options, outputs
+from models.cli.latents import keep_latents
 from models.cli.model import Request, read_request
 from models.cli.progress import progress_bar
 from models.cli.report import device_details
@@ -17,7 +19,7 @@ from models.diffusion.comparison import Comparison, run_report
 from models.diffusion.dtypes import choose_linears
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.recording import AttentionRecorder
-from models.diffusion.results import GenerationResult, StepReport
+from models.diffusion.results import DecodingError, GenerationResult, StepReport
 from models.files import MissingFilesError
 from models.media import metrics, plots
 from models.media import video as video_io
@@ -27,7 +29,7 @@ from models.report.writing import LABELS, write_report
 
 # Takes what is shown before the bar and the number of steps; gives the callback.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[StepReport], None]]]
-_DENSE = {"attention": "dense"}  # in a report of one video
+_DENSE, _DRAFT = {"attention": "dense"}, {"attention": "draft"}  # of one video
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -119,15 +121,15 @@ def make_run(
         computed is written.
 
     Raises:
-      MissingFilesError: Some of the files could not be written.
+      MissingFilesError: Some of the files could not be written. A video that could not
+        be decoded is such; its latents are in their place.
     """
     details = details | {"fps": _fps(pipeline, request)}
+    make = _compare if request.arguments.compare else _make_video
     try:
-        with files:
-            if request.arguments.compare:
-                _compare(files, pipeline, request, details, progress)
-            else:
-                _make_video(files, pipeline, request, details, progress)
+        # Which video is missing, and why, is said when `files` is left.
+        with files, contextlib.suppress(DecodingError):
+            make(files, pipeline, request, details, progress)
     finally:  # also if something went wrong later: they are what was computed
         for file in files.written:
             print(file, flush=True)
@@ -167,15 +169,16 @@ def _compare(
 ) -> None:
     """Makes and writes a dense and a sparse video; the first before the second."""
     fps, recorder = details["fps"], AttentionRecorder()
-    dense = _generate(pipeline, request, AttentionPlan.dense(), progress)
+    with keep_latents(files, "video.mp4", request, details | _DENSE):
+        dense = _generate(pipeline, request, AttentionPlan.dense(), progress)
     if dense.stopped:  # there will be nothing to compare it with
         _write_video(files, request, details | _DENSE, dense, recorder)
         return
     video = functools.partial(video_io.write_mp4, video=dense.video[0], fps=fps)
     files.write("dense.mp4", video)
-    sparse = _generate(
-        pipeline, request, _draft_plan(request), progress, recorder, request.cache
-    )
+    plan, cache = _draft_plan(request), request.cache
+    with keep_latents(files, "sparse.mp4", request, details | _DRAFT):
+        sparse = _generate(pipeline, request, plan, progress, recorder, cache)
     comparison = Comparison(dense=dense, sparse=sparse)
     for name, writer in comparison.writers(fps=fps, details=details).items():
         files.write(name, writer)
@@ -193,12 +196,13 @@ def _make_video(
     details: dict[str, Any],
     progress: Progress,
 ) -> None:
-    attention, recorder = AttentionPlan.dense(), AttentionRecorder()
-    if not request.arguments.dense:
-        attention = _draft_plan(request)
-        details = details | {"attention": "draft"}
-    result = _generate(pipeline, request, attention, progress, recorder, request.cache)
-    _write_video(files, request, _DENSE | details, result, recorder)
+    attention, kind = _draft_plan(request), _DRAFT
+    if request.arguments.dense:
+        attention, kind = AttentionPlan.dense(), _DENSE
+    recorder, cache, details = AttentionRecorder(), request.cache, details | kind
+    with keep_latents(files, "video.mp4", request, details):
+        result = _generate(pipeline, request, attention, progress, recorder, cache)
+    _write_video(files, request, details, result, recorder)
 
 
 def _write_video(

@@ -192,7 +192,7 @@ def read_model(arguments: argparse.Namespace) -> Request:
       ValueError: An option does not suit the model.
     """
     if arguments.vae_tile is not None:
-        _check_tile(arguments.vae_tile)
+        check_tile(arguments.vae_tile)
     family, commit = find_family(arguments.checkpoint, revision=arguments.revision)
     _check_fits(arguments, family)
     info = family.describe(
@@ -268,7 +268,8 @@ def _sampling(arguments: argparse.Namespace, info: ModelInfo) -> Sampling:
     return options.sampling_from(arguments, info.sampling_at(height, width))
 
 
-def _check_tile(pixels: int) -> None:
+def check_tile(pixels: int) -> None:
+    """Raises ValueError unless tiles may have so many rows and columns."""
     if pixels < 32 or pixels % 32:
         raise ValueError(f"--vae-tile {pixels} must be a positive multiple of 32")
 

@@ -56,6 +56,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "Ada GPUs; auto takes it there alone",
     )
     _add_encoder_options(parser)
+    add_process_options(parser)
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how the process compiles, and what it says of errors."""
     parser.add_argument(
         "--no-compile-cache",
         action="store_true",
@@ -113,6 +118,11 @@ def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
         default="default",
         help="where the text encoder runs, before the transformer is loaded",
     )
+    add_vae_tile(parser)
+
+
+def add_vae_tile(parser: argparse.ArgumentParser) -> None:
+    """Adds the tiles that the autoencoder runs on."""
     parser.add_argument(
         "--vae-tile",
         type=int,

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from models.cli import choices
 from models.cli.app_options import add_app
 from models.cli.cache_options import add_cache_options
+from models.cli.decode_options import add_decode
 from models.cli.messages import EXIT_BAD_INPUT, one_line
 from models.cli.model_options import add_model_options
 from models.cli.version import package_version
@@ -109,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_inspect(commands)
     _add_calibrate(commands)
+    add_decode(commands, formatter_class=HelpFormatter)
     add_app(commands, formatter_class=HelpFormatter)
     return parser
 

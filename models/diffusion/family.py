@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 from draft_jax import SparsitySchedule
 from models.diffusion.caches import MagRatios
 from models.diffusion.folders.part_files import PartFiles
-from models.diffusion.interfaces import Conditioning, LatentSizes
+from models.diffusion.interfaces import Codec, Conditioning, LatentSizes
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 
@@ -68,6 +68,8 @@ class Family:
       describe: Makes a `ModelInfo`. It takes a path and the keywords `text`, `files`
         and `revision` of `load_pipeline`.
       load: Makes a pipeline; takes the arguments of `load_pipeline`.
+      load_codec: Loads the codec alone; takes a path and the keywords `files` and
+        `revision`.
       expected: Contents of the family's folders, in words.
       takes: Arguments of `load_pipeline` that have a meaning for the family, such as
         "loras" and "files.vae"; likewise "tiles" of the codec.
@@ -82,6 +84,7 @@ class Family:
     owns: Callable[[Path], bool]
     describe: Callable[..., ModelInfo]
     load: Callable[..., VideoPipeline]
+    load_codec: Callable[..., Codec]
     expected: str
     takes: frozenset[str] = frozenset()
     hub_signs: tuple[str, ...] = ()

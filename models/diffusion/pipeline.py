@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from draft_jax import AttentionPlan, means_work
 from models.diffusion.caches import StepCache
 from models.diffusion.contexts import as_prompts, join_contexts
+from models.diffusion.decoding import check_codec_output, decode_video
 from models.diffusion.interfaces import (
     ClosedVocabulary,
     Codec,
@@ -30,7 +31,7 @@ from models.diffusion.interfaces import (
     TextEncoder,
     VideoModel,
 )
-from models.diffusion.results import GenerationResult, StepReport
+from models.diffusion.results import DecodingError, GenerationResult, StepReport
 from models.diffusion.sampler import (
     GuidanceBatching,
     Sampler,
@@ -130,9 +131,7 @@ class VideoPipeline:
         condition = self.model.conditioning.image_condition(
             images, sampling, codec=self.codec, image_encoder=self.image_encoder
         )
-        _check_codec_output(
-            "latent that the codec made of the image", condition.latents
-        )
+        check_codec_output("latent that the codec made of the image", condition.latents)
         return condition
 
     def generate(
@@ -186,7 +185,9 @@ class VideoPipeline:
           ValueError: There is no prompt or nothing to encode it with, or a context,
             an image, noise or a size does not suit the model, or seeds are not as
             many as what they are for.
-          FloatingPointError: What a step, the codec or an encoder makes is not finite.
+          FloatingPointError: What a step or an encoder makes is not finite.
+          DecodingError: The codec failed, for lack of memory say. The error has the
+            latents, which `decode` takes later.
         """
         sampling = self.sampling if sampling is None else sampling
         if seeds is not None:
@@ -195,16 +196,20 @@ class VideoPipeline:
             items = items_of_seeds(
                 seeds, prompts, sampling, image=image, negative_context=negative_context
             )
-            results = []
+            results: list[GenerationResult] = []
             for item in items:
-                result = self.generate(
-                    **vars(item),
-                    attention=attention,
-                    guidance_batching=guidance_batching,
-                    cache=cache,
-                    callback=callback,
-                    recorder=recorder,
-                )
+                try:
+                    result = self.generate(
+                        **vars(item),
+                        attention=attention,
+                        guidance_batching=guidance_batching,
+                        cache=cache,
+                        callback=callback,
+                        recorder=recorder,
+                    )
+                except DecodingError as error:
+                    error.finished = join_results(results) if results else None
+                    raise
                 results.append(result)
                 if result.stopped:
                     break
@@ -228,20 +233,40 @@ class VideoPipeline:
         latents = reports[-1].estimate if stopped else state.latents
         assert latents is not None  # the last report has it
         del state, inputs  # masks can be large, and so is what decoding needs
-        video, decode_ms = self._decode(latents)
         skipped = np.array([report.work == "skipped" for report in reports])
-        return GenerationResult(
-            video=video,
+        result = GenerationResult(
+            video=np.zeros((len(latents), 0, sampling.height, sampling.width, 3)),
             latents=np.asarray(latents),
             time_ms=np.array([report.time_ms for report in reports]),
             compile_ms=compile_ms,
-            decode_ms=decode_ms,
+            decode_ms=0.0,
             kept_density=np.stack([report.kept_density for report in reports]),
             dense=sampler.dense[:num_steps] & ~skipped[:, None],
             timesteps=sampler.solver.timesteps[:num_steps],
             stopped=stopped,
             means_work=_means_work(sampler),
         )
+        start = time.perf_counter()
+        try:
+            video = self.decode(latents)
+        except Exception as error:  # whatever it is: the steps took far longer
+            raise DecodingError(result, error) from error
+        decode_ms = 1e3 * (time.perf_counter() - start)
+        return dataclasses.replace(result, video=video, decode_ms=decode_ms)
+
+    def decode(
+        self, latents: Float[Array | np.ndarray, "B F H W C"]
+    ) -> Float[np.ndarray, "B frames height width 3"]:
+        """Returns the video of latents, such as those of a `DecodingError`.
+
+        Returns:
+          Values in [0, 1].
+
+        Raises:
+          FloatingPointError: What the codec makes is not finite.
+        """
+        _LOG.info("decoding the video")
+        return decode_video(self.codec, latents)
 
     def preview(
         self, estimate: Float[Array, "B F H W C"]
@@ -352,19 +377,6 @@ class VideoPipeline:
         known |= sampler.compile(state, inputs, missing)
         return known, 1e3 * (time.perf_counter() - start)
 
-    def _decode(
-        self, latents: Float[Array, "B F H W C"]
-    ) -> tuple[Float[np.ndarray, "B frames height width 3"], float]:
-        """Returns the video in [0, 1], and the milliseconds that decoding took."""
-        _LOG.info("decoding the video")
-        start = time.perf_counter()
-        # A whole video at 720p takes a gigabyte: chunks leave the device one by one.
-        decode = getattr(self.codec, "decode_to_host", self.codec.decode)
-        video = np.asarray(decode(latents), np.float32)
-        _check_codec_output("video that the codec decoded", video)
-        video = np.clip(0.5 * (video + 1.0), 0.0, 1.0)
-        return video, 1e3 * (time.perf_counter() - start)
-
     def _context(
         self,
         prompts: str | Sequence[str] | TextContext,
@@ -429,13 +441,3 @@ def _means_work(sampler: Sampler) -> float:
     if config is None:
         return 0.0
     return means_work(sampler.model.grid(sampler.latent_shape), config)
-
-
-def _check_codec_output(what: str, array: Float[Array | np.ndarray, "..."]) -> None:
-    """Raises FloatingPointError if a result is not finite; its source was."""
-    # NaN is both the least and the most, so no mask as large as a video is needed.
-    if not np.isfinite([float(array.min()), float(array.max())]).all():
-        raise FloatingPointError(
-            f"the {what} is not finite: check the codec's weights (a published model's "
-            "VAE), which may be damaged"
-        )

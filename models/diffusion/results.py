@@ -98,3 +98,20 @@ class GenerationResult:
         is_sparse = ~self.dense & ~self.skipped[:, None]
         means = self.means_work * float(is_sparse.mean())
         return float(self.kept_density.mean()) + means
+
+
+class DecodingError(RuntimeError):
+    """The codec could not decode what the steps have made. Nothing of it is lost.
+
+    Attributes:
+      result: The run without its video, which has no frames. Its latents are what
+        `VideoPipeline.decode` takes later, with more memory or on tiles
+        (`Codec.tiled`).
+      finished: The videos of earlier seeds, where there are several; None without.
+    """
+
+    def __init__(self, result: GenerationResult, reason: Exception):
+        self.result = result
+        self.finished: GenerationResult | None = None
+        said = " ".join(str(reason).split()) or type(reason).__name__
+        super().__init__(f"the video cannot be decoded: {said}")

@@ -5,7 +5,11 @@ from pathlib import Path
 from models.diffusion.family import FOR_PUBLISHED, Family
 from models.hunyuan.checkpoint import NO_I2V, is_hunyuan_file
 from models.hunyuan.layouts import LAYOUTS
-from models.hunyuan.loading import describe_hunyuan, load_hunyuan
+from models.hunyuan.loading import (
+    describe_hunyuan,
+    load_hunyuan,
+    load_hunyuan_codec,
+)
 
 
 def _owns(path: Path) -> bool:
@@ -20,6 +24,7 @@ HUNYUAN = Family(
     owns=_owns,
     describe=describe_hunyuan,
     load=load_hunyuan,
+    load_codec=load_hunyuan_codec,
     expected=f"a HunyuanVideo model in {LAYOUTS.describe()}, or one file of its "
     "transformer",
     takes=FOR_PUBLISHED | {"files.text_encoder_2", "files.tokenizer_2"},

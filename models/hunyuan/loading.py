@@ -144,10 +144,7 @@ def load_hunyuan(
     text_encoder = load_text_encoder(opened.text_files, text)
     dtype = default_dtype()  # starts JAX on the GPU
     chosen = choose_linears(linears)
-    _LOG.info("loading the VAE")
-    vae = _vae_config(opened, dtype=dtype, param_dtype=dtype)
-    with fitting("vae", opened.vae):
-        codec = HunyuanVAECodec(model=load_hunyuan_vae(opened.vae.weights, vae))
+    codec = _load_codec(opened)
     _LOG.info("loading the transformer")
     try:
         config = dataclasses.replace(
@@ -166,6 +163,22 @@ def load_hunyuan(
         sampling=_sampling(opened),
         fps=HUNYUAN_FPS,
     )
+
+
+def load_hunyuan_codec(
+    path: Path | str, *, files: PartFiles | None = None, revision: str | None = None
+) -> HunyuanVAECodec:
+    """Loads the autoencoder alone; takes and raises what `load_hunyuan` does."""
+    opened = open_hunyuan_parts(path, parts=(), files=files, revision=revision)
+    return _load_codec(opened)
+
+
+def _load_codec(opened: HunyuanParts) -> HunyuanVAECodec:
+    _LOG.info("loading the VAE")
+    dtype = default_dtype()
+    vae = _vae_config(opened, dtype=dtype, param_dtype=dtype)
+    with fitting("vae", opened.vae):
+        return HunyuanVAECodec(model=load_hunyuan_vae(opened.vae.weights, vae))
 
 
 def _needed(parts: Collection[Part], text: TextOptions | None) -> set[Part]:

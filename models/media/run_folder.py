@@ -10,6 +10,7 @@ from models.files import MissingFilesError
 REPORT = "report.json"
 PAGE = "report.html"
 KEPT_SHARE = "kept_share.png"
+LATENTS = "latents.safetensors"  # in place of a video that could not be decoded
 # All that any kind of run writes, so that none is left beside the files of another.
 FILES = (
     "video.mp4",
@@ -17,6 +18,7 @@ FILES = (
     "sparse.mp4",
     "side_by_side.mp4",
     KEPT_SHARE,
+    LATENTS,
     REPORT,
     PAGE,
 )

@@ -67,10 +67,16 @@ def _load(
     return load_mini(path, linears=linears)
 
 
+def _load_codec(path: Path | str | None, **options: Any) -> LinearCodec:
+    """Loads a small model's codec, for which the options have no meaning."""
+    return describe_mini(path, **options).codec
+
+
 MINI = Family(
     name="small",
     owns=is_small_model,
     describe=describe_mini,
     load=_load,
+    load_codec=_load_codec,
     expected=SMALL_MODEL,
 )

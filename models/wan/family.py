@@ -5,7 +5,7 @@ from pathlib import Path
 from models.diffusion.family import FOR_PUBLISHED, Family
 from models.wan.checkpoint import names_wan
 from models.wan.layouts import LAYOUTS
-from models.wan.loading import describe_wan, load_wan
+from models.wan.loading import describe_wan, load_wan, load_wan_codec
 from models.wan.transformer_file import is_transformer_file
 
 
@@ -20,6 +20,7 @@ WAN = Family(
     owns=_owns,
     describe=describe_wan,
     load=load_wan,
+    load_codec=load_wan_codec,
     expected=f"a Wan model in {LAYOUTS.describe()}, or one .safetensors file of its "
     "transformer",
     takes=FOR_PUBLISHED | {"files.image_encoder", "image"},

@@ -164,17 +164,15 @@ def load_wan(
         revision=revision,
         linears=choose_linears(linears),
     )
+    vae = _vae_config(wan)
     if wan.vae is None:
         raise ValueError("parts must hold 'vae', which decodes the latents")
-    vae = _vae_config(wan)
     # The transformer last: it takes minutes, and what is wrong shows before.
     with fitting("text_encoder", wan.sources.get("text_encoder")):
         text_encoder = load_text_encoder(wan, text)
     with fitting("image_encoder", wan.sources.get("image_encoder")):
         image_encoder = _load_image_encoder(wan)
-    _LOG.info("loading the VAE")
-    with fitting("vae", wan.sources.get("vae")):
-        codec = WanVAECodec(model=load_wan_vae(wan.vae, vae))
+    codec = _load_codec(wan, vae)
     _LOG.info("loading the transformer")
     return VideoPipeline(
         model=wan.load_transformer(),
@@ -184,6 +182,23 @@ def load_wan(
         sampling=_sampling(wan),
         fps=WAN_FPS,
     )
+
+
+def load_wan_codec(
+    path: Path | str, *, files: PartFiles | None = None, revision: str | None = None
+) -> WanVAECodec:
+    """Loads the autoencoder alone; takes and raises what `load_wan` does."""
+    wan = open_wan_parts(
+        path, dtype=default_dtype(), parts={"vae"}, files=files, revision=revision
+    )
+    return _load_codec(wan, _vae_config(wan))
+
+
+def _load_codec(wan: WanParts, config: WanVAEConfig) -> WanVAECodec:
+    assert wan.vae is not None  # it was asked for
+    _LOG.info("loading the VAE")
+    with fitting("vae", wan.sources.get("vae")):
+        return WanVAECodec(model=load_wan_vae(wan.vae, config))
 
 
 def _needed(parts: Collection[Part], text: TextOptions | None) -> set[Part]:

@@ -109,6 +109,7 @@ def test_a_third_family_is_one_record(tmp_path, monkeypatch, capsys):
             loading.MINI.describe(None), path=Path(path)
         ),
         load=lambda path, **_: dataclasses.replace(loading.MINI.load(None), fps=99.0),
+        load_codec=loading.MINI.load_codec,
         expected="a folder with third.json",
         takes=frozenset(["loras"]),
         hub_signs=("third.json",),

@@ -4,10 +4,12 @@ import json
 import threading
 import warnings
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from models.app import fragments
 from models.app import runner as runner_module
 from models.app.form import FormError, FormValues
 from models.app.jobs import Job
@@ -15,6 +17,8 @@ from models.app.limits import Limits, run_bytes
 from models.app.runner import Runner, hear_warnings
 from models.app.runs import list_runs
 from models.cli import main
+from models.diffusion.pipeline import VideoPipeline
+from models.mini.codec import LinearCodec
 from tests import tiny_model
 
 PROMPT = "a red ball"
@@ -139,6 +143,42 @@ def test_a_stopped_comparison_has_what_was_computed(runner, monkeypatch, stage, 
     assert found == files | {"report.json", "report.html"}
     report = json.loads((job.folder / "report.json").read_text())
     assert (report if stage == "dense" else report["sparse"])["stopped"]
+
+
+@pytest.mark.nightly
+def test_a_video_that_is_not_decoded_leaves_its_latents(runner, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    job = job_of(runner, mode="dense")
+    with monkeypatch.context() as patch:
+        # Not previews, which one latent frame is enough for.
+        patch.setattr(runner_module._Shown, "_preview", lambda *_: None)
+        patch.setattr(LinearCodec, "decode", fail)
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED") as caught:
+            runner.run(job)
+    assert f"`draft-video decode {job.folder}`" in str(caught.value)
+    assert [file.name for file in job.folder.iterdir()] == ["latents.safetensors"]
+    links = fragments.result_of(runner.outputs, job.folder)
+    assert f"/runs/{job.folder.name}/latents.safetensors" in links
+    assert main(["decode", str(job.folder)]) == 0
+    assert [run.folder for run in list_runs(runner.outputs)] == [job.folder]
+
+
+@pytest.mark.nightly
+def test_a_preview_without_memory_costs_no_run(runner, monkeypatch):
+    asked = []
+
+    def fail(*_):
+        asked.append(1)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(VideoPipeline, "preview", fail)
+    job = job_of(runner)
+    assert runner.run(job)
+    assert job.notes == ["There is no preview: RESOURCE_EXHAUSTED: out of memory"]
+    assert len(asked) == 1
+    assert job.progress.preview is None
 
 
 def test_what_fails_leaves_no_folder_and_says_why(runner, monkeypatch):

@@ -8,6 +8,7 @@ import safetensors.numpy
 from PIL import Image
 
 from models.cli import main
+from models.media.run_folder import LATENTS
 from tests.wan_folders import TEXT_TO_VIDEO, save_image_to_video
 
 pytestmark = pytest.mark.nightly
@@ -28,13 +29,13 @@ def spoil(folder, part, key):
     raise AssertionError(f"no file of {folder / part} holds {key}")
 
 
-def error_of(checkpoint, output, capsys, *arguments):
-    """The only line of a run that fails and leaves nothing behind."""
+def error_of(checkpoint, output, capsys, *arguments, status=2):
+    """The only line of a run that fails; it leaves files behind with status 3 alone."""
     command = ["generate", "a cat", "--checkpoint", str(checkpoint), *SMALL]
-    assert main([*command, "--output", str(output), *arguments]) == 2
+    assert main([*command, "--output", str(output), *arguments]) == status
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
-    assert not output.exists()
+    assert output.exists() == (status == 3)
     return captured.err
 
 
@@ -43,8 +44,9 @@ def test_a_video_that_is_not_finite_is_not_written(tmp_path, capsys, tiled):
     folder = shutil.copytree(TEXT_TO_VIDEO, tmp_path / "model")
     spoil(folder, "vae", "decoder.conv_in.bias")
     tiles = ("--vae-tile", "32") if tiled else ()
-    error = error_of(folder, tmp_path / "out", capsys, *tiles)
+    error = error_of(folder, tmp_path / "out", capsys, *tiles, status=3)
     assert "the video that the codec decoded is not finite: check the codec's" in error
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [LATENTS]
 
 
 def test_an_image_whose_latent_is_not_finite_is_told(tmp_path, capsys):

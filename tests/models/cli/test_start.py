@@ -56,6 +56,7 @@ def python(*arguments, cwd=ROOT, **environment):
         (["generate", "--help"], 0),
         (["inspect", "--help"], 0),
         (["calibrate", "--help"], 0),
+        (["decode", "--help"], 0),
         (["app", "--help"], 0),
         (["generate"], 2),
     ],
