@@ -1,5 +1,6 @@
 """Models with random weights, made on the device."""
 
+import concurrent.futures
 import functools
 import math
 from collections.abc import Callable
@@ -20,8 +21,8 @@ def random_model[M: nnx.Module](make: Callable[[], M], seed: int = 0) -> M:
     Weights in FP8 are normal numbers, too, which fill its range; their scales make them
     as small as others.
 
-    Leaves are made one after the other, and each by rows of its first axis, which are
-    layers where there are any: beside the model little memory is used.
+    Each leaf is made by rows of its first axis, which are layers where there are any:
+    beside the model little memory is used. Their programs are compiled side by side.
 
     Args:
       make: Builds the model; only its shapes are looked at.
@@ -30,9 +31,9 @@ def random_model[M: nnx.Module](make: Callable[[], M], seed: int = 0) -> M:
     structure, state = nnx.split(nnx.eval_shape(make))
     leaves, tree = jax.tree.flatten_with_path(state)
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
-    made = [
-        _make(path, key, leaf) for (path, leaf), key in zip(leaves, keys, strict=True)
-    ]
+    paths, shapes = zip(*leaves, strict=True)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        made = list(pool.map(_make, paths, list(keys), shapes))
     return nnx.merge(structure, jax.tree.unflatten(tree, made))
 
 

@@ -54,6 +54,7 @@ class Problem:
       make_solver: Solver of a number of steps.
       guidance_batching: How guided steps run the model.
       flops_outside: Arithmetic of one call without self-attention's products, by part.
+      draft: What sparse modes select, but for the sparsity.
     """
 
     model: VideoModel
@@ -62,6 +63,7 @@ class Problem:
     make_solver: Callable[[int], Solver]
     guidance_batching: GuidanceBatching = "one_call"
     flops_outside: Mapping[str, float]
+    draft: DraftConfig = dataclasses.field(default_factory=DraftConfig.paper)
 
     @property
     def calls(self) -> int:
@@ -91,6 +93,19 @@ class Samples:
         """Steps of a mode."""
         return self.dense if mode.sparsity is None else self.sparse
 
+    @property
+    def warm_ups(self) -> list[Mode]:
+        """A mode for each program, to warm up: those that differ in sparsity share."""
+        return list({mode.program: mode for mode in reversed(self.modes)}.values())
+
+    @property
+    def order(self) -> list[Mode]:
+        """The mode of each step."""
+        order = self.warm_ups
+        for mode in self.modes:
+            order += [mode] * self.count(mode)
+        return order + [self.modes[-1]] * self.profile
+
 
 def make_sampler(problem: Problem, modes: Sequence[Mode]) -> Sampler:
     """A sampler with one step for each mode."""
@@ -99,7 +114,8 @@ def make_sampler(problem: Problem, modes: Sequence[Mode]) -> Sampler:
     attention = AttentionPlan.dense()
     if sparsities:
         attention = AttentionPlan.draft(
-            DraftConfig(sparsity=min(sparsities)), SparsitySchedule(sparsity=per_step)
+            dataclasses.replace(problem.draft, sparsity=min(sparsities)),
+            SparsitySchedule(sparsity=per_step),
         )
     sampler = Sampler.create(
         problem.model,
@@ -173,17 +189,18 @@ def measure_steps(
       facts: What the record begins with.
       report: Takes the record whenever it has grown.
     """
-    modes = samples.modes
-    # Each program once to warm up: modes that differ in sparsity share one.
-    warm_ups = list({m.program: m for m in reversed(modes)}.values())
-    order = list(warm_ups)
-    for mode in modes:
-        order += [mode] * samples.count(mode)
-    order += [modes[-1]] * samples.profile
-    steps = Steps(problem, order)
+    time_steps(Steps(problem, samples.order), samples, facts, report)
+
+
+def time_steps(
+    steps: "Steps", samples: Samples, facts: Record, report: Callable[[Record], None]
+) -> None:
+    """Runs all modes of steps that are compiled; see `measure_steps`."""
+    modes, problem = samples.modes, steps.problem
     record = facts | steps.describe() | {"modes": {}}
     report(record)
-    record["warm_up_ms"] = {mode.name: steps.run().time_ms for mode in warm_ups}
+    warm_ups = {mode.name: steps.run().time_ms for mode in samples.warm_ups}
+    record["warm_up_ms"] = warm_ups
     for mode in modes:
         with GpuState() as state:
             reports = [steps.run() for _ in range(samples.count(mode))]
@@ -199,26 +216,38 @@ def measure_steps(
     _compare(record["modes"], record.get("cudnn"))
     report(record)
     if samples.profile:
-        record |= profile_step(steps, record["modes"][modes[-1].name])
+        median_ms = record["modes"][modes[-1].name]["median_ms"]
+        record |= profile_step(steps.run, problem, median_ms)
         report(record)
 
 
-def measure_cudnn(problem: Problem, num_samples: int) -> Record:
-    """Dense steps with cuDNN's attention; the first is the one to warm up."""
+def measure_cudnn(
+    problem: Problem,
+    num_samples: int,
+    report: Callable[[Record], None] = lambda _: None,
+) -> Record:
+    """Dense steps with cuDNN's attention; the first is the one to warm up.
+
+    Args:
+      problem: The model and its inputs.
+      num_samples: Steps that count.
+      report: Takes the record after each of them, too.
+    """
     dense = [Mode.parse("dense")] * (num_samples + 1)
     with cudnn_attention():
         steps = Steps(problem, dense)
-    warm_up_ms = steps.run().time_ms
-    with GpuState() as state:
-        samples = [steps.run().time_ms for _ in dense[1:]]
-    return {
-        **_times(samples),
+    record: Record = {
         "has_cudnn": "cudnn" in steps.text(),
-        "warm_up_ms": warm_up_ms,
         "compile_s": steps.compile_s,
-        **device_memory(),
-        **state.summary,
+        "warm_up_ms": steps.run().time_ms,
     }
+    samples_ms: list[float] = []
+    with GpuState() as state:
+        for _ in dense[1:]:
+            samples_ms.append(steps.run().time_ms)
+            record |= _times(samples_ms) | device_memory()
+            report(record)
+    return record | state.summary
 
 
 def cudnn_attention() -> contextlib.AbstractContextManager[Any]:
@@ -241,22 +270,29 @@ def _compare(modes: dict[str, Record], cudnn: Record | None) -> None:
             result[name] = dense["median_ms"] / result["median_ms"]
 
 
-def profile_step(steps: Steps, timed: Record) -> Record:
-    """One more step of the last mode under CUPTI."""
+def profile_step(
+    run: Callable[[], StepReport], problem: Problem, median_ms: float
+) -> Record:
+    """One more step under CUPTI.
+
+    Args:
+      run: Runs the step, whose layers are all sparse.
+      problem: Its model.
+      median_ms: Of such steps.
+    """
     try:
-        report, launches = kernel_account.profile(steps.run)
+        report, launches = kernel_account.profile(run)
     except Exception as error:  # recorded: the times stand without it
         return {"profile": {"error": f"{type(error).__name__}: {error}"[:500]}}
     if not launches:
         return {"profile": {"error": "no GPU kernel was seen"}}
-    problem = steps.problem
     num_blocks = problem.model.num_layers * problem.calls
     profile = kernel_account.account(launches, num_blocks=num_blocks)
     profile["step_ms"] = report.time_ms
     by_class = profile["by_class_ms"]
     attention = sum(by_class.get(kind, 0.0) for kind in kernel_account.ATTENTION)
     parts = {k: problem.calls * part for k, part in problem.flops_outside.items()}
-    flops, outside = sum(parts.values()), timed["median_ms"] - attention
+    flops, outside = sum(parts.values()), median_ms - attention
     return {
         "profile": profile,
         "outside": {

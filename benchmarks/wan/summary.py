@@ -1,7 +1,8 @@
-"""The figures of a Wan benchmark with linear layers in FP8, from its records.
+"""The figures of Wan benchmarks with linear layers in FP8, from their records.
 
-What a figure says; one whose records are missing is left out. Those of steps are of the
-largest size:
+What a figure says; one whose records are missing is left out.
+
+`benchmarks.wan.run`, steps of the largest size:
 
   fp8_linear_speedup         linear layers of a block in bfloat16 over those in FP8, by
                              themselves, rounding of inputs included
@@ -10,6 +11,19 @@ largest size:
   step_*_fp8_s               steps in FP8, by percent of sparsity
   step_*_fp8_speedup         the same step in bfloat16 over it
   step_*_speedup_over_cudnn  the dense bfloat16 step with cuDNN's attention over it
+
+`benchmarks.wan.speed`, all in FP8, and over cuDNN is over that step as well:
+
+  fp8_linear_speedup, outside_attention_speedup   as above
+  step_90_speedup_over_cudnn          the paper's selection, sparsity 0.9
+  step_90_480p_speedup_over_cudnn     the same at the small size
+  step_default_90, step_default_95    the library's selection, over cuDNN
+  peak_gb                             of the process until the video was decoded
+  video_speedup_over_cudnn            as many dense steps as the video has, over all of
+                                      the video: steps, decoding, writing
+  video_published_speedup_over_cudnn  the same of the video by the published rules
+  video_default_90                    the same, its sparse steps taking the time of the
+                                      library's selection
 """
 
 from collections.abc import Mapping
@@ -56,3 +70,63 @@ def step_figures(wide_case: Record, case: Record) -> dict[str, float]:
             ratio = wide_case["cudnn"]["median_ms"] / record["median_ms"]
             figures[f"{name}_speedup_over_cudnn"] = ratio
     return figures
+
+
+def speed_figures(parts: Record, num_steps: int) -> dict[str, float]:
+    """Returns the figures of `benchmarks.wan.speed`.
+
+    Args:
+      parts: Its records by part.
+      num_steps: Steps of the video.
+    """
+    figures = {}
+    speedup = weighted_speedup(parts.get("linears", {}), COUNTS)
+    if speedup is not None:
+        figures["fp8_linear_speedup"] = speedup
+    outside = [
+        parts.get("outside", {}).get(precision, {}).get("outside", {}).get("outside_ms")
+        for precision in ("bfloat16", "float8")
+    ]
+    if None not in outside:
+        figures["outside_attention_speedup"] = outside[0] / outside[1]
+    small = parts.get("480p", {})
+    if "median_ms" in small.get("cudnn", {}):
+        ratio = small["cudnn"]["median_ms"] / small["modes"]["0.9"]["median_ms"]
+        figures["step_90_480p_speedup_over_cudnn"] = ratio
+    if "peak_gb" in (video := parts.get("video", {})):
+        figures["peak_gb"] = video["peak_gb"]
+    dense_ms = parts.get("cudnn", {}).get("median_ms")
+    if dense_ms is None:
+        return figures
+    steps_ms = {"step_90_speedup_over_cudnn": sparse_ms(parts)}
+    modes = parts.get("default", {}).get("modes", {})
+    for name, mode in (("step_default_90", "0.9"), ("step_default_95", "0.95")):
+        steps_ms[name] = modes.get(mode, {}).get("median_ms")
+    figures |= {name: dense_ms / ms for name, ms in steps_ms.items() if ms is not None}
+    for name, seconds in _video_seconds(parts).items():
+        figures[name] = num_steps * dense_ms / 1e3 / seconds
+    return figures
+
+
+def _video_seconds(parts: Record) -> dict[str, float]:
+    """Returns how long videos take, by the name of their figure."""
+    found, video = {}, parts.get("video", {})
+    if "seconds" in video:
+        found["video_speedup_over_cudnn"] = video["seconds"]
+        default = parts.get("default", {}).get("modes", {}).get("0.9")
+        if default is not None:
+            sparse = video["work_per_step"].count("sparse")
+            more_ms = default["median_ms"] - video["median_ms"]["sparse"]
+            found["video_default_90"] = video["seconds"] + sparse * more_ms / 1e3
+    if "seconds" in (published := parts.get("published", {})):
+        found["video_published_speedup_over_cudnn"] = published["seconds"]
+    return found
+
+
+def sparse_ms(parts: Record) -> float | None:
+    """Returns the time of a sparse step, of the whole video if there was one."""
+    for part in ("video", "steps"):
+        found = parts.get(part, {}).get("median_ms", {})
+        if "sparse" in found:
+            return found["sparse"]
+    return None

@@ -1,60 +1,43 @@
-"""A whole video of a Wan2.1 transformer against dense steps with cuDNN's attention.
+"""A whole video of a Wan2.1 transformer, as users make it, and its single steps.
 
-    python -m benchmarks.wan.run write --model 14b
-    python -m benchmarks.wan.video --model 14b --size 768x1280 --sparsity 0.9 \
-        --cache mag:0.12,2 --output benchmarks/results/wan_14b_video_h100.json
-    python -m benchmarks.wan.video --model tiny    # on any machine
-
-From embeddings of text to an mp4, as users run it: `VideoPipeline.generate` with
-guidance and UniPC, decoding, writing. Weights are random. Compilation is apart: a
-later run finds its programs.
-
-What the record has:
-
-  cudnn        dense bfloat16 steps with cuDNN's attention, of the same run, afterwards
-  video        seconds of steps, decoding and writing; work and median time by its kind
-  published    the video by the published rules, worked out from steps measured here:
-               dense while t > 925, layer 0 always dense, --published-cache
-  summary      as many dense cuDNN steps over a whole video; peak memory
-
-Ratios are those published for the model (of 1.3B for the tiny one), of dense attention.
+From embeddings of text to an mp4: `VideoPipeline.generate` with guidance and UniPC,
+decoding, writing. Weights are random. Ratios of the step cache are those published for
+the model (of 1.3B for the tiny one), of dense attention.
 """
 
 import argparse
 import dataclasses
-import os
+import functools
+import importlib
 import pathlib
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
-
-# Read when JAX first uses the GPU; see `benchmarks.wan.run`.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
 
 import numpy as np
 
 from benchmarks.common.machine import device_memory
-from benchmarks.common.options import add_output, height_by_width, make_parser
-from benchmarks.common.records import environment, write_json
-from benchmarks.common.steps import attempt, measure_cudnn
 from benchmarks.wan import run as wan_run
 from benchmarks.wan import vae as wan_vae
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
-from models.cli.cache_options import CacheRequest, parse_cache
+from models.cli.cache_options import CacheRequest
 from models.diffusion.caches import EasyCache, MagCache, StepCache, published_ratios
 from models.diffusion.interfaces import TextContext
 from models.diffusion.pipeline import VideoPipeline
-from models.diffusion.results import GenerationResult
+from models.diffusion.results import GenerationResult, StepReport, StopGeneration
+from models.diffusion.sampler import Sampler, SamplerState, StepInputs
 from models.diffusion.sampling import Sampling
-from models.media.video import write_mp4
+from models.media.video import MissingExtraError, write_mp4
 from models.wan.transformer import WanTransformer
 from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.config import WanVAEConfig
 
 RATIOS = {"tiny": "wan2.1-t2v-1.3b", "1.3b": "wan2.1-t2v-1.3b", "14b": "wan2.1-t2v-14b"}
 FPS = 16.0
+
+Record = dict[str, Any]
 
 
 def make_cache(request: CacheRequest | None, model: str) -> StepCache | None:
@@ -67,200 +50,246 @@ def make_cache(request: CacheRequest | None, model: str) -> StepCache | None:
     return MagCache(ratios=published_ratios(RATIOS[model]), **constants)
 
 
-def sampling_of(options: argparse.Namespace) -> Sampling:
-    """Wan's own settings at the size."""
-    height, width = options.size
-    return Sampling(
-        frames=options.frames,
-        height=height,
-        width=width,
-        num_steps=options.steps,
-        guidance=5.0,
-        shift=5.0,
-        solver="unipc",
-    )
-
-
 def make_pipeline(model: WanTransformer, options: argparse.Namespace) -> VideoPipeline:
     """The transformer with an autoencoder of random weights."""
     config = WanVAEConfig.wan2_1(dtype=options.vae_dtype)
     if options.model == "tiny":
         config = dataclasses.replace(config, base_dim=8)
     codec = WanVAECodec(model=wan_vae.random_model(config))
+    if options.vae_tile:
+        codec = codec.tiled(options.vae_tile)
     return VideoPipeline(model, None, codec, fps=FPS)
 
 
-def make_video(pipeline: VideoPipeline, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs twice, to compile and to measure; the second video is written."""
-    config: Any = pipeline.model.config
-    context = wan_run.make_inputs(config, guided=True).context
-    prompt, negative = (
-        TextContext(context.embeddings[row : row + 1], context.lengths[row : row + 1])
-        for row in range(2)
-    )
-    schedule = SparsitySchedule(dense_fraction=options.dense_fraction)
-    attention = AttentionPlan.draft(DraftConfig(sparsity=options.sparsity), schedule)
-    cache, sampling = make_cache(options.cache, options.model), sampling_of(options)
+class Video:
+    """The video, its settings and its compiled programs."""
 
-    def generate(steps: Sampling) -> GenerationResult:
-        return pipeline.generate(
-            prompt,
-            steps,
-            negative_context=negative,
-            attention=attention,
-            guidance_batching="two_calls",
-            cache=cache,
+    def __init__(self, model: WanTransformer, options: argparse.Namespace) -> None:
+        """Takes settings from the command line; Wan's own where there are none."""
+        self.options = options
+        self.pipeline = make_pipeline(model, options)
+        height, width = options.size
+        self.sampling = Sampling(
+            frames=options.frames,
+            height=height,
+            width=width,
+            num_steps=options.steps,
+            guidance=5.0,
+            shift=5.0,
+            solver="unipc",
         )
+        self.cache = make_cache(options.cache, options.model)
+        self.draft = DraftConfig.paper(sparsity=options.sparsity)
 
-    start = time.perf_counter()
-    first = generate(sampling)
-    first_s = time.perf_counter() - start
-    start = time.perf_counter()
-    result = generate(sampling)
-    with tempfile.TemporaryDirectory() as folder:
-        write_mp4(pathlib.Path(folder) / "video.mp4", result.video[0], fps=FPS)
-    return describe(result, time.perf_counter() - start) | {
-        "first_s": first_s,
-        "compile_s": first.compile_ms / 1e3,
-        "cache": None if cache is None else cache.describe(),
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """What `generate` and `start` take alike."""
+        config: Any = self.pipeline.model.config
+        context = wan_run.make_inputs(config, guided=True).context
+        prompt, negative = (
+            TextContext(context.embeddings[i : i + 1], context.lengths[i : i + 1])
+            for i in range(2)
+        )
+        schedule = SparsitySchedule(dense_fraction=self.options.dense_fraction)
+        return {
+            "prompts": prompt,
+            "sampling": self.sampling,
+            "negative_context": negative,
+            "attention": AttentionPlan.draft(self.draft, schedule),
+            "guidance_batching": "two_calls",
+            "cache": self.cache,
+        }
+
+    def generate(self, callback: Callable[[StepReport], None]) -> GenerationResult:
+        """Makes the video."""
+        return self.pipeline.generate(**self.arguments, callback=callback)
+
+    def start(self) -> tuple[Sampler, SamplerState, StepInputs]:
+        """What the first step runs with."""
+        return self.pipeline.start(**self.arguments)
+
+    def warm_up_decoder(self) -> float:
+        """Decodes the first chunks of a video; returns the seconds that takes."""
+        frames, *rest = self.pipeline.latent_shape(self.sampling)
+        start = time.perf_counter()
+        codec: Any = self.pipeline.codec
+        codec.decode_to_host(np.zeros((1, min(frames, 2), *rest), np.float32))
+        return time.perf_counter() - start
+
+
+class SingleSteps:
+    """Steps of a video by their work, out of their order.
+
+    Values mean nothing then, but times do.
+    """
+
+    def __init__(self, video: Video) -> None:
+        """Compiles the programs of the video, unless they are."""
+        self.sampler, self.state, self.inputs = video.start()
+        programs, compile_ms = video.pipeline.compile(
+            self.sampler, self.state, self.inputs
+        )
+        self.programs, self.compile_s = programs, compile_ms / 1e3
+        is_dense, skipped = self.sampler.dense.all(1), self.sampler.skippable
+        works = np.where(skipped, "skipped", np.where(is_dense, "dense", "sparse"))
+        self.works: list[str] = works.tolist()
+
+    def run(self, work: str) -> StepReport:
+        """Runs a step that is "dense", "sparse" or "skipped".
+
+        Raises:
+          ValueError: The video has no such step.
+        """
+        if work not in self.works:
+            raise ValueError(f"{work=} must be one of {sorted(set(self.works))}")
+        self.state, report = self.sampler.run_step(
+            self.programs, self.state, self.inputs, self.works.index(work)
+        )
+        return report
+
+
+def measure_steps(video: Video, report: Callable[[Record], None]) -> None:
+    """Times sparse steps and a skipped one; `report` takes the record as it grows."""
+    steps = SingleSteps(video)
+    record: Record = {"compile_s": steps.compile_s, **device_memory(), "samples_ms": {}}
+    report(record)
+    for work, count in (("sparse", video.options.samples), ("skipped", 1)):
+        steps.run(work)
+        samples = [steps.run(work).time_ms for _ in range(count)]
+        record["samples_ms"][work] = samples
+        record.setdefault("median_ms", {})[work] = statistics.median(samples)
+        report(record | device_memory())
+
+
+def make_video(
+    video: Video,
+    report: Callable[[Record], None],
+    known_ms: Mapping[str, float],
+    left_s: Callable[[], float],
+) -> None:
+    """Makes the video once, after everything is compiled.
+
+    Args:
+      video: Its settings.
+      report: Takes the record as it grows.
+      known_ms: Times of steps that were measured, by their work.
+      left_s: Says how much time there is; where the video needs more, it stops.
+    """
+    options, steps = video.options, SingleSteps(video)
+    works, known_ms = steps.works, dict(known_ms)
+    record: Record = {
+        "cache": None if video.cache is None else video.cache.describe(),
         "sparsity": options.sparsity,
         "dense_fraction": options.dense_fraction,
+        "vae_dtype": options.vae_dtype,
+        "vae_tile": options.vae_tile,
+        "compile_s": steps.compile_s,
+        "before_decoder": device_memory(),
+        "first_chunks_s": video.warm_up_decoder(),
+        "after_decoder": device_memory(),
+        "work_per_step": [],
+        "time_ms": [],
     }
+    del steps  # its arrays are as many as the video's own
+
+    def keep(step: StepReport) -> None:
+        record["work_per_step"].append(step.work)
+        record["time_ms"].append(step.time_ms)
+        report(record)
+        known_ms[step.work] = step.time_ms
+        if sum(known_ms.get(w, 0.0) for w in works[step.index + 1 :]) > 1e3 * left_s():
+            raise StopGeneration
+
+    start = time.perf_counter()
+    result = video.generate(keep)
+    made_s = time.perf_counter() - start
+    record |= describe(result)
+    report(record)
+    start = time.perf_counter()
+    record["encoder"] = write(result, video.pipeline.fps)
+    record["mp4_s"] = time.perf_counter() - start
+    record["other_s"] = made_s - record["steps_s"] - record["decode_s"]
+    record["other_s"] += record["mp4_s"]
+    if not result.stopped:
+        record["seconds"] = made_s + record["mp4_s"]
+    report(record)
 
 
-def describe(result: GenerationResult, seconds: float) -> dict[str, Any]:
+def write(result: GenerationResult, fps: float) -> str:
+    """Writes the video; returns which encoder has.
+
+    That of OpenCV stands in where the library's is not installed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "video.mp4"
+        try:
+            write_mp4(path, result.video[0], fps=fps)
+            return "libx264"
+        except MissingExtraError:
+            cv2: Any = importlib.import_module("cv2")
+        frames = (255 * result.video[0] + 0.5).astype(np.uint8)
+        _, height, width, _ = frames.shape
+        code = cv2.VideoWriter_fourcc(*"mp4v")
+        writer = cv2.VideoWriter(str(path), code, fps, (width, height))
+        for frame in frames[..., ::-1]:
+            writer.write(np.ascontiguousarray(frame))
+        writer.release()
+        return "OpenCV's MPEG-4"
+
+
+def describe(result: GenerationResult) -> Record:
     """What a finished video is made of."""
     times: dict[str, list[float]] = {}
     for work, time_ms in zip(result.work, result.time_ms, strict=True):
         times.setdefault(work, []).append(float(time_ms))
-    steps_s = float(result.time_ms.sum()) / 1e3
     return {
-        "seconds": seconds,
-        "steps_s": steps_s,
+        "steps_s": float(result.time_ms.sum()) / 1e3,
         "decode_s": result.decode_ms / 1e3,
-        "other_s": seconds - steps_s - result.decode_ms / 1e3,
-        "work_per_step": list(result.work),
         "median_ms": {work: statistics.median(v) for work, v in times.items()},
+        "kept_density": float(result.kept_density[-1].mean()),
         "finite": bool(np.isfinite(result.video).all()),
+        "stopped": result.stopped,
         **device_memory(),
     }
 
 
-def published_video(
-    pipeline: VideoPipeline, video: dict[str, Any], options: argparse.Namespace
-) -> dict[str, Any]:
+def published_video(video: Video, record: Record) -> Record:
     """Seconds of the video by the published rules, from the steps of another.
 
-    A sparse step with one dense layer takes the share of its layers in between.
+    They are: dense while t > 925, layer 0 always dense, and a cache of its own. A
+    sparse step with one dense layer takes the share of its layers in between.
+
+    Args:
+      video: Its settings.
+      record: Of the video that was measured.
+
+    Raises:
+      ValueError: A kind of step was not measured.
     """
-    cache = make_cache(options.published_cache, options.model)
+    options, sampling = video.options, video.sampling
+    cache, model = (
+        make_cache(options.published_cache, options.model),
+        video.pipeline.model,
+    )
     assert isinstance(cache, MagCache)
-    sampling, model = sampling_of(options), pipeline.model
     skipped = cache.skippable(sampling.num_steps)
     plan = SparsitySchedule.wan_published().plan(
         sampling.make_solver().timesteps,
         num_layers=model.num_layers,
-        grid=model.grid(pipeline.latent_shape(sampling)),
-        config=DraftConfig(sparsity=options.sparsity),
+        grid=model.grid(video.pipeline.latent_shape(sampling)),
+        config=video.draft,
     )
     dense_share = np.asarray(plan.dense).mean(1)
-    median = video["median_ms"]
+    median = record.get("median_ms", {})
     missing = {"dense", "sparse", "skipped"} - set(median)
     if missing:
         raise ValueError(f"no step of the video was {' or '.join(sorted(missing))}")
     computed = dense_share * median["dense"] + (1 - dense_share) * median["sparse"]
     steps_ms = np.where(skipped, median["skipped"], computed)
     return {
-        "seconds": float(steps_ms.sum()) / 1e3 + video["decode_s"] + video["other_s"],
+        "seconds": float(steps_ms.sum()) / 1e3 + record["decode_s"] + record["other_s"],
         "dense_steps": int((dense_share[~skipped] == 1).sum()),
         "sparse_steps": int((dense_share[~skipped] < 1).sum()),
         "skipped_steps": int(skipped.sum()),
         "cache": cache.describe(),
     }
-
-
-def summarise(results: dict[str, Any], num_steps: int) -> dict[str, float]:
-    """Flat figures, as far as their parts were measured."""
-    summary: dict[str, float] = {}
-    cudnn, video = results["cudnn"].get("median_ms"), results["video"]
-    if cudnn is None:
-        return summary
-    dense_s = num_steps * cudnn / 1e3
-    for name in ("video", "published"):
-        if "seconds" in results.get(name, {}):
-            speedup = "video" if name == "video" else "video_published"
-            summary[f"{speedup}_speedup_over_cudnn"] = (
-                dense_s / results[name]["seconds"]
-            )
-    if "peak_gb" in video:
-        summary["peak_gb"] = video["peak_gb"]
-    return summary
-
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures all parts; the file is written after each."""
-    model, loaded = wan_run.load(options.folder, linears=options.linears)
-    pipeline = make_pipeline(model, options)
-    results: dict[str, Any] = {
-        "environment": environment(),
-        "model": options.model,
-        "size": list(options.size),
-        "frames": options.frames,
-        "steps": options.steps,
-        "linears": options.linears,
-        "load": loaded,
-    }
-
-    def save(name: str, record: dict[str, Any]) -> None:
-        results[name] = record
-        print(name, record, flush=True)
-        if options.output:
-            write_json(options.output, results)
-
-    # First, so that its peak does not hide in that of the dense steps.
-    save("video", attempt(make_video, pipeline, options))
-    save("published", attempt(published_video, pipeline, results["video"], options))
-    if options.linears != "bfloat16":
-        del model, pipeline
-        model, _ = wan_run.load(options.folder, linears="bfloat16")
-    guided = argparse.Namespace(guidance="two_calls", **vars(options))
-    problem = wan_run.make_problem(model, options.size, guided)
-    save("cudnn", attempt(measure_cudnn, problem, options.dense_samples))
-    save("summary", summarise(results, options.steps))
-    return results
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--model", choices=wan_run.MODELS, default="14b")
-    add("--folder", type=pathlib.Path, help="/tmp/wan_MODEL")
-    add("--size", type=height_by_width, help="HEIGHTxWIDTH")
-    add("--frames", type=int)
-    add("--steps", type=int, default=50)
-    add("--sparsity", type=float, default=0.9)
-    add("--dense-fraction", type=float, default=0.1, help="first steps that are dense")
-    add("--cache", type=parse_cache, default=parse_cache("mag:0.12,2"))
-    add("--published-cache", type=parse_cache, default=parse_cache("mag:0.24,6"))
-    add("--linears", default="bfloat16", choices=("bfloat16", "float8"))
-    add("--dense-samples", type=int, default=2, help="dense steps with cuDNN")
-    add("--vae-dtype", default="float32", choices=("float32", "bfloat16"))
-    add_output(parser)
-    options = parser.parse_args(arguments)
-    is_tiny = options.model == "tiny"
-    options.folder = options.folder or pathlib.Path(f"/tmp/wan_{options.model}")
-    options.size = options.size or ((32, 48) if is_tiny else (768, 1280))
-    options.frames = options.frames or (9 if is_tiny else 81)
-    if options.published_cache.rule != "mag":
-        parser.error(f"--published-cache {options.published_cache} must be of mag")
-    return options
-
-
-def main() -> None:
-    """Measures."""
-    measure(parse())
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,341 @@
+"""Measures what a Wan2.1 video gains by everything together, in one run on one GPU.
+
+    python -m benchmarks.wan.speed --output benchmarks/results/wan_14b_speed_h200.json
+    python -m benchmarks.wan.speed --model tiny    # any machine, a minute
+
+Weights are random, made on the device: linear layers in FP8 and, for what is compared
+with, in bfloat16. Steps have guidance in two calls. Parts, in this order:
+
+  linears   linear layers by themselves, in both precisions
+  steps     sparse and skipped steps of the video, by the programs of the video
+  video     the whole video, once, with a step cache; each program is there before
+  published  the video by the published rules, worked out from steps that were measured
+  cudnn     dense bfloat16 steps with cuDNN's attention
+  default   steps with the library's own selection, at 90 and 95 %
+  480p      a sparse step at the small size, and a dense one with cuDNN's attention
+  outside   sparse steps in bfloat16 and in FP8, each once more under CUPTI
+
+The file is written anew whenever something was measured, and no part begins after
+--limit seconds; a video that would end after them stops. Parts after the video are
+compiled side by side before the first of them. `benchmarks.wan.summary` says what
+`summary` is, `benchmarks.common.steps` what a record of steps holds.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+# Read when JAX first uses the GPU; see `benchmarks.wan.run`.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
+
+import jax
+from flax import nnx
+
+from benchmarks.common.linear_times import linear_times
+from benchmarks.common.machine import GB, device_memory
+from benchmarks.common.modes import Mode
+from benchmarks.common.options import add_output, height_by_width, make_parser
+from benchmarks.common.random_weights import random_model
+from benchmarks.common.records import environment, write_json
+from benchmarks.common.steps import (
+    Problem,
+    Samples,
+    Steps,
+    attempt,
+    measure_cudnn,
+    profile_step,
+    time_steps,
+)
+from benchmarks.wan import run as wan_run
+from benchmarks.wan import video as wan_video
+from benchmarks.wan.summary import sparse_ms, speed_figures
+from draft_jax import DraftConfig
+from models.cli.cache_options import parse_cache
+from models.wan.transformer import WanTransformer
+
+Record = dict[str, Any]
+Report = Callable[[Record], None]
+
+DEFAULT_MODES = ("0.9", "0.95")
+
+
+class Bench:
+    """Models and results of a run; both are made when they are asked for."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.start = time.perf_counter()
+        self.results: Record = {
+            "environment": environment(),
+            "model": options.model,
+            "size": list(options.size),
+            "small_size": list(options.small_size),
+            "frames": options.frames,
+            "steps_of_video": options.steps,
+            "parts": {},
+        }
+        self._ready: dict[str, Steps] = {}
+
+    def left_s(self) -> float:
+        """Seconds until the limit."""
+        return self.options.limit - (time.perf_counter() - self.start)
+
+    def save(self, part: str, record: Record) -> None:
+        """Keeps a part's record, and writes the file anew."""
+        parts = self.results["parts"]
+        parts[part] = record
+        self.results["summary"] = speed_figures(parts, self.options.steps)
+        now = time.perf_counter() - self.start
+        print(f"[{now:6.1f} s] {part}: {json.dumps(brief(record))}", flush=True)
+        if self.options.output:
+            write_json(self.options.output, self.results)
+
+    @functools.cached_property
+    def narrow(self) -> WanTransformer:
+        """The model with linear layers in FP8."""
+        return self._make_model("float8")
+
+    @functools.cached_property
+    def wide(self) -> WanTransformer:
+        """The model in bfloat16."""
+        return self._make_model("bfloat16")
+
+    @functools.cached_property
+    def video(self) -> wan_video.Video:
+        """The video, of the model in FP8."""
+        return wan_video.Video(self.narrow, self.options)
+
+    def _make_model(self, linears: str) -> WanTransformer:
+        config = dataclasses.replace(
+            wan_run.MODELS[self.options.model], param_dtype="bfloat16", linears=linears
+        )
+        start = time.perf_counter()
+        model = random_model(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
+        leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+        self.save(
+            f"model, {linears}",
+            {
+                "seconds": time.perf_counter() - start,
+                "gb": sum(leaf.nbytes for leaf in leaves) / GB,
+                **device_memory(),
+            },
+        )
+        return model
+
+    def problem(self, linears: str, size: tuple[int, int]) -> Problem:
+        """The steps of a model at a size."""
+        model = self.narrow if linears == "float8" else self.wide
+        options = argparse.Namespace(guidance="two_calls", **vars(self.options))
+        return wan_run.make_problem(model, size, options)
+
+    def samples(self, *modes: str, profile: bool = False) -> Samples:
+        """Steps of some modes."""
+        return Samples(
+            modes=[Mode.parse(name) for name in modes],
+            sparse=self.options.samples,
+            dense=self.options.dense_samples,
+            cudnn=False,
+            profile=profile,
+        )
+
+    def steps(self, part: str) -> Steps:
+        """The compiled steps of a part, with those of the parts after it.
+
+        They are compiled side by side: XLA needs one core for a program.
+        """
+        if part not in self._ready:
+            wanted = [name for name in SAMPLES if name in self.options.parts]
+            with concurrent.futures.ThreadPoolExecutor(len(wanted)) as pool:
+                made = pool.map(lambda name: SAMPLES[name](self), wanted)
+                self._ready |= zip(wanted, made, strict=True)
+        return self._ready.pop(part)
+
+
+def brief(record: Record) -> Record:
+    """Returns what of a record is worth a line: of lists the last item."""
+    shown: Record = {}
+    for name, value in record.items():
+        if isinstance(value, list) and value:
+            shown[name] = value[-1]
+        elif isinstance(value, dict) and name not in ("cache", "profile"):
+            shown[name] = brief(value)
+        elif isinstance(value, (float, int, str)):
+            shown[name] = round(value, 4) if isinstance(value, float) else value
+    return shown
+
+
+def _steps_of_default(bench: Bench) -> Steps:
+    problem = bench.problem("float8", bench.options.size)
+    problem = dataclasses.replace(problem, draft=DraftConfig.compensated())
+    return Steps(problem, bench.samples(*DEFAULT_MODES).order)
+
+
+def _steps_of_480p(bench: Bench) -> Steps:
+    problem = bench.problem("float8", bench.options.small_size)
+    return Steps(problem, bench.samples("0.9").order)
+
+
+def _steps_outside(bench: Bench) -> Steps:
+    problem = bench.problem("bfloat16", bench.options.size)
+    return Steps(problem, bench.samples("0.9", profile=True).order)
+
+
+SAMPLES = {
+    "default": _steps_of_default,
+    "480p": _steps_of_480p,
+    "outside": _steps_outside,
+}
+
+# ------------------------------------------------------------------- the parts
+
+
+def measure_linears(bench: Bench, report: Report) -> None:
+    """Linear layers of a block at the size of the video."""
+    options = bench.options
+    config = wan_run.MODELS[options.model]
+    model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
+    grid = model.grid(wan_run.latent_shape(options.size, options.frames))
+    report(linear_times(wan_run.matmul_shapes(config, grid.num_tokens)))
+
+
+def measure_steps(bench: Bench, report: Report) -> None:
+    """Sparse and skipped steps of the video."""
+    wan_video.measure_steps(bench.video, report)
+
+
+def measure_video(bench: Bench, report: Report) -> None:
+    """The whole video."""
+    known_ms = bench.results["parts"].get("steps", {}).get("median_ms", {})
+    wan_video.make_video(bench.video, report, known_ms, bench.left_s)
+
+
+def work_out_published(bench: Bench, report: Report) -> None:
+    """The video by the published rules."""
+    record = bench.results["parts"].get("video", {})
+    report(wan_video.published_video(bench.video, record))
+
+
+def measure_dense(bench: Bench, report: Report) -> None:
+    """Dense bfloat16 steps with cuDNN's attention."""
+    problem = bench.problem("bfloat16", bench.options.size)
+    report(measure_cudnn(problem, bench.options.dense_samples, report))
+
+
+def measure_default(bench: Bench, report: Report) -> None:
+    """Steps with the library's own selection."""
+    steps = bench.steps("default")
+    time_steps(steps, bench.samples(*DEFAULT_MODES), {}, report)
+
+
+def measure_small(bench: Bench, report: Report) -> None:
+    """Steps at the small size."""
+    record: Record = {}
+
+    def keep(grown: Record) -> None:
+        record.update(grown)
+        report(record)
+
+    time_steps(bench.steps("480p"), bench.samples("0.9"), {}, keep)
+    problem = bench.problem("bfloat16", bench.options.small_size)
+    keep({"cudnn": measure_cudnn(problem, bench.options.dense_samples)})
+
+
+def measure_outside(bench: Bench, report: Report) -> None:
+    """Sparse steps in both precisions under CUPTI."""
+    record: Record = {}
+
+    def keep(precision: str, grown: Record) -> None:
+        record[precision] = grown
+        report(record)
+
+    samples = bench.samples("0.9", profile=True)
+    time_steps(bench.steps("outside"), samples, {}, lambda x: keep("bfloat16", x))
+    parts = bench.results["parts"]
+    steps = wan_video.SingleSteps(bench.video)
+    steps.run("sparse")
+    problem = bench.problem("float8", bench.options.size)
+    median_ms = sparse_ms(parts)
+    if median_ms is None:
+        raise ValueError("no sparse step in FP8 was measured: add --parts steps")
+    keep("float8", profile_step(lambda: steps.run("sparse"), problem, median_ms))
+
+
+PARTS: dict[str, Callable[[Bench, Report], None]] = {
+    "linears": measure_linears,
+    "steps": measure_steps,
+    "video": measure_video,
+    "published": work_out_published,
+    "cudnn": measure_dense,
+    "default": measure_default,
+    "480p": measure_small,
+    "outside": measure_outside,
+}
+
+# ---------------------------------------------------------------- command line
+
+
+def measure(options: argparse.Namespace) -> Record:
+    """Measures the parts that are asked for, until the limit."""
+    bench = Bench(options)
+    for part in PARTS:
+        if part not in options.parts:
+            continue
+        if bench.left_s() <= 0:
+            bench.save(part, {"error": f"not begun: the limit was {options.limit} s"})
+            continue
+
+        def report(record: Record, part=part) -> None:
+            bench.save(part, record)
+
+        failure = attempt(PARTS[part], bench, report)
+        if failure:
+            report(bench.results["parts"].get(part, {}) | failure)
+    print(json.dumps(bench.results.get("summary", {}), indent=1), flush=True)
+    return bench.results
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--model", choices=wan_run.MODELS, default="14b")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    add("--size", type=height_by_width, help="of the video, HEIGHTxWIDTH")
+    add("--small-size", type=height_by_width, help="of the part 480p")
+    add("--frames", type=int)
+    add("--steps", type=int, default=50, help="of the video")
+    add("--sparsity", type=float, default=0.9, help="of the video")
+    add("--dense-fraction", type=float, default=0.1, help="first steps that are dense")
+    add("--cache", type=parse_cache, default=parse_cache("mag:0.12,2"))
+    add("--published-cache", type=parse_cache, default=parse_cache("mag:0.24,6"))
+    add("--samples", type=int, default=2, help="steps of each sparse mode")
+    add("--dense-samples", type=int, default=2, help="dense steps with cuDNN")
+    add("--vae-dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    add("--vae-tile", type=int, default=256, help="side of tiles, pixels; 0 for none")
+    add("--limit", type=float, default=math.inf, help="seconds")
+    add_output(parser)
+    options = parser.parse_args(arguments)
+    is_tiny = options.model == "tiny"
+    options.size = options.size or ((32, 48) if is_tiny else (768, 1280))
+    options.small_size = options.small_size or ((32, 32) if is_tiny else (480, 832))
+    options.frames = options.frames or (9 if is_tiny else 81)
+    if options.published_cache.rule != "mag":
+        parser.error(f"--published-cache {options.published_cache} must be of mag")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> Record:
+    """Measures."""
+    return measure(parse(arguments))
+
+
+if __name__ == "__main__":
+    main()
