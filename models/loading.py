@@ -16,7 +16,7 @@ from models.checkpoints.hub import (
     why_not_found,
 )
 from models.checkpoints.memory_map import CheckpointError
-from models.diffusion.dtypes import Linears
+from models.diffusion.dtypes import Linears, check_linears
 from models.diffusion.family import Family
 from models.diffusion.folders.layouts import ALL_PARTS, Part, class_in
 from models.diffusion.folders.part_files import PartFiles
@@ -91,6 +91,7 @@ def load_pipeline(
     loras = list(loras)
     family, commit = find_family(path, revision=revision)
     check_takes(family, given_arguments(loras, text, files, revision))
+    check_linears(linears, apart=family.text_beside_jax)
     return family.load(
         path,
         parts=parts,

@@ -16,6 +16,7 @@ from models.cli.caching import cache_from, describe_cache
 from models.cli.report import run_details
 from models.diffusion.caches import StepCache
 from models.diffusion.contexts import as_prompts
+from models.diffusion.dtypes import check_linears
 from models.diffusion.family import Family, ModelInfo
 from models.diffusion.folders.part_files import PartFiles
 from models.diffusion.images import kept_part
@@ -195,6 +196,7 @@ def read_model(arguments: argparse.Namespace) -> Request:
         check_tile(arguments.vae_tile)
     family, commit = find_family(arguments.checkpoint, revision=arguments.revision)
     _check_fits(arguments, family)
+    check_linears(arguments.linears, apart=family.text_beside_jax)
     info = family.describe(
         arguments.checkpoint,
         text=_text_options(arguments),

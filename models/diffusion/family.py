@@ -76,6 +76,8 @@ class Family:
       hub_signs: Small files of a repository that tell whether it is the family's.
       describe_neighbour: Says what to give in place of a folder that lies in, or
         around, that of a model; None if there is no such model.
+      text_beside_jax: Whether text encoders run in a process of their own, which is to
+        find the device free: JAX is not used before they are done.
       refused: What cannot be loaded, by classes that a folder names, or by patterns
         of files: relatives of the family's models, each with the reason.
     """
@@ -89,6 +91,7 @@ class Family:
     takes: frozenset[str] = frozenset()
     hub_signs: tuple[str, ...] = ()
     describe_neighbour: Callable[[Path], str | None] = lambda path: None
+    text_beside_jax: bool = False
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 

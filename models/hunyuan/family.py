@@ -30,6 +30,7 @@ HUNYUAN = Family(
     takes=FOR_PUBLISHED | {"files.text_encoder_2", "files.tokenizer_2"},
     hub_signs=("hunyuan-video-t2v-720p/vae/config.json", "transformer/config.json"),
     describe_neighbour=LAYOUTS.describe_neighbour,
+    text_beside_jax=True,
     refused={
         "HunyuanVideoImageToVideoPipeline": NO_I2V,
         "HunyuanSkyreelsImageToVideoPipeline": NO_I2V,

@@ -121,8 +121,7 @@ def load_hunyuan(
       text: How prompts become embeddings; `TextOptions()` if None.
       files: Parts that are given by themselves.
       revision: Branch, tag or commit of a repository.
-      linears: Precision of the transformer's linear layers; see `load_pipeline`. The
-        device is looked at when the text is done.
+      linears: Precision of the transformer's linear layers; see `load_pipeline`.
 
     Raises:
       CheckpointError: The model cannot be found, is incomplete, damaged, or of a

@@ -9,7 +9,9 @@ import pytest
 from models import loading
 from models.checkpoints.memory_map import CheckpointError
 from models.cli import main
+from models.diffusion import dtypes
 from models.diffusion.family import Family
+from pallas_kernels.common import Device
 from tests import tiny_model
 from tests.wan_folders import TEXT_TO_VIDEO
 
@@ -144,3 +146,32 @@ def test_mistyped_paths_do_not_reach_the_hub(tmp_path, monkeypatch, name):
     assert message.startswith(f"{name} does not exist; expected a folder, or a repos")
     assert f"of the path, {nearest} exists" in message
     assert ("without a folder here" in message) == (name == "here/x")
+
+
+@pytest.mark.parametrize("family", loading.FAMILIES, ids=lambda family: family.name)
+def test_fp8_is_refused_before_anything_is_read_or_encoded(
+    family, tmp_path, monkeypatch, capsys
+):
+    """On a card without it. Text beside JAX means that another process has looked."""
+
+    def fail(*_, **__):
+        pytest.fail("something is read")
+
+    def not_used_yet():
+        pytest.fail("JAX is used before the text is encoded")
+
+    card = Device(platform="gpu", kind="A100", compute_capability=(8, 0))
+    beside = family.text_beside_jax
+    monkeypatch.setattr(
+        dtypes, "current_device", not_used_yet if beside else lambda: card
+    )
+    monkeypatch.setattr(dtypes, "_device_apart", (lambda: card) if beside else fail)
+    alone = dataclasses.replace(
+        family, owns=lambda _: True, describe=fail, load=fail, refused={}
+    )
+    monkeypatch.setattr(loading, "FAMILIES", (alone,))
+    with pytest.raises(ValueError, match=r"linears='float8'.*not gpu A100"):
+        loading.load_pipeline(tmp_path, linears="float8")
+    command = ["generate", "a cat", "--checkpoint", str(tmp_path)]
+    assert main([*command, "--linears", "float8"]) == 2
+    assert "linears='float8'" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from models.diffusion import dtypes
-from models.diffusion.dtypes import SlowLinearsWarning, choose_linears
+from models.diffusion.dtypes import SlowLinearsWarning, check_linears, choose_linears
 from pallas_kernels.common import Device
 from tests.warnings_once import forget_warnings
 
@@ -70,3 +70,22 @@ def test_other_precisions_are_refused():
     unchecked = inspect.unwrap(choose_linears)  # without the types that tests check
     with pytest.raises(ValueError, match="linears='int8' must be one of"):
         unchecked("int8")
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_card_without_fp8_is_refused_before_it_is_used(on, monkeypatch, apart):
+    on(CPU if apart else A100)
+    monkeypatch.setattr(dtypes, "_device_apart", lambda: A100 if apart else CPU)
+    check_linears("auto", apart=apart)
+    with pytest.raises(ValueError, match=r"linears='float8'.*A100 \(sm_80\); expected"):
+        check_linears("float8", apart=apart)
+
+
+def test_another_process_that_cannot_look_refuses_nothing(monkeypatch):
+    monkeypatch.setattr(dtypes, "_device_apart", lambda: None)
+    check_linears("float8", apart=True)
+
+
+@pytest.mark.nightly
+def test_another_process_sees_the_same_device():
+    assert dtypes._device_apart() == dtypes.current_device()

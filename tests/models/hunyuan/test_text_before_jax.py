@@ -46,11 +46,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", mostly_nightly(("folder", "kept", "file"), ("file",)))
+@pytest.mark.parametrize(
+    "kind", mostly_nightly(("folder", "kept", "file", "float8"), ("file",))
+)
 def test_text_is_encoded_before_jax_is_used(folder, kind, tmp_path):
     checkpoint, more = folder, []
     if kind == "kept":
         more = ["--embeddings", tmp_path / "text"]
+    if kind == "float8":  # another process looks at the device, and fails
+        more = ["--linears", "float8"]
     if kind == "file":
         (checkpoint,) = (folder / "transformer").glob("*.safetensors")
         parts = ("vae", "text-encoder", "text-encoder-2", "tokenizer", "tokenizer-2")
