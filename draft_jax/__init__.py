@@ -28,6 +28,7 @@ from draft_jax.block_mask import BlockMask
 from draft_jax.config import (
     Compensation,
     DraftConfig,
+    MaskMaker,
     SparsityWarning,
     kept_pairs_budget,
     mask_capacity,
@@ -69,6 +70,7 @@ __all__ = [
     "DraftAttentionFn",
     "DraftConfig",
     "DraftStep",
+    "MaskMaker",
     "PooledTokens",
     "QKNorm",
     "SparsitySchedule",

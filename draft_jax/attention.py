@@ -83,6 +83,7 @@ def draft_attention(
     mask = unchecked_mask(
         q,
         k,
+        v,
         grid=grid,
         config=config,
         budget=None,
@@ -183,6 +184,7 @@ def scheduled_attention(
         return unchecked_mask(
             q,
             k,
+            v,
             grid=grid,
             config=config,
             budget=step.budget,

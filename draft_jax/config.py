@@ -4,10 +4,15 @@ import dataclasses
 import math
 import numbers
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
+from jaxtyping import Array, Float, Int
+
+from draft_jax.block_mask import BlockMask
 from draft_jax.grid import VideoGrid
 from pallas_kernels.common import (
+    Order,
+    Scale,
     SubTiles,
     make_plain,
     register_configuration,
@@ -18,6 +23,42 @@ Pooling = Literal["mean", "mean+max"]
 EdgeTiles = Literal["by_tokens", "as_published"]
 Selection = Literal["percentile", "row_topk", "top_p"]
 Ranking = Literal["mass", "spread", "exact_spread"]
+
+
+@runtime_checkable
+class MaskMaker(Protocol):
+    """Makes block masks by another rule than the draft's: `DraftConfig.mask_maker`.
+
+    It is hashable, and equal to makers of the same masks: programs are kept by it. A
+    frozen dataclass is. Static patterns, and scores of another kind than a draft's
+    handed to `select_blocks`, are two uses.
+    """
+
+    def __call__(
+        self,
+        q: Float[Array, "B T N D"],
+        k: Float[Array, "B T N D"],
+        v: Float[Array, "B T N D"] | None,
+        *,
+        grid: VideoGrid,
+        config: "DraftConfig",
+        budget: int | Int[Array, ""],
+        scale: Scale | None,
+        order: Order,
+    ) -> BlockMask:
+        """Returns a mask with capacity `mask_capacity(grid, config)`.
+
+        Args:
+          q: Queries of the whole sequence. No gradient flows to them.
+          k: Keys, like q.
+          v: Values, like q; None where `compute_mask` is not given any.
+          grid: Geometry that defines the blocks.
+          config: The configuration that has this maker.
+          budget: Pairs to keep; `config.selection` says whether per head or per row.
+            Traced in programs that serve several sparsities.
+          scale: Factor of the logits; 1 / sqrt(D) if None.
+          order: How the visual tokens are ordered.
+        """
 
 
 class SparsityWarning(UserWarning):
@@ -96,6 +137,9 @@ class DraftConfig:
         and with the channels taken as uncorrelated. "exact_spread" takes them as they
         are, which costs a product of all tiles with all keys. Both need compensation.
         For "top_p", the products are divided by their sum in each row.
+      mask_maker: Makes the masks in place of the draft; see `MaskMaker`. Budget and
+        capacity follow from `selection` and `sparsity` as ever, and `compensation`
+        stands for what its masks skip; fields of the draft are not read.
 
     The pairs of `keep_own_tile` and `keep_first_frame` are ranked before all others,
     so they count within the budget; where the budget is smaller than their number,
@@ -117,6 +161,7 @@ class DraftConfig:
     draft_tile: tuple[int, int] | None = None
     compensation: Compensation | None = None
     ranking: Ranking = "mass"
+    mask_maker: MaskMaker | None = None
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -144,6 +189,21 @@ class DraftConfig:
                 f"ranking={self.ranking!r} needs compensation, as it asks how badly "
                 "means stand for a block: pass compensation=Compensation()"
             )
+        self._check_mask_maker()
+
+    def _check_mask_maker(self) -> None:
+        maker = self.mask_maker
+        if maker is None:
+            return
+        if not callable(maker) or isinstance(maker, type):
+            raise ValueError(f"mask_maker={maker!r} must be a MaskMaker or None")
+        try:
+            hash(maker)
+        except TypeError as error:
+            raise ValueError(
+                f"mask_maker={maker!r} must be hashable, as programs are kept by it: "
+                "use a frozen dataclass"
+            ) from error
 
     @classmethod
     def paper(cls, **changes: Any) -> "DraftConfig":

@@ -39,6 +39,7 @@ from pallas_kernels.common import (
     on_own_shards,
     split_scale,
     to_jax,
+    validation,
 )
 from pallas_kernels.ranking import RankingPath
 
@@ -212,6 +213,7 @@ def compute_mask(
     scale: Scale | None = None,
     order: Order = "raster",
     pooled: PooledTokens | None = None,
+    v: Float[AnyArray, "B T N D"] | None = None,
 ) -> BlockMask:
     """Drafts the attention map of a video and selects its block pairs.
 
@@ -227,6 +229,7 @@ def compute_mask(
       scale: Factor of the logits; 1 / sqrt(D) by default.
       order: How the visual tokens of q and k are ordered.
       pooled: See `draft_scores`.
+      v: Values, like q; read by a `config.mask_maker` alone.
 
     Returns:
       A mask with capacity `mask_capacity(grid, config)`.
@@ -239,9 +242,13 @@ def compute_mask(
     """
     q, k = to_jax(q, k)
     check_draft_inputs(q, k, grid, order)
+    if v is not None:
+        (v,) = to_jax(v)
+        validation.check_alike({"q": q, "v": v})
     return unchecked_mask(
         q,
         k,
+        v,
         grid=grid,
         config=config,
         budget=budget,
@@ -254,6 +261,7 @@ def compute_mask(
 def unchecked_mask(
     q: Float[Array, "B T N D"],
     k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"] | None,
     *,
     grid: VideoGrid,
     config: DraftConfig,
@@ -262,9 +270,14 @@ def unchecked_mask(
     order: Order,
     pooled: PooledTokens | None,
 ) -> BlockMask:
-    """Computes `compute_mask` for a caller that has checked q, k and order."""
+    """Computes `compute_mask` for a caller that has checked q, k, v and order."""
     warn_of_few_blocks(config.sparsity, grid)
     scale = jax.lax.stop_gradient(scale)
+    if config.mask_maker is not None:
+        _check_budget(budget, grid, config)
+        arrays = jax.lax.stop_gradient((q, k, v))
+        q, k, v = jax.tree.map(jnp.asarray, arrays)
+        return _mask_of_maker(q, k, v, grid, config, budget, scale, order)
     # A gradient of NumPy's arrays hands these through, and they may be pooled.
     arrays = jax.lax.stop_gradient((q, k, pooled))
     q, k, pooled = jax.tree.map(jnp.asarray, arrays)
@@ -275,6 +288,23 @@ def unchecked_mask(
     draft = Draft(pooled=pooled, spread=key_spread(k, grid, config, order))
     mask = _draft_in_chunks(task, known_scale, draft, budget, scale_array)
     return mask.vouched_for()
+
+
+def _mask_of_maker(q, k, v, grid, config, budget, scale, order) -> BlockMask:
+    """Calls the configuration's own maker, and checks what it returns."""
+    if budget is None:
+        budget = static_budget(config.sparsity, grid, config)
+    mask = config.mask_maker(
+        q, k, v, grid=grid, config=config, budget=budget, scale=scale, order=order
+    )
+    expected = (*q.shape[:1], q.shape[2], mask_capacity(grid, config))
+    if mask.block_ids.shape != expected or mask.grid != grid:
+        raise ValueError(
+            f"mask_maker={config.mask_maker!r} has made a mask of shape "
+            f"{mask.block_ids.shape} of {mask.grid}; expected {expected}, that is "
+            f"[batch, heads, mask_capacity(grid, config)], of {grid}"
+        )
+    return mask
 
 
 @functools.partial(jit_once, static_argnums=(0, 1))

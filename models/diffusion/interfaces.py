@@ -289,6 +289,17 @@ class VideoModel(Protocol):
           The velocity, and what the function has returned, stacked over layers.
         """
 
+    def map_qkv(
+        self,
+        function: Callable[[Array, Array, Array], Any],
+        inputs: Any,
+        *,
+        attention: AttentionPlan,
+        step: DraftStep | None,
+        masks: BlockMask | None,
+    ) -> tuple[Float[Array, "rows F H W C"], Any]:
+        """Calls a function of queries, keys and values, as `map_qk` of two."""
+
 
 @runtime_checkable
 class KeepsResidual(VideoModel, Protocol):

@@ -153,7 +153,7 @@ class JointAttention(nnx.Module):
             order="tiled",
             pool_anyway=False,
         )
-        sow_if_captured(self, q=q, k=k)
+        sow_if_captured(self, q=q, k=k, v=v)
         attended, mask = _attend(q, k, v, pooled, inputs, step, mask)
         attended, grid = merge_heads(attended), inputs.grid
         # Cut after the product: libraries take no slice, so that one would be a copy.
@@ -263,8 +263,8 @@ class SingleAttention(nnx.Module):
             order="tiled",
             pool_anyway=False,
         )
-        sow_if_captured(self, q=q, k=k)
         v = split_heads(self.to_v(x), self.num_heads)
+        sow_if_captured(self, q=q, k=k, v=v)
         attended, mask = _attend(q, k, v, pooled, inputs, step, mask)
         return merge_heads(attended), mask
 

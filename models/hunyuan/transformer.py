@@ -167,22 +167,22 @@ class HunyuanTransformer(VideoTransformer):
             (video.num_tokens, self.config.dim), self.config.compute_dtype
         )
 
-    def map_qk(
+    def map_qkv(
         self,
-        function: Callable[[Array, Array], Any],
+        function: Callable[[Array, Array, Array], Any],
         inputs: HunyuanInputs,
         *,
         attention: AttentionPlan = _DENSE,
         step: DraftStep | None = None,
         masks: BlockMask | None = None,
     ) -> tuple[Velocity, Any]:
-        """Calls a function of every layer's q and k; see `VideoModel.map_qk`."""
+        """Calls a function of every layer's q, k, v; see `VideoModel.map_qkv`."""
         results = self._run(
             inputs,
             attention,
             step,
             masks,
-            capture=lambda sown: function(sown["attn"]["q"], sown["attn"]["k"]),
+            capture=lambda sown: function(*(sown["attn"][name] for name in "qkv")),
         )
         joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *results.found)
         return results.velocity, joined

@@ -99,7 +99,7 @@ class SelfAttention(nnx.Module):
           The projected result, and the mask in use.
         """
         q, k, v, pooled = self._project(x, inputs)
-        sow_if_captured(self, q=q, k=k)
+        sow_if_captured(self, q=q, k=k, v=v)
         attended, mask = self_attention(
             q,
             k,

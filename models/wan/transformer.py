@@ -134,22 +134,22 @@ class WanTransformer(VideoTransformer):
             (tokens, self.config.dim), self.config.compute_dtype
         )
 
-    def map_qk(
+    def map_qkv(
         self,
-        function: Callable[[Array, Array], Any],
+        function: Callable[[Array, Array, Array], Any],
         inputs: WanInputs,
         *,
         attention: AttentionPlan = _DENSE,
         step: DraftStep | None = None,
         masks: BlockMask | None = None,
     ) -> tuple[Velocity, Any]:
-        """Calls a function of every layer's q and k; see `VideoModel.map_qk`."""
+        """Calls a function of every layer's q, k, v; see `VideoModel.map_qkv`."""
         results = self._run(
             inputs,
             attention,
             step,
             masks,
-            capture=lambda sown: function(sown["attn1"]["q"], sown["attn1"]["k"]),
+            capture=lambda sown: function(*(sown["attn1"][name] for name in "qkv")),
         )
         return results.velocity, results.found
 

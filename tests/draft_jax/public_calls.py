@@ -41,6 +41,7 @@ NOT_COMPUTED = frozenset(
         "draft_jax.Compensation",
         "draft_jax.DraftConfig",
         "draft_jax.DraftStep",
+        "draft_jax.MaskMaker",
         "draft_jax.PooledTokens",
         "draft_jax.QKNorm",
         "draft_jax.QKV",

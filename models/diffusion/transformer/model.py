@@ -23,7 +23,7 @@ class Results(NamedTuple):
 
 
 class VideoTransformer(nnx.Module):
-    """Methods that follow from `_run` and `map_qk`, which each family writes."""
+    """Methods that follow from `_run` and `map_qkv`, which each family writes."""
 
     def _run(
         self,
@@ -38,6 +38,18 @@ class VideoTransformer(nnx.Module):
         """Runs the model; `found` is what `capture` returns."""
         raise NotImplementedError
 
+    def map_qkv(
+        self,
+        function: Callable[[Array, Array, Array], Any],
+        inputs: Any,
+        *,
+        attention: AttentionPlan = _DENSE,
+        step: DraftStep | None = None,
+        masks: BlockMask | None = None,
+    ) -> tuple[Velocity, Any]:
+        """Calls a function of every layer's q, k, v; see `VideoModel.map_qkv`."""
+        raise NotImplementedError
+
     def map_qk(
         self,
         function: Callable[[Array, Array], Any],
@@ -48,7 +60,13 @@ class VideoTransformer(nnx.Module):
         masks: BlockMask | None = None,
     ) -> tuple[Velocity, Any]:
         """Calls a function of every layer's q and k; see `VideoModel.map_qk`."""
-        raise NotImplementedError
+        return self.map_qkv(
+            lambda q, k, _: function(q, k),
+            inputs,
+            attention=attention,
+            step=step,
+            masks=masks,
+        )
 
     def call_with_residual(
         self,

@@ -235,15 +235,17 @@ def test_capture_qk_gives_what_attention_sees(monkeypatch):
     seen = []
 
     def spy(q, k, v, **_):
-        jax.debug.callback(lambda *arrays: seen.append(arrays), q, k)
+        jax.debug.callback(lambda *arrays: seen.append(arrays), q, k, v)
         return v
 
     monkeypatch.setattr(self_attention, "dense_attention", spy)
     q, k = model.capture_qk(inputs)
+    _, qkv = model.map_qkv(lambda *arrays: arrays, inputs)
     jax.effects_barrier()
     assert q.shape == k.shape == (1, 2, 3 * 5 * 7, 2, 12)
-    np.testing.assert_array_equal(q[0], seen[0][0])
-    np.testing.assert_array_equal(k[0], seen[0][1])
+    for captured, arrays in zip(((q, k), qkv), seen, strict=True):
+        for ours, theirs in zip(captured, arrays, strict=False):
+            np.testing.assert_array_equal(ours[0], theirs)
 
 
 @pytest.mark.nightly
