@@ -82,6 +82,7 @@ class Bench:
             "steps_of_video": options.steps,
             "parts": {},
         }
+        self._models: dict[str, WanTransformer] = {}
         self._ready: dict[str, Steps] = {}
 
     def left_s(self) -> float:
@@ -99,19 +100,15 @@ class Bench:
             write_json(self.options.output, self.results)
 
     @functools.cached_property
-    def narrow(self) -> WanTransformer:
-        """The model with linear layers in FP8."""
-        return self._make_model("float8")
-
-    @functools.cached_property
-    def wide(self) -> WanTransformer:
-        """The model in bfloat16."""
-        return self._make_model("bfloat16")
-
-    @functools.cached_property
     def video(self) -> wan_video.Video:
         """The video, of the model in FP8."""
-        return wan_video.Video(self.narrow, self.options)
+        return wan_video.Video(self.model("float8"), self.options)
+
+    def model(self, linears: str) -> WanTransformer:
+        """The model with its linear layers in a precision."""
+        if linears not in self._models:
+            self._models[linears] = self._make_model(linears)
+        return self._models[linears]
 
     def _make_model(self, linears: str) -> WanTransformer:
         config = dataclasses.replace(
@@ -132,9 +129,8 @@ class Bench:
 
     def problem(self, linears: str, size: tuple[int, int]) -> Problem:
         """The steps of a model at a size."""
-        model = self.narrow if linears == "float8" else self.wide
         options = argparse.Namespace(guidance="two_calls", **vars(self.options))
-        return wan_run.make_problem(model, size, options)
+        return wan_run.make_problem(self.model(linears), size, options)
 
     def samples(self, *modes: str, profile: bool = False) -> Samples:
         """Steps of some modes."""
@@ -153,6 +149,8 @@ class Bench:
         """
         if part not in self._ready:
             wanted = [name for name in SAMPLES if name in self.options.parts]
+            for linears in ("float8", "bfloat16"):
+                self.model(linears)  # before threads ask for it
             with concurrent.futures.ThreadPoolExecutor(len(wanted)) as pool:
                 made = pool.map(lambda name: SAMPLES[name](self), wanted)
                 self._ready |= zip(wanted, made, strict=True)

@@ -13,7 +13,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -195,6 +195,7 @@ def make_video(
     def keep(step: StepReport) -> None:
         record["work_per_step"].append(step.work)
         record["time_ms"].append(step.time_ms)
+        record.update(medians(record["work_per_step"], record["time_ms"]))
         report(record)
         known_ms[step.work] = step.time_ms
         if sum(known_ms.get(w, 0.0) for w in works[step.index + 1 :]) > 1e3 * left_s():
@@ -237,15 +238,20 @@ def write(result: GenerationResult, fps: float) -> str:
         return "OpenCV's MPEG-4"
 
 
+def medians(works: Sequence[str], times_ms: Iterable[float]) -> Record:
+    """Median times of steps by their work."""
+    times: dict[str, list[float]] = {}
+    for work, time_ms in zip(works, times_ms, strict=True):
+        times.setdefault(work, []).append(float(time_ms))
+    return {"median_ms": {work: statistics.median(v) for work, v in times.items()}}
+
+
 def describe(result: GenerationResult) -> Record:
     """What a finished video is made of."""
-    times: dict[str, list[float]] = {}
-    for work, time_ms in zip(result.work, result.time_ms, strict=True):
-        times.setdefault(work, []).append(float(time_ms))
     return {
         "steps_s": float(result.time_ms.sum()) / 1e3,
         "decode_s": result.decode_ms / 1e3,
-        "median_ms": {work: statistics.median(v) for work, v in times.items()},
+        **medians(result.work, result.time_ms),
         "kept_density": float(result.kept_density[-1].mean()),
         "finite": bool(np.isfinite(result.video).all()),
         "stopped": result.stopped,
