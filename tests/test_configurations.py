@@ -58,7 +58,7 @@ pytestmark = pytest.mark.usefixtures("without_jaxtyping")  # which say Python's 
 
 PACKAGES = (draft_jax, models, pallas_kernels)
 GRID = VideoGrid(2, 4, 8, tile=(2, 4), text_length=3)
-CONFIG = DraftConfig(sparsity=0.5)
+CONFIG = DraftConfig.paper(sparsity=0.5)
 RATIOS = MagRatios(values=((1.0,),), model="a", source="b")
 
 # Of each class: its fields in Python's types, and equal ones of other types.
@@ -96,7 +96,7 @@ EQUAL = {
     AttentionPlan: (
         {"config": CONFIG, "schedule": SparsitySchedule(dense_layers=(0,))},
         {
-            "config": lambda: DraftConfig(sparsity=np.float32(0.5)),
+            "config": lambda: DraftConfig.paper(sparsity=np.float32(0.5)),
             "schedule": lambda: SparsitySchedule(dense_layers=[0]),
         },
     ),
@@ -475,8 +475,10 @@ def test_configurations_in_modules_are_no_state():
 
     graph, state = nnx.split(Layer(GRID, CONFIG))
     assert len(jax.tree.leaves(state)) == 1
-    assert graph == nnx.split(Layer(GRID, DraftConfig(sparsity=np.float32(0.5))))[0]
-    assert graph != nnx.split(Layer(GRID, DraftConfig(sparsity=0.75)))[0]
+    assert (
+        graph == nnx.split(Layer(GRID, DraftConfig.paper(sparsity=np.float32(0.5))))[0]
+    )
+    assert graph != nnx.split(Layer(GRID, DraftConfig.paper(sparsity=0.75)))[0]
     merged = nnx.merge(graph, state)
     assert merged.config == CONFIG
     assert nnx.jit(lambda layer, x: layer(x))(merged, 1.0) == 4.0

@@ -43,7 +43,7 @@ from pallas_kernels.common import configuration
 from tests.draft_jax import naive_draft
 
 GRID = VideoGrid(2, 4, 8, tile=(2, 4), text_length=3)
-CONFIG = DraftConfig(sparsity=0.5)
+CONFIG = DraftConfig.paper(sparsity=0.5)
 PLAN = AttentionPlan.draft(CONFIG, SparsitySchedule(sparsity=(0.5, 0.75)))
 
 
@@ -53,7 +53,7 @@ def ones(*shape):
 
 def pooled():
     q = ones(1, GRID.num_tokens, 1, 4)
-    config = DraftConfig(pooling="mean+max")
+    config = DraftConfig.paper(pooling="mean+max")
     return norm_rope_pool(q, q, grid=GRID, config=config)[2]
 
 
@@ -159,7 +159,8 @@ import draft_jax
 from draft_jax import DraftConfig, VideoGrid, constant_step, initial_mask
 
 folder = sys.argv[1]
-grid, config = VideoGrid(2, 4, 8, tile=(2, 4), text_length=3), DraftConfig(sparsity=0.5)
+grid = VideoGrid(2, 4, 8, tile=(2, 4), text_length=3)
+config = DraftConfig.paper(sparsity=0.5)
 qkv = np.load(f"{folder}/qkv.npy")
 layer = jax.export.deserialize(open(f"{folder}/layer", "rb").read())
 mask = initial_mask(grid, config, batch=1, num_heads=2)
@@ -167,7 +168,7 @@ step = constant_step(grid, config)
 out, mask = layer.call(*qkv, mask, step, grid, config)
 assert mask.grid == grid and mask.capacity == mask.block_ids.shape[-1]
 try:
-    layer.call(*qkv, mask, step, grid, DraftConfig(sparsity=0.75))
+    layer.call(*qkv, mask, step, grid, DraftConfig.paper(sparsity=0.75))
 except ValueError:
     print("another configuration is another program")
 np.save(f"{folder}/out.npy", out)

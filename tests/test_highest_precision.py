@@ -20,7 +20,7 @@ X = jnp.ones((1, GRID.num_tokens, 2, 8))
 
 def draft(x):
     """Another rounding ranks pairs otherwise that are close together."""
-    return draft_scores(x, x, grid=GRID, config=DraftConfig())
+    return draft_scores(x, x, grid=GRID, config=DraftConfig.paper())
 
 
 def oracle(x):

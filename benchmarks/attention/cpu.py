@@ -172,7 +172,7 @@ def measure_whole(case: Case, repeats: int) -> list[dict[str, Any]]:
     for sparsity in (0.5, 0.75, 0.9):
         options: dict[str, Any] = {
             "grid": case.grid,
-            "config": DraftConfig(sparsity=sparsity),
+            "config": DraftConfig.paper(sparsity=sparsity),
         }
         draft = jax.jit(functools.partial(compute_mask, order="tiled", **options))
         mask = draft(q, k)

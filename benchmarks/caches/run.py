@@ -61,7 +61,7 @@ def attention_of(sparsity: float) -> AttentionPlan:
     """Dense attention for 0, else the paper's schedule."""
     if not sparsity:
         return AttentionPlan.dense()
-    return AttentionPlan.draft(DraftConfig(sparsity=sparsity))
+    return AttentionPlan.draft(DraftConfig.paper(sparsity=sparsity))
 
 
 def describe(

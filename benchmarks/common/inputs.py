@@ -70,7 +70,7 @@ def smooth_inputs(shape: Shape, seed: int = 0) -> tuple[jax.Array, ...]:
 
 def draft_mask(shape: Shape, q: jax.Array, k: jax.Array, density: float) -> BlockMask:
     """Selects this share of visual block pairs from the draft of q and k."""
-    config = DraftConfig(sparsity=min(1 - density, 1 - 1e-6))
+    config = DraftConfig.paper(sparsity=min(1 - density, 1 - 1e-6))
     select = functools.partial(
         compute_mask, grid=shape.grid, config=config, order="tiled"
     )

@@ -37,7 +37,7 @@ from models.diffusion.interfaces import LatentShape, VideoModel
 from models.float8.product import compiler_options
 
 TABLE_WIDTH = 64  # values for each token in the rotation tables, and in patches
-DRAFT = DraftConfig(sparsity=0.9)
+DRAFT = DraftConfig.paper(sparsity=0.9)
 PRODUCT = re.compile(r'custom_call_target="__(cublas[^"]*matmul[^"]*)"')
 
 

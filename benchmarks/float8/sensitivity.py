@@ -207,7 +207,7 @@ def measure_videos(
 ) -> Record:
     """Returns the PSNR of each prompt's video against the wide dense one."""
     sparse = AttentionPlan.draft(
-        DraftConfig(sparsity=SPARSITY), SparsitySchedule.paper()
+        DraftConfig.paper(sparsity=SPARSITY), SparsitySchedule.paper()
     )
     in_fp8 = dataclasses.replace(pipeline, model=narrow)
     found: Record = {}

@@ -120,7 +120,7 @@ def draft() -> None:
     """Runs pooling and selection, and the attention that follows."""
     grid = TEXT_GRID
     for selection in ("percentile", "row_topk", "top_p"):
-        config = DraftConfig(selection=selection, sparsity=0.5)
+        config = DraftConfig.paper(selection=selection, sparsity=0.5)
         attend = jax.jit(
             lambda q, k, v, config=config: draft_attention(
                 q, k, v, grid=grid, config=config
@@ -132,7 +132,7 @@ def draft() -> None:
 
 def draft_with_means() -> None:
     """Runs a draft of sub-tiles and ranking by spread, and means behind the lists."""
-    config = DraftConfig(
+    config = DraftConfig.paper(
         sparsity=0.5,
         selection="row_topk",
         draft_tile=(4, 4),
@@ -151,7 +151,7 @@ def prepare() -> None:
     q, k, pooled = norm_rope_pool(
         *inputs((1, grid.num_tokens, HEADS, HEAD_DIM))[:2],
         grid=grid,
-        config=DraftConfig(),
+        config=DraftConfig.paper(),
         norm=QKNorm(over="head"),
         scales=(jnp.ones(HEAD_DIM), jnp.ones(HEAD_DIM)),
         rope=(jnp.cos(angles), jnp.sin(angles)),
@@ -173,7 +173,7 @@ def prepare_joint() -> None:
         video,
         text,
         grid=grid,
-        config=DraftConfig(),
+        config=DraftConfig.paper(),
         norm=QKNorm(over="head"),
         scales=scales,
         text_scales=scales,

@@ -223,7 +223,7 @@ def measure_float8(config: HunyuanConfig, options, report) -> None:
 
 def profile_mask(grid: VideoGrid, config: HunyuanConfig) -> Record:
     """GPU time of a new mask from pooled tokens, by class of kernel."""
-    draft = DraftConfig(sparsity=0.9)
+    draft = DraftConfig.paper(sparsity=0.9)
     pooled_shape = (1, grid.num_visual_blocks, config.num_heads, config.head_dim)
     q_mean, k_mean = jax.random.normal(jax.random.key(2), (2, *pooled_shape))
     pooled = PooledTokens(q_mean=q_mean, k_mean=k_mean)

@@ -34,7 +34,7 @@ Entry = tuple[Callable, tuple[str, ...]]  # function, inputs
 
 def config_of(compensation: Compensation) -> DraftConfig:
     """Returns what a layer with such means computes."""
-    return DraftConfig(
+    return DraftConfig.paper(
         sparsity=SPARSITY,
         selection="row_topk",
         draft_tile=(4, 4),
@@ -62,7 +62,7 @@ def entries(shape: Shape, backend: BackendName) -> dict[str, Entry]:
         table[f"means/{name}"] = (means, ("k", "v", mask))
         spread = half(key_spread, grid=grid, config=config, order="tiled")
         table[f"spread/{name}"] = (spread, ("k",))
-    config = DraftConfig(draft_tile=(4, 4))
+    config = DraftConfig.paper(draft_tile=(4, 4))
     pool = half(pool_queries_and_keys, grid=grid, config=config, order="tiled")
     table["pool/sub-tiles"] = (pool, ("q", "k"))
     scores = half(draft_scores, grid=grid, config=config, order="tiled")

@@ -41,7 +41,7 @@ def entries(shape: Shape, has_kernel: bool) -> dict[str, Entry]:
         for order in ("tiled", "raster"):
             fused = functools.partial(run, order=order)
             table[f"prepare/fused/{name}-{order}"] = (fused, inputs, nbytes)
-        both = functools.partial(run, config=DraftConfig(pooling="mean+max"))
+        both = functools.partial(run, config=DraftConfig.paper(pooling="mean+max"))
         table[f"prepare/fused/{name}-mean+max"] = (both, inputs, nbytes)
         for ahead in AHEADS:
             kernel = functools.partial(_kernel, grid=shape.grid, norm=norm, ahead=ahead)
@@ -91,7 +91,7 @@ def _prepare(q, k, scale, cos, sin, *, grid, norm, config=None, order="tiled"):
         q,
         k,
         grid=grid,
-        config=config or DraftConfig(),
+        config=config or DraftConfig.paper(),
         norm=norm,
         scales=(scale, scale),
         rope=(cos, sin),
@@ -104,7 +104,7 @@ def _joint(q, k, v, text, scale, text_scale, cos, sin, *, grid, norm):
         QKV(q, k, v),
         QKV(text, text, text),
         grid=grid,
-        config=DraftConfig(),
+        config=DraftConfig.paper(),
         norm=norm,
         scales=(scale, scale),
         text_scales=(text_scale, text_scale),
@@ -119,7 +119,7 @@ def _concatenated(q, k, v, text, scale, text_scale, cos, sin, *, grid, norm):
         q,
         k,
         grid=grid,
-        config=DraftConfig(),
+        config=DraftConfig.paper(),
         norm=norm,
         scales=(scale, scale),
         text_scales=(text_scale, text_scale),

@@ -140,7 +140,7 @@ def pooling_stages(shape: Shape, backend: BackendName) -> dict[str, Stage]:
     for order in ORDERS:
         pools[f"xla/{order}"] = half(pool_xla, grid=grid, order=order)
         pools[f"default/{order}"] = half(
-            pool_queries_and_keys, grid=grid, config=DraftConfig(), order=order
+            pool_queries_and_keys, grid=grid, config=DraftConfig.paper(), order=order
         )
         if backend == "hopper":
             pools[f"kernel/{order}"] = half(pool_kernel, grid=grid, order=order)
@@ -162,18 +162,18 @@ def selection_stages(shape: Shape) -> dict[str, Stage]:
         table[f"logits/{precision}"] = Stage(logits, ("q_pooled", "k_pooled"))
     table["softmax"] = Stage(half(jax.nn.softmax, axis=-1), ("logits",))
     for name in SELECTIONS:
-        config = DraftConfig(sparsity=0.9, selection=name)
+        config = DraftConfig.paper(sparsity=0.9, selection=name)
         select = half(select_blocks, grid=grid, config=config)
         table[f"select/{name}"] = Stage(select, ("scores",))
         for bits in (1, 2, 4) if name == "percentile" else (2,):
             select_xla = without_kernels(select, bits)
             table[f"select-xla-{bits}/{name}"] = Stage(select_xla, ("scores",))
         for sparsity in SPARSITIES if name == "percentile" else (0.9,):
-            config = DraftConfig(sparsity=sparsity, selection=name)
+            config = DraftConfig.paper(sparsity=sparsity, selection=name)
             select = half(softmax_and_select, shape=shape, config=config)
             table[f"softmax+select/{name}/{sparsity}"] = Stage(select, ("logits",))
     for order in ORDERS:
-        config = DraftConfig(sparsity=0.9)
+        config = DraftConfig.paper(sparsity=0.9)
         mask = half(compute_mask, grid=grid, config=config, order=order)
         table[f"mask/{order}"] = Stage(mask, ("q", "k"))
     return table
@@ -190,7 +190,7 @@ def layer_stages(shape: Shape, backend: BackendName) -> dict[str, Stage]:
         for order in ORDERS:
             layer = layer_of(shape, backend, order, sparsity)
             table[f"layer/{order}/{sparsity}"] = Stage(layer, qkv)
-    config = DraftConfig(sparsity=0.9)
+    config = DraftConfig.paper(sparsity=0.9)
     attend = half(
         scheduled_attention, grid=grid, config=config, order="tiled", backend=backend
     )
@@ -213,7 +213,7 @@ def layer_of(
     return functools.partial(
         draft_attention,
         grid=shape.grid,
-        config=DraftConfig(sparsity=sparsity),
+        config=DraftConfig.paper(sparsity=sparsity),
         order=order,
         backend=backend,
     )
@@ -234,14 +234,14 @@ def make_inputs(shape: Shape) -> dict[str, object]:
     pooled = jax.jit(functools.partial(pool_xla, grid=grid, order="tiled"))(q, k)
     logits = jax.jit(logits_of)(*pooled)
     scores = jax.jit(lambda x: jax.nn.softmax(x * shape.head_dim**-0.5, -1))(logits)
-    config = DraftConfig(sparsity=0.9)
+    config = DraftConfig.paper(sparsity=0.9)
     inputs = {"q": q, "k": k, "v": v, "q_pooled": pooled[0], "k_pooled": pooled[1]}
     inputs |= {"logits": logits, "scores": scores}
     inputs |= {f"step_{name}": step for name, step in steps(grid, config).items()}
     inputs |= qk_stages.make_inputs(shape)
     for sparsity in SPARSITIES:
         select = functools.partial(
-            select_blocks, grid=grid, config=DraftConfig(sparsity=sparsity)
+            select_blocks, grid=grid, config=DraftConfig.paper(sparsity=sparsity)
         )
         inputs[f"mask_{sparsity}"] = jax.jit(select)(scores)
     inputs |= means_stages.make_inputs(inputs)

@@ -55,7 +55,7 @@ def programs(
     layer = functools.partial(
         draft_attention,
         grid=shape.grid,
-        config=DraftConfig(sparsity=sparsity),
+        config=DraftConfig.paper(sparsity=sparsity),
         order="tiled",
     )
     devices = np.array(jax.devices()[:num_devices])

@@ -14,7 +14,8 @@ GUIDANCE_BATCHINGS = ("one_call", "two_calls")
 IMAGE_FITS = ("aspect", "crop")
 LINEARS = ("bfloat16", "float8", "auto")  # `models.diffusion.dtypes.Linears`
 LORA_STRICT = ("yes", "no")
-PRESETS = ("paper", "published")
+METHODS = ("compensated", "paper")  # presets of `DraftConfig`
+PRESETS = ("paper", "published")  # of `SparsitySchedule`
 TEXT_DEVICES = ("default", "cpu")
 # The noise levels that each solver can take, its default first.
 GRIDS_OF_SOLVERS: dict[str, tuple[str, ...]] = {
@@ -47,20 +48,29 @@ class SamplingDefaults(NamedTuple):
 class MeansDefaults(NamedTuple):
     """The settings of `Compensation()`."""
 
-    frames: int = 4
+    sub_tile: tuple[int, int] = (2, 2)
+    frames: int = 8
 
 
 class DraftDefaults(NamedTuple):
     """The settings of `DraftConfig()` and `SparsitySchedule.paper()`."""
 
-    sparsity: float = 0.75
-    selection: str = "percentile"
+    sparsity: float = 0.9
+    selection: str = "row_topk"
     pooling: str = "mean"
     edge_tiles: str = "by_tokens"
-    draft_tile: tuple[int, int] | None = None
-    ranking: str = "mass"
-    compensation: None = None
+    draft_tile: tuple[int, int] | None = (4, 4)
+    ranking: str = "spread"
     top_p: float = 0.9
     dense_fraction: float = 0.25
     dense_layers: tuple[int, ...] = ()
     mask_refresh: int = 1
+
+
+class PaperDefaults(NamedTuple):
+    """What `DraftConfig.paper()` has instead."""
+
+    sparsity: float = 0.75
+    selection: str = "percentile"
+    draft_tile: tuple[int, int] | None = None
+    ranking: str = "mass"

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from typing import Any
 
 from draft_jax.config import Compensation, DraftConfig
 from draft_jax.schedule import SparsitySchedule
@@ -69,19 +70,9 @@ def draft_from(
                 "of the two out"
             )
         rule = rule if published is None else published
-    sparsity = DraftConfig().sparsity
-    if isinstance(rule.sparsity, float):
-        sparsity = rule.sparsity
-    config = DraftConfig(
-        pooling=arguments.pooling,
-        edge_tiles=arguments.edge_tiles,
-        selection=arguments.selection,
-        sparsity=getattr(arguments, "sparsity", sparsity),
-        top_p=arguments.top_p,
-        draft_tile=arguments.draft_tile,
-        compensation=_compensation_from(arguments),
-        ranking=arguments.ranking,
-    )
+    config = _config_from(arguments)
+    if isinstance(rule.sparsity, float) and "sparsity" not in arguments:
+        config = dataclasses.replace(config, sparsity=rule.sparsity)
     given = {
         name: getattr(arguments, name)
         for name in ("dense_fraction", "dense_layers")
@@ -93,26 +84,48 @@ def draft_from(
     return config, schedule
 
 
-def _compensation_from(arguments: argparse.Namespace) -> Compensation | None:
-    """Returns the means that the options describe, or None without them.
+def _config_from(arguments: argparse.Namespace) -> DraftConfig:
+    """Returns the method's preset with the options that are given.
 
     Raises:
       ValueError: A value is out of range, or an option needs --means.
     """
-    if arguments.means is not None:
-        given = {"frames": arguments.mean_frames} if "mean_frames" in arguments else {}
-        return Compensation(sub_tile=arguments.means, **given)
-    if "mean_frames" in arguments:
-        raise ValueError(
-            f"--mean-frames {arguments.mean_frames} is given without --means: pass "
-            "--means 2x2, or leave it out"
-        )
-    if arguments.ranking != "mass":
+    is_paper = arguments.method == "paper"
+    base = DraftConfig.paper() if is_paper else DraftConfig.compensated()
+    names = ("sparsity", "selection", "draft_tile", "ranking")
+    changes = {name: getattr(arguments, name) for name in names if name in arguments}
+    compensation = _compensation_from(arguments, base.compensation)
+    if compensation is None and changes.get("ranking", "mass") != "mass":
         raise ValueError(
             f"--ranking {arguments.ranking} asks how badly means stand for a block: "
             "pass --means 2x2, too"
         )
-    return None
+    return dataclasses.replace(
+        base,
+        pooling=arguments.pooling,
+        edge_tiles=arguments.edge_tiles,
+        top_p=arguments.top_p,
+        compensation=compensation,
+        **changes,
+    )
+
+
+def _compensation_from(
+    arguments: argparse.Namespace, default: Compensation | None
+) -> Compensation | None:
+    """Returns the means that the options describe, or None without them."""
+    changes: dict[str, Any] = {}
+    if "means" in arguments:
+        default = default or Compensation()
+        changes["sub_tile"] = arguments.means
+    if "mean_frames" in arguments:
+        changes["frames"] = arguments.mean_frames
+        if default is None:
+            raise ValueError(
+                f"--mean-frames {arguments.mean_frames} is given without --means: pass "
+                "--means 2x2, or leave it out"
+            )
+    return None if default is None else dataclasses.replace(default, **changes)
 
 
 def check_preset(

@@ -21,6 +21,7 @@ from models.cli.version import package_version
 
 _SAMPLING = choices.SamplingDefaults()
 _DRAFT = choices.DraftDefaults()
+_PAPER, _MEANS = choices.PaperDefaults(), choices.MeansDefaults()
 _GENERATE_EXAMPLES = """examples:
   draft-video generate "a red ball bounces over a blue sea"
   draft-video generate "a red ball bounces" --compare --sparsity 0.9
@@ -331,6 +332,13 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
     """Adds the fields of `DraftConfig` and `SparsitySchedule`."""
     group = parser.add_argument_group("draft attention")
     group.add_argument(
+        "--method",
+        choices=choices.METHODS,
+        default=choices.METHODS[0],
+        help="what sparse layers compute. compensated: skipped blocks take part "
+        "through means; paper: they are left out. The options below override its parts",
+    )
+    group.add_argument(
         "--preset",
         choices=choices.PRESETS,
         default="paper",
@@ -344,13 +352,15 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=argparse.SUPPRESS,
         help="share of block pairs that sparse steps skip, in [0, 1) (default: "
-        f"{_DRAFT.sparsity}, or that of --preset published)",
+        f"{_DRAFT.sparsity}, of --method paper {_PAPER.sparsity}, or that of --preset "
+        "published)",
     )
     group.add_argument(
         "--selection",
         choices=choices.SELECTIONS,
-        default=_DRAFT.selection,
-        help="how blocks are chosen from the draft map",
+        default=argparse.SUPPRESS,
+        help="how blocks are chosen from the draft map (default: "
+        f"{_DRAFT.selection}, of --method paper {_PAPER.selection})",
     )
     group.add_argument(
         "--pooling",
@@ -367,33 +377,37 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft-tile",
         type=parse_rows_and_columns,
+        default=argparse.SUPPRESS,
         metavar="ROWSxCOLUMNS",
-        help="tokens that the draft pools together, such as 4x4 (default: whole "
-        "tiles). Smaller ones find important blocks better and cost more",
+        help="tokens that the draft pools together (default: "
+        f"{_rows_and_columns(_DRAFT.draft_tile)}, of --method paper whole tiles). "
+        "Smaller ones find important blocks better and cost more",
     )
     group.add_argument(
         "--means",
         type=parse_rows_and_columns,
+        default=argparse.SUPPRESS,
         metavar="ROWSxCOLUMNS",
         help="let skipped blocks take part through means of their keys and values, "
-        "each over this many tokens of a frame, such as 2x2 (default: leave them out). "
-        "The report says what share of the work that adds",
+        "each over this many tokens of a frame (default: "
+        f"{_rows_and_columns(_MEANS.sub_tile)}, of --method paper none). The report "
+        "says what share of the work that adds",
     )
     group.add_argument(
         "--mean-frames",
         type=int,
         default=argparse.SUPPRESS,
         metavar="N",
-        help="latent frames that each of the --means is taken over (default: "
-        f"{choices.MeansDefaults().frames}). More frames are less work, and worse "
-        "where much moves",
+        help=f"latent frames that each of the means is taken over (default: "
+        f"{_MEANS.frames}). More frames are less work, and worse where much moves",
     )
     group.add_argument(
         "--ranking",
         choices=choices.RANKINGS,
-        default=_DRAFT.ranking,
+        default=argparse.SUPPRESS,
         help="what blocks are ranked by: their probability mass, or that times how "
-        "badly means stand for them (spread, which needs --means)",
+        f"badly means stand for them (default: {_DRAFT.ranking}, of --method paper "
+        f"{_PAPER.ranking})",
     )
     group.add_argument(
         "--top-p",
@@ -469,3 +483,9 @@ def parse_indices(text: str) -> tuple[int, ...]:
             f"{text!r} must be numbers from 0 with commas between, such as 0,3"
         )
     return tuple(int(part) for part in text.split(",") if part)
+
+
+def _rows_and_columns(sides: tuple[int, int] | None) -> str:
+    """Writes sides as `parse_rows_and_columns` reads them."""
+    assert sides is not None
+    return f"{sides[0]}x{sides[1]}"

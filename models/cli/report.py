@@ -40,6 +40,7 @@ def run_details(
         "checkpoint": "shipped" if checkpoint is None else str(checkpoint),
         "sampling": dataclasses.asdict(sampling),
         "loras": [[str(path), strength] for path, strength in arguments.lora],
+        "method": arguments.method,
         "preset": arguments.preset,
         "draft": dataclasses.asdict(config),
         "schedule": dataclasses.asdict(schedule),

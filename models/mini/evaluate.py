@@ -135,7 +135,7 @@ def attention_shares(
     num_top = max(1, round(TOP_SHARE * flat.shape[-1]))
     shares = {"top_10_percent": flat[..., -num_top:].sum(-1) / total}
     for sparsity in (0.75, 0.9):
-        config = DraftConfig(sparsity=sparsity)
+        config = DraftConfig.paper(sparsity=sparsity)
         budget = constant_step(grid, config).budget
         mask = compute_mask(
             q, k, grid=grid, config=config, budget=budget, order="tiled"

@@ -61,7 +61,7 @@ class Trial:
 
     def config(self) -> DraftConfig:
         """Returns what sparse layers compute, at the least sparsity."""
-        return DraftConfig(
+        return DraftConfig.paper(
             sparsity=self.least_sparsity,
             draft_tile=self.draft_tile,
             compensation=self.compensation,

@@ -10,7 +10,7 @@ from draft_jax import DraftAttention, DraftConfig, VideoGrid
 from tests.draft_jax import naive_draft
 
 GRID = VideoGrid(2, 5, 7, tile=(2, 4), text_length=6)  # S = 12, 1 text block
-CONFIG = DraftConfig(sparsity=0.6)
+CONFIG = DraftConfig.paper(sparsity=0.6)
 FEATURES, HEADS, DIM = 12, 2, 8
 
 # Largest error measured: 5e-7.

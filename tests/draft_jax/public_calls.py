@@ -148,12 +148,12 @@ def make_inputs(
     )
 
 
-CONFIG = DraftConfig(sparsity=0.5)
+CONFIG = DraftConfig.paper(sparsity=0.5)
 COMPENSATION = Compensation(sub_tile=(1, 2), frames=2)
-EXACT = DraftConfig(ranking="exact_spread", compensation=COMPENSATION)
+EXACT = DraftConfig.paper(ranking="exact_spread", compensation=COMPENSATION)
 CONFIGS = {
     "percentile": CONFIG,
-    "row_topk": DraftConfig(
+    "row_topk": DraftConfig.paper(
         sparsity=0.5,
         selection="row_topk",
         keep_own_tile=True,
@@ -161,7 +161,7 @@ CONFIGS = {
         compensation=COMPENSATION,
         ranking="spread",
     ),
-    "top_p": DraftConfig(sparsity=0.5, selection="top_p", pooling="mean+max"),
+    "top_p": DraftConfig.paper(sparsity=0.5, selection="top_p", pooling="mean+max"),
 }
 NORM = QKNorm(over="head")
 

@@ -44,7 +44,7 @@ NO_TEXT = VideoGrid(2, 3, 5, tile=(2, 2))
 # Each of 2 x 4 devices has 11 x 5. No other axis of an array is as long as the whole.
 BATCH, HEADS, DIM = 22, 20, 8
 WHOLE = {BATCH, HEADS, BATCH * HEADS}
-CONFIG = DraftConfig(sparsity=0.5)
+CONFIG = DraftConfig.paper(sparsity=0.5)
 NORM = QKNorm(over="head")
 COLLECTIVES = r"(all-\w+|collective-\w+|reduce-scatter|ragged-\w+)(?:-start)?\("
 AXES = {
@@ -108,7 +108,7 @@ def scheduled(x: Arrays):
     """A step whose values are traced: both conditionals are in the program."""
     flag = x["flag"]
     step = DraftStep(dense=flag, refresh=~flag, budget=jnp.int32(20) + flag)
-    config = DraftConfig(sparsity=0.5)
+    config = DraftConfig.paper(sparsity=0.5)
     capacity = draft_jax.mask_capacity(GRID, config)
     mask = BlockMask(
         row_offsets=jnp.minimum(x["row_offsets"], capacity),
@@ -169,13 +169,13 @@ def prepare_joint(x: Arrays):
 
 
 def masks(x: Arrays, **options):
-    config = DraftConfig(sparsity=0.5, **options)
+    config = DraftConfig.paper(sparsity=0.5, **options)
     mask = draft_jax.compute_mask(x["q"], x["k"], grid=GRID, config=config)
     return mask.row_offsets, mask.block_ids, mask.to_dense(), mask.density
 
 
 def select(x: Arrays, **options):
-    config = DraftConfig(sparsity=0.5, **options)
+    config = DraftConfig.paper(sparsity=0.5, **options)
     mask = draft_jax.select_blocks(x["scores"], grid=NO_TEXT, config=config)
     return mask.row_offsets, mask.block_ids
 
@@ -341,7 +341,7 @@ def misfits() -> dict[str, Any]:
     arrays = {name: x[:2] for name, x in make_arrays().items() if name in "qkv"}
     tokens = VideoGrid(2, 4, 4, tile=(2, 2))
     attend = functools.partial(
-        draft_jax.draft_attention, grid=tokens, config=DraftConfig(sparsity=0.5)
+        draft_jax.draft_attention, grid=tokens, config=DraftConfig.paper(sparsity=0.5)
     )
     q, k, v = (x[:, : tokens.num_tokens] for x in arrays.values())
     expected = jax.jit(attend)(q, k, v)

@@ -5,7 +5,7 @@ import pytest
 
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule, VideoGrid
 
-CONFIG = DraftConfig(sparsity=0.5)
+CONFIG = DraftConfig.paper(sparsity=0.5)
 GRID = VideoGrid(1, 16, 32)  # 4 tiles, hence 16 pairs
 
 
@@ -39,12 +39,12 @@ def test_equal_plans_are_one_key():
     plans = [
         AttentionPlan.dense(),
         AttentionPlan.draft(CONFIG),
-        AttentionPlan.draft(DraftConfig(sparsity=0.9)),
+        AttentionPlan.draft(DraftConfig.paper(sparsity=0.9)),
         AttentionPlan.draft(CONFIG, SparsitySchedule()),
     ]
     again = [
         AttentionPlan(config=None, schedule=None),
-        AttentionPlan.draft(DraftConfig(sparsity=0.5), SparsitySchedule.paper()),
+        AttentionPlan.draft(DraftConfig.paper(sparsity=0.5), SparsitySchedule.paper()),
     ]
     assert len({*plans, *again}) == len(plans)
 
@@ -73,7 +73,7 @@ def test_draft_without_config_names_dense():
 
 @pytest.mark.parametrize("given", ["config", "schedule"])
 def test_one_part_of_draft_attention_names_the_other(given):
-    parts = {"config": DraftConfig(), "schedule": SparsitySchedule.paper()}
+    parts = {"config": DraftConfig.paper(), "schedule": SparsitySchedule.paper()}
     (missing,) = parts.keys() - {given}
     message = f"^{given} is given, but {missing}=None"
     with pytest.raises(ValueError, match=message):

@@ -89,7 +89,7 @@ def test_draft_attention(case):
     changes, error, message = ATTENTION[case]
     arguments = {name: ones(*SHAPE) for name in "qkv"} | changes
     with pytest.raises(error, match=message):
-        draft_attention(**arguments, grid=GRID, config=DraftConfig())
+        draft_attention(**arguments, grid=GRID, config=DraftConfig.paper())
 
 
 MASKS = {  # mask, error, what its message says
@@ -145,12 +145,12 @@ def test_mask(case):
 )
 def test_draft_config(fields, message):
     with pytest.raises(ValueError, match=message):
-        DraftConfig(**fields)
+        DraftConfig.paper(**fields)
 
 
 def test_positional_fields_are_refused():
     with pytest.raises(TypeError, match="positional argument"):
-        DraftConfig("mean")
+        DraftConfig.paper("mean")
 
 
 @pytest.mark.parametrize(
@@ -170,18 +170,23 @@ def test_positional_fields_are_refused():
         ),
         (
             lambda: draft_scores(
-                ones(2, 24, 3, 8), ones(2, 24, 3, 8), grid=GRID, config=DraftConfig()
+                ones(2, 24, 3, 8),
+                ones(2, 24, 3, 8),
+                grid=GRID,
+                config=DraftConfig.paper(),
             ),
             r"q has shape \(2, 24, 3, 8\), 24 tokens; .* has 29, text included",
         ),
         (
             lambda: draft_scores(
-                ones(*SHAPE), ones(2, 29, 1, 8), grid=GRID, config=DraftConfig()
+                ones(*SHAPE), ones(2, 29, 1, 8), grid=GRID, config=DraftConfig.paper()
             ),
             r"k has shape \(2, 29, 1, 8\); it must equal q's shape \(2, 29, 3, 8\)",
         ),
         (
-            lambda: select_blocks(ones(2, 3, 5, 5), grid=GRID, config=DraftConfig()),
+            lambda: select_blocks(
+                ones(2, 3, 5, 5), grid=GRID, config=DraftConfig.paper()
+            ),
             r"scores has shape \(2, 3, 5, 5\); expected \[batch, heads, 4, 4\]",
         ),
         (lambda: kept_pairs_budget(1.0, 4), r"sparsity=1.0 must be a number in \[0, 1"),
@@ -233,14 +238,14 @@ QUERIES_AND_KEYS = {  # q, k, error, what its message says
 def test_queries_and_keys(case, function):
     q, k, error, message = QUERIES_AND_KEYS[case]
     with pytest.raises(error, match=message):
-        function(q, k, grid=GRID, config=DraftConfig())
+        function(q, k, grid=GRID, config=DraftConfig.paper())
 
 
 @pytest.mark.parametrize("function", [draft_scores, compute_mask, norm_rope_pool])
 def test_order_of_queries_and_keys(function):
     q = ones(*SHAPE)
     with pytest.raises(ValueError, match="order='frames' must be one of"):
-        function(q, q, grid=GRID, config=DraftConfig(), order="frames")
+        function(q, q, grid=GRID, config=DraftConfig.paper(), order="frames")
 
 
 def test_pooled_in_another_dtype():
@@ -248,14 +253,16 @@ def test_pooled_in_another_dtype():
     pooled = PooledTokens(q_mean=half, k_mean=half)
     message = r"pooled\.q_mean has dtype bfloat16; expected float32"
     with pytest.raises(TypeError, match=message):
-        draft_scores(q, q, grid=GRID, config=DraftConfig(), pooled=pooled)
+        draft_scores(q, q, grid=GRID, config=DraftConfig.paper(), pooled=pooled)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "bool"])
 def test_scores_that_are_no_numbers_with_a_fraction(dtype):
     with pytest.raises(TypeError, match=f"scores has dtype {dtype}; accepted are flo"):
         select_blocks(
-            ones(2, 3, 4, 4, dtype=dtype), grid=GRID, config=DraftConfig(sparsity=0.5)
+            ones(2, 3, 4, 4, dtype=dtype),
+            grid=GRID,
+            config=DraftConfig.paper(sparsity=0.5),
         )
 
 
@@ -276,7 +283,7 @@ BUDGETS = {  # budget, error, what its message says
 @pytest.mark.parametrize("case", BUDGETS)
 def test_budget(case):
     budget, error, message = BUDGETS[case]
-    config = DraftConfig(sparsity=0.5)
+    config = DraftConfig.paper(sparsity=0.5)
     with pytest.raises(error, match=message):
         select_blocks(ones(2, 3, 4, 4), grid=GRID, config=config, budget=budget)
 
@@ -285,7 +292,7 @@ def test_budget_under_jit():
     """Values are not known there: the nearest one that is possible is taken."""
 
     def num_kept(budget):
-        config = DraftConfig(sparsity=0.5, keep_own_tile=True)
+        config = DraftConfig.paper(sparsity=0.5, keep_own_tile=True)
         scores = jnp.arange(16.0).reshape(1, 1, 4, 4)
         mask = select_blocks(scores, grid=GRID, config=config, budget=budget)
         return mask.to_dense()[0, 0, :4, :4].sum()
@@ -301,5 +308,5 @@ def test_budget_under_jit():
 
 def test_numpy_arrays_are_welcome():
     q = np.ones(SHAPE, np.float32)
-    out = draft_attention(q, q, q, grid=GRID, config=DraftConfig())
+    out = draft_attention(q, q, q, grid=GRID, config=DraftConfig.paper())
     np.testing.assert_allclose(out, q, rtol=1e-6)

@@ -45,7 +45,7 @@ def random_qkv(grid, dim=8):
 
 
 def config_of(name, selection="row_topk"):
-    return DraftConfig(
+    return DraftConfig.paper(
         selection=selection,
         sparsity=0.6,
         draft_tile=(1, 2),
@@ -114,7 +114,7 @@ def test_means_match_loops():
 @pytest.mark.nightly
 def test_a_full_mask_is_dense_attention():
     q, k, v = random_qkv(TEXT)
-    config = DraftConfig(sparsity=0.0, compensation=Compensation())
+    config = DraftConfig.paper(sparsity=0.0, compensation=Compensation())
     out = draft_attention(q, k, v, grid=TEXT, config=config)
     np.testing.assert_allclose(out, dense_attention(q, k, v, grid=TEXT), **F32)
 
@@ -124,7 +124,7 @@ def test_means_of_single_tokens_are_dense_attention():
     """Each token is a mean of itself: nothing is left out."""
     q, k, v = random_qkv(EVEN)
     comp = Compensation(sub_tile=(1, 1), frames=1)
-    config = DraftConfig(sparsity=0.8, compensation=comp)
+    config = DraftConfig.paper(sparsity=0.8, compensation=comp)
     out = draft_attention(q, k, v, grid=EVEN, config=config)
     np.testing.assert_allclose(out, dense_attention(q, k, v, grid=EVEN), **F32)
     assert means_work(EVEN, config) == 1.0
@@ -134,10 +134,10 @@ def test_means_of_single_tokens_are_dense_attention():
 def test_flax_layers_pass_it_on():
     """Both kinds of layers: single tokens as means leave nothing out."""
     comp = Compensation(sub_tile=(1, 1), frames=1)
-    sparse = DraftConfig(sparsity=0.8, compensation=comp, ranking="spread")
+    sparse = DraftConfig.paper(sparsity=0.8, compensation=comp, ranking="spread")
     x = random_qkv(EVEN)[0].reshape(2, -1, 16)
     made = functools.partial(DraftAttention, 2, 16)
-    layers = [made(config=c, rngs=nnx.Rngs(0)) for c in (sparse, DraftConfig())]
+    layers = [made(config=c, rngs=nnx.Rngs(0)) for c in (sparse, DraftConfig.paper())]
     got, left_out = (layer(x, grid=EVEN) for layer in layers)
     qkv = layers[0].project(x)
     want = layers[0].out(dense_attention(*qkv, grid=EVEN))
@@ -215,25 +215,32 @@ def test_transformations_and_numpy_agree():
 
 
 def test_work_of_means_is_the_share_of_pairs_with_them():
-    config = DraftConfig(compensation=Compensation(sub_tile=(2, 8), frames=4))
+    config = DraftConfig.paper(compensation=Compensation(sub_tile=(2, 8), frames=4))
     grid = VideoGrid(33, 48, 80)  # the last group has one frame: 9 groups
     assert means_work(grid, config) == 9 * (48 * 80 // 16) / grid.num_tokens
     assert means_work(grid, DraftConfig.paper()) == 0.0
     # Text neither has means nor sees any: 2 groups of 12 sub-tiles have tokens.
     text = VideoGrid(5, 4, 6, tile=(4, 4), text_length=8)
-    small = DraftConfig(compensation=Compensation(sub_tile=(1, 2), frames=4))
+    small = DraftConfig.paper(compensation=Compensation(sub_tile=(1, 2), frames=4))
     assert means_work(text, small) == pytest.approx(2 * 12 * 120 / 128**2)
 
 
 def test_presets():
-    assert DraftConfig.paper(sparsity=0.9) == DraftConfig(sparsity=0.9)
+    paper = DraftConfig.paper(sparsity=0.9)
+    assert (paper.selection, paper.sparsity, paper.ranking) == (
+        "percentile",
+        0.9,
+        "mass",
+    )
+    assert paper.compensation is paper.draft_tile is None
+    assert DraftConfig.compensated() == DraftConfig()
     config = DraftConfig.compensated(sparsity=0.95)
-    assert config.sparsity == 0.95
-    assert config.compensation is not None
-    assert config.ranking == "spread"
-    grid = VideoGrid(4, 32, 64)
-    assert means_work(grid, DraftConfig.compensated()) == 1 / 16
-    assert DraftConfig.compensated().sparsity == 0.9
+    assert (config.selection, config.sparsity, config.ranking) == (
+        "row_topk",
+        0.95,
+        "spread",
+    )
+    assert means_work(VideoGrid(8, 32, 64), config) == 1 / 32
 
 
 @pytest.mark.parametrize(
@@ -251,6 +258,6 @@ def test_make_means_refuses(change, error, text):
     arguments = {"k": k, "v": v} | change
     if "k" in change:
         arguments["v"] = change["k"]
-    mask = initial_mask(EVEN, DraftConfig(), batch=2, num_heads=2)
+    mask = initial_mask(EVEN, DraftConfig.paper(), batch=2, num_heads=2)
     with pytest.raises(error, match=text):
         make_means(**arguments, mask=mask, compensation=Compensation())

@@ -24,7 +24,7 @@ from tests.draft_jax import naive_draft
 F32 = {"rtol": 1e-5, "atol": 3e-6}
 
 GRID = VideoGrid(2, 5, 7, tile=(2, 4), text_length=11)  # S = 12, 2 text blocks
-CONFIG = DraftConfig(sparsity=0.6)
+CONFIG = DraftConfig.paper(sparsity=0.6)
 
 attend = jax.jit(
     draft_attention,
@@ -122,7 +122,7 @@ def test_raster_and_tiled_order_agree_exactly():
 
 @pytest.mark.parametrize("selection", ["percentile", "row_topk"])
 def test_sparsity_zero_is_dot_product_attention(selection):
-    config = DraftConfig(selection=selection, sparsity=0.0)
+    config = DraftConfig.paper(selection=selection, sparsity=0.0)
     q, k, v = random_qkv(GRID)
     out = attend(q, k, v, grid=GRID, config=config)
     expected = jax.nn.dot_product_attention(*map(jnp.asarray, (q, k, v)))

@@ -20,7 +20,7 @@ from tests.draft_jax import naive_draft
 from tests.tolerances import ATTENTION
 
 GRID = VideoGrid(2, 5, 7, tile=(2, 4), text_length=5)  # S = 12, 1 text block
-CONFIG = DraftConfig(sparsity=0.6)
+CONFIG = DraftConfig.paper(sparsity=0.6)
 
 
 def step_of(schedule):

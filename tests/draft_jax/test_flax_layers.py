@@ -82,7 +82,7 @@ def test_weights_move_to_and_from_the_layer_of_flax():
     flax_layer = nnx.MultiHeadAttention(
         HEADS, FEATURES, HEADS * DIM, decode=False, rngs=nnx.Rngs(4)
     )
-    ours = make_layer(config=DraftConfig(sparsity=0.0), rngs=nnx.Rngs(0))
+    ours = make_layer(config=DraftConfig.paper(sparsity=0.0), rngs=nnx.Rngs(0))
     nnx.update(ours, nnx.state(flax_layer, nnx.Param))
     x = random_x()
     np.testing.assert_allclose(ours(x, grid=GRID), flax_layer(x), **F32)
@@ -268,7 +268,7 @@ def test_a_scheduled_layer_needs_a_mask_that_fits():
     dense = jnp.ones((2, HEADS, GRID.num_blocks, GRID.num_blocks), bool)
     with pytest.raises(TypeError, match=r"mask is \w+; expected a BlockMask"):
         layer.scheduled(random_x(), grid=GRID, step=step, mask=dense)
-    other = DraftConfig(sparsity=0.9)
+    other = DraftConfig.paper(sparsity=0.9)
     mask = initial_mask(GRID, other, batch=2, num_heads=HEADS)
     with pytest.raises(ValueError, match=r"mask has capacity \d+; VideoGrid.* need"):
         layer.scheduled(random_x(), grid=GRID, step=step, mask=mask)

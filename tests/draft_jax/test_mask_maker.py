@@ -51,7 +51,9 @@ class WrongCapacity:
 
 
 def config_of(maker, **changes):
-    return DraftConfig(selection="row_topk", sparsity=0.5, mask_maker=maker, **changes)
+    return DraftConfig.paper(
+        selection="row_topk", sparsity=0.5, mask_maker=maker, **changes
+    )
 
 
 def qkv():

@@ -62,7 +62,7 @@ def is_pooling(equation):
 
 @pytest.fixture(scope="module")
 def program():
-    config = DraftConfig(sparsity=0.5)
+    config = DraftConfig.paper(sparsity=0.5)
     mask = initial_mask(GRID, config, batch=1, num_heads=2)
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, GRID.num_tokens, 2, 8))
 

@@ -20,7 +20,7 @@ from draft_jax import (
 from tests.draft_jax import naive_draft
 
 GRID = VideoGrid(1, 4, 6, tile=(2, 3), text_length=5)  # S = 4, 29 tokens
-CONFIG = DraftConfig(sparsity=0.5)
+CONFIG = DraftConfig.paper(sparsity=0.5)
 STEP = constant_step(GRID, CONFIG)
 F32 = {"rtol": 1e-5, "atol": 5e-6}
 

@@ -28,7 +28,7 @@ DIVISIBLE = VideoGrid(5, 48, 80)
 EDGES = VideoGrid(5, 45, 80, text_length=72)
 NARROW = VideoGrid(5, 30, 52, text_length=72)  # rows are no whole number of tiles
 ODD = VideoGrid(5, 30, 53, text_length=77)
-CONFIG = DraftConfig(sparsity=0.75, pooling="mean+max")
+CONFIG = DraftConfig.paper(sparsity=0.75, pooling="mean+max")
 STAYS_IN_PLACE = {"custom_call", "reshape"}  # the former are kernels
 OF_A_NEW_MASK = (
     "pool_tiles_sm90",

@@ -59,7 +59,7 @@ def qkv_of_similar_tiles(sizes, batch, seed=0):
 def config_of(sizes):
     """A config that keeps as many pairs as the published code does at `SPARSITY`."""
     num_pairs = grid_of(sizes).num_visual_blocks ** 2
-    return DraftConfig(sparsity=published.exact_sparsity(num_pairs, SPARSITY))
+    return DraftConfig.paper(sparsity=published.exact_sparsity(num_pairs, SPARSITY))
 
 
 def mask_of(q, k, sizes, config):
@@ -100,7 +100,7 @@ def test_the_same_sparsity_keeps_all_but_the_weakest_pair(sizes, valid):
         weakest = np.argmin(np.where(kept, maps[b, n], np.inf))
         expected[b, n][np.unravel_index(weakest, kept.shape)] = False
     expected |= published.best_of_empty_rows(expected, maps)
-    got = mask_of(q, k, sizes, DraftConfig(sparsity=SPARSITY))
+    got = mask_of(q, k, sizes, DraftConfig.paper(sparsity=SPARSITY))
     np.testing.assert_array_equal(got, expected)
 
 

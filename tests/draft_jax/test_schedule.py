@@ -21,7 +21,7 @@ from draft_jax import (
 from tests.draft_jax import naive_draft
 
 GRID = VideoGrid(2, 5, 7, tile=(2, 4), text_length=5)  # S = 12, 1 text block
-CONFIG = DraftConfig(sparsity=0.6)  # 58 of 144 pairs
+CONFIG = DraftConfig.paper(sparsity=0.6)  # 58 of 144 pairs
 LINEAR = np.linspace(1000, 50, 20)
 
 
@@ -50,7 +50,7 @@ def plan_of(schedule, timesteps=LINEAR, num_layers=3, config=CONFIG):
     ],
 )
 def test_presets(preset, num_steps, shift, dense_steps, dense_layers):
-    plan = plan_of(preset(), timesteps_of(num_steps, shift), 4, DraftConfig())
+    plan = plan_of(preset(), timesteps_of(num_steps, shift), 4, DraftConfig.paper())
     expected = np.zeros((num_steps, 4), bool)
     expected[:dense_steps] = True
     expected[:, dense_layers] = True
@@ -69,7 +69,7 @@ def test_presets(preset, num_steps, shift, dense_steps, dense_layers):
 )
 def test_presets_set_the_published_sparsity(preset, sparsity):
     schedule = getattr(SparsitySchedule, preset)()
-    plan = plan_of(schedule, config=DraftConfig(sparsity=0.5))
+    plan = plan_of(schedule, config=DraftConfig.paper(sparsity=0.5))
     np.testing.assert_array_equal(plan.sparsity, sparsity)
     # S x S = 144 pairs.
     np.testing.assert_array_equal(plan.budget, {0.5: 72, 0.75: 36, 0.9: 15}[sparsity])
@@ -104,7 +104,7 @@ def test_sparsity_of_each_step():
     schedule = SparsitySchedule(sparsity=(0.6, 0.75, 0.9))
     plan = plan_of(schedule, LINEAR[:3])
     np.testing.assert_array_equal(plan.budget, [58, 36, 15])  # ceil of 57.6, 36, 14.4
-    per_row = DraftConfig(selection="row_topk", sparsity=0.6)
+    per_row = DraftConfig.paper(selection="row_topk", sparsity=0.6)
     plan = plan_of(schedule, LINEAR[:3], config=per_row)
     np.testing.assert_array_equal(plan.budget, [5, 3, 2])  # ceil of 4.8, 3, 1.2
 
@@ -345,7 +345,7 @@ def test_scheduled_attention_names_a_bad_step_or_mask():
     with pytest.raises(ValueError, match=r"step.dense has shape \(3,\); expected a sc"):
         run(whole, mask)
     step = constant_step(GRID, CONFIG)
-    sparser = initial_mask(GRID, DraftConfig(sparsity=0.9), batch=2, num_heads=2)
+    sparser = initial_mask(GRID, DraftConfig.paper(sparsity=0.9), batch=2, num_heads=2)
     with pytest.raises(ValueError, match=r"mask has capacity \d+; .* need \d+: start"):
         run(step, sparser)
     one_head = initial_mask(GRID, CONFIG, batch=2, num_heads=1)

@@ -32,7 +32,7 @@ from pallas_kernels import (
 pytestmark = pytest.mark.usefixtures("without_annotations")
 
 GRID = VideoGrid(1, 4, 6, tile=(2, 3), text_length=5)  # 29 tokens
-CONFIG = DraftConfig(sparsity=0.5)
+CONFIG = DraftConfig.paper(sparsity=0.5)
 Q = (2, 29, 3, 8)
 partial = functools.partial
 
@@ -153,7 +153,7 @@ def test_the_remedies_work():
     q, k, v = rng.normal(size=(3, 1, *Q[1:])).astype(np.float32)
     k, v = k[:, :, :1], v[:, :, :1]  # one head of keys and values for three of queries
     repeated = (jnp.repeat(x, 3, axis=2) for x in (k, v))
-    dense = DraftConfig(sparsity=0.0)
+    dense = DraftConfig.paper(sparsity=0.0)
     got = draft_attention(jnp.asarray(q[0])[None], *repeated, grid=GRID, config=dense)
     logits = np.einsum("btnd,bsmd->bnts", q, k).astype(np.float64) / 8**0.5
     weights = np.exp(logits - logits.max(-1, keepdims=True))

@@ -22,7 +22,7 @@ from draft_jax import (
 from tests.warnings_once import forget_warnings
 
 GRID = VideoGrid(2, 8, 8)  # tiles of 8 x 16: two blocks
-CONFIG = DraftConfig(sparsity=0.75)
+CONFIG = DraftConfig.paper(sparsity=0.75)
 MESSAGE = (
     r"sparsity=0.75 can't be had: VideoGrid\(.* has 2 visual blocks, .* At least 0\.5 "
     r"of the block pairs are computed, not 0\.25: use smaller tiles, such as "
@@ -58,7 +58,7 @@ def scheduled(q, grid, config):
 def planned(q, grid, config):
     schedule = SparsitySchedule(sparsity=(config.sparsity,) * 2)
     timesteps = np.array([900, 100])
-    dense = DraftConfig(sparsity=0.0)
+    dense = DraftConfig.paper(sparsity=0.0)
     return schedule.plan(timesteps, num_layers=1, grid=grid, config=dense)
 
 
@@ -87,7 +87,7 @@ def test_it_is_noticed_under_jit(function):
 def test_it_tells_the_share_that_results():
     """Two rows of two blocks keep one each, where a quarter was asked for."""
     q = jax.random.normal(jax.random.key(0), (1, GRID.num_tokens, 1, 4))
-    assert mask_of(q, GRID, DraftConfig(sparsity=0.75)).to_dense().mean() == 0.5
+    assert mask_of(q, GRID, DraftConfig.paper(sparsity=0.75)).to_dense().mean() == 0.5
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_it_tells_the_share_that_results():
     ids=["asks for less", "smaller tiles", "just enough"],
 )
 def test_no_warning_of_a_sparsity_that_can_be_had(grid, sparsity):
-    assert not warned(planned, grid, DraftConfig(sparsity=sparsity))
+    assert not warned(planned, grid, DraftConfig.paper(sparsity=sparsity))
 
 
 def test_a_video_too_small_for_any_tile():
     with pytest.warns(SparsityWarning, match="no tile is small enough, or ask for at"):
-        planned(None, VideoGrid(1, 1, 2), DraftConfig(sparsity=0.9))
+        planned(None, VideoGrid(1, 1, 2), DraftConfig.paper(sparsity=0.9))

@@ -29,7 +29,7 @@ def qkv():
 @pytest.mark.nightly
 @pytest.mark.parametrize("selection", ["percentile", "row_topk", "top_p"])
 def test_the_same_pairs_in_int32(qkv, selection):
-    config = DraftConfig(sparsity=0.6, selection=selection, top_p=0.5)
+    config = DraftConfig.paper(sparsity=0.6, selection=selection, top_p=0.5)
     q, k, v = qkv
     expected = compute_mask(*map(jnp.asarray, (q, k)), grid=GRID, config=config)
     with jax.enable_x64(True):
@@ -46,7 +46,7 @@ def test_the_same_pairs_in_int32(qkv, selection):
 
 MASKS = {
     "full": lambda: BlockMask.full(grid=GRID, batch=1, num_heads=2),
-    "initial": lambda: initial_mask(GRID, DraftConfig(), batch=1, num_heads=2),
+    "initial": lambda: initial_mask(GRID, DraftConfig.paper(), batch=1, num_heads=2),
     "dense": lambda: BlockMask.from_dense(
         jnp.ones((1, 2, GRID.num_blocks, GRID.num_blocks), bool), grid=GRID
     ),

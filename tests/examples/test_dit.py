@@ -48,7 +48,7 @@ def test_the_page_shows_this_difference():
 
 
 def test_dense_and_draft_agree_where_nothing_is_skipped(monkeypatch):
-    monkeypatch.setattr(dit_draft, "DRAFT", DraftConfig(sparsity=0.0))
+    monkeypatch.setattr(dit_draft, "DRAFT", DraftConfig.paper(sparsity=0.0))
     np.testing.assert_allclose(run(dit_draft), run(dit), rtol=0, atol=2e-5)
 
 

@@ -21,7 +21,7 @@ from tests.tolerances import GPU_ATTENTION
 pytestmark = pytest.mark.gpu
 
 GRID = VideoGrid(5, 18, 40, tile=(8, 16), text_length=40)  # edge tiles, ragged groups
-CONFIG = DraftConfig(
+CONFIG = DraftConfig.paper(
     selection="row_topk",
     sparsity=0.8,
     draft_tile=(4, 4),

@@ -20,7 +20,7 @@ LENGTHS = (5,)
 
 
 def draft(qkv, backend="auto", **options):
-    config = DraftConfig(sparsity=0.5)
+    config = DraftConfig.paper(sparsity=0.5)
     options = {"text_lengths": jnp.asarray(LENGTHS), **options}
     return draft_attention(*qkv, grid=GRID, config=config, backend=backend, **options)
 

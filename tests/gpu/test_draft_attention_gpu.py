@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pallas_kernels.SlowBackendWarning"),
 ]
 
-CONFIG = DraftConfig(sparsity=0.75)
+CONFIG = DraftConfig.paper(sparsity=0.75)
 GRIDS = {
     "divisible": VideoGrid(4, 16, 32),
     "edges-and-text": VideoGrid(3, 15, 26, text_length=40),

@@ -36,7 +36,7 @@ CONFIG = HunyuanConfig(
     param_dtype="float32",
 )
 VALID = 60  # text tokens
-ATTENTION = AttentionPlan.draft(DraftConfig(sparsity=0.75))
+ATTENTION = AttentionPlan.draft(DraftConfig.paper(sparsity=0.75))
 
 
 @pytest.fixture(scope="module")

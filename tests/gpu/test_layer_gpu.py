@@ -55,7 +55,7 @@ def maps(kind, size, heads, rng):
 @pytest.mark.parametrize("name", GRIDS)
 def test_selection_agrees_with_a_sort(name, kind, selection):
     grid = GRIDS[name]
-    config = DraftConfig(sparsity=0.9, selection=selection)
+    config = DraftConfig.paper(sparsity=0.9, selection=selection)
     size = grid.num_visual_blocks
     scores = maps(kind, size, 3, np.random.default_rng(0))
     forced = np.zeros((size, size), bool)

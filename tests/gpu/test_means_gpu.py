@@ -176,7 +176,7 @@ def test_pooling_agrees_with_xla(sub_tile, frames, order, text):
 def test_a_layer_with_means():
     """All of it on kernels, against XLA on the same mask."""
     grid = VideoGrid(9, 48, 80)
-    config = DraftConfig(
+    config = DraftConfig.paper(
         sparsity=0.9,
         selection="row_topk",
         draft_tile=(4, 4),

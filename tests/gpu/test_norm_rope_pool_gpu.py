@@ -32,7 +32,7 @@ from tests.warnings_once import forget_warnings
 pytestmark = pytest.mark.gpu
 
 NORMS = {"heads": QKNorm(over="heads"), "head": QKNorm(over="head"), "none": None}
-BOTH = DraftConfig(pooling="mean+max")
+BOTH = DraftConfig.paper(pooling="mean+max")
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +226,7 @@ def test_random_grids_match_loops(seed):
     ids=["hunyuan", "wan-14b", "wan-1.3b"],
 )
 def test_full_size_agrees_with_xla(grid, heads, name):
-    norm, config = NORMS[name], DraftConfig(sparsity=0.9)
+    norm, config = NORMS[name], DraftConfig.paper(sparsity=0.9)
     keys = jax.random.split(jax.random.key(0), 5)
     shape = (1, grid.num_tokens, *heads)
     q, k = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:2])
@@ -258,7 +258,9 @@ def test_full_size_agrees_with_xla(grid, heads, name):
         # Another rounding of a value moves it by one unit in the last place.
         assert (jnp.abs(a - b) <= 2**-7 * jnp.abs(b) + 1e-5).all()
         assert (a == b).mean() > 0.99
-    again = pool_queries_and_keys(*fused[:2], grid, config=DraftConfig(), order="tiled")
+    again = pool_queries_and_keys(
+        *fused[:2], grid, config=DraftConfig.paper(), order="tiled"
+    )
     for a, b in zip(jax.tree.leaves(fused[2]), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(a, b, **tolerances.POOLED)
     mask = functools.partial(compute_mask, grid=grid, config=config, order="tiled")
@@ -286,7 +288,7 @@ def test_full_size_of_parts_is_that_of_joined_arrays():
     angles = jax.random.uniform(next(keys), (grid.num_visual_tokens, 64)) * 7
     options = {
         "grid": grid,
-        "config": DraftConfig(),
+        "config": DraftConfig.paper(),
         "norm": NORMS["head"],
         "scales": scales,
         "text_scales": text_scales,
@@ -317,7 +319,7 @@ def test_padding_is_cleared_in_place():
     )
     options = {
         "grid": grid,
-        "config": DraftConfig(sparsity=0.5),
+        "config": DraftConfig.paper(sparsity=0.5),
         "order": "tiled",
     }
 

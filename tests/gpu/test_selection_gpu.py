@@ -100,7 +100,7 @@ def test_rows_of_all_lengths(columns, forced_share, wanted):
 def test_masks_agree_with_a_sort(name, selection, forced):
     """A batch of maps of all kinds, and a traced budget below the most."""
     grid = GRIDS[name]
-    config = DraftConfig(sparsity=0.9, selection=selection, **forced)
+    config = DraftConfig.paper(sparsity=0.9, selection=selection, **forced)
     size = grid.num_visual_blocks
     rng = np.random.default_rng(size)
     heads = 1 if size > 500 else 2
@@ -115,7 +115,7 @@ def test_masks_agree_with_a_sort(name, selection, forced):
 def test_a_thousand_maps(selection):
     """1,000 of each kind in one program; every fifth has a new budget."""
     grid = GRIDS["edges-text-after"]
-    config = DraftConfig(sparsity=0.8, selection=selection, keep_own_tile=True)
+    config = DraftConfig.paper(sparsity=0.8, selection=selection, keep_own_tile=True)
     select = selection_program(grid, config)
     most = static_budget(0.8, grid, config)
     for seed in range(5):
@@ -130,7 +130,7 @@ def test_a_thousand_maps(selection):
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_mapped_axes(selection):
     grid = GRIDS["edges-text-after"]
-    config = DraftConfig(sparsity=0.8, selection=selection, **FORCED)
+    config = DraftConfig.paper(sparsity=0.8, selection=selection, **FORCED)
     scores = softmax(np.random.default_rng(0), (3, 2, 2, 90, 90))
     budgets = static_budget(0.8, grid, config) - np.arange(3, dtype=np.int32)
     select = functools.partial(select_blocks, grid=grid, config=config)
@@ -148,7 +148,7 @@ def test_mapped_axes(selection):
 def test_the_longest_rows(selection):
     """S = 8,192, one head, text beside it: some rows against a sort of each."""
     grid = VideoGrid(8, 64, 128, tile=(1, 8), text_length=24)
-    config = DraftConfig(sparsity=0.9, selection=selection)
+    config = DraftConfig.paper(sparsity=0.9, selection=selection)
     size = grid.num_visual_blocks
     assert size == MAX_COLUMNS
     scores = softmax(np.random.default_rng(0), (1, 1, size, size))
@@ -182,7 +182,7 @@ def test_heads_in_chunks(monkeypatch, selection):
     round otherwise, and pairs at the threshold change places.
     """
     grid = GRIDS["edges-text-after"]
-    config = DraftConfig(sparsity=0.8, selection=selection)
+    config = DraftConfig.paper(sparsity=0.8, selection=selection)
     rng = np.random.default_rng(0)
     shape = (2, grid.num_visual_blocks, 6, 64)
     pooled = PooledTokens(
@@ -207,7 +207,7 @@ def test_heads_in_chunks(monkeypatch, selection):
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_heads_in_chunks_of_the_same_scores(monkeypatch, selection):
     grid = GRIDS["edges-text-after"]
-    config = DraftConfig(sparsity=0.8, selection=selection)
+    config = DraftConfig.paper(sparsity=0.8, selection=selection)
     monkeypatch.setattr(head_chunks, "MAX_CHUNK_BYTES", 4 * 4 * 90 * 90)
     scores = softmax(np.random.default_rng(0), (2, 6, 90, 90))
     budget = static_budget(0.8, grid, config)
@@ -217,7 +217,7 @@ def test_heads_in_chunks_of_the_same_scores(monkeypatch, selection):
 
 def test_rows_beyond_the_kernels_warn():
     grid = VideoGrid(1, 1, MAX_COLUMNS + 1, tile=(1, 1))
-    config = DraftConfig(sparsity=0.999, selection="row_topk")
+    config = DraftConfig.paper(sparsity=0.999, selection="row_topk")
     size = grid.num_visual_blocks
     shape = jax.ShapeDtypeStruct((1, 1, size, size), jnp.float32)
     forget_warnings()

@@ -36,7 +36,7 @@ CONFIG = WanConfig(
     param_dtype="float32",
 )
 
-ATTENTION = AttentionPlan.draft(DraftConfig(sparsity=0.75))
+ATTENTION = AttentionPlan.draft(DraftConfig.paper(sparsity=0.75))
 
 
 @pytest.fixture(scope="module")

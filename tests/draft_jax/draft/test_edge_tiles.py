@@ -39,7 +39,7 @@ def test_an_edge_tile_is_the_mean_of_its_own_tokens():
 @pytest.mark.parametrize("grid", [EDGES, EVEN], ids=["edges", "even"])
 def test_scores_match_a_loop(grid, edge_tiles):
     q, k = tokens_of_tiles(grid, heads=2)
-    config = DraftConfig(edge_tiles=edge_tiles)
+    config = DraftConfig.paper(edge_tiles=edge_tiles)
     got = draft_scores(jnp.asarray(q), jnp.asarray(k), grid=grid, config=config)
     by_tokens = edge_tiles == "by_tokens"
     want = naive_draft.draft_map(q, k, grid, weights_by_tokens=by_tokens)
@@ -51,7 +51,7 @@ def test_two_tiles_by_hand():
     grid = VideoGrid(1, 2, 3, tile=(2, 2))
     x = jnp.zeros((1, 6, 1, 4))
     for edge_tiles, row in (("by_tokens", [2 / 3, 1 / 3]), ("as_published", [0.5] * 2)):
-        config = DraftConfig(edge_tiles=edge_tiles)
+        config = DraftConfig.paper(edge_tiles=edge_tiles)
         got = draft_scores(x, x, grid=grid, config=config)
         np.testing.assert_allclose(got[0, 0], [row, row], rtol=1e-6)
 
@@ -61,7 +61,7 @@ def test_how_many_kept_pairs_differ():
     q, k = tokens_of_tiles(EDGES)
     masks, expected = [], []
     for edge_tiles in ("by_tokens", "as_published"):
-        config = DraftConfig(sparsity=0.75, edge_tiles=edge_tiles)
+        config = DraftConfig.paper(sparsity=0.75, edge_tiles=edge_tiles)
         mask = jax.jit(lambda q, k, c=config: compute_mask(q, k, grid=EDGES, config=c))(
             q, k
         )
@@ -84,7 +84,10 @@ def test_without_edges_both_are_one(selection):
     q, k = map(jnp.asarray, tokens_of_tiles(EVEN))
     masks = [
         compute_mask(
-            q, k, grid=EVEN, config=DraftConfig(selection=selection, edge_tiles=name)
+            q,
+            k,
+            grid=EVEN,
+            config=DraftConfig.paper(selection=selection, edge_tiles=name),
         )
         for name in ("by_tokens", "as_published")
     ]

@@ -48,7 +48,7 @@ def test_masks_are_the_same(monkeypatch, selection, pooling):
     rng = np.random.default_rng(0)
     shape = (2, GRID.num_tokens, 6, 16)
     q, k = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
-    config = DraftConfig(selection=selection, pooling=pooling, keep_own_tile=True)
+    config = DraftConfig.paper(selection=selection, pooling=pooling, keep_own_tile=True)
     budget = jnp.asarray(5)
     compute = functools.partial(compute_mask, grid=GRID, config=config)
     whole = jax.jit(lambda q, k, n: compute(q, k, budget=n))(q, k, budget)
@@ -70,7 +70,7 @@ def test_memory_is_that_of_a_chunk(monkeypatch, selection, maps):
     grid = VideoGrid(2, 64, 128, tile=(4, 8))  # S = 512
     map_bytes = 4 * grid.num_visual_blocks**2
     monkeypatch.setattr(head_chunks, "MAX_CHUNK_BYTES", map_bytes)
-    config = DraftConfig(selection=selection, sparsity=0.9)
+    config = DraftConfig.paper(selection=selection, sparsity=0.9)
     q = jax.ShapeDtypeStruct((1, grid.num_tokens, 16, 8), jnp.bfloat16)
     compute = functools.partial(compute_mask, grid=grid, config=config)
     compiled = jax.jit(compute).lower(q, q).compile()
@@ -109,7 +109,7 @@ def test_memory_under_vmap_is_that_of_a_chunk(monkeypatch):
     grid = VideoGrid(2, 64, 128, tile=(4, 8))  # S = 512
     map_bytes = 4 * grid.num_visual_blocks**2
     monkeypatch.setattr(head_chunks, "MAX_CHUNK_BYTES", map_bytes)
-    config = DraftConfig(sparsity=0.9)
+    config = DraftConfig.paper(sparsity=0.9)
     q = jax.ShapeDtypeStruct((8, 1, grid.num_tokens, 2, 8), jnp.bfloat16)
     compute = functools.partial(compute_mask, grid=grid, config=config)
     compiled = jax.jit(jax.vmap(compute)).lower(q, q).compile()

@@ -82,7 +82,11 @@ def test_draft_scores_match_a_loop(grid, order):
     if order == "tiled":
         q, k = q[:, grid.tile_order], k[:, grid.tile_order]
     got = draft_scores(
-        jnp.asarray(q), jnp.asarray(k), grid=grid, config=DraftConfig(), order=order
+        jnp.asarray(q),
+        jnp.asarray(k),
+        grid=grid,
+        config=DraftConfig.paper(),
+        order=order,
     )
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, **F32)
@@ -96,7 +100,7 @@ def test_mean_and_max_draft_is_the_average_of_both_maps():
         jnp.asarray(q),
         jnp.asarray(k),
         grid=grid,
-        config=DraftConfig(pooling="mean+max"),
+        config=DraftConfig.paper(pooling="mean+max"),
     )
     np.testing.assert_allclose(got, (maps[0] + maps[1]) / 2, **F32)
 
@@ -113,20 +117,22 @@ def test_identical_tokens_make_the_draft_exact():
     logits = q[0, :, 0] @ k[0, :, 0].T / 2
     full = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = [[full[i[0], j].sum() for j in members] for i in members]
-    got = draft_scores(jnp.asarray(q), jnp.asarray(k), grid=grid, config=DraftConfig())
+    got = draft_scores(
+        jnp.asarray(q), jnp.asarray(k), grid=grid, config=DraftConfig.paper()
+    )
     np.testing.assert_allclose(got[0, 0], expected, **F32)
 
 
 def test_scale_multiplies_the_logits():
     grid = GRIDS[0]
     q, k = jnp.asarray(random_tokens(grid, 1)), jnp.asarray(random_tokens(grid, 2))
-    got = draft_scores(q, k, grid=grid, config=DraftConfig(), scale=1.0)
-    expected = draft_scores(q * 8**0.5, k, grid=grid, config=DraftConfig())
+    got = draft_scores(q, k, grid=grid, config=DraftConfig.paper(), scale=1.0)
+    expected = draft_scores(q * 8**0.5, k, grid=grid, config=DraftConfig.paper())
     np.testing.assert_allclose(got, expected, **F32)
 
 
 def test_large_logits_do_not_overflow():
     grid = GRIDS[0]
     q = jnp.asarray(random_tokens(grid) * 1e4)
-    got = draft_scores(q, q, grid=grid, config=DraftConfig(pooling="mean+max"))
+    got = draft_scores(q, q, grid=grid, config=DraftConfig.paper(pooling="mean+max"))
     np.testing.assert_allclose(got.sum(-1), 1.0, rtol=1e-5)

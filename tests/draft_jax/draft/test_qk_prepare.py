@@ -31,7 +31,7 @@ from tests.pallas_kernels.pooling import naive_norm_rope
 
 GRID = VideoGrid(1, 5, 6, tile=(2, 4), text_length=3)
 BEFORE = VideoGrid(1, 3, 6, tile=(2, 4), text_length=4, text_side="before")
-CONFIG = DraftConfig(sparsity=0.5, pooling="mean+max")
+CONFIG = DraftConfig.paper(sparsity=0.5, pooling="mean+max")
 HEADS = (4, 64)
 NORMS = {
     "heads": QKNorm(over="heads"),
@@ -179,7 +179,7 @@ def test_parts_under_vmap():
 @pytest.mark.parametrize("pooling", ["mean", "mean+max"])
 def test_pooled_values_make_the_mask(pooling, order):
     """Pooled by loops, of the given tokens and of others: the mask is theirs."""
-    config = DraftConfig(sparsity=0.5, pooling=pooling)
+    config = DraftConfig.paper(sparsity=0.5, pooling=pooling)
     q, k, _ = random_case(GRID, NORMS["none"])
     others = random_case(GRID, NORMS["none"], seed=1)[:2]
     given = [x if order == "raster" else x[:, GRID.tile_order] for x in (q, k)]
@@ -212,7 +212,7 @@ def test_pooled_values_make_the_mask(pooling, order):
 
 @pytest.mark.parametrize("state", ["refresh", "reuse", "dense"])
 def test_scheduled_attention_takes_pooled_values(state):
-    config = DraftConfig(sparsity=0.5)
+    config = DraftConfig.paper(sparsity=0.5)
     q, k, options = random_case(GRID, NORMS["heads"])
     q, k, pooled = norm_rope_pool(q, k, grid=GRID, config=config, **options)
     step = constant_step(GRID, config)
@@ -236,12 +236,14 @@ def test_scheduled_attention_takes_pooled_values(state):
 
 def test_bad_pooled_values_are_named():
     q, k, options = random_case(GRID, NORMS["none"])
-    q, k, pooled = norm_rope_pool(q, k, grid=GRID, config=DraftConfig(), **options)
+    q, k, pooled = norm_rope_pool(
+        q, k, grid=GRID, config=DraftConfig.paper(), **options
+    )
     with pytest.raises(ValueError, match=r"pooled\.q_max is None, but .*mean\+max"):
         draft_scores(q, k, grid=GRID, config=CONFIG, pooled=pooled)
     short = PooledTokens(q_mean=pooled.q_mean[:, 1:], k_mean=pooled.k_mean[:, 1:])
     with pytest.raises(ValueError, match=r"pooled\.q_mean has shape \(2, 5, 4, 64\)"):
-        compute_mask(q, k, grid=GRID, config=DraftConfig(), pooled=short)
+        compute_mask(q, k, grid=GRID, config=DraftConfig.paper(), pooled=short)
 
 
 @pytest.mark.usefixtures("without_jaxtyping")

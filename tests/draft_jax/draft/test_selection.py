@@ -79,7 +79,7 @@ def test_budget_is_exact(sparsity, size, expected):
 
 @grids_and_forced
 def test_percentile_matches_a_sorted_list(grid, forced):
-    config = DraftConfig(sparsity=0.8, **forced)
+    config = DraftConfig.paper(sparsity=0.8, **forced)
     scores = softmax_scores(grid)
     budget = math.ceil(round(0.2 * grid.num_visual_blocks**2, 6))
     mask = select_blocks(jnp.asarray(scores), grid=grid, config=config)
@@ -99,7 +99,7 @@ def test_percentile_matches_a_sorted_list(grid, forced):
 
 @grids_and_forced
 def test_row_topk_matches_a_sorted_list(grid, forced):
-    config = DraftConfig(selection="row_topk", sparsity=0.8, **forced)
+    config = DraftConfig.paper(selection="row_topk", sparsity=0.8, **forced)
     scores = softmax_scores(grid)
     budget = math.ceil(round(0.2 * grid.num_visual_blocks, 6))
     mask = select_blocks(jnp.asarray(scores), grid=grid, config=config)
@@ -119,7 +119,7 @@ def test_row_topk_matches_a_sorted_list(grid, forced):
 @pytest.mark.parametrize("forced", FORCED, ids=lambda f: "+".join(f) or "free")
 def test_top_p_matches_a_sorted_list(forced, sharpness):
     grid = GRIDS[0]
-    config = DraftConfig(selection="top_p", sparsity=0.5, top_p=0.8, **forced)
+    config = DraftConfig.paper(selection="top_p", sparsity=0.5, top_p=0.8, **forced)
     scores = softmax_scores(grid, sharpness=sharpness)
     mask = select_blocks(jnp.asarray(scores), grid=grid, config=config)
     expected = [
@@ -138,10 +138,10 @@ def test_top_p_is_the_smallest_set_with_a_static_maximum():
         [0.0, 0.75, 0.25, 0.0],  # exactly 0.75
     ]
     scores = jnp.asarray([[rows]], jnp.float32)
-    config = DraftConfig(selection="top_p", top_p=0.75, sparsity=0.0)
+    config = DraftConfig.paper(selection="top_p", top_p=0.75, sparsity=0.0)
     counts = select_blocks(scores, grid=grid, config=config).counts
     np.testing.assert_array_equal(counts[0, 0], [2, 3, 1, 1])
-    config = DraftConfig(selection="top_p", top_p=0.75, sparsity=0.5)
+    config = DraftConfig.paper(selection="top_p", top_p=0.75, sparsity=0.5)
     mask = select_blocks(scores, grid=grid, config=config)
     np.testing.assert_array_equal(mask.counts[0, 0], [2, 2, 1, 1])
     assert mask.capacity == 4 * 2
@@ -149,7 +149,7 @@ def test_top_p_is_the_smallest_set_with_a_static_maximum():
 
 def test_top_p_of_one_keeps_everything():
     grid = GRIDS[0]
-    config = DraftConfig(selection="top_p", top_p=1.0, sparsity=0.0)
+    config = DraftConfig.paper(selection="top_p", top_p=1.0, sparsity=0.0)
     scores = jnp.full((1, 1, 18, 18), 1 / 18)
     assert kept_visual(select_blocks(scores, grid=grid, config=config)).all()
 
@@ -157,7 +157,7 @@ def test_top_p_of_one_keeps_everything():
 @pytest.mark.parametrize("selection", ["percentile", "row_topk", "top_p"])
 def test_ties_go_to_the_lower_flat_index(selection):
     grid = VideoGrid(1, 2, 4, tile=(1, 2))
-    config = DraftConfig(selection=selection, sparsity=0.5, top_p=1.0)
+    config = DraftConfig.paper(selection=selection, sparsity=0.5, top_p=1.0)
     scores = jnp.full((1, 1, 4, 4), 0.25)
     kept = kept_visual(select_blocks(scores, grid=grid, config=config))[0, 0]
     if selection == "percentile":  # rows 2 and 3 would be empty: one pair each
@@ -171,7 +171,7 @@ def test_many_ties_match_a_sorted_list():
     grid = GRIDS[0]
     scores = np.random.default_rng(1).integers(0, 4, (1, 2, 18, 18)) / 4
     scores = scores.astype(np.float32)
-    config = DraftConfig(sparsity=0.0)
+    config = DraftConfig.paper(sparsity=0.0)
     for budget in (18 * 18, 200, 81, 17, 1):
         mask = select_blocks(
             jnp.asarray(scores), grid=grid, config=config, budget=jnp.asarray(budget)
@@ -185,7 +185,7 @@ def test_an_empty_row_keeps_its_best_pair_beyond_the_budget():
     scores = np.full((4, 4), 0.1, np.float32)
     scores[0] = 0.9
     scores[2, 3] = 0.2
-    config = DraftConfig(sparsity=0.75)
+    config = DraftConfig.paper(sparsity=0.75)
     mask = select_blocks(jnp.asarray(scores[None, None]), grid=grid, config=config)
     expected = [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]]
     np.testing.assert_array_equal(kept_visual(mask)[0, 0], np.array(expected, bool))
@@ -198,7 +198,7 @@ def test_an_empty_row_keeps_its_best_pair_beyond_the_budget():
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_capacity_holds_the_worst_case(grid, forced, selection):
     """One row has all high scores, so that the most rows are left without a pair."""
-    config = DraftConfig(sparsity=0.85, selection=selection, **forced)
+    config = DraftConfig.paper(sparsity=0.85, selection=selection, **forced)
     size = grid.num_visual_blocks
     always = forced_map(grid, **forced)
     budget = static_budget(0.85, grid, config)
@@ -221,7 +221,7 @@ def test_capacity_holds_the_worst_case(grid, forced, selection):
 def test_traced_budget_equals_a_sparser_config_without_recompiling(selection):
     grid = GRIDS[0]
     scores = jnp.asarray(softmax_scores(grid, sharpness=0.3))
-    config = DraftConfig(selection=selection, sparsity=0.5)
+    config = DraftConfig.paper(selection=selection, sparsity=0.5)
     select = jax.jit(
         lambda scores, budget: select_blocks_eagerly(
             scores, grid=grid, config=config, budget=budget
@@ -230,7 +230,7 @@ def test_traced_budget_equals_a_sparser_config_without_recompiling(selection):
     for sparsity in (0.5, 0.95):
         budget = static_budget(sparsity, grid, config)
         got = select(scores, jnp.asarray(budget, jnp.int32))
-        sparser = DraftConfig(selection=selection, sparsity=sparsity)
+        sparser = DraftConfig.paper(selection=selection, sparsity=sparsity)
         expected = select_blocks(scores, grid=grid, config=sparser)
         np.testing.assert_array_equal(got.to_dense(), expected.to_dense())
     assert select._cache_size() == 1
@@ -239,7 +239,7 @@ def test_traced_budget_equals_a_sparser_config_without_recompiling(selection):
 def test_traced_budget_above_the_static_one_is_cut():
     grid = GRIDS[0]
     scores = jnp.asarray(softmax_scores(grid))
-    config = DraftConfig(sparsity=0.5)
+    config = DraftConfig.paper(sparsity=0.5)
     got = select_blocks(scores, grid=grid, config=config, budget=jnp.asarray(10**6))
     expected = select_blocks(scores, grid=grid, config=config)
     np.testing.assert_array_equal(got.to_dense(), expected.to_dense())
@@ -248,9 +248,9 @@ def test_traced_budget_above_the_static_one_is_cut():
 def test_nan_scores_rank_last_and_stay_in_their_head():
     grid = GRIDS[0]
     scores = softmax_scores(grid)
-    clean = select_blocks(jnp.asarray(scores), grid=grid, config=DraftConfig())
+    clean = select_blocks(jnp.asarray(scores), grid=grid, config=DraftConfig.paper())
     scores[0, 1, 3] = np.nan
-    mask = select_blocks(jnp.asarray(scores), grid=grid, config=DraftConfig())
+    mask = select_blocks(jnp.asarray(scores), grid=grid, config=DraftConfig.paper())
     got, expected = kept_visual(mask), kept_visual(clean)
     np.testing.assert_array_equal(got[1], expected[1])
     np.testing.assert_array_equal(got[0, 0], expected[0, 0])
@@ -260,6 +260,6 @@ def test_nan_scores_rank_last_and_stay_in_their_head():
 
 def test_sparsity_zero_keeps_every_pair():
     for selection in ("percentile", "row_topk"):
-        config = DraftConfig(selection=selection, sparsity=0.0)
+        config = DraftConfig.paper(selection=selection, sparsity=0.0)
         scores = jnp.asarray(softmax_scores(GRIDS[1]))
         assert select_blocks(scores, grid=GRIDS[1], config=config).to_dense().all()

@@ -58,12 +58,12 @@ def neighbours(shape, rng):
 
 MAPS = [random_maps, few_values, huge, any_bits, denormals, neighbours]
 CONFIGS = [
-    DraftConfig(sparsity=0.9),
-    DraftConfig(sparsity=0.75, keep_own_tile=True, keep_first_frame=True),
-    DraftConfig(sparsity=0.9, selection="row_topk"),
-    DraftConfig(sparsity=0.6, selection="row_topk", keep_own_tile=True),
-    DraftConfig(sparsity=0.5, selection="top_p", top_p=0.8),
-    DraftConfig(
+    DraftConfig.paper(sparsity=0.9),
+    DraftConfig.paper(sparsity=0.75, keep_own_tile=True, keep_first_frame=True),
+    DraftConfig.paper(sparsity=0.9, selection="row_topk"),
+    DraftConfig.paper(sparsity=0.6, selection="row_topk", keep_own_tile=True),
+    DraftConfig.paper(sparsity=0.5, selection="top_p", top_p=0.8),
+    DraftConfig.paper(
         sparsity=0.7, selection="top_p", keep_own_tile=True, keep_first_frame=True
     ),
 ]

@@ -56,15 +56,15 @@ def naive_scores(q, k, grid, config):
 
 
 CONFIGS = {
-    "sub-tiles": DraftConfig(draft_tile=(1, 2)),
-    "uneven sub-tiles": DraftConfig(draft_tile=(2, 3)),
-    "as published": DraftConfig(draft_tile=(1, 2), edge_tiles="as_published"),
-    "spread": DraftConfig(ranking="spread", compensation=TWO_FRAMES),
-    "sub-tiles and spread": DraftConfig(
+    "sub-tiles": DraftConfig.paper(draft_tile=(1, 2)),
+    "uneven sub-tiles": DraftConfig.paper(draft_tile=(2, 3)),
+    "as published": DraftConfig.paper(draft_tile=(1, 2), edge_tiles="as_published"),
+    "spread": DraftConfig.paper(ranking="spread", compensation=TWO_FRAMES),
+    "sub-tiles and spread": DraftConfig.paper(
         draft_tile=(1, 2), ranking="spread", compensation=TWO_FRAMES, sparsity=0.6
     ),
-    "exact spread": DraftConfig(ranking="exact_spread", compensation=TWO_FRAMES),
-    "exact spread, top-p": DraftConfig(
+    "exact spread": DraftConfig.paper(ranking="exact_spread", compensation=TWO_FRAMES),
+    "exact spread, top-p": DraftConfig.paper(
         selection="top_p", ranking="exact_spread", compensation=TWO_FRAMES
     ),
 }
@@ -91,7 +91,7 @@ def test_scores_match_loops_in_both_orders(case):
 @pytest.mark.nightly
 def test_max_pooling_of_sub_tiles():
     """The mean of two maps, the second one of the largest values of sub-tiles."""
-    config = DraftConfig(draft_tile=(1, 2), pooling="mean+max")
+    config = DraftConfig.paper(draft_tile=(1, 2), pooling="mean+max")
     q, k = random_qk(EDGES)
     cells = naive_draft.cell_members(EDGES, (1, 2))
     largest = [
@@ -107,7 +107,7 @@ def test_max_pooling_of_sub_tiles():
         for x in (q, k)
     ]
     got = draft_scores(q, k, grid=EDGES, config=config)
-    mean = DraftConfig(draft_tile=(1, 2))
+    mean = DraftConfig.paper(draft_tile=(1, 2))
     of_mean = draft_scores(q, k, grid=EDGES, config=mean)
     q_max, k_max = (jnp.asarray(x) for x in largest)
     pooled = PooledTokens(q_mean=q_max, k_mean=k_max)
@@ -119,7 +119,7 @@ def test_max_pooling_of_sub_tiles():
 @pytest.mark.parametrize("selection", ["percentile", "row_topk", "top_p"])
 @pytest.mark.parametrize("max_bytes", [1, 4 * 12 * 24 * 24])
 def test_masks_are_of_the_scores_in_any_chunks(selection, max_bytes, monkeypatch):
-    config = DraftConfig(
+    config = DraftConfig.paper(
         selection=selection,
         draft_tile=(1, 2),
         ranking="spread",
@@ -139,7 +139,7 @@ def test_masks_are_of_the_scores_in_any_chunks(selection, max_bytes, monkeypatch
 @pytest.mark.nightly
 def test_the_map_of_sub_tiles_never_exists_as_a_whole(monkeypatch):
     grid = VideoGrid(4, 32, 64, tile=(8, 16))
-    config = DraftConfig(draft_tile=(2, 2))
+    config = DraftConfig.paper(draft_tile=(2, 2))
     monkeypatch.setattr(head_chunks, "MAX_CHUNK_BYTES", 2**20)
     q = jax.ShapeDtypeStruct((1, grid.num_tokens, 2, 8), jnp.float32)
     mask = jax.jit(functools.partial(compute_mask, grid=grid, config=config))
@@ -180,7 +180,7 @@ def test_pooled_with_preparation_is_pooled_here(side):
 @pytest.mark.usefixtures("without_jaxtyping")
 def test_configs_are_checked(fields, text):
     with pytest.raises(ValueError, match=text):
-        DraftConfig(**fields)
+        DraftConfig.paper(**fields)
 
 
 @pytest.mark.parametrize("fields", [{"sub_tile": (2, 0)}, {"frames": 0}], ids=str)

@@ -54,7 +54,7 @@ def test_every_choice_has_a_sentence():
 def test_defaults_are_the_models(form):
     found, request = Form().defaults(prompt=PROMPT)
     assert (found.width, found.height, found.frames, found.steps) == (128, 96, 24, 16)
-    assert (found.guidance, found.seed, found.sparsity) == (4.0, 0, 0.75)
+    assert (found.guidance, found.seed, found.sparsity) == (4.0, 0, 0.9)
     assert found.prompt == PROMPT
     assert request.arguments.checkpoint is None
 
@@ -62,11 +62,11 @@ def test_defaults_are_the_models(form):
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
-        ({}, "--sparsity=0.75 --selection=percentile --preset=paper --compare"),
+        ({}, "--sparsity=0.9 --selection=row_topk --preset=paper --compare"),
         ({"mode": "dense", "sparsity": 7.0}, "--dense"),
         (
             {"mode": "sparse", "selection": "top_p", "top_p": 0.8},
-            "--sparsity=0.75 --selection=top_p --preset=paper --top-p=0.8",
+            "--sparsity=0.9 --selection=top_p --preset=paper --top-p=0.8",
         ),
     ],
     ids=str,

@@ -12,18 +12,23 @@ def config_of(*options):
     return draft_from(arguments)[0]
 
 
-def test_without_options_it_is_the_papers():
-    assert config_of() == DraftConfig.paper()
+def test_methods_are_presets():
+    assert config_of() == DraftConfig.compensated()
+    assert config_of("--method", "paper") == DraftConfig.paper()
+    changed = config_of("--sparsity", "0.95", "--mean-frames", "2")
+    assert changed == DraftConfig(
+        sparsity=0.95, compensation=Compensation(sub_tile=(2, 2), frames=2)
+    )
 
 
 def test_means_and_sub_tiles():
-    options = ["--draft-tile", "4x4", "--means", "2x8", "--ranking", "spread"]
-    expected = DraftConfig(
-        draft_tile=(4, 4),
-        compensation=Compensation(sub_tile=(2, 8), frames=4),
+    options = ["--draft-tile", "2x4", "--means", "2x8", "--ranking", "spread"]
+    expected = DraftConfig.paper(
+        draft_tile=(2, 4),
+        compensation=Compensation(sub_tile=(2, 8), frames=8),
         ranking="spread",
     )
-    assert config_of(*options) == expected
+    assert config_of("--method", "paper", *options) == expected
     means = config_of("--means", "1x2", "--mean-frames", "12").compensation
     assert means == Compensation(sub_tile=(1, 2), frames=12)
 
@@ -39,7 +44,7 @@ def test_means_and_sub_tiles():
 )
 def test_what_does_not_go_together_is_refused(options, text):
     with pytest.raises(ValueError, match=text):
-        config_of(*options)
+        config_of("--method", "paper", *options)
 
 
 @pytest.mark.parametrize("value", ["4", "4x", "0x4", "4x4x4", "axb"])

@@ -59,6 +59,7 @@ RUN_KEYS = {
 DETAIL_KEYS = {
     "cache",
     "family",
+    "method",
     "preset",
     "image",
     "model",

@@ -140,7 +140,10 @@ def test_defaults_are_those_of_the_configurations():
     default = sampling.Sampling()
     for name, value in choices.SamplingDefaults()._asdict().items():
         assert getattr(default, name) == value, name
-    assert Compensation().frames == choices.MeansDefaults().frames
+    for name, value in choices.MeansDefaults()._asdict().items():
+        assert getattr(Compensation(), name) == value, name
+    for name, value in choices.PaperDefaults()._asdict().items():
+        assert getattr(DraftConfig.paper(), name) == value, name
     draft, schedule = DraftConfig(), SparsitySchedule.paper()
     for name, value in choices.DraftDefaults()._asdict().items():
         owner = draft if hasattr(draft, name) else schedule
@@ -160,6 +163,7 @@ def test_every_choice_is_offered():
         ("--image-fit", choices.IMAGE_FITS),
         ("--text-device", choices.TEXT_DEVICES),
         ("--linears", choices.LINEARS),
+        ("--method", choices.METHODS),
         ("--preset", choices.PRESETS),
         ("--solver", choices.GRIDS_OF_SOLVERS),
         ("--size", choices.NAMED_SIZES),

@@ -29,7 +29,8 @@ EASY = EasyCache(threshold=0.7, first_steps=2)
 DENSE = AttentionPlan.dense()
 # Masks are made on the sparse steps 2 and 5 of each three; 2, 3, 5 and 6 are skipped.
 SPARSE = AttentionPlan.draft(
-    DraftConfig(sparsity=0.5), SparsitySchedule(dense_fraction=0.25, mask_refresh=3)
+    DraftConfig.paper(sparsity=0.5),
+    SparsitySchedule(dense_fraction=0.25, mask_refresh=3),
 )
 pytestmark = pytest.mark.filterwarnings(
     "ignore::models.diffusion.pipeline.CacheWarning"

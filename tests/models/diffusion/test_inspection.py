@@ -98,7 +98,7 @@ def test_view(pipeline, step):
         tiny_model.SAMPLING,
         step=step,
         attention=AttentionPlan.draft(
-            DraftConfig(sparsity=0.5),
+            DraftConfig.paper(sparsity=0.5),
             SparsitySchedule(dense_fraction=0.25, dense_layers=(1,)),
         ),
         callback=lambda report: steps_run.append(report.index),
@@ -122,7 +122,7 @@ def test_view(pipeline, step):
 
 @pytest.mark.nightly
 def test_the_strongest_pairs_are_kept(pipeline):
-    attention = AttentionPlan.draft(DraftConfig(sparsity=0.5))
+    attention = AttentionPlan.draft(DraftConfig.paper(sparsity=0.5))
     view = inspect_attention(
         pipeline, "a ball", tiny_model.SAMPLING, step=0, attention=attention
     )
@@ -135,7 +135,7 @@ def test_the_strongest_pairs_are_kept(pipeline):
 
 @pytest.mark.nightly
 def test_sparsity_zero_keeps_all_mass(pipeline):
-    attention = AttentionPlan.draft(DraftConfig(sparsity=0.0))
+    attention = AttentionPlan.draft(DraftConfig.paper(sparsity=0.0))
     view = inspect_attention(
         pipeline, "a ball", tiny_model.SAMPLING, step=0, attention=attention
     )

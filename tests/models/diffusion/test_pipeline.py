@@ -56,7 +56,7 @@ def plan_of(sparsity):
     """The paper's schedule; None is dense attention."""
     if sparsity is None:
         return AttentionPlan.dense()
-    return AttentionPlan.draft(DraftConfig(sparsity=sparsity))
+    return AttentionPlan.draft(DraftConfig.paper(sparsity=sparsity))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_result_of_a_dense_run(dense):
 
 @pytest.mark.parametrize("selection", ["percentile", "row_topk"])
 def test_sparsity_zero_gives_the_dense_video(pipeline, dense, selection):
-    draft = DraftConfig(sparsity=0.0, selection=selection)
+    draft = DraftConfig.paper(sparsity=0.0, selection=selection)
     attention = AttentionPlan.draft(draft, SparsitySchedule(dense_fraction=0.0))
     sparse = generate(pipeline, attention=attention)
     assert not sparse.dense.any()
@@ -114,7 +114,7 @@ def test_sparsity_zero_gives_the_dense_video(pipeline, dense, selection):
 @pytest.mark.nightly
 def test_means_of_single_tokens_give_the_dense_video(pipeline, dense):
     """Nothing is left out then, with masks that are kept for a second step, too."""
-    draft = DraftConfig(
+    draft = DraftConfig.paper(
         sparsity=0.8,
         draft_tile=(1, 2),
         compensation=Compensation(sub_tile=(1, 1), frames=1),
@@ -132,7 +132,7 @@ def test_means_of_single_tokens_give_the_dense_video(pipeline, dense):
 def test_schedule_and_kept_shares(pipeline, dense):
     """Half of 8 x 8 tile pairs, on the last three steps and but for layer 1."""
     schedule = SparsitySchedule(dense_fraction=0.25, dense_layers=(1,))
-    attention = AttentionPlan.draft(DraftConfig(sparsity=0.5), schedule)
+    attention = AttentionPlan.draft(DraftConfig.paper(sparsity=0.5), schedule)
     sparse = generate(pipeline, attention=attention)
     expected = np.zeros((4, 3), np.bool_)
     expected[0] = expected[:, 1] = True
@@ -149,7 +149,7 @@ def test_schedule_and_kept_shares(pipeline, dense):
 def test_a_program_for_each_kind_of_step(pipeline):
     """Four sparse steps of two sparsities: budgets share programs."""
     pipeline = dataclasses.replace(pipeline)  # with nothing compiled
-    config = DraftConfig(sparsity=0.5)
+    config = DraftConfig.paper(sparsity=0.5)
     schedule = SparsitySchedule(
         sparsity=(0.5, 0.5, 0.6, 0.6), mask_refresh=2, dense_layers=(1,)
     )
@@ -393,7 +393,9 @@ def test_seeds_that_were_finished_are_kept(pipeline, dense):
 def test_reports_tell_the_work_and_the_time_left(pipeline, monkeypatch):
     """One dense step of 8 ms, then sparse ones of 2 ms: the first sparse is a guess."""
     clock = iter([0.0, 0.008, 1.0, 1.002, 2.0, 2.002, 3.0, 3.002])
-    attention = AttentionPlan.draft(DraftConfig(), SparsitySchedule(dense_fraction=0.2))
+    attention = AttentionPlan.draft(
+        DraftConfig.paper(), SparsitySchedule(dense_fraction=0.2)
+    )
     started = pipeline.start(PROMPT, tiny_model.SAMPLING, attention=attention)
     programs, _ = pipeline.compile(*started)
     fake = SimpleNamespace(perf_counter=lambda: next(clock))
@@ -579,7 +581,7 @@ def test_runs_at_the_published_sizes(pipeline, size, rest, turned):
         published,
         sampling=sampling,
         attention=AttentionPlan.draft(
-            DraftConfig(sparsity=0.0), SparsitySchedule(dense_fraction=0.0)
+            DraftConfig.paper(sparsity=0.0), SparsitySchedule(dense_fraction=0.0)
         ),
     )
     sparse = generate(published, sampling=sampling, attention=plan_of(0.75))

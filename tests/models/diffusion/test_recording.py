@@ -25,7 +25,8 @@ from tests import tiny_model
 
 PROMPT = "a red ball"
 PLAN = AttentionPlan.draft(
-    DraftConfig(sparsity=0.5), SparsitySchedule(dense_fraction=0.25, dense_layers=(1,))
+    DraftConfig.paper(sparsity=0.5),
+    SparsitySchedule(dense_fraction=0.25, dense_layers=(1,)),
 )
 
 
@@ -137,7 +138,7 @@ def looks_of(*, num_steps=50, num_layers=40, num_heads=24, **options):
         np.linspace(1000, 10, num_steps),
         num_layers=num_layers,
         grid=VideoGrid(1, 1, 100, tile=(1, 1)),
-        config=DraftConfig(),
+        config=DraftConfig.paper(),
     )
     return choose_looks(plan, num_heads=num_heads, num_tiles=100, **options)
 

@@ -49,7 +49,7 @@ def test_dense_steps_of_the_published_rules(
         FlowEuler(num_steps=num_steps, shift=shift).timesteps,
         num_layers=num_layers,
         grid=grid,
-        config=DraftConfig(sparsity=schedule.sparsity),
+        config=DraftConfig.paper(sparsity=schedule.sparsity),
     )
     assert plan.dense[:dense_steps].all()
     always = 1 if grid is WAN else 2

@@ -17,7 +17,7 @@ from tests.wan_folders import TEXT_TO_VIDEO
 BATCH_ROUNDING = 2e-6
 # Of one kind of step, and so one program.
 SPARSE = AttentionPlan.draft(
-    DraftConfig(sparsity=0.5), SparsitySchedule(dense_fraction=0.0)
+    DraftConfig.paper(sparsity=0.5), SparsitySchedule(dense_fraction=0.0)
 )
 
 

@@ -156,7 +156,7 @@ def test_masks_of_both_rows_are_those_of_the_published_code():
     grid = model.grid(inputs.latents.shape)
     num_pairs = grid.num_visual_blocks**2
     plan = AttentionPlan.draft(
-        DraftConfig(sparsity=published.exact_sparsity(num_pairs, 0.9))
+        DraftConfig.paper(sparsity=published.exact_sparsity(num_pairs, 0.9))
     )
     _, masks = call(model, inputs, attention=plan)
     q, k = call(model.capture_qk, inputs, attention=plan)
@@ -234,7 +234,7 @@ def test_run_matches_the_published_rules(name, batching, measured):
 def test_the_published_rule_in_a_run():
     """6 steps at shift 13: t is 1000, 984.8, 963.0; above 975 all layers are dense."""
     plan = AttentionPlan.draft(
-        DraftConfig(sparsity=0.9), SparsitySchedule.hunyuan_custom_published()
+        DraftConfig.paper(sparsity=0.9), SparsitySchedule.hunyuan_custom_published()
     )
     result = generate("published", attention=plan)
     dense = np.zeros((6, 4), bool)

@@ -49,7 +49,7 @@ def test_dense_matches_diffusers(name):
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["divided", "ragged"])
 def test_draft_that_skips_nothing_matches_diffusers(name):
-    attention = AttentionPlan.draft(DraftConfig(sparsity=0.0))
+    attention = AttentionPlan.draft(DraftConfig.paper(sparsity=0.0))
     model = load_case(name)
     got, masks = run(model, inputs_of(name), attention=attention)
     assert masks.row_offsets.shape[0] == model.num_layers == 5
@@ -59,7 +59,7 @@ def test_draft_that_skips_nothing_matches_diffusers(name):
 @pytest.mark.nightly
 def test_a_mix_of_dense_and_full_sparse_layers_matches_diffusers():
     """Dense layers of both stacks: the second and the fourth block."""
-    config, model = DraftConfig(sparsity=0.0), load_case("divided")
+    config, model = DraftConfig.paper(sparsity=0.0), load_case("divided")
     inputs = inputs_of("divided")
     plan = SparsitySchedule(dense_layers=(1, 3)).plan(
         np.array([900.0, 500.0]),
@@ -73,7 +73,7 @@ def test_a_mix_of_dense_and_full_sparse_layers_matches_diffusers():
 
 @pytest.mark.nightly
 def test_real_sparsity_changes_the_result():
-    attention = AttentionPlan.draft(DraftConfig(sparsity=0.8))
+    attention = AttentionPlan.draft(DraftConfig.paper(sparsity=0.8))
     got, _ = run(load_case("ragged"), inputs_of("ragged"), attention=attention)
     assert np.isfinite(got).all()
     assert np.abs(got - velocity_of("ragged")).max() > 1e-2
@@ -96,7 +96,7 @@ def test_no_mask_is_a_mask_of_all_rows():
 def test_padded_text_does_not_reach_the_video(garbage, attention):
     plans = {
         "dense": AttentionPlan.dense(),
-        "draft": AttentionPlan.draft(DraftConfig(sparsity=0.5)),
+        "draft": AttentionPlan.draft(DraftConfig.paper(sparsity=0.5)),
     }
     model, inputs = load_case("divided"), inputs_of("divided")
     expected, _ = run(model, inputs, attention=plans[attention])

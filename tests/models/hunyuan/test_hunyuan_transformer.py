@@ -44,7 +44,7 @@ def test_captured_layers_are_those_of_both_stacks():
 def test_means_of_single_tokens_give_the_dense_velocity():
     """Nothing is left out then, beside text of ragged lengths."""
     model, inputs = make_model(), inputs_of("divided")
-    config = DraftConfig(
+    config = DraftConfig.paper(
         sparsity=0.7,
         draft_tile=(1, 2),
         compensation=Compensation(sub_tile=(1, 1), frames=1),

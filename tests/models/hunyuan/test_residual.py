@@ -77,7 +77,7 @@ def test_runs_skip_steps(cache, sparse):
     model = make_pipeline().model
     attention = AttentionPlan.dense()
     if sparse:
-        attention = AttentionPlan.draft(DraftConfig(sparsity=0.5))
+        attention = AttentionPlan.draft(DraftConfig.paper(sparsity=0.5))
     latents = {}
     for rule in (None, cache):
         sampler = Sampler.create(

@@ -46,7 +46,7 @@ def pipeline():
 @pytest.mark.nightly
 def test_shares_of_the_text(pipeline):
     """Against NumPy, for what the model captures of the first step."""
-    attention = AttentionPlan.draft(DraftConfig(sparsity=0.0))
+    attention = AttentionPlan.draft(DraftConfig.paper(sparsity=0.0))
     sampling = dataclasses.replace(SAMPLING, num_steps=1)
     view = inspect_attention(pipeline, "a ball", sampling, step=0, attention=attention)
     np.testing.assert_allclose(view.kept_mass, 1.0, rtol=1e-6)

@@ -47,7 +47,7 @@ def make_model():
 def test_the_kernel_changes_nothing(state):
     model, attention = make_model(), AttentionPlan.dense()
     if state != "dense-model":
-        attention = AttentionPlan.draft(DraftConfig(sparsity=0.5))
+        attention = AttentionPlan.draft(DraftConfig.paper(sparsity=0.5))
     grid, config = VideoGrid(1, 3, 4, tile=(2, 2)), model.config
     rng = np.random.default_rng(0)
     latents = jnp.asarray(rng.normal(size=(1, 1, 6, 8, 16)), jnp.float32)

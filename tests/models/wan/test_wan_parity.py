@@ -106,7 +106,7 @@ def test_the_tile_does_not_change_the_result(tile):
 @pytest.mark.parametrize("selection", ["percentile", "row_topk"])
 @pytest.mark.parametrize("name", ["ragged", "wide_head"])
 def test_draft_that_skips_nothing_matches_diffusers(name, selection):
-    config = DraftConfig(sparsity=0.0, selection=selection)
+    config = DraftConfig.paper(sparsity=0.0, selection=selection)
     model, inputs, expected = load_case(name)
     got, masks = run(model, inputs, attention=AttentionPlan.draft(config))
     assert masks.row_offsets.shape[0] == model.config.num_layers
@@ -114,7 +114,7 @@ def test_draft_that_skips_nothing_matches_diffusers(name, selection):
 
 
 def test_a_mix_of_dense_and_full_sparse_layers_matches_diffusers():
-    config = DraftConfig(sparsity=0.0)
+    config = DraftConfig.paper(sparsity=0.0)
     model, inputs, expected = load_case("wide_head")
     plan = SparsitySchedule(dense_layers=(0, 2)).plan(
         np.array([900.0, 500.0]),
@@ -129,7 +129,7 @@ def test_a_mix_of_dense_and_full_sparse_layers_matches_diffusers():
 def test_real_sparsity_changes_the_result():
     model, inputs, expected = load_case("ragged")
     got, _ = run(
-        model, inputs, attention=AttentionPlan.draft(DraftConfig(sparsity=0.8))
+        model, inputs, attention=AttentionPlan.draft(DraftConfig.paper(sparsity=0.8))
     )
     assert np.isfinite(got).all()
     assert np.abs(got - expected).max() > 1e-2

@@ -31,9 +31,9 @@ TINY = WanConfig(
 LATENT_SHAPE = (2, 3, 10, 14, 4)
 ATTENTION = {
     "dense": AttentionPlan.dense(),
-    "draft": AttentionPlan.draft(DraftConfig()),
+    "draft": AttentionPlan.draft(DraftConfig.paper()),
 }
-SPARSE = AttentionPlan.draft(DraftConfig(sparsity=0.7))
+SPARSE = AttentionPlan.draft(DraftConfig.paper(sparsity=0.7))
 
 
 def make_model(seed=0, **changes):
@@ -222,7 +222,7 @@ def test_gradient_of_layers_in_runs():
 def test_the_same_model_runs_dense_and_sparse():
     model, inputs = make_model(), make_inputs()
     expected, _ = run(model, inputs)
-    everything = AttentionPlan.draft(DraftConfig(sparsity=0.0))
+    everything = AttentionPlan.draft(DraftConfig.paper(sparsity=0.0))
     got, masks = run(model, inputs, attention=everything)
     np.testing.assert_array_equal(kept_density(masks), np.ones((3, 2, 2)))
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6)

@@ -188,7 +188,7 @@ def test_masks_of_this_package_are_not_fetched(monkeypatch):
         validation, "_has_fault", lambda *lists: looked_at.append(lists) or jnp.array(0)
     )
     q = jnp.ones(SHAPE)
-    config = DraftConfig(sparsity=0.5)
+    config = DraftConfig.paper(sparsity=0.5)
     made = (
         full(),
         BlockMask.from_dense(jnp.ones((2, 3, 3, 3), bool), grid=GRID),

@@ -39,7 +39,7 @@ def dense(grid, q, k, v):
 
 
 def draft(grid, q, k, v):
-    config = DraftConfig(sparsity=0.5)
+    config = DraftConfig.paper(sparsity=0.5)
     lengths = jnp.asarray(LENGTHS)
     return draft_attention(q, k, v, grid=grid, config=config, text_lengths=lengths)
 

@@ -109,7 +109,7 @@ def test_kernels_round_the_product():
 
 def test_the_draft_takes_it_and_stops_its_gradient():
     q, k, v = random_qkv(GRID)
-    config = DraftConfig(selection="top_p", top_p=0.7, sparsity=0.1)
+    config = DraftConfig.paper(selection="top_p", top_p=0.7, sparsity=0.1)
     compute = functools.partial(compute_mask, q, k, grid=GRID, config=config)
 
     def loss(scale):

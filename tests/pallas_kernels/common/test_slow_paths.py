@@ -19,7 +19,7 @@ a100 = device.Device(platform="gpu", kind="A100", compute_capability=(8, 0))
 device.describe_device = lambda _: a100
 grid = VideoGrid(1, 4, 8, tile=(4, 4))
 x = jnp.ones((1, grid.num_tokens, 1, 8))
-config = DraftConfig(sparsity=0.5)
+config = DraftConfig.paper(sparsity=0.5)
 options = {"grid": grid, "config": config}
 for name, call in {
     "compute_mask": functools.partial(compute_mask, x, x, **options),

@@ -33,9 +33,11 @@ from tests.pallas_kernels.ranking.row_selection import (
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 CONFIGS = {
-    "percentile": DraftConfig(sparsity=0.8),
-    "row_topk": DraftConfig(sparsity=0.8, selection="row_topk", keep_own_tile=True),
-    "top_p": DraftConfig(sparsity=0.5, selection="top_p", keep_first_frame=True),
+    "percentile": DraftConfig.paper(sparsity=0.8),
+    "row_topk": DraftConfig.paper(
+        sparsity=0.8, selection="row_topk", keep_own_tile=True
+    ),
+    "top_p": DraftConfig.paper(sparsity=0.5, selection="top_p", keep_first_frame=True),
 }
 
 

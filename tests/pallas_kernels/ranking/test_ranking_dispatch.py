@@ -51,6 +51,6 @@ def test_the_device_of_the_scores_lists_their_blocks(monkeypatch):
     grid = VideoGrid(1, 2, 8, tile=(2, 2))  # of this test: its program is made here
     scores = jnp.array([[[[9.0, 1, 2, 3], [4, 8, 5, 6], [1, 2, 7, 3], [4, 5, 3, 6]]]])
     mask = select_blocks(
-        scores, grid=grid, config=DraftConfig(selection="row_topk", sparsity=0.75)
+        scores, grid=grid, config=DraftConfig.paper(selection="row_topk", sparsity=0.75)
     )
     np.testing.assert_array_equal(mask.to_dense(), np.eye(4, dtype=bool)[None, None])

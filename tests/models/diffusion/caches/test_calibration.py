@@ -66,7 +66,7 @@ def test_ratios_are_those_of_a_loop(pipeline, batching):
 @pytest.mark.nightly
 def test_ratios_say_what_they_belong_to(pipeline):
     """Those of a run without guidance have one branch, and suit the same run."""
-    attention = AttentionPlan.draft(DraftConfig(sparsity=0.5))
+    attention = AttentionPlan.draft(DraftConfig.paper(sparsity=0.5))
     sampling = dataclasses.replace(tiny_model.SAMPLING, guidance=1.0, num_steps=3)
     steps = []
     ratios = measure(pipeline, sampling, attention=attention, callback=steps.append)

@@ -153,7 +153,7 @@ def test_unknown_published_list():
 def test_notes_on_another_run():
     rule = MagCache(ratios=ratios_of((1.0,) * 4, shift=5.0))
     assert rule.notes(FlowUniPC(num_steps=4, shift=5.0), AttentionPlan.dense()) == []
-    sparse = AttentionPlan.draft(DraftConfig(sparsity=0.9))
+    sparse = AttentionPlan.draft(DraftConfig.paper(sparsity=0.9))
     (note,) = rule.notes(FlowEuler(num_steps=8, shift=3.0), sparse)
     for words in (
         "of 4 steps, and the nearest ones are taken for 8",

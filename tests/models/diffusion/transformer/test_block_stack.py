@@ -16,7 +16,7 @@ from models.diffusion.transformer.block_stack import (
     stack_blocks,
 )
 
-GRID, CONFIG = VideoGrid(2, 4, 8, tile=(2, 4)), DraftConfig(sparsity=0.5)
+GRID, CONFIG = VideoGrid(2, 4, 8, tile=(2, 4)), DraftConfig.paper(sparsity=0.5)
 
 
 class Affine(nnx.Module):
