@@ -275,8 +275,8 @@ def unchecked_mask(
     scale = jax.lax.stop_gradient(scale)
     if config.mask_maker is not None:
         _check_budget(budget, grid, config)
-        arrays = jax.lax.stop_gradient((q, k, v))
-        q, k, v = jax.tree.map(jnp.asarray, arrays)
+        given = jax.lax.stop_gradient((q, k, v))
+        q, k, v = jax.tree.map(jnp.asarray, given)
         return _mask_of_maker(q, k, v, grid, config, budget, scale, order)
     # A gradient of NumPy's arrays hands these through, and they may be pooled.
     arrays = jax.lax.stop_gradient((q, k, pooled))
