@@ -16,7 +16,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention.sm90.schedule import NUM_MULTIPROCESSORS, launch_order
+from pallas_kernels.attention.sm90.schedule import launch_order
+from pallas_kernels.common.device import NUM_MULTIPROCESSORS
 
 SLOTS = NUM_MULTIPROCESSORS  # CTAs at a time
 START_TICKS = 2

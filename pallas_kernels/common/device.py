@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 
+NUM_MULTIPROCESSORS = 132  # of an H100 or H200 SXM, where no GPU can be asked
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
@@ -67,3 +69,10 @@ def describe_device(device: jax.Device) -> Device:
         kind=device.device_kind,
         compute_capability=capability,
     )
+
+
+def num_multiprocessors() -> int:
+    """Returns how many CTAs the GPU runs at a time: one on each multiprocessor."""
+    if jax.default_backend() != "gpu":
+        return NUM_MULTIPROCESSORS
+    return jax.local_devices()[0].core_count

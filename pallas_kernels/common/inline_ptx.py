@@ -24,8 +24,13 @@ def shaped(size: int, dtype) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((size,), jnp.dtype(dtype), layout=strided(size))
 
 
-def array_of(values, is_signed: bool = False):
-    """Makes an array of the elements of a thread, one to a register."""
+def array_of(values, is_signed: bool | None = False):
+    """Makes an array of the elements of a thread, one to a register.
+
+    Args:
+      values: The elements.
+      is_signed: Whether integers are; None for floating-point numbers.
+    """
     registers = np.empty(values.shape, dtype=object)
     for i, value in enumerate(values):
         register = ir.VectorType.get((1,), value.type)

@@ -47,7 +47,7 @@ def thread_sums(_, weights):
         low, high = (vector.extract(pair, [], [i]) for i in range(2))
         total = arith.addf(low, high)
         sums.append(vector.broadcast(ir.VectorType.get((1,), total.type), total))
-    return _row_array(sums)
+    return row_array(sums)
 
 
 @plgpu.inline_mgpu(
@@ -57,7 +57,7 @@ def thread_sums(_, weights):
 def thread_maxima(_, logits):
     """Finds the largest of each row among the columns that the same thread holds."""
     pairs = logits.registers.reshape(-1, 2)
-    return _row_array([_largest_of_pair(_tree(column)) for column in pairs.T])
+    return row_array([_largest_of_pair(_tree(column)) for column in pairs.T])
 
 
 @plgpu.inline_mgpu(
@@ -121,10 +121,11 @@ def _over_four_lanes(values, operation):
         for distance in (1, 2):
             value = operation(value, mgpu.utils.shfl_bfly(value, distance))
         results.append(value)
-    return _row_array(results)
+    return row_array(results)
 
 
-def _row_array(registers):
+def row_array(registers):
+    """Makes an array of rows of a thread's two, the upper one first."""
     layout = WGMMA_ROW.to_mgpu()
     shape = layout.registers_shape((ROWS,))
     return mgpu.FragmentedArray(

@@ -16,11 +16,11 @@ from pallas_kernels import (
 )
 from pallas_kernels.attention import reference as oracle
 from pallas_kernels.attention.sm90 import backend as hopper
-from pallas_kernels.attention.sm90 import schedule
 from pallas_kernels.attention.sm90.geometry import geometry_of
 from pallas_kernels.attention.sm90.kernel import attend_blocks_again
 from pallas_kernels.attention.sm90.partition_lists import partition_lists
 from pallas_kernels.attention.sm90.plan import BLOCK, KernelConfig
+from pallas_kernels.common import device
 from pallas_kernels.common.device import current_device
 from tests.pallas_kernels.attention.reference import (
     check_partition,
@@ -34,9 +34,9 @@ from tests.tolerances import GPU_ATTENTION, GPU_LSE, GPU_RELATIVE
 
 @pytest.fixture(autouse=True)
 def only_on_hopper():
-    device = current_device()
-    if device.compute_capability != (9, 0):
-        pytest.skip(f"needs a Hopper GPU (sm_90), not {device.kind}")
+    current = current_device()
+    if current.compute_capability != (9, 0):
+        pytest.skip(f"needs a Hopper GPU (sm_90), not {current.kind}")
 
 
 pytestmark = pytest.mark.gpu
@@ -466,7 +466,7 @@ def test_gradients_match_float32(order):
 
 def test_the_gpu_says_how_many_ctas_run_at_once(monkeypatch):
     """The number for other machines would order launches for another GPU."""
-    monkeypatch.setattr(schedule, "NUM_MULTIPROCESSORS", 7)
-    found = schedule.num_multiprocessors()
+    monkeypatch.setattr(device, "NUM_MULTIPROCESSORS", 7)
+    found = device.num_multiprocessors()
     assert found == jax.local_devices()[0].core_count
     assert 100 <= found <= 132  # of an H100 PCIe to an SXM

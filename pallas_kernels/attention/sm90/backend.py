@@ -32,6 +32,7 @@ from pallas_kernels.attention.sm90.plan import (
     smem_bytes,
 )
 from pallas_kernels.attention.sm90.repair import repair
+from pallas_kernels.common import device
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.interfaces import (
@@ -224,7 +225,7 @@ def _work(
         width_ends=width_ends,
         full_list=jnp.asarray(full_list, jnp.int32),
         launch_order=schedule.launch_order(
-            counts, schedule.num_multiprocessors(), num_behind
+            counts, device.num_multiprocessors(), num_behind
         ),
         num_query_blocks=jnp.full(1, counts.size, jnp.int32),
         addresses=jax.tree.map(jnp.asarray, geometry.addresses),

@@ -17,7 +17,6 @@ ROWS = 64  # query rows of one consumer: the height of one wgmma
 ALIGNMENT = 8  # tokens; swizzled copies start at multiples of it
 NUM_CONSUMERS = 2
 PRODUCER = 2  # values of the "wg" axis: consumers 0 and 1, then the producer
-THREADS = 128  # of a warpgroup
 # Named barriers; Mosaic uses the lowest four.
 NAMED_TURN, NAMED_Q_FREE, NAMED_KV_FREE, NUM_NAMED = 4, 6, 7, 16
 MAX_SMEM_BYTES = 227 * 1024

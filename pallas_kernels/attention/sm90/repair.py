@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.sm90 import schedule
 from pallas_kernels.attention.sm90.cta import Work
 from pallas_kernels.attention.sm90.kernel import attend_blocks_again
 from pallas_kernels.attention.sm90.plan import Plan
+from pallas_kernels.common import device
 
 
 def repair(
@@ -53,7 +53,7 @@ def repair(
     plan = dataclasses.replace(
         plan,
         config=dataclasses.replace(plan.config, exact_softmax=True),
-        num_ctas=min(schedule.num_multiprocessors(), failed.size),
+        num_ctas=min(device.num_multiprocessors(), failed.size),
         persistent=True,
         pairs=False,
     )

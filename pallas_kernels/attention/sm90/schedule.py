@@ -1,10 +1,7 @@
 """The order in which CTAs take query blocks."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
-
-NUM_MULTIPROCESSORS = 132  # of an H100 or H200 SXM, where no GPU can be asked
 
 
 def launch_order(
@@ -66,10 +63,3 @@ def _divide(place: Int[Array, " P"], sizes: Int[Array, " L"]):
     group = (ends <= place[:, None]).sum(1, dtype=jnp.int32)
     group = jnp.minimum(group, len(sizes) - 1)  # places past the end are not used
     return group, place - (ends - sizes)[group]
-
-
-def num_multiprocessors() -> int:
-    """Returns how many CTAs the GPU runs at a time: one on each multiprocessor."""
-    if jax.default_backend() != "gpu":
-        return NUM_MULTIPROCESSORS
-    return jax.local_devices()[0].core_count

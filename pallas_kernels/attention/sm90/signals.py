@@ -3,29 +3,24 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.attention.sm90.plan import (
     NAMED_KV_FREE,
     NAMED_Q_FREE,
     NAMED_TURN,
     NUM_CONSUMERS,
-    THREADS,
     Ref,
 )
+from pallas_kernels.common import barriers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Signals:
     """Everything that a warpgroup waits for, and what ends the wait.
 
-    On the GPU q_free, kv_free and turn are the hardware's named barriers. An arrival is
-    one instruction of a warp there; on a barrier in shared memory all its threads
-    arrive one by one.
+    On the GPU q_free, kv_free and turn are the hardware's named barriers.
     """
 
     q_full: Ref
@@ -77,30 +72,9 @@ class Signals:
         self._arrive(self.turn.at[consumer], NAMED_TURN + consumer, NUM_CONSUMERS)
 
     def _wait(self, barrier, name, num_warpgroups):
-        if self.uses_named_barriers:
-            _named_barrier("sync", name, num_warpgroups)
-        else:
-            plgpu.barrier_wait(barrier)
+        is_named = self.uses_named_barriers
+        barriers.wait(barrier, name, num_warpgroups, is_named=is_named)
 
     def _arrive(self, barrier, name, num_warpgroups):
-        if self.uses_named_barriers:
-            _named_barrier("arrive", name, num_warpgroups)
-        else:
-            plgpu.barrier_arrive(barrier)
-
-
-def _named_barrier(operation: str, name, num_warpgroups: int):
-    """Emits bar.sync or bar.arrive on a hardware barrier."""
-    instruction = f"bar.{operation} $0, {num_warpgroups * THREADS};"
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
-    def emit(_, name):
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [name.registers[()]],
-            instruction,
-            "r",
-            has_side_effects=True,
-        )
-
-    emit(jnp.asarray(name, jnp.int32))
+        is_named = self.uses_named_barriers
+        barriers.arrive(barrier, name, num_warpgroups, is_named=is_named)

@@ -5,17 +5,21 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.common import device
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.tile_scores.interfaces import Parts
 from pallas_kernels.tile_scores.sm90.kernel import sum_probabilities
 from pallas_kernels.tile_scores.sm90.plan import (
-    ALIGNMENT,
-    BLOCK,
     HEAD_DIMS,
+    KEY_GROUP,
+    KEYS,
     PARTS_PER_TILE,
+    QUERIES,
+    QUERY_GROUP,
     Plan,
 )
 
@@ -71,28 +75,40 @@ def _run(q, k, *, parts: Parts, interpret):
     plan = Plan(
         num_parts=parts.num_parts,
         per_tile=parts.per_tile,
+        num_maps=batch * num_heads,
         num_heads=num_heads,
         head_dim=head_dim,
+        most_ctas=device.num_multiprocessors(),
         has_key_weights=len(set(parts.key_weights)) > 1,
         interpreted=interpret is not None,
     )
-    # A copy takes a whole block, of an array of whole groups of parts.
-    missing = max(BLOCK - parts.num_parts, -parts.num_parts % ALIGNMENT)
-    q, k = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k))
+    query_weights, key_weights = (
+        np.asarray(weights, np.float32)[None, :, None, None]
+        for weights in (parts.query_weights, parts.key_weights)
+    )
     scores = sum_probabilities(
-        q,
-        k,
-        _log2(parts.query_weights, plan),
-        _log2(parts.key_weights, plan),
+        _arrange(q, QUERIES, QUERY_GROUP),
+        _arrange(k, KEYS, KEY_GROUP),
+        jnp.asarray(_arrange(query_weights, QUERIES, QUERY_GROUP).ravel()),
+        jnp.asarray(_log2(_arrange(key_weights, KEYS, KEY_GROUP).ravel())),
         plan=plan,
         interpret=interpret,
     )
     return (scores.reshape(batch, num_heads, plan.num_tiles, plan.num_tiles),)
 
 
-def _log2(weights: tuple[float, ...], plan: Plan) -> Array:
-    """Returns base-2 logarithms, up to whole blocks; minus infinity for 0."""
-    values = np.zeros(plan.num_blocks * BLOCK, np.float32)
-    values[: len(weights)] = weights
-    logarithms = np.log2(np.where(values > 0, values, 1))
-    return jnp.asarray(np.where(values > 0, logarithms, -np.inf), jnp.float32)
+def _arrange(parts, block: int, group: tuple[int, int, int]):
+    """Fills up the last block with zeros, and orders parts as products have them.
+
+    XLA fuses it with what makes the parts.
+    """
+    pad = np.pad if isinstance(parts, np.ndarray) else jnp.pad
+    padded = pad(parts, ((0, 0), (0, -parts.shape[1] % block), (0, 0), (0, 0)))
+    sizes = dict(zip("abc", group, strict=True))
+    return rearrange(padded, "B (G a b c) N D -> B (G b a c) N D", **sizes)
+
+
+def _log2(weights: np.ndarray) -> np.ndarray:
+    """Returns base-2 logarithms; minus infinity for 0."""
+    logarithms = np.log2(np.where(weights > 0, weights, 1))
+    return np.where(weights > 0, logarithms, -np.inf).astype(np.float32)

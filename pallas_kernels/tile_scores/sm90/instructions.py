@@ -1,29 +1,51 @@
-"""Instructions of sm_90 that interpret mode does not have: products, shuffles, stores.
+"""Instructions of sm_90 that interpret mode does not have: products, shuffles, memory.
 
 `emulated.Emulation` does the same in plain JAX.
+
+A thread holds sums of tiles one to a register: 32 / J tiles of keys of its upper row,
+then of the row 8 below (`common.lanes`). They are arrays of one axis, "strided".
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.common import lanes
-from pallas_kernels.common.inline_ptx import WORD, asm, const, i64
+from pallas_kernels.common.inline_ptx import (
+    THREADS,
+    WORD,
+    array_of,
+    asm,
+    const,
+    i32,
+    i64,
+    scalars,
+    shaped,
+    strided,
+)
 
-ROWS_APART = 8  # the two rows of a thread
-COLUMN_BITS, ROW_BITS = (0, 1), (2, 3, 4)  # of a lane's number
+ROW_BITS = (2, 3, 4)  # of a lane's number: its two rows, of a warp's 16
+PER_THREAD = 32  # columns of a block of keys, of each of two rows
+WORDS = 4  # of 32 bits that a thread moves at once
 
 
 class Instructions:
     """What consumers do, as the GPU does it."""
 
-    def logits(self, q_rows, k_block):
-        """Returns q @ k.T, waited for."""
+    uses_named_barriers = True
+
+    def logits(self, q_rows, k_block, *, after_issue: Callable[[], None]):
+        """Returns q @ k.T, waited for; other code is called when it has begun."""
 
         def product(logits_ref):
             plgpu.wgmma(logits_ref, q_rows, k_block.T)
+            after_issue()
             return logits_ref[...]
 
         shape = (q_rows.shape[0], k_block.shape[0])
@@ -39,10 +61,6 @@ class Instructions:
         """Finds the largest of each row among the columns that a thread holds."""
         return lanes.thread_maxima(logits)
 
-    def thread_sums(self, weights):
-        """Sums each row over the columns that a thread holds."""
-        return lanes.thread_sums(weights)
-
     def maximum_of_row(self, maxima):
         """Finds the largest of what the four threads of each row hold."""
         return lanes.maximum_of_four_lanes(maxima)
@@ -51,16 +69,112 @@ class Instructions:
         """Adds up what the four threads of each row hold."""
         return lanes.sum_of_four_lanes(sums)
 
-    def store_pair_sums(
-        self, weights, scores, first_row, first_column, *, per_tile: int, num_tiles: int
+    def any_of_warp(self, rows):
+        """Returns an integer that is not zero where the warp holds a true row.
+
+        It differs between the warps of a warpgroup: what depends on it must not
+        contain an operation of the whole warpgroup.
+        """
+        return lanes.lanes_of_warp(rows)
+
+    def tile_sums(self, weights, per_tile: int):
+        """Sums each row over the columns of each key tile, and rounds to bfloat16.
+
+        What is added up of these is then the sum of what is written.
+        """
+
+        @plgpu.inline_mgpu(arg_types=(lanes.WGMMA,), return_type=_shaped_sums(per_tile))
+        def add_up(_, weights):
+            words = _rounded(_tile_sums(weights, per_tile))
+            return _floats([half for word in words for half in _halves(word)])
+
+        return add_up(weights)
+
+    def row_sums(self, sums):
+        """Sums each row over the tiles that a thread holds."""
+        dtype = jnp.dtype(jnp.float32)
+        result = plgpu.ShapeDtypeStruct((lanes.ROWS,), dtype, lanes.WGMMA_ROW)
+
+        @plgpu.inline_mgpu(arg_types=(strided(sums.shape[0]),), return_type=result)
+        def add_up(_, sums):
+            register = ir.VectorType.get((1,), ir.F32Type.get())
+            totals = [_tree(row) for row in _rows_of(sums)]
+            return lanes.row_array([vector.broadcast(register, x) for x in totals])
+
+        return add_up(sums)
+
+    def times_rows(self, sums, factors):
+        """Multiplies each row."""
+        layout = strided(sums.shape[0])
+
+        @plgpu.inline_mgpu(
+            arg_types=(layout, lanes.WGMMA_ROW),
+            return_type=shaped(sums.shape[0], jnp.float32),
+        )
+        def multiply(_, sums, factors):
+            rows = zip(_rows_of(sums), scalars(factors), strict=True)
+            products = [arith.mulf(x, f) for row, (f,) in rows for x in row]
+            return _floats(products)
+
+        return multiply(sums, factors)
+
+    def keep(self, memory, block, sums) -> None:
+        """Writes sums of a block in bfloat16, each thread its own."""
+        layout = strided(sums.shape[0])
+
+        @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+        def write(_, sums, memory, block):
+            words = _rounded([x for (x,) in scalars(sums)])
+            for address, some in _places(memory, block, words):
+                size = len(some)
+                operands = ", ".join(f"${i + 1}" for i in range(size))
+                asm(
+                    f"st.global.v{size}.b32 [$0], {{{operands}}};",
+                    "l" + ",r" * size,
+                    address,
+                    *some,
+                )
+
+        write(sums, memory, block)
+
+    def kept(self, memory, block, per_tile: int):
+        """Reads sums of a block that this thread wrote, as they were written."""
+        num_words = PER_THREAD // per_tile
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT),
+            return_type=shaped(num_words * THREADS, jnp.uint32),
+        )
+        def read(_, memory, block):
+            words = []
+            for address, some in _places(memory, block, range(num_words)):
+                words += _load_words(address, len(some))
+            return array_of(np.array(words, dtype=object))
+
+        return read(memory, block)
+
+    def unpacked(self, kept):
+        """Returns sums that were read."""
+        result = shaped(2 * kept.shape[0], jnp.float32)
+
+        @plgpu.inline_mgpu(arg_types=(strided(kept.shape[0]),), return_type=result)
+        def unpack(_, kept):
+            return _floats(
+                [half for (word,) in scalars(kept) for half in _halves(word)]
+            )
+
+        return unpack(kept)
+
+    def store_scores(
+        self, sums, scores, first_row, first_column, *, per_tile: int, num_tiles: int
     ) -> None:
-        """Sums weights over pairs of tiles and stores what is within the map.
+        """Sums over the rows of each query tile and stores what is within the map.
 
         A warp has whole tiles of rows, so its lanes add up all of a pair. They exchange
         half of what they hold at a time, so that each ends with other pairs.
 
         Args:
-          weights: [64, 128], of parts of both.
+          sums: Of a block of keys, each row times its factor.
           scores: The map, flat, in global memory.
           first_row: Tile of the first row.
           first_column: Tile of the first column.
@@ -68,13 +182,14 @@ class Instructions:
           num_tiles: Rows and columns of the map.
         """
         splat = plgpu.Layout.WG_SPLAT
+        layout = strided(sums.shape[0])
 
-        @plgpu.inline_mgpu(arg_types=(lanes.WGMMA, plgpu.RefType(), splat, splat))
-        def store(_, weights, scores, first_row, first_column):
-            thread = mgpu.utils.thread_idx()
-            sums = _PairSums(weights, thread, per_tile)
+        @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), splat, splat))
+        def store(_, sums, scores, first_row, first_column):
+            pairs = _PairSums(_rows_of(sums), mgpu.utils.thread_idx(), per_tile)
             pointer = llvm.ptrtoint(i64(), mgpu.utils.memref_ptr(scores))
-            for value, row, column in sums.places():
+            row = arith.addi(first_row.registers[()], pairs.row)
+            for value, own in pairs.columns():
                 asm(
                     "{.reg .pred p; .reg .b32 place; .reg .b64 address; "
                     f"setp.lt.s32 p, $1, {num_tiles}; "
@@ -85,41 +200,34 @@ class Instructions:
                     "@p st.global.f32 [address], $3;}",
                     "l,r,r,f,r",
                     pointer,
-                    arith.addi(first_row.registers[()], row),
-                    arith.addi(first_column.registers[()], column),
+                    row,
+                    arith.addi(first_column.registers[()], own),
                     value,
-                    sums.is_stored,
+                    pairs.is_stored,
                 )
 
-        store(weights, scores, first_row, first_column)
+        store(sums, scores, first_row, first_column)
 
 
 class _PairSums:
     """Sums of pairs of tiles that end in one lane each, or in a few alike.
 
     Attributes:
+      row: Tile of rows of what the lane ends with, among those of the warpgroup.
       is_stored: 1 in the lanes that store, 0 in others that hold the same.
     """
 
-    def __init__(self, weights, thread, per_tile: int) -> None:
+    def __init__(self, rows, thread, per_tile: int) -> None:
         self._per_tile = per_tile
         self._lane = arith.andi(thread, const(WORD - 1))
-        self._warp = arith.andi(arith.shrui(thread, const(5)), const(3))
-        pairs = weights.registers.reshape(-1, 2)  # groups of columns, rows 8 apart
-        self._groups = len(pairs)
-        values = [_both(pair) for rows in pairs.T for pair in rows]
-        if per_tile > lanes.GROUP:  # 16: a thread's rows, and two groups, are one tile
-            upper, lower = values[: self._groups], values[self._groups :]
-            values = [arith.addf(*both) for both in zip(upper, lower, strict=True)]
-            values = [
-                arith.addf(*both)
-                for both in zip(values[::2], values[1::2], strict=True)
-            ]
-        levels = min(per_tile, lanes.GROUP).bit_length() - 1
-        self._row_bits, self._column_bits = ROW_BITS[:levels], COLUMN_BITS[: levels - 1]
-        self._first = const(0)  # of the values that a lane ends with
+        warp = arith.andi(arith.shrui(thread, const(5)), const(3))
+        upper = arith.shrui(self._lane, const(2))  # of the warp's pairs of rows
+        first = arith.addi(arith.muli(warp, const(16)), arith.muli(upper, const(2)))
+        self.row = arith.divui(first, const(per_tile))
+        self._first = const(0)  # of the tiles of columns that a lane ends with
         self.is_stored = const(1)
-        for bit in sorted((*self._row_bits, *self._column_bits), reverse=True):
+        values = [arith.addf(*both) for both in zip(*rows, strict=True)]
+        for bit in reversed(ROW_BITS[: per_tile.bit_length() - 2]):
             values = self._exchange(values, bit)
         self._values = values
 
@@ -141,28 +249,37 @@ class _PairSums:
             kept.append(arith.addf(value, mgpu.utils.shfl_bfly(given, distance)))
         return kept
 
-    def places(self):
-        """Yields each sum, and its tile of rows and of columns in the block."""
-        if self._per_tile > lanes.GROUP:
-            for value in self._values:
-                yield value, self._warp, self._first
-            return
-        row_in_warp = _without(
-            arith.shrui(self._lane, const(2)), [b - 2 for b in self._row_bits]
-        )
-        pair = _without(arith.andi(self._lane, const(3)), self._column_bits)
+    def columns(self):
+        """Yields each sum, and its tile of columns in the block."""
+        quarter = arith.andi(self._lane, const(3))
+        first = arith.muli(quarter, const(PER_THREAD // self._per_tile))
+        first = arith.addi(first, self._first)
         for i, value in enumerate(self._values):
-            number = arith.addi(self._first, const(i))
-            lower, group = (
-                operation(number, const(self._groups))
-                for operation in (arith.divui, arith.remui)
-            )
-            row = arith.addi(arith.muli(lower, const(ROWS_APART)), row_in_warp)
-            row = arith.addi(arith.muli(self._warp, const(2 * ROWS_APART)), row)
-            column = arith.muli(group, const(lanes.GROUP))
-            column = arith.addi(column, arith.muli(pair, const(2)))
-            size = const(self._per_tile)
-            yield value, arith.divui(row, size), arith.divui(column, size)
+            yield value, arith.addi(first, const(i))
+
+
+def _tile_sums(weights, per_tile: int):
+    """Returns sums of a thread's columns by tile, of its upper row, then of the other.
+
+    Its columns are those of whole tiles, one after another: see `plan.KEY_GROUP`.
+    """
+    pairs = weights.registers.reshape(-1, 2)  # groups of columns, rows 8 apart
+    size = per_tile // 2
+    return [
+        _both(_tree(row[first : first + size]))
+        for row in pairs.T
+        for first in range(0, len(row), size)
+    ]
+
+
+def _tree(values):
+    """Adds values, pair by pair."""
+    values = list(values)
+    while len(values) > 1:
+        odd = values[-1:] if len(values) % 2 else []
+        pairs = zip(values[::2], values[1::2], strict=False)
+        values = [arith.addf(*both) for both in pairs] + odd
+    return values[0]
 
 
 def _both(pair):
@@ -170,6 +287,62 @@ def _both(pair):
     return arith.addf(*(vector.extract(pair, [], [i]) for i in range(2)))
 
 
-def _without(number, bits):
-    """Clears bits of a small number."""
-    return arith.andi(number, const(7 & ~sum(1 << bit for bit in bits)))
+def _shaped_sums(per_tile: int):
+    """Returns the type of the sums of a block."""
+    return shaped(2 * PER_THREAD // per_tile * THREADS, jnp.float32)
+
+
+def _floats(values):
+    """Makes an array of numbers of a thread."""
+    return array_of(np.array(values, dtype=object), is_signed=None)
+
+
+def _rows_of(sums):
+    """Returns a thread's sums of its upper row, and of the other."""
+    values = [x for (x,) in scalars(sums)]
+    half = len(values) // 2
+    return values[:half], values[half:]
+
+
+def _places(memory, block, words):
+    """Yields some words of a thread at a time, and where they are in memory.
+
+    Threads next to each other have words next to each other.
+    """
+    words = list(words)
+    size = min(WORDS, len(words))
+    base = llvm.ptrtoint(i64(), mgpu.utils.memref_ptr(memory))
+    thread = arith.andi(mgpu.utils.thread_idx(), const(THREADS - 1))
+    first = arith.muli(block.registers[()], const(len(words) // size * THREADS))
+    for i in range(0, len(words), size):
+        place = arith.addi(arith.addi(first, const(i // size * THREADS)), thread)
+        offset = arith.extui(i64(), arith.muli(place, const(4 * size)))
+        yield arith.addi(base, offset), words[i : i + size]
+
+
+def _load_words(address, size: int):
+    """Loads words that lie in a row, past L1, which has no room for them."""
+    operands = ", ".join(f"${i}" for i in range(size))
+    loaded = asm(
+        f"ld.global.cg.v{size}.b32 {{{operands}}}, [${size}];",
+        "=r," * size + "l",
+        address,
+        result=ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * size)})>"),
+    )
+    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(size)]
+
+
+def _rounded(values):
+    """Returns words of two numbers as bfloat16 each, the first in the low half."""
+    code = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    return [
+        asm(code, "=r,f,f", *pair, result=i32(), is_pure=True)
+        for pair in zip(values[::2], values[1::2], strict=True)
+    ]
+
+
+def _halves(word):
+    """Returns two bfloat16 numbers as float32: the low half, and the high one."""
+    low = arith.shli(word, const(16))
+    high = arith.andi(word, const(0xFFFF0000 - 2**32))
+    return [arith.bitcast(ir.F32Type.get(), half) for half in (low, high)]

@@ -8,15 +8,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.lanes import ROWS
 
-BLOCK = 128  # parts of a block of queries, and of one of keys
-ALIGNMENT = 8  # parts; swizzled copies are cut out of whole groups
-NUM_CONSUMERS = 2
-PRODUCER = 2  # values of the "wg" axis: consumers 0 and 1, then the producer
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+NUM_CONSUMERS = 3
+PRODUCER = 3  # values of the "wg" axis: consumers 0 to 2, then the producer
+QUERIES = NUM_CONSUMERS * ROWS  # parts of a block of queries
+KEYS = 128  # parts of a block of keys
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 160, 32
+NUM_SLOTS = 4  # key blocks in flight
+# Named barriers; Mosaic uses the lowest five.
+NAMED_TURN, NAMED_Q_FREE, NAMED_K_FREE = 5, 8, 9
 MAX_SMEM_BYTES = 227 * 1024
 PARTS_PER_TILE = (2, 4, 8, 16)  # a warp has whole tiles: 16 rows
 HEAD_DIMS = (64, 128)
-NUM_SLOTS = 4  # key blocks in flight
+# Where a product has which part, so that a thread holds whole tiles of keys, and of a
+# tile of queries both rows: parts come in groups, (4, 16, 2) of keys and (8, 2, 1) of
+# queries, of which the first two axes change places.
+KEY_GROUP, QUERY_GROUP = (4, 16, 2), (8, 2, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,8 +31,10 @@ class Plan:
 
     num_parts: int  # M
     per_tile: int  # J
+    num_maps: int  # of batch items and heads
     num_heads: int
     head_dim: int
+    most_ctas: int  # that the GPU runs at a time
     has_key_weights: bool  # keys do not all count alike
     interpreted: bool
 
@@ -36,20 +44,47 @@ class Plan:
         return self.num_parts // self.per_tile
 
     @property
-    def num_blocks(self) -> int:
-        """Blocks of parts; the last one may be short."""
-        return -(-self.num_parts // BLOCK)
+    def num_query_blocks(self) -> int:
+        """Blocks of query parts; the last one may be short."""
+        return -(-self.num_parts // QUERIES)
+
+    @property
+    def num_key_blocks(self) -> int:
+        """Blocks of key parts, likewise."""
+        return -(-self.num_parts // KEYS)
+
+    @property
+    def num_tasks(self) -> int:
+        """Blocks of query parts of all maps: each is a walk over the key blocks."""
+        return self.num_maps * self.num_query_blocks
+
+    @property
+    def num_ctas(self) -> int:
+        """CTAs, of which each takes every `num_ctas`-th task."""
+        return min(self.most_ctas, self.num_tasks)
 
     @property
     def is_last_short(self) -> bool:
-        """Whether the last block has fewer parts."""
-        return bool(self.num_parts % BLOCK)
+        """Whether the last block of keys has fewer parts."""
+        return bool(self.num_parts % KEYS)
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Key blocks whose sums are read back together: 128 bytes for each thread."""
+        return self.per_tile
+
+    @property
+    def sums_shape(self) -> tuple[int, ...]:
+        """Sums of a launch: of each CTA, consumer, and block of keys."""
+        groups = -(-self.num_key_blocks // self.blocks_at_once)
+        of_block = ROWS * KEYS // self.per_tile
+        return self.num_ctas, NUM_CONSUMERS, groups * self.blocks_at_once, of_block
 
 
 def smem_transforms() -> tuple[Any, ...]:
     """Returns how parts lie in shared memory: as wgmma reads them."""
     return (
-        plgpu.TilingTransform((ALIGNMENT, 64)),  # type: ignore[abstract]
+        plgpu.TilingTransform((8, 64)),  # type: ignore[abstract]
         plgpu.SwizzleTransform(128),  # type: ignore[abstract]
     )
 
@@ -63,13 +98,16 @@ def scratch_types(plan: Plan) -> dict[str, Any]:
 
     return {
         "q_smem": smem(NUM_CONSUMERS, ROWS),
-        "k_smem": smem(NUM_SLOTS, BLOCK),
+        "k_smem": smem(NUM_SLOTS, KEYS),
         "q_full": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
+        "q_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
         "k_full": plgpu.Barrier(num_barriers=NUM_SLOTS),
         "k_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=NUM_SLOTS),
+        "turn": plgpu.Barrier(num_barriers=NUM_CONSUMERS),
     }
 
 
 def smem_bytes(head_dim: int) -> int:
     """Returns the bytes of shared memory of one CTA, barriers included."""
-    return (NUM_SLOTS + 1) * BLOCK * head_dim * 2 + 8 * (2 * NUM_SLOTS + 1)
+    blocks = (QUERIES + NUM_SLOTS * KEYS) * head_dim * 2
+    return blocks + 8 * (2 * NUM_SLOTS + 2 + NUM_CONSUMERS)

@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from draft_jax.grid import VideoGrid
 from pallas_kernels.attention.sm90 import backend as hopper
-from pallas_kernels.attention.sm90 import schedule
 from pallas_kernels.attention.sm90.plan import KernelConfig
+from pallas_kernels.common import device
 from tests.cases import mostly_nightly
 from tests.pallas_kernels.attention.reference import (
     compress,
@@ -94,7 +94,7 @@ pytestmark = pytest.mark.usefixtures("no_races")
 
 @pytest.fixture(autouse=True)
 def few_multiprocessors(monkeypatch):
-    monkeypatch.setattr(schedule, "num_multiprocessors", lambda: NUM_CTAS)
+    monkeypatch.setattr(device, "num_multiprocessors", lambda: NUM_CTAS)
 
 
 def attend(q, k, v, mask, grid, lengths, *, scale=None, order="tiled", **config):

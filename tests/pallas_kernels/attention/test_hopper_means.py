@@ -17,8 +17,8 @@ from draft_jax.grid import VideoGrid
 from pallas_kernels import Means, SubTiles
 from pallas_kernels.attention.reference import oracle_attention
 from pallas_kernels.attention.sm90 import backend as hopper
-from pallas_kernels.attention.sm90 import schedule
 from pallas_kernels.attention.sm90.plan import KernelConfig
+from pallas_kernels.common import device
 from tests.cases import mostly_nightly
 from tests.pallas_kernels.attention.reference import (
     compress,
@@ -95,7 +95,7 @@ pytestmark = pytest.mark.usefixtures("no_races")
 
 @pytest.fixture(autouse=True)
 def few_multiprocessors(monkeypatch):
-    monkeypatch.setattr(schedule, "num_multiprocessors", lambda: NUM_CTAS)
+    monkeypatch.setattr(device, "num_multiprocessors", lambda: NUM_CTAS)
 
 
 def problem(case: Case):

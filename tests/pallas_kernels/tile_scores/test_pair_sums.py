@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.tile_scores.sm90 import instructions
+from pallas_kernels.tile_scores.sm90.plan import KEY_GROUP, QUERY_GROUP
 
 THREAD = np.arange(128)
 ARITH = types.SimpleNamespace(
@@ -52,14 +53,25 @@ def registers_of(weights):
     return types.SimpleNamespace(registers=registers.reshape(-1))
 
 
+def in_places(parts, group, axis):
+    """Orders parts as products have them: the first two axes of a group change."""
+    moved = np.moveaxis(parts, axis, 0)
+    groups = moved.reshape(-1, *group, *moved.shape[1:]).swapaxes(1, 2)
+    return np.moveaxis(groups.reshape(moved.shape), 0, axis)
+
+
 @pytest.mark.parametrize("per_tile", [2, 4, 8, 16])
 def test_each_pair_of_tiles_is_stored_once(per_tile, threads):
     weights = np.random.default_rng(0).integers(0, 1000, (64, 128))
-    sums = instructions._PairSums(registers_of(weights), THREAD, per_tile)
+    ordered = in_places(in_places(weights, QUERY_GROUP, 0), KEY_GROUP, 1)
+    sums = instructions._tile_sums(registers_of(ordered), per_tile)
+    own_rows = sums[: len(sums) // 2], sums[len(sums) // 2 :]
+    pairs = instructions._PairSums(own_rows, THREAD, per_tile)
     rows, columns = 64 // per_tile, 128 // per_tile
     got, times = np.zeros((2, rows, columns), int)
-    stored = np.broadcast_to(sums.is_stored, 128).astype(bool)
-    for value, row, column in sums.places():
+    stored = np.broadcast_to(pairs.is_stored, 128).astype(bool)
+    row = pairs.row
+    for value, column in pairs.columns():
         np.add.at(times, (row[stored], column[stored]), 1)
         got[row[stored], column[stored]] = value[stored]
     want = weights.reshape(rows, per_tile, columns, per_tile).sum((1, 3))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common import device
 from pallas_kernels.common.device import Device
 from pallas_kernels.tile_scores import (
     Parts,
@@ -21,13 +22,25 @@ from pallas_kernels.tile_scores import (
 from pallas_kernels.tile_scores.sm90 import backend
 from pallas_kernels.tile_scores.sm90.plan import MAX_SMEM_BYTES, smem_bytes
 from tests.cases import mostly_nightly
-from tests.tolerances import TILE_SCORES, TILE_SCORES_BFLOAT16
+from tests.pallas_kernels.tile_scores.cases import growing_logits
+from tests.tolerances import (
+    TILE_SCORES,
+    TILE_SCORES_BFLOAT16,
+    TILE_SCORES_OF_EXACT_LOGITS,
+)
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 H100 = Device(platform="gpu", kind="H100", compute_capability=(9, 0))
 CPU = Device(platform="cpu")
 
+NUM_CTAS = 3  # fewer than the tasks of some cases
+
 pytestmark = pytest.mark.usefixtures("no_races")
+
+
+@pytest.fixture(autouse=True)
+def few_ctas(monkeypatch):
+    monkeypatch.setattr(device, "num_multiprocessors", lambda: NUM_CTAS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +137,16 @@ def test_kernel_matches_loops(name):
     want = loops(*case.arrays(), case.parts, scale)
     np.testing.assert_allclose(got, want, **case.tolerance(TILE_SCORES_BFLOAT16))
     np.testing.assert_allclose(got.sum(-1), 1.0, rtol=1e-5)
+
+
+@pytest.mark.nightly
+def test_kernel_follows_logits_that_grow():
+    """Beyond what float32 holds: references change, and all that is written."""
+    q, k, parts, scale = growing_logits()
+    got = backend.tile_scores(q, k, parts, scale=scale, interpret=INTERPRET)
+    want = loops(q, k, parts, scale)
+    np.testing.assert_allclose(got, want, **TILE_SCORES_OF_EXACT_LOGITS)
+    np.testing.assert_allclose(got.sum(-1), 1.0, rtol=1e-2)
 
 
 @pytest.mark.nightly
