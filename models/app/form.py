@@ -6,18 +6,24 @@ functions, so what one refuses the other does, too, and in the same words.
 
 import argparse
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from draft_jax import DraftConfig
 from models.app.timing import Mode
 from models.cli import options
+from models.cli.cache_options import CacheRequest
+from models.cli.caching import cache_from
 from models.cli.generate import read_run
 from models.cli.model import Request, read_model
 from models.cli.parser import UsageError, build_parser
+from models.diffusion.dtypes import check_linears
 from models.diffusion.embeddings import UnknownPromptError
 
+Skipped = Literal["left out", "means"]
 Number = int | float | None  # of a field; None where it is empty
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 NO_PROMPT = "any video"  # stands in where only other fields are checked
@@ -38,6 +44,28 @@ SELECTIONS = {
     "the model that ships.",
     "top_p": "Each block keeps the fewest others that hold the mass below: the work "
     "follows the content, and sparsity bounds it.",
+}
+SKIPPED: dict[Skipped, str] = {
+    "left out": "Blocks that are not kept take no part. The paper's.",
+    "means": "They take part through means of 2 x 2 tokens over 4 frames, and blocks "
+    "are kept where means stand worst for them. That adds 1/16 of dense attention's "
+    "work; in a first look videos were closer to dense ones, at a sparsity of 0.9.",
+}
+CACHES = {
+    "off": "Every step is computed.",
+    "easy": "Steps that would change little are skipped, told by the latents.",
+    "mag": "Steps are skipped by ratios that were published for the model.",
+}
+CACHE_VALUES = (
+    "Empty for the usual ones. easy: threshold, first steps that are computed "
+    "(0.05,10); mag: threshold, most skips in a row, first share that is computed "
+    "(0.12,2,0.2)."
+)
+LINEARS = {
+    "bfloat16": "The model's own; float32 on a CPU.",
+    "float8": "Half the memory of weights, and faster on Hopper and Ada GPUs; slow on "
+    "a CPU.",
+    "auto": "float8 on GPUs that are faster with it, else the model's own.",
 }
 PRESETS = {
     "paper": "The first quarter of the steps is dense, as in the paper.",
@@ -70,7 +98,12 @@ class FormValues:
       sparsity: Share of block pairs to skip.
       selection: How blocks are chosen.
       top_p: Mass to keep, for the selection "top_p".
+      skipped: Whether means stand for skipped blocks, with the options of
+        `DraftConfig.compensated()` that belong to them.
       preset: Where attention stays dense.
+      cache: Rule of the step cache.
+      cache_values: Its constants, with commas between.
+      linears: Precision of the transformer's linear layers.
       width: Columns of pixels.
       height: Rows of pixels.
       frames: Frames of the video.
@@ -86,7 +119,11 @@ class FormValues:
     sparsity: Number = 0.75
     selection: str = "percentile"
     top_p: Number = 0.9
+    skipped: Skipped = "left out"
     preset: str = "paper"
+    cache: str = "off"
+    cache_values: str = ""
+    linears: str = "bfloat16"
     width: Number
     height: Number
     frames: Number
@@ -130,8 +167,15 @@ class Form:
             given += [f"--selection={values.selection}", f"--preset={values.preset}"]
             if values.selection == "top_p":
                 given.append(f"--top-p={_text(values.top_p)}")
+            if values.skipped == "means":
+                given += _means_options()
         if values.mode == "compare":
             given.append("--compare")
+        if values.cache != "off":
+            colon = ":" if values.cache_values.strip() else ""
+            given.append(f"--cache={values.cache}{colon}{values.cache_values.strip()}")
+        if values.linears != self._linears:
+            given.append(f"--linears={values.linears}")
         return ["generate", *self.model_options, *given, "--", values.prompt]
 
     def read(self, values: FormValues) -> Request:
@@ -169,8 +213,15 @@ class Form:
             steps=sampling.num_steps,
             guidance=sampling.guidance,
             seed=sampling.seed,
+            linears=self._linears,
         )
         return values, request
+
+    @functools.cached_property
+    def _linears(self) -> str:
+        """Precision that the model's options ask for."""
+        parsed = parse(["generate", *self.model_options, "--", NO_PROMPT])
+        return parsed.linears
 
     def _read(self, values: FormValues) -> Request:
         return read_run(parse(self.command(values)))
@@ -185,7 +236,10 @@ class Form:
         messages = {}
         for field in dataclasses.fields(FormValues):
             given = getattr(values, field.name)
-            changed = dataclasses.replace(base, **{field.name: given})
+            with_it = {"cache": values.cache} if field.name == "cache_values" else {}
+            changed = dataclasses.replace(base, **with_it | {field.name: given})
+            if "cache" in messages and with_it:
+                continue  # the rule is to blame, whatever its constants
             if (reason := self._why_wrong(changed)) is not None:
                 messages[field.name] = reason
         return messages or {"": message}
@@ -205,20 +259,28 @@ class Abilities:
     Attributes:
       image: Reason why no image can be given.
       published: Reason why there is no published preset.
+      mag: Reason why steps cannot be skipped by published ratios.
+      float8: Reason why linear layers cannot be in FP8.
     """
 
     image: str | None
     published: str | None
+    mag: str | None
+    float8: str | None
 
 
 def abilities_of(request: Request) -> Abilities:
     """Returns what a model can do, by the checks of the command line."""
     published = argparse.Namespace(preset="published")
+    mag = argparse.Namespace(cache=CacheRequest("mag"), cache_ratios=None)
+    apart = request.family.text_beside_jax
     return Abilities(
         image=_reason(lambda: request.info.conditioning.check_image(given=True)),
         published=_reason(
             lambda: options.check_preset(published, request.info.published)
         ),
+        mag=_reason(lambda: cache_from(mag, request.info, request.sampling)),
+        float8=_reason(lambda: check_linears("float8", apart=apart)),
     )
 
 
@@ -245,6 +307,24 @@ def _reason(check: Callable[[], Any]) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def _means_options() -> list[str]:
+    """Returns the options that stand for those of `DraftConfig.compensated()`.
+
+    Sparsity and selection have fields of their own.
+    """
+    preset = DraftConfig.compensated()
+    means = preset.compensation
+    assert means is not None  # that is what the preset is for
+    assert preset.draft_tile is not None
+    rows, columns = preset.draft_tile
+    return [
+        f"--draft-tile={rows}x{columns}",
+        f"--means={means.sub_tile[0]}x{means.sub_tile[1]}",
+        f"--mean-frames={means.frames}",
+        f"--ranking={preset.ranking}",
+    ]
 
 
 def _check_numbers(values: FormValues) -> None:

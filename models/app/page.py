@@ -3,20 +3,26 @@
 import asyncio
 import dataclasses
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any, get_args
 
 import gradio as gr
 
+from draft_jax import DraftConfig
 from models.app import fragments
 from models.app.files import url_of
 from models.app.form import (
+    CACHE_VALUES,
+    CACHES,
+    LINEARS,
     MODES,
     PRESETS,
     SELECTIONS,
+    SKIPPED,
     SPARSITY,
+    Abilities,
     FormError,
     FormValues,
     abilities_of,
@@ -51,8 +57,8 @@ class _Fields:
         values = dict(zip(self.components, given, strict=True))
         image = values.get("image")
         values["image"] = None if image is None else Path(image)
-        values["prompt"] = values["prompt"] or ""
-        values["negative_prompt"] = values["negative_prompt"] or ""
+        for name in ("prompt", "negative_prompt", "cache_values"):
+            values[name] = values[name] or ""
         return FormValues(**values)
 
     def show(self, messages: dict[str, str]) -> dict[Any, Any]:
@@ -189,7 +195,7 @@ def _keep_up_to_date(
     # Also when a page is opened again, whose timer was made before the model was there.
     page.load(say_expected, inputs, expected, queue=False, **_QUIET)
     timer.tick(tick, inputs, [timer, status, expected], queue=False, **_QUIET)
-    for name in ("mode", "width", "height", "frames", "steps", "guidance"):
+    for name in ("mode", "width", "height", "frames", "steps", "guidance", "cache"):
         fields.components[name].change(
             say_expected,
             inputs,
@@ -233,6 +239,8 @@ def _add_fields(fields: _Fields, runner: Runner) -> None:
     )
     with gr.Accordion("Which blocks are kept, and where", open=False):
         _add_draft_fields(fields, values, can.published)
+    with gr.Accordion("Skipped steps and precision", open=False):
+        _add_speed_fields(fields, values, can)
     with gr.Accordion("Video", open=True):
         _add_video_fields(fields, values)
 
@@ -240,15 +248,7 @@ def _add_fields(fields: _Fields, runner: Runner) -> None:
 def _add_draft_fields(
     fields: _Fields, values: FormValues, no_published: str | None
 ) -> None:
-    fields.add(
-        "selection",
-        gr.Radio(
-            [(f"{name}: {text}", name) for name, text in SELECTIONS.items()],
-            value=values.selection,
-            label="Selection",
-            elem_classes="dv-choices",
-        ),
-    )
+    fields.add("selection", _choice("Selection", SELECTIONS, values.selection))
     top_p = gr.Slider(
         0.01,
         1,
@@ -266,16 +266,61 @@ def _add_draft_fields(
         queue=False,
         **_QUIET,
     )
-    fields.add(
-        "preset",
-        gr.Radio(
-            [(f"{name}: {text}", name) for name, text in PRESETS.items()],
-            value=values.preset,
-            label="Preset",
-            info=no_published,
-            interactive=no_published is None,
-            elem_classes="dv-choices",
-        ),
+    skipped = _choice("Blocks that are not kept", SKIPPED, values.skipped)
+    fields.add("skipped", skipped)
+    # Means have a preset, whose sparsity and selection are fields here.
+    settings = {"means": DraftConfig.compensated(), "left out": DraftConfig()}
+    skipped.change(
+        lambda chosen: (settings[chosen].sparsity, settings[chosen].selection),
+        skipped,
+        [fields.components["sparsity"], fields.components["selection"]],
+        queue=False,
+        **_QUIET,
+    )
+    preset = _choice("Preset", PRESETS, values.preset, not_all=no_published)
+    fields.add("preset", preset)
+
+
+def _add_speed_fields(fields: _Fields, values: FormValues, can: Abilities) -> None:
+    rules: dict[Any, str] = dict(CACHES)
+    if can.mag is not None:
+        del rules["mag"]
+    cache = _choice("Step cache", rules, values.cache)
+    fields.add("cache", cache)
+    if can.mag is not None:
+        gr.HTML(_disabled("mag", can.mag), elem_id="no-mag")
+    constants = gr.Textbox(
+        values.cache_values,
+        label="Constants of the step cache",
+        info=CACHE_VALUES,
+        interactive=False,
+        elem_id="cache_values",
+    )
+    fields.add("cache_values", constants)
+    cache.change(
+        lambda chosen: gr.update(interactive=chosen != "off"),
+        cache,
+        constants,
+        queue=False,
+        **_QUIET,
+    )
+    label = "Linear layers (another choice loads the model anew)"
+    linears = _choice(label, LINEARS, values.linears, not_all=can.float8)
+    fields.add("linears", linears)
+
+
+def _choice(
+    label: str, texts: Mapping[Any, str], value: str, *, not_all: str | None = None
+) -> gr.Radio:
+    """Returns choices with a sentence each; a reason that disables them is shown."""
+    return gr.Radio(
+        [(f"{name}: {text}", name) for name, text in texts.items()],
+        value=value,
+        label=label,
+        info=not_all,
+        interactive=not_all is None,
+        elem_id=label.split(" (")[0].lower().replace(" ", "-"),
+        elem_classes="dv-choices",
     )
 
 

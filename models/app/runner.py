@@ -27,6 +27,7 @@ from models.cli.messages import one_line, write_line
 from models.cli.model import Request
 from models.cli.outputs import run_name
 from models.cli.report import device_details
+from models.diffusion.dtypes import choose_linears
 from models.diffusion.embeddings import UnknownPromptError
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.results import StepReport, StopGeneration
@@ -60,7 +61,9 @@ class Runner:
         self.outputs = outputs
         self.status = "The model is being loaded; runs can be asked for already."
         self._limits = limits
+        self._knows_memory = limits.memory_bytes is not None
         self._pipeline: VideoPipeline | None = None
+        self._linears: str | None = None  # of the one in memory
         self.defaults, self._request = self.form.defaults()
         self._times: TimeBook | None = None
 
@@ -72,19 +75,27 @@ class Runner:
     def load(self) -> None:
         """Loads the model and learns the times of earlier runs."""
         try:
-            self._pipeline = self._request.load(any_prompt=True)
+            self._load(self._request)
         except Exception as error:
             self.status = f"The model cannot be loaded: {one_line(message_of(error))}"
             raise
-        if self._limits.memory_bytes is None:
-            self._limits = dataclasses.replace(
-                self._limits, memory_bytes=free_memory_bytes()
-            )
         details = self._request.details()
         hardware = details["hardware"] | device_details()
         self._times = TimeBook(details["checkpoint"], hardware)
         self._times.add(run.report for run in reversed(list_runs(self.outputs)))
         self.status = ""
+
+    def _load(self, request: Request) -> VideoPipeline:
+        """Returns the model as a request asks for it: loaded anew if it differs."""
+        linears = request.arguments.linears
+        if self._pipeline is None or linears != self._linears:
+            self._pipeline = None  # one model in memory
+            self._pipeline = request.load(any_prompt=True)
+            self._linears = linears
+            if not self._knows_memory:
+                free = free_memory_bytes()
+                self._limits = dataclasses.replace(self._limits, memory_bytes=free)
+        return self._pipeline
 
     def expect(self, request: Request) -> Expected | None:
         """Returns the time that a run's steps take; None if not known."""
@@ -94,7 +105,12 @@ class Runner:
         mode: Mode = "compare" if arguments.compare else "sparse"
         if arguments.dense:
             mode = "dense"
-        return self._times.expect(request.sampling, mode)
+        return self._times.expect(
+            request.sampling,
+            mode,
+            linears=_chosen_linears(request),
+            may_skip=request.cache is not None,
+        )
 
     def store_image(self, path: Path) -> Path:
         """Copies an image below the outputs folder, so that a run can be made again.
@@ -155,16 +171,18 @@ class Runner:
 
     def _run(self, job: Job) -> bool:
         request: Request = job.work
-        assert self._pipeline is not None  # jobs run after `load`
+        job.progress = Progress(stage="loading the model")
+        pipeline = self._load(request)
         self._check(request)
         details = request.details()
         details["hardware"] |= device_details()
+        details["linears"] = _chosen_linears(request)
         name = run_name(request.arguments, request.sampling, request.info.published)
         folder = reserve_folder(self.outputs, name)
-        shown = _Shown(job, self._pipeline, self.expect(request))
+        shown = _Shown(job, pipeline, self.expect(request))
         files = RunFolder(folder)
         try:
-            make_run(files, self._pipeline, request, details, shown.progress)
+            make_run(files, pipeline, request, details, shown.progress)
         finally:
             if files.written:
                 job.folder = folder
@@ -250,6 +268,11 @@ class _Shown:
 
     def _show(self, progress: Progress) -> None:
         self._job.progress = progress
+
+
+def _chosen_linears(request: Request) -> str:
+    """Returns the precision as reports have it; the device is in use by now."""
+    return choose_linears(request.arguments.linears)
 
 
 def _seconds(expected: Expected | None) -> float | None:

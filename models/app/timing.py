@@ -31,6 +31,7 @@ class _Measured:
 
     pixels: int  # of all frames
     guided: bool
+    linears: str
     dense: float | None
     sparse: float | None
 
@@ -61,14 +62,28 @@ class TimeBook:
             except (KeyError, TypeError, ValueError, IndexError):
                 continue
 
-    def expect(self, sampling: Sampling, mode: Mode) -> Expected | None:
+    def expect(
+        self,
+        sampling: Sampling,
+        mode: Mode,
+        *,
+        linears: str = "bfloat16",
+        may_skip: bool = False,
+    ) -> Expected | None:
         """Returns the time of a run's steps; None if no earlier run tells it.
 
         Sparse steps that were never measured are taken to be as slow as dense ones,
         and so are the dense steps of a sparse run.
+
+        Args:
+          sampling: Settings of the run.
+          mode: Which runs are made.
+          linears: Precision of linear layers, of which times are their own.
+          may_skip: Whether a step cache may skip steps: it takes at most that long.
         """
         pixels = sampling.frames * sampling.height * sampling.width
-        known = [m for m in self._measured if m.guided == sampling.guided and m.dense]
+        kind = sampling.guided, linears
+        known = [m for m in self._measured if (m.guided, m.linears) == kind and m.dense]
         if not known:
             return None
         nearest = min(reversed(known), key=lambda m: abs(m.pixels - pixels))
@@ -80,6 +95,10 @@ class TimeBook:
         bound: Bound = "about"
         if pixels != nearest.pixels:
             bound = "at least" if pixels > nearest.pixels else "at most"
+        if may_skip:
+            if bound == "at least":
+                return None  # more for the size, and less for steps that are skipped
+            bound = "at most"
         return Expected(seconds=seconds, bound=bound)
 
     def _is_ours(self, report: Mapping[str, Any]) -> bool:
@@ -100,10 +119,12 @@ def _read(report: Mapping[str, Any]) -> _Measured:
             continue
         shares = run["kept_share_per_step_and_layer"]
         for time_ms, layers in zip(run["time_ms_per_step"], shares, strict=True):
-            (dense if min(layers) == 1.0 else sparse).append(float(time_ms))
+            if max(layers) > 0.0:  # a step cache skips the others
+                (dense if min(layers) == 1.0 else sparse).append(float(time_ms))
     return _Measured(
         pixels=sampling["frames"] * sampling["height"] * sampling["width"],
         guided=sampling["guidance"] != 1.0,
+        linears=report.get("linears", "bfloat16"),
         dense=statistics.median(dense) if dense else None,
         sparse=statistics.median(sparse) if sparse else None,
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from draft_jax import AttentionPlan
 from models.cli import options, outputs
+from models.cli.caching import cache_from
 from models.cli.latents import keep_latents
 from models.cli.model import Request, read_request
 from models.cli.progress import progress_bar
@@ -82,12 +83,13 @@ def read_run(arguments: argparse.Namespace) -> Request:
 
     Raises:
       CheckpointError: As `read_request`.
-      OSError: As `read_request`.
-      ValueError: As `read_request`; or the draft's settings are wrong, or videos of the
-        size cannot be written or compared.
+      OSError: As `read_request`; or ratios of a step cache cannot be read.
+      ValueError: As `read_request`; or the draft's or the step cache's settings are
+        wrong, or videos of the size cannot be written or compared.
     """
     _check_options(arguments)
     request = read_request(arguments)
+    cache_from(arguments, request.info, request.sampling)
     height, width = request.sampling.height, request.sampling.width
     if arguments.compare:
         metrics.check_ssim_size(height, width)

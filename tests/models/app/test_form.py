@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from draft_jax import DraftConfig
 from models.app.form import (
+    CACHES,
+    LINEARS,
     MODES,
     PRESETS,
     SELECTIONS,
+    SKIPPED,
     Form,
     FormError,
     FormValues,
@@ -17,9 +21,12 @@ from models.app.form import (
 )
 from models.app.limits import Limits
 from models.cli import choices
+from models.cli.cache_options import RULES
 from models.cli.model import read_request
 from models.cli.outputs import run_name
 from models.cli.parser import build_parser
+from models.diffusion import dtypes
+from pallas_kernels.common import Device
 from tests import tiny_model
 
 PROMPT = "a red ball"
@@ -47,7 +54,10 @@ def messages(form, **changes):
 def test_every_choice_has_a_sentence():
     assert tuple(SELECTIONS) == choices.SELECTIONS
     assert tuple(PRESETS) == choices.PRESETS
-    sentences = [*SELECTIONS.values(), *PRESETS.values(), *MODES.values()]
+    assert tuple(CACHES) == ("off", *RULES)
+    assert tuple(LINEARS) == choices.LINEARS
+    tables = (SELECTIONS, PRESETS, MODES, CACHES, LINEARS, SKIPPED)
+    sentences = [sentence for table in tables for sentence in table.values()]
     assert all(sentence.endswith(".") for sentence in sentences)
 
 
@@ -68,6 +78,13 @@ def test_defaults_are_the_models(form):
             {"mode": "sparse", "selection": "top_p", "top_p": 0.8},
             "--sparsity=0.9 --selection=top_p --preset=paper --top-p=0.8",
         ),
+        ({"mode": "dense", "cache": "easy"}, "--dense --cache=easy"),
+        (
+            {"mode": "dense", "cache": "easy", "cache_values": " 0.1,2 "},
+            "--dense --cache=easy:0.1,2",
+        ),
+        ({"mode": "dense", "cache_values": "0.1"}, "--dense"),  # without a rule
+        ({"mode": "dense", "linears": "float8"}, "--dense --linears=float8"),
     ],
     ids=str,
 )
@@ -75,6 +92,25 @@ def test_command(form, changes, options):
     size = "--seed=0 --steps=4 --size=48x32 --frames=4 --guidance=4"
     expected = ["generate", *form.model_options, *size.split(), *options.split()]
     assert form.command(values(**changes)) == [*expected, "--", PROMPT]
+
+
+def test_means_are_those_of_their_preset(form):
+    """All that the preset has and a form of its own fields lacks."""
+    changes = {"sparsity": 0.9, "selection": "row_topk", "skipped": "means"}
+    config, _ = form.read(values(**changes)).draft
+    assert config == DraftConfig.compensated()
+    config, _ = form.read(values()).draft
+    assert config == DraftConfig.paper()
+
+
+def test_precision_is_that_of_the_models_options_unless_changed(form):
+    options = (*form.model_options, "--linears", "float8")
+    other = dataclasses.replace(form, model_options=options)
+    found, request = other.defaults()
+    assert (found.linears, request.arguments.linears) == ("float8", "float8")
+    assert other.read(values(linears="float8")).arguments.linears == "float8"
+    assert "--linears=bfloat16" in other.command(values())
+    assert other.read(values()).arguments.linears == "bfloat16"
 
 
 @pytest.mark.parametrize("prompt", ["--help", "-", "a 'quoted' \"cat\"\n", "猫"])
@@ -116,12 +152,22 @@ def test_a_run_has_the_name_that_its_command_gives_it(form):
         ("sparsity", 1.0, "sparsity=1.0"),
         ("selection", "best", "invalid choice: 'best'"),
         ("preset", "published", "no published rule"),
+        ("cache", "mag", "no ratios are published for this model"),
+        ("cache", "best", "'best' must be one of easy, mag"),
+        ("linears", "int8", "invalid choice: 'int8'"),
     ],
 )
 def test_bad_input_is_told_beside_its_field(form, field, value, message):
     found = messages(form, **{field: value})
     assert list(found) == [field]
     assert message in found[field]
+
+
+@pytest.mark.parametrize("constants", ["fast", "-1", "0.1,2,3", "nan"])
+def test_wrong_constants_of_a_cache_are_told_beside_them(form, constants):
+    found = messages(form, cache="easy", cache_values=constants)
+    assert list(found) == ["cache_values"]
+    assert "easy" in found["cache_values"]
 
 
 def test_all_wrong_fields_are_told_at_once(form):
@@ -158,6 +204,18 @@ def test_abilities_come_with_their_reasons(form):
     can = abilities_of(request)
     assert "text-to-video" in can.image
     assert "no published rule" in can.published
+    assert "no ratios are published" in can.mag
+    assert can.float8 is None  # a CPU has it
+
+
+def test_what_the_device_lacks_comes_with_its_reason(form, monkeypatch):
+    card = Device(platform="gpu", kind="A100", compute_capability=(8, 0))
+    monkeypatch.setattr(dtypes, "current_device", lambda: card)
+    _, request = form.defaults()
+    assert "not gpu A100 (sm_80)" in abilities_of(request).float8
+    found = messages(form, linears="float8")
+    assert list(found) == ["linears"]
+    assert "not gpu A100 (sm_80)" in found["linears"]
 
 
 def test_a_damaged_model_is_told_at_once(tmp_path):

@@ -73,6 +73,31 @@ def test_the_latest_report_of_a_size_counts():
     assert book(REPORT, later).expect(SMALL, "dense").seconds == pytest.approx(2.0)
 
 
+def test_steps_that_a_cache_skips_are_no_sparse_ones():
+    skipping = copy.deepcopy(REPORT)
+    skipping["sparse"]["time_ms_per_step"] += [1, 1, 1]
+    skipping["sparse"]["kept_share_per_step_and_layer"] += [[0.0, 0.0]] * 3
+    assert book(skipping).expect(SMALL, "sparse").seconds == pytest.approx(0.42)
+
+
+@pytest.mark.parametrize(
+    ("frames", "bound"), [(8, "at most"), (4, "at most"), (16, None)]
+)
+def test_a_run_that_may_skip_steps_takes_at_most_so_long(frames, bound):
+    sampling = Sampling(frames=frames, height=32, width=32, num_steps=10)
+    expected = book(REPORT).expect(sampling, "dense", may_skip=True)
+    assert (expected and expected.bound) == bound
+
+
+def test_each_precision_has_times_of_its_own():
+    other = changed(linears="float8", dense=run_of(*[("dense", 50)] * 3))
+    both = book(REPORT, other)
+    assert both.expect(SMALL, "dense").seconds == pytest.approx(1.0)
+    expected = both.expect(SMALL, "dense", linears="float8")
+    assert expected.seconds == pytest.approx(0.5)
+    assert book(REPORT).expect(SMALL, "dense", linears="float8") is None
+
+
 @pytest.mark.parametrize(
     "report",
     [
