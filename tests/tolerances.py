@@ -103,6 +103,12 @@ HUNYUAN_RUN = 5e-5
 # Velocities of HunyuanCustom against the rules of its own code, likewise. Measured on
 # CPU: 1.5e-6.
 HUNYUAN_CUSTOM = 1e-5
+# Wan2.2 against diffusers, greatest difference over the greatest value: velocities with
+# one or two times, and latents of whole runs. Measured on CPU: 3.1e-7 and
+# 6.6e-7.
+WAN2_2_VELOCITY = 1e-5
+WAN2_2_RUN = 5e-5
+
 # Wan's autoencoder against diffusers in float32, largest difference. Measured on CPU:
 # pixels 3.0e-6, latents 1.5e-6; Wan2.2's: 1.6e-6, 5.7e-7; HunyuanVideo's, whole and
 # tiled: pixels 4.6e-6, latents 2.1e-6, log variances 3.4e-6.

@@ -1,5 +1,6 @@
 """Folders of tiny Wan models: the fixtures, and one that starts from an image."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,8 @@ from models.checkpoints.safetensors_io import save_safetensors
 from models.wan.config import WanConfig
 from models.wan.convert import save_wan_transformer
 from models.wan.transformer import WanTransformer
+from models.wan.vae.convert import export_wan_vae
+from tests import tiny_wan2_2
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TEXT_TO_VIDEO = FIXTURES / "wan_folders" / "diffusers"
@@ -59,6 +62,48 @@ def save_image_to_video(folder: Path) -> Path:
     model = nnx.merge(structure, state)
     save_wan_transformer(model, transformer, layout="diffusers", dtype=None)
     _write_json(transformer / "config.json", config.to_dict())
+    return folder
+
+
+def save_text_or_image_to_video(folder: Path) -> Path:
+    """Writes a model that holds its first frame, with seeded weights, for diffusers.
+
+    Text encoder, tokenizer and scheduler are those of the fixtures.
+    """
+    shutil.copytree(TEXT_TO_VIDEO, folder)
+    for part in ("transformer", "vae"):
+        shutil.rmtree(folder / part)
+    text = json.loads((folder / "text_encoder" / "config.json").read_text())
+    config = dataclasses.replace(
+        tiny_wan2_2.make_config("ti2v"), text_dim=text["d_model"], text_length=512
+    )
+    weights = tiny_wan2_2.make_weights(config, "ti2v")
+    save_safetensors(weights, folder / "transformer", stem="model")
+    _write_json(folder / "transformer" / "config.json", config.to_dict())
+    codec = tiny_wan2_2.make_codec(averages=True)
+    save_safetensors(export_wan_vae(codec.model), folder / "vae", stem="model")
+    vae = codec.model.config
+    _write_json(
+        folder / "vae" / "config.json",
+        {
+            "base_dim": vae.base_dim,
+            "decoder_base_dim": vae.decoder_base_dim,
+            "z_dim": vae.latent_channels,
+            "dim_mult": vae.dim_mult,
+            "num_res_blocks": vae.num_res_blocks,
+            "temperal_downsample": vae.temporal_downsample,
+            "latents_mean": vae.latents_mean,
+            "latents_std": vae.latents_std,
+            "is_residual": True,
+            "patch_size": 2,
+            "in_channels": 12,
+            "out_channels": 12,
+        },
+    )
+    index = json.loads((folder / "model_index.json").read_text())
+    changes = {"expand_timesteps": True, "boundary_ratio": None}
+    changes["transformer_2"] = [None, None]
+    _write_json(folder / "model_index.json", index | changes)
     return folder
 
 

@@ -76,7 +76,7 @@ def _ratios(
     """Returns the ratios of the file, or those published for the model."""
     if arguments.cache_ratios is not None:
         return read_ratios(arguments.cache_ratios)
-    ratios = info.mag_ratios(sampling)
+    ratios = info.mag_ratios(sampling, from_image=arguments.image is not None)
     if ratios is None:
         raise ValueError(
             "no ratios are published for this model: measure them with `draft-video "

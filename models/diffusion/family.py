@@ -54,7 +54,7 @@ class ModelInfo(Protocol):
     def sampling_at(self, height: int, width: int) -> Sampling:
         """Returns the settings for another size."""
 
-    def mag_ratios(self, sampling: Sampling) -> MagRatios | None:
+    def mag_ratios(self, sampling: Sampling, *, from_image: bool) -> MagRatios | None:
         """Returns the ratios that were published for the model at a size, if any."""
 
 

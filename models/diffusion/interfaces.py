@@ -43,7 +43,9 @@ class ImageCondition(NamedTuple):
     One item serves all prompts, or there is one for each.
     """
 
-    latents: Float[Array, "B F H W condition"]  # see `wan.image.condition_latents`
+    # Channels beside the noisy latent's (see `wan.image.condition_latents`), or else a
+    # frame, which is a reference or the latent's first one: the model's family knows.
+    latents: Float[Array, "B F H W condition"]
     tokens: Float[Array, "B I image_dim"] | None  # None for models without
 
 
@@ -176,6 +178,15 @@ class Conditioning(Protocol):
 
         Raises:
           ValueError: It fits neither the batch nor the model.
+        """
+
+    def hold_frames(
+        self, latents: Float[Array, "B F H W C"], image: ImageCondition | None
+    ) -> Float[Array, "B F H W C"]:
+        """Returns noisy latents with those frames that an image fixes put back.
+
+        The sampler calls it before the first step, and after each. Of most models an
+        image fixes none.
         """
 
 

@@ -339,14 +339,15 @@ class VideoPipeline:
             ),
         )
         state = sampler.initial_state(batch, seed=sampling.seed, guided=sampling.guided)
-        if noise is None:
-            return sampler, state, inputs
-        if noise.shape != state.latents.shape:
-            raise ValueError(
-                f"noise has shape {noise.shape}; expected {state.latents.shape}"
-            )
-        # A copy, for the first step reuses the memory.
-        latents = jnp.array(noise, jnp.float32, copy=True)
+        latents = state.latents
+        if noise is not None:
+            if noise.shape != latents.shape:
+                raise ValueError(
+                    f"noise has shape {noise.shape}; expected {latents.shape}"
+                )
+            # A copy, for the first step reuses the memory.
+            latents = jnp.array(noise, jnp.float32, copy=True)
+        latents = conditioning.hold_frames(latents, inputs.image)
         return sampler, state._replace(latents=latents), inputs
 
     def compile(

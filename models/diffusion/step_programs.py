@@ -172,13 +172,17 @@ class ProgramParts:
         latents, history = self.solver.update(
             state.latents, velocity, state.history, numbers.coefficients
         )
+        hold = self.model.conditioning.hold_frames
+        latents = hold(latents, inputs.image)
         if self.cache is not None and cache is not None:
             score = self.cache.after_moving(cache, state.latents, latents)
             cache = dataclasses.replace(cache, score=score)
         report = StepArrays(
             kept_density=density,
             is_finite=jnp.isfinite(latents).all(),
-            estimate=state.latents - numbers.timestep / MAX_TIMESTEP * velocity,
+            estimate=hold(
+                state.latents - numbers.timestep / MAX_TIMESTEP * velocity, inputs.image
+            ),
         )
         return SamplerState(latents, None, history, cache), report
 

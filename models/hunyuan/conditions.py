@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from models.diffusion import sizes
 from models.diffusion.images import as_images, repeat_condition
@@ -134,6 +135,13 @@ class HunyuanConditioning:
             )
         latents = codec.encode(images[:, None])
         return ImageCondition(latents.astype(jnp.float32), None)
+
+    def hold_frames(
+        self, latents: Float[Array, "B F H W C"], image: ImageCondition | None
+    ) -> Float[Array, "B F H W C"]:
+        """Returns the latents as they are: a reference image fixes no frame."""
+        del image
+        return latents
 
     def repeat_condition(
         self, image: ImageCondition, batch: int, latent_shape: LatentShape

@@ -60,7 +60,7 @@ class HunyuanInfo:
         """Returns the settings for another size, which are the same."""
         return dataclasses.replace(self.sampling, height=height, width=width)
 
-    def mag_ratios(self, sampling: Sampling) -> MagRatios | None:
+    def mag_ratios(self, sampling: Sampling, *, from_image: bool) -> MagRatios | None:
         """Returns the ratios published for HunyuanVideo, at the nearer of two sizes."""
         published = HunyuanConfig.video_13b()
         names = ("dim", "num_double_blocks", "num_single_blocks", "reference_frames")

@@ -1,4 +1,4 @@
-"""Bicubic resize as PyTorch does it: a matrix for the rows, one for the columns."""
+"""Resizes of images: bicubic as PyTorch does it, and Lanczos as Pillow does it."""
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,31 @@ def resize_bicubic(
         bicubic_weights(images.shape[2], width),
         precision=jax.lax.Precision.HIGHEST,
     )
+
+
+def resize_lanczos(
+    images: Float[Array, "B _H _W C"], height: int, width: int
+) -> Float[Array, "B {height} {width} C"]:
+    """Resizes images, with a low-pass filter where they become smaller.
+
+    Args:
+      images: Channels last, in [-1, 1].
+      height: Rows of the result.
+      width: Columns of the result.
+
+    Returns:
+      float32 in [-1, 1].
+
+    Source: Pillow's `Image.resize` with LANCZOS, which Wan2.2's 5B model calls; its
+    rounding to 8 bits is left out.
+    """
+    resized = jax.image.resize(
+        images.astype(jnp.float32),
+        (images.shape[0], height, width, images.shape[-1]),
+        "lanczos3",
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return jnp.clip(resized, -1.0, 1.0)
 
 
 def bicubic_weights(length: int, size: int) -> Float[np.ndarray, "size length"]:

@@ -38,7 +38,7 @@ class MiniInfo:
         """Returns the settings for another size."""
         return dataclasses.replace(self.sampling, height=height, width=width)
 
-    def mag_ratios(self, sampling: Sampling) -> None:
+    def mag_ratios(self, sampling: Sampling, *, from_image: bool) -> None:
         """Returns that no ratios are published."""
         return None
 

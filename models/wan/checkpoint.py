@@ -1,4 +1,4 @@
-"""Opens folders of published Wan2.1 models and loads their parts.
+"""Opens folders of published Wan models and loads their parts.
 
 Two layouts are published; see `models.wan.layouts`.
 """
@@ -7,13 +7,18 @@ import dataclasses
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from models.checkpoints.conversion import ConversionError
 from models.checkpoints.hub import find_checkpoint
 from models.checkpoints.memory_map import CheckpointError
 from models.diffusion.adapters import merge_adapters
-from models.diffusion.folders.layouts import ALL_PARTS, LayoutName, Part
+from models.diffusion.folders.layouts import (
+    ALL_PARTS,
+    FolderLayouts,
+    LayoutName,
+    Part,
+)
 from models.diffusion.folders.part_files import (
     PartFiles,
     PartSource,
@@ -36,7 +41,7 @@ from models.wan.convert import (
     load_wan_transformer,
     lora_names,
 )
-from models.wan.layouts import LAYOUTS
+from models.wan.layouts import LAYOUTS, hub_patterns, layouts_of
 from models.wan.transformer import WanTransformer
 from models.wan.transformer_file import TransformerFile
 
@@ -47,17 +52,19 @@ class WanFolder:
 
     Attributes:
       path: The folder.
+      layouts: Files of models of its kind.
       layout: Published layout.
-      task: Whether videos are made from text ("t2v") or from an image too ("i2v").
       parts: The parts that it was checked for.
       transformer_config: The transformer's `config.json` as it is.
+      holds_first_frame: Whether the folder says so of its model, in diffusers' words.
     """
 
     path: Path
+    layouts: FolderLayouts
     layout: LayoutName
-    task: Literal["t2v", "i2v"]
     parts: frozenset[Part]
     transformer_config: Mapping[str, Any]
+    holds_first_frame: bool = False
 
     @classmethod
     def open(
@@ -67,8 +74,8 @@ class WanFolder:
 
         Args:
           path: The folder.
-          parts: Parts that must be there. An image encoder is not asked for in a
-            text-to-video model, nor a scheduler in the original layout.
+          parts: Parts that must be there. An image encoder is asked for only in a
+            model that sees its tokens, and no scheduler in the original layout.
 
         Raises:
           CheckpointError: The path is no folder of a Wan model, files are missing
@@ -78,28 +85,29 @@ class WanFolder:
         if unknown := sorted(set(parts) - set(ALL_PARTS)):
             raise ValueError(f"parts={unknown} must be among {ALL_PARTS}")
         path = Path(path)
-        layout = find_layout(LAYOUTS, path)
+        layouts = layouts_of(path)
+        layout = find_layout(layouts, path)
         _check_one_transformer(path)
         config: dict[str, Any] = {}
-        file = path / LAYOUTS.files[layout]["transformer"][0]
+        file = path / layouts.files[layout]["transformer"][0]
         if file.is_file():
             config = read_json(file)
-        task = _task_of(config)
-        wanted = {part for part in parts if part in LAYOUTS.files[layout]}
-        if task == "t2v":
+        wanted = {part for part in parts if part in layouts.files[layout]}
+        if not _sees_image_tokens(config):
             wanted.discard("image_encoder")
         needed = {
-            part: LAYOUTS.files[layout][part] for part in ALL_PARTS if part in wanted
+            part: layouts.files[layout][part] for part in ALL_PARTS if part in wanted
         }
         # The transformer's configuration tells what the model is.
-        needed.setdefault("transformer", LAYOUTS.files[layout]["transformer"][:1])
-        check_files(LAYOUTS, path, layout, needed)
+        needed.setdefault("transformer", layouts.files[layout]["transformer"][:1])
+        check_files(layouts, path, layout, needed)
         return cls(
             path=path,
+            layouts=layouts,
             layout=layout,
-            task=task,
             parts=frozenset(wanted),
             transformer_config=config,
+            holds_first_frame=_read_index(path).get("expand_timesteps") is True,
         )
 
     def config(self, **changes: Any) -> WanConfig:
@@ -108,26 +116,28 @@ class WanFolder:
         Raises:
           CheckpointError: This port lacks what `config.json` asks for.
         """
+        if self.holds_first_frame:
+            changes = {"holds_first_frame": True} | changes
         try:
             return WanConfig.from_dict(self.transformer_config, **changes)
         except (ValueError, TypeError) as error:
-            file = self.path / LAYOUTS.files[self.layout]["transformer"][0]
+            file = self.path / self.layouts.files[self.layout]["transformer"][0]
             raise CheckpointError(f"{file}: {error}") from error
 
     def source(self, part: Part) -> PartSource:
         """Opens a part; see `models.diffusion.folders.part_files.source_in`."""
-        return source_in(LAYOUTS, self.path, self.layout, part)
+        return source_in(self.layouts, self.path, self.layout, part)
 
     def part_config(self, part: Part) -> dict[str, Any] | None:
         """Reads a part's `config.json`.
 
         The original layout has one for the transformer only: its other parts are of
-        one size in every Wan2.1 model, and the result is None.
+        one size in every model of a kind, and the result is None.
 
         Raises:
           CheckpointError: The file is missing or damaged.
         """
-        patterns = LAYOUTS.files[self.layout].get(part, ("",))
+        patterns = self.layouts.files[self.layout].get(part, ("",))
         if not patterns[0].endswith(".json"):
             return None
         return read_json(self.path / patterns[0])
@@ -135,14 +145,14 @@ class WanFolder:
     @property
     def tokenizer(self) -> Path:
         """The folder of the text encoder's tokenizer."""
-        return (self.path / LAYOUTS.files[self.layout]["tokenizer"][0]).parent
+        return (self.path / self.layouts.files[self.layout]["tokenizer"][0]).parent
 
     def scheduler(self) -> SchedulerSettings:
         """Reads how the model is sampled; see `read_scheduler`."""
         stored = self.part_config("scheduler")
         if stored is None:
             return SchedulerSettings()
-        file = self.path / LAYOUTS.files[self.layout]["scheduler"][0]
+        file = self.path / self.layouts.files[self.layout]["scheduler"][0]
         return read_scheduler(stored, file)
 
 
@@ -272,19 +282,19 @@ def open_wan_parts(
     files = (files or PartFiles()).fetched(parts, LAYOUTS)
     given = files.given()
     sources: dict[Part, PartSource] = {
-        part: find_part(LAYOUTS, part, file)
+        part: find_part(layouts_of(file), part, file)
         for part, file in given.items()
         if part != "tokenizer"
     }
     tokenizer = _find_tokenizer(given, sources) if "tokenizer" in parts else None
     own = parts - sources.keys() - ({"tokenizer"} if tokenizer else set())
-    path = find_checkpoint(name, patterns=LAYOUTS.hub_patterns(own), revision=revision)
+    path = find_checkpoint(name, patterns=hub_patterns(own), revision=revision)
     changes |= {"dtype": dtype, "param_dtype": param_dtype or dtype}
     wan = (_open_file if path.is_file() else _open_folder)(path, own, changes)
-    if "image_encoder" in sources and not wan.config.takes_image:
+    if "image_encoder" in sources and wan.config.image_dim is None:
         raise ValueError(
             f"image_encoder={os.fspath(given['image_encoder'])!r} is given, but {path} "
-            "is a text-to-video model"
+            "is a text-to-video model, or one that needs none"
         )
     weights = merge_adapters(
         wan.weights,
@@ -320,7 +330,8 @@ def _open_file(
 ) -> WanParts:
     """Opens a transformer in one file; `parts` are those that nobody has given."""
     file = TransformerFile.open(path, **changes)
-    needed = {*parts} if file.config.takes_image else {*parts} - {"image_encoder"}
+    sees_tokens = file.config.image_dim is not None
+    needed = {*parts} if sees_tokens else {*parts} - {"image_encoder"}
     check_complete(LAYOUTS, path, needed)
     return WanParts(
         path=path,
@@ -356,13 +367,18 @@ def _open_folder(
     )
 
 
+def _read_index(path: Path) -> dict[str, Any]:
+    """Reads what diffusers says of a pipeline; nothing in the original layout."""
+    file = path / "model_index.json"
+    return read_json(file) if file.is_file() else {}
+
+
 def _check_one_transformer(path: Path) -> None:
     """Raises for Wan2.2's pairs: one alone would load, and make poor videos."""
-    index = path / "model_index.json"
     names = ("high_noise_model", "low_noise_model", "transformer_2")
     pair = [name for name in names if (path / name).is_dir()]
-    if index.is_file() and any(read_json(index).get("transformer_2") or ()):
-        pair.append(f"transformer_2 in {index.name}")
+    if any(_read_index(path).get("transformer_2") or ()):
+        pair.append("transformer_2 in model_index.json")
     if pair:
         raise CheckpointError(
             f"{path} has {', '.join(pair)}: Wan2.2's models with a transformer for "
@@ -376,11 +392,9 @@ def names_wan(path: Path) -> bool:
     if not file.is_file():
         return False
     stored = read_json(file)
-    return stored.get("model_type") in ("t2v", "i2v") and LAYOUTS.claims(path)
+    kinds = ("t2v", "i2v", "ti2v")
+    return stored.get("model_type") in kinds and LAYOUTS.claims(path)
 
 
-def _task_of(config: Mapping[str, Any]) -> Literal["t2v", "i2v"]:
-    from_image = (
-        config.get("model_type") == "i2v" or config.get("image_dim") is not None
-    )
-    return "i2v" if from_image else "t2v"
+def _sees_image_tokens(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "i2v" or config.get("image_dim") is not None

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
 from models.diffusion import sizes
 from models.diffusion.images import as_images, repeat_condition
 from models.diffusion.interfaces import (
@@ -14,6 +17,7 @@ from models.diffusion.interfaces import (
     TextContext,
 )
 from models.diffusion.sampling import Sampling
+from models.media.resize import resize_bicubic, resize_lanczos
 from models.wan.config import WanConfig
 from models.wan.image import condition_latents, fit_images
 
@@ -49,10 +53,12 @@ class WanConditioning:
     def check_image(self, *, given: bool) -> None:
         """Checks that an image is given exactly where the model starts from one.
 
+        A model that holds its first frame starts from one or none.
+
         Raises:
           ValueError: It is missing, or given to a text-to-video model.
         """
-        if given == self.config.takes_image:
+        if given == self.config.takes_image or self.config.holds_first_frame:
             return
         kind = "a text-to-video" if given else "an image-to-video"
         raise ValueError(
@@ -96,7 +102,8 @@ class WanConditioning:
         Images of another size than the video are resized as Wan2.1 does it, after the
         middle was cut out of those of clearly another aspect ratio: see
         `models.wan.image.fit_images`. The image encoder sees what is kept in the
-        image's own pixels.
+        image's own pixels. Where the model holds its first frame, the condition is the
+        latent of that frame.
 
         Raises:
           ValueError: The images are not such, or there is no encoder for the tokens
@@ -106,7 +113,10 @@ class WanConditioning:
             as_images(images),
             (sampling.height, sampling.width),
             self.side_multiples(codec),
+            resize=resize_lanczos if self.config.holds_first_frame else resize_bicubic,
         )
+        if self.config.holds_first_frame:
+            return ImageCondition(codec.encode(images[:, None]), None)
         tokens = None
         if self.config.image_dim is not None:
             if image_encoder is None:
@@ -130,5 +140,19 @@ class WanConditioning:
         Raises:
           ValueError: There are other numbers of items, or the latents do not fit.
         """
+        if self.config.holds_first_frame:
+            return repeat_condition(image, batch, (1, *latent_shape[1:]))
         channels = self.config.in_channels - self.config.out_channels
         return repeat_condition(image, batch, (*latent_shape[:-1], channels))
+
+    def hold_frames(
+        self, latents: Float[Array, "B F H W C"], image: ImageCondition | None
+    ) -> Float[Array, "B F H W C"]:
+        """Returns latents with the first frame that is held; see `Conditioning`.
+
+        Source: Wan2.2 `WanTI2V.i2v`.
+        """
+        if image is None or not self.config.holds_first_frame:
+            return latents
+        first = image.latents.astype(latents.dtype)
+        return jnp.concatenate([first, latents[:, first.shape[1] :]], axis=1)

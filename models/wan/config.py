@@ -1,4 +1,4 @@
-"""Sizes of a Wan2.1 transformer."""
+"""Sizes of a Wan2.1 or Wan2.2 transformer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -42,15 +42,13 @@ _ORIGINAL_FIELDS = {
 }
 # Model types of the original that this port has, and the width of their CLIP's image
 # tokens, which the original does not write down.
-_IMAGE_DIMS = {"t2v": None, "i2v": 1280}
+_IMAGE_DIMS = {"t2v": None, "i2v": 1280, "ti2v": None}
 _TWO_IMAGES = "models of videos between two images are not supported"
 _VACE = "VACE, which edits videos, is not supported"
 # Why others are refused.
 _OTHER_TYPES = {
     "flf2v": _TWO_IMAGES,
     "vace": _VACE,
-    "ti2v": "Wan2.2's models from text or an image, which have an autoencoder of their "
-    "own, are not supported",
 }
 _QK_NORM_NAME = "rms_norm_across_heads"
 
@@ -74,7 +72,9 @@ class WanConfig:
       text_length: Rows of the text context, padding included. Cross-attention has
         no mask, so the padded rows take part and their number changes the result.
       image_dim: Width of the image tokens that image-to-video models attend to
-        beside the text; None for text-to-video.
+        beside the text; None for models that see none.
+      holds_first_frame: Whether an image may be given as the first latent frame, which
+        is held at its values and at time 0, instead of further channels.
       freq_dim: Size of the sinusoidal timestep embedding; even.
       eps: Added to variances in every norm.
       rope_theta: Base of the rotary frequencies.
@@ -103,6 +103,7 @@ class WanConfig:
     text_dim: int = 4096
     text_length: int = 512
     image_dim: int | None = None
+    holds_first_frame: bool = False
     freq_dim: int = 256
     eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -132,6 +133,11 @@ class WanConfig:
             raise ValueError(f"{self.eps=} must be positive")
         if not self.rope_theta > 1.0:
             raise ValueError(f"{self.rope_theta=} must be greater than 1")
+        if self.holds_first_frame and self.takes_image:
+            raise ValueError(
+                f"{self.holds_first_frame=} needs as many channels in as out, not "
+                f"{self.in_channels} and {self.out_channels}"
+            )
         check_dtypes(self)
         check_linears(self)
 
@@ -147,7 +153,7 @@ class WanConfig:
 
     @property
     def takes_image(self) -> bool:
-        """Whether the model starts from an image: it then has channels for it."""
+        """Whether the model must start from an image: it has channels for it then."""
         return self.in_channels != self.out_channels
 
     @classmethod
@@ -181,6 +187,28 @@ class WanConfig:
         return cls.t2v_14b(**({"in_channels": 36, "image_dim": 1280} | changes))
 
     @classmethod
+    def i2v_a14b(cls, **changes: Any) -> "WanConfig":
+        """Returns the sizes of each expert of Wan2.2-I2V-A14B.
+
+        Those of Wan2.2-T2V-A14B have the sizes of Wan2.1-T2V-14B.
+        """
+        return cls.t2v_14b(**({"in_channels": 36} | changes))
+
+    @classmethod
+    def ti2v_5b(cls, **changes: Any) -> "WanConfig":
+        """Returns the sizes of Wan2.2-TI2V-5B."""
+        sizes: dict[str, Any] = {
+            "dim": 3072,
+            "ffn_dim": 14336,
+            "num_heads": 24,
+            "num_layers": 30,
+            "in_channels": 48,
+            "out_channels": 48,
+            "holds_first_frame": True,
+        }
+        return cls(**(sizes | changes))
+
+    @classmethod
     def mini(cls, **changes: Any) -> "WanConfig":
         """Returns the sizes of the small model that ships with this project."""
         sizes: dict[str, Any] = {
@@ -201,16 +229,16 @@ class WanConfig:
         Args:
           published: The parsed file. Keys that start with "_", such as
             "_class_name", are ignored.
-          **changes: Fields to set or override, such as `dtype`, `tile`, or the
-            `text_length` that diffusers keeps outside its model configuration.
+          **changes: Fields to set or override, such as `dtype`, `tile`, or what
+            diffusers keeps outside its model configuration: `text_length`, and
+            `holds_first_frame`, which is its pipeline's `expand_timesteps`.
 
         Returns:
           The configuration.
 
         Raises:
-          ValueError: The file is of neither a text-to-video nor an image-to-video
-            model, asks for something this port does not have, or lacks or adds keys;
-            all are named.
+          ValueError: The file is of a model of another kind, asks for something this
+            port does not have, or lacks or adds keys; all are named.
         """
         is_diffusers = "num_attention_heads" in published
         fields = _DIFFUSERS_FIELDS if is_diffusers else _ORIGINAL_FIELDS
@@ -221,16 +249,18 @@ class WanConfig:
         if is_diffusers:
             sizes |= _read_diffusers_only(published)
         else:
-            sizes["image_dim"] = _IMAGE_DIMS[published.get("model_type", "t2v")]
+            kind = published.get("model_type", "t2v")
+            sizes["image_dim"] = _IMAGE_DIMS[kind]
+            sizes["holds_first_frame"] = kind == "ti2v"
         return cls(**(sizes | changes))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the sizes as diffusers names them in `config.json`.
 
         `from_dict` reads them. diffusers has no transformer without norms of queries
-        and keys; without them `qk_norm` is false. Compute options (tile, dtypes) and
-        the length of the text are not part of a diffusers configuration and are left
-        out.
+        and keys; without them `qk_norm` is false. Compute options (tile, dtypes), the
+        length of the text and whether a first frame is held are not part of a diffusers
+        configuration and are left out.
         """
         named = {key: getattr(self, ours) for key, ours in _DIFFUSERS_FIELDS.items()}
         return named | {

@@ -76,17 +76,29 @@ class ConditionEmbedder(nnx.Module):
 
     def __call__(
         self,
-        timesteps: Float[Array, " B"],
+        times: Float[Array, "B times"],
         context: Float[Array, "B L text"],
         context_lengths: Int[Array, " B"] | None,
-    ) -> tuple[Float[Array, "B E"], Float[Array, "B 6 E"], Float[Array, "B L E"]]:
-        """Returns time embedding, its projection for the blocks, and embedded text."""
+    ) -> tuple[
+        Float[Array, "B times E"], Float[Array, "B times 6 E"], Float[Array, "B L E"]
+    ]:
+        """Returns time embeddings, their projection for the blocks, and embedded text.
+
+        Args:
+          times: Noise levels of each item; see `WanInputs.times`.
+          context: Text embeddings.
+          context_lengths: Rows of them that are text; None if the others are zero.
+        """
         if context_lengths is not None:
             row = jnp.arange(context.shape[1])[:, None]
             context = jnp.where(row < context_lengths[:, None, None], context, 0)
-        time = self.time_embedder(timestep_embedding(timesteps, self.freq_dim))
+        batch = len(times)
+        time = self.time_embedder(timestep_embedding(times.ravel(), self.freq_dim))
         projected = self.time_proj(jax.nn.silu(time))
-        modulation = rearrange(projected, "B (rows E) -> B rows E", rows=6)
+        modulation = rearrange(
+            projected, "(B times) (rows E) -> B times rows E", B=batch, rows=6
+        )
+        time = rearrange(time, "(B times) E -> B times E", B=batch)
         return time, modulation, self.text_embedder(context.astype(self.dtype))
 
     def embed_image(

@@ -1,11 +1,12 @@
 """First frames: fitted to the video, and as the latent channels a model is told."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models.diffusion.images import kept_part
 from models.diffusion.interfaces import Codec
-from models.media.resize import resize_bicubic
 
 
 def condition_latents(
@@ -43,6 +44,8 @@ def fit_images(
     images: Float[Array, "B _H _W 3"],
     video_size: tuple[int, int],
     multiples: tuple[int, int],
+    *,
+    resize: Callable[[Array, int, int], Array],
 ) -> tuple[Float[Array, "B _h _w 3"], Float[Array, "B height width 3"]]:
     """Fits images of any size to be first frames of a video.
 
@@ -50,15 +53,17 @@ def fit_images(
       images: In [-1, 1].
       video_size: Height and width of the video.
       multiples: As in `kept_part`.
+      resize: Makes images of so many rows and columns.
 
     Returns:
       The kept part in the image's own pixels, which the image encoder sees, and the
       same resized to the video; equal if the size was right.
 
-    Source: Wan2.1 `WanI2V.generate`, where nothing is cut.
+    Source: Wan2.1 `WanI2V.generate`, where nothing is cut. Wan2.2's `WanTI2V.i2v` cuts
+    the little that this rule squeezes, too.
     """
     rows, columns = kept_part((images.shape[1], images.shape[2]), video_size, multiples)
     kept = images[:, rows, columns]
     if kept.shape[1:3] == tuple(video_size):
         return kept, kept
-    return kept, resize_bicubic(kept, *video_size)
+    return kept, resize(kept, *video_size)

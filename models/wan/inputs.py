@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from draft_jax.pytree import register_named_tuple
@@ -22,6 +23,8 @@ class WanInputs(NamedTuple):
         before they are embedded. None if they are zero already.
       image_tokens: CLIP's tokens of the image (257 of the layer before its last),
         for an image-to-video model and only there.
+      first_timesteps: Noise level of each item's first latent frame, where it is
+        another than that of the frames after it; None where it is the same.
     """
 
     latents: Float[Array, "B F H W C"]
@@ -29,6 +32,14 @@ class WanInputs(NamedTuple):
     context: Float[Array, "B L text"]
     context_lengths: Int[Array, " B"] | None = None
     image_tokens: Float[Array, "B I image"] | None = None
+    first_timesteps: Float[Array, " B"] | None = None
+
+    @property
+    def times(self) -> Float[Array, "B times"]:
+        """Noise levels of each item: one, or that of the first frame and the others."""
+        if self.first_timesteps is None:
+            return self.timesteps[:, None]
+        return jnp.stack([self.first_timesteps, self.timesteps], axis=1)
 
 
 def check_inputs(inputs: WanInputs, config: WanConfig) -> None:
@@ -49,7 +60,7 @@ def check_inputs(inputs: WanInputs, config: WanConfig) -> None:
             f"context has shape {inputs.context.shape}; expected [batch, text_length, "
             f"text_dim] = {expected}"
         )
-    for name in ("timesteps", "context_lengths"):
+    for name in ("timesteps", "first_timesteps", "context_lengths"):
         array = getattr(inputs, name)
         if array is not None and array.shape != (batch,):
             raise ValueError(f"{name} has shape {array.shape}; expected ({batch},)")

@@ -49,7 +49,8 @@ class BlockInputs(NamedTuple):
     Attributes:
       text: Embedded text in `config.dtype`.
       image: Embedded image tokens, for an image-to-video model.
-      modulation: Projected time embedding, float32.
+      modulation: Projected time embeddings, float32: of all tokens, or of those of the
+        first frame and those of the others.
       rope: Cosine and sine per token, in tiled order.
       grid: Geometry of the tokens.
       draft: Options of draft attention; None is dense attention.
@@ -57,7 +58,7 @@ class BlockInputs(NamedTuple):
 
     text: Float[Array, "B L E"]
     image: Float[Array, "B I E"] | None
-    modulation: Float[Array, "B 6 E"]
+    modulation: Float[Array, "B times 6 E"]
     rope: RopeTable
     grid: VideoGrid
     draft: DraftConfig | None
@@ -245,7 +246,7 @@ class WanBlock(nnx.Module):
         """
         rows = self.scale_shift_table[...].astype(jnp.float32) + inputs.modulation
         shift_1, scale_1, gate_1, shift_3, scale_3, gate_3 = (
-            rows[:, row, None] for row in range(6)
+            of_tokens(rows[:, :, row], inputs.grid) for row in range(6)
         )
         hidden = layer_norm(x, self.eps) * (1 + scale_1) + shift_1
         attended, mask = self.attn1(hidden.astype(self.dtype), inputs, step, mask)
@@ -269,6 +270,24 @@ def modulation_table(rows: int, config: WanConfig, rngs: nnx.Rngs) -> nnx.Param:
     values = jax.random.normal(rngs.params(), (rows, config.dim))
     values = values / math.sqrt(config.dim)
     return nnx.Param(values.astype(config.param_dtype))
+
+
+def of_tokens(
+    rows: Float[Array, "B times E"], grid: VideoGrid
+) -> Float[Array, "B _T E"]:
+    """Returns what belongs to each token of rows for one or two noise levels.
+
+    Of two, the tokens of the first frame, which come first in tiled order, have the
+    first. A compiled program chooses as it reads them: no table of all tokens exists.
+
+    Args:
+      rows: One row for all tokens, or one for the first frame and one for the others.
+      grid: Geometry of the tokens.
+    """
+    if rows.shape[1] == 1:
+        return rows
+    is_first = jnp.arange(grid.num_visual_tokens) < grid.height * grid.width
+    return jnp.where(is_first[:, None], rows[:, :1], rows[:, 1:])
 
 
 def attend_to_all(

@@ -1,14 +1,16 @@
-"""The layouts of published Wan2.1 folders.
+"""The layouts of published Wan folders.
 
 Two layouts are published: the original's (Wan-AI/Wan2.1-T2V-1.3B, -14B, ...) and that
-of diffusers (the same names with -Diffusers).
+of diffusers (the same names with -Diffusers). Those of Wan2.2 have other files.
 """
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from models.diffusion.folders.layouts import FolderLayouts
+from models.checkpoints.files import find_visible
+from models.diffusion.folders.layouts import ALL_PARTS, FolderLayouts, Part
 from models.umt5.convert import open_umt5_weights
 from models.umt5.tokenizer import FILE as TOKENIZER_FILE
 from models.wan.convert import open_transformer_weights
@@ -77,3 +79,26 @@ LAYOUTS = FolderLayouts(
     },
     tokenizer_file=TOKENIZER_FILE,
 )
+
+
+# Wan2.2's model from text or an image has an autoencoder of its own.
+LAYOUTS_TI2V = dataclasses.replace(
+    LAYOUTS,
+    files={
+        **LAYOUTS.files,
+        "original": {**LAYOUTS.files["original"], "vae": ("Wan2.2_VAE.pth",)},
+    },
+)
+
+
+def layouts_of(path: str | os.PathLike) -> FolderLayouts:
+    """Returns the layouts of the model that lies in a folder, whole or not."""
+    if find_visible(path, LAYOUTS_TI2V.files["original"]["vae"][0]):
+        return LAYOUTS_TI2V
+    return LAYOUTS
+
+
+def hub_patterns(parts: Collection[Part] = ALL_PARTS) -> list[str]:
+    """Returns the files to fetch for parts, whichever model a repository holds."""
+    patterns = (LAYOUTS.hub_patterns(parts), LAYOUTS_TI2V.hub_patterns(parts))
+    return list(dict.fromkeys(name for names in patterns for name in names))

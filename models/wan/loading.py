@@ -20,7 +20,13 @@ from models.umt5.tokenizer import check_text_packages
 from models.wan.checkpoint import WanParts, open_wan_parts
 from models.wan.conditions import WanConditioning
 from models.wan.config import WanConfig
-from models.wan.sampling import WanSize, WanTask, wan_sampling, wan_shift
+from models.wan.sampling import (
+    WanSize,
+    WanTask,
+    ti2v_sampling,
+    wan_sampling,
+    wan_shift,
+)
 from models.wan.text import TEXT_PARTS, load_text_encoder
 from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.config import WanVAEConfig
@@ -31,6 +37,7 @@ _LOG = logging.getLogger(__name__)
 # Pixels of a frame, between those of 480p (399,360) and 720p (921,600).
 _BETWEEN_SIZES = 600_000
 WAN_FPS = 16.0  # of the videos that Wan was trained on
+TI2V_FPS = 24.0  # of those of Wan2.2's 5B model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,21 +82,23 @@ class WanInfo:
         shift = wan_shift(_task(self.config), height, width)
         return dataclasses.replace(sampling, shift=shift)
 
-    def mag_ratios(self, sampling: Sampling) -> MagRatios | None:
+    def mag_ratios(self, sampling: Sampling, *, from_image: bool) -> MagRatios | None:
         """Returns the ratios published for a model of these sizes, if there are.
 
         Those of image-to-video models at 480p and 720p, which have the same sizes,
         are told apart by the size of the video.
         """
         sizes = ("dim", "ffn_dim", "num_layers", "in_channels", "image_dim")
+        kind = "image" if from_image else "text"
         small = sampling.height * sampling.width < _BETWEEN_SIZES
         for name, published in (
-            ("t2v-1.3b", WanConfig.t2v_1_3b()),
-            ("t2v-14b", WanConfig.t2v_14b()),
-            (f"i2v-14b-{'480p' if small else '720p'}", WanConfig.i2v_14b()),
+            ("wan2.1-t2v-1.3b", WanConfig.t2v_1_3b()),
+            ("wan2.1-t2v-14b", WanConfig.t2v_14b()),
+            (f"wan2.1-i2v-14b-{'480p' if small else '720p'}", WanConfig.i2v_14b()),
+            (f"wan2.2-ti2v-5b-{kind}", WanConfig.ti2v_5b()),
         ):
             if all(getattr(self.config, s) == getattr(published, s) for s in sizes):
-                return published_ratios(f"wan2.1-{name}")
+                return published_ratios(name)
         return None
 
 
@@ -180,7 +189,7 @@ def load_wan(
         codec=codec,
         image_encoder=image_encoder,
         sampling=_sampling(wan),
-        fps=WAN_FPS,
+        fps=TI2V_FPS if wan.config.holds_first_frame else WAN_FPS,
     )
 
 
@@ -210,7 +219,9 @@ def _needed(parts: Collection[Part], text: TextOptions | None) -> set[Part]:
 
 
 def _vae_config(wan: WanParts) -> WanVAEConfig:
-    return wan.read_config("vae", WanVAEConfig.from_dict, WanVAEConfig.wan2_1)
+    of_5b = wan.config.holds_first_frame
+    default = WanVAEConfig.wan2_2 if of_5b else WanVAEConfig.wan2_1
+    return wan.read_config("vae", WanVAEConfig.from_dict, default)
 
 
 def _load_image_encoder(wan: WanParts) -> CLIPImageEncoder | None:
@@ -236,6 +247,8 @@ def _sampling(wan: WanParts) -> Sampling:
     if _has_own_shift(wan):
         settings["shift"] = wan.scheduler.shift
         settings["grid"] = wan.scheduler.grid
+    if wan.config.holds_first_frame:
+        return ti2v_sampling(**settings)
     size: WanSize = "720p" if wan.config.dim >= WanConfig.t2v_14b().dim else "480p"
     return wan_sampling(size, task=_task(wan.config), **settings)
 

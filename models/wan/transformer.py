@@ -1,4 +1,4 @@
-"""The Wan2.1 diffusion transformer, from text or from an image and text.
+"""The Wan2.1 and Wan2.2 diffusion transformers, from text or from an image and text.
 
 Tokens and rotary table are put into tiled order once, after patchifying, and the
 output is put back once; no layer reorders tokens. Layers share one traced block; see
@@ -32,7 +32,7 @@ from models.wan.conditions import NO_EMBEDDED_GUIDANCE, WanConditioning
 from models.wan.config import WanConfig
 from models.wan.embeddings import ConditionEmbedder
 from models.wan.inputs import WanInputs, check_inputs
-from models.wan.layers import BlockInputs, WanBlock, modulation_table
+from models.wan.layers import BlockInputs, WanBlock, modulation_table, of_tokens
 from models.wan.rope import split_head_dim
 
 # Paths of linear layers that are in `config.dtype` with linears in FP8, too. (The
@@ -45,7 +45,8 @@ _DENSE = AttentionPlan.dense()
 class WanTransformer(VideoTransformer):
     """Predicts the velocity of a noisy latent, given time, text and perhaps an image.
 
-    A `VideoModel`. Source: Wan2.1 `WanModel` and diffusers `WanTransformer3DModel`.
+    A `VideoModel`. Source: Wan2.1 and Wan2.2 `WanModel`, diffusers
+    `WanTransformer3DModel`.
     """
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
@@ -122,7 +123,7 @@ class WanTransformer(VideoTransformer):
         check_inputs(inputs, self.config)
         grid = self.grid(inputs.latents.shape)
         time, _, _ = self.condition_embedder(
-            inputs.timesteps, inputs.context, inputs.context_lengths
+            inputs.times, inputs.context, inputs.context_lengths
         )
         x = self.patch_embedding(inputs.latents, grid).astype(jnp.float32)
         return self._head(x + residual, time, grid)
@@ -166,8 +167,10 @@ class WanTransformer(VideoTransformer):
             raise ValueError(NO_EMBEDDED_GUIDANCE)
         rows = len(context.lengths)
         repeats = rows // len(latents)
-        tokens = None
-        if image is not None:
+        tokens = first_timesteps = None
+        if image is not None and self.config.holds_first_frame:
+            first_timesteps = jnp.zeros(rows)
+        elif image is not None:
             latents = jnp.concatenate([latents, image.latents], axis=-1)
             tokens = image.tokens
         return WanInputs(
@@ -178,6 +181,7 @@ class WanTransformer(VideoTransformer):
             image_tokens=(
                 None if tokens is None else jnp.concatenate([tokens] * repeats)
             ),
+            first_timesteps=first_timesteps,
         )
 
     @property
@@ -231,7 +235,7 @@ class WanTransformer(VideoTransformer):
             num_heads=config.num_heads,
         )
         time, modulation, text = self.condition_embedder(
-            inputs.timesteps, inputs.context, inputs.context_lengths
+            inputs.times, inputs.context, inputs.context_lengths
         )
         shared = BlockInputs(
             text=text,
@@ -262,14 +266,17 @@ class WanTransformer(VideoTransformer):
         )
 
     def _head(
-        self, x: Float[Array, "B T E"], time: Float[Array, "B E"], grid: VideoGrid
+        self,
+        x: Float[Array, "B T E"],
+        time: Float[Array, "B times E"],
+        grid: VideoGrid,
     ) -> Velocity:
         """Applies the modulated norm in float32 and the projection in `dtype`.
 
         Then puts tokens back to raster order and cuts patches into positions.
         """
         table = self.scale_shift_table[...].astype(jnp.float32)
-        shift, scale = (table[row] + time[:, None] for row in range(2))
+        shift, scale = (of_tokens(table[row] + time, grid) for row in range(2))
         x = layer_norm(x, self.config.eps) * (1 + scale) + shift
         patches = self.proj_out(x.astype(self.config.dtype)).astype(jnp.float32)
         return unpatchify(

@@ -26,6 +26,7 @@ _KNOWN: dict[str, Callable[..., WanConfig]] = {
     "Wan2.1-T2V-1.3B": lambda **changes: WanConfig.t2v_1_3b(**changes),
     "Wan2.1-T2V-14B": lambda **changes: WanConfig.t2v_14b(**changes),
     "Wan2.1-I2V-14B": lambda **changes: WanConfig.i2v_14b(**changes),
+    "Wan2.2-TI2V-5B": lambda **changes: WanConfig.ti2v_5b(**changes),
 }
 # Wan2.2's pairs have the shapes of Wan2.1, and one alone would make poor videos.
 _PAIR = re.compile(r"wan[-_. ]?2[._]2|(high|low)[-_ ]?noise", re.IGNORECASE)
@@ -69,11 +70,6 @@ class TransformerFile:
           CheckpointError: The file is damaged, or holds no transformer that is known;
             says which is nearest, and in what it differs.
         """
-        if _PAIR.search(path.name):
-            raise CheckpointError(
-                f"{path} is named as one of Wan2.2's pairs of transformers, for high "
-                "noise and for low, which are not supported; expected Wan2.1"
-            )
         weights = open_transformer_weights(path)
         try:
             layout = detect_layout(weights)
@@ -82,6 +78,11 @@ class TransformerFile:
                 f"{path} holds no Wan transformer{_explain(weights)}: {error}"
             ) from error
         model, config = _find_model(path, weights, layout)
+        if not config.holds_first_frame and _PAIR.search(path.name):
+            raise CheckpointError(
+                f"{path} is named as one of Wan2.2's pairs of transformers, for high "
+                "noise and for low, which are not supported; expected Wan2.1"
+            )
         try:
             check_parameters(
                 lambda: WanTransformer(config, rngs=nnx.Rngs(0)),

@@ -151,6 +151,7 @@ def test_constants_reach_the_rule(tmp_path):
         (wan_info(WanConfig.i2v_14b()), (720, 1280), "wan2.1-i2v-14b-720p"),
         (hunyuan_info(HunyuanConfig.video_13b()), (544, 960), "hunyuanvideo-540p"),
         (hunyuan_info(HunyuanConfig.video_13b()), (720, 1280), "hunyuanvideo-720p"),
+        (wan_info(WanConfig.ti2v_5b()), (704, 1280), "wan2.2-ti2v-5b-text"),
         (wan_info(WanConfig.mini()), (480, 832), None),
         (wan_info(WanConfig.t2v_14b(num_layers=39)), (720, 1280), None),
         (hunyuan_info(HunyuanConfig.custom_13b()), (720, 1280), None),
@@ -160,7 +161,7 @@ def test_constants_reach_the_rule(tmp_path):
 def test_published_ratios_are_those_of_the_models_sizes(info, size, name):
     sampling = Sampling(height=size[0], width=size[1])
     expected = None if name is None else published_ratios(name)
-    assert info.mag_ratios(sampling) == expected
+    assert info.mag_ratios(sampling, from_image=False) == expected
 
 
 @pytest.mark.nightly

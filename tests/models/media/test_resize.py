@@ -8,8 +8,9 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from models.media.resize import bicubic_weights, resize_bicubic
+from models.media.resize import bicubic_weights, resize_bicubic, resize_lanczos
 from tests.tolerances import BICUBIC
 
 
@@ -55,3 +56,19 @@ def test_resize_of_any_shape(shape, size):
     got = resize_bicubic(jnp.asarray(image)[None], *size)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got[0], resize_by_loops(image, *size), **BICUBIC)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("size", [(9, 14), (40, 25), (20, 60)], ids=str)
+def test_lanczos_is_that_of_pillow(size):
+    image = np.random.default_rng(0).uniform(-1, 1, (20, 31, 3)).astype(np.float32)
+    height, width = size
+    expected = np.stack(
+        [
+            Image.fromarray(image[..., colour]).resize((width, height), Image.LANCZOS)
+            for colour in range(3)
+        ],
+        axis=-1,
+    ).clip(-1, 1)
+    got = resize_lanczos(jnp.asarray(image[None]), height, width)[0]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)

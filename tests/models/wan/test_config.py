@@ -100,13 +100,23 @@ def test_configurations_are_hashable_and_frozen():
         one.dim = 3
 
 
+def test_wan2_2_is_read():
+    """The 5B model's config.json, and what an expert of I2V-A14B has of Wan2.1's."""
+    sizes = {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30}
+    channels = {"in_dim": 48, "out_dim": 48, "model_type": "ti2v"}
+    published = ORIGINAL_1_3B | sizes | channels
+    assert WanConfig.from_dict(published) == WanConfig.ti2v_5b()
+    expert = WanConfig.from_dict(ORIGINAL_I2V, image_dim=None)
+    assert expert == WanConfig.i2v_a14b()
+
+
 @pytest.mark.parametrize(
     ("published", "message"),
     [
         (
             ORIGINAL_I2V | {"model_type": "flf2v"},
-            r"model_type='flf2v' must be one of \('t2v', 'i2v'\): models of videos "
-            "between two images are not supported$",
+            r"model_type='flf2v' must be one of \('t2v', 'i2v', 'ti2v'\): models of "
+            "videos between two images are not supported$",
         ),
         (
             DIFFUSERS_I2V | {"pos_embed_seq_len": 514},
@@ -114,17 +124,17 @@ def test_configurations_are_hashable_and_frozen():
         ),
         (
             ORIGINAL_1_3B | {"model_type": "vace", "vace_layers": [0, 2]},
-            "'i2v'\\): VACE, which edits videos, is not supported$",
+            "'ti2v'\\): VACE, which edits videos, is not supported$",
         ),
         (
             DIFFUSERS_1_3B | {"vace_layers": [0, 2], "vace_in_channels": 96},
             r"vace_layers=\[0, 2\] must be left out: VACE, which edits videos, is not",
         ),
         (
-            ORIGINAL_1_3B | {"model_type": "ti2v", "in_dim": 48, "out_dim": 48},
-            r"'ti2v' must be .*: Wan2\.2's models from text or an image, which have ",
+            ORIGINAL_1_3B | {"model_type": "ti2v", "in_dim": 36},
+            "holds_first_frame=True needs as many channels in as out, not 36 and 16",
         ),
-        (ORIGINAL_1_3B | {"model_type": "s2v"}, "'s2v' must be one of .*'i2v'\\)$"),
+        (ORIGINAL_1_3B | {"model_type": "s2v"}, "'s2v' must be one of .*'ti2v'\\)$"),
         (DIFFUSERS_1_3B | {"image_dim": 1280}, "added_kv_proj_dim=None must be 1536"),
         (DIFFUSERS_1_3B | {"added_kv_proj_dim": 1536}, "=1536 must be None, for image"),
         (DIFFUSERS_1_3B | {"qk_norm": "layer_norm"}, "qk_norm='layer_norm' must be"),

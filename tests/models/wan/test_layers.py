@@ -56,7 +56,7 @@ def block_inputs():
     grid = VideoGrid(2, 4, 6, tile=(2, 4))
     x = jnp.float32(normal(1, grid.num_tokens, 24))
     context = jnp.bfloat16(normal(1, 6, 24, seed=1))
-    modulation = jnp.float32(normal(1, 6, 24, seed=2))
+    modulation = jnp.float32(normal(1, 1, 6, 24, seed=2))
     shared = BlockInputs(
         text=context,
         image=None,
@@ -80,7 +80,7 @@ def test_residual_stream_stays_float32(narrow_block):
 def test_time_embedding_is_float32_and_text_is_narrow():
     config = dataclasses.replace(tiny_model.CONFIG, dtype="bfloat16")
     embed = ConditionEmbedder(config, rngs=nnx.Rngs(0))
-    time, modulation, text = embed(jnp.ones(1), jnp.ones((1, 6, 8)), None)
+    time, modulation, text = embed(jnp.ones((1, 1)), jnp.ones((1, 6, 8)), None)
     assert time.dtype == modulation.dtype == jnp.float32
     assert text.dtype == jnp.bfloat16
 

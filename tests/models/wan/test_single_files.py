@@ -208,6 +208,7 @@ def test_contradictions_are_refused(tmp_path, case):
 @pytest.mark.parametrize(
     "name", ["wan2.2_t2v_high_noise_14B_fp8_scaled", "Wan2_1-LowNoise", "Wan2_2-T2V"]
 )
+@pytest.mark.usefixtures("shallow")
 def test_names_of_pairs_are_refused(tmp_path, name):
     file = write_empty(tmp_path / f"{name}.safetensors", SMALL)
     with pytest.raises(CheckpointError, match=r"named as one of Wan2\.2's pairs"):

@@ -144,11 +144,8 @@ LAYOUTS = pytest.mark.parametrize("layout", ["original", "diffusers"])
 @LAYOUTS
 def test_whole_folders_are_described(published, layout):
     folder = WanFolder.open(published[layout])
-    assert (folder.path, folder.layout, folder.task) == (
-        published[layout],
-        layout,
-        "t2v",
-    )
+    assert (folder.path, folder.layout) == (published[layout], layout)
+    assert not folder.holds_first_frame
     expected = {"transformer", "text_encoder", "tokenizer", "vae"}
     if layout == "diffusers":
         expected.add("scheduler")
@@ -369,7 +366,7 @@ def test_image_models_need_an_image_encoder(copies):
         folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
     )
     opened = WanFolder.open(folder)
-    assert opened.task == "i2v"
+    assert "image_encoder" in opened.parts
     assert "0.bias" in opened.source("image_encoder").weights
 
 
