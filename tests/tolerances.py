@@ -180,6 +180,13 @@ FLOAT8_PRODUCT = {"float32": 3e-7, "bfloat16": 2.7e-3}
 TILE_SCORES = {"rtol": 1e-5, "atol": 1e-8}
 # The same from bfloat16 queries and keys, for logits of standard deviation 1.
 TILE_SCORES_BFLOAT16 = {"rtol": 2e-2, "atol": 1e-8}
-# The same where products are exact: sums over the parts of a tile are rounded to
+# Scores of a draft on a GPU against those of the CPU. Products are float32.
+GPU_DRAFT = {"rtol": 1e-4, "atol": 1e-7}
+# The same with the spread's product in TF32: factors cut by up to 2^-10, and a root.
+GPU_SPREAD = {"rtol": 1.2e-3, "atol": 1e-7}
+# The same of sub-tiles by the kernel: for logits below 1, whose errors in bfloat16 are
+# below 1e-3 (4.9e-4 measured, H200), and sums of which each is rounded by up to 2^-9.
+GPU_DRAFT_OF_SUB_TILES = {"rtol": 4e-3, "atol": 1e-7}
+# TILE_SCORES where products are exact: sums over the parts of a tile are rounded to
 # bfloat16, and once more where references change.
 TILE_SCORES_OF_EXACT_LOGITS = {"rtol": 8e-3, "atol": 1e-8}

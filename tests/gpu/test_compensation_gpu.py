@@ -1,5 +1,6 @@
 """Means for what is skipped and drafts of sub-tiles on a GPU, against float32."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,7 +17,12 @@ from draft_jax import (
     make_means,
 )
 from pallas_kernels import block_sparse_attention
-from tests.tolerances import GPU_ATTENTION
+from tests.tolerances import (
+    GPU_ATTENTION,
+    GPU_DRAFT,
+    GPU_DRAFT_OF_SUB_TILES,
+    GPU_SPREAD,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -58,10 +64,22 @@ def test_attention_with_means_is_the_oracles(order, backend):
     )
 
 
-def test_scores_are_those_of_the_cpu():
-    """Float32 products on both sides; sums may be in another order."""
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({"draft_tile": None, "ranking": "exact_spread"}, GPU_DRAFT),
+        # 32 parts of a tile: XLA.
+        ({"draft_tile": (2, 2), "ranking": "exact_spread"}, GPU_DRAFT),
+        ({"draft_tile": None}, GPU_SPREAD),
+        ({}, GPU_DRAFT_OF_SUB_TILES),
+    ],
+    ids=["float32", "float32-sub-tiles", "spread", "kernel"],
+)
+def test_scores_are_those_of_the_cpu(changes, tolerance):
+    """Products are float32 but for the spread's and those of the Hopper kernel."""
     q, k, _ = random_qkv("float32")
-    got = draft_scores(q, k, grid=GRID, config=CONFIG)
+    config = dataclasses.replace(CONFIG, **changes)
+    got = draft_scores(q, k, grid=GRID, config=config)
     with jax.default_device(jax.devices("cpu")[0]):
-        want = draft_scores(np.asarray(q), np.asarray(k), grid=GRID, config=CONFIG)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
+        want = draft_scores(np.asarray(q), np.asarray(k), grid=GRID, config=config)
+    np.testing.assert_allclose(got, want, **tolerance)
