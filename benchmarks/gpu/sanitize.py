@@ -33,6 +33,7 @@ from draft_jax import (
 )
 from pallas_kernels import Means, block_sparse_attention, dense_attention
 from pallas_kernels.common.interfaces import Order
+from pallas_kernels.tile_scores import Parts, tile_scores
 
 HEADS, HEAD_DIM = 4, 128  # 2 heads would be norm_rope_pool's XLA path
 TEXT_GRID = VideoGrid(2, 13, 32, text_length=40)  # with edge tiles
@@ -144,6 +145,17 @@ def draft_with_means() -> None:
     check("draft attention with means", attend(*qkv))
 
 
+def scores() -> None:
+    """Scores parts of tiles: some query blocks for each CTA, and logits that grow."""
+    num, heads = 264, 150
+    weights = (0.125,) * num
+    parts = Parts(per_tile=8, query_weights=weights, key_weights=weights)
+    q, k, _ = inputs((1, num, heads, HEAD_DIM), "float32")
+    growing = 100 * HEAD_DIM**0.5 * (jnp.arange(num) // 128)  # nats by key block
+    k = k.at[..., 0].set(growing[:, None])
+    check("scores", tile_scores(q.at[..., 0].set(1.0), k, parts))
+
+
 def prepare() -> None:
     """Runs norm, rotation and pooling."""
     grid = TEXT_GRID
@@ -216,6 +228,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "dense": dense,
     "draft": draft,
     "draft-means": draft_with_means,
+    "scores": scores,
     "prepare": prepare,
     "prepare-joint": prepare_joint,
 }

@@ -128,10 +128,13 @@ def test_means_far_above_the_kept_keys(dtype):
 
 @pytest.mark.parametrize("per_tile", [2, 4, 8, 16])
 @pytest.mark.parametrize("is_uneven", [False, True], ids=["even", "uneven"])
-@pytest.mark.parametrize(("tiles", "head_dim"), [(990, 128), (61, 64)], ids=str)
-def test_scores_keep_what_float32_keeps(tiles, head_dim, is_uneven, per_tile):
+@pytest.mark.parametrize(
+    ("tiles", "head_dim", "heads"), [(990, 128, 2), (61, 64, 160)], ids=str
+)
+def test_scores_keep_what_float32_keeps(tiles, head_dim, heads, is_uneven, per_tile):
+    """With 160 heads CTAs have more than one query block each."""
     rng = np.random.default_rng(0)
-    num, heads = tiles * per_tile, 2
+    num = tiles * per_tile
     counts = rng.integers(1, 9, num) if is_uneven else np.ones(num)
     shares = np.repeat(1 / counts.reshape(tiles, -1).sum(1), per_tile) * counts
     parts = Parts(
