@@ -1,4 +1,7 @@
-"""Measures of how close two videos are: PSNR and SSIM, in float64 NumPy."""
+"""Measures of how close two videos are, in float64 NumPy.
+
+PSNR, SSIM, the deviation of gradient similarity, and flicker.
+"""
 
 import math
 
@@ -8,6 +11,8 @@ from jaxtyping import Float
 SSIM_SIGMA = 1.5  # pixels; the window of Wang et al. (2004)
 SSIM_RADIUS = 5  # pixels; the window is cut off at 3.5 sigma, 11 taps
 SSIM_K1, SSIM_K2 = 0.01, 0.03
+LUMA = (0.299, 0.587, 0.114)  # Rec. 601, as image metrics take it
+GMSD_CONSTANT = 170 / 255**2  # that of the paper, for values in [0, 1]
 
 # Sizes are not bound to each other: unlike videos are an error with its own text.
 Video = Float[np.ndarray, "_F _H _W _C"]
@@ -84,6 +89,77 @@ def check_ssim_size(height: int, width: int) -> None:
         )
 
 
+def gmsd(video: Video, reference: Video) -> float:
+    """Computes the deviation of gradient similarity, averaged over frames.
+
+    Edges are what people judge a picture by. The similarity of gradient magnitudes
+    is a map; its standard deviation tells local damage from an even change, which is
+    less visible. It has no trained part, and follows opinion scores better than SSIM
+    does in its paper. Frames are halved first, by means of 2 x 2 pixels.
+
+    Args:
+      video: Values in [0, 1], RGB, frames of at least 6 x 6 pixels.
+      reference: The video to compare with.
+
+    Returns:
+      0.0 for equal videos; larger is worse.
+
+    Raises:
+      ValueError: The shapes differ, or a frame is too small.
+
+    Source: Xue et al., Gradient Magnitude Similarity Deviation: A Highly Efficient
+    Perceptual Image Quality Index (2014).
+    """
+    _check_same_shape(video, reference)
+    if min(video.shape[1:3]) < 6:
+        raise ValueError(f"frames of {video.shape[1:3]} pixels: less than 6 x 6")
+    frames = zip(video, reference, strict=True)
+    return float(np.mean([_frame_gmsd(*pair) for pair in frames]))
+
+
+def flicker(video: Video, reference: Video) -> float:
+    """Computes how much more or less changes from frame to frame than it should.
+
+    The root mean square of the differences between consecutive frames, less those of
+    the reference: an error that stands still does not count, one that comes and goes
+    does.
+
+    Args:
+      video: Values in [0, 1], at least two frames.
+      reference: The video to compare with.
+
+    Returns:
+      0.0 for equal videos; larger is worse.
+
+    Raises:
+      ValueError: The shapes differ, or there is one frame only.
+    """
+    _check_same_shape(video, reference)
+    if len(video) < 2:
+        raise ValueError(f"video has {len(video)} frames; expected at least 2")
+    error = video.astype(np.float64) - reference.astype(np.float64)
+    return float(np.sqrt(np.mean(np.diff(error, axis=0) ** 2)))
+
+
+def _frame_gmsd(frame: np.ndarray, reference: np.ndarray) -> float:
+    x, y = _gradients(frame), _gradients(reference)
+    similarity = (2 * x * y + GMSD_CONSTANT) / (x * x + y * y + GMSD_CONSTANT)
+    return float(similarity.std())
+
+
+def _gradients(frame: np.ndarray) -> np.ndarray:
+    """Returns the magnitudes of Prewitt's gradients of the halved luma."""
+    luma = frame.astype(np.float64) @ np.array(LUMA)
+    rows, columns = (size // 2 * 2 for size in luma.shape)
+    even = luma[:rows, :columns]
+    half = (even[::2, ::2] + even[1::2, ::2] + even[::2, 1::2] + even[1::2, 1::2]) / 4
+    across = half[:, 2:] - half[:, :-2]
+    down = half[2:] - half[:-2]
+    across = (across[:-2] + across[1:-1] + across[2:]) / 3
+    down = (down[:, :-2] + down[:, 1:-1] + down[:, 2:]) / 3
+    return np.hypot(across, down)
+
+
 def _frame_ssim(frame: np.ndarray, reference: np.ndarray) -> float:
     x, y = frame.astype(np.float64), reference.astype(np.float64)
     mean_x, mean_y = _blur(x), _blur(y)
@@ -102,10 +178,14 @@ def _blur(image: np.ndarray) -> np.ndarray:
     weights = np.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
     weights /= weights.sum()
     for axis in (0, 1):
-        windows = np.lib.stride_tricks.sliding_window_view(
-            image, len(weights), axis=axis
+        size = image.shape[axis] - 2 * SSIM_RADIUS
+        # Sums of shifted pictures: four times as fast as a product with windows.
+        parts = np.moveaxis(image, axis, 0)
+        image = np.moveaxis(
+            sum(w * parts[shift : shift + size] for shift, w in enumerate(weights)),
+            0,
+            axis,
         )
-        image = windows @ weights
     return image
 
 

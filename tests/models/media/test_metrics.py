@@ -1,11 +1,11 @@
-"""PSNR and SSIM, against worked cases and scikit-image."""
+"""Metrics of videos, against worked cases, loops and scikit-image."""
 
 import math
 
 import numpy as np
 import pytest
 
-from models.media.metrics import psnr, ssim
+from models.media.metrics import flicker, gmsd, psnr, ssim
 
 
 def two_videos():
@@ -84,7 +84,70 @@ def test_ssim_matches_a_loop_over_windows():
     assert ssim(video, reference) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("metric", [psnr, ssim])
+def naive_gmsd(x, y):
+    """The paper's formula, a place at a time."""
+    weights = np.array([0.299, 0.587, 0.114])
+
+    def magnitude(frame, row, column):
+        total = np.zeros(2)
+        for r, c in np.ndindex(3, 3):
+            top, left = 2 * (row + r), 2 * (column + c)
+            mean = (frame[top : top + 2, left : left + 2] @ weights).mean()
+            total += mean * np.array([c - 1, r - 1]) / 3
+        return np.sqrt((total**2).sum())
+
+    similarities = []
+    for row, column in np.ndindex(x.shape[0] // 2 - 2, x.shape[1] // 2 - 2):
+        a, b = magnitude(x, row, column), magnitude(y, row, column)
+        constant = 170 / 255**2
+        similarities.append((2 * a * b + constant) / (a * a + b * b + constant))
+    return np.std(similarities)
+
+
+def test_gmsd_matches_a_loop_over_places():
+    rng = np.random.default_rng(0)
+    video = rng.random((2, 9, 12, 3))
+    reference = np.clip(video + 0.3 * rng.normal(size=video.shape), 0, 1)
+    expected = np.mean(
+        [naive_gmsd(x, y) for x, y in zip(video, reference, strict=True)]
+    )
+    assert gmsd(video, reference) == pytest.approx(expected, abs=1e-12)
+
+
+def test_gmsd_orders_known_distortions():
+    """Lighter is unseen; more noise, more blur and damage in one place are worse."""
+    _, h, w, _ = np.indices((1, 64, 64, 3))
+    reference = 0.5 + 0.4 * np.sign(np.sin(0.4 * h) * np.sin(0.3 * w))[..., :3]
+    reference = np.clip(reference, 0, 1).astype(np.float64)
+    noise = np.random.default_rng(0).normal(size=reference.shape)
+
+    def blurred(radius):
+        shifts = range(-radius, radius + 1)
+        return np.mean([np.roll(reference, n, axis=2) for n in shifts], axis=0)
+
+    assert gmsd(reference, reference) == 0.0
+    assert gmsd(reference + 0.05, reference) == pytest.approx(0.0, abs=1e-12)
+    for worse, better in (
+        (reference + 0.1 * noise, reference + 0.03 * noise),
+        (blurred(3), blurred(1)),
+    ):
+        assert gmsd(worse, reference) > 1.2 * gmsd(better, reference) > 0.01
+    local = reference.copy()
+    local[:, :16, :16] = 0.5
+    assert gmsd(local, reference) > 0.1
+
+
+def test_flicker_of_hand_worked_videos():
+    reference = np.random.default_rng(0).random((4, 5, 6, 3))
+    assert flicker(reference + 0.1, reference) == pytest.approx(0.0, abs=1e-15)
+    # The error is 0.1 and -0.1 in turns: each difference is off by 0.2.
+    signs = np.array([1, -1, 1, -1])[:, None, None, None]
+    assert flicker(reference + 0.1 * signs, reference) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="at least 2"):
+        flicker(reference[:1], reference[:1])
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim, gmsd, flicker])
 def test_unlike_shapes_are_named(metric):
     with pytest.raises(ValueError, match=r"shape \(1, 16, 16, 3\) and reference"):
         metric(np.zeros((1, 16, 16, 3)), np.zeros((2, 16, 16, 3)))

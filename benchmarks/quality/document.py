@@ -1,0 +1,257 @@
+"""Writes `docs/quality.md`, its pictures and the record that they are made from.
+
+    python -m benchmarks.quality.document lab --record quality_cpu.json
+
+The text follows from the record alone; a test holds the page to it. Without a folder
+the page is written anew from the record that is there.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.records import ROOT, write_json
+from benchmarks.quality import pictures, tables
+from benchmarks.quality.clips import FLOOR_DB
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.record import RECORD
+from benchmarks.quality.summary import curves, figures
+from benchmarks.quality.trials import PARTS
+
+WORDS = Path(__file__).parent / "page"
+PAGE = ROOT / "docs" / "quality.md"
+IMAGES = ROOT / "docs" / "images"
+RESULTS = ROOT / "benchmarks" / "results"
+# The page is made from the first that is there.
+RECORDS = ("quality_h100.json", "quality_h200.json", "quality_cpu.json")
+
+
+def shipped_record() -> Path:
+    """Returns the record that the page is made from."""
+    found = [RESULTS / name for name in RECORDS if (RESULTS / name).exists()]
+    if not found:
+        raise FileNotFoundError(f"none of {RECORDS} is in {RESULTS}")
+    return found[0]
+
+
+def page(record: Mapping[str, Any], name: str) -> str:
+    """Returns the page of a record, as Markdown.
+
+    Args:
+      record: What a run has measured, with the names of its pictures.
+      name: File name of the record.
+    """
+    sections = (
+        written("introduction"),
+        provenance(record, name),
+        floor(record),
+        quality(record),
+        equal_time(record),
+        layers(record),
+        tables.choices(record),
+        use(record),
+        written("limits"),
+        written("commands"),
+    )
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def written(name: str) -> str:
+    """Returns words of the page that do not depend on a record."""
+    return (WORDS / f"{name}.md").read_text().strip()
+
+
+def provenance(record: Mapping[str, Any], name: str) -> str:
+    """Says what the figures depend on."""
+    setup, last = record["setup"], record["environments"][-1]
+    sampling = setup["sampling"]
+    versions = ", ".join(
+        f"{package} {last['versions'][package]}"
+        for package in ("python", "jax", "flax", "numpy")
+        if package in last["versions"]
+    )
+    measured = parts_measured(record)
+    missing = [part for part in PARTS if part not in measured]
+    grid, tile = setup["grid"], setup["tile"]
+    lines = [
+        "## This run",
+        "",
+        f"`benchmarks/results/{name}`, `{last['command']}`:",
+        "",
+        f"- {record['device']}; {versions}; commit {last['commit']}, "
+        f"{last['date'][:10]}.",
+        f"- Model: {setup['checkpoint']}. {len(setup['reporting'])} reporting and "
+        f"{len(setup['tuning'])} tuning prompts, {sampling['frames']} frames of "
+        f"{sampling['height']} x {sampling['width']} pixels, {sampling['num_steps']} "
+        f"steps, guidance {sampling['guidance']:g}.",
+        f"- {grid[0]} x {grid[1]} x {grid[2]} tokens in {setup['tiles']} tiles of "
+        f"{tile[0]} x {tile[1]}.",
+    ]
+    if missing:
+        lines.append(f"- Not measured in it: {', '.join(missing)}.")
+    if not record.get("times"):
+        lines.append(
+            "- Times of layers were not measured: nothing is said about equal time."
+        )
+    if len(setup["reporting"]) < 32:
+        lines.append(
+            "- It is a reduced run, with fewer clips than the 32 of a full one and "
+            "wide intervals: a first look, not a verdict."
+        )
+    return "\n".join(lines)
+
+
+def parts_measured(record: Mapping[str, Any]) -> set[str]:
+    """Returns the parts that a record has results of."""
+    found = {row["part"] for row in record["trials"]}
+    return found | ({"layers"} if record["layers"] else set())
+
+
+def floor(record: Mapping[str, Any]) -> str:
+    """Says how far two dense kernels are apart."""
+    pair = figures(record).get("psnr_floor")
+    if pair is None:
+        return ""
+    if pair[0] >= FLOOR_DB:
+        said = "the videos are equal bit for bit, on this device"
+    else:
+        said = f"they agree to {tables.with_interval(*pair)} dB"
+    return (
+        "## The floor\n\nDense attention by two kernels, the dense one and the "
+        "block-sparse one with all pairs in every step, after all steps: "
+        f"{said}. A method can't be told from dense attention beyond that."
+    )
+
+
+def quality(record: Mapping[str, Any]) -> str:
+    """Tables and pictures at equal density."""
+    if "methods" not in parts_measured(record):
+        return ""
+    parts = [
+        "## At equal density",
+        "PSNR to the dense video, in dB, by density. The oracle ranks blocks by their "
+        "true masses and has nothing for the dropped.",
+        tables.psnr_by_density(record),
+        picture(record, "quality_density.png", "PSNR over work"),
+        tables.all_metrics(record),
+        tables.by_motion(record),
+        picture(record, "quality_strips.jpg", "Frames of two clips at density 0.1"),
+        picture(record, "quality_maps.png", "Blocks kept at density 0.1"),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def picture(record: Mapping[str, Any], name: str, caption: str) -> str:
+    """Returns a picture's line, if the record has it."""
+    return f"![{caption}](images/{name})" if name in record["pictures"] else ""
+
+
+def equal_time(record: Mapping[str, Any]) -> str:
+    """Table and picture at equal time of the layer."""
+    if not record.get("times"):
+        return ""
+    times = record["times"]
+    parts = [
+        "## At equal time",
+        f"Times of a layer of {times['shape']['qkv'][1]:,} tokens and "
+        f"{times['shape']['qkv'][2]} heads on {times['environment']['device']}, all "
+        "but the projections. PSNR between measured densities is interpolated along "
+        'straight lines; nothing is extrapolated. The oracle and "top_p" have the '
+        "times of the draft with equal rows.",
+        tables.times(record),
+        picture(record, "quality_time.png", "PSNR over the time of a layer"),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def layers(record: Mapping[str, Any]) -> str:
+    """Tables of single layers."""
+    if not record["layers"]:
+        return ""
+    steps = sorted({row["step"] + 1 for row in record["layers"]})
+    return "\n\n".join(
+        [
+            "## In single layers",
+            f"Mean over clips, layers and the steps {', '.join(map(str, steps))}.",
+            tables.layer_errors(record),
+        ]
+    )
+
+
+def use(record: Mapping[str, Any]) -> str:
+    """Says what to use when, as far as this record tells."""
+    lines = ["## What to use when", ""]
+    by_name = curves(record)
+    real = {n: c for n, c in by_name.items() if not METHODS[n].is_bound}
+    for density in sorted(
+        {d for c in real.values() for d in c.densities}, reverse=True
+    ):
+        levels = {
+            name: float(values.mean())
+            for name, curve in real.items()
+            if (values := curve.at(density)) is not None
+        }
+        best = max(levels, key=lambda name: levels[name])
+        lines.append(f"- Density {density:g}: {verdict(real, best, density)}")
+    lines += [
+        "- Where speed must compare with published figures: `DraftConfig.paper()`.",
+        "- Exact attention: dense. What a density below 1 costs stands above.",
+    ]
+    found = figures(record)
+    lines += [
+        "",
+        "The flat `summary` of the record, with half-widths of intervals:",
+        "",
+    ]
+    lines += ["| figure | value |", "| --- | --- |"]
+    lines += [
+        f"| `{name}` | {tables.with_interval(*pair, digits=2)} |"
+        for name, pair in found.items()
+    ]
+    return "\n".join(lines)
+
+
+def verdict(real: Mapping[str, Any], best: str, density: float) -> str:
+    """Says which method is ahead at a density, and if that can be told."""
+    values = real[best].at(density)
+    others = {
+        name: other
+        for name, curve in real.items()
+        if name != best and (other := curve.at(density)) is not None
+    }
+    title = METHODS[best].title
+    if not others:
+        return f"{title}."
+    second = max(others, key=lambda name: float(others[name].mean()))
+    mean, half = tables.paired(values, others[second])
+    told = "ahead of" if mean > half else "not to be told apart from"
+    gain = tables.with_interval(mean, half)
+    return f"{title}, {told} {METHODS[second].title} ({gain} dB)."
+
+
+def publish(folder: Path, target: Path) -> dict[str, Any]:
+    """Puts the record and the pictures of a run where they are committed."""
+    record = json.loads((folder / RECORD).read_text())
+    record["pictures"] = pictures.draw_all(record, folder, IMAGES)
+    write_json(target, record)
+    return record
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="of a run")
+    parser.add_argument("--record", help="file name, in benchmarks/results")
+    options = parser.parse_args(arguments)
+    target = RESULTS / options.record if options.record else shipped_record()
+    if options.folder is None:
+        record = json.loads(target.read_text())
+    else:
+        record = publish(options.folder, target)
+    PAGE.write_text(page(record, target.name))
+
+
+if __name__ == "__main__":
+    main()

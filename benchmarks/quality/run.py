@@ -1,0 +1,345 @@
+"""Measures sparse attention against dense: every method, at equal density and time.
+
+    python -m benchmarks.quality.run --output lab --reduced
+    python -m benchmarks.quality.run --output lab --limit 500 --times times.json
+    python -m benchmarks.quality.run --output lab --parts methods --methods ours paper
+    python -m benchmarks.quality.run times --output times.json --shape hunyuan
+    python -m benchmarks.quality.document lab
+
+A run goes on where an earlier one with the same folder ended. `--checkpoint` takes any
+model that `draft-video generate` takes; a published one needs `--steps`, `--size` and
+`--frames` that suit it, and prompts in its own words may be given in a file, half of
+them calm. Parts:
+
+floor         dense attention by two kernels: what no figure below can be told from
+methods       every method at every density, on the reporting prompts
+layers        error of each layer's output, and softmax mass that is kept
+front         splits of a budget between exact blocks and means, on the tuning prompts
+schedules     reused masks, and densities that fall or rise, on the tuning prompts
+combinations  sparse attention, step caches and FP8 linears, alone and together
+
+Times of layers are those of a GPU at a full-size shape, from the command `times`;
+without a file of them, nothing is said about equal time.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.caches.run import make_cache
+from benchmarks.common.options import height_by_width
+from benchmarks.common.records import write_json
+from benchmarks.quality import clips as clips_module
+from benchmarks.quality import layers as layers_module
+from benchmarks.quality import times as times_module
+from benchmarks.quality.clips import Clips
+from benchmarks.quality.methods import DENSE_FRACTION, DENSITIES, METHODS
+from benchmarks.quality.prompts import REPORTING, TUNING, Prompt
+from benchmarks.quality.record import RunFolder
+from benchmarks.quality.summary import summarize
+from benchmarks.quality.trials import PARTS, Part, Trial, make_trials
+from models.cli.cache_options import parse_cache
+from models.diffusion.calibration import measure_ratios
+from models.diffusion.pipeline import DENSE, VideoPipeline
+from models.diffusion.sampling import Sampling
+from models.loading import load_pipeline
+
+SHOWN_DENSITY = 0.1  # of the frames and maps that are kept for the document
+STEPS_LOOKED_AT = 3
+# What two cores do within ten minutes: short videos, few steps and clips.
+REDUCED: dict[str, Any] = {
+    "clips": 4,
+    "steps": 6,
+    "frames": 8,
+    "densities": [0.25, 0.1],
+    "parts": ["floor", "methods", "layers"],
+    "looks": 1,
+}
+
+
+class Lab:
+    """A run: a model, its clips, and the folder of what was measured."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Loads the model and opens the folder."""
+        self.options = options
+        self.deadline = time.monotonic() + options.limit
+        self.pipeline = self.load("bfloat16")
+        self.sampling = self._sampling()
+        reporting, tuning = _prompts(options)
+        batch = options.batch or len(reporting)
+        self.reporting = Clips(prompts=reporting, first=0, batch=batch)
+        self.tuning = Clips(prompts=tuning, first=len(reporting), batch=batch)
+        shape = self.pipeline.latent_shape(self.sampling)
+        self.grid = self.pipeline.model.grid(shape)
+        self.folder = RunFolder.open(options.output, self._setup())
+
+    @functools.cache  # noqa: B019 (one lab lives as long as its process)
+    def load(self, linears: Any) -> VideoPipeline:
+        """Loads the model with linear layers of a precision."""
+        pipeline = load_pipeline(self.options.checkpoint, linears=linears)
+        if self.options.tile is not None:  # of run time: weights do not depend on it
+            model: Any = pipeline.model
+            model.config = dataclasses.replace(model.config, tile=self.options.tile)
+        return pipeline
+
+    def _sampling(self) -> Sampling:
+        options, sampling = self.options, self.pipeline.sampling
+        changes: dict[str, Any] = {}
+        if options.steps is not None:
+            changes["num_steps"] = options.steps
+        if options.frames is not None:
+            changes["frames"] = options.frames
+        if options.size is not None:
+            changes["height"], changes["width"] = options.size
+        return dataclasses.replace(sampling, **changes)
+
+    def _setup(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "checkpoint": str(options.checkpoint or "shipped"),
+            "reporting": [list(prompt) for prompt in self.reporting.prompts],
+            "tuning": [list(prompt) for prompt in self.tuning.prompts],
+            "batch": self.reporting.batch,
+            "sampling": dataclasses.asdict(self.sampling),
+            "grid": [self.grid.frames, self.grid.height, self.grid.width],
+            "tile": list(self.grid.tile),
+            "tiles": self.grid.num_visual_blocks,
+            "densities": options.densities,
+            "dense_fraction": DENSE_FRACTION,
+        }
+
+    @property
+    def is_late(self) -> bool:
+        """Whether nothing new is to begin."""
+        return time.monotonic() > self.deadline
+
+    def clips_of(self, trial: Trial) -> Clips:
+        """Returns the clips of a trial."""
+        return self.tuning if trial.on_tuning_prompts else self.reporting
+
+    @functools.cache  # noqa: B019
+    def dense_videos(self, *, tuning: bool) -> Any:
+        """Returns dense videos, of an earlier run of the folder where there are any."""
+        name = "dense_tuning" if tuning else "dense_reporting"
+        if (found := self.folder.array(name)) is not None:
+            return found
+        clips = self.tuning if tuning else self.reporting
+        results = clips_module.generate(self.pipeline, clips, self.sampling, DENSE)
+        videos = clips_module.joined(results)
+        self.folder.keep_array(name, videos)
+        if not tuning:
+            self.folder.keep_array("frames_dense", clips_module.shown_frames(videos))
+        return videos
+
+    def top_p(self) -> dict[str, float]:
+        """Returns the masses of "top_p" at the densities, chosen on tuning prompts."""
+        record = self.folder.record
+        if not record["top_p"]:
+            found = layers_module.top_p_of_densities(
+                self._looks(self.tuning), self.options.densities, self.grid
+            )
+            record["top_p"] = found
+            self.folder.save()
+        return record["top_p"]
+
+    def _looks(self, clips: Clips) -> Any:
+        steps = layers_module.looked_at(
+            self.sampling.num_steps, self.options.looks, DENSE_FRACTION
+        )
+        few = dataclasses.replace(
+            clips, prompts=clips.prompts[: self.options.looked_at]
+        )
+        return layers_module.looks(self.pipeline, few, self.sampling, steps)
+
+    def measure(self) -> list[str]:
+        """Measures the parts that are asked for; returns those that are left."""
+        left = []
+        for part in self.options.parts:
+            finished = self.layers() if part == "layers" else self.trials(part)
+            if not finished:
+                left.append(part)
+        return left
+
+    def trials(self, part: Part) -> bool:
+        """Measures the trials of a part that are missing; returns if none is left."""
+        needs_mass = part == "methods" and "top_p" in self.options.methods
+        if needs_mass and self.is_late and not self.folder.record["top_p"]:
+            return False
+        asked = make_trials(
+            part,
+            names=self.options.methods,
+            densities=self.options.densities,
+            top_p=self.top_p() if needs_mass else {},
+            num_steps=self.sampling.num_steps,
+        )
+        missing = [trial for trial in asked if not self.folder.has(trial.key)]
+        bar = tqdm(missing, desc=part, disable=not missing, file=sys.stdout)
+        for trial in bar:
+            if self.is_late:
+                return False
+            bar.set_postfix_str(f"{trial.name} {trial.density}")
+            self.folder.add_trial(self.run_trial(trial))
+        return True
+
+    def run_trial(self, trial: Trial) -> dict[str, Any]:
+        """Samples the clips of a trial and compares them with dense ones."""
+        clips = self.clips_of(trial)
+        dense = self.dense_videos(tuning=trial.on_tuning_prompts)
+        pipeline, cache = self.load(trial.linears), None
+        if trial.cache is not None:
+            rule = parse_cache(trial.cache)
+            ratios = None
+            if rule.rule == "mag":
+                ratios = measure_ratios(
+                    pipeline,
+                    self.tuning.prompts[0].text,
+                    self.sampling,
+                    model=str(self.options.checkpoint or "shipped"),
+                    attention=trial.attention,
+                )
+            cache = make_cache(rule, ratios)
+        results = clips_module.generate(
+            pipeline, clips, self.sampling, trial.attention, cache
+        )
+        if trial.part == "methods" and trial.density == SHOWN_DENSITY:
+            frames = clips_module.shown_frames(clips_module.joined(results))
+            self.folder.keep_array(f"frames_{trial.name}", frames)
+        return clips_module.describe(pipeline, trial, self.sampling, results, dense)
+
+    def layers(self) -> bool:
+        """Measures methods in single layers; returns if none is left."""
+        names = self.options.methods
+        steps = layers_module.looked_at(
+            self.sampling.num_steps, self.options.looks, DENSE_FRACTION
+        )
+        missing = [
+            (name, step)
+            for step in steps
+            for name in names
+            if not self.folder.has_layers(name, step)
+        ]
+        if not missing:
+            return True
+        if self.is_late:
+            return False
+        top_p = self.top_p() if "top_p" in names else {}
+        with tqdm(total=len(missing), desc="layers", file=sys.stdout) as bar:
+            for look in self._looks(self.reporting):
+                for name in names:
+                    if (name, look.step) not in missing:
+                        continue
+                    if self.is_late:
+                        return False
+                    bar.set_postfix_str(f"{name}, step {look.step}")
+                    rows, maps = layers_module.measure_method(
+                        look,
+                        name,
+                        self.options.densities,
+                        grid=self.grid,
+                        top_p=top_p,
+                        map_density=SHOWN_DENSITY,
+                    )
+                    if maps.size and look.step == steps[len(steps) // 2]:
+                        self.folder.keep_array(f"maps_{name}", maps)
+                    self.folder.add_layers(rows)
+                    bar.update()
+        return True
+
+
+def _prompts(options: argparse.Namespace) -> tuple[tuple[Prompt, ...], ...]:
+    """Returns reporting and tuning prompts, at most as many as asked for.
+
+    Raises:
+      ValueError: A prompt is in both.
+    """
+    reporting, tuning = REPORTING, TUNING
+    if options.prompts is not None:
+        given = json.loads(options.prompts.read_text())
+        reporting, tuning = (
+            tuple(Prompt(*pair) for pair in given[name])
+            for name in ("reporting", "tuning")
+        )
+    if shared := {p.text for p in reporting} & {p.text for p in tuning}:
+        raise ValueError(f"{sorted(shared)} are reporting and tuning prompts")
+    return reporting[: options.clips], tuning[: options.clips]
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measures, and prints the floor and the summary."""
+    lab = Lab(options)
+    left = lab.measure()
+    record = lab.folder.record
+    if options.times is not None:
+        record["times"] = json.loads(options.times.read_text())
+    record["summary"] = summarize(record)
+    lab.folder.save()
+    print(json.dumps(record["summary"], indent=1), flush=True)
+    if left:
+        print(f"--limit: {', '.join(left)} go on when run again", flush=True)
+
+
+def measure_times(options: argparse.Namespace) -> None:
+    """Times layers on a GPU."""
+    layers = times_module.layers_to_time(
+        options.methods, options.densities, with_front=options.front
+    )
+    record = times_module.measure_times(
+        options.shape, layers, lambda row: print(json.dumps(row), flush=True)
+    )
+    write_json(options.output, record)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("command", nargs="?", choices=("measure", "times"), default="measure")
+    add("--output", type=Path, required=True, help="folder; of times, JSON file")
+    add("--checkpoint", type=Path, help="the model that ships if left out")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--densities", nargs="+", type=float, default=list(DENSITIES))
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    add("--reduced", action="store_true", help="ten minutes on two cores")
+    add("--limit", type=float, default=float("inf"), metavar="SECONDS")
+    add("--clips", type=int, help="at most so many; all by default")
+    add("--batch", type=int, help="clips sampled together; all by default")
+    add("--looks", type=int, default=STEPS_LOOKED_AT, help="steps of layers")
+    add("--looked-at", type=int, default=4, help="clips whose layers are measured")
+    add("--prompts", type=Path, help='JSON: {"reporting": [[text, "calm"], ...], ...}')
+    add("--steps", type=int, help="denoising steps; the model's by default")
+    add("--frames", type=int, help="the model's by default")
+    add("--size", type=height_by_width, metavar="HEIGHTxWIDTH")
+    add("--tile", type=height_by_width, metavar="ROWSxCOLUMNS")
+    add("--times", type=Path, help="JSON file that the command times has written")
+    add("--shape", choices=times_module.TIME_SHAPES, default="hunyuan")
+    add("--front", action="store_true", help="time sizes of means, too")
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; `--reduced` gives way to what is said."""
+    parser = make_parser()
+    if parser.parse_args(arguments).reduced:
+        parser.set_defaults(**REDUCED)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measures as the command line asks."""
+    options = parse()
+    {"measure": measure, "times": measure_times}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Tables of `docs/quality.md`, as Markdown."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.statistics import mean_and_interval
+from benchmarks.quality.summary import (
+    MOTIONS,
+    Curve,
+    best_splits,
+    curves,
+    layer_values,
+    motion_of_clips,
+)
+from benchmarks.quality.times import times_by_name
+
+SHOWN_DENSITY = 0.1
+SPLIT_BUDGETS = (0.1, 0.15, 0.2, 0.3)
+SCALES = {"flicker": 1000.0}
+
+
+def with_interval(mean: float, half: float, digits: int = 1) -> str:
+    """Returns a mean and the half-width of its interval, where it is known."""
+    text = f"{mean:.{digits}f}"
+    return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
+
+
+def paired(first: Any, second: Any) -> tuple[float, float]:
+    """Returns the mean of paired differences and its half-width."""
+    return mean_and_interval(np.asarray(first) - np.asarray(second))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def densities_of(by_name: Mapping[str, Curve]) -> list[float]:
+    """Returns all densities of some curves, the largest first."""
+    found = {density for curve in by_name.values() for density in curve.densities}
+    return sorted(found, reverse=True)
+
+
+def psnr_by_density(record: Mapping[str, Any]) -> str:
+    """Methods by rows, densities by columns."""
+    by_name = curves(record)
+    densities = densities_of(by_name)
+
+    def cell(curve: Curve, density: float) -> str:
+        values = curve.at(density)
+        return "" if values is None else with_interval(*mean_and_interval(values))
+
+    return table(
+        ["method", "source", *(f"{density:g}" for density in densities)],
+        [
+            [METHODS[n].title, METHODS[n].source, *(cell(c, d) for d in densities)]
+            for n, c in by_name.items()
+        ],
+    )
+
+
+def all_metrics(record: Mapping[str, Any]) -> str:
+    """Every metric at the density that is shown."""
+    rows = []
+    kept = {
+        row["name"]: row["kept_density"]
+        for row in record["trials"]
+        if row["part"] == "methods" and row["density"] == SHOWN_DENSITY
+    }
+    for name, curve in curves(record).items():
+        if SHOWN_DENSITY not in curve.densities:
+            continue
+        place = curve.densities.index(SHOWN_DENSITY)
+        cells = []
+        for metric, digits in (("psnr", 1), ("ssim", 3), ("gmsd", 3), ("flicker", 1)):
+            values = SCALES.get(metric, 1.0) * curve.clips[metric][place]
+            cells.append(with_interval(*mean_and_interval(values), digits=digits))
+        shares = [f"{kept[name]:.3f}", f"{curve.work[place]:.3f}"]
+        rows.append([METHODS[name].title, *shares, *cells])
+    if not rows:
+        return ""
+    head = ["method", "density kept", "work", "PSNR", "SSIM", "GMSD", "flicker"]
+    return f"All metrics at density {SHOWN_DENSITY:g}:\n\n" + table(head, rows)
+
+
+def by_motion(record: Mapping[str, Any]) -> str:
+    """PSNR of calm and of fast clips at the density that is shown."""
+    kinds = motion_of_clips(record)
+    rows = []
+    for name, curve in curves(record).items():
+        values = curve.at(SHOWN_DENSITY)
+        if values is not None and all(chosen.any() for chosen in kinds.values()):
+            cells = [
+                with_interval(*mean_and_interval(values[kinds[kind]]))
+                for kind in MOTIONS
+            ]
+            rows.append([METHODS[name].title, *cells])
+    if not rows:
+        return ""
+    head = ["method", *(f"{kind}, PSNR" for kind in MOTIONS)]
+    return f"By motion, at density {SHOWN_DENSITY:g}:\n\n" + table(head, rows)
+
+
+def times(record: Mapping[str, Any]) -> str:
+    """Time of the layer, and PSNR at the times of our default."""
+    by_name, known = curves(record), times_by_name(record["times"])
+    ours = by_name.get("ours")
+    densities = densities_of(by_name)
+    dense = known.get("dense", {}).get(1.0)
+    at = [d for d in (0.25, 0.1, 0.05) if ours and ours.time(d) is not None]
+    rows = []
+    for name, curve in by_name.items():
+        own = known.get(name, {})
+        cells = [f"{own[d]:.2f}" if d in own else "" for d in densities]
+        for density in at:
+            time_ms = ours.time(density) if ours else None
+            values = None if time_ms is None else curve.at_time(time_ms)
+            cells.append(
+                "" if values is None else with_interval(*mean_and_interval(values))
+            )
+        rows.append([METHODS[name].title, *cells])
+    head = ["method", *(f"ms at {d:g}" for d in densities)]
+    head += [f"PSNR in our time at {d:g}" for d in at]
+    said = "" if dense is None else f"Dense attention takes {dense:.2f} ms.\n\n"
+    return said + table(head, rows)
+
+
+def layer_errors(record: Mapping[str, Any]) -> str:
+    """Relative L2 and kept mass of methods, at each density."""
+    names = list(dict.fromkeys(row["name"] for row in record["layers"]))
+    densities = sorted({row["density"] for row in record["layers"]}, reverse=True)
+
+    def cell(name: str, density: float, metric: str) -> str:
+        values = layer_values(record, name, density, metric)
+        if values is None:
+            return ""
+        return with_interval(*mean_and_interval(values), digits=3)
+
+    head = ["method"]
+    head += [f"relative L2 at {d:g}" for d in densities]
+    head += [f"mass kept at {d:g}" for d in densities]
+    rows = [
+        [
+            METHODS[name].title,
+            *(cell(name, d, "relative_l2") for d in densities),
+            *(cell(name, d, "kept_mass") for d in densities),
+        ]
+        for name in names
+    ]
+    text = table(head, rows)
+    by_layer = _by_layer(record, names)
+    return text + (f"\n\n{by_layer}" if by_layer else "")
+
+
+def _by_layer(record: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Relative L2 of each layer at the density that is shown."""
+    rows = []
+    for name in names:
+        found = [
+            row["relative_l2"]
+            for row in record["layers"]
+            if row["name"] == name and row["density"] == SHOWN_DENSITY
+        ]
+        if found:
+            cells = [f"{value:.2f}" for value in np.mean(found, axis=0)]
+            rows.append([METHODS[name].title, *cells])
+    if not rows:
+        return ""
+    head = ["method", *(f"layer {n}" for n in range(len(rows[0]) - 1))]
+    return f"Relative L2 by layer, at density {SHOWN_DENSITY:g}:\n\n" + table(
+        head, rows
+    )
+
+
+def choices(record: Mapping[str, Any]) -> str:
+    """Tables of what is chosen: splits of a budget, schedules, combinations."""
+    sections = [_splits(record), _schedules(record), _combinations(record)]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _splits(record: Mapping[str, Any]) -> str:
+    found = best_splits(record, SPLIT_BUDGETS)
+    if not found:
+        return ""
+    what = "time" if record.get("times") else "work"
+    rows = [
+        [f"{row['budget']:g}", row["motion"], row["name"], f"{row['psnr']:.1f}"]
+        for row in found
+    ]
+    return (
+        "## Exact blocks or means\n\nThe best split of a budget, on the tuning "
+        "prompts: which means, with as many exact blocks as then fit.\n\n"
+        + table([f"share of dense {what}", "motion", "best", "PSNR"], rows)
+    )
+
+
+def _schedules(record: Mapping[str, Any]) -> str:
+    rows = [
+        [row["name"], with_interval(*mean_and_interval(row["clips"]["psnr"]))]
+        for row in record["trials"]
+        if row["part"] == "schedules"
+    ]
+    if not rows:
+        return ""
+    return (
+        "## Reused masks and schedules\n\nThe default at a mean density of 0.1 over "
+        "the sparse steps, on the tuning prompts.\n\n"
+        + table(["schedule", "PSNR"], rows)
+    )
+
+
+def _combinations(record: Mapping[str, Any]) -> str:
+    is_gpu = "cpu" not in record["device"].lower()
+    rows = []
+    for row in record["trials"]:
+        if row["part"] != "combinations":
+            continue
+        cells = [row["name"], with_interval(*mean_and_interval(row["clips"]["psnr"]))]
+        cells.append(f"{np.mean(row['skipped_steps']):.1f}")
+        if is_gpu:
+            cells.append(f"{sum(row['steps_ms']) / 1e3:.2f}")
+        rows.append(cells)
+    if not rows:
+        return ""
+    head = ["attention + cache + linears", "PSNR", "steps skipped"]
+    head += ["seconds of steps, all clips"] if is_gpu else []
+    return "## With step caches and FP8\n\n" + table(head, rows)

@@ -1,0 +1,135 @@
+"""The lab on a tiny random model: it goes on, and says what it cannot compare."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.quality import document, run, times
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.prompts import REPORTING, TUNING
+from benchmarks.quality.trials import combinations, front, make_trials, schedules
+from models.mini.captions import SAMPLE_PROMPTS
+from models.mini.checkpoint import SHIPPED
+from models.mini.text import Vocabulary
+from tests import tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # words that a tiny model lacks
+
+
+def options_of(folder, output, *more):
+    options = ["--checkpoint", str(folder), "--output", str(output), "--reduced"]
+    options += ["--clips", "2", "--frames", "4", "--size", "32x48", "--steps", "4"]
+    return run.parse([*options, "--densities", "0.5", "0.25", *more])
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path, capsys):
+    folder = tiny_model.save_checkpoint(tmp_path / "model")
+    output = tmp_path / "run"
+    more = ("--methods", "paper", "top_p", "--parts", "floor", "methods", "layers")
+    run.measure(options_of(folder, output, *more, "--limit", "0"))
+    assert "floor, methods, layers go on when run again" in capsys.readouterr().out
+    run.measure(options_of(folder, output, *more))
+    record = json.loads((output / "quality.json").read_text())
+    keys = [(row["part"], row["name"], row["density"]) for row in record["trials"]]
+    assert [key[1:] for key in keys if key[0] == "methods"] == [
+        (name, density) for name in ("paper", "top_p") for density in (0.5, 0.25)
+    ]
+    for row in record["trials"]:
+        assert all(len(values) == 2 for values in row["clips"].values())
+        assert 0 < row["kept_density"] <= 1.0
+    assert {row["name"] for row in record["layers"]} == {"paper", "top_p"}
+    mass = record["top_p"]
+    assert 0 < mass["0.25"] < mass["0.5"] < 1
+    # Again: nothing is measured twice, and a method more is added.
+    known = record["trials"]
+    run.measure(options_of(folder, output, "--methods", "row_topk", *more[3:]))
+    record = json.loads((output / "quality.json").read_text())
+    assert record["trials"][: len(known)] == known
+    assert record["trials"][-1]["name"] == "row_topk"
+    with pytest.raises(ValueError, match="pass another folder as --output"):
+        run.measure(options_of(folder, output, *more, "--steps", "5"))
+
+
+def test_all_pairs_leave_layers_as_they_are(tmp_path):
+    """At density 1 the output is dense attention's, and all of the mass is kept."""
+    folder = tiny_model.save_checkpoint(tmp_path / "model")
+    options = run.parse(
+        [
+            *("--checkpoint", str(folder), "--output", str(tmp_path / "run")),
+            *("--clips", "2", "--frames", "4", "--size", "32x48", "--steps", "4"),
+            *("--densities", "1", "0.25", "--methods", "paper", "ours"),
+            *("--parts", "layers", "--looks", "1"),
+        ]
+    )
+    run.measure(options)
+    record = json.loads((tmp_path / "run" / "quality.json").read_text())
+    by_key = {(row["name"], row["density"]): row for row in record["layers"]}
+    for name in ("paper", "ours"):
+        full, sparse = by_key[name, 1.0], by_key[name, 0.25]
+        np.testing.assert_allclose(full["relative_l2"], 0.0, atol=1e-5)
+        np.testing.assert_allclose(full["kept_mass"], 1.0, atol=1e-5)
+        assert all(error > 0.01 for error in sparse["relative_l2"])
+        assert all(0.1 < mass < 0.9 for mass in sparse["kept_mass"])
+
+
+def test_prompts_are_apart_and_of_known_words():
+    texts = [prompt.text for prompt in (*REPORTING, *TUNING)]
+    assert len({*texts, *SAMPLE_PROMPTS}) == len(texts) + len(SAMPLE_PROMPTS)
+    assert len(REPORTING) >= 32
+    for prompts in (REPORTING, TUNING):
+        kinds = [prompt.motion for prompt in prompts]
+        assert kinds.count("calm") == kinds.count("fast") == len(prompts) // 2
+    vocabulary = Vocabulary.load(SHIPPED / "vocabulary.json")
+    assert not [word for words in vocabulary.encode(texts)[2] for word in words]
+
+
+def test_each_part_has_its_trials():
+    options = {"top_p": {"0.1": 0.4}, "num_steps": 16}
+    found = make_trials("methods", names=list(METHODS), densities=[0.1], **options)
+    assert [trial.name for trial in found] == list(METHODS)
+    keys = [trial.key for trial in (*front(), *schedules(16), *combinations())]
+    assert len(keys) == len(set(keys))
+    for trial in schedules(16):
+        plan = trial.attention.schedule.sparsity
+        sparse = np.broadcast_to(plan, 16)[4:]
+        assert np.mean(sparse) == pytest.approx(0.9, abs=1e-6)
+    names = {trial.name for trial in combinations()}
+    assert {"dense + bfloat16", "ours + easy:0.05,4 + float8"} <= names
+
+
+def test_times_are_of_a_gpu_alone():
+    layers = times.layers_to_time(["paper", "oracle", "top_p"], [0.1], with_front=False)
+    assert [(layer.name, layer.density) for layer in layers] == [
+        ("dense", 1.0),
+        ("paper", 0.1),
+    ]
+    with pytest.raises(ValueError, match="times are of a GPU"):
+        times.measure_times("tiny", layers, print)
+
+
+def test_layers_run_and_say_their_density(monkeypatch):
+    """What a GPU is to time runs here, too; the times say nothing."""
+    monkeypatch.setattr(times, "ROUNDS", 1)
+    monkeypatch.setattr(times, "MIN_SAMPLE_S", 0.0)
+    names = ["paper", "ours", "spatial_temporal"]
+    layers = times.layers_to_time(names, [0.5, 0.25], with_front=False)
+    rows = times.time_layers(times.TINY, layers)
+    assert not [row["error"] for row in rows if "error" in row]
+    by_key = {(row["name"], row["density"]): row for row in rows}
+    assert by_key["paper", 0.25]["kept_density"] == pytest.approx(0.25, abs=0.02)
+    assert by_key["spatial_temporal", 0.5]["kept_density"] <= 0.5
+    assert set(times.times_by_name({"rows": rows})) == {"dense", *names}
+
+
+def test_pictures_are_drawn_from_a_folder(tmp_path, monkeypatch):
+    folder = tiny_model.save_checkpoint(tmp_path / "model")
+    output = tmp_path / "run"
+    monkeypatch.setattr(run, "SHOWN_DENSITY", 0.25)
+    more = ("--methods", "paper", "radial", "--parts", "methods", "layers")
+    run.measure(options_of(folder, output, *more))
+    monkeypatch.setattr(document, "IMAGES", tmp_path)
+    record = document.publish(output, tmp_path / "record.json")
+    drawn = ["quality_density.png", "quality_strips.jpg", "quality_maps.png"]
+    assert record["pictures"] == drawn
+    assert all((tmp_path / name).stat().st_size > 1000 for name in drawn)

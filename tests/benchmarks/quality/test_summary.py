@@ -1,0 +1,144 @@
+"""Figures of a record that is made up, so that each is known."""
+
+import pytest
+
+from benchmarks.quality import document
+from benchmarks.quality.summary import best_splits, figures, summarize
+
+CALM_AND_FAST = [["one", "calm"], ["two", "fast"], ["three", "calm"], ["four", "fast"]]
+
+
+def trial(name, density, psnr, part="methods", work=None):
+    return {
+        "part": part,
+        "name": name,
+        "density": density,
+        "kept_density": density,
+        "work": density if work is None else work,
+        "steps_ms": [1.0],
+        "skipped_steps": [0],
+        "clips": {"psnr": psnr, "ssim": psnr, "gmsd": psnr, "flicker": psnr},
+    }
+
+
+def layer(name, density, errors):
+    return {
+        "name": name,
+        "density": density,
+        "step": 3,
+        "kept_density": density,
+        "relative_l2": [0.25, 0.5],
+        "kept_mass": [0.5, 0.75],
+        "clips": {"relative_l2": errors, "kept_mass": errors},
+    }
+
+
+def record():
+    return {
+        "setup": {
+            "checkpoint": "shipped",
+            "reporting": CALM_AND_FAST,
+            "tuning": CALM_AND_FAST[:2],
+            "sampling": {
+                "frames": 8,
+                "height": 96,
+                "width": 128,
+                "num_steps": 6,
+                "guidance": 4.0,
+            },
+            "grid": [4, 12, 16],
+            "tile": [4, 8],
+            "tiles": 24,
+        },
+        "device": "cpu",
+        "environments": [
+            {"command": "c", "commit": "abc", "date": "2026-01-01T", "versions": {}}
+        ],
+        "pictures": [],
+        "trials": [
+            trial("paper", 0.25, [20.0, 22.0, 24.0, 26.0]),
+            trial("paper", 0.1, [10.0, 12.0, 14.0, 16.0]),
+            trial("ours", 0.1, [16.0, 16.0, 20.0, 20.0], work=0.16),
+            trial("ours", 0.05, [13.0, 13.0, 13.0, 13.0], work=0.11),
+            trial("ours", 0.25, [26.0, 26.0, 30.0, 30.0], work=0.31),
+            trial("oracle", 0.1, [99.0] * 4),
+            trial("oracle", 0.25, [99.0] * 4),
+        ],
+        "layers": [
+            layer("ours", 0.1, [0.1, 0.3]),
+            layer("ours", 0.1, [0.3, 0.5]),
+            layer("paper", 0.25, [0.5, 0.5]),
+        ],
+    }
+
+
+def times():
+    rows = [
+        {"name": "dense", "density": 1.0, "median_ms": 100.0},
+        {"name": "paper", "density": 0.1, "median_ms": 10.0},
+        {"name": "paper", "density": 0.25, "median_ms": 20.0},
+        {"name": "ours", "density": 0.05, "median_ms": 8.0},
+        {"name": "ours", "density": 0.1, "median_ms": 15.0},
+        {"name": "ours", "density": 0.25, "median_ms": 25.0},
+    ]
+    shape = {"name": "hunyuan", "qkv": [1, 126720, 24, 128]}
+    return {"environment": {"device": "a GPU"}, "shape": shape, "rows": rows}
+
+
+def test_gains_at_equal_density_are_paired():
+    found = figures(record())
+    mean, half = found["psnr_gain_90_equal_density"]
+    assert mean == 5.0  # of 6, 4, 6 and 4
+    assert half == pytest.approx(3.1824 * 0.57735, rel=1e-3)
+    assert found["psnr_gain_90_equal_density_calm"][0] == 6.0
+    assert found["psnr_gain_90_equal_density_fast"][0] == 4.0
+    assert found["psnr_gain_75_equal_density"][0] == 5.0
+    assert found["psnr_default_95"][0] == 13.0
+    assert found["psnr_paper_75"][0] == 23.0
+    assert found["relative_l2_default_90"][0] == pytest.approx(0.3)
+    assert found["relative_l2_paper_75"][0] == 0.5
+
+
+def test_nothing_is_said_of_what_was_not_measured():
+    assert not [name for name in summarize(record()) if "time" in name]
+    part = record()
+    part["trials"] = [row for row in part["trials"] if row["name"] == "ours"]
+    part["layers"] = []
+    assert summarize(part) == {}
+
+
+def test_gains_at_equal_time_lie_on_the_others_curve():
+    found = summarize(record() | {"times": times()})
+    # The default at 0.1 takes 15 ms, where the paper's clips are 15, 17, 19 and 21.
+    assert found["psnr_gain_90_equal_time"] == 0.0
+    assert found["psnr_lead_90_equal_time"] == 0.0  # the oracle is no rival
+    # At 0.25 it takes 25 ms, and the paper was measured up to 20.
+    assert "psnr_gain_75_equal_time" not in found
+    # 23 dB lie halfway between 18 and 28: 20 ms, as long as the paper's 20.
+    assert found["time_for_paper_75"] == pytest.approx(1.0)
+
+
+def test_the_best_split_of_a_budget_is_found_for_each_motion():
+    made = record()
+    made["trials"] = [
+        trial("coarse", 0.1, [10.0, 30.0], "front", work=0.1),
+        trial("coarse", 0.2, [20.0, 40.0], "front", work=0.2),
+        trial("fine", 0.1, [22.0, 32.0], "front", work=0.2),
+        trial("fine", 0.2, [32.0, 42.0], "front", work=0.3),
+    ]
+    found = {(row["budget"], row["motion"]): row for row in best_splits(made, [0.2])}
+    assert found[0.2, "calm"]["name"] == "fine"
+    assert found[0.2, "fast"]["name"] == "coarse"
+    assert found[0.2, "fast"]["psnr"] == 40.0
+
+
+def test_page_says_what_was_measured_and_what_was_not():
+    text = document.page(record(), "made_up.json")
+    assert "`benchmarks/results/made_up.json`, `c`" in text
+    assert "Not measured in it: floor, front, schedules, combinations." in text
+    assert "Times of layers were not measured" in text
+    assert "## At equal time" not in text
+    assert "18.0 ± 3.7" in text  # 16, 16, 20, 20: 3.1824 * 2.3094 / 2
+    timed = document.page(record() | {"times": times()}, "made_up.json")
+    assert "Dense attention takes 100.00 ms." in timed
+    assert "were not measured:" not in timed
