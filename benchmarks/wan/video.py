@@ -262,8 +262,9 @@ def describe(result: GenerationResult) -> Record:
 def published_video(video: Video, record: Record) -> Record:
     """Seconds of the video by the published rules, from the steps of another.
 
-    They are: dense while t > 925, layer 0 always dense, and a cache of its own. A
-    sparse step with one dense layer takes the share of its layers in between.
+    They are: dense while t > 925, layer 0 always dense, and a cache of its own; the
+    sparsity is the video's. A sparse step with one dense layer takes the share of its
+    layers in between.
 
     Args:
       video: Its settings.
@@ -279,7 +280,8 @@ def published_video(video: Video, record: Record) -> Record:
     )
     assert isinstance(cache, MagCache)
     skipped = cache.skippable(sampling.num_steps)
-    plan = SparsitySchedule.wan_published().plan(
+    rule = dataclasses.replace(SparsitySchedule.wan_published(), sparsity=None)
+    plan = rule.plan(
         sampling.make_solver().timesteps,
         num_layers=model.num_layers,
         grid=model.grid(video.pipeline.latent_shape(sampling)),
