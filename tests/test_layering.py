@@ -69,6 +69,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
 EXPORTING = (
     "pallas_kernels",
     "pallas_kernels.common",
+    "pallas_kernels.float8_rows",
     "pallas_kernels.pooling",
     "pallas_kernels.ranking",
     "pallas_kernels.tile_scores",

@@ -28,7 +28,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from models.float8.rows import FLOAT8, ScaledRows, quantise_made, quantise_rows
-from pallas_kernels.common import Device, current_device
+from pallas_kernels.common import Device, current_device, warn_once
+from pallas_kernels.float8_rows import gelu_rows, gelu_tanh, why_not_in_kernel
 
 _FIRST_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
 
@@ -149,9 +150,10 @@ def unscaled_product(
 ) -> Unscaled:
     """Multiplies activations with a weight in FP8 for another such product to read.
 
-    What the two do in between (scales, bias, activation, maxima and rounding) is
-    computed twice, once for the maxima. Else its result would be written out and read
-    again, which takes longer, and as much memory again.
+    What the two do in between (scales, bias, activation, maxima and rounding) is one
+    kernel on Hopper GPUs if the activation is `pallas_kernels.float8_rows.gelu_tanh`.
+    Elsewhere it is computed twice, once for the maxima. Else its result would be
+    written out and read again, which takes longer, and as much memory again.
 
     Takes and raises what `scaled_product` does.
     """
@@ -180,10 +182,8 @@ def _check(parts: Sequence[Part], weight: ScaledRows) -> None:
 def _multiply_part(part: Part, values: Array, dtype: str) -> tuple[Array, Array]:
     """Rounds activations; returns the product without scales, and theirs."""
     if isinstance(part, Unscaled):
-        finish = functools.partial(_finish, part.activation)
-        return _product(
-            finish, dtype, (part.product, part.rows, part.columns, part.bias), values
-        )
+        arrays = part.product, part.rows, part.columns, part.bias
+        return _product(part.activation, dtype, arrays, values)
     return _product(None, dtype, jnp.asarray(part), values)
 
 
@@ -191,21 +191,33 @@ def _float32(x):
     return jnp.asarray(x).astype(jnp.float32)
 
 
-def _finish(activation, arrays):
-    """Applies scales, bias and activation of an `Unscaled`."""
+def _widen(activation, arrays):
+    """Applies scales, bias and activation of an `Unscaled`, in float32."""
     product, rows, columns, bias = arrays
     x = _float32(product) * rows[..., None] * columns
     return activation(x if bias is None else x + _float32(bias))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(make, dtype, arrays, values):
+def _product(activation, dtype, arrays, values):
     """Returns a product without scales, and those of its rows.
 
-    Rows are what `make` makes of arrays; None takes an array as it is.
+    Arrays are those of an `Unscaled` with this activation; with None, the rows.
     """
-    rows = quantise_rows(arrays) if make is None else quantise_made(make, arrays)
+    rows = quantise_rows(arrays) if activation is None else _finish(activation, arrays)
     return _multiply(rows.values, values, jnp.dtype(dtype)), rows.scale
+
+
+def _finish(activation, arrays) -> ScaledRows:
+    """Rounds what an `Unscaled` stands for: in a kernel where there is one."""
+    product, *_ = arrays
+    device = current_device(product)
+    if activation is gelu_tanh and device.is_hopper:
+        cause = why_not_in_kernel(product.shape, product.dtype, device)
+        if cause is None:
+            return ScaledRows(*gelu_rows(*arrays))
+        warn_once(f"GELU and its rounding to FP8 run on XLA, slower: {cause}")
+    return quantise_made(functools.partial(_widen, activation), arrays)
 
 
 def _multiply(rows, columns, dtype):
@@ -221,18 +233,18 @@ def _multiply(rows, columns, dtype):
     return product.astype(dtype)
 
 
-def _forward(make, dtype, arrays, values):
+def _forward(activation, dtype, arrays, values):
     if values.perturbed:
         raise TypeError(
             "weights in FP8 have no gradient; train with linears='bfloat16', and "
             "round afterwards"
         )
     arrays = jax.tree.map(lambda primal: primal.value, arrays)
-    product, scale = _product(make, dtype, arrays, values.value)
+    product, scale = _product(activation, dtype, arrays, values.value)
     return (product, scale), (arrays, values.value, scale)
 
 
-def _backward(make, dtype, saved, cotangents):
+def _backward(activation, dtype, saved, cotangents):
     """Pulls back as if nothing were rounded; scales are constants."""
     del dtype
     arrays, values, scale = saved
@@ -240,9 +252,10 @@ def _backward(make, dtype, saved, cotangents):
     if isinstance(of_product, jax.custom_derivatives.SymbolicZero):
         return jax.tree.map(jnp.zeros_like, arrays), None
     of_rows = _float32(of_product) / scale[..., None] @ _float32(values)
-    if make is None:
+    if activation is None:
         return of_rows.astype(arrays.dtype), None
-    return *jax.vjp(make, arrays)[1](of_rows), None
+    widen = functools.partial(_widen, activation)
+    return *jax.vjp(widen, arrays)[1](of_rows), None
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)

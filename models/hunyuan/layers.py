@@ -36,7 +36,6 @@ from models.diffusion.transformer.layers import (
     RMSNorm,
     activate,
     apply_side_by_side,
-    gelu_tanh,
     layer_norm,
     linear,
     merge_heads,
@@ -45,6 +44,7 @@ from models.diffusion.transformer.layers import (
 )
 from models.diffusion.transformer.rope import RopeTable
 from models.hunyuan.config import HunyuanConfig
+from pallas_kernels.float8_rows import gelu_tanh
 
 Streams = tuple[Float[Array, "B V E"], Float[Array, "B L E"]]
 

@@ -11,10 +11,10 @@ from models.diffusion.transformer.layers import (
     MLP,
     LayerNorm,
     gelu_exact,
-    gelu_tanh,
     linear,
 )
 from models.wan.config import WanConfig
+from pallas_kernels.float8_rows import gelu_tanh
 
 _IMAGE_NORM_EPS = 1e-5  # not the model's own: both published codes take torch's default
 

@@ -30,7 +30,6 @@ from models.diffusion.transformer.layers import (
     MLP,
     LayerNorm,
     RMSNorm,
-    gelu_tanh,
     layer_norm,
     merge_heads,
     projection,
@@ -40,6 +39,7 @@ from models.diffusion.transformer.rope import RopeTable
 from models.wan.config import WanConfig
 from pallas_kernels import why_no_cudnn
 from pallas_kernels.common import current_device
+from pallas_kernels.float8_rows import gelu_tanh
 
 
 @register_named_tuple

@@ -164,11 +164,6 @@ class MLP(nnx.Module):
         return self.linear_2(hidden)
 
 
-def gelu_tanh(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """Applies GELU by its tanh approximation."""
-    return jax.nn.gelu(x, approximate=True)
-
-
 def gelu_exact(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     """Applies GELU by the error function."""
     return jax.nn.gelu(x, approximate=False)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from models.diffusion.transformer.float8 import Float8Linear, use_float8_linears
-from models.diffusion.transformer.layers import MLP, gelu_tanh
+from models.diffusion.transformer.layers import MLP
 from models.float8.rows import FLOAT8, ScaledRows, widen_rows
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.inputs import HunyuanInputs
@@ -21,6 +21,7 @@ from models.wan.config import WanConfig
 from models.wan.inputs import WanInputs
 from models.wan.transformer import WIDE_LINEARS as WAN_WIDE
 from models.wan.transformer import WanTransformer
+from pallas_kernels.float8_rows import gelu_tanh
 from tests.tiny_model import CONFIG as WAN
 
 HUNYUAN = HunyuanConfig(

@@ -1,0 +1,122 @@
+"""GELU between two products in FP8: the kernel, interpreted, against NumPy loops."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.common.device import current_device
+from pallas_kernels.float8_rows import gelu_rows, gelu_tanh, why_not_in_kernel
+from pallas_kernels.float8_rows.sm90 import kernel
+from tests.cases import mostly_nightly
+
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+
+
+def random_product(lead, channels, dtype, seed=0):
+    """A product, scales of its rows and columns, and a bias; one row is of zeros."""
+    rng = np.random.default_rng(seed)
+    product = rng.normal(size=(*lead, channels)).astype(jnp.dtype(dtype))
+    rows, columns = (
+        rng.uniform(0.5, 2, size).astype(np.float32) for size in (lead, channels)
+    )
+    bias = rng.normal(size=channels).astype(np.float32)
+    return product, rows, columns, bias
+
+
+def gelu_loop(product, rows, columns, bias):
+    """Float64, one number after another."""
+    made = np.zeros(product.shape)
+    for place in np.ndindex(product.shape):
+        x = float(product[place]) * float(rows[place[:-1]])
+        x = x * float(columns[place[-1]]) + float(bias[place[-1]])
+        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+        made[place] = 0.5 * x * (1 + math.tanh(inner))
+    return made
+
+
+def check_rows(values, scale, made):
+    """Each number is the nearest of e4m3's at its row's scale, or beside a tie."""
+    np.testing.assert_allclose(scale, np.abs(made).max(-1) / 448, rtol=1e-5)
+    exact = made / np.asarray(scale, np.float64)[..., None]
+    step = 2.0 ** np.maximum(np.floor(np.log2(np.abs(exact) + 2.0**-20)) - 3, -9)
+    error = np.abs(np.asarray(values).astype(np.float64) - exact)
+    assert (error <= step / 2 + 1e-4 * np.abs(exact)).all()
+    nearest = exact.astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
+    assert (nearest == np.asarray(values)).mean() > 0.999
+
+
+CASES = {
+    "four-at-once": (512, "bfloat16"),
+    "eight-at-once": (1024, "float16"),
+    "wan": (13824, "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("case", mostly_nightly(CASES, ["four-at-once"]))
+def test_kernel_is_the_loop(case):
+    channels, dtype = CASES[case]
+    arrays = random_product((3,), channels, dtype)
+    arrays[0][2] = 0
+    values, scale = kernel.gelu_rows(*map(jnp.asarray, arrays), interpret=INTERPRET)
+    assert values.dtype == jnp.float8_e4m3fn
+    check_rows(values, scale, gelu_loop(*arrays))
+
+
+@pytest.mark.nightly
+def test_rows_that_are_not_finite_stay_so():
+    product, rows, columns, bias = random_product((3,), 512, "bfloat16")
+    product[1, 7], product[2, 5] = np.inf, np.nan
+    values, scale = kernel.gelu_rows(
+        *map(jnp.asarray, (product, rows, columns, bias)), interpret=INTERPRET
+    )
+    with np.errstate(invalid="ignore"):
+        stand_for = np.asarray(values, np.float32) * np.asarray(scale)[:, None]
+    assert np.isfinite(stand_for[0]).all()
+    assert not np.isfinite(stand_for[1:]).any()
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "text"),
+    [
+        (768, "bfloat16", "a multiple of 512 channels up to 16384, not 768"),
+        (16896, "bfloat16", "not 16896"),
+        (1024, "float32", "it takes .*, not float32"),
+    ],
+    ids=["uneven", "too-many", "dtype"],
+)
+def test_what_it_does_not_take_is_named(channels, dtype, text):
+    arrays = random_product((2,), channels, "bfloat16")
+    with pytest.raises(ValueError, match=text):
+        gelu_rows(jnp.asarray(arrays[0], dtype), *map(jnp.asarray, arrays[1:]))
+
+
+def test_it_says_where_it_does_not_run():
+    assert "Hopper" in why_not_in_kernel((2, 512), "bfloat16", current_device())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [512, 12288, 13824])
+def test_on_a_gpu(channels):
+    if cause := current_device().why_not_hopper():
+        pytest.skip(cause)
+    arrays = random_product((2, 3), channels, "bfloat16")
+    made = gelu_loop(*arrays)
+    arrays = tuple(map(jnp.asarray, arrays))
+    check_rows(*gelu_rows(*arrays), made)
+    # Mapped, it is one launch with more rows.
+    mapped = jax.vmap(gelu_rows, in_axes=(0, 0, None, None))(*arrays)
+    for a, b in zip(mapped, gelu_rows(*arrays), strict=True):
+        np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (a, b)))
+
+
+def test_gelu_is_the_tanh_approximation():
+    x = np.linspace(-6, 6, 25).astype(np.float32)
+    ones = functools.partial(np.ones, dtype=np.float32)
+    made = gelu_loop(x[None], ones(1), ones(25), 0 * ones(25))
+    np.testing.assert_allclose(gelu_tanh(x), made[0], rtol=1e-5, atol=1e-6)
