@@ -7,9 +7,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, mask_capacity, warn_of_few_blocks
-from draft_jax.draft.means import unchecked_means
+from draft_jax.draft.means import means_for, unchecked_means
+from draft_jax.draft.one_pass import pool_layer
 from draft_jax.draft.pooling import PooledTokens
-from draft_jax.draft.selection import unchecked_mask
+from draft_jax.draft.selection import select_from_draft, unchecked_mask
 from draft_jax.grid import VideoGrid
 from draft_jax.schedule import DraftStep
 from pallas_kernels import (
@@ -80,7 +81,7 @@ def draft_attention(
     known_scale, text_lengths = validation.check_attention(
         q, k, v, grid=grid, order=order, scale=scale, text_lengths=text_lengths
     )
-    mask = unchecked_mask(
+    mask, means = _new_mask(
         q,
         k,
         v,
@@ -100,7 +101,7 @@ def draft_attention(
         order=order,
         scale=known_scale,
         text_lengths=text_lengths,
-        means=_means(k, v, mask, config, order),
+        means=means,
         backend=backend,
     )
     return out
@@ -181,7 +182,7 @@ def scheduled_attention(
         return out, mask
 
     def make(_: BlockMask | None):
-        return unchecked_mask(
+        return _new_mask(
             q,
             k,
             v,
@@ -195,10 +196,13 @@ def scheduled_attention(
 
     def reuse(mask: BlockMask):
         validation.check_lists(mask)
-        return mask
+        return mask, _means(k, v, mask, config, order)
 
     def run_sparse(mask: BlockMask | None):
-        used = make(mask) if mask is None else _choose(step.refresh, make, reuse, mask)
+        if mask is None:
+            used, means = make(mask)
+        else:
+            used, means = _choose(step.refresh, make, reuse, mask)
         out = unchecked_block_sparse_attention(
             q,
             k,
@@ -208,12 +212,53 @@ def scheduled_attention(
             order=order,
             scale=known_scale,
             text_lengths=text_lengths,
-            means=_means(k, v, used, config, order),
+            means=means,
             backend=backend,
         )
         return out, None if mask is None else used
 
     return _choose(step.dense, run_dense, run_sparse, mask)
+
+
+def _new_mask(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"],
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    budget: int | Int[Array | np.ndarray | np.integer, ""] | None,
+    scale: Scale | None,
+    order: Order,
+    pooled: PooledTokens | None,
+) -> tuple[BlockMask, Means | None]:
+    """Makes a mask, and what stands for the blocks that it skips."""
+    if config.mask_maker is not None or config.compensation is None:
+        mask = unchecked_mask(
+            q,
+            k,
+            v,
+            grid=grid,
+            config=config,
+            budget=budget,
+            scale=scale,
+            order=order,
+            pooled=pooled,
+        )
+        return mask, _means(k, v, mask, config, order)
+    draft, tokens = pool_layer(
+        q, k, v, grid=grid, config=config, order=order, pooled=pooled
+    )
+    mask, dropped = select_from_draft(
+        draft,
+        grid=grid,
+        config=config,
+        budget=budget,
+        scale=scale,
+        counts_dropped=True,
+    )
+    assert dropped is not None, "it is counted where the config compensates"
+    return mask, means_for(tokens, dropped, grid, config.compensation)
 
 
 def _means(

@@ -20,7 +20,9 @@ CLASSES = (
     ("order of work", re.compile("partition_lists")),
     (
         "draft",
-        re.compile("count_digits|pack_rows|select_in_rows|write_lists|pool_tiles"),
+        re.compile(
+            "count_digits|pack_rows|select_in_rows|write_lists|pool_tiles|pool_video"
+        ),
     ),
     ("norm and rotation", re.compile("norm_rope")),
     ("cuDNN attention", re.compile("cudnn|fmha|sdpa|flash", re.I)),

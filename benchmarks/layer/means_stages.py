@@ -2,8 +2,9 @@
 
 `sparse-means` is the sparse kernel on a given mask and given means, beside `sparse`
 without; `layer-means` is a whole layer, with a draft of sub-tiles and ranking by
-spread. The others are its parts. `16th` and `32nd` say how many means there are for a
-key.
+spread. The others are its parts: `pool-layer` is all that it pools, `means` the means
+alone, which is what a step pools that reuses a mask. `16th` and `32nd` say how many
+means there are for a key.
 """
 
 import functools
@@ -20,8 +21,8 @@ from draft_jax import (
     draft_scores,
     make_means,
 )
+from draft_jax.draft.one_pass import pool_layer
 from draft_jax.draft.pooling import pool_queries_and_keys
-from draft_jax.draft.spread import key_spread
 from pallas_kernels import BackendName, block_sparse_attention
 
 COMPENSATIONS = {
@@ -60,8 +61,8 @@ def entries(shape: Shape, backend: BackendName) -> dict[str, Entry]:
         table[f"sparse-means/{name}"] = (attend, (*qkv, mask, f"means_{name}"))
         means = half(make_means, compensation=compensation, order="tiled")
         table[f"means/{name}"] = (means, ("k", "v", mask))
-        spread = half(key_spread, grid=grid, config=config, order="tiled")
-        table[f"spread/{name}"] = (spread, ("k",))
+        together = half(pool_layer, grid=grid, config=config, order="tiled")
+        table[f"pool-layer/{name}"] = (together, qkv)
     config = DraftConfig.paper(draft_tile=(4, 4))
     pool = half(pool_queries_and_keys, grid=grid, config=config, order="tiled")
     table["pool/sub-tiles"] = (pool, ("q", "k"))

@@ -3,17 +3,17 @@
 import functools
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import Compensation, sub_tiles_of
+from draft_jax.draft.one_pass import MeanTokens
+from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_named_tuple
 from pallas_kernels import Means
 from pallas_kernels.common import (
     AnyArray,
     Order,
-    SubTiles,
     jit_once,
     to_jax,
     validation,
@@ -71,19 +71,41 @@ def unchecked_means(
     grid = mask.grid
     cells = sub_tiles_of(grid, compensation.sub_tile, compensation.frames)
     start = grid.visual_tokens.start
-    mean_k, mean_v = pool_sub_tiles(
-        k, v, cells, order=order, start=start, dtype=k.dtype.name
+    tokens = MeanTokens(
+        *pool_sub_tiles(k, v, cells, order=order, start=start, dtype=k.dtype.name)
     )
-    return Means(mean_k, mean_v, dropped_frames(mask, cells), cells)
+    dropped = dropped_frames(mask, compensation)
+    return means_for(tokens, dropped, grid, compensation)
 
 
-def dropped_frames(mask: BlockMask, cells: SubTiles) -> UInt8[Array, "B N R C"]:
+def means_for(
+    tokens: MeanTokens,
+    dropped: UInt8[Array, "B N R C"],
+    grid: VideoGrid,
+    compensation: Compensation,
+) -> Means:
+    """Returns means with what they stand for: see `dropped_frames`."""
+    cells = sub_tiles_of(grid, compensation.sub_tile, compensation.frames)
+    return Means(tokens.k, tokens.v, dropped, cells)
+
+
+def dropped_frames(
+    mask: BlockMask, compensation: Compensation
+) -> UInt8[Array, "B N R C"]:
     """Counts the frames of each column whose tile a query block skips; text skips none.
 
     Source: the lists of the mask, so it holds for masks of any maker.
     """
-    grid = mask.grid
-    kept = mask.to_dense()[..., grid.visual_blocks]
+    visual = mask.grid.visual_blocks
+    kept = mask.to_dense()[:, :, visual, visual]
+    return count_dropped(kept, mask.grid, compensation)
+
+
+def count_dropped(
+    kept: Bool[Array, "B N S S"], grid: VideoGrid, compensation: Compensation
+) -> UInt8[Array, "B N R C"]:
+    """Computes `dropped_frames` of the pairs of tiles that are kept."""
+    cells = sub_tiles_of(grid, compensation.sub_tile, compensation.frames)
     frames, tiles = grid.frames, grid.num_visual_blocks // grid.frames
     size = cells.group_frames
     skipped = ~kept.reshape(*kept.shape[:-1], frames, tiles)
@@ -91,7 +113,7 @@ def dropped_frames(mask: BlockMask, cells: SubTiles) -> UInt8[Array, "B N R C"]:
     skipped = jnp.pad(skipped, [(0, 0)] * 3 + [(0, missing), (0, 0)])
     skipped = skipped.reshape(*kept.shape[:-1], cells.num_groups, size, tiles)
     dropped = skipped.sum(-2, dtype=jnp.uint8)
-    is_visual = np.zeros((grid.num_blocks, 1), np.bool_)
-    is_visual[grid.visual_blocks] = True
     dropped = dropped.reshape(*kept.shape[:-1], cells.num_columns)
-    return jnp.where(is_visual, dropped, jnp.uint8(0))
+    first = grid.visual_blocks.start
+    text = (first, grid.num_blocks - grid.visual_blocks.stop)
+    return jnp.pad(dropped, [(0, 0), (0, 0), text, (0, 0)])

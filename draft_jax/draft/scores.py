@@ -2,22 +2,18 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jaxtyping import Array, Float
 
 from draft_jax.config import DraftConfig, sub_tiles_of
 from draft_jax.draft import head_chunks
-from draft_jax.draft.pooling import (
-    PooledTokens,
-    check_pooled,
-    pool_queries_and_keys,
-)
-from draft_jax.draft.spread import key_spread, weigh_by_spread
+from draft_jax.draft.one_pass import Draft, pool_draft
+from draft_jax.draft.pooling import PooledTokens
+from draft_jax.draft.spread import weigh_by_spread
 from draft_jax.grid import VideoGrid
 from pallas_kernels.common import (
     AnyArray,
@@ -76,8 +72,7 @@ def draft_scores(
     """
     q, k = to_jax(q, k)
     check_draft_inputs(q, k, grid, order)
-    pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
-    draft = Draft(pooled=pooled, spread=key_spread(k, grid, config, order))
+    draft = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
     known_scale, scale_array = split_scale(scale)
     return _scores(
         draft,
@@ -87,18 +82,6 @@ def draft_scores(
         scale=known_scale,
         max_bytes=head_chunks.MAX_CHUNK_BYTES,
     )
-
-
-class Draft(NamedTuple):
-    """What block pairs are ranked from.
-
-    Attributes:
-      pooled: Pooled queries and keys.
-      spread: What `key_spread` returns of the keys.
-    """
-
-    pooled: PooledTokens
-    spread: Float[Array, "B S *P N D"] | None
 
 
 @functools.partial(jit_once, static_argnames=("grid", "config", "scale", "max_bytes"))
@@ -121,7 +104,8 @@ def axes_of_draft(draft: Draft) -> Any:
     """Returns the axes of the arrays of a draft, as `common.sharding` takes them."""
     axes_of_token = 0 if draft.spread is None else draft.spread.ndim - 4
     inner = " ".join(f"P{i}" for i in range(axes_of_token))
-    return Draft("pooled: B S N D", f"spread: B S {inner} N D")  # type: ignore[arg-type]
+    names = ("pooled: B S N D", "q_tiles: B S N D", f"spread: B S {inner} N D")
+    return Draft(*names)  # type: ignore[arg-type]
 
 
 def check_draft_inputs(
@@ -131,29 +115,6 @@ def check_draft_inputs(
     validation.check_qk(q, k)
     validation.check_tokens(q, grid)
     validation.check_order(order)
-
-
-def pool_draft(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T N D"],
-    *,
-    grid: VideoGrid,
-    config: DraftConfig,
-    order: Order = "raster",
-    pooled: PooledTokens | None = None,
-) -> PooledTokens:
-    """Pools queries and keys as `config.pooling` says; see `draft_scores`.
-
-    The caller has checked q, k and order.
-
-    Raises:
-      ValueError: pooled does not fit q, grid or config.
-      TypeError: pooled is not float32.
-    """
-    if pooled is None:
-        pooled = pool_queries_and_keys(q, k, grid, config=config, order=order)
-    check_pooled(pooled, q, grid, config)
-    return pooled
 
 
 def scores_of_draft(
@@ -167,15 +128,14 @@ def scores_of_draft(
     """Returns what pairs of tiles are ranked by; see `draft_scores`.
 
     Args:
-      draft: Pooled queries and keys, of any heads, and the spread of the keys.
+      draft: What pairs are ranked from, of any heads.
       grid: Geometry that defines the tiles.
       config: Says how the draft is made and what is ranked.
       scale: Factor of the logits; 1 / sqrt(D) by default.
       max_bytes: Most bytes of a map of sub-tiles that is held at once.
     """
-    pooled, spread = draft
     if scale is None:
-        scale = 1.0 / math.sqrt(pooled.q_mean.shape[-1])
+        scale = 1.0 / math.sqrt(draft.pooled.q_mean.shape[-1])
     of_pair = functools.partial(
         _tile_map if config.draft_tile is None else _sub_tile_map,
         grid=grid,
@@ -183,14 +143,12 @@ def scores_of_draft(
         scale=scale,
         max_bytes=max_bytes,
     )
-    maps = [of_pair(*pair) for pair in pooled.pairs(config)]
+    maps = [of_pair(*pair) for pair in draft.pooled.pairs(config)]
     mass = maps[0] if len(maps) == 1 else 0.5 * (maps[0] + maps[1])
-    if spread is None:
+    if draft.spread is None:
         return mass
-    q_mean = pooled.q_mean
-    if config.draft_tile is not None:
-        q_mean = _tile_means(q_mean, _draft_cells(grid, config))
-    return weigh_by_spread(mass, q_mean, spread, grid=grid, config=config)
+    assert draft.q_tiles is not None, "it stands beside the spread"
+    return weigh_by_spread(mass, draft.q_tiles, draft.spread, grid=grid, config=config)
 
 
 def _tile_map(
@@ -233,13 +191,6 @@ def _parts_of(grid: VideoGrid, config: DraftConfig) -> Parts:
 def _draft_cells(grid: VideoGrid, config: DraftConfig) -> SubTiles:
     assert config.draft_tile is not None, "called with sub-tiles only"
     return sub_tiles_of(grid, config.draft_tile)
-
-
-def _tile_means(x: Float[Array, "B C N D"], cells: SubTiles) -> Float[Array, "B S N D"]:
-    """Averages the means of the sub-tiles of each tile by their tokens."""
-    shares = cells.tokens.reshape(-1, cells.per_column) / cells.tokens_of_tile[:, None]
-    parts = rearrange(x, "b (s j) n d -> b s j n d", j=cells.per_column)
-    return (parts * shares.astype(np.float32)[:, :, None, None]).sum(2)
 
 
 def _products(q: Float[Array, "B Q N D"], k: Float[Array, "B K N D"]) -> Array:

@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import (
@@ -18,15 +18,14 @@ from draft_jax.config import (
     warn_of_few_blocks,
 )
 from draft_jax.draft import head_chunks
+from draft_jax.draft.means import count_dropped
+from draft_jax.draft.one_pass import Draft, pool_draft
 from draft_jax.draft.pooling import PooledTokens
 from draft_jax.draft.scores import (
-    Draft,
     axes_of_draft,
     check_draft_inputs,
-    pool_draft,
     scores_of_draft,
 )
-from draft_jax.draft.spread import key_spread
 from draft_jax.grid import VideoGrid
 from pallas_kernels import ranking
 from pallas_kernels.common import (
@@ -96,7 +95,19 @@ def select_blocks(
     _check_budget(budget, grid, config)
     warn_of_few_blocks(config.sparsity, grid)
     task = _Task.of(scores, grid, config)
-    return _select_in_chunks(task, scores, budget).vouched_for()
+    return _select_in_chunks(task, scores, budget).mask.vouched_for()
+
+
+class Selected(NamedTuple):
+    """What a draft selects.
+
+    Attributes:
+      mask: Kept block pairs.
+      dropped: `Means.dropped` of this mask; None without compensation.
+    """
+
+    mask: BlockMask
+    dropped: UInt8[Array, "B N R C"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,9 +118,17 @@ class _Task:
     config: DraftConfig
     path: RankingPath
     max_chunk_bytes: int
+    counts_dropped: bool  # beside the mask, where the config compensates
 
     @classmethod
-    def of(cls, array: Array, grid: VideoGrid, config: DraftConfig) -> "_Task":
+    def of(
+        cls,
+        array: Array,
+        grid: VideoGrid,
+        config: DraftConfig,
+        *,
+        counts_dropped: bool = False,
+    ) -> "_Task":
         """Returns the task of a call on this array, which says the device."""
         path = ranking.choose_path(grid.num_visual_blocks, current_device(array))
         return cls(
@@ -117,11 +136,27 @@ class _Task:
             config=config,
             path=path,
             max_chunk_bytes=head_chunks.MAX_CHUNK_BYTES,
+            counts_dropped=counts_dropped and config.compensation is not None,
         )
 
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Axes of the arrays of `flat`."""
+        lists = ("B N R", "B N M")
+        return (*lists, "B N R C") if self.counts_dropped else lists
+
+    def flat(self, found: Selected) -> tuple[Array, ...]:
+        """Returns the arrays of what was selected."""
+        return tuple(jax.tree.leaves(found))
+
+    def whole(self, row_offsets, block_ids, dropped=None) -> Selected:
+        """Inverts `flat`, for the task that vouches for its lists."""
+        mask = BlockMask(row_offsets=row_offsets, block_ids=block_ids, grid=self.grid)
+        return Selected(mask, dropped)
+
     def map_heads(
-        self, function: Callable[..., BlockMask], arrays: Any, *shared: Any
-    ) -> BlockMask:
+        self, function: Callable[..., Selected], arrays: Any, *shared: Any
+    ) -> Selected:
         """Makes the masks of few heads at a time where maps are large."""
         return head_chunks.map_heads(
             function,
@@ -133,22 +168,21 @@ class _Task:
 
 
 @functools.partial(jit_once, static_argnums=0)
-def _select_in_chunks(task: _Task, scores, budget) -> BlockMask:
+def _select_in_chunks(task: _Task, scores, budget) -> Selected:
     def run(scores, budget):
         budget = _clipped(budget, task)
-        mask = task.map_heads(
+        found = task.map_heads(
             lambda own, budget: _select(own, task, budget), scores, budget
         )
-        return mask.row_offsets, mask.block_ids
+        return task.flat(found)
 
     run = on_own_shards(
         run,
         operation="select_blocks",
         operands=("scores: B N S S", "budget:"),
-        results=("B N R", "B N M"),
+        results=task.results,
     )
-    row_offsets, block_ids = run(scores, budget)
-    return BlockMask(row_offsets=row_offsets, block_ids=block_ids, grid=task.grid)
+    return task.whole(*run(scores, budget))
 
 
 def _clipped(budget: Any, task: _Task) -> Int[Array, ""]:
@@ -178,7 +212,7 @@ def _check_budget(budget: Any, grid: VideoGrid, config: DraftConfig) -> None:
 
 def _select(
     scores: Float[Array, "B N S S"], task: _Task, budget: Int[Array, ""]
-) -> BlockMask:
+) -> Selected:
     """Selects the blocks of some heads; see `select_blocks`."""
     grid, config, path = task.grid, task.config, task.path
     forced = _forced_pairs(grid, config)
@@ -200,7 +234,12 @@ def _select(
     row_offsets, block_ids = ranking.compress_rows(
         words, first_columns, mask_capacity(grid, config), path=path
     )
-    return BlockMask(row_offsets=row_offsets, block_ids=block_ids, grid=grid)
+    dropped = None
+    if task.counts_dropped and config.compensation is not None:
+        # From the bits that the lists are made of: no scatter takes them apart again.
+        of_tiles = ranking.unpack(kept, grid.num_visual_blocks)
+        dropped = count_dropped(of_tiles, grid, config.compensation)
+    return task.whole(row_offsets, block_ids, dropped)
 
 
 def compute_mask(
@@ -271,23 +310,38 @@ def unchecked_mask(
     pooled: PooledTokens | None,
 ) -> BlockMask:
     """Computes `compute_mask` for a caller that has checked q, k, v and order."""
-    warn_of_few_blocks(config.sparsity, grid)
-    scale = jax.lax.stop_gradient(scale)
-    if config.mask_maker is not None:
-        _check_budget(budget, grid, config)
-        given = jax.lax.stop_gradient((q, k, v))
-        q, k, v = jax.tree.map(jnp.asarray, given)
-        return _mask_of_maker(q, k, v, grid, config, budget, scale, order)
     # A gradient of NumPy's arrays hands these through, and they may be pooled.
-    arrays = jax.lax.stop_gradient((q, k, pooled))
-    q, k, pooled = jax.tree.map(jnp.asarray, arrays)
-    pooled = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
+    arrays = jax.lax.stop_gradient((q, k, v, pooled))
+    q, k, v, pooled = jax.tree.map(jnp.asarray, arrays)
+    if config.mask_maker is not None:
+        warn_of_few_blocks(config.sparsity, grid)
+        _check_budget(budget, grid, config)
+        scale = jax.lax.stop_gradient(scale)
+        return _mask_of_maker(q, k, v, grid, config, budget, scale, order)
+    draft = pool_draft(q, k, grid=grid, config=config, order=order, pooled=pooled)
+    found = select_from_draft(
+        draft, grid=grid, config=config, budget=budget, scale=scale
+    )
+    return found.mask
+
+
+def select_from_draft(
+    draft: Draft,
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    budget: int | Int[Array | np.ndarray | np.integer, ""] | None,
+    scale: Scale | None,
+    counts_dropped: bool = False,
+) -> Selected:
+    """Computes `compute_mask` of what was pooled; no gradient flows through it."""
+    warn_of_few_blocks(config.sparsity, grid)
     _check_budget(budget, grid, config)
-    task = _Task.of(pooled.q_mean, grid, config)
+    draft, scale = jax.lax.stop_gradient((draft, scale))
+    task = _Task.of(draft.pooled.q_mean, grid, config, counts_dropped=counts_dropped)
     known_scale, scale_array = split_scale(scale)
-    draft = Draft(pooled=pooled, spread=key_spread(k, grid, config, order))
-    mask = _draft_in_chunks(task, known_scale, draft, budget, scale_array)
-    return mask.vouched_for()
+    found = _draft_in_chunks(task, known_scale, draft, budget, scale_array)
+    return found._replace(mask=found.mask.vouched_for())
 
 
 def _mask_of_maker(q, k, v, grid, config, budget, scale, order) -> BlockMask:
@@ -310,10 +364,10 @@ def _mask_of_maker(q, k, v, grid, config, budget, scale, order) -> BlockMask:
 @functools.partial(jit_once, static_argnums=(0, 1))
 def _draft_in_chunks(
     task: _Task, scale: float | None, draft: Draft, budget, scale_array
-) -> BlockMask:
+) -> Selected:
     """Selects from the scores of a draft, a few heads at a time."""
 
-    def of_heads(by_heads: Any, budget: Array, scale_array: Array | None) -> BlockMask:
+    def of_heads(by_heads: Any, budget: Array, scale_array: Array | None) -> Selected:
         own = jax.tree.map(lambda x: jnp.moveaxis(x, 1, -2), by_heads)
         scores = scores_of_draft(
             own,
@@ -327,17 +381,15 @@ def _draft_in_chunks(
     def run(draft, budget, scale_array):
         by_heads = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 1), draft)
         shared = (_clipped(budget, task), scale_array)
-        mask = task.map_heads(of_heads, by_heads, *shared)
-        return mask.row_offsets, mask.block_ids
+        return task.flat(task.map_heads(of_heads, by_heads, *shared))
 
     run = on_own_shards(
         run,
         operation="compute_mask",
         operands=(axes_of_draft(draft), "budget:", "scale:"),
-        results=("B N R", "B N M"),
+        results=task.results,
     )
-    row_offsets, block_ids = run(draft, budget, scale_array)
-    return BlockMask(row_offsets=row_offsets, block_ids=block_ids, grid=task.grid)
+    return task.whole(*run(draft, budget, scale_array))
 
 
 def _add_text_words(

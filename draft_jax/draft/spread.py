@@ -18,36 +18,26 @@ from draft_jax.config import DraftConfig, sub_tiles_of
 from draft_jax.draft.pooling import visual_tokens
 from draft_jax.grid import VideoGrid
 from pallas_kernels.common import Order, jit_once
-from pallas_kernels.pooling import (
-    channel_variances,
-    deviations_of_tiles,
-    reduce_sub_tiles,
-)
+from pallas_kernels.pooling import deviations_of_tiles, reduce_sub_tiles
 
 
 @functools.partial(jit_once, static_argnames=("grid", "config", "order"))
-def key_spread(
+def key_differences(
     k: Float[Array, "B T N D"], grid: VideoGrid, config: DraftConfig, order: Order
-) -> Float[Array, "B S *P N D"] | None:
-    """Returns how far keys are from the means that would stand for them.
+) -> Float[Array, "B S P N D"]:
+    """Returns how far each key is from the mean that would stand for it, in float32.
 
     Args:
       k: Keys of the whole sequence.
       grid: Geometry that defines the tiles. Static.
-      config: `config.ranking` and `config.compensation` are read. Static.
+      config: `config.compensation` is read. Static.
       order: How the visual tokens are ordered. Static.
-
-    Returns:
-      For "spread" the mean square of each channel [B, S, N, D], for "exact_spread" the
-      differences of all tokens [B, S, P, N, D]; float32. None for "mass".
     """
-    if config.ranking == "mass" or config.compensation is None:
-        return None
+    assert config.compensation is not None, "see DraftConfig"
     cells = sub_tiles_of(grid, config.compensation.sub_tile, config.compensation.frames)
     tokens, order = visual_tokens(k, grid, order)
     means = reduce_sub_tiles(tokens, cells, order=order)
-    of_tiles = channel_variances if config.ranking == "spread" else deviations_of_tiles
-    return of_tiles(tokens, means, cells, order=order)
+    return deviations_of_tiles(tokens, means, cells, order=order)
 
 
 def weigh_by_spread(
@@ -63,7 +53,7 @@ def weigh_by_spread(
     Args:
       mass: Draft map.
       q_mean: Mean query of each tile.
-      spread: What `key_spread` returns.
+      spread: See `Draft`.
       grid: Geometry that defines the tiles.
       config: `config.ranking` and `config.selection` are read.
 

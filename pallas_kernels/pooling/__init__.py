@@ -16,24 +16,28 @@ from pallas_kernels.pooling.interfaces import (
     Tiling,
 )
 from pallas_kernels.pooling.sub_tiles import (
-    channel_variances,
     deviations_of_tiles,
+    means_of_tiles,
     reduce_sub_tiles,
 )
+from pallas_kernels.pooling.video import PooledVideo, VideoPooling, pool_video
 
 __all__ = [
     "QKV",
+    "PooledVideo",
     "QKNorm",
     "Reduction",
     "Rope",
     "Scales",
     "Tiling",
-    "channel_variances",
+    "VideoPooling",
     "deviations_of_tiles",
     "joint_norm_rope_pool",
+    "means_of_tiles",
     "norm_rope_pool",
     "pool_sub_tiles",
     "pool_tiles",
+    "pool_video",
     "reduce_sub_tiles",
     "reduce_tiles",
 ]

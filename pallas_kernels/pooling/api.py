@@ -27,7 +27,11 @@ from pallas_kernels.pooling.interfaces import (
     Scales,
     Tiling,
 )
-from pallas_kernels.pooling.sub_tiles import cell_table, raster_order, reduce_sub_tiles
+from pallas_kernels.pooling.sub_tiles import (
+    cell_table,
+    in_known_order,
+    reduce_sub_tiles,
+)
 
 
 def pool_tiles(
@@ -193,16 +197,9 @@ def _differentiate_cells(task: _Cells, primals, tangents):
 
 
 def _cells_by_xla(task: _Cells, q, k):
-    cells, order = task.sub_tiles, task.order
-    video = slice(task.start, task.start + cells.num_tokens)
-    places = None
-    if order == "tiled" and cells.has_edges:
-        # Tiles that are cut off by the frame's edge are not alike.
-        places, order = raster_order(cells), "raster"
-
     def mean(x):
-        x = x[:, video] if places is None else x[:, task.start + places]
-        return reduce_sub_tiles(x, cells, order=order).astype(task.dtype)
+        tokens, order = in_known_order(x, task.sub_tiles, task.order, task.start)
+        return reduce_sub_tiles(tokens, task.sub_tiles, order=order).astype(task.dtype)
 
     return mean(q), mean(k)
 

@@ -14,6 +14,7 @@ from pallas_kernels.common.interfaces import Order
 from pallas_kernels.common.validation import check_order
 
 Reduction = Literal["mean", "max"]
+VideoResult = Literal["parts", "cells", "tiles", "spread"]  # see sm90/pool_video.py
 Scales = tuple[Float[AnyArray, " C"], Float[AnyArray, " C"]]
 Rope = tuple[Float[AnyArray, "V half"], Float[AnyArray, "V half"]]
 

@@ -83,6 +83,23 @@ def raster_order(sub_tiles: SubTiles) -> Int[np.ndarray, " V"]:
     return order
 
 
+def in_known_order(
+    x: Float[Array, "B T N D"], sub_tiles: SubTiles, order: Order, start: int
+) -> tuple[Float[Array, "B V N D"], Order]:
+    """Returns the tokens of the video in an order that sub-tiles can be cut from.
+
+    Args:
+      x: Tokens of the whole sequence.
+      sub_tiles: Says the tiles.
+      order: How the tokens of the video are ordered.
+      start: First token of the video.
+    """
+    if order == "tiled" and sub_tiles.has_edges:
+        # Tiles that are cut off by the frame's edge are not alike.
+        return x[:, start + raster_order(sub_tiles)], "raster"
+    return x[:, start : start + sub_tiles.num_tokens], order
+
+
 @functools.partial(jit_once, static_argnames=("sub_tiles", "order", "reduction"))
 def reduce_sub_tiles(
     x: Float[Array, "B V N D"],
@@ -113,6 +130,22 @@ def reduce_sub_tiles(
     parts = _split(x, sub_tiles, order).astype(jnp.float32)
     tokens = np.maximum(sub_tiles.tokens, 1).astype(np.float32)
     return reduce(parts, pattern, "sum") / tokens[:, None, None]
+
+
+@functools.partial(jit_once, static_argnames="sub_tiles")
+def means_of_tiles(
+    x: Float[Array, "B C N D"], sub_tiles: SubTiles
+) -> Float[Array, "B S N D"]:
+    """Averages the means of the sub-tiles of each tile by their tokens.
+
+    Args:
+      x: Means of the cells of `sub_tiles`, in groups of one frame.
+      sub_tiles: What the means are taken over. Static.
+    """
+    of_tile = sub_tiles.tokens.reshape(-1, sub_tiles.per_column)
+    shares = of_tile / sub_tiles.tokens_of_tile[:, None]
+    parts = rearrange(x, "b (s j) n d -> b s j n d", j=sub_tiles.per_column)
+    return (parts * shares.astype(np.float32)[:, :, None, None]).sum(2)
 
 
 @functools.partial(jit_once, static_argnames=("sub_tiles", "order"))

@@ -8,7 +8,7 @@ from pallas_kernels.ranking.api import (
     select_in_rows,
     select_to_mass,
 )
-from pallas_kernels.ranking.packed_bits import WORD_BITS, all_set, pack
+from pallas_kernels.ranking.packed_bits import WORD_BITS, all_set, pack, unpack
 
 __all__ = [
     "WORD_BITS",
@@ -20,4 +20,5 @@ __all__ = [
     "select_in_maps",
     "select_in_rows",
     "select_to_mass",
+    "unpack",
 ]

@@ -6,6 +6,7 @@ nothing beside one pass over the scores.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,14 @@ def pack(flags: Bool[Array, "*rows C"]) -> UInt32[Array, "*rows W"]:
     lanes = jnp.pad(flags, padding).reshape(*rows, num_words, WORD_BITS)
     bits = np.uint32(1) << np.arange(WORD_BITS, dtype=np.uint32)
     return jnp.where(lanes, bits, np.uint32(0)).sum(-1, dtype=jnp.uint32)
+
+
+@functools.partial(jit_once, static_argnums=1)
+def unpack(words: UInt32[Array, "*rows W"], columns: int) -> Bool[Array, "*rows C"]:
+    """Inverts `pack`: whether the bit of each column is set. Columns are static."""
+    lanes = np.arange(WORD_BITS, dtype=np.uint32)
+    is_set = (words[..., None] >> lanes & 1).astype(jnp.bool_)
+    return is_set.reshape(*words.shape[:-1], -1)[..., :columns]
 
 
 def pack_numpy(flags: Bool[np.ndarray, "R C"]) -> UInt32[np.ndarray, "R W"]:

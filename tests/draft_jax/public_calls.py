@@ -65,12 +65,14 @@ NOT_COMPUTED = frozenset(
         "pallas_kernels.ranking.WORD_BITS",
         "pallas_kernels.ranking.all_set",
         "pallas_kernels.ranking.choose_path",
+        "pallas_kernels.pooling.PooledVideo",
         "pallas_kernels.pooling.QKNorm",
         "pallas_kernels.pooling.QKV",
         "pallas_kernels.pooling.Reduction",
         "pallas_kernels.pooling.Rope",
         "pallas_kernels.pooling.Scales",
         "pallas_kernels.pooling.Tiling",
+        "pallas_kernels.pooling.VideoPooling",
         "pallas_kernels.why_no_cudnn",
     }
 )
@@ -356,10 +358,12 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
 }
 # Called by others of the table with the arguments that they check.
 CALLED_BY = {
-    "pallas_kernels.pooling.channel_variances": "draft_jax.draft_attention row_topk",
     "pallas_kernels.pooling.deviations_of_tiles": "draft_jax.draft_scores exact spread",
+    "pallas_kernels.pooling.means_of_tiles": "draft_jax.draft_attention row_topk",
     "pallas_kernels.pooling.pool_sub_tiles": "draft_jax.make_means",
+    "pallas_kernels.pooling.pool_video": "draft_jax.draft_attention row_topk",
     "pallas_kernels.pooling.reduce_sub_tiles": "draft_jax.make_means",
+    "pallas_kernels.ranking.unpack": "draft_jax.draft_attention row_topk",
     "draft_jax.draft_attention_fn": "draft_jax.DraftAttentionFn",
     "pallas_kernels.unchecked_block_sparse_attention": (
         "pallas_kernels.block_sparse_attention"

@@ -44,6 +44,11 @@ NO_TEXT = VideoGrid(2, 3, 5, tile=(2, 2))
 # Each of 2 x 4 devices has 11 x 5. No other axis of an array is as long as the whole.
 BATCH, HEADS, DIM = 22, 20, 8
 WHOLE = {BATCH, HEADS, BATCH * HEADS}
+MEANS = DraftConfig.compensated(
+    sparsity=0.5,
+    draft_tile=(1, 2),
+    compensation=draft_jax.Compensation(sub_tile=(1, 1), frames=2),
+)
 CONFIG = DraftConfig.paper(sparsity=0.5)
 NORM = QKNorm(over="head")
 COLLECTIVES = r"(all-\w+|collective-\w+|reduce-scatter|ragged-\w+)(?:-start)?\("
@@ -223,6 +228,11 @@ OPERATIONS: dict[str, tuple[Callable[[Arrays], Any], Any]] = {
     "draft": (draft, "B T N D"),
     "draft, tiled": (functools.partial(draft, order="tiled"), "B T N D"),
     "draft, gradient": (gradient(draft), QKV_RESULT),
+    "draft, means": (functools.partial(draft, config=MEANS), "B T N D"),
+    "draft, means, gradient": (
+        gradient(functools.partial(draft, config=MEANS)),
+        QKV_RESULT,
+    ),
     "scheduled": (scheduled, ("B T N D", *LISTS)),
     "scheduled, gradient": (gradient(lambda x: scheduled(x)[0]), QKV_RESULT),
     "sparse": (sparse, "B T N D"),

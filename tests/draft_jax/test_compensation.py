@@ -23,6 +23,8 @@ from draft_jax import (
     means_work,
     scheduled_attention,
 )
+from draft_jax.draft.one_pass import pool_draft
+from draft_jax.draft.selection import select_from_draft
 from pallas_kernels import block_sparse_attention, dense_attention
 from tests.cases import mostly_nightly
 from tests.draft_jax import naive_draft
@@ -176,11 +178,14 @@ def test_gradients_flow_through_means(order):
 
 
 @pytest.mark.nightly
-def test_a_reused_mask_has_means_of_new_keys():
+@pytest.mark.parametrize("is_traced", [False, True], ids=["known", "traced"])
+def test_a_reused_mask_has_means_of_new_keys(is_traced):
     """A schedule's mask says what was skipped; keys and values are the step's."""
     q, k, v = random_qkv(EVEN)
     config = config_of("sub-tiles, two frames")
     run = functools.partial(scheduled_attention, grid=EVEN, config=config)
+    if is_traced:
+        run = jax.jit(run)
     step = constant_step(EVEN, config)
     mask = initial_mask(EVEN, config, batch=2, num_heads=2)
     _, mask = run(q, k, v, step=step, mask=mask)
@@ -212,6 +217,30 @@ def test_transformations_and_numpy_agree():
     mapped = jax.vmap(attend)(*(jnp.stack([x, x[::-1]]) for x in (q, k, v)))
     np.testing.assert_allclose(mapped[0], want, **F32)
     np.testing.assert_allclose(mapped[1], want[::-1], **F32)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("grid", [TEXT, EVEN], ids=["text", "even"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_new_masks_say_what_they_drop(selection, grid):
+    """Counted from the mask's lists, frame by frame."""
+    q, k, _ = map(jnp.asarray, random_qkv(grid))
+    config = config_of("sub-tiles, two frames", selection)
+    draft = pool_draft(q, k, grid=grid, config=config)
+    options = {"grid": grid, "config": config, "budget": None, "scale": None}
+    mask, dropped = select_from_draft(draft, **options, counts_dropped=True)
+    assert select_from_draft(draft, **options).dropped is None
+    tiles = grid.num_visual_blocks // grid.frames
+    want = np.zeros(dropped.shape, np.uint8)
+    start, ids = np.asarray(mask.row_offsets), np.asarray(mask.block_ids)
+    first = grid.visual_blocks.start
+    for b, n, row in np.ndindex(2, 2, grid.num_visual_blocks):
+        own = slice(*start[b, n, first + row : first + row + 2])
+        for tile in {*range(first, first + grid.num_visual_blocks)} - {*ids[b, n, own]}:
+            frame, place = divmod(tile - first, tiles)
+            want[b, n, first + row, frame // 2 * tiles + place] += 1
+    assert dropped.dtype == np.uint8
+    np.testing.assert_array_equal(dropped, want)
 
 
 def test_work_of_means_is_the_share_of_pairs_with_them():

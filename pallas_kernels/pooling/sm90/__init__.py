@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from pallas_kernels.common.lazy_modules import importer
 
 if TYPE_CHECKING:
-    from pallas_kernels.pooling.sm90 import norm_rope_pool, pool_tiles
+    from pallas_kernels.pooling.sm90 import norm_rope_pool, pool_tiles, pool_video
 
-__all__ = ["norm_rope_pool", "pool_tiles"]
+__all__ = ["norm_rope_pool", "pool_tiles", "pool_video"]
 
 __getattr__ = importer(__name__, *__all__)

@@ -92,6 +92,7 @@ def test_compress_rows(capacity):
     flags = rng.random((2, 9, 70)) < 0.3
     words = ranking.pack(jnp.asarray(flags))
     np.testing.assert_array_equal(unpack(words, 70), flags)
+    np.testing.assert_array_equal(ranking.unpack(words, 70), flags)
     offsets, columns = ranking.compress_rows(words, np.array([0, 32, 64]), capacity)
     for i in range(2):
         ends = np.minimum(np.cumsum(flags[i].sum(-1)), capacity)
