@@ -7,6 +7,7 @@ they are pooled together: `pallas_kernels.pooling.pool_video` reads each array o
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from draft_jax.config import DraftConfig, sub_tiles_of
@@ -90,7 +91,8 @@ def pool_layer(
     The arguments are those of `pool_draft`, and values; the config compensates. No
     gradient flows through the draft.
     """
-    q, pooled = jax.lax.stop_gradient((q, pooled))
+    # A gradient of NumPy's arrays hands these through.
+    q, pooled = jax.tree.map(jnp.asarray, jax.lax.stop_gradient((q, pooled)))
     draft, means = _pool_together(q, k, v, grid, config, order, pooled)
     assert means is not None, "there are values"
     return jax.lax.stop_gradient(draft), means

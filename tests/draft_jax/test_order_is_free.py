@@ -94,6 +94,18 @@ def test_nothing_large_is_moved(grid, order):
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("order", ["raster", "tiled"])
+def test_nothing_large_is_moved_for_means(order):
+    layer = functools.partial(
+        draft_attention, grid=DIVISIBLE, config=DraftConfig.compensated(), order=order
+    )
+    text, size = lower(layer, DIVISIBLE)
+    assert large_moves(text, size) == set()
+    assert all(f"{name}_sm90" in text for name in ("pool_video", "tile_scores"))
+    assert "pool_tiles_sm90" not in text, "q, k or v is read twice"
+
+
+@pytest.mark.nightly
 def test_a_move_is_seen():
     """So that the test above can fail."""
 

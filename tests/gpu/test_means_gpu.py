@@ -15,11 +15,12 @@ from draft_jax import (
     draft_attention,
     make_means,
 )
+from draft_jax.config import sub_tiles_of
 from pallas_kernels import SubTiles, block_sparse_attention_with_lse
 from pallas_kernels.attention.reference import oracle_attention
 from pallas_kernels.common.device import current_device
+from pallas_kernels.pooling import VideoPooling, pool_sub_tiles, pool_video, video
 from pallas_kernels.pooling import api as pooling_api
-from pallas_kernels.pooling import pool_sub_tiles
 from pallas_kernels.tile_scores import Parts, reference, tile_scores
 from tests.pallas_kernels.attention.reference import compress, random_mask, random_qkv
 from tests.pallas_kernels.tile_scores.cases import growing_logits
@@ -185,6 +186,42 @@ def test_pooling_agrees_with_xla(sub_tile, frames, order, text):
     want = jax.jit(pooling_api._cells_by_xla, static_argnums=0)(task, q, k)
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, **POOLED)
+
+
+# Draft, cells, frames.
+VIDEO_POOLINGS = {
+    "16th": ((4, 4), (2, 2), 4),
+    "32nd": ((4, 4), (2, 4), 4),
+    "large cells": ((8, 16), (4, 16), 3),
+    "many frames": ((2, 4), (1, 2), 12),
+    "not nested": ((4, 4), (2, 8), 4),
+}
+
+
+@pytest.mark.parametrize("order", ["raster", "tiled"])
+@pytest.mark.parametrize("height", [45, 48])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", VIDEO_POOLINGS)
+def test_pooling_in_one_pass_agrees_with_xla(name, dtype, height, order):
+    draft, cell, frames = VIDEO_POOLINGS[name]
+    grid = VideoGrid(14, height, 80, text_length=77, text_side="before")
+    pooling = VideoPooling(
+        means=sub_tiles_of(grid, cell, frames),
+        draft=sub_tiles_of(grid, draft),
+        spread=True,
+        order=order,
+        start=grid.visual_tokens.start,
+    )
+    qkv = random_qkv(grid, head_dim=128, dtype=dtype)
+    got = pool_video(*qkv, pooling)
+    run = functools.partial(video._pool_video, pooling=pooling, has_kernel=False)
+    want = run(*(x.astype(jnp.float32) for x in qkv))
+    for field in got._fields:
+        value = np.asarray(getattr(got, field), np.float32)
+        is_mean = field.endswith("means") and dtype != "float32"
+        bounds = {"rtol": 2**-8, "atol": 1e-5} if is_mean else POOLED
+        expected = getattr(want, field)
+        np.testing.assert_allclose(value, expected, err_msg=field, **bounds)
 
 
 def test_a_layer_with_means():

@@ -39,9 +39,10 @@ from pallas_kernels.pooling.interfaces import VideoResult
 THREADS = 128  # threads of a warpgroup
 BYTES_PER_THREAD = 16  # the widest load
 MAX_LOADS = 16  # loads issued together
-# Sums of a thread, of each frame and channel: three of these kinds, and what is loaded,
-# are 160 registers.
+# Frames times channels of a thread, which holds three sums of each: 128 registers at 4
+# frames and 4 channels. 178 at 8 channels leave two CTAs on a multiprocessor, not four.
 MAX_SUMS = 16
+MIN_CHANNELS = 2  # of a thread, for more frames
 MAX_FRAMES = 16
 
 
@@ -170,7 +171,9 @@ def pool_video(
 def _chunk_of(channels: int, itemsize: int, frames: int) -> int:
     """Returns the channels of a CTA: as wide loads as registers and heads allow."""
     width = BYTES_PER_THREAD // itemsize
-    while channels % (THREADS * width) or width * frames > MAX_SUMS:
+    while channels % (THREADS * width) or (
+        width > MIN_CHANNELS and width * frames > MAX_SUMS
+    ):
         width //= 2
     return THREADS * width
 
