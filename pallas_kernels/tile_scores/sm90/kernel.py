@@ -9,8 +9,8 @@ back as it writes.
 
 Roles
 -----
-PRODUCER copies Q and the blocks of K, through a ring. Three consumers own 64 query rows
-each.
+PRODUCER copies Q, a block ahead, and the blocks of K, through a ring. Three consumers
+own 64 query rows each.
 
   PRODUCER         q, k -- TMA -> | K0 | K1 | K2 | .. |   and Q
                                     |
@@ -38,7 +38,7 @@ for the last turn.
 
 Shapes
 ------
-q_smem [3, 64, D]; k_smem [num_slots, 128, D]; S and E [64, 128]; reference and sum
+q_smem [2, 3, 64, D]; k_smem [num_slots, 128, D]; S and E [64, 128]; reference and sum
 [64]. The output is flat: [L, S * S].
 
 Which part is in which row or column of a product is chosen so that a thread holds whole
@@ -83,6 +83,7 @@ from pallas_kernels.tile_scores.sm90.plan import (
     NUM_SLOTS,
     PRODUCER,
     PRODUCER_REGISTERS,
+    Q_SLOTS,
     QUERIES,
     Plan,
     scratch_types,
@@ -185,6 +186,10 @@ class _Cta(NamedTuple):
         batch, head = lax.div(task.map, heads), lax.rem(task.map, heads)
         return array.at[batch, pl.ds(first, count), head]
 
+    def q_slot_of(self, place):
+        """Returns the slot of a query block."""
+        return lax.rem(place, jnp.int32(Q_SLOTS))
+
     def slot_of(self, fill):
         """Returns the slot of a copy of K, counted over the walks of the CTA."""
         return lax.rem(fill, jnp.int32(NUM_SLOTS))
@@ -222,12 +227,14 @@ def _produce(cta: _Cta) -> None:
 
     @pl.loop(0, cta.num_tasks)
     def _load_task(index):
-        task = cta.task(index)
-        pl.when(index > 0)(signals.wait_q_free)
+        task, q_slot = cta.task(index), cta.q_slot_of(index)
+        pl.when(index >= Q_SLOTS)(lambda: signals.wait_q_free(q_slot))
         for consumer in range(NUM_CONSUMERS):
             first = task.block * QUERIES + consumer * ROWS
             rows = cta.parts(cta.gmem.q, task, first, ROWS)
-            plgpu.copy_gmem_to_smem(rows, cta.q_smem.at[consumer], signals.q_full)
+            plgpu.copy_gmem_to_smem(
+                rows, cta.q_smem.at[q_slot, consumer], signals.q_full.at[q_slot]
+            )
 
         @pl.loop(0, num_blocks)
         def _load(block):
@@ -237,7 +244,10 @@ def _produce(cta: _Cta) -> None:
             keys = cta.parts(cta.gmem.k, task, block * KEYS, KEYS)
             plgpu.copy_gmem_to_smem(keys, cta.k_smem.at[slot], signals.k_full.at[slot])
 
-    signals.wait_q_free()
+    @pl.loop(jnp.maximum(cta.num_tasks - Q_SLOTS, 0), cta.num_tasks)
+    def _drain_q(index):
+        signals.wait_q_free(cta.q_slot_of(index))
+
     num_fills = cta.num_tasks * num_blocks
 
     @pl.loop(jnp.maximum(num_fills - NUM_SLOTS, 0), num_fills)
@@ -252,7 +262,7 @@ def _consume(cta: _Cta) -> None:
 
     def walk(index, factor):
         task, before = cta.task(index), _Walked(cta.task(index - 1), factor)
-        cta.signals.wait_q_full()
+        cta.signals.wait_q_full(cta.q_slot_of(index))
         add = functools.partial(_add_block, cta, task, before)
         first = cta.instructions.kept(_sums_gmem(cta), jnp.int32(0), plan.per_tile)
         state = _Walk(_rows_of(NO_REFERENCE), _rows_of(0.0), first)
@@ -260,7 +270,7 @@ def _consume(cta: _Cta) -> None:
         state = lax.fori_loop(0, num_whole, add, state)
         if plan.is_last_short:
             state = add(jnp.int32(num_whole), state, masks=True)
-        cta.signals.free_q()
+        cta.signals.free_q(cta.q_slot_of(index))
         return _factors(cta, task, state)
 
     factor = lax.fori_loop(0, cta.num_tasks, walk, _rows_of(0.0))
@@ -391,7 +401,7 @@ def _logits(cta: _Cta, task: _Task, block, masks: bool):
     signals.wait_k_full(slot)
     signals.take_turn(cta.wg)
     logits = cta.instructions.logits(
-        cta.q_smem.at[cta.wg],
+        cta.q_smem.at[cta.q_slot_of(task.place), cta.wg],
         cta.k_smem.at[slot],
         after_issue=lambda: signals.give_turn_after(cta.wg),
     )

@@ -14,8 +14,9 @@ QUERIES = NUM_CONSUMERS * ROWS  # parts of a block of queries
 KEYS = 128  # parts of a block of keys
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 160, 32
 NUM_SLOTS = 4  # key blocks in flight
+Q_SLOTS = 2  # query blocks: one is copied while the other one's walk ends
 # Named barriers; Mosaic uses the lowest five.
-NAMED_TURN, NAMED_Q_FREE, NAMED_K_FREE = 5, 8, 9
+NAMED_TURN, NAMED_Q_FREE, NAMED_K_FREE = 5, 8, 10
 MAX_SMEM_BYTES = 227 * 1024
 PARTS_PER_TILE = (2, 4, 8, 16)  # a warp has whole tiles: 16 rows
 HEAD_DIMS = (64, 128)
@@ -97,10 +98,10 @@ def scratch_types(plan: Plan) -> dict[str, Any]:
         return plgpu.SMEM(size, jnp.bfloat16, transforms=smem_transforms())
 
     return {
-        "q_smem": smem(NUM_CONSUMERS, ROWS),
+        "q_smem": smem(Q_SLOTS, NUM_CONSUMERS, ROWS),
         "k_smem": smem(NUM_SLOTS, KEYS),
-        "q_full": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
-        "q_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
+        "q_full": plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=Q_SLOTS),
+        "q_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=Q_SLOTS),
         "k_full": plgpu.Barrier(num_barriers=NUM_SLOTS),
         "k_free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=NUM_SLOTS),
         "turn": plgpu.Barrier(num_barriers=NUM_CONSUMERS),
@@ -109,5 +110,5 @@ def scratch_types(plan: Plan) -> dict[str, Any]:
 
 def smem_bytes(head_dim: int) -> int:
     """Returns the bytes of shared memory of one CTA, barriers included."""
-    blocks = (QUERIES + NUM_SLOTS * KEYS) * head_dim * 2
-    return blocks + 8 * (2 * NUM_SLOTS + 2 + NUM_CONSUMERS)
+    blocks = (Q_SLOTS * QUERIES + NUM_SLOTS * KEYS) * head_dim * 2
+    return blocks + 8 * (2 * (NUM_SLOTS + Q_SLOTS) + NUM_CONSUMERS)

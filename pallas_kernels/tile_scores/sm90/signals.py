@@ -32,21 +32,21 @@ class Signals:
     turn: Ref
     uses_named_barriers: bool
 
-    def wait_q_full(self):
-        """Waits until the query block has landed."""
-        plgpu.barrier_wait(self.q_full)
+    def wait_q_full(self, slot):
+        """Waits until a query block has landed."""
+        plgpu.barrier_wait(self.q_full.at[slot])
 
     def wait_k_full(self, slot):
         """Waits until a key block has landed."""
         plgpu.barrier_wait(self.k_full.at[slot])
 
-    def wait_q_free(self):
-        """Waits until all consumers have read the query block for the last time."""
-        self._wait(self.q_free, NAMED_Q_FREE, NUM_CONSUMERS + 1)
+    def wait_q_free(self, slot):
+        """Waits until all consumers have read a query block for the last time."""
+        self._wait(self.q_free.at[slot], NAMED_Q_FREE + slot, NUM_CONSUMERS + 1)
 
-    def free_q(self):
-        """Lets the producer overwrite the query block."""
-        self._arrive(self.q_free, NAMED_Q_FREE, NUM_CONSUMERS + 1)
+    def free_q(self, slot):
+        """Lets the producer overwrite a query block."""
+        self._arrive(self.q_free.at[slot], NAMED_Q_FREE + slot, NUM_CONSUMERS + 1)
 
     def wait_k_free(self, slot):
         """Waits until all consumers have read a key block."""
