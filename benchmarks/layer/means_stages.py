@@ -26,7 +26,7 @@ from draft_jax.draft.pooling import pool_queries_and_keys
 from pallas_kernels import BackendName, block_sparse_attention
 
 COMPENSATIONS = {
-    "32nd": Compensation(sub_tile=(2, 4), frames=4),
+    "32nd": Compensation(),
     "16th": Compensation(sub_tile=(2, 2), frames=4),
 }
 SPARSITY = 0.9
