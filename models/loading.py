@@ -23,6 +23,7 @@ from models.diffusion.folders.part_files import PartFiles
 from models.diffusion.interfaces import Codec
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.text_options import TextOptions
+from models.diffusion.video_autoencoder.codec import VideoCodec
 from models.hunyuan.family import HUNYUAN
 from models.mini.family import MINI
 from models.wan.family import WAN
@@ -110,6 +111,7 @@ def load_codec(
     files: PartFiles | None = None,
     revision: str | None = None,
     tile: int | None = None,
+    dtype: str | None = None,
 ) -> Codec:
     """Loads the codec of a checkpoint alone, such as to decode latents that were kept.
 
@@ -119,17 +121,42 @@ def load_codec(
       revision: Branch, tag or commit of a repository on the hub.
       tile: Rows and columns of pixels of the tiles that it is to run on; see
         `Codec.tiled`.
+      dtype: What it is to compute in, "float32" or "bfloat16"; see `change_codec`.
 
     Raises:
       CheckpointError: The model is missing, incomplete, or of another format.
-      ValueError: The family has no use for a part, a revision or tiles that are given,
-        or there are no tiles of that size.
+      ValueError: The family has no use for a part, a revision, tiles or a dtype that
+        are given, or there are no tiles of that size.
     """
     family, commit = find_family(path, revision=revision)
     given = given_arguments(files=files, revision=revision)
-    check_takes(family, given | ({} if tile is None else {"tiles": tile}))
+    changes = {"tiles": tile, "codec_dtype": dtype}
+    given |= {name: value for name, value in changes.items() if value is not None}
+    check_takes(family, given)
     codec = family.load_codec(path, files=files, revision=commit)
-    return codec if tile is None else codec.tiled(tile)
+    return change_codec(codec, tile=tile, dtype=dtype)
+
+
+def change_codec(
+    codec: Codec, *, tile: int | None = None, dtype: str | None = None
+) -> Codec:
+    """Returns a codec that runs on tiles, or in another dtype; None changes nothing.
+
+    Args:
+      codec: Of a family that has them.
+      tile: Rows and columns of pixels of the tiles; see `Codec.tiled`.
+      dtype: "float32" or "bfloat16"; see `VideoCodec.in_dtype`.
+
+    Raises:
+      ValueError: There are no tiles of that size, or no such dtype.
+    """
+    if tile is not None:
+        codec = codec.tiled(tile)
+    if dtype is None:
+        return codec
+    if not isinstance(codec, VideoCodec):
+        raise ValueError(f"{dtype=} is given, but {type(codec).__name__} has one only")
+    return codec.in_dtype(dtype)
 
 
 def find_family(

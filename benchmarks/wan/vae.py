@@ -12,6 +12,8 @@ What a record has:
   chunks_s         the whole video, chunk by chunk, without copies to the host
   total_s          the whole video, into the host's memory (decode) or from it (encode)
   tflops           arithmetic of the other chunks, by XLA's count, over chunk_ms
+  difference       with --difference: relative L2 and greatest difference of the video
+                   to that in float32 at matmul precision "highest", same weights
   peak_gib         of the device since the process began: weights, chunks, the search
                    for algorithms; on CPUs the process's own
 """
@@ -39,6 +41,7 @@ from benchmarks.common.autoencoders import (
     run_cases,
 )
 from benchmarks.common.options import add_output, height_by_width, make_parser
+from models.diffusion.video_autoencoder.codec import VideoCodec
 from models.wan.vae import codec as steps
 from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.codec import WanVAECodec
@@ -71,6 +74,21 @@ def later_flops(step: Any, model: WanVAE, first: Any, later: Any) -> float | Non
     return count_flops(step.lower(graph, state, later, cache))
 
 
+def difference_to_float32(
+    codec: VideoCodec, source: np.ndarray, direction: str
+) -> dict[str, float]:
+    """Relative L2 and greatest difference of a codec's results to exact ones."""
+    with jax.default_matmul_precision("highest"):
+        got, expected = (
+            np.asarray(getattr(made, direction)(source), np.float32)
+            for made in (codec, codec.in_dtype("float32"))
+        )
+    return {
+        "relative": float(np.linalg.norm(got - expected) / np.linalg.norm(expected)),
+        "greatest": float(np.abs(got - expected).max()),
+    }
+
+
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Measures one direction of one codec at one size."""
     config = WanVAEConfig.wan2_1(
@@ -97,7 +115,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         chunk = codec.stride[0]
     start = time.perf_counter()
     jax.block_until_ready(whole(source[:, : 1 + chunk]))
-    record = {"compile_s": time.perf_counter() - start}
+    record: dict[str, Any] = {"compile_s": time.perf_counter() - start}
     if not tile:
         times = time_chunks(split(source))
         flops = later_flops(step, codec.model, source[:, :1], source[:, 1 : 1 + chunk])
@@ -108,6 +126,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         }
         if flops is not None:
             record["tflops"] = flops / statistics.median(times[1:]) / 1e9
+    if case["difference"]:
+        difference = difference_to_float32(codec, source, case["direction"])
+        record |= {"difference": difference}
     start = time.perf_counter()
     result = jax.block_until_ready(whole(source))
     record |= {
@@ -131,6 +152,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     directions = ("decode", "encode")
     add("--directions", nargs="+", choices=directions, default=["decode"])
     add("--tile", type=int, default=0, help="side of tiles in pixels; 0 for none")
+    add("--difference", action="store_true", help="to float32, too")
     add("--tiny", action="store_true", help="a small model and video")
     add("--limit", type=float, default=240, help="seconds for each case")
     add_output(parser)
@@ -156,6 +178,7 @@ def main() -> int:
             "dtype": dtype,
             "convolution": convolution,
             "tile": options.tile,
+            "difference": options.difference,
             "base_dim": options.base_dim,
         }
         for direction, size, dtype, convolution in itertools.product(

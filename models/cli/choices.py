@@ -13,6 +13,7 @@ RANKINGS = ("mass", "spread", "exact_spread")  # `DraftConfig.ranking`
 GUIDANCE_BATCHINGS = ("one_call", "two_calls")
 IMAGE_FITS = ("aspect", "crop")
 LINEARS = ("bfloat16", "float8", "auto")  # `models.diffusion.dtypes.Linears`
+VAE_DTYPES = ("float32", "bfloat16")
 LORA_STRICT = ("yes", "no")
 METHODS = ("compensated", "paper")  # presets of `DraftConfig`
 PRESETS = ("paper", "published")  # of `SparsitySchedule`

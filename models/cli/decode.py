@@ -54,4 +54,5 @@ def _load_codec(arguments: argparse.Namespace, kept: KeptLatents) -> Codec:
         files=PartFiles(vae=vae),
         revision=revision,
         tile=arguments.vae_tile,
+        dtype=arguments.vae_dtype,
     )

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from models.cli.model_options import add_process_options, add_vae_tile
+from models.cli.model_options import add_process_options, add_vae_options
 
 _EXAMPLES = """examples:
   draft-video decode outputs/a-cat-0-1234abcd
@@ -49,5 +49,5 @@ def add_decode(commands: Any, **options: Any) -> None:
         metavar="PATH",
         help="autoencoder in place of the model's (default: as in the run)",
     )
-    add_vae_tile(parser)
+    add_vae_options(parser)
     add_process_options(parser)

@@ -82,4 +82,6 @@ def _command(folder: Path, request: Request) -> str:
     if "tiles" in request.family.takes:
         tile = request.arguments.vae_tile or 2 * _TILE
         arguments += ["--vae-tile", str(max(32, tile // 64 * 32))]
+    if request.arguments.vae_dtype is not None:
+        arguments += ["--vae-dtype", request.arguments.vae_dtype]
     return f"`{command_line(arguments)}`"

@@ -25,6 +25,7 @@ from models.diffusion.sampling import Sampling
 from models.diffusion.sizes import size_like_image
 from models.diffusion.text_options import TextOptions
 from models.loading import (
+    change_codec,
     find_family,
     given_arguments,
     load_pipeline,
@@ -85,9 +86,9 @@ class Request:
             files=self.info.files,
             linears=arguments.linears,
         )
-        if arguments.vae_tile is None:
-            return pipeline
-        codec = pipeline.codec.tiled(arguments.vae_tile)
+        codec = change_codec(
+            pipeline.codec, tile=arguments.vae_tile, dtype=arguments.vae_dtype
+        )
         return dataclasses.replace(pipeline, codec=codec)
 
     def for_each_seed(self) -> list["Request"]:
@@ -219,6 +220,7 @@ _FLAGS = {
     "files.image_encoder": ("--image-encoder", "image_encoder"),
     "revision": ("--revision", "revision"),
     "tiles": ("--vae-tile", "vae_tile"),
+    "codec_dtype": ("--vae-dtype", "vae_dtype"),
 }
 
 
@@ -233,8 +235,10 @@ def _check_fits(arguments: argparse.Namespace, family: Family) -> None:
         _part_files(arguments),
         arguments.revision,
     )
-    if arguments.vae_tile is not None:
-        given["tiles"] = arguments.vae_tile
+    for name in ("tiles", "codec_dtype"):
+        value = getattr(arguments, _FLAGS[name][1])
+        if value is not None:
+            given[name] = value
     wrong = {name: value for name, value in given.items() if name not in family.takes}
     if not wrong:
         return

@@ -118,17 +118,24 @@ def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
         default="default",
         help="where the text encoder runs, before the transformer is loaded",
     )
-    add_vae_tile(parser)
+    add_vae_options(parser)
 
 
-def add_vae_tile(parser: argparse.ArgumentParser) -> None:
-    """Adds the tiles that the autoencoder runs on."""
+def add_vae_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how the autoencoder runs."""
     parser.add_argument(
         "--vae-tile",
         type=int,
         metavar="PIXELS",
         help="run the autoencoder on tiles of this many rows and "
         "columns, a multiple of 32; saves memory and changes the video a little",
+    )
+    parser.add_argument(
+        "--vae-dtype",
+        choices=choices.VAE_DTYPES,
+        help="what the autoencoder computes in (default: float32 for Wan, bfloat16 for "
+        "HunyuanVideo, but on a CPU float32); bfloat16 takes half the memory and "
+        "changes the video a little",
     )
 
 

@@ -72,7 +72,7 @@ class Family:
         `revision`.
       expected: Contents of the family's folders, in words.
       takes: Arguments of `load_pipeline` that have a meaning for the family, such as
-        "loras" and "files.vae"; likewise "tiles" of the codec.
+        "loras" and "files.vae"; likewise "tiles" and "codec_dtype" of the codec.
       hub_signs: Small files of a repository that tell whether it is the family's.
       describe_neighbour: Says what to give in place of a folder that lies in, or
         around, that of a model; None if there is no such model.
@@ -107,5 +107,6 @@ FOR_PUBLISHED = frozenset(
         "files.tokenizer",
         "revision",
         "tiles",
+        "codec_dtype",
     ]
 )

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from models.diffusion.interfaces import LatentShape
@@ -85,6 +86,14 @@ class VideoCodec(abc.ABC):
         return video
 
     @abc.abstractmethod
+    def encode(self, video: Video) -> Float[Array, "B F H W C"]:
+        """Encodes pixels in [-1, 1] to latents as the transformer has them."""
+
+    @abc.abstractmethod
+    def tiled(self, pixels: int) -> "VideoCodec":
+        """Returns the codec on square tiles of so many rows and columns of pixels."""
+
+    @abc.abstractmethod
     def _decode(self, latents: Latents) -> Iterator[Array]:
         """Yields the frames of latents that are checked, chunk by chunk."""
 
@@ -118,6 +127,21 @@ class VideoCodec(abc.ABC):
             )
         _, frames, height, width, _ = video.shape
         return self.latent_shape(frames=frames, height=height, width=width)
+
+    def in_dtype(self, dtype: str) -> "VideoCodec":
+        """Returns the codec with another dtype of convolutions and what they read.
+
+        Parameters stay as they are stored. bfloat16 takes half the memory of float32,
+        and pixels differ a little.
+
+        Raises:
+          ValueError: The autoencoder cannot compute in the dtype.
+        """
+        config = dataclasses.replace(self.model.config, dtype=dtype)
+        make = type(self.model)
+        other = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
+        model = nnx.merge(nnx.split(other)[0], nnx.state(self.model))
+        return dataclasses.replace(self, model=model)
 
     def check_tile(self, pixels: int) -> None:
         """Checks the side of tiles that share a quarter of it.

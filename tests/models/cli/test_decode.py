@@ -111,7 +111,7 @@ def test_a_wan_video_is_decoded_on_the_tiles_that_are_suggested(
     here = tmp_path / "model"
     shutil.copytree(TEXT_TO_VIDEO, here)
     small = ("--size", "96x64", "--frames", "5", "--steps", "1", "--guidance", "1")
-    tiles = ("--vae-tile", "64")
+    tiles = ("--vae-tile", "64", "--vae-dtype", "bfloat16")
 
     def fail(*_):
         raise MemoryError("so much memory is not there")
@@ -120,7 +120,8 @@ def test_a_wan_video_is_decoded_on_the_tiles_that_are_suggested(
         patch.setattr(WanVAECodec, "decode_to_host", fail)
         out = tmp_path / "out"
         assert generate(here, out, *small, "--dense", *tiles) == 3
-    assert f"`draft-video decode {out} --vae-tile 32`" in capsys.readouterr().err
+    command = f"`draft-video decode {out} --vae-tile 32 --vae-dtype bfloat16`"
+    assert command in capsys.readouterr().err
     assert generate(here, tmp_path / "whole", *small, "--dense", *tiles) == 0
     moved = here.rename(tmp_path / "moved")
     shutil.rmtree(moved / "text_encoder")
@@ -159,6 +160,7 @@ def test_a_hunyuan_video_is_decoded(tmp_path, monkeypatch):
         ("../x.mp4", (), "'../x.mp4' must be one of dense.mp4"),
         ("video.mp4", ("--vae-tile", "40"), "--vae-tile 40 must be a positive"),
         ("video.mp4", ("--vae-tile", "64"), "tiles=64: arguments that fit"),
+        ("video.mp4", ("--vae-dtype", "bfloat16"), "codec_dtype=bfloat16"),
         ("video.mp4", ("--vae", "x"), "files.vae=x"),
         ("video.mp4", ("--checkpoint", "no/where/x"), "no/where/x does not exist"),
     ],

@@ -91,6 +91,7 @@ WITH_EFFECT = {
     "--embeddings": ["folder"],
     "--text-device": ["cpu"],
     "--vae-tile": ["256"],
+    "--vae-dtype": ["bfloat16"],
     "--linears": ["auto"],
     "--fps": ["5"],
     "--dense": [],

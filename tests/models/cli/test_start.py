@@ -164,6 +164,7 @@ def test_every_choice_is_offered():
         ("--text-device", choices.TEXT_DEVICES),
         ("--linears", choices.LINEARS),
         ("--method", choices.METHODS),
+        ("--vae-dtype", choices.VAE_DTYPES),
         ("--preset", choices.PRESETS),
         ("--solver", choices.GRIDS_OF_SOLVERS),
         ("--size", choices.NAMED_SIZES),

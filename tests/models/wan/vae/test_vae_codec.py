@@ -54,6 +54,18 @@ def test_tiles_share_a_quarter_of_their_sides(codec):
             codec.tiled(pixels)
 
 
+def test_a_codec_in_another_dtype_is_as_if_made_in_it(codec):
+    narrow = codec.tiled(16).in_dtype("bfloat16")
+    made = tiny_vae.make_model(CASE, dtype="bfloat16")
+    assert nnx.split(narrow.model)[0] == nnx.split(made)[0] != nnx.split(codec.model)[0]
+    jax.tree.map(
+        np.testing.assert_array_equal, nnx.state(narrow.model), nnx.state(made)
+    )
+    assert narrow.tiling == codec.tiled(16).tiling
+    with pytest.raises(ValueError, match="dtype='float8' must be one of"):
+        codec.in_dtype("float8")
+
+
 @pytest.mark.nightly
 def test_every_way_to_decode_gives_the_same(codec, latents, decoded):
     chunks = list(codec.decode_chunks(jnp.asarray(latents[:1])))
