@@ -93,6 +93,7 @@ WITH_EFFECT = {
     "--vae-tile": ["256"],
     "--vae-dtype": ["bfloat16"],
     "--linears": ["auto"],
+    "--method": ["paper"],
     "--fps": ["5"],
     "--dense": [],
     "--compare": [],
