@@ -115,13 +115,15 @@ def floor(record: Mapping[str, Any]) -> str:
     if pair is None:
         return ""
     if pair[0] >= FLOOR_DB:
-        said = "the videos are equal bit for bit, on this device"
+        said = "the videos are equal to the last bit on this device."
     else:
-        said = f"they agree to {tables.with_interval(*pair)} dB"
+        said = (
+            f"they agree to {tables.with_interval(*pair)} dB. A method can't be told "
+            "from dense attention beyond that."
+        )
     return (
         "## The floor\n\nDense attention by two kernels, the dense one and the "
-        "block-sparse one with all pairs in every step, after all steps: "
-        f"{said}. A method can't be told from dense attention beyond that."
+        f"block-sparse one with all pairs in every step, after all steps: {said}"
     )
 
 
@@ -132,7 +134,9 @@ def quality(record: Mapping[str, Any]) -> str:
     parts = [
         "## At equal density",
         "PSNR to the dense video, in dB, by density. The oracle ranks blocks by their "
-        "true masses and has nothing for the dropped.",
+        "true masses and has nothing for the dropped. A row keeps whole blocks, so "
+        "rules of equal rows keep somewhat more than is asked for where a video has "
+        "few; the next table says what was kept.",
         tables.psnr_by_density(record),
         picture(record, "quality_density.png", "PSNR over work"),
         tables.all_metrics(record),

@@ -1,7 +1,7 @@
 """What methods do to single layers: error of the output, and mass that is kept.
 
 Queries, keys and values are those of dense generations, so that all methods see the
-same and no error of an earlier step or layer is in a figure.
+same and no error of an earlier step or layer is in a figure. Padded text counts, too.
 """
 
 import dataclasses

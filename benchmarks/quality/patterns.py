@@ -228,9 +228,11 @@ def radial_bands(grid: VideoGrid) -> WithSink:
     apart = abs(places.frames[:, None] - places.frames[None])
     beside = abs(places.in_frame[:, None] - places.in_frame[None])
     halvings = np.frexp(np.maximum(apart, 1))[1] - 1  # floor of the logarithm
+    # float32 everywhere, so that what is counted here is what a device keeps.
+    tiles_of_band = (num_tiles / 2.0**halvings).astype(np.float32)
 
     def keeps(xp, factor):
-        width = factor[0] * num_tiles / 2.0**halvings
+        width = factor[0] * tiles_of_band
         every = xp.ceil(1.0 / width)
         is_diagonal = (beside == 0) & (apart % xp.maximum(every, 1.0) == 0)
         return xp.where(width >= 1.0, beside < width, is_diagonal)

@@ -49,6 +49,10 @@ class Curve:
             return None
         return interpolate(time_ms, self.times, self.clips[metric])
 
+    def at_work(self, work: float, metric: str = "psnr") -> np.ndarray | None:
+        """Returns a metric of each clip at work between measured points, or None."""
+        return interpolate(work, self.work, self.clips[metric])
+
     def time(self, density: float) -> float | None:
         """Returns the time of a layer at a density."""
         if self.times is None or density not in self.densities:
@@ -109,6 +113,10 @@ def figures(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
             mine, theirs = ours.at(density), paper.at(density)
             name = f"psnr_gain_{percent}_equal_density"
             found[name] = difference(mine, theirs)
+            if mine is not None:
+                work = ours.work[ours.densities.index(density)]
+                equal = difference(mine, paper.at_work(work))
+                found[f"psnr_gain_{percent}_equal_work"] = equal
             for kind, chosen in kinds.items():
                 if mine is not None and theirs is not None and chosen.any():
                     pair = mine[chosen], theirs[chosen]

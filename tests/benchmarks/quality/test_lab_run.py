@@ -133,3 +133,20 @@ def test_pictures_are_drawn_from_a_folder(tmp_path, monkeypatch):
     drawn = ["quality_density.png", "quality_strips.jpg", "quality_maps.png"]
     assert record["pictures"] == drawn
     assert all((tmp_path / name).stat().st_size > 1000 for name in drawn)
+
+
+def test_one_trial_of_each_choice_runs(tmp_path):
+    """A schedule, a size of means, and a cache with FP8 linears."""
+    folder = tiny_model.save_checkpoint(tmp_path / "model")
+    lab = run.Lab(options_of(folder, tmp_path / "run", "--steps", "6"))
+    wanted = {
+        "falling density": schedules(6),
+        "means of 1x2x4": front(),
+        "ours + mag:0.12,2 + float8": combinations(),
+    }
+    for name, found in wanted.items():
+        (trial,) = [each for each in found if each.name == name][:1]
+        row = lab.run_trial(trial)
+        assert row["name"] == name
+        assert all(5 < value < 100 for value in row["clips"]["psnr"])
+        assert 0 < row["kept_density"] < row["work"] <= 1.5
