@@ -12,7 +12,7 @@ from flax import nnx
 
 from models.checkpoints.safetensors_io import save_safetensors
 from models.wan.config import WanConfig
-from models.wan.convert import save_wan_transformer
+from models.wan.convert import load_wan_transformer, save_wan_transformer
 from models.wan.transformer import WanTransformer
 from models.wan.vae.convert import export_wan_vae
 from tests import tiny_wan2_2
@@ -109,3 +109,42 @@ def save_text_or_image_to_video(folder: Path) -> Path:
 
 def _write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content))
+
+
+def save_pair(folder: Path, layout: str, *, from_image: bool = False) -> Path:
+    """Writes two transformers with seeded weights, one for high noise and one for low.
+
+    The other parts are those of the fixtures; the original's have placeholders' sizes.
+    """
+    shutil.copytree(FIXTURES / "wan_folders" / layout, folder)
+    places = {"high": "transformer", "low": "transformer_2"}
+    if layout == "original":
+        tokenizer = folder / "google" / "umt5-xxl"
+        shutil.copytree(TEXT_TO_VIDEO / "tokenizer", tokenizer)
+        (folder / "diffusion_pytorch_model.safetensors").unlink()
+        published = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").unlink()
+        places = {side: f"{side}_noise_model" for side in places}
+    else:
+        published = json.loads((folder / "transformer" / "config.json").read_text())
+        shutil.rmtree(folder / "transformer")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["transformer_2"] = index["transformer"]
+        index["boundary_ratio"] = 0.875
+        _write_json(folder / "model_index.json", index)
+    if from_image:
+        changes = {"in_dim": 36, "model_type": "i2v"}
+        published |= changes if layout == "original" else {"in_channels": 36}
+    config = WanConfig.from_dict(published, image_dim=None, dtype="float32")
+    for side, place in places.items():
+        weights = tiny_wan2_2.make_weights(config, side)
+        model = load_wan_transformer(weights, config)
+        save_wan_transformer(
+            model,
+            folder / place,
+            stem="diffusion_pytorch_model",
+            layout=layout,
+            dtype=None,
+        )
+        _write_json(folder / place / "config.json", published)
+    return folder

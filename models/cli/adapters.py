@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from models.checkpoints.lora import find_few_steps
+from models.diffusion.adapters import split_expert
 from models.diffusion.sampling import Sampling
 
 
@@ -15,6 +16,7 @@ def suggest_few_steps(files: Iterable[Path], sampling: Sampling) -> None:
       CheckpointError: A file is missing or damaged.
     """
     for file in files:
+        _, file = split_expert(file)
         found = find_few_steps(file)
         if found is None or found.suits(sampling.num_steps, sampling.guidance):
             continue

@@ -39,6 +39,7 @@ class SamplingDefaults(NamedTuple):
     width: int = 128
     num_steps: int = 16
     guidance: float = 4.0
+    low_guidance: float | None = None
     embedded_guidance: float | None = None
     shift: float = 3.0
     solver: str = "euler"

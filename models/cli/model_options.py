@@ -29,8 +29,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         type=parse_lora,
         action="append",
         default=[],
-        metavar="FILE[:STRENGTH]",
-        help="adapter (safetensors) to merge into a published model; may be repeated",
+        metavar="[high:|low:]FILE[:STRENGTH]",
+        help="adapter (safetensors) to merge into a published model; may be repeated; "
+        "of two transformers into one, or into both",
     )
     parser.add_argument(
         "--lora-strict",

@@ -295,6 +295,13 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         type=float,
     )
     add(
+        "--low-guidance",
+        "",
+        "guidance at low noise, where a second transformer of its own runs "
+        "(Wan2.2 A14B); other models take none",
+        type=float,
+    )
+    add(
         "--embedded-guidance",
         "",
         "strength of the guidance that a distilled model (HunyuanVideo) is told of; "

@@ -1,11 +1,18 @@
 """Adapters of transformers of every family, merged as weights are opened."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from models.checkpoints.lora import merge_lora
 from models.checkpoints.lora.rows import Target
+from models.diffusion.experts import ExpertName
+
+Lora = tuple[str | os.PathLike, float]
+
+_PREFIX = re.compile(r"(high|low):(?=.)")
 
 
 def _spelled(names: Iterable[str], feature: str) -> dict[str, str]:
@@ -69,3 +76,37 @@ def merge_adapters(
             features=features,
         )
     return weights
+
+
+def split_expert(name: str | os.PathLike) -> tuple[ExpertName | None, Path]:
+    """Returns for which expert an adapter is given, and its file.
+
+    Args:
+      name: A file, or "high:FILE" or "low:FILE"; a file of that very name comes first.
+    """
+    path = Path(name)
+    match = None if path.exists() else _PREFIX.match(os.fspath(name))
+    if match is None:
+        return None, path
+    return match[1], Path(os.fspath(name)[match.end() :])  # type: ignore[return-value]
+
+
+def loras_of(expert: ExpertName, loras: Iterable[Lora]) -> list[tuple[Path, float]]:
+    """Returns the adapters of an expert: its own, and those of both."""
+    found = [(*split_expert(name), strength) for name, strength in loras]
+    return [(file, strength) for of, file, strength in found if of in (None, expert)]
+
+
+def check_no_expert(loras: Iterable[Lora], path: Path) -> None:
+    """Raises ValueError if an adapter is for one of two transformers, and there is one.
+
+    Args:
+      loras: Adapters with their strengths.
+      path: Where the model lies, for messages.
+    """
+    for name, _ in loras:
+        if split_expert(name)[0] is not None:
+            raise ValueError(
+                f"adapter {os.fspath(name)!r} is given for one of two transformers, "
+                f"but {path} has one: leave out the word before the colon"
+            )

@@ -110,7 +110,7 @@ def inspect_attention(
         if len(reports) < step:
             raise StopGeneration
     step_plan, timestep = sampler.step_plan(step), sampler.solver.timesteps[step]
-    model = sampler.model
+    model = sampler.model_at(step)
     grid = model.grid(sampler.latent_shape)
     assert step_plan is not None  # attention is not dense
     look = functools.partial(

@@ -20,6 +20,7 @@ from draft_jax import AttentionPlan, means_work
 from models.diffusion.caches import StepCache
 from models.diffusion.contexts import as_prompts, join_contexts
 from models.diffusion.decoding import check_codec_output, decode_video
+from models.diffusion.experts import Experts
 from models.diffusion.interfaces import (
     ClosedVocabulary,
     Codec,
@@ -75,6 +76,7 @@ class VideoPipeline:
         are none, or `generate` is always given the condition itself.
       sampling: Settings if `generate` is not told: those of the checkpoint.
       fps: Frames per second of the videos that the model was trained on.
+      experts: Two transformers that take turns by the noise level; `model` is theirs.
     """
 
     model: VideoModel
@@ -83,6 +85,7 @@ class VideoPipeline:
     image_encoder: ImageEncoder | None = None
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     fps: float = 12.0
+    experts: Experts | None = None
     _compiled: dict = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -315,6 +318,11 @@ class VideoPipeline:
         conditioning = self.model.conditioning
         conditioning.check_image(given=image is not None)
         conditioning.check_guidance(sampling)
+        if sampling.low_guidance is not None and self.experts is None:
+            raise ValueError(
+                f"{sampling.low_guidance=} is given, but this model has one "
+                "transformer for all noise levels: set it to None"
+            )
         shape, solver = self.latent_shape(sampling), sampling.make_solver()
         for note in [] if cache is None else cache.notes(solver, attention):
             warnings.warn(note, CacheWarning, skip_file_prefixes=(__file__,))
@@ -326,6 +334,8 @@ class VideoPipeline:
             attention=attention,
             guidance_batching=guidance_batching,
             cache=cache,
+            experts=self.experts,
+            low_guidance=sampling.low_guidance,
         )
         batch = len(context.lengths) // (2 if sampling.guided else 1)
         inputs = StepInputs(

@@ -303,7 +303,7 @@ def look_at_step(
     assert kind is not None, "dense attention has no masks"
     assert kind.refresh, "other masks come from another step"
     assert sampler.plan is not None
-    structure, parameters = nnx.split(sampler.model)
+    structure, parameters = nnx.split(sampler.model_at(index))
     first = jax.tree.map(lambda rows: rows[:1], (inputs.context, inputs.image))
     seen = _look(
         parameters,

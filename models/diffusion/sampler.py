@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool
+from jaxtyping import Array, Bool, Float
 
 from draft_jax import (
     AttentionPlan,
@@ -22,7 +22,8 @@ from draft_jax import (
     StepPlan,
     initial_mask,
 )
-from models.diffusion.caches import StepCache
+from models.diffusion.caches import CacheState, StepCache
+from models.diffusion.experts import Experts
 from models.diffusion.interfaces import KeepsResidual, LatentShape, VideoModel
 from models.diffusion.results import StepReport, StepWork, StopGeneration
 from models.diffusion.schedulers import Solver
@@ -54,6 +55,10 @@ class Sampler:
       plan: The schedule's entry for each step; None with dense attention.
       guidance_batching: How guided steps run the model.
       cache: Rule of a step cache; None to compute every step.
+      experts: The transformers that take turns, of which `model` is one; None for one
+        transformer.
+      low_guidance: Guidance of the steps of the expert for low noise; None for that of
+        the inputs.
 
     Raises:
       ValueError: There is no such batching, or the model cannot have the cache.
@@ -66,6 +71,8 @@ class Sampler:
     plan: StepPlan | None
     guidance_batching: GuidanceBatching = "one_call"
     cache: StepCache | None = None
+    experts: Experts | None = None
+    low_guidance: float | None = None
 
     def __post_init__(self) -> None:
         if self.guidance_batching not in get_args(GuidanceBatching):
@@ -87,6 +94,8 @@ class Sampler:
         attention: AttentionPlan,
         guidance_batching: GuidanceBatching = "one_call",
         cache: StepCache | None = None,
+        experts: Experts | None = None,
+        low_guidance: float | None = None,
     ) -> "Sampler":
         """Works the schedule out for a model and a size.
 
@@ -99,6 +108,8 @@ class Sampler:
             in "one_call" or "two_calls". Two need less memory; results agree up to
             rounding.
           cache: Rule of a step cache; None to compute every step.
+          experts: The transformers that take turns, of which `model` is one.
+          low_guidance: Guidance of the expert for low noise.
 
         Raises:
           ValueError: The schedule or the latent's shape does not fit the model, or
@@ -117,7 +128,23 @@ class Sampler:
             plan=plan,
             guidance_batching=guidance_batching,
             cache=cache,
+            experts=experts,
+            low_guidance=low_guidance,
         )
+
+    @functools.cached_property
+    def expert_starts(self) -> tuple[int, ...]:
+        """The first step of each transformer."""
+        if self.experts is None:
+            return (0,)
+        return self.experts.starts(self.solver.timesteps)
+
+    def model_at(self, index: int) -> VideoModel:
+        """Returns the transformer of a step, with its weights on the device."""
+        if self.experts is None:
+            return self.model
+        timestep = float(self.solver.timesteps[index])
+        return self.experts.take(self.experts.name_at(timestep))
 
     @property
     def dense(self) -> Bool[np.ndarray, "steps layers"]:
@@ -139,19 +166,23 @@ class Sampler:
         keys = [jax.random.fold_in(jax.random.key(seed), item) for item in range(batch)]
         noise = [jax.random.normal(key, self.latent_shape) for key in keys]
         latents = jnp.stack(noise)
-        masks, cache = self._initial_masks(batch, guided), None
-        if self.cache is not None:
-            cache = self.cache.initial_state(
-                latents,
-                rows=batch * (2 if guided else 1),
-                residual=(
-                    self.model.residual_shape(self.latent_shape)
-                    if isinstance(self.model, KeepsResidual)
-                    else None
-                ),
-            )
+        masks = self._initial_masks(batch, guided)
+        cache = self._initial_cache(latents, rows=batch * (2 if guided else 1))
         history = self.solver.initial_history(latents)
         return SamplerState(latents, masks, history, cache)
+
+    def _initial_cache(
+        self, latents: Float[Array, "B F H W C"], *, rows: int
+    ) -> CacheState | None:
+        """Returns a cache's state from which nothing is skipped; None without one."""
+        if self.cache is None:
+            return None
+        residual = (
+            self.model.residual_shape(self.latent_shape)
+            if isinstance(self.model, KeepsResidual)
+            else None
+        )
+        return self.cache.initial_state(latents, rows=rows, residual=residual)
 
     def _initial_masks(self, batch: int, guided: bool) -> BlockMask | None:
         """Returns arrays of their own for each layer, for steps reuse the memory."""
@@ -178,7 +209,7 @@ class Sampler:
         num_steps = self.solver.num_steps
         if self.cache is None:
             return np.zeros(num_steps, np.bool_)
-        return self.cache.skippable(num_steps)
+        return self.cache.skippable(num_steps, self.expert_starts)
 
     def program(
         self, index: int, *, skip: bool, owes_masks: bool
@@ -199,7 +230,8 @@ class Sampler:
         kind = self.kind(index)
         if kind is None:
             return (SKIPPED if skip else None), False
-        owes_masks = owes_masks or kind.refresh
+        # Masks of one transformer say nothing about another.
+        owes_masks = owes_masks or kind.refresh or index in self.expert_starts[1:]
         if skip:
             return SKIPPED, owes_masks
         if all(kind.dense):
@@ -273,10 +305,13 @@ class Sampler:
         Raises:
           FloatingPointError: The result is not finite.
         """
-        program, state, owes_masks = self._choose(state, index)
-        arguments = nnx.state(self.model), state, inputs, self._numbers(index)
         start = time.perf_counter()
+        state, inputs = self._for_expert(state, inputs, index)
+        program, state, owes_masks = self._choose(state, index)
+        arguments = nnx.state(self.model_at(index)), state, inputs, self._numbers(index)
         state, arrays = run_program(programs[program], program, *arguments)
+        if self.experts is not None and index + 1 in self.expert_starts:
+            self.experts.prepare("low")  # while the device works
         if state.cache is not None and self.cache and not self.cache.is_known:
             state.cache.score.copy_to_host_async()  # while the device works
         state, arrays = jax.block_until_ready((state, arrays))
@@ -300,6 +335,23 @@ class Sampler:
             work=_work(program),
             estimate=arrays.estimate,
         )
+
+    def _for_expert(
+        self, state: SamplerState, inputs: StepInputs, index: int
+    ) -> tuple[SamplerState, StepInputs]:
+        """Returns a step's state and inputs as its transformer takes them."""
+        if self.experts is None:
+            return state, inputs
+        if index in self.expert_starts[1:] and state.cache is not None:
+            rows = len(jax.tree.leaves(inputs.context)[0])
+            cache = self._initial_cache(state.latents, rows=rows)
+            assert cache is not None  # there was a state
+            cache = dataclasses.replace(cache, owes_masks=state.cache.owes_masks)
+            state = state._replace(cache=cache)
+        name = self.experts.name_at(float(self.solver.timesteps[index]))
+        if name == "low" and self.low_guidance is not None:
+            inputs = inputs._replace(guidance=jnp.float32(self.low_guidance))
+        return state, inputs
 
     def _choose(
         self, state: SamplerState, index: int

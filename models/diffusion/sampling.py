@@ -22,6 +22,8 @@ class Sampling:
       guidance: Classifier-free guidance: the prediction is
         `negative + guidance * (prompt - negative)`. 1.0 turns it off, which halves
         the work.
+      low_guidance: Guidance of the steps of a second transformer for low noise, where a
+        model has two; None for the same.
       embedded_guidance: Strength of the guidance that a distilled model is told of,
         instead of running a negative prompt; None for models that are told nothing.
       shift: Of the noise levels; see `FlowEuler`.
@@ -43,6 +45,7 @@ class Sampling:
     width: int = 128
     num_steps: int = 16
     guidance: float = 4.0
+    low_guidance: float | None = None
     embedded_guidance: float | None = None
     shift: float = 3.0
     solver: SolverName | Solver = "euler"
@@ -62,6 +65,11 @@ class Sampling:
             raise ValueError(
                 f"guidance={self.guidance!r} must be a finite number >= 0; 1 is off"
             )
+        low = self.low_guidance
+        if low is not None and not 0.0 <= low < float("inf"):
+            raise ValueError(
+                f"low_guidance={low!r} must be a finite number >= 0, or None"
+            )
         embedded = self.embedded_guidance
         if embedded is not None and not 0.0 <= embedded < float("inf"):
             raise ValueError(
@@ -77,7 +85,7 @@ class Sampling:
     @property
     def guided(self) -> bool:
         """Whether steps run a negative prompt too."""
-        return self.guidance != 1.0
+        return self.guidance != 1.0 or self.low_guidance not in (None, 1.0)
 
     def make_solver(self) -> Solver:
         """Returns the solver that `solver`, `num_steps` and `shift` describe."""

@@ -4,6 +4,7 @@ Two layouts are published; see `models.wan.layouts`.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from models.checkpoints.conversion import ConversionError
 from models.checkpoints.hub import find_checkpoint
 from models.checkpoints.memory_map import CheckpointError
-from models.diffusion.adapters import merge_adapters
+from models.diffusion.adapters import check_no_expert, loras_of, merge_adapters
 from models.diffusion.folders.layouts import (
     ALL_PARTS,
     FolderLayouts,
@@ -41,7 +42,14 @@ from models.wan.convert import (
     load_wan_transformer,
     lora_names,
 )
-from models.wan.layouts import LAYOUTS, hub_patterns, layouts_of
+from models.wan.layouts import (
+    LAYOUTS,
+    LAYOUTS_PAIR,
+    hub_patterns,
+    layouts_of,
+    read_index,
+)
+from models.wan.pair import check_pair
 from models.wan.transformer import WanTransformer
 from models.wan.transformer_file import TransformerFile
 
@@ -56,7 +64,7 @@ class WanFolder:
       layout: Published layout.
       parts: The parts that it was checked for.
       transformer_config: The transformer's `config.json` as it is.
-      holds_first_frame: Whether the folder says so of its model, in diffusers' words.
+      index: What diffusers says of the pipeline; empty in the original layout.
     """
 
     path: Path
@@ -64,7 +72,7 @@ class WanFolder:
     layout: LayoutName
     parts: frozenset[Part]
     transformer_config: Mapping[str, Any]
-    holds_first_frame: bool = False
+    index: Mapping[str, Any]
 
     @classmethod
     def open(
@@ -87,13 +95,12 @@ class WanFolder:
         path = Path(path)
         layouts = layouts_of(path)
         layout = find_layout(layouts, path)
-        _check_one_transformer(path)
         config: dict[str, Any] = {}
         file = path / layouts.files[layout]["transformer"][0]
         if file.is_file():
             config = read_json(file)
         wanted = {part for part in parts if part in layouts.files[layout]}
-        if not _sees_image_tokens(config):
+        if layouts is LAYOUTS_PAIR or not _sees_image_tokens(config):
             wanted.discard("image_encoder")
         needed = {
             part: layouts.files[layout][part] for part in ALL_PARTS if part in wanted
@@ -107,8 +114,13 @@ class WanFolder:
             layout=layout,
             parts=frozenset(wanted),
             transformer_config=config,
-            holds_first_frame=_read_index(path).get("expand_timesteps") is True,
+            index=read_index(path),
         )
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether there is a transformer for high noise, and one for low."""
+        return self.layouts is LAYOUTS_PAIR
 
     def config(self, **changes: Any) -> WanConfig:
         """Reads the transformer's sizes; `changes` as in `WanConfig.from_dict`.
@@ -116,13 +128,20 @@ class WanFolder:
         Raises:
           CheckpointError: This port lacks what `config.json` asks for.
         """
-        if self.holds_first_frame:
-            changes = {"holds_first_frame": True} | changes
         try:
-            return WanConfig.from_dict(self.transformer_config, **changes)
+            return self.config_of(self.transformer_config, **changes)
         except (ValueError, TypeError) as error:
             file = self.path / self.layouts.files[self.layout]["transformer"][0]
             raise CheckpointError(f"{file}: {error}") from error
+
+    def config_of(self, published: Mapping[str, Any], **changes: Any) -> WanConfig:
+        """Reads the sizes of a transformer's `config.json` in this folder."""
+        if self.index.get("expand_timesteps") is True:
+            changes = {"holds_first_frame": True} | changes
+        if self.is_pair and self.layout == "original":
+            # Its files are those of Wan2.1, whose models from an image see tokens.
+            changes = {"image_dim": None} | changes
+        return WanConfig.from_dict(published, **changes)
 
     def source(self, part: Part) -> PartSource:
         """Opens a part; see `models.diffusion.folders.part_files.source_in`."""
@@ -175,6 +194,9 @@ class WanParts:
       sources: The other parts that were asked for, and that the model needs.
       tokenizer: The text encoder's tokenizer, a folder or a file; None if not asked
         for.
+      low: The transformer for low noise of a pair, adapters included: then `weights`
+        are those for high noise. None for one transformer.
+      boundary_ratio: What diffusers' file of a pair says of its boundary, if anything.
     """
 
     path: Path
@@ -186,6 +208,8 @@ class WanParts:
     scheduler: SchedulerSettings
     sources: Mapping[Part, PartSource]
     tokenizer: Path | None
+    low: PartSource | None = None
+    boundary_ratio: float | None = None
 
     @property
     def text_encoder(self) -> Mapping[str, Any] | None:
@@ -221,18 +245,28 @@ class WanParts:
         return self.sources[part].read_config(read, default, **changes)
 
     def load_transformer(self) -> WanTransformer:
-        """Loads the transformer onto JAX's default device.
+        """Loads the transformer onto JAX's default device; of a pair the first.
 
         Raises:
           CheckpointError: The weights are damaged or do not fit `config.json`; the
             first keys at fault are listed.
         """
+        return self._load(self.weights, self.files)
+
+    def load_low(self) -> WanTransformer:
+        """Loads a pair's transformer for low noise, likewise."""
+        assert self.low is not None, "called of pairs"
+        return self._load(self.low.weights, self.low.files)
+
+    def _load(
+        self, weights: Mapping[str, Any], files: tuple[Path, ...]
+    ) -> WanTransformer:
         try:
-            return load_wan_transformer(self.weights, self.config)
+            return load_wan_transformer(weights, self.config)
         except ConversionError as error:
-            folder = self.files[0].parent
             raise CheckpointError(
-                f"the transformer in {folder} does not fit its config.json: {error}"
+                f"the transformer in {files[0].parent} does not fit its config.json: "
+                f"{error}"
             ) from error
 
 
@@ -259,7 +293,8 @@ def open_wan_parts(
         with in float32 (`models.wan.convert.FLOAT32`); `dtype` if None.
       parts: Parts that are needed; not the text encoder, say, if embeddings have
         been made before. The transformer always is.
-      loras: Adapters to merge, each a `.safetensors` file and its strength.
+      loras: Adapters to merge, each a `.safetensors` file and its strength. Of a pair
+        "high:FILE" and "low:FILE" are for one transformer, others for both.
       lora_strict: Whether parts of adapters that mean nothing to this model are
         refused; else they are skipped with a warning.
       files: Parts that are given by themselves; the model's own are left alone.
@@ -278,7 +313,7 @@ def open_wan_parts(
       ValueError: `revision` is given for a path, or an image encoder for a model that
         takes no image.
     """
-    parts = {*parts, "transformer"}
+    parts = {*parts, "transformer", "transformer_2"}
     files = (files or PartFiles()).fetched(parts, LAYOUTS)
     given = files.given()
     sources: dict[Part, PartSource] = {
@@ -296,16 +331,21 @@ def open_wan_parts(
             f"image_encoder={os.fspath(given['image_encoder'])!r} is given, but {path} "
             "is a text-to-video model, or one that needs none"
         )
-    weights = merge_adapters(
-        wan.weights,
-        loras,
-        lora_names,
-        strict=lora_strict,
-        features=LORA_FEATURES,
+    merge = functools.partial(
+        merge_adapters, names_of=lora_names, strict=lora_strict, features=LORA_FEATURES
     )
+    loras, low = list(loras), wan.low
+    if low is None:
+        check_no_expert(loras, path)
+    else:
+        check_pair(wan.weights, low.weights, {"high": wan.files, "low": low.files})
+        low = dataclasses.replace(
+            low, weights=merge(low.weights, loras_of("low", loras))
+        )
     return dataclasses.replace(
         wan,
-        weights=weights,
+        weights=merge(wan.weights, loras_of("high", loras)),
+        low=low,
         given=files,
         sources={**wan.sources, **sources},
         tokenizer=tokenizer or wan.tokenizer,
@@ -354,6 +394,15 @@ def _open_folder(
     config = folder.config(**changes)
     transformer = folder.source("transformer")
     others: tuple[Part, ...] = ("text_encoder", "vae", "image_encoder")
+    low = None
+    if folder.is_pair:
+        low = folder.source("transformer_2")
+        second = low.read_config(folder.config_of, WanConfig, **changes)
+        if second != config:
+            raise CheckpointError(
+                f"{low.config_file} has other sizes than {transformer.config_file}: "
+                f"{second} and {config}; expected two transformers of one kind"
+            )
     return WanParts(
         path=path,
         model=None,
@@ -364,31 +413,14 @@ def _open_folder(
         scheduler=folder.scheduler() if "scheduler" in parts else SchedulerSettings(),
         sources={part: folder.source(part) for part in others if part in folder.parts},
         tokenizer=folder.tokenizer if "tokenizer" in parts else None,
+        low=low,
+        boundary_ratio=folder.index.get("boundary_ratio"),
     )
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    """Reads what diffusers says of a pipeline; nothing in the original layout."""
-    file = path / "model_index.json"
-    return read_json(file) if file.is_file() else {}
-
-
-def _check_one_transformer(path: Path) -> None:
-    """Raises for Wan2.2's pairs: one alone would load, and make poor videos."""
-    names = ("high_noise_model", "low_noise_model", "transformer_2")
-    pair = [name for name in names if (path / name).is_dir()]
-    if any(_read_index(path).get("transformer_2") or ()):
-        pair.append("transformer_2 in model_index.json")
-    if pair:
-        raise CheckpointError(
-            f"{path} has {', '.join(pair)}: Wan2.2's models with a transformer for "
-            "high noise and one for low are not supported; expected a model with one"
-        )
 
 
 def names_wan(path: Path) -> bool:
     """Returns whether a `config.json` alone is that of Wan's own code."""
-    file = path / LAYOUTS.files["original"]["transformer"][0]
+    file = path / layouts_of(path).files["original"]["transformer"][0]
     if not file.is_file():
         return False
     stored = read_json(file)

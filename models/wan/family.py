@@ -1,10 +1,10 @@
-"""Wan2.1 as a family of models."""
+"""Wan2.1 and Wan2.2 as a family of models."""
 
 from pathlib import Path
 
 from models.diffusion.family import FOR_PUBLISHED, Family
 from models.wan.checkpoint import names_wan
-from models.wan.layouts import LAYOUTS
+from models.wan.layouts import LAYOUTS, layouts_of
 from models.wan.loading import describe_wan, load_wan, load_wan_codec
 from models.wan.transformer_file import is_transformer_file
 
@@ -12,7 +12,7 @@ from models.wan.transformer_file import is_transformer_file
 def _owns(path: Path) -> bool:
     if is_transformer_file(path):
         return True
-    return LAYOUTS.find(path) is not None or names_wan(path)
+    return layouts_of(path).find(path) is not None or names_wan(path)
 
 
 WAN = Family(

@@ -7,10 +7,12 @@ of diffusers (the same names with -Diffusers). Those of Wan2.2 have other files.
 import dataclasses
 import os
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from models.checkpoints.files import find_visible
 from models.diffusion.folders.layouts import ALL_PARTS, FolderLayouts, Part
+from models.diffusion.folders.part_files import read_json
 from models.umt5.convert import open_umt5_weights
 from models.umt5.tokenizer import FILE as TOKENIZER_FILE
 from models.wan.convert import open_transformer_weights
@@ -91,14 +93,55 @@ LAYOUTS_TI2V = dataclasses.replace(
 )
 
 
+# Wan2.2's pairs: the transformer for high noise, and a second one for low.
+_PAIR = {"high": "high_noise_model", "low": "low_noise_model"}
+_SECOND = "transformer_2"
+
+
+def _files_in(folder: str) -> tuple[str, str]:
+    return f"{folder}/config.json", f"{folder}/diffusion_pytorch_model*.safetensors"
+
+
+LAYOUTS_PAIR = dataclasses.replace(
+    LAYOUTS,
+    files={
+        "original": {
+            **LAYOUTS.files["original"],
+            "transformer": _files_in(_PAIR["high"]),
+            "transformer_2": _files_in(_PAIR["low"]),
+        },
+        "diffusers": {
+            **LAYOUTS.files["diffusers"],
+            "transformer_2": (f"{_SECOND}/config.json", f"{_SECOND}/*.safetensors"),
+        },
+    },
+    signs={**LAYOUTS.signs, "original": (*LAYOUTS.signs["original"], *_PAIR.values())},
+)
+
+
 def layouts_of(path: str | os.PathLike) -> FolderLayouts:
     """Returns the layouts of the model that lies in a folder, whole or not."""
+    if any((Path(path) / name).is_dir() for name in (*_PAIR.values(), _SECOND)):
+        return LAYOUTS_PAIR
+    if any(read_index(path).get(_SECOND) or ()):
+        return LAYOUTS_PAIR
     if find_visible(path, LAYOUTS_TI2V.files["original"]["vae"][0]):
         return LAYOUTS_TI2V
     return LAYOUTS
 
 
+def read_index(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads what diffusers says of a pipeline; nothing in the original layout.
+
+    Raises:
+      CheckpointError: The file is damaged.
+    """
+    file = Path(path) / "model_index.json"
+    return read_json(file) if file.is_file() else {}
+
+
 def hub_patterns(parts: Collection[Part] = ALL_PARTS) -> list[str]:
     """Returns the files to fetch for parts, whichever model a repository holds."""
-    patterns = (LAYOUTS.hub_patterns(parts), LAYOUTS_TI2V.hub_patterns(parts))
-    return list(dict.fromkeys(name for names in patterns for name in names))
+    tables = (LAYOUTS, LAYOUTS_TI2V, LAYOUTS_PAIR)
+    patterns = [name for table in tables for name in table.hub_patterns(parts)]
+    return list(dict.fromkeys(patterns))

@@ -20,9 +20,11 @@ from models.umt5.tokenizer import check_text_packages
 from models.wan.checkpoint import WanParts, open_wan_parts
 from models.wan.conditions import WanConditioning
 from models.wan.config import WanConfig
+from models.wan.pair import make_experts, note_other_settings
 from models.wan.sampling import (
     WanSize,
     WanTask,
+    a14b_sampling,
     ti2v_sampling,
     wan_sampling,
     wan_shift,
@@ -53,7 +55,9 @@ class WanInfo:
       config: Sizes of the transformer.
       codec: Sizes of the autoencoder.
       sampling: Settings that `generate` takes by default.
-      own_shift: Whether the folder has a scheduler, which says its shift.
+      own_shift: Whether the shift is the same at every size: a pair's is, and that of a
+        folder that has a scheduler.
+      is_pair: Whether there is a transformer for high noise, and one for low.
     """
 
     path: Path
@@ -63,6 +67,7 @@ class WanInfo:
     codec: WanVAEConfig
     sampling: Sampling
     own_shift: bool
+    is_pair: bool = False
 
     @property
     def conditioning(self) -> WanConditioning:
@@ -89,6 +94,10 @@ class WanInfo:
         are told apart by the size of the video.
         """
         sizes = ("dim", "ffn_dim", "num_layers", "in_channels", "image_dim")
+        if self.is_pair:
+            kind = "i2v" if self.config.takes_image else "t2v"
+            same = self.config.dim == WanConfig.t2v_14b().dim
+            return published_ratios(f"wan2.2-{kind}-a14b") if same else None
         kind = "image" if from_image else "text"
         small = sampling.height * sampling.width < _BETWEEN_SIZES
         for name, published in (
@@ -124,7 +133,8 @@ def describe_wan(
         config=wan.config,
         codec=_vae_config(wan),
         sampling=_sampling(wan),
-        own_shift=_has_own_shift(wan),
+        own_shift=_has_own_shift(wan) or wan.low is not None,
+        is_pair=wan.low is not None,
     )
 
 
@@ -183,8 +193,16 @@ def load_wan(
         image_encoder = _load_image_encoder(wan)
     codec = _load_codec(wan, vae)
     _LOG.info("loading the transformer")
+    experts, model = None, None
+    if wan.low is None:
+        model = wan.load_transformer()
+    else:
+        model, experts = make_experts(
+            wan.config, {"high": wan.load_transformer, "low": wan.load_low}
+        )
     return VideoPipeline(
-        model=wan.load_transformer(),
+        model=model,
+        experts=experts,
         text_encoder=text_encoder,
         codec=codec,
         image_encoder=image_encoder,
@@ -241,8 +259,20 @@ def _load_image_encoder(wan: WanParts) -> CLIPImageEncoder | None:
 def _sampling(wan: WanParts) -> Sampling:
     """Returns Wan's own settings, or the scheduler's in a folder of diffusers.
 
+    Of a pair Wan's own are taken: the schedulers of the published folders have another
+    shift, with which too few steps are those of high noise.
+
     The 1.3B model was trained at 480p only.
     """
+    if wan.low is not None:
+        own = a14b_sampling(task=_task(wan.config))
+        note_other_settings(
+            own,
+            wan.scheduler,
+            config=wan.config,
+            boundary_ratio=wan.boundary_ratio,
+        )
+        return own
     settings: dict[str, Any] = {"solver": wan.scheduler.solver}
     if _has_own_shift(wan):
         settings["shift"] = wan.scheduler.shift

@@ -81,7 +81,7 @@ class TransformerFile:
         if not config.holds_first_frame and _PAIR.search(path.name):
             raise CheckpointError(
                 f"{path} is named as one of Wan2.2's pairs of transformers, for high "
-                "noise and for low, which are not supported; expected Wan2.1"
+                "noise and for low; expected a folder with both"
             )
         try:
             check_parameters(

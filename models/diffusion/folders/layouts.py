@@ -16,6 +16,7 @@ from models.checkpoints.weights import open_weights
 LayoutName = Literal["original", "diffusers"]
 Part = Literal[
     "transformer",
+    "transformer_2",
     "text_encoder",
     "tokenizer",
     "text_encoder_2",

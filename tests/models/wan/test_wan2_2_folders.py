@@ -3,18 +3,24 @@
 import dataclasses
 import json
 import shutil
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
+from models.checkpoints.memory_map import CheckpointError
+from models.checkpoints.safetensors_io import save_safetensors
 from models.diffusion.interfaces import ImageCondition
-from models.loading import load_pipeline
+from models.loading import find_family, load_pipeline
+from models.wan.checkpoint import open_wan_parts
 from models.wan.loading import describe_wan
-from models.wan.sampling import ti2v_sampling
+from models.wan.pair import SchedulerWarning
+from models.wan.sampling import a14b_sampling, ti2v_sampling
 from models.wan.vae.config import WanVAEConfig
-from tests.wan_folders import FIXTURES, save_text_or_image_to_video
+from tests.cases import mostly_nightly
+from tests.wan_folders import FIXTURES, save_pair, save_text_or_image_to_video
 
 ORIGINAL = FIXTURES / "wan_folders" / "original"
 
@@ -69,3 +75,138 @@ def test_the_diffusers_layout_of_the_5b_model(tmp_path):
     wrong = ImageCondition(jnp.zeros((1, 2, 4, 6, 4)), None)
     with pytest.raises(ValueError, match=r"expected 1 or 1 of shape \(1, 4, 6, 4\)"):
         pipeline.generate("a cat", settings, image=wrong)
+
+
+@pytest.fixture(params=mostly_nightly(("original", "diffusers"), ("original",)))
+def pair(request, tmp_path):
+    return save_pair(tmp_path / "pair", request.param)
+
+
+def weights_of(wan, expert):
+    """One weight of an expert, by whichever name the layout has for it."""
+    weights = wan.weights if expert == "high" else wan.low.weights
+    (key,) = (key for key in weights if key.endswith(("0.self_attn.q.weight", KEY)))
+    return np.asarray(weights[key])
+
+
+KEY = "blocks.0.attn1.to_q.weight"
+
+
+@pytest.mark.filterwarnings("ignore::models.wan.pair.SchedulerWarning")
+def test_both_layouts_of_a_pair(pair):
+    assert find_family(pair)[0].name == "Wan"
+    info = describe_wan(pair)
+    assert info.is_pair
+    assert info.sampling == a14b_sampling()
+    settings = info.sampling
+    assert (settings.shift, settings.num_steps) == (12.0, 40)
+    assert (settings.guidance, settings.low_guidance) == (4.0, 3.0)
+    assert info.sampling_at(480, 832).shift == 12.0
+    wan = open_wan_parts(pair, parts=[])
+    high, low = (weights_of(wan, expert) for expert in ("high", "low"))
+    assert np.abs(high - low).max() > 0.1
+    assert {file.parent for file in wan.files}.isdisjoint(
+        file.parent for file in wan.low.files
+    )
+
+
+@pytest.mark.nightly
+def test_a_pair_that_starts_from_an_image_needs_no_image_encoder(tmp_path):
+    info = describe_wan(save_pair(tmp_path / "i2v", "original", from_image=True))
+    assert info.config.takes_image
+    assert info.config.image_dim is None
+    assert info.sampling == a14b_sampling(task="image")
+    assert (info.sampling.shift, info.sampling.guidance) == (5.0, 3.5)
+    assert info.sampling.low_guidance == 3.5
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_other_settings_of_a_folder_are_noted(tmp_path, layout):
+    folder = save_pair(tmp_path / "pair", layout)
+    if layout == "original":
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            describe_wan(folder)
+        return
+    message = "has a shift of 3; Wan's own code has 12, which is taken"
+    with pytest.warns(SchedulerWarning, match=message):
+        describe_wan(folder)
+    file = folder / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"boundary_ratio": 0.5}))
+    with pytest.warns(SchedulerWarning, match=r"boundary_ratio=0.5; 0\.875 is taken"):
+        describe_wan(folder)
+
+
+@pytest.mark.nightly
+def test_pairs_that_are_none_are_refused(pair):
+    places = {
+        side: next(
+            pair / name
+            for name in (f"{side}_noise_model", second)
+            if (pair / name).is_dir()
+        )
+        for side, second in (("high", "transformer"), ("low", "transformer_2"))
+    }
+    file = next(places["low"].glob("*.safetensors"))
+    content = file.read_bytes()
+    file.write_bytes(next(places["high"].glob("*.safetensors")).read_bytes())
+    with pytest.raises(CheckpointError, match="for high and low noise are equal"):
+        open_wan_parts(pair, parts=[])
+    file.unlink()
+    elsewhere = pair.parent / "high_noise_model"
+    elsewhere.mkdir()
+    (elsewhere / file.name).write_bytes(content)
+    file.symlink_to(elsewhere / file.name)
+    with pytest.raises(CheckpointError, match="names the other: the two are swapped"):
+        open_wan_parts(pair, parts=[])
+    config = places["low"] / "config.json"
+    file.unlink()
+    file.write_bytes(content)
+    stored = json.loads(config.read_text())
+    config.write_text(json.dumps(stored | {"eps": 1e-5}))
+    with pytest.raises(CheckpointError, match="has other sizes than"):
+        open_wan_parts(pair, parts=[])
+    shutil.rmtree(places["low"])
+    with pytest.raises(CheckpointError, match=r"lacks .*/config\.json \(transformer_2"):
+        open_wan_parts(pair, parts=[])
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore:the adapter .* does not say its alpha")
+def test_adapters_are_for_one_expert_or_for_both(pair, tmp_path):
+    """By hand: an adapter of rank one adds the outer product of its two vectors."""
+    plain = open_wan_parts(pair, parts=[])
+    before = {expert: weights_of(plain, expert) for expert in ("high", "low")}
+    up, down = np.arange(24.0, dtype=np.float32)[:, None], np.ones((1, 24), np.float32)
+    module = f"diffusion_model.{KEY.removesuffix('.weight')}".replace(
+        "attn1.to_q", "self_attn.q"
+    )
+    adapter = {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+    (file,) = save_safetensors(adapter, tmp_path / "lora", stem="adapter")
+    added = up @ down
+    for prefix, changed in (("high:", "high"), ("low:", "low"), ("", "high low")):
+        wan = open_wan_parts(pair, parts=[], loras=[(f"{prefix}{file}", 0.5)])
+        for expert, weight in before.items():
+            expected = weight + 0.5 * added * (expert in changed)
+            np.testing.assert_allclose(weights_of(wan, expert), expected, rtol=1e-6)
+    one = FIXTURES / "wan_folders" / "diffusers"
+    with pytest.raises(
+        ValueError, match=r"for one of two transformers, but .* has one"
+    ):
+        open_wan_parts(one, parts=[], loras=[(f"high:{file}", 1.0)])
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore::models.wan.pair.SchedulerWarning")
+def test_a_pair_makes_videos(tmp_path):
+    pipeline = load_pipeline(save_pair(tmp_path / "pair", "diffusers"))
+    assert pipeline.experts.boundary == 875.0
+    assert pipeline.fps == 16.0
+    settings = dataclasses.replace(
+        pipeline.sampling, frames=5, height=32, width=48, num_steps=4
+    )
+    result = pipeline.generate("a cat", settings)
+    assert result.video.shape == (1, 5, 32, 48, 3)
+    starts = pipeline.experts.starts(result.timesteps)
+    assert len(starts) == 2

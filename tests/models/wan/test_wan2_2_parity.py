@@ -3,16 +3,20 @@
 See tests/fixtures/make_wan2_2_fixtures.py.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from models.diffusion import experts
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import make_solver
 from models.wan.inputs import WanInputs
+from models.wan.pair import make_experts
 from tests import tiny_wan2_2 as tiny
 from tests.cases import mostly_nightly
 from tests.fixtures.seeded_arrays import seeded_uniform
@@ -56,6 +60,73 @@ def test_velocity_matches_diffusers(model, seed):
     assert differs_by(velocity, expected) < WAN2_2_VELOCITY
 
 
+@pytest.mark.parametrize("name", mostly_nightly(("t2v", "i2v"), ()))
+def test_run_of_two_experts_matches_diffusers(name):
+    """Each has its steps and its guidance; the solver's state goes on."""
+    result = run_of_two(name, resident_experts(name))
+    assert differs_by(result.latents, expected_run(name)) < WAN2_2_RUN
+
+
+@pytest.mark.nightly
+def test_streamed_experts_make_the_same_videos(monkeypatch):
+    """Also the second video, for which the first expert's weights come back."""
+    monkeypatch.setattr(experts, "PIECE_BYTES", 1000)  # of many pieces
+    monkeypatch.setattr(experts, "STAGED_BYTES", 5000)
+    config = tiny.make_config("t2v")
+    model, streamed = make_experts(
+        config,
+        {
+            side: functools.partial(tiny.make_transformer, config, f"t2v/{side}")
+            for side in ("high", "low")
+        },
+        streamed=True,
+    )
+    assert streamed.model is model
+    resident = run_of_two("t2v", resident_experts("t2v")).latents
+    for _ in range(2):
+        np.testing.assert_array_equal(run_of_two("t2v", streamed).latents, resident)
+
+
+def resident_experts(name):
+    config = tiny.make_config(name)
+    high, low = (
+        tiny.make_transformer(config, f"{name}/{side}") for side in ("high", "low")
+    )
+    return experts.ResidentExperts(high, low, boundary=800.0)
+
+
+def expected_run(name):
+    return tiny.load_fixture()[f"run/{name}/latents"]
+
+
+def run_of_two(name, both):
+    """A run of two transformers, with the settings of the fixture."""
+    both.boundary = 800.0
+    sampling = Sampling(
+        frames=9,
+        height=8 * tiny.ROWS,
+        width=8 * tiny.COLUMNS,
+        low_guidance=3.0,
+        solver=make_solver("unipc", num_steps=8, shift=3.0, grid="diffusers"),
+        **RUN,
+    )
+    image = None
+    if name == "i2v":
+        image = tiny.make_image(name, sampling.height, sampling.width)
+    pipeline = VideoPipeline(
+        both.model, None, tiny.make_codec(averages=False), experts=both
+    )
+    shape = (tiny.ITEMS, 4, tiny.FRAMES, tiny.ROWS, tiny.COLUMNS)
+    with jax.default_matmul_precision("highest"):
+        return pipeline.generate(
+            tiny.make_context(f"{name}/context"),
+            sampling,
+            image=image,
+            negative_context=tiny.make_context(f"{name}/negative"),
+            noise=tiny.draw(f"{name}/noise", *shape),
+        )
+
+
 @pytest.mark.parametrize("name", mostly_nightly(("ti2v_text", "ti2v_image"), ()))
 def test_run_of_one_transformer_matches_diffusers(name):
     codec = tiny.make_codec(averages=True)
@@ -79,6 +150,5 @@ def test_run_of_one_transformer_matches_diffusers(name):
             negative_context=tiny.make_context(f"{name}/negative"),
             noise=tiny.draw(f"{name}/noise", *shape),
         )
-    expected = tiny.load_fixture()[f"run/{name}/latents"]
-    assert differs_by(result.latents, expected) < WAN2_2_RUN
+    assert differs_by(result.latents, expected_run(name)) < WAN2_2_RUN
     assert result.video.shape == (tiny.ITEMS, 9, sampling.height, sampling.width, 3)

@@ -145,7 +145,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_whole_folders_are_described(published, layout):
     folder = WanFolder.open(published[layout])
     assert (folder.path, folder.layout) == (published[layout], layout)
-    assert not folder.holds_first_frame
+    assert not folder.is_pair
     expected = {"transformer", "text_encoder", "tokenizer", "vae"}
     if layout == "diffusers":
         expected.add("scheduler")
@@ -381,17 +381,17 @@ def test_other_folders_are_told(tmp_path):
             WanFolder.open(path)
 
 
-def test_pairs_of_transformers_are_refused(copies):
+def test_half_a_pair_is_refused(copies):
     folder, index = copies / "diffusers", copies / "diffusers" / "model_index.json"
     class_name = ["diffusers", "WanTransformer3DModel"]
     write_json(index, {"transformer_2": [None, None]})  # as in Wan2.2-TI2V-5B
     WanFolder.open(folder)
     write_json(index, {"transformer_2": class_name})
-    message = "has transformer_2 in model_index.json: Wan2.2's models with a transf"
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=r"lacks transformer_2/config\.json"):
         WanFolder.open(folder)
     (copies / "original" / "high_noise_model").mkdir()
-    with pytest.raises(CheckpointError, match="has high_noise_model: Wan2"):
+    message = r"lacks high_noise_model/config\.json .*, low_noise_model/config\.json"
+    with pytest.raises(CheckpointError, match=message):
         WanFolder.open(copies / "original")
 
 

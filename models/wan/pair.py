@@ -1,0 +1,140 @@
+"""Wan2.2's pairs: a transformer for high noise and one for low, of one architecture."""
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.checkpoints.memory_map import CheckpointError
+from models.diffusion.experts import (
+    ExpertName,
+    Experts,
+    ResidentExperts,
+    StreamedExperts,
+)
+from models.diffusion.folders.scheduler_settings import SchedulerSettings
+from models.diffusion.sampling import Sampling
+from models.wan.config import WanConfig
+from models.wan.transformer import WanTransformer
+
+# Of a model from text, and from an image: Wan2.2 `wan/configs`.
+_BOUNDARIES = {False: 0.875, True: 0.9}
+_NAMED = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)
+_TABLES = (".modulation", "scale_shift_table")  # small arrays, in all blocks
+
+
+class SchedulerWarning(UserWarning):
+    """A folder's scheduler has other settings than the model's own code."""
+
+
+def boundary_of(config: WanConfig) -> float:
+    """Returns the noise level, of 1, at which a pair's transformers change."""
+    return _BOUNDARIES[config.takes_image]
+
+
+def note_other_settings(
+    own: Sampling,
+    scheduler: SchedulerSettings,
+    *,
+    config: WanConfig,
+    boundary_ratio: float | None,
+) -> None:
+    """Warns where a folder's files differ from the settings of Wan's own code.
+
+    Args:
+      own: The settings that are taken.
+      scheduler: What the folder's scheduler says; its defaults in the original layout.
+      config: Sizes of the transformers.
+      boundary_ratio: What diffusers' file of the pipeline says; None if nothing.
+    """
+    notes = []
+    if scheduler.grid == "diffusers" and scheduler.shift != own.shift:
+        notes.append(
+            f"its scheduler has a shift of {scheduler.shift:g}; Wan's own code has "
+            f"{own.shift:g}, which is taken (--shift sets another)"
+        )
+    boundary = boundary_of(config)
+    if boundary_ratio not in (None, boundary):
+        notes.append(f"it has boundary_ratio={boundary_ratio}; {boundary} is taken")
+    if notes:
+        warnings.warn(
+            f"of a folder of Wan2.2: {'; '.join(notes)}",
+            SchedulerWarning,
+            stacklevel=2,
+        )
+
+
+def check_pair(
+    high: Mapping[str, Any],
+    low: Mapping[str, Any],
+    files: Mapping[ExpertName, Iterable[Path]],
+) -> None:
+    """Checks that two transformers are a pair, by names and by their smallest weights.
+
+    Args:
+      high: Weights for high noise by key.
+      low: Weights for low noise by key.
+      files: The files of each.
+
+    Raises:
+      CheckpointError: The names of files say that they are swapped, or both are equal.
+    """
+    for name, paths in files.items():
+        for path in paths:
+            real = path.resolve()
+            for part in (real.name, real.parent.name, path.name):
+                match = _NAMED.search(part)
+                if match and match[1].lower() != name:
+                    raise CheckpointError(
+                        f"{path} is to be the transformer for {name} noise, but "
+                        f"{part!r} names the other: the two are swapped"
+                    )
+    tables = [key for key in high if key.endswith(_TABLES) and key in low]
+    if tables and all(
+        np.array_equal(np.asarray(high[key]), np.asarray(low[key])) for key in tables
+    ):
+        raise CheckpointError(
+            f"the transformers for high and low noise are equal: {len(tables)} tables "
+            "of modulation have the same values; expected two of a pair"
+        )
+
+
+def make_experts(
+    config: WanConfig,
+    load: Mapping[ExpertName, Callable[[], WanTransformer]],
+    *,
+    streamed: bool | None = None,
+) -> tuple[Any, Experts]:
+    """Loads both transformers.
+
+    Args:
+      config: Sizes of each.
+      load: Functions that return a transformer on JAX's default device.
+      streamed: Whether the weights of one wait in the host's memory; None for what
+        suits: in FP8 and on a CPU both are on the device.
+
+    Returns:
+      A transformer to start with, and both.
+    """
+    boundary = 1000 * boundary_of(config)
+    if streamed is None:
+        streamed = jax.default_backend() != "cpu" and config.linears != "float8"
+    if not streamed:
+        experts = ResidentExperts(load["high"](), load["low"](), boundary=boundary)
+        return experts.model, experts
+    states: dict[ExpertName, Any] = {}
+    structure: Any = None
+    for name, load_one in load.items():
+        with jax.default_device(jax.devices("cpu")[0]):
+            structure, state = nnx.split(load_one())
+        states[name] = jax.tree.map(np.asarray, state)
+    # Copies, for the weights of the other are written over them.
+    resident = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), states["high"])
+    model: WanTransformer = nnx.merge(structure, resident)
+    return model, StreamedExperts(model, states, resident="high", boundary=boundary)
