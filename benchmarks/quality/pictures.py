@@ -1,5 +1,6 @@
 """Pictures of `docs/quality.md`: fronts, strips of frames, and maps of kept blocks."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +143,8 @@ def draw_maps(
         axes.set_xticks(edges, [""] * len(edges))
         axes.set_yticks(edges, [""] * len(edges))
         axes.grid(color="tab:blue", linewidth=0.3)
-        axes.set_title(f"{METHODS[name].title}, {layer.mean():.3f}", fontsize=7)
+        title = textwrap.fill(f"{METHODS[name].title}: {layer.mean():.3f}", 26)
+        axes.set_title(title, fontsize=7)
     figure.savefig(path)
 
 
