@@ -21,6 +21,7 @@ from models.diffusion.family import Family
 from models.diffusion.folders.layouts import ALL_PARTS, Part, class_in
 from models.diffusion.folders.part_files import PartFiles
 from models.diffusion.interfaces import Codec
+from models.diffusion.mesh import DeviceMesh
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.text_options import TextOptions
 from models.diffusion.video_autoencoder.codec import VideoCodec
@@ -43,6 +44,7 @@ def load_pipeline(
     files: PartFiles | None = None,
     revision: str | None = None,
     linears: Linears = "bfloat16",
+    mesh: DeviceMesh | None = None,
 ) -> VideoPipeline:
     """Loads a checkpoint of any family, by default the model that ships.
 
@@ -69,6 +71,8 @@ def load_pipeline(
         memory and is faster on GPUs that have it (Hopper, Ada), "auto" takes it there
         alone. Embeddings, modulation, text projections and the first and last layers
         stay as they are. Adapters are merged before weights are rounded.
+      mesh: Devices that share the transformer's work, such as
+        `DeviceMesh(sequence=2)`. Its weights are read to where the mesh wants them.
 
     Returns:
       A pipeline with the weights in memory.
@@ -79,7 +83,8 @@ def load_pipeline(
       ImportError: An optional package is needed and not installed.
       UnknownPromptError: `text` gives embeddings that lack one of its prompts.
       ValueError: `parts` lacks the VAE, there are options that mean nothing to the
-        model's family, or the device has no FP8.
+        model's family, the device has no FP8, or
+        the mesh does not fit the devices or the model's heads.
 
     Example:
         ```py
@@ -102,6 +107,7 @@ def load_pipeline(
         files=files,
         revision=commit,
         linears=linears,
+        mesh=mesh,
     )
 
 

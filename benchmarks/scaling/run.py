@@ -1,18 +1,25 @@
-"""Times an attention layer on one device and sharded by heads over several.
+"""Times an attention layer, and steps of whole models, on one device and several.
 
     python -m benchmarks.scaling.run --output scaling.json
     python -m benchmarks.scaling.run --devices 2 --shape hunyuan --sparsity 0.9
+    python -m benchmarks.scaling.run --parts wan --devices 4
 
-Layers take turns on the same inputs: one device; plain jit of inputs sharded by heads;
-explicit mesh axes; `jax.shard_map` with its checks. What each program communicates is
-counted in it: it must be nothing. The file is written after every measurement. Its
-`summary` has `layer_N`, how many times faster N devices are under plain jit, and the
-same of the other programs.
+Part "layer": layers take turns on the same inputs: one device; plain jit of inputs
+sharded by heads; explicit mesh axes; `jax.shard_map` with its checks. What each program
+communicates is counted in it: it must be nothing. The file is written after every
+measurement. Its `summary` has `layer_N`, how many times faster N devices are under
+plain jit, and the same of the other programs.
+
+Parts "wan" and "hunyuan": steps with `DeviceMesh`; see `benchmarks.scaling.steps`. The
+summary has how many times faster they are (`step_sequence_N`, `step_guidance_2`,
+`hunyuan_step_N`), the share of the weights that a device holds when they are spread
+(`weights_memory_ratio`), and the time of a step then over that without
+(`weights_time_ratio`).
 
 Without GPUs it runs on simulated devices, where times say nothing:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 \
-        python -m benchmarks.scaling.run --shape tiny --sparsity 0.5
+        python -m benchmarks.scaling.run --shape tiny --wan tiny --sparsity 0.5
 """
 
 import argparse
@@ -35,11 +42,13 @@ from benchmarks.common.records import environment, write_json
 from benchmarks.common.shapes import Shape
 from benchmarks.common.timing import take_turns
 from benchmarks.layer.stages import LAYER_SHAPES
+from benchmarks.scaling import steps
 from draft_jax import DraftConfig, draft_attention
 
 HEADS = P(None, None, "heads", None)
 COLLECTIVES = r"\b(all-\w+|collective-\w+|reduce-scatter)(?:-start)?\("
 ONE = "one device"
+PARTS = ("layer", *steps.MODELS)
 # Names in the summary, by program.
 PROGRAMS = {
     "plain jit": "layer",
@@ -89,17 +98,39 @@ def compare(out: jax.Array, expected: np.ndarray) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs all programs, in turns, and writes the file after each part."""
+    """Measures all parts, and writes the file whenever something is known."""
     shape = LAYER_SHAPES[options.shape]
     num_devices = options.devices or jax.device_count()
     check(shape, num_devices, jax.device_count())
-    qkv = random_inputs(shape)
     document: dict[str, Any] = {
         "environment": environment(),
-        "shape": dataclasses.asdict(shape) | {"grid": str(shape.grid)},
-        "name": options.shape,
         "sparsity": options.sparsity,
         "devices": num_devices,
+        "summary": {},
+    }
+    if "layer" in options.parts:
+        measure_layer(document, shape, num_devices, options)
+
+    def keep(found: dict[str, Any]) -> None:
+        document["steps"] = found
+        document["summary"] |= steps.summarise(found, num_devices)
+        save(document, options)
+
+    steps.measure(options, num_devices, keep)
+    return document
+
+
+def measure_layer(
+    document: dict[str, Any],
+    shape: Shape,
+    num_devices: int,
+    options: argparse.Namespace,
+) -> None:
+    """Runs all programs of a layer, in turns."""
+    qkv = random_inputs(shape)
+    document |= {
+        "shape": dataclasses.asdict(shape) | {"grid": str(shape.grid)},
+        "name": options.shape,
         "programs": {},
     }
     calls: dict[str, Callable[[], Any]] = {}
@@ -124,9 +155,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     times = take_turns(calls, options.rounds, options.settle, options.block)
     for name, own in times.items():
         document["programs"][name] |= own
-    document["summary"] = summary(document["programs"], num_devices)
+    document["summary"] |= summary(document["programs"], num_devices)
     save(document, options)
-    return document
 
 
 def check(shape: Shape, num_devices: int, available: int) -> None:
@@ -166,6 +196,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=LAYER_SHAPES, default="hunyuan")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--devices", type=int, help="all by default")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--wan", choices=steps.WAN, default="14b", help="tiny: HunyuanVideo is, too"
+    )
+    parser.add_argument("--samples", type=int, default=5, help="steps that are timed")
     add_turns(parser, rounds=5, settle=0.3, block=1.0)
     add_output(parser)
     return parser.parse_args(arguments)
@@ -174,7 +209,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measures, and prints the summary."""
     document = measure(parse())
-    found = {name: r.get("collectives", r) for name, r in document["programs"].items()}
+    programs = document.get("programs", {})
+    found = {name: r.get("collectives", r) for name, r in programs.items()}
     print(json.dumps({"summary": document["summary"], "collectives": found}, indent=1))
 
 

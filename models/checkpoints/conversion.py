@@ -54,6 +54,11 @@ class _Slot:
 
 # Key and rule of each array of a checkpoint, by the paths that it fills.
 type _Assignment = Mapping[tuple[str, ...], tuple[str, Rule]]
+# Where parameters of some shapes are to lie, by their paths.
+type ChooseShardings = Callable[
+    [dict[tuple[str, ...], tuple[int, ...]]],
+    Mapping[tuple[str, ...], jax.sharding.Sharding],
+]
 
 
 def best_layout[Name: str](
@@ -89,6 +94,7 @@ def load_parameters[M: nnx.Module](
     *,
     stacked: Iterable[str] = (),
     float32: Iterable[str] = (),
+    shardings: ChooseShardings | None = None,
 ) -> M:
     """Builds a model with the weights of a checkpoint.
 
@@ -98,7 +104,9 @@ def load_parameters[M: nnx.Module](
     never holds a whole model or stack: with a reader that maps its files, it holds one
     array.
 
-    Arrays go to JAX's default device; `jax.default_device` names another.
+    Arrays go to JAX's default device; `jax.default_device` names another. With
+    `shardings` each goes to several; no device holds more than its part of the model,
+    and one array.
 
     A weight in FP8 (`weight` with a `weight_scale` beside it, rows being output
     channels) is filled by the key of a `kernel`; see `read_scaled_rows`.
@@ -113,6 +121,7 @@ def load_parameters[M: nnx.Module](
         attributes of attributes.
       float32: Attributes, at any depth, whose parameters are stored in float32
         whatever dtype the model gives them.
+      shardings: Says where parameters lie, by their shapes; None for one device.
 
     Returns:
       The model. Floating-point weights are cast to the parameters' dtypes.
@@ -127,9 +136,15 @@ def load_parameters[M: nnx.Module](
     slots = _slots(flat, stacked)
     filled = _checked_assignment(source, rules, slots)
     wide = set(float32)
+    names = {path: tuple(map(str, path)) for path in flat}
+    places: Mapping[tuple[str, ...], Any] = {}
+    if shardings is not None:
+        places = shardings({names[path]: leaf.shape for path, leaf in flat.items()})
     shapes = {
         _name(path): jax.ShapeDtypeStruct(
-            leaf.shape, jnp.float32 if wide.intersection(path) else leaf.dtype
+            leaf.shape,
+            jnp.float32 if wide.intersection(path) else leaf.dtype,
+            sharding=places.get(names[path]),
         )
         for path, leaf in flat.items()
     }
@@ -185,38 +200,50 @@ def _fill(
             rows, start = (start, stop), stop
         names = (slot.name,) if slot.scale is None else (slot.name, slot.scale)
         for name, (value, change) in zip(names, values, strict=True):
-            shape, dtype = shapes[name].shape, shapes[name].dtype
+            target = shapes[name]
             if slot.layer is None:
-                array = _convert(value, change, dtype, rows)
+                array = _convert(value, change, target.dtype, rows, target.sharding)
             else:
                 stack = arrays.pop(name, None)
                 if stack is None:
-                    stack = jnp.zeros(shape, dtype)
-                array = _insert(stack, value, slot.layer, change, rows)
+                    stack = jnp.zeros(
+                        target.shape, target.dtype, device=target.sharding
+                    )
+                array = _insert(stack, value, slot.layer, change, rows, target.sharding)
                 del stack
             # Without waiting, the arrays of many transfers would be held at once.
             arrays[name] = jax.block_until_ready(array)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _convert(
-    value: jax.Array, layout: Layout, dtype: Any, rows: tuple[int, int] | None
+    value: jax.Array,
+    layout: Layout,
+    dtype: Any,
+    rows: tuple[int, int] | None,
+    sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
     # On CPU the argument may be the mapped file itself, hence the copy.
-    return jnp.copy(layout.load(_part(value, rows)).astype(dtype))
+    return _at(jnp.copy(layout.load(_part(value, rows)).astype(dtype)), sharding)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=0)
 def _insert(
     stack: jax.Array,
     value: jax.Array,
     layer: Any,
     layout: Layout,
     rows: tuple[int, int] | None,
+    sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
     """Overwrites one layer of a stack, in the stack's own memory."""
     loaded = layout.load(_part(value, rows))
-    return stack.at[layer].set(loaded.astype(stack.dtype))
+    return _at(stack.at[layer].set(loaded.astype(stack.dtype)), sharding)
+
+
+def _at(x: jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Says where a result lies; None leaves it to the arguments."""
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _part(value: jax.Array, rows: tuple[int, int] | None) -> jax.Array:

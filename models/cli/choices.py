@@ -14,6 +14,7 @@ GUIDANCE_BATCHINGS = ("one_call", "two_calls")
 IMAGE_FITS = ("aspect", "crop")
 LINEARS = ("bfloat16", "float8", "auto")  # `models.diffusion.dtypes.Linears`
 VAE_DTYPES = ("float32", "bfloat16")
+MESH_AXES = ("sequence", "guidance")  # of `DeviceMesh`
 LORA_STRICT = ("yes", "no")
 METHODS = ("compensated", "paper")  # presets of `DraftConfig`
 PRESETS = ("paper", "published")  # of `SparsitySchedule`

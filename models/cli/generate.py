@@ -12,6 +12,7 @@ from draft_jax import AttentionPlan
 from models.cli import options, outputs
 from models.cli.caching import cache_from
 from models.cli.latents import keep_latents
+from models.cli.mesh import joined_processes, mesh_from
 from models.cli.model import Request, read_request
 from models.cli.progress import progress_bar
 from models.cli.report import device_details
@@ -35,6 +36,11 @@ _DENSE, _DRAFT = {"attention": "dense"}, {"attention": "draft"}  # of one video
 
 def run(arguments: argparse.Namespace) -> None:
     """Generates and writes; everything that can be wrong is checked first."""
+    with joined_processes(mesh_from(arguments), arguments):
+        _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
     video_io.check_video_extra()
     video_io.check_ffmpeg()
     _check_options(arguments)

@@ -13,6 +13,7 @@ from models.checkpoints.hub import commit_of
 from models.cli import options
 from models.cli.adapters import suggest_few_steps
 from models.cli.caching import cache_from, describe_cache
+from models.cli.mesh import check_devices, mesh_from
 from models.cli.report import run_details
 from models.diffusion.caches import StepCache
 from models.diffusion.contexts import as_prompts
@@ -20,6 +21,7 @@ from models.diffusion.dtypes import check_linears
 from models.diffusion.family import Family, ModelInfo
 from models.diffusion.folders.part_files import PartFiles
 from models.diffusion.images import kept_part
+from models.diffusion.mesh import DeviceMesh
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.diffusion.sizes import size_like_image
@@ -64,6 +66,11 @@ class Request:
         """Rule of the step cache that is asked for; None to compute every step."""
         return cache_from(self.arguments, self.info, self.sampling)
 
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """Devices that share the work; None for one."""
+        return mesh_from(self.arguments)
+
     def load(self, *, any_prompt: bool = False) -> VideoPipeline:
         """Loads the pipeline.
 
@@ -73,7 +80,9 @@ class Request:
         """
         arguments, sampling = self.arguments, self.sampling
         if "text.prompts" not in self.family.takes:
-            return load_pipeline(arguments.checkpoint, linears=arguments.linears)
+            return load_pipeline(
+                arguments.checkpoint, linears=arguments.linears, mesh=self.mesh
+            )
         negative = (sampling.negative_prompt,) if sampling.guided else ()
         prompts = None if any_prompt else (arguments.prompt, *negative)
         # Of the path and the files that were looked at: a name on the hub may stand
@@ -85,6 +94,7 @@ class Request:
             text=dataclasses.replace(_text_options(arguments), prompts=prompts),
             files=self.info.files,
             linears=arguments.linears,
+            mesh=self.mesh,
         )
         codec = change_codec(
             pipeline.codec, tile=arguments.vae_tile, dtype=arguments.vae_dtype
@@ -106,6 +116,7 @@ class Request:
         return run_details(self.arguments, self.sampling, *self.draft) | {
             "family": self.family.name,
             "cache": None if self.cache is None else self.cache.describe(),
+            "mesh": None if self.mesh is None else dataclasses.asdict(self.mesh),
             "image": self._image_details(),
             "model": self.info.model,
             "commit": commit_of(self.info.path),
@@ -164,7 +175,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
         _note_large_size(sampling)
     suggest_few_steps([file for file, _ in arguments.lora], sampling)
     if image is None:
-        info.conditioning.latent_shape(sampling, info.codec)
+        _check_mesh(request)
         return request
     multiples = info.conditioning.side_multiples(info.codec)
     if arguments.image_fit == "aspect":
@@ -174,14 +185,28 @@ def read_request(arguments: argparse.Namespace) -> Request:
             multiples=multiples,
         )
         sampling = dataclasses.replace(sampling, height=height, width=width)
-    info.conditioning.latent_shape(sampling, info.codec)
     size = sampling.height, sampling.width
-    return dataclasses.replace(
+    request = dataclasses.replace(
         request,
         sampling=sampling,
         image=image,
         kept=kept_part(image.shape[:2], size, multiples),
     )
+    _check_mesh(request)
+    return request
+
+
+def _check_mesh(request: Request) -> None:
+    """Checks the size of the video, and the mesh that is to share the work."""
+    conditioning, sampling = request.info.conditioning, request.sampling
+    latent_shape = conditioning.latent_shape(sampling, request.info.codec)
+    mesh = request.mesh
+    if mesh is None:
+        return
+    two_calls = request.arguments.guidance_batching == "two_calls"
+    mesh.check_rows(2 if sampling.guided and not two_calls else 1)
+    conditioning.check_mesh(mesh, latent_shape)
+    check_devices(mesh)
 
 
 def read_model(arguments: argparse.Namespace) -> Request:

@@ -15,6 +15,7 @@ from models.cli import choices
 from models.cli.app_options import add_app
 from models.cli.cache_options import add_cache_options
 from models.cli.decode_options import add_decode
+from models.cli.mesh_options import add_mesh_options
 from models.cli.messages import EXIT_BAD_INPUT, one_line
 from models.cli.model_options import add_model_options
 from models.cli.version import package_version
@@ -30,6 +31,7 @@ _GENERATE_EXAMPLES = """examples:
   draft-video generate "a cat" --size 192x128 --frames 32 --mask-refresh 4
   draft-video generate "a cat" --checkpoint DIR --size 720p --frames 81
   draft-video generate "it turns" --checkpoint DIR --image cat.jpg --size 480p
+  draft-video generate "a cat" --checkpoint DIR --mesh sequence=2,guidance=2
 """
 _INSPECT_EXAMPLES = """examples:
   draft-video inspect "a red ball bounces over a blue sea"
@@ -154,6 +156,7 @@ def _add_generate(commands: Any) -> None:
     _add_guidance_batching(parser)
     _add_draft_options(parser)
     add_cache_options(parser)
+    add_mesh_options(parser)
 
 
 def _add_inspect(commands: Any) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from draft_jax import AttentionPlan, BlockMask, DraftStep, VideoGrid
 from draft_jax.pytree import register_named_tuple
+from models.diffusion.mesh import DeviceMesh
 from models.diffusion.sampling import Sampling
 
 LatentShape = tuple[int, int, int, int]  # frames, rows, columns, channels
@@ -134,6 +135,13 @@ class Conditioning(Protocol):
 
     def side_multiples(self, codec: LatentSizes) -> tuple[int, int]:
         """Returns the multiples that height and width of a video must be."""
+
+    def check_mesh(self, mesh: DeviceMesh, latent_shape: LatentShape) -> None:
+        """Checks that a mesh can share the model's work on a latent.
+
+        Raises:
+          ValueError: It does not divide the heads, or there are too few tokens.
+        """
 
     def check_image(self, *, given: bool) -> None:
         """Checks that an image is given exactly where the model takes one.

@@ -9,6 +9,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from models.diffusion.interfaces import (
     TextEncoder,
     VideoModel,
 )
+from models.diffusion.mesh import DeviceMesh, on_one_device
 from models.diffusion.results import DecodingError, GenerationResult, StepReport
 from models.diffusion.sampler import (
     GuidanceBatching,
@@ -44,10 +46,14 @@ from models.diffusion.sampling import Sampling
 from models.diffusion.seeds import items_of_seeds, join_results
 from models.diffusion.sizes import shrink_latents
 from models.diffusion.step_programs import Program
+from models.diffusion.transformer.sharded import ShardedTransformer
 
 _LOG = logging.getLogger(__name__)
 
 DENSE = AttentionPlan.dense()
+NO_PAIR_ON_A_MESH = (
+    "two transformers that take turns run on one device; leave the mesh out"
+)
 PREVIEW_POSITIONS = 60 * 104  # most of a preview: the latent frame of 832 x 480 pixels
 
 
@@ -77,6 +83,12 @@ class VideoPipeline:
       sampling: Settings if `generate` is not told: those of the checkpoint.
       fps: Frames per second of the videos that the model was trained on.
       experts: Two transformers that take turns by the noise level; `model` is theirs.
+      mesh: Devices that share the work of the transformer; None for one. `model` is a
+        `ShardedTransformer` then. Encoders and codec run on one device.
+
+    Raises:
+      ValueError: The mesh does not fit the devices or the model's heads, or there are
+        two transformers, which run on one device.
     """
 
     model: VideoModel
@@ -86,9 +98,17 @@ class VideoPipeline:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     fps: float = 12.0
     experts: Experts | None = None
+    mesh: DeviceMesh | None = None
     _compiled: dict = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def __post_init__(self) -> None:
+        if self.mesh is not None and self.experts is not None:
+            raise ValueError(f"mesh={self.mesh!s}: {NO_PAIR_ON_A_MESH}")
+        if self.mesh is not None and not isinstance(self.model, ShardedTransformer):
+            model: Any = self.model
+            object.__setattr__(self, "model", ShardedTransformer(model, self.mesh))
 
     def latent_shape(self, sampling: Sampling) -> LatentShape:
         """Returns frames, rows, columns and channels of the latent of a video.
@@ -233,7 +253,7 @@ class VideoPipeline:
         )
         num_steps = len(reports)
         stopped = num_steps < sampling.num_steps
-        latents = reports[-1].estimate if stopped else state.latents
+        latents = reports[-1].estimate if stopped else on_one_device(state.latents)
         assert latents is not None  # the last report has it
         del state, inputs  # masks can be large, and so is what decoding needs
         skipped = np.array([report.work == "skipped" for report in reports])
@@ -358,6 +378,9 @@ class VideoPipeline:
             # A copy, for the first step reuses the memory.
             latents = jnp.array(noise, jnp.float32, copy=True)
         latents = conditioning.hold_frames(latents, inputs.image)
+        if isinstance(self.model, ShardedTransformer):
+            latents = self.model.put_everywhere(latents)
+            inputs = self.model.put_everywhere(inputs)
         return sampler, state._replace(latents=latents), inputs
 
     def compile(

@@ -25,6 +25,7 @@ from draft_jax import (
 from models.diffusion.caches import CacheState, StepCache
 from models.diffusion.experts import Experts
 from models.diffusion.interfaces import KeepsResidual, LatentShape, VideoModel
+from models.diffusion.mesh import on_one_device
 from models.diffusion.results import StepReport, StepWork, StopGeneration
 from models.diffusion.schedulers import Solver
 from models.diffusion.step_programs import (
@@ -36,6 +37,7 @@ from models.diffusion.step_programs import (
     StepNumbers,
     run_program,
 )
+from models.diffusion.transformer.sharded import ShardedTransformer
 from models.float8.product import compiler_options
 
 # How a guided step runs the model on prompts and negative prompts: as one batch, or
@@ -169,7 +171,10 @@ class Sampler:
         masks = self._initial_masks(batch, guided)
         cache = self._initial_cache(latents, rows=batch * (2 if guided else 1))
         history = self.solver.initial_history(latents)
-        return SamplerState(latents, masks, history, cache)
+        state = SamplerState(latents, masks, history, cache)
+        if isinstance(self.model, ShardedTransformer):
+            return _place(self.model, state, self.cache)
+        return state
 
     def _initial_cache(
         self, latents: Float[Array, "B F H W C"], *, rows: int
@@ -333,7 +338,7 @@ class Sampler:
             time_ms=time_ms,
             kept_density=np.asarray(arrays.kept_density),
             work=_work(program),
-            estimate=arrays.estimate,
+            estimate=on_one_device(arrays.estimate),
         )
 
     def _for_expert(
@@ -430,6 +435,20 @@ class Sampler:
                 None if self.plan is None else jnp.asarray(self.plan.budget[index])
             ),
         )
+
+
+def _place(
+    model: ShardedTransformer, state: SamplerState, rule: StepCache | None
+) -> SamplerState:
+    """Puts the state that a run starts from on the devices of a mesh."""
+    masks, cache = model.put_masks(state.masks), state.cache
+    if cache is not None and rule is not None:
+        put = model.put_residual if rule.keeps_residual else model.put_everywhere
+        cache = dataclasses.replace(
+            cache, kept=put(cache.kept), score=model.put_everywhere(cache.score)
+        )
+    rest = model.put_everywhere(state._replace(masks=None, cache=None))
+    return rest._replace(masks=masks, cache=cache)
 
 
 def _work(program: Program) -> StepWork:

@@ -93,13 +93,19 @@ class ProgramParts:
         """Lowers a program for arrays shaped as these; `run` calls it compiled."""
         arguments = nnx.state(self.model), state, inputs, numbers
         if program == SKIPPED:
-            jitted = jax.jit(self._skipped_step(), donate_argnums=1)
-            return jitted.lower(*_arguments_of_skipped(*arguments))
+            arguments = _arguments_of_skipped(*arguments)
+            jitted = jax.jit(
+                self._skipped_step(),
+                donate_argnums=1,
+                out_shardings=_out_shardings(arguments[1]),
+            )
+            return jitted.lower(*arguments)
         # Memory of a cache's arrays that the step does not read is given up, too.
         jitted = jax.jit(
             self._computed_step(program),
             donate_argnums=1,
             keep_unused=self.cache is not None,
+            out_shardings=_out_shardings(state),
         )
         return jitted.lower(*arguments)
 
@@ -240,6 +246,16 @@ def _arguments_of_skipped(
     given_up = state._replace(masks=None, cache=cache)
     numbers = numbers._replace(budget=None)
     return parameters, given_up, state.cache.kept, inputs, numbers
+
+
+def _out_shardings(state: SamplerState) -> Any:
+    """Returns where a step leaves its results: the state where it has found it.
+
+    Reports are on all devices. Of one device nothing is said.
+    """
+    if len(state.latents.sharding.device_set) == 1:
+        return None
+    return jax.tree.map(lambda x: x.sharding, state), state.latents.sharding
 
 
 def _model_inputs(

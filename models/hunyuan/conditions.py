@@ -17,7 +17,9 @@ from models.diffusion.interfaces import (
     LatentSizes,
     TextContext,
 )
+from models.diffusion.mesh import DeviceMesh
 from models.diffusion.sampling import Sampling
+from models.diffusion.transformer.tokens import num_tokens
 from models.hunyuan.config import HunyuanConfig
 
 
@@ -43,6 +45,17 @@ class HunyuanConditioning:
     def side_multiples(self, codec: LatentSizes) -> tuple[int, int]:
         """Returns the multiples that height and width of a video must be."""
         return sizes.side_multiples(self.config.patch_size, codec)
+
+    def check_mesh(self, mesh: DeviceMesh, latent_shape: LatentShape) -> None:
+        """Checks that a mesh can share the model's work on a latent.
+
+        Raises:
+          ValueError: It does not divide the heads, or there are too few tokens.
+        """
+        mesh.check_heads(self.config.num_heads)
+        frames = latent_shape[0] + self.config.reference_frames
+        shape = (frames, *latent_shape[1:])
+        mesh.check_tokens(num_tokens(shape, self.config.patch_size))
 
     def check_image(self, *, given: bool) -> None:
         """Checks that an image is given exactly where the model is shown one.

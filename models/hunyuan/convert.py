@@ -37,6 +37,8 @@ from models.checkpoints.safetensors_io import save_safetensors
 from models.checkpoints.weights import open_weights
 from models.diffusion.adapters import FAMILY_FEATURES
 from models.diffusion.folders.layouts import LayoutName
+from models.diffusion.mesh import DeviceMesh
+from models.diffusion.transformer.sharded import shardings_of
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.transformer import HunyuanTransformer
 
@@ -240,6 +242,7 @@ def load_hunyuan_transformer(
     config: HunyuanConfig,
     *,
     stem: str | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> HunyuanTransformer:
     """Builds a transformer with a checkpoint's weights.
 
@@ -250,6 +253,8 @@ def load_hunyuan_transformer(
       config: Sizes of the model, and how to run it. Weights are cast to its
         `param_dtype`, but for the few of `FLOAT32`.
       stem: Start of the file names, for a directory with several checkpoints.
+      mesh: Devices of a `ShardedTransformer` of the model, on which its weights lie
+        from the start; None for one device.
 
     Returns:
       The model.
@@ -266,6 +271,7 @@ def load_hunyuan_transformer(
         RULES[detect_layout(source)],
         stacked=STACKED,
         float32=FLOAT32,
+        shardings=shardings_of(mesh, HunyuanTransformer),
     )
 
 

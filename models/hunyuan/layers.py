@@ -12,7 +12,7 @@ the two. In single blocks the output layer takes its two inputs one by one.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -43,6 +43,7 @@ from models.diffusion.transformer.layers import (
     split_heads,
 )
 from models.diffusion.transformer.rope import RopeTable
+from models.diffusion.transformer.token_shards import TokenShards
 from models.hunyuan.config import HunyuanConfig
 from pallas_kernels.float8_rows import gelu_tanh
 
@@ -60,6 +61,8 @@ class JointBlockInputs(NamedTuple):
       text_lengths: Valid text tokens of each item; None means all.
       grid: Geometry of the sequence, with its text.
       draft: Options of draft attention; None is dense attention.
+      shards: The device's part of the visual tokens; None for all. Norm and rotation
+        come after the exchange, so `rope` is that of all.
     """
 
     conditioning: Float[Array, "B E"]
@@ -67,6 +70,7 @@ class JointBlockInputs(NamedTuple):
     text_lengths: Int[Array, " B"] | None
     grid: VideoGrid
     draft: DraftConfig | None
+    shards: TokenShards | None = None
 
 
 class Modulation(nnx.Module):
@@ -141,6 +145,8 @@ class JointAttention(nnx.Module):
                 (text, (self.add_q_proj, self.add_k_proj, self.add_v_proj)),
             )
         )
+        if inputs.shards is not None:
+            of_video, of_text = _exchange(of_video, of_text, inputs.shards)
         q, k, v, pooled = joint_norm_rope_pool(
             of_video,
             of_text,
@@ -155,7 +161,11 @@ class JointAttention(nnx.Module):
         )
         sow_if_captured(self, q=q, k=k, v=v)
         attended, mask = _attend(q, k, v, pooled, inputs, step, mask)
-        attended, grid = merge_heads(attended), inputs.grid
+        grid = inputs.grid
+        if inputs.shards is not None:
+            video, text = _exchange_back(attended, inputs)
+            return (self.to_out(video), self.to_add_out(text)), mask
+        attended = merge_heads(attended)
         # Cut after the product: libraries take no slice, so that one would be a copy.
         video_out = self.to_out(attended)[:, grid.visual_tokens]
         return (video_out, self.to_add_out(attended[:, grid.text_tokens])), mask
@@ -252,21 +262,38 @@ class SingleAttention(nnx.Module):
         mask: BlockMask | None,
     ) -> tuple[Float[Array, "B T E"], BlockMask | None]:
         """Attends within the sequence; in and out in `config.dtype`."""
-        q, k, pooled = norm_rope_pool(
-            split_heads(self.to_q(x), self.num_heads),
-            split_heads(self.to_k(x), self.num_heads),
-            grid=inputs.grid,
-            config=inputs.draft,
-            norm=QKNorm(over="head", eps=self.eps),
-            scales=(self.norm_q.scale[...], self.norm_k.scale[...]),
-            rope=inputs.rope,
-            order="tiled",
-            pool_anyway=False,
-        )
-        v = split_heads(self.to_v(x), self.num_heads)
+        q, k, v, pooled = self._project(x, inputs)
         sow_if_captured(self, q=q, k=k, v=v)
         attended, mask = _attend(q, k, v, pooled, inputs, step, mask)
+        if inputs.shards is not None:
+            return jnp.concatenate(_exchange_back(attended, inputs), axis=1), mask
         return merge_heads(attended), mask
+
+    def _project(self, x: Float[Array, "B T E"], inputs: JointBlockInputs):
+        """Returns queries, keys and values, and what is pooled of the first two."""
+        q, k, v = (
+            split_heads(project(x), self.num_heads)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        options: dict[str, Any] = {
+            "grid": inputs.grid,
+            "config": inputs.draft,
+            "norm": QKNorm(over="head", eps=self.eps),
+            "scales": (self.norm_q.scale[...], self.norm_k.scale[...]),
+            "rope": inputs.rope,
+            "order": "tiled",
+            "pool_anyway": False,
+        }
+        if inputs.shards is None:
+            q, k, pooled = norm_rope_pool(q, k, **options)
+            return q, k, v, pooled
+        end = inputs.shards.local_tokens
+        of_video, of_text = (
+            QKV(*(array[:, part] for array in (q, k, v)))
+            for part in (slice(end), slice(end, None))
+        )
+        of_video, of_text = _exchange(of_video, of_text, inputs.shards)
+        return joint_norm_rope_pool(of_video, of_text, **options)
 
 
 class SingleBlock(nnx.Module):
@@ -310,6 +337,22 @@ class SingleBlock(nnx.Module):
         hidden = activate(gelu_tanh, self.proj_mlp, normed, before=self.proj_out)
         out = apply_side_by_side(self.proj_out, attended, hidden)
         return add_gated(x, out, gate), mask
+
+
+def _exchange(video: QKV, text: QKV, shards: TokenShards) -> tuple[QKV, QKV]:
+    """Returns the device's heads of all tokens, from all heads of its tokens."""
+    return QKV(*map(shards.to_heads, video)), QKV(*map(shards.own_heads, text))
+
+
+def _exchange_back(
+    attended: Float[Array, "B T N D"], inputs: JointBlockInputs
+) -> Streams:
+    """Returns all heads of the device's video tokens, and those of the text."""
+    shards, grid = inputs.shards, inputs.grid
+    assert shards is not None, "called with a part of the tokens"
+    video = shards.to_tokens(attended[:, grid.visual_tokens])
+    text = shards.all_heads(attended[:, grid.text_tokens])
+    return merge_heads(video), merge_heads(text)
 
 
 def _attend(q, k, v, pooled, inputs: JointBlockInputs, step, mask):

@@ -13,6 +13,7 @@ from models.diffusion.caches import MagRatios, published_ratios
 from models.diffusion.dtypes import Linears, choose_linears, default_dtype
 from models.diffusion.folders.layouts import ALL_PARTS, Part
 from models.diffusion.folders.part_files import PartFiles, fitting
+from models.diffusion.mesh import DeviceMesh
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.diffusion.text_options import TextOptions
@@ -105,6 +106,7 @@ def load_hunyuan(
     files: PartFiles | None = None,
     revision: str | None = None,
     linears: Linears = "bfloat16",
+    mesh: DeviceMesh | None = None,
 ) -> VideoPipeline:
     """Loads a pipeline: text first, in a process that ends; then the rest.
 
@@ -122,6 +124,7 @@ def load_hunyuan(
       files: Parts that are given by themselves.
       revision: Branch, tag or commit of a repository.
       linears: Precision of the transformer's linear layers; see `load_pipeline`.
+      mesh: Devices that share the transformer; see `load_pipeline`.
 
     Raises:
       CheckpointError: The model cannot be found, is incomplete, damaged, or of a
@@ -149,7 +152,7 @@ def load_hunyuan(
         config = dataclasses.replace(
             opened.config, dtype=dtype, param_dtype=dtype, linears=chosen
         )
-        model = load_hunyuan_transformer(opened.transformer.weights, config)
+        model = load_hunyuan_transformer(opened.transformer.weights, config, mesh=mesh)
     except ConversionError as error:
         folder = opened.transformer.files[0].parent
         raise CheckpointError(
@@ -161,6 +164,7 @@ def load_hunyuan(
         codec=codec,
         sampling=_sampling(opened),
         fps=HUNYUAN_FPS,
+        mesh=mesh,
     )
 
 

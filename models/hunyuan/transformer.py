@@ -10,7 +10,7 @@ through: the double blocks come first.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,9 @@ from models.diffusion.transformer.model import (
     Velocity,
     VideoTransformer,
 )
+from models.diffusion.transformer.token_shards import TokenShards
 from models.diffusion.transformer.tokens import latent_grid, unpatchify
+from models.diffusion.transformer.weight_shards import WeightShards, gather_of
 from models.hunyuan.conditions import HunyuanConditioning
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.embeddings import ConditionEmbedder, TokenRefiner, guidance_level
@@ -79,6 +81,8 @@ class HunyuanTransformer(VideoTransformer):
     A `VideoModel`. Source: HunyuanVideo `HYVideoDiffusionTransformer` and diffusers
     `HunyuanVideoTransformer3DModel`.
     """
+
+    stacks: ClassVar = ("transformer_blocks", "single_transformer_blocks")
 
     def __init__(self, config: HunyuanConfig, *, rngs: nnx.Rngs) -> None:
         """Builds the model with random parameters.
@@ -148,17 +152,22 @@ class HunyuanTransformer(VideoTransformer):
         Raises:
           ValueError: An input does not fit the configuration or the others.
         """
-        results = self._run(inputs, attention, step, masks, remat=remat)
+        results = self.run(inputs, attention, step, masks, remat=remat)
         return results.velocity, results.masks
 
     def reuse_residual(
-        self, inputs: HunyuanInputs, residual: Float[Array, "B V E"]
+        self,
+        inputs: HunyuanInputs,
+        residual: Float[Array, "B V E"],
+        *,
+        shards: TokenShards | None = None,
     ) -> Velocity:
         """Returns the velocity that follows from a residual; see `KeepsResidual`."""
         check_inputs(inputs, self.config)
-        _, video = self._parts(self.grid(inputs.latents.shape))
-        x = self.x_embedder(inputs.latents, video) + residual
-        return self._head(x, self._conditioning(inputs), video)
+        grid = self.grid(inputs.latents.shape)
+        embedded = self._of_head(self._embed(inputs, grid, shards), grid, shards)
+        x = embedded + residual
+        return self._head(x, self._conditioning(inputs), grid, shards)
 
     def residual_shape(self, latent_shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         """Returns shape and dtype of one item's residual."""
@@ -175,14 +184,18 @@ class HunyuanTransformer(VideoTransformer):
         attention: AttentionPlan = _DENSE,
         step: DraftStep | None = None,
         masks: BlockMask | None = None,
+        shards: TokenShards | None = None,
+        weights: WeightShards | None = None,
     ) -> tuple[Velocity, Any]:
         """Calls a function of every layer's q, k, v; see `VideoModel.map_qkv`."""
-        results = self._run(
+        results = self.run(
             inputs,
             attention,
             step,
             masks,
             capture=lambda sown: function(*(sown["attn"][name] for name in "qkv")),
+            shards=shards,
+            weights=weights,
         )
         joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *results.found)
         return results.velocity, joined
@@ -253,7 +266,7 @@ class HunyuanTransformer(VideoTransformer):
             text_length=config.text_length,
         )
 
-    def _run(
+    def run(
         self,
         inputs: HunyuanInputs,
         attention: AttentionPlan,
@@ -262,8 +275,10 @@ class HunyuanTransformer(VideoTransformer):
         *,
         remat: bool = False,
         capture: Callable[[dict[str, Any]], Any] | None = None,
+        shards: TokenShards | None = None,
+        weights: WeightShards | None = None,
     ) -> Results:
-        """Runs the model; `found` is what `capture` returns for each stack."""
+        """Runs the model; see `VideoTransformer.run`."""
         config = self.config
         check_inputs(inputs, config)
         grid = self.grid(inputs.latents.shape)
@@ -274,7 +289,7 @@ class HunyuanTransformer(VideoTransformer):
             grid=grid,
             num_layers=config.num_layers,
             batch=len(inputs.latents),
-            num_heads=config.num_heads,
+            num_heads=config.num_heads // (1 if shards is None else shards.count),
         )
         mask = inputs.context_mask
         shared = JointBlockInputs(
@@ -283,10 +298,12 @@ class HunyuanTransformer(VideoTransformer):
             text_lengths=None if mask is None else mask.sum(-1, dtype=jnp.int32),
             grid=grid,
             draft=attention.config,
+            shards=shards,
         )
         text = self.context_embedder(inputs.context, inputs.timesteps, mask)
-        embedded = self._embed(inputs, grid)
+        embedded = self._embed(inputs, grid, shards)
         streams = embedded, text
+        double, single = self.stacks
         streams, masks, sown = run_blocks(
             self.transformer_blocks,
             streams,
@@ -295,6 +312,7 @@ class HunyuanTransformer(VideoTransformer):
             masks=masks,
             remat=remat,
             capture=capture,
+            gather=gather_of(weights, double),
         )
         x, masks, sown_single = run_blocks(
             self.single_transformer_blocks,
@@ -305,15 +323,14 @@ class HunyuanTransformer(VideoTransformer):
             first=config.num_double_blocks,
             remat=remat,
             capture=capture,
+            gather=gather_of(weights, single),
         )
-        _, video = self._parts(grid)
-        end = grid.visual_tokens.stop
-        x = x[:, end - video.num_tokens : end]
+        x = self._of_head(x, grid, shards)
         return Results(
-            self._head(x, shared.conditioning, video),
+            self._head(x, shared.conditioning, grid, shards),
             masks,
             (sown, sown_single),
-            x - embedded[:, -video.num_tokens :],
+            x - self._of_head(embedded, grid, shards),
         )
 
     def _conditioning(self, inputs: HunyuanInputs) -> Float[Array, "B E"]:
@@ -321,17 +338,36 @@ class HunyuanTransformer(VideoTransformer):
         vector = self.time_text_embed(inputs.timesteps, inputs.pooled, inputs.guidance)
         return jax.nn.silu(vector).astype(self.config.dtype)
 
-    def _embed(self, inputs: HunyuanInputs, grid: VideoGrid) -> Float[Array, "B V E"]:
+    def _embed(
+        self, inputs: HunyuanInputs, grid: VideoGrid, shards: TokenShards | None
+    ) -> Float[Array, "B V E"]:
         """Returns visual tokens: those of the reference frame, then the video's.
 
         Tiles do not reach from frame to frame, so joined parts are in tiled order.
+        With `shards` they are those of the device.
         """
         reference, video = self._parts(grid)
-        tokens = self.x_embedder(inputs.latents, video)
-        if reference is None or inputs.reference is None:
-            return tokens
-        first = self.x_embedder(inputs.reference, reference)
-        return jnp.concatenate([first, tokens], axis=1)
+        patches = self.x_embedder.patches(inputs.latents, video)
+        if reference is not None and inputs.reference is not None:
+            first = self.x_embedder.patches(inputs.reference, reference)
+            patches = jnp.concatenate([first, patches], axis=1)
+        if shards is not None:
+            patches = shards.own(patches, axis=1)
+        return self.x_embedder.project(patches)
+
+    def _of_head(
+        self, x: Float[Array, "B T E"], grid: VideoGrid, shards: TokenShards | None
+    ) -> Float[Array, "B V E"]:
+        """Returns the tokens that the head sees, from those before it or in blocks.
+
+        They are those of the video. On several devices the head sees those of the
+        reference frame, too: else some devices would have fewer.
+        """
+        if shards is not None:
+            return x[:, : shards.local_tokens]
+        _, video = self._parts(grid)
+        end = grid.visual_tokens.stop
+        return x[:, end - video.num_tokens : end]
 
     def _parts(self, grid: VideoGrid) -> tuple[VideoGrid | None, VideoGrid]:
         """Returns the grids of the reference frame, if there is one, and the video."""
@@ -344,15 +380,20 @@ class HunyuanTransformer(VideoTransformer):
         self,
         x: Float[Array, "B V E"],
         conditioning: Float[Array, "B E"],
-        video: VideoGrid,
+        grid: VideoGrid,
+        shards: TokenShards | None,
     ) -> Velocity:
-        """Applies the modulated norm and the last layer to the video's tokens.
+        """Applies the modulated norm and the last layer; see `_of_head`.
 
         Then puts tokens back to raster order and cuts patches into positions.
         """
+        _, video = self._parts(grid)
         x = modulated_norm(x, *self.norm_out(conditioning), self.config)
+        patches = self.proj_out(x).astype(jnp.float32)
+        if shards is not None:
+            patches = shards.gather(patches)[:, -video.num_tokens :]
         return unpatchify(
-            self.proj_out(x).astype(jnp.float32),
+            patches,
             video,
             patch_size=self.config.patch_size,
             channels="first",

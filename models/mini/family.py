@@ -8,6 +8,7 @@ from draft_jax import SparsitySchedule
 from models.diffusion.dtypes import Linears
 from models.diffusion.family import Family
 from models.diffusion.folders.part_files import PartFiles
+from models.diffusion.mesh import DeviceMesh
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.mini.checkpoint import (
@@ -60,11 +61,15 @@ def describe_mini(path: Path | str | None = None, **options: Any) -> MiniInfo:
 
 
 def _load(
-    path: Path | str | None, *, linears: Linears = "bfloat16", **options: Any
+    path: Path | str | None,
+    *,
+    linears: Linears = "bfloat16",
+    mesh: DeviceMesh | None = None,
+    **options: Any,
 ) -> VideoPipeline:
     """Loads a small model, for which other options have no meaning."""
     del options
-    return load_mini(path, linears=linears)
+    return load_mini(path, linears=linears, mesh=mesh)
 
 
 def _load_codec(path: Path | str | None, **options: Any) -> LinearCodec:

@@ -35,6 +35,7 @@ from models.diffusion.folders.scheduler_settings import (
     SchedulerSettings,
     read_scheduler,
 )
+from models.diffusion.mesh import DeviceMesh
 from models.umt5.tokenizer import find_tokenizer, search_tokenizer
 from models.wan.config import WanConfig
 from models.wan.convert import (
@@ -244,14 +245,16 @@ class WanParts:
             return default(**changes)
         return self.sources[part].read_config(read, default, **changes)
 
-    def load_transformer(self) -> WanTransformer:
-        """Loads the transformer onto JAX's default device; of a pair the first.
+    def load_transformer(self, mesh: DeviceMesh | None = None) -> WanTransformer:
+        """Loads the transformer onto JAX's default device, or those of a mesh.
+
+        Of a pair it is the first.
 
         Raises:
           CheckpointError: The weights are damaged or do not fit `config.json`; the
             first keys at fault are listed.
         """
-        return self._load(self.weights, self.files)
+        return self._load(self.weights, self.files, mesh)
 
     def load_low(self) -> WanTransformer:
         """Loads a pair's transformer for low noise, likewise."""
@@ -259,10 +262,13 @@ class WanParts:
         return self._load(self.low.weights, self.low.files)
 
     def _load(
-        self, weights: Mapping[str, Any], files: tuple[Path, ...]
+        self,
+        weights: Mapping[str, Any],
+        files: tuple[Path, ...],
+        mesh: DeviceMesh | None = None,
     ) -> WanTransformer:
         try:
-            return load_wan_transformer(weights, self.config)
+            return load_wan_transformer(weights, self.config, mesh=mesh)
         except ConversionError as error:
             raise CheckpointError(
                 f"the transformer in {files[0].parent} does not fit its config.json: "

@@ -16,7 +16,9 @@ from models.diffusion.interfaces import (
     LatentSizes,
     TextContext,
 )
+from models.diffusion.mesh import DeviceMesh
 from models.diffusion.sampling import Sampling
+from models.diffusion.transformer.tokens import num_tokens
 from models.media.resize import resize_bicubic, resize_lanczos
 from models.wan.config import WanConfig
 from models.wan.image import condition_latents, fit_images
@@ -49,6 +51,15 @@ class WanConditioning:
     def side_multiples(self, codec: LatentSizes) -> tuple[int, int]:
         """Returns the multiples that height and width of a video must be."""
         return sizes.side_multiples(self.config.patch_size, codec)
+
+    def check_mesh(self, mesh: DeviceMesh, latent_shape: LatentShape) -> None:
+        """Checks that a mesh can share the model's work on a latent.
+
+        Raises:
+          ValueError: It does not divide the heads, or there are too few tokens.
+        """
+        mesh.check_heads(self.config.num_heads)
+        mesh.check_tokens(num_tokens(latent_shape, self.config.patch_size))
 
     def check_image(self, *, given: bool) -> None:
         """Checks that an image is given exactly where the model starts from one.

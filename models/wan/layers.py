@@ -36,6 +36,7 @@ from models.diffusion.transformer.layers import (
     split_heads,
 )
 from models.diffusion.transformer.rope import RopeTable
+from models.diffusion.transformer.token_shards import TokenShards
 from models.wan.config import WanConfig
 from pallas_kernels import why_no_cudnn
 from pallas_kernels.common import current_device
@@ -54,6 +55,7 @@ class BlockInputs(NamedTuple):
       rope: Cosine and sine per token, in tiled order.
       grid: Geometry of the tokens.
       draft: Options of draft attention; None is dense attention.
+      shards: The device's part of the tokens, to which `rope` belongs; None for all.
     """
 
     text: Float[Array, "B L E"]
@@ -62,6 +64,7 @@ class BlockInputs(NamedTuple):
     rope: RopeTable
     grid: VideoGrid
     draft: DraftConfig | None
+    shards: TokenShards | None = None
 
 
 class SelfAttention(nnx.Module):
@@ -111,6 +114,8 @@ class SelfAttention(nnx.Module):
             mask=mask,
             pooled=pooled,
         )
+        if inputs.shards is not None:
+            attended = inputs.shards.to_tokens(attended)
         return self.to_out(merge_heads(attended)), mask
 
     def _project(
@@ -124,8 +129,11 @@ class SelfAttention(nnx.Module):
         """Returns queries, keys and values, in the dtype of `x`.
 
         Norm and rotation are float32; the RMS is over all heads together. Pooled as
-        `inputs.draft` says where that comes with them for free.
+        `inputs.draft` says where that comes with them for free. Of tokens on several
+        devices the norm needs all heads, and pooling all tokens: it is left to the
+        attention.
         """
+        shards = inputs.shards
         norm, scales = None, None
         if self.norm_q is not None and self.norm_k is not None:
             norm = QKNorm(over="heads", eps=self.norm_q.eps)
@@ -133,15 +141,18 @@ class SelfAttention(nnx.Module):
         q, k, pooled = norm_rope_pool(
             split_heads(self.to_q(x), self.num_heads),
             split_heads(self.to_k(x), self.num_heads),
-            grid=inputs.grid,
-            config=inputs.draft,
+            grid=inputs.grid if shards is None else shards.local_grid,
+            config=inputs.draft if shards is None else None,
             norm=norm,
             scales=scales,
             rope=inputs.rope,
             order="tiled",
             pool_anyway=False,
         )
-        return q, k, split_heads(self.to_v(x), self.num_heads), pooled
+        v = split_heads(self.to_v(x), self.num_heads)
+        if shards is not None:
+            q, k, v = map(shards.to_heads, (q, k, v))
+        return q, k, v, pooled
 
 
 class CrossAttention(nnx.Module):
@@ -246,7 +257,7 @@ class WanBlock(nnx.Module):
         """
         rows = self.scale_shift_table[...].astype(jnp.float32) + inputs.modulation
         shift_1, scale_1, gate_1, shift_3, scale_3, gate_3 = (
-            of_tokens(rows[:, :, row], inputs.grid) for row in range(6)
+            of_tokens(rows[:, :, row], inputs.grid, inputs.shards) for row in range(6)
         )
         hidden = layer_norm(x, self.eps) * (1 + scale_1) + shift_1
         attended, mask = self.attn1(hidden.astype(self.dtype), inputs, step, mask)
@@ -273,7 +284,9 @@ def modulation_table(rows: int, config: WanConfig, rngs: nnx.Rngs) -> nnx.Param:
 
 
 def of_tokens(
-    rows: Float[Array, "B times E"], grid: VideoGrid
+    rows: Float[Array, "B times E"],
+    grid: VideoGrid,
+    shards: TokenShards | None = None,
 ) -> Float[Array, "B _T E"]:
     """Returns what belongs to each token of rows for one or two noise levels.
 
@@ -283,10 +296,13 @@ def of_tokens(
     Args:
       rows: One row for all tokens, or one for the first frame and one for the others.
       grid: Geometry of the tokens.
+      shards: The device's part of them; None for all.
     """
     if rows.shape[1] == 1:
         return rows
     is_first = jnp.arange(grid.num_visual_tokens) < grid.height * grid.width
+    if shards is not None:
+        is_first = shards.own(is_first, axis=0)
     return jnp.where(is_first[:, None], rows[:, :1], rows[:, 1:])
 
 

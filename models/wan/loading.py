@@ -13,7 +13,8 @@ from models.diffusion.caches import MagRatios, published_ratios
 from models.diffusion.dtypes import Linears, choose_linears, default_dtype
 from models.diffusion.folders.layouts import ALL_PARTS, Part
 from models.diffusion.folders.part_files import PartFiles, fitting
-from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.mesh import DeviceMesh
+from models.diffusion.pipeline import NO_PAIR_ON_A_MESH, VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.diffusion.text_options import TextOptions
 from models.umt5.tokenizer import check_text_packages
@@ -148,6 +149,7 @@ def load_wan(
     files: PartFiles | None = None,
     revision: str | None = None,
     linears: Linears = "bfloat16",
+    mesh: DeviceMesh | None = None,
 ) -> VideoPipeline:
     """Loads a pipeline: text first, for it may be freed; then the rest.
 
@@ -162,6 +164,7 @@ def load_wan(
       files: Parts that are given by themselves.
       revision: Branch, tag or commit of a repository.
       linears: Precision of the transformer's linear layers; see `load_pipeline`.
+      mesh: Devices that share the transformer; see `load_pipeline`.
 
     Raises:
       CheckpointError: The model cannot be found, is incomplete, damaged, or of a
@@ -170,7 +173,7 @@ def load_wan(
       ImportError: An optional package is needed and not installed.
       UnknownPromptError: Prompts are not among the embeddings of a file.
       ValueError: `parts` lacks the VAE, an image encoder is given for a model that
-        takes no image, or the device has no FP8.
+        takes no image, the device has no FP8, or the mesh does not fit.
     """
     text = text or TextOptions()
     wan = open_wan_parts(
@@ -186,6 +189,8 @@ def load_wan(
     vae = _vae_config(wan)
     if wan.vae is None:
         raise ValueError("parts must hold 'vae', which decodes the latents")
+    if wan.low is not None and mesh is not None:
+        raise ValueError(f"{mesh=!s}: {NO_PAIR_ON_A_MESH}")
     # The transformer last: it takes minutes, and what is wrong shows before.
     with fitting("text_encoder", wan.sources.get("text_encoder")):
         text_encoder = load_text_encoder(wan, text)
@@ -195,7 +200,7 @@ def load_wan(
     _LOG.info("loading the transformer")
     experts, model = None, None
     if wan.low is None:
-        model = wan.load_transformer()
+        model = wan.load_transformer(mesh)
     else:
         model, experts = make_experts(
             wan.config, {"high": wan.load_transformer, "low": wan.load_low}
@@ -208,6 +213,7 @@ def load_wan(
         image_encoder=image_encoder,
         sampling=_sampling(wan),
         fps=TI2V_FPS if wan.config.holds_first_frame else WAN_FPS,
+        mesh=mesh,
     )
 
 

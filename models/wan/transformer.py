@@ -7,7 +7,7 @@ output is put back once; no layer reorders tokens. Layers share one traced block
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,10 @@ from models.diffusion.transformer.model import (
     Velocity,
     VideoTransformer,
 )
-from models.diffusion.transformer.rope import rope_table
+from models.diffusion.transformer.rope import RopeTable, rope_table
+from models.diffusion.transformer.token_shards import TokenShards
 from models.diffusion.transformer.tokens import latent_grid, unpatchify
+from models.diffusion.transformer.weight_shards import WeightShards, gather_of
 from models.wan.conditions import NO_EMBEDDED_GUIDANCE, WanConditioning
 from models.wan.config import WanConfig
 from models.wan.embeddings import ConditionEmbedder
@@ -48,6 +50,8 @@ class WanTransformer(VideoTransformer):
     A `VideoModel`. Source: Wan2.1 and Wan2.2 `WanModel`, diffusers
     `WanTransformer3DModel`.
     """
+
+    stacks: ClassVar = ("blocks",)
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
         """Builds the model with random parameters.
@@ -113,11 +117,15 @@ class WanTransformer(VideoTransformer):
         Raises:
           ValueError: An input does not fit the configuration or the others.
         """
-        results = self._run(inputs, attention, step, masks, remat=remat)
+        results = self.run(inputs, attention, step, masks, remat=remat)
         return results.velocity, results.masks
 
     def reuse_residual(
-        self, inputs: WanInputs, residual: Float[Array, "B T E"]
+        self,
+        inputs: WanInputs,
+        residual: Float[Array, "B T E"],
+        *,
+        shards: TokenShards | None = None,
     ) -> Velocity:
         """Returns the velocity that follows from a residual; see `KeepsResidual`."""
         check_inputs(inputs, self.config)
@@ -125,8 +133,8 @@ class WanTransformer(VideoTransformer):
         time, _, _ = self.condition_embedder(
             inputs.times, inputs.context, inputs.context_lengths
         )
-        x = self.patch_embedding(inputs.latents, grid).astype(jnp.float32)
-        return self._head(x + residual, time, grid)
+        x = self._embed(inputs, grid, shards).astype(jnp.float32)
+        return self._head(x + residual, time, grid, shards)
 
     def residual_shape(self, latent_shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         """Returns shape and dtype of one item's residual."""
@@ -143,14 +151,18 @@ class WanTransformer(VideoTransformer):
         attention: AttentionPlan = _DENSE,
         step: DraftStep | None = None,
         masks: BlockMask | None = None,
+        shards: TokenShards | None = None,
+        weights: WeightShards | None = None,
     ) -> tuple[Velocity, Any]:
         """Calls a function of every layer's q, k, v; see `VideoModel.map_qkv`."""
-        results = self._run(
+        results = self.run(
             inputs,
             attention,
             step,
             masks,
             capture=lambda sown: function(*(sown["attn1"][name] for name in "qkv")),
+            shards=shards,
+            weights=weights,
         )
         return results.velocity, results.found
 
@@ -211,7 +223,7 @@ class WanTransformer(VideoTransformer):
         config = self.config
         return latent_grid(latent_shape, patch_size=config.patch_size, tile=config.tile)
 
-    def _run(
+    def run(
         self,
         inputs: WanInputs,
         attention: AttentionPlan,
@@ -220,8 +232,10 @@ class WanTransformer(VideoTransformer):
         *,
         remat: bool = False,
         capture: Callable[[dict[str, Any]], Any] | None = None,
+        shards: TokenShards | None = None,
+        weights: WeightShards | None = None,
     ) -> Results:
-        """Runs the model; `found` is what `capture` returns for all layers."""
+        """Runs the model; see `VideoTransformer.run`."""
         config = self.config
         check_inputs(inputs, config)
         grid = self.grid(inputs.latents.shape)
@@ -232,7 +246,7 @@ class WanTransformer(VideoTransformer):
             grid=grid,
             num_layers=config.num_layers,
             batch=len(inputs.latents),
-            num_heads=config.num_heads,
+            num_heads=config.num_heads // (1 if shards is None else shards.count),
         )
         time, modulation, text = self.condition_embedder(
             inputs.times, inputs.context, inputs.context_lengths
@@ -241,13 +255,12 @@ class WanTransformer(VideoTransformer):
             text=text,
             image=self.condition_embedder.embed_image(inputs.image_tokens),
             modulation=modulation,
-            rope=rope_table(
-                grid, split_head_dim(config.head_dim), theta=config.rope_theta
-            ),
+            rope=self._rope(grid, shards),
             grid=grid,
             draft=attention.config,
+            shards=shards,
         )
-        embedded = self.patch_embedding(inputs.latents, grid)
+        embedded = self._embed(inputs, grid, shards)
         x, masks, sown = run_blocks(
             self.blocks,
             embedded.astype(jnp.float32),
@@ -256,29 +269,52 @@ class WanTransformer(VideoTransformer):
             masks=masks,
             remat=remat,
             capture=capture,
+            gather=gather_of(weights, "blocks"),
         )
         return Results(
-            self._head(x, time, grid),
+            self._head(x, time, grid, shards),
             masks,
             sown,
             # Of the embedding as it was made: half the memory of its float32 copy.
             (x - embedded.astype(jnp.float32)).astype(config.compute_dtype),
         )
 
+    def _embed(
+        self, inputs: WanInputs, grid: VideoGrid, shards: TokenShards | None
+    ) -> Float[Array, "B T E"]:
+        """Returns the tokens of the latents, those of the device."""
+        patches = self.patch_embedding.patches(inputs.latents, grid)
+        if shards is not None:
+            patches = shards.own(patches, axis=1)
+        return self.patch_embedding.project(patches)
+
+    def _rope(self, grid: VideoGrid, shards: TokenShards | None) -> RopeTable:
+        """Returns the rotations of the tokens, those of the device."""
+        config = self.config
+        cos, sin = rope_table(
+            grid, split_head_dim(config.head_dim), theta=config.rope_theta
+        )
+        if shards is None:
+            return cos, sin
+        return shards.own(cos, axis=0), shards.own(sin, axis=0)
+
     def _head(
         self,
         x: Float[Array, "B T E"],
         time: Float[Array, "B times E"],
         grid: VideoGrid,
+        shards: TokenShards | None,
     ) -> Velocity:
         """Applies the modulated norm in float32 and the projection in `dtype`.
 
         Then puts tokens back to raster order and cuts patches into positions.
         """
         table = self.scale_shift_table[...].astype(jnp.float32)
-        shift, scale = (of_tokens(table[row] + time, grid) for row in range(2))
+        shift, scale = (of_tokens(table[row] + time, grid, shards) for row in range(2))
         x = layer_norm(x, self.config.eps) * (1 + scale) + shift
         patches = self.proj_out(x.astype(self.config.dtype)).astype(jnp.float32)
+        if shards is not None:
+            patches = shards.gather(patches)
         return unpatchify(
             patches, grid, patch_size=self.config.patch_size, channels="last"
         )

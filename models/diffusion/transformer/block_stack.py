@@ -53,6 +53,7 @@ def run_blocks(
     first: int = 0,
     remat: bool = False,
     capture: Callable[[dict[str, Any]], Any] | None = None,
+    gather: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, BlockMask | None, Any]:
     """Runs a stack of blocks with self-attention, dense or by a schedule.
 
@@ -69,6 +70,8 @@ def run_blocks(
         block in step and masks.
       remat: Recompute each block in the backward pass.
       capture: Called in each block with what it has sown, in nested dictionaries.
+      gather: Makes the whole parameters of a layer from a device's part of them. It is
+        called for each layer while the one before runs.
 
     Returns:
       The residual stream, the masks of all layers of the model, and what `capture` has
@@ -105,7 +108,10 @@ def run_blocks(
     stack = range(first, first + len(jax.tree.leaves(parameters)[0]))
     for layers, known_dense in runs_of_layers(step, stack):
         body = functools.partial(run_layer, known_dense)
-        carry, sown = _scan_layers(body, carry, parameters, layers, stack)
+        if gather is None:
+            carry, sown = _scan_layers(body, carry, parameters, layers, stack)
+        else:
+            carry, sown = _scan_ahead(body, carry, parameters, layers, stack, gather)
         sown_of_runs.append(sown)
     x, masks = carry
     sown = jax.tree.map(lambda *runs: jnp.concatenate(runs), *sown_of_runs)
@@ -149,3 +155,33 @@ def _scan_layers(
         return body(carry, (index, jax.tree.map(lambda leaf: leaf[place], stacked)))
 
     return jax.lax.scan(look_up, carry, indices)
+
+
+def _scan_ahead(
+    body: Callable,
+    carry: Any,
+    stacked: Any,
+    layers: range,
+    stack: range,
+    gather: Callable[[Any], Any],
+) -> tuple[Any, Any]:
+    """Scans over some layers; each is gathered while the one before it runs.
+
+    So two layers are whole at once. Nothing that a layer computes is needed for the
+    next one's gathering, which XLA may run beside it.
+    """
+
+    def gather_at(index):
+        place = jnp.minimum(index, layers.stop - 1) - stack.start
+        return gather(jax.tree.map(lambda leaf: leaf[place], stacked))
+
+    def run(carry, index):
+        inner, whole = carry
+        upcoming = gather_at(index + 1)
+        inner, sown = body(inner, (index, whole))
+        return (inner, upcoming), sown
+
+    first = jnp.asarray(layers.start)
+    indices = jnp.arange(layers.start, layers.stop)
+    (carry, _), sown = jax.lax.scan(run, (carry, gather_at(first)), indices)
+    return carry, sown

@@ -43,6 +43,12 @@ class PatchEmbedding(nnx.Module):
           latents: The latents.
           grid: Their tokens, without text.
         """
+        return self.project(self.patches(latents, grid))
+
+    def patches(
+        self, latents: Float[Array, "B F H W C"], grid: VideoGrid
+    ) -> Float[Array, "B T values"]:
+        """Returns patches in tiled order, in `dtype`, each as one vector."""
         frames, rows, columns = self.patch_size
         patches = rearrange(
             latents,
@@ -52,7 +58,10 @@ class PatchEmbedding(nnx.Module):
             columns=columns,
         ).astype(self.dtype)
         # A token depends on its patch alone, so the narrower patches are permuted.
-        patches = reorder_tokens(patches, grid, to="tiled", axis=1)
+        return reorder_tokens(patches, grid, to="tiled", axis=1)
+
+    def project(self, patches: Float[Array, "B T values"]) -> Float[Array, "B T E"]:
+        """Returns the tokens of patches."""
         kernel = self.kernel[...].astype(self.dtype)
         kernel = kernel.reshape(patches.shape[-1], -1)
         return patches @ kernel + self.bias[...].astype(self.dtype)

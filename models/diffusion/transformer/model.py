@@ -1,12 +1,14 @@
 """A video transformer: what all families make of one run of their blocks."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from flax import nnx
 from jaxtyping import Array, Float
 
 from draft_jax import AttentionPlan, BlockMask, DraftStep
+from models.diffusion.transformer.token_shards import TokenShards
+from models.diffusion.transformer.weight_shards import WeightShards
 
 _DENSE = AttentionPlan.dense()
 
@@ -23,9 +25,16 @@ class Results(NamedTuple):
 
 
 class VideoTransformer(nnx.Module):
-    """Methods that follow from `_run` and `map_qkv`, which each family writes."""
+    """Methods that follow from `run` and `map_qkv`, which each family writes.
 
-    def _run(
+    Attributes:
+      stacks: Attributes of stacks of blocks, whose parameters have a leading layer axis
+        and which `run_blocks` runs.
+    """
+
+    stacks: ClassVar[tuple[str, ...]]
+
+    def run(
         self,
         inputs: Any,
         attention: AttentionPlan,
@@ -34,8 +43,27 @@ class VideoTransformer(nnx.Module):
         *,
         remat: bool = False,
         capture: Callable[[dict[str, Any]], Any] | None = None,
+        shards: TokenShards | None = None,
+        weights: WeightShards | None = None,
     ) -> Results:
-        """Runs the model; `found` is what `capture` returns."""
+        """Runs the model; see `__call__` of the families.
+
+        Args:
+          inputs: The model's own.
+          attention: Dense or draft attention.
+          step: The schedule's entry for this step.
+          masks: Masks that the step before returned.
+          remat: Recompute each block in the backward pass.
+          capture: Called in each block with what it has sown.
+          shards: Within `jax.shard_map`, the device's part of the tokens; inputs are
+            whole, masks are those of the device's heads, and so are q and k that
+            `capture` sees. The residual is that of the device's tokens. None for
+            whole sequences.
+          weights: How the weights of stacks lie on devices; None if they are whole.
+
+        Returns:
+          Results, of which `found` is what `capture` returns for each stack.
+        """
         raise NotImplementedError
 
     def map_qkv(
@@ -46,8 +74,13 @@ class VideoTransformer(nnx.Module):
         attention: AttentionPlan = _DENSE,
         step: DraftStep | None = None,
         masks: BlockMask | None = None,
+        shards: TokenShards | None = None,
+        weights: WeightShards | None = None,
     ) -> tuple[Velocity, Any]:
-        """Calls a function of every layer's q, k, v; see `VideoModel.map_qkv`."""
+        """Calls a function of every layer's q, k, v; see `VideoModel.map_qkv`.
+
+        With `shards` they are of the device's heads; see `run`.
+        """
         raise NotImplementedError
 
     def map_qk(
@@ -80,7 +113,7 @@ class VideoTransformer(nnx.Module):
 
         The residual is that of the video's tokens, without a reference and the text.
         """
-        results = self._run(inputs, attention, step, masks)
+        results = self.run(inputs, attention, step, masks)
         return results.velocity, results.masks, results.residual
 
     def capture_qk(

@@ -1,5 +1,6 @@
 """Tokens of a latent: their grid, and patches put back into their places."""
 
+import math
 from typing import Literal
 
 from einops import rearrange
@@ -40,6 +41,14 @@ def latent_grid(
         size // side for size, side in zip(sizes, patch_size, strict=True)
     )
     return VideoGrid(frames, height, width, tile=tile)
+
+
+def num_tokens(
+    latent_shape: tuple[int, int, int, int], patch_size: tuple[int, int, int]
+) -> int:
+    """Returns the number of tokens of a latent [F, H, W, C] whose sizes suit it."""
+    sizes = zip(latent_shape[:3], patch_size, strict=True)
+    return math.prod(size // side for size, side in sizes)
 
 
 def unpatchify(

@@ -58,6 +58,7 @@ RUN_KEYS = {
 }
 DETAIL_KEYS = {
     "cache",
+    "mesh",
     "family",
     "method",
     "preset",
