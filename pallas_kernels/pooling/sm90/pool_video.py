@@ -1,8 +1,8 @@
 """Parts, cells and spread of the tiles of Q, K and V in one pass, for Hopper (sm_90).
 
-One warpgroup takes one chunk of channels of one array, and of this the tiles at one
-place of a group of frames. A thread owns the same few channels of each token and keeps
-all sums in registers: nothing is exchanged between threads, there is no barrier.
+One CTA of one warpgroup takes one chunk of channels of one array, and of this the tiles
+at one place of a group of frames. A thread owns the same few channels of each token and
+keeps all sums in registers: nothing is exchanged between threads.
 
     part   of a tile, of one frame: what the draft pools; it is made of whole cells
     cell   of a part, over all frames of the group: what means are taken over
@@ -37,13 +37,10 @@ from pallas_kernels.common.sub_tiles import SubTiles
 from pallas_kernels.pooling.interfaces import VideoResult
 
 THREADS = 128  # threads of a warpgroup
-# Of a CTA: 512 threads may have 128 registers each. For 128 threads ptxas takes 194 at
-# 8 frames, which leaves half as many threads on a multiprocessor, and loads in flight.
-WARPGROUPS = 4
 BYTES_PER_THREAD = 16  # the widest load
-BYTES_AHEAD = 128  # of a thread's loads that are issued together
-MIN_LOADS, MAX_LOADS = 8, 32
-# Frames times channels of a thread, which holds three sums of each.
+MAX_LOADS = 16  # loads issued together
+# Frames times channels of a thread, which holds three sums of each: 128 registers at 4
+# frames and 4 channels. 178 at 8 channels leave two CTAs on a multiprocessor, not four.
 MAX_SUMS = 16
 MIN_CHANNELS = 2  # of a thread, for more frames
 MAX_FRAMES = 16
@@ -64,8 +61,7 @@ class VideoPlan:
 
     video: SubTiles  # its frames, tiles and groups; its sub-tiles are not read
     roles: tuple[Role, ...]
-    chunk: int  # channels of a warpgroup
-    loads: int  # issued together
+    chunk: int  # channels of a CTA
     dtype: str  # of the means of cells
 
     @property
@@ -94,7 +90,7 @@ class VideoPlan:
 
 
 class Place(NamedTuple):
-    """Where the tokens of a warpgroup stand, and where its results go: scalars."""
+    """Where the tokens of a CTA stand, and where its results go: scalars."""
 
     first: Array  # token of the first frame
     stride: Array  # tokens from a row to the next
@@ -167,15 +163,13 @@ def pool_video(
         raise ValueError(f"the kernel for pooling cannot take these inputs: {cause}")
     channels = shape[2] * shape[3]
     chunk = _chunk_of(channels, own_dtype.itemsize, video.group_frames)
-    loads = BYTES_AHEAD // (chunk // THREADS * own_dtype.itemsize)
-    loads = min(max(loads, MIN_LOADS), MAX_LOADS)
-    plan = VideoPlan(video=video, roles=roles, chunk=chunk, loads=loads, dtype=dtype)
+    plan = VideoPlan(video=video, roles=roles, chunk=chunk, dtype=dtype)
     run = functools.partial(_run, tiles=tiles, plan=plan, interpret=interpret)
     return fold_mapped_axes(run)(*arrays)
 
 
 def _chunk_of(channels: int, itemsize: int, frames: int) -> int:
-    """Returns the channels of a warpgroup: loads as wide as registers allow."""
+    """Returns the channels of a CTA: as wide loads as registers and heads allow."""
     width = BYTES_PER_THREAD // itemsize
     while channels % (THREADS * width) or (
         width > MIN_CHANNELS and width * frames > MAX_SUMS
@@ -198,14 +192,8 @@ def _run(*arrays, tiles, plan: VideoPlan, interpret):
     results = plgpu.kernel(
         functools.partial(_body, plan=plan),
         out_type=tuple(outs),
-        grid=(
-            -(-plan.video.num_columns // WARPGROUPS),
-            channels // plan.chunk,
-            len(arrays) * batch,
-        ),
-        grid_names=("columns", "chunk", "item"),
-        num_threads=WARPGROUPS,
-        thread_name="wg",
+        grid=(plan.video.num_columns, channels // plan.chunk, len(arrays) * batch),
+        grid_names=("column", "chunk", "item"),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         kernel_name="pool_video_sm90",
         interpret=interpret,
@@ -220,18 +208,16 @@ def _body(*refs, plan: VideoPlan):
     num = len(plan.roles)
     arrays, tiles_gmem, outs = refs[:num], refs[num], list(refs[num + 1 :])
     item = lax.axis_index("item")
-    column = lax.axis_index("columns") * WARPGROUPS + lax.axis_index("wg")
-    exists = column < plan.video.num_columns
-    place = _place(tiles_gmem, lax.div(item, jnp.int32(num)), column, plan)
+    place = _place(tiles_gmem, lax.div(item, jnp.int32(num)), plan)
     for index, (x_gmem, role) in enumerate(zip(arrays, plan.roles, strict=True)):
         own, outs = outs[: len(role.results)], outs[len(role.results) :]
         named = dict(zip(role.results, own, strict=True))
-        is_own = jnp.logical_and(lax.rem(item, jnp.int32(num)) == index, exists)
-        pl.when(is_own)(functools.partial(_pool, x_gmem, named, place, role, plan))
+        pool = functools.partial(_pool, x_gmem, named, place, role, plan)
+        pl.when(lax.rem(item, jnp.int32(num)) == index)(pool)
 
 
-def _place(tiles_gmem, batch, column, plan: VideoPlan) -> Place:
-    video = plan.video
+def _place(tiles_gmem, batch, plan: VideoPlan) -> Place:
+    video, column = plan.video, lax.axis_index("column")
     tile = lax.rem(column, jnp.int32(plan.tiles))
     first_frame = lax.div(column, jnp.int32(plan.tiles)) * video.group_frames
     first, stride, rows, columns = (tiles_gmem[tile, field] for field in range(4))
@@ -250,7 +236,7 @@ def _place(tiles_gmem, batch, column, plan: VideoPlan) -> Place:
 
 
 def _pool(x_gmem, outs, place: Place, role: Role, plan: VideoPlan) -> None:
-    """Pools the tiles of one warpgroup."""
+    """Pools the tiles of one CTA."""
     rows, columns = pieces(plan.video.tile, role.part)
     cells = pieces(role.part, role.cell)
     of_tiles = "tiles" in outs or "spread" in outs
@@ -358,9 +344,7 @@ class _Cell:
     def add_frames(self, part_sums, tile_sums, outs):
         """Returns the sums of part and tile with this cell, and its mean."""
         frames = self.plan.video.group_frames
-        ahead = max(
-            1, self.plan.loads // math.prod(self.shape)
-        )  # frames loaded together
+        ahead = max(1, MAX_LOADS // math.prod(self.shape))  # frames loaded together
         inverse = _inverse(self.size)
         part_sums, tile_sums = list(part_sums), list(tile_sums)
         total, means = _zero(self.plan), []
@@ -393,7 +377,7 @@ class _Cell:
 
     def _load(self, frame: int):
         """Loads a frame of a small cell; None leaves that to the walk over it."""
-        if math.prod(self.shape) > self.plan.loads:
+        if math.prod(self.shape) > MAX_LOADS:
             return None
         return [self._row(frame, row) for row in range(self.shape[0])]
 
