@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import tempfile
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from models.app.guard import LOCAL_NAMES, AllowedHosts
@@ -34,10 +35,12 @@ def run(arguments: argparse.Namespace) -> None:
         hear_warnings(),
     ):
         os.environ["GRADIO_TEMP_DIR"] = uploads
-        _serve(arguments, limits, upload_bytes)
+        _serve(arguments, limits, upload_bytes, Path(uploads))
 
 
-def _serve(arguments: argparse.Namespace, limits: Limits, upload_bytes: int) -> None:
+def _serve(
+    arguments: argparse.Namespace, limits: Limits, upload_bytes: int, uploads: Path
+) -> None:
     from models.app import server
     from models.app.form import abilities_of
 
@@ -53,7 +56,7 @@ def _serve(arguments: argparse.Namespace, limits: Limits, upload_bytes: int) -> 
     listening = server.listen(arguments.host, arguments.port)
     with listening:
         application = server.build_application(
-            runner, queue, hosts=hosts, upload_bytes=upload_bytes
+            runner, queue, hosts=hosts, upload_bytes=upload_bytes, uploads=uploads
         )
         port = listening.getsockname()[1]
 

@@ -102,16 +102,21 @@ def why_too_large(
     """
     if method in ("GET", "HEAD", "OPTIONS"):
         return None
-    is_upload = path.rstrip("/").endswith(_UPLOADS)
-    if is_upload and not upload_bytes:
+    uploads = is_upload(path)
+    if uploads and not upload_bytes:
         return 403, "this model takes no image, so nothing can be uploaded"
-    most = upload_bytes if is_upload else _BODY_BYTES
+    most = upload_bytes if uploads else _BODY_BYTES
     length = headers.get("content-length", [])
     if len(length) != 1 or not re.fullmatch(r"\d{1,15}", length[0]):
         return 411, "the request does not say how long it is"
     if int(length[0]) > most:
         return 413, f"the request has {length[0]} bytes; at most {most} are taken"
     return None
+
+
+def is_upload(path: str) -> bool:
+    """Returns whether a request of a path brings a file."""
+    return path.rstrip("/").endswith(_UPLOADS)
 
 
 class Guard:

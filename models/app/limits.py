@@ -1,21 +1,25 @@
 """Limits of what a page may ask for, so that it cannot fill the memory."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 
+from draft_jax import DraftConfig, VideoGrid, initial_mask
 from models.app.form import FormError
 from models.cli.model import Request
+from models.diffusion.interfaces import KeepsResidual, LatentShape, VideoModel
 from models.diffusion.pipeline import VideoPipeline
 
-# Arrays of a step, each as wide for every token and row as the widest layer (that of
-# the modulation, six times the model's width). The shipped model has 1.48 to 1.58, of
-# 2,304 to 18,432 tokens (memory_analysis of its compiled steps, jax 0.12.0.1, CPU,
-# 2026-11-29).
-STEP_ARRAYS = 1.6
+# Arrays of a step, each as wide as the model for every token and row: the residual
+# stream and its norm, queries, keys and values before and after their rotation, what
+# attention and a feed-forward network make, in float32 here and there. A single block
+# of HunyuanVideo joins them and has the most. Compiled steps grow by 9 (Wan) to 15
+# (HunyuanVideo) with each token, of widths from 64 to 256 and 512 to 4,128 tokens
+# (memory_analysis, jax 0.12.0.1, CPU, 2026-11-30).
+STEP_ARRAYS = 16
 # Copies of a video in float32: decoded, clipped and as bytes, of two runs.
 VIDEO_COPIES = 8
 _SHARE_OF_FREE = 0.75
@@ -81,17 +85,41 @@ class Limits:
 
 
 def run_bytes(request: Request, pipeline: VideoPipeline) -> int:
-    """Returns an estimate of the memory that a run needs beside the weights."""
+    """Returns an estimate of the memory that a run needs beside the weights.
+
+    It follows from shapes alone, of any model: `STEP_ARRAYS` arrays of a block for the
+    rows that run at once, the masks of all layers, what a step cache keeps, and copies
+    of the video. What the decoder needs is not in it.
+    """
     sampling, model = request.sampling, pipeline.model
-    tokens = model.grid(pipeline.latent_shape(sampling)).num_tokens
-    one_call = request.arguments.guidance_batching == "one_call"
-    rows = 2 if sampling.guided and one_call else 1
-    weights = [leaf for leaf in jax.tree.leaves(nnx.state(model)) if leaf.ndim > 1]
-    widest = max(max(weight.shape[-2:]) for weight in weights)
-    size = max(weight.dtype.itemsize for weight in weights)
-    step = STEP_ARRAYS * rows * tokens * widest * size
+    shape = pipeline.latent_shape(sampling)
+    grid = model.grid(shape)
+    rows = 2 if sampling.guided else 1
+    at_once = 1 if request.arguments.guidance_batching == "two_calls" else rows
+    array = grid.num_tokens * _bytes_of_a_token(model, shape)
+    kept = rows * array if request.cache is not None else 0
+    masks = 0
+    if not request.arguments.dense:
+        masks = model.num_layers * rows * _mask_bytes(model, grid, request.draft[0])
     pixels = sampling.frames * sampling.height * sampling.width
-    return int(step + VIDEO_COPIES * 4 * 3 * pixels)
+    video = VIDEO_COPIES * 4 * 3 * pixels
+    return STEP_ARRAYS * at_once * array + masks + kept + video
+
+
+def _bytes_of_a_token(model: VideoModel, shape: LatentShape) -> int:
+    """Returns the bytes of a token in the stream between a model's blocks."""
+    assert isinstance(model, KeepsResidual)  # every family's does
+    residual = model.residual_shape(shape)
+    return residual.shape[-1] * residual.dtype.itemsize
+
+
+def _mask_bytes(model: VideoModel, grid: VideoGrid, config: DraftConfig) -> int:
+    """Returns the bytes of the mask of a layer and a row."""
+    mask = jax.eval_shape(
+        lambda: initial_mask(grid, config, batch=1, num_heads=model.num_heads)
+    )
+    leaves = jax.tree.leaves(mask)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def free_memory_bytes() -> int | None:

@@ -73,18 +73,19 @@ class _Fields:
         }
 
 
-def build_page(runner: Runner, queue: JobQueue) -> gr.Blocks:
+def build_page(runner: Runner, queue: JobQueue, *, upload_bytes: int) -> gr.Blocks:
     """Returns the page of a model.
 
     Args:
       runner: The model, and the outputs folder.
       queue: Where runs wait; its jobs are `runner`'s.
+      upload_bytes: Most of an upload.
     """
     with gr.Blocks(title="draft-video", analytics_enabled=False) as page:
         gr.HTML(_head(runner))
         with gr.Tabs():
             with gr.Tab("Generate"):
-                _build_generate(page, runner, queue)
+                _build_generate(page, runner, queue, upload_bytes)
             with gr.Tab("Earlier runs") as earlier:
                 _build_earlier(earlier, runner)
     return page
@@ -99,7 +100,9 @@ def _head(runner: Runner) -> str:
     )
 
 
-def _build_generate(page: gr.Blocks, runner: Runner, queue: JobQueue) -> None:
+def _build_generate(
+    page: gr.Blocks, runner: Runner, queue: JobQueue, upload_bytes: int
+) -> None:
     fields = _Fields()
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
@@ -110,7 +113,7 @@ def _build_generate(page: gr.Blocks, runner: Runner, queue: JobQueue) -> None:
             expected = gr.HTML(elem_id="expected")
             fields.errors[""] = gr.HTML(visible=False, elem_id="error-form")
             status = gr.HTML(fragments.message(runner.status), elem_id="status")
-            _add_fields(fields, runner)
+            _add_fields(fields, runner, upload_bytes)
         with gr.Column(scale=3, min_width=300):
             hint = "The videos of the run appear here."
             result = gr.HTML(fragments.message(hint), elem_id="result")
@@ -214,13 +217,20 @@ def _add_prompt(fields: _Fields, runner: Runner) -> None:
     fields.add("prompt", prompt)
 
 
-def _add_fields(fields: _Fields, runner: Runner) -> None:
+def _add_fields(fields: _Fields, runner: Runner, upload_bytes: int) -> None:
     """Makes the other fields, with the model's own values."""
     values, can = runner.defaults, abilities_of(runner.model)
     if can.image is None:
+        size = f"{upload_bytes / 2**20:.3g} MiB"
         image = gr.Image(
-            label="First frame", type="filepath", sources=["upload"], height=180
+            label=f"First frame: a PNG or JPEG of at most {size}",
+            type="filepath",
+            sources=["upload"],
+            height=180,
+            elem_id="image",
         )
+        # Gradio would open the file: of one that is no picture it makes a traceback.
+        image.preprocess = _path_of  # type: ignore[method-assign]
         fields.add("image", image)
     else:
         gr.HTML(_disabled("First frame", can.image), elem_id="no-image")
@@ -243,6 +253,11 @@ def _add_fields(fields: _Fields, runner: Runner) -> None:
         _add_speed_fields(fields, values, can)
     with gr.Accordion("Video", open=True):
         _add_video_fields(fields, values)
+
+
+def _path_of(uploaded: Any) -> str | None:
+    """Returns the path of an upload, which Gradio has found among its own."""
+    return None if uploaded is None else uploaded.path
 
 
 def _add_draft_fields(

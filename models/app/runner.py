@@ -28,7 +28,8 @@ from models.cli.model import Request
 from models.cli.outputs import run_name
 from models.cli.report import device_details
 from models.diffusion.dtypes import choose_linears
-from models.diffusion.embeddings import UnknownPromptError
+from models.diffusion.embeddings import GivenTextEncoder, UnknownPromptError
+from models.diffusion.interfaces import TextEncoder
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.results import StepReport, StopGeneration
 from models.media.run_folder import RunFolder
@@ -198,6 +199,26 @@ class Runner:
 
     def _check(self, request: Request) -> None:
         self._limits.check(request, self._pipeline)
+        if self._pipeline is not None:
+            _check_prompts(request, self._pipeline.text_encoder)
+
+
+def _check_prompts(request: Request, encoder: TextEncoder | None) -> None:
+    """Raises FormError for prompts that a file of embeddings lacks."""
+    if not isinstance(encoder, GivenTextEncoder):
+        return
+    sampling = request.sampling
+    texts = {"prompt": request.arguments.prompt}
+    if sampling.guided:
+        texts["negative_prompt"] = sampling.negative_prompt
+    messages = {}
+    for name, text in texts.items():
+        try:
+            encoder.encode([text])
+        except UnknownPromptError as error:
+            messages[name] = str(error)
+    if messages:
+        raise FormError(messages)
 
 
 class _Shown:

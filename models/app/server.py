@@ -5,6 +5,7 @@ import socket
 import sys
 from collections.abc import Callable
 from importlib import resources
+from pathlib import Path
 
 import fastapi
 import gradio as gr
@@ -15,13 +16,19 @@ from models.app.guard import AllowedHosts, Application, Guard, Receive, Scope, S
 from models.app.jobs import JobQueue
 from models.app.page import build_page
 from models.app.runner import Runner
+from models.app.uploads import UploadsOnly
 
 FIRST_PORT, PORTS = 7860, 40  # tried where none is given
 CLOSE_SECONDS = 1.0  # for the step that runs when the server ends
 
 
 def build_application(
-    runner: Runner, queue: JobQueue, *, hosts: AllowedHosts, upload_bytes: int
+    runner: Runner,
+    queue: JobQueue,
+    *,
+    hosts: AllowedHosts,
+    upload_bytes: int,
+    uploads: Path,
 ) -> Application:
     """Returns the ASGI application of a model's page.
 
@@ -30,8 +37,9 @@ def build_application(
       queue: Where runs wait.
       hosts: Names of the server.
       upload_bytes: Most of an upload; 0 if nothing can be uploaded.
+      uploads: Folder where uploads lie.
     """
-    page = build_page(runner, queue)
+    page = build_page(runner, queue, upload_bytes=upload_bytes)
     page.queue(default_concurrency_limit=None, api_open=False)
     # The browser's own fonts: the default theme asks a server for some.
     theme = gr.themes.Default(
@@ -60,7 +68,8 @@ def build_application(
         is_file = scope["type"] == "http" and scope["path"].startswith(PREFIX)
         await (files if is_file else behind)(scope, receive, send)
 
-    return Guard(application, hosts=hosts, upload_bytes=upload_bytes)
+    only_uploads = UploadsOnly(application, folder=uploads)
+    return Guard(only_uploads, hosts=hosts, upload_bytes=upload_bytes)
 
 
 def listen(host: str, port: int | None) -> socket.socket:

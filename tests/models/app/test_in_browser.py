@@ -1,20 +1,24 @@
 """The page in a headless Chromium, on the model that ships."""
 
-import contextlib
-import http.client
 import json
 import re
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
-from tests.browser import find_chromium
+from tests.app_pages import (
+    LONG,
+    SECONDS,
+    SMALL,
+    Server,
+    browser,
+    button,
+    generate,
+    report_of,
+    wait_for_status,
+)
 
 pytestmark = [
     pytest.mark.browser,
@@ -23,85 +27,12 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-ROOT = Path(__file__).parents[3]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync"
-)
-SECONDS = 400  # until a test gives up, on a busy machine
-SMALL = {"width": 64, "height": 48, "frames": 8, "steps": 4}
-LONG = SMALL | {"steps": 400}
-
-
-class Server:
-    """`draft-video app` as a process."""
-
-    def __init__(self, folder):
-        self.outputs = folder / "outputs"
-        self.errors = folder / "errors.txt"
-        command = [sys.executable, "draft_video.py", "app", "--port", "0"]
-        command += ["--outputs", str(self.outputs)]
-        self.start = time.monotonic()
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=self.errors.open("w"),
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-        line = self.process.stdout.readline()
-        self.url = re.search(r"http://\S+", line)[0]
-        self.address = urlsplit(self.url).netloc
-
-    def ask(self, method, path, body=None, **headers):
-        """Sends a request as it is, and returns the status and the body."""
-        given = {"Host": self.address} | {
-            name.replace("_", "-"): value for name, value in headers.items()
-        }
-        connection = http.client.HTTPConnection(self.address, timeout=SECONDS)
-        connection.putrequest(method, path, skip_host=True)
-        if body is not None:
-            given.setdefault("Content-Length", str(len(body)))
-        for name, value in given.items():
-            connection.putheader(name, value)
-        connection.endheaders(body)
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     server = Server(tmp_path_factory.mktemp("app"))
     yield server
-    server.process.kill()
-    server.process.wait()
-
-
-@pytest.fixture(scope="module")
-def playwright():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        yield playwright
-
-
-@contextlib.contextmanager
-def browser(playwright, **options):
-    """A Chromium that knows nothing, with one page."""
-    with tempfile.TemporaryDirectory() as folder:
-        context = playwright.chromium.launch_persistent_context(
-            folder,
-            executable_path=find_chromium(),
-            headless=True,
-            args=FLAGS.split(),
-            **({"viewport": {"width": 1600, "height": 1000}} | options),
-        )
-        context.set_default_timeout(60_000)
-        try:
-            yield context.pages[0]
-        finally:
-            context.close()
+    server.end()
 
 
 @pytest.fixture
@@ -109,37 +40,6 @@ def page(playwright, server):
     with browser(playwright) as page:
         page.goto(server.url)
         yield page
-
-
-def button(page, name):
-    return page.get_by_role("button", name=name, exact=True)
-
-
-def fill(page, values):
-    for name, value in values.items():
-        page.locator(f"#{name} input").fill(str(value))
-        page.locator(f"#{name} input").blur()
-
-
-def generate(page, values=SMALL):
-    fill(page, values)
-    button(page, "Generate").click()
-
-
-def wait_for_status(page, pattern):
-    """Waits until the state of the run reads as a pattern, and returns it."""
-    status = page.locator("#status")
-    end = time.monotonic() + SECONDS
-    while not re.search(pattern, text := status.inner_text()):
-        assert time.monotonic() < end, f"the status is {text!r}"
-        assert not text.startswith("Failed"), text
-        time.sleep(0.05)
-    return text
-
-
-def report_of(page, place="#result"):
-    """The report that is shown in the page."""
-    return page.frame_locator(f"{place} iframe")
 
 
 def test_the_page_is_usable_and_loads_nothing_from_elsewhere(playwright, server):

@@ -49,7 +49,8 @@ def runner(loaded, tmp_path, monkeypatch):
 
 def job_of(runner, **changes):
     base = {"mode": "sparse", "width": 48, "height": 32, "frames": 4, "steps": 4}
-    values = FormValues(prompt=PROMPT, guidance=4.0, seed=0, **(base | changes))
+    base |= {"guidance": 4.0, "seed": 0}
+    values = FormValues(prompt=PROMPT, **(base | changes))
     return Job("page", runner.form.read(values), clock=lambda: 0.0)
 
 
@@ -215,9 +216,18 @@ def test_runs_of_the_same_settings_have_folders_of_their_own(runner, monkeypatch
 def test_memory_is_limited_by_an_estimate(runner, monkeypatch):
     request = job_of(runner).work
     needed = run_bytes(request, runner._pipeline)
-    # 2 rows of 48 tokens, 1.6 times the 6 x 24 numbers of the modulation, and 8 videos:
-    # all in float32.
-    assert needed == int(1.6 * 2 * 48 * 144 * 4) + 8 * 4 * 3 * 4 * 32 * 48
+    # 16 arrays of 2 rows of 48 tokens of 24 channels, and 8 videos, all in float32.
+    step, videos = 16 * 2 * 48 * 24 * 4, 8 * 3 * 4 * 32 * 48 * 4
+    # Of 3 layers and 2 rows with 2 heads each, of 8 x 8 tiles the fourth part: column,
+    # row offsets and what else a mask has, each an int32 or less.
+    masks = needed - step - videos
+    assert 3 * 2 * 2 * 16 * 4 <= masks <= 3 * 2 * 2 * (2 * 16 + 3 * 9) * 4
+    dense = run_bytes(job_of(runner, mode="dense").work, runner._pipeline)
+    assert dense == step + videos
+    cached = job_of(runner, mode="dense", cache="easy").work
+    assert run_bytes(cached, runner._pipeline) == dense + 2 * 48 * 24 * 4
+    unguided = job_of(runner, mode="dense", guidance=1.0).work
+    assert run_bytes(unguided, runner._pipeline) == step // 2 + videos
     monkeypatch.setattr(runner, "_limits", Limits(memory_bytes=needed))
     job_of(runner)
     with pytest.raises(FormError) as caught:
