@@ -10,11 +10,10 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from draft_jax import DraftConfig
 from models.app.timing import Mode
-from models.cli import options
+from models.cli import choices, options
 from models.cli.cache_options import CacheRequest
 from models.cli.caching import cache_from
 from models.cli.generate import read_run
@@ -23,10 +22,11 @@ from models.cli.parser import UsageError, build_parser
 from models.diffusion.dtypes import check_linears
 from models.diffusion.embeddings import UnknownPromptError
 
-Skipped = Literal["left out", "means"]
 Number = int | float | None  # of a field; None where it is empty
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 NO_PROMPT = "any video"  # stands in where only other fields are checked
+
+_DRAFT = choices.DraftDefaults()
 
 MODES: dict[Mode, str] = {
     "compare": "Dense and sparse from the same noise, to see what sparsity costs.",
@@ -34,8 +34,8 @@ MODES: dict[Mode, str] = {
     "dense": "Full attention on every step.",
 }
 SPARSITY = (
-    "Share of block pairs that sparse steps skip. 0 is the dense video; 0.75 is a good "
-    "start; above 0.9 details go."
+    "Share of block pairs that sparse steps skip. 0 is the dense video; 0.9 is a good "
+    "start where means stand for the rest, 0.75 where nothing does."
 )
 SELECTIONS = {
     "percentile": "All pairs of a head are ranked together: heads spend their budget "
@@ -45,11 +45,10 @@ SELECTIONS = {
     "top_p": "Each block keeps the fewest others that hold the mass below: the work "
     "follows the content, and sparsity bounds it.",
 }
-SKIPPED: dict[Skipped, str] = {
-    "left out": "Blocks that are not kept take no part. The paper's.",
-    "means": "They take part through means of 2 x 2 tokens over 4 frames, and blocks "
-    "are kept where means stand worst for them. That adds 1/16 of dense attention's "
-    "work; in a first look videos were closer to dense ones, at a sparsity of 0.9.",
+METHODS = {
+    "compensated": "Blocks that are not kept take part through means of their keys and "
+    "values, which adds a little work; those are kept that means stand worst for.",
+    "paper": "Blocks that are not kept take no part. The paper's.",
 }
 CACHES = {
     "off": "Every step is computed.",
@@ -98,8 +97,7 @@ class FormValues:
       sparsity: Share of block pairs to skip.
       selection: How blocks are chosen.
       top_p: Mass to keep, for the selection "top_p".
-      skipped: Whether means stand for skipped blocks, with the options of
-        `DraftConfig.compensated()` that belong to them.
+      method: Whether means stand for blocks that are not kept.
       preset: Where attention stays dense.
       cache: Rule of the step cache.
       cache_values: Its constants, with commas between.
@@ -116,10 +114,10 @@ class FormValues:
     negative_prompt: str = ""
     image: Path | None = None
     mode: Mode = "compare"
-    sparsity: Number = 0.75
-    selection: str = "percentile"
-    top_p: Number = 0.9
-    skipped: Skipped = "left out"
+    sparsity: Number = _DRAFT.sparsity
+    selection: str = _DRAFT.selection
+    top_p: Number = _DRAFT.top_p
+    method: str = choices.METHODS[0]
     preset: str = "paper"
     cache: str = "off"
     cache_values: str = ""
@@ -164,11 +162,10 @@ class Form:
             given.append("--dense")
         else:
             given.append(f"--sparsity={_text(values.sparsity)}")
-            given += [f"--selection={values.selection}", f"--preset={values.preset}"]
+            given += [f"--method={values.method}", f"--selection={values.selection}"]
+            given.append(f"--preset={values.preset}")
             if values.selection == "top_p":
                 given.append(f"--top-p={_text(values.top_p)}")
-            if values.skipped == "means":
-                given += _means_options()
         if values.mode == "compare":
             given.append("--compare")
         if values.cache != "off":
@@ -272,7 +269,8 @@ class Abilities:
 def abilities_of(request: Request) -> Abilities:
     """Returns what a model can do, by the checks of the command line."""
     published = argparse.Namespace(preset="published")
-    mag = argparse.Namespace(cache=CacheRequest("mag"), cache_ratios=None)
+    asked = {"cache": CacheRequest("mag"), "cache_ratios": None}
+    mag = argparse.Namespace(**vars(request.arguments) | asked)
     apart = request.family.text_beside_jax
     return Abilities(
         image=_reason(lambda: request.info.conditioning.check_image(given=True)),
@@ -307,24 +305,6 @@ def _reason(check: Callable[[], Any]) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _means_options() -> list[str]:
-    """Returns the options that stand for those of `DraftConfig.compensated()`.
-
-    Sparsity and selection have fields of their own.
-    """
-    preset = DraftConfig.compensated()
-    means = preset.compensation
-    assert means is not None  # that is what the preset is for
-    assert preset.draft_tile is not None
-    rows, columns = preset.draft_tile
-    return [
-        f"--draft-tile={rows}x{columns}",
-        f"--means={means.sub_tile[0]}x{means.sub_tile[1]}",
-        f"--mean-frames={means.frames}",
-        f"--ranking={preset.ranking}",
-    ]
 
 
 def _check_numbers(values: FormValues) -> None:

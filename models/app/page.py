@@ -10,17 +10,16 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from draft_jax import DraftConfig
 from models.app import fragments
 from models.app.files import url_of
 from models.app.form import (
     CACHE_VALUES,
     CACHES,
     LINEARS,
+    METHODS,
     MODES,
     PRESETS,
     SELECTIONS,
-    SKIPPED,
     SPARSITY,
     Abilities,
     FormError,
@@ -31,6 +30,7 @@ from models.app.jobs import JobQueue, JobState, QueueFullError
 from models.app.runner import Runner
 from models.app.runs import list_runs
 from models.app.timing import Mode
+from models.cli import choices
 from models.media.run_folder import PAGE
 from models.report.writing import write_comparison
 
@@ -263,7 +263,23 @@ def _path_of(uploaded: Any) -> str | None:
 def _add_draft_fields(
     fields: _Fields, values: FormValues, no_published: str | None
 ) -> None:
-    fields.add("selection", _choice("Selection", SELECTIONS, values.selection))
+    method = _choice("Blocks that are not kept", METHODS, values.method)
+    fields.add("method", method)
+    selection = _choice("Selection", SELECTIONS, values.selection)
+    fields.add("selection", selection)
+    # Each has a sparsity and a selection of its own.
+    draft, paper = choices.DraftDefaults(), choices.PaperDefaults()
+    settings = {
+        "compensated": (draft.sparsity, draft.selection),
+        "paper": (paper.sparsity, paper.selection),
+    }
+    method.change(
+        settings.get,
+        method,
+        [fields.components["sparsity"], selection],
+        queue=False,
+        **_QUIET,
+    )
     top_p = gr.Slider(
         0.01,
         1,
@@ -278,17 +294,6 @@ def _add_draft_fields(
         lambda selection: gr.update(interactive=selection == "top_p"),
         fields.components["selection"],
         top_p,
-        queue=False,
-        **_QUIET,
-    )
-    skipped = _choice("Blocks that are not kept", SKIPPED, values.skipped)
-    fields.add("skipped", skipped)
-    # Means have a preset, whose sparsity and selection are fields here.
-    settings = {"means": DraftConfig.compensated(), "left out": DraftConfig()}
-    skipped.change(
-        lambda chosen: (settings[chosen].sparsity, settings[chosen].selection),
-        skipped,
-        [fields.components["sparsity"], fields.components["selection"]],
         queue=False,
         **_QUIET,
     )

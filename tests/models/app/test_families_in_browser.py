@@ -140,8 +140,8 @@ def test_wan_from_text(serve, tmp_path):
     assert "no ratios are published" in page.locator("#no-mag").inner_text()
     page.get_by_role("button", name="Which blocks are kept, and where").click()
     page.locator("#preset").get_by_text("published:").click()
-    page.locator("#blocks-that-are-not-kept").get_by_text("means:").click()
-    page.locator("#selection input[value=row_topk]:checked").wait_for()
+    page.locator("#blocks-that-are-not-kept").get_by_text("paper:").click()
+    page.locator("#selection input[value=percentile]:checked").wait_for()
     generate(page, TINY | {"width": 40})
     wait_for_error(page, "width", "multiple of 16")
     generate(page, TINY | {"width": 64, "height": 64})
@@ -149,8 +149,8 @@ def test_wan_from_text(serve, tmp_path):
     report = newest_report(server)
     assert report["family"] == "Wan"
     assert report["preset"] == "published"
-    assert report["draft"]["compensation"]["sub_tile"] == [2, 2]
-    assert report["draft"]["sparsity"] == 0.9
+    assert report["draft"]["compensation"] is None
+    assert report["draft"]["sparsity"] == 0.75
     assert "Traceback" not in server.errors.read_text()
 
 

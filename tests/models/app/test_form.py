@@ -10,10 +10,10 @@ from draft_jax import DraftConfig
 from models.app.form import (
     CACHES,
     LINEARS,
+    METHODS,
     MODES,
     PRESETS,
     SELECTIONS,
-    SKIPPED,
     Form,
     FormError,
     FormValues,
@@ -56,7 +56,8 @@ def test_every_choice_has_a_sentence():
     assert tuple(PRESETS) == choices.PRESETS
     assert tuple(CACHES) == ("off", *RULES)
     assert tuple(LINEARS) == choices.LINEARS
-    tables = (SELECTIONS, PRESETS, MODES, CACHES, LINEARS, SKIPPED)
+    assert tuple(METHODS) == choices.METHODS
+    tables = (SELECTIONS, PRESETS, MODES, CACHES, LINEARS, METHODS)
     sentences = [sentence for table in tables for sentence in table.values()]
     assert all(sentence.endswith(".") for sentence in sentences)
 
@@ -72,11 +73,16 @@ def test_defaults_are_the_models(form):
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
-        ({}, "--sparsity=0.9 --selection=row_topk --preset=paper --compare"),
+        (
+            {},
+            "--sparsity=0.9 --method=compensated --selection=row_topk --preset=paper "
+            "--compare",
+        ),
         ({"mode": "dense", "sparsity": 7.0}, "--dense"),
         (
             {"mode": "sparse", "selection": "top_p", "top_p": 0.8},
-            "--sparsity=0.9 --selection=top_p --preset=paper --top-p=0.8",
+            "--sparsity=0.9 --method=compensated --selection=top_p --preset=paper "
+            "--top-p=0.8",
         ),
         ({"mode": "dense", "cache": "easy"}, "--dense --cache=easy"),
         (
@@ -94,12 +100,11 @@ def test_command(form, changes, options):
     assert form.command(values(**changes)) == [*expected, "--", PROMPT]
 
 
-def test_means_are_those_of_their_preset(form):
-    """All that the preset has and a form of its own fields lacks."""
-    changes = {"sparsity": 0.9, "selection": "row_topk", "skipped": "means"}
-    config, _ = form.read(values(**changes)).draft
-    assert config == DraftConfig.compensated()
+def test_methods_are_those_of_their_presets(form):
     config, _ = form.read(values()).draft
+    assert config == DraftConfig.compensated()
+    changes = {"method": "paper", "sparsity": 0.75, "selection": "percentile"}
+    config, _ = form.read(values(**changes)).draft
     assert config == DraftConfig.paper()
 
 
@@ -155,6 +160,7 @@ def test_a_run_has_the_name_that_its_command_gives_it(form):
         ("cache", "mag", "no ratios are published for this model"),
         ("cache", "best", "'best' must be one of easy, mag"),
         ("linears", "int8", "invalid choice: 'int8'"),
+        ("method", "best", "invalid choice: 'best'"),
     ],
 )
 def test_bad_input_is_told_beside_its_field(form, field, value, message):
