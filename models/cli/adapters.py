@@ -18,11 +18,20 @@ def suggest_few_steps(files: Iterable[Path], sampling: Sampling) -> None:
     for file in files:
         _, file = split_expert(file)
         found = find_few_steps(file)
-        if found is None or found.suits(sampling.num_steps, sampling.guidance):
+        strengths = [sampling.guidance]
+        flags = ["--guidance"]
+        if sampling.low_guidance is not None:
+            strengths.append(sampling.low_guidance)
+            flags.append("--low-guidance")
+        if found is None or all(
+            found.suits(sampling.num_steps, strength) for strength in strengths
+        ):
             continue
+        suited = " ".join(f"{flag} {found.guidance:g}" for flag in flags)
+        own = " and ".join(f"{strength:g}" for strength in strengths)
         warnings.warn(
             f"{file.name} was made for few steps ({found.reason}): --steps "
-            f"{found.num_steps} --guidance {found.guidance:g} suit it; this run has "
-            f"{sampling.num_steps} steps and guidance {sampling.guidance:g}",
+            f"{found.num_steps} {suited} suit it; this run has {sampling.num_steps} "
+            f"steps and guidance {own}",
             stacklevel=2,
         )

@@ -1,11 +1,17 @@
 """Adapters on the command line: what is told before anything is loaded."""
 
+import dataclasses
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from models.cli import main
 from models.cli import model as cli_model
+from models.cli.adapters import suggest_few_steps
+from models.wan.sampling import a14b_sampling
 from tests.wan_folders import TEXT_TO_VIDEO
 
 COMMAND = ("generate", "a cat", "--checkpoint", TEXT_TO_VIDEO, "--size", "48x32")
@@ -53,6 +59,17 @@ def test_nothing_is_said_to_who_knows(run, adapter, capsys, steps):
     status, _ = run("--lora", adapter, "--steps", steps, "--guidance", "1")
     assert status == 130
     assert "few steps" not in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_both_strengths_of_two_transformers_are_suggested(adapter):
+    sampling = a14b_sampling(num_steps=4, guidance=1.0)
+    with pytest.warns(UserWarning, match="--guidance 1 --low-guidance 1 suit it; .* 3"):
+        suggest_few_steps([Path(f"high:{adapter}")], sampling)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        known = dataclasses.replace(sampling, low_guidance=1.0)
+        suggest_few_steps([Path(f"high:{adapter}")], known)
 
 
 def test_the_run_keeps_what_it_was_given(run, adapter, monkeypatch):
