@@ -31,6 +31,11 @@ def headers(**given):
         ("localhost:7860, evil.example", None),
         ("localhost:", None),
         ("::1", None),
+        ("[::1", None),
+        ("[::1]evil.example", None),
+        ("[evil.example]", None),
+        ("localhost:123456", None),
+        ("127.0.0.1:7860\r\nX: y", None),
     ],
 )
 def test_name_in_a_host_header(host, name):
@@ -46,6 +51,8 @@ def test_name_in_a_host_header(host, name):
         (LOCAL, "evil.example:7860", False),  # DNS rebinding
         (LOCAL, "127.0.0.1.evil.example", False),
         (LOCAL, "192.168.0.7:7860", False),
+        (LOCAL, "[::ffff:127.0.0.1]:7860", False),
+        (LOCAL, "2130706433:7860", False),  # 127.0.0.1 as one number
         (NETWORK, "192.168.0.7:7860", True),
         (NETWORK, "[fe80::1]:7860", True),
         (NETWORK, "evil.example", False),
@@ -69,6 +76,14 @@ def test_a_request_names_one_host():
         ("POST", {"origin": f"https://{HOST}"}, True),
         ("POST", {"origin": "http://evil.example"}, False),
         ("POST", {"origin": "null"}, False),
+        ("POST", {"origin": f"http://{HOST}/"}, False),  # no browser sends a path
+        ("POST", {"origin": "http://127.0.0.1"}, False),  # of port 80
+        ("POST", {"host": "127.0.0.1", "origin": "http://127.0.0.1"}, True),
+        ("POST", {"host": "[::1]:7860", "origin": "http://[::1]:7860"}, True),
+        ("POST", {"host": "[::1]:7860", "origin": "http://[::1]:7861"}, False),
+        ("POST", {"host": "[::1]:7860", "origin": f"http://{HOST}"}, False),
+        ("POST", {"host": "localhost:7860", "origin": f"http://{HOST}"}, False),
+        ("POST", {"origin": f"file://{HOST}"}, False),
         ("POST", {"origin": "http://127.0.0.1:8080"}, False),
         ("POST", {"origin": f"http://{HOST}.evil.example"}, False),
         ("POST", {"sec_fetch_site": "cross-site"}, False),

@@ -214,7 +214,7 @@ def test_runs_of_the_same_settings_have_folders_of_their_own(runner, monkeypatch
 
 
 def test_memory_is_limited_by_an_estimate(runner, monkeypatch):
-    request = job_of(runner).work
+    request = job_of(runner, sparsity=0.75, selection="percentile").work
     needed = run_bytes(request, runner._pipeline)
     # 16 arrays of 2 rows of 48 tokens of 24 channels, and 8 videos, all in float32.
     step, videos = 16 * 2 * 48 * 24 * 4, 8 * 3 * 4 * 32 * 48 * 4
@@ -229,7 +229,7 @@ def test_memory_is_limited_by_an_estimate(runner, monkeypatch):
     unguided = job_of(runner, mode="dense", guidance=1.0).work
     assert run_bytes(unguided, runner._pipeline) == step // 2 + videos
     monkeypatch.setattr(runner, "_limits", Limits(memory_bytes=needed))
-    job_of(runner)
+    job_of(runner, sparsity=0.75, selection="percentile")
     with pytest.raises(FormError) as caught:
         job_of(runner, frames=6)
     assert "--max-memory" in caught.value.messages["frames"]
