@@ -159,7 +159,7 @@ class _Cells:
 
 @functools.partial(jit_once, static_argnums=0, static_argnames="has_kernel")
 def _pool_sub_tiles(task: _Cells, q, k, *, has_kernel: bool):
-    pool = _cells_in_kernel if has_kernel else _cells_by_xla
+    pool = _cells_in_kernel if has_kernel else _sealed_cells
     return over_explicit_axes(
         functools.partial(pool, task),
         operation=_AXES_OF_CELLS.operation,
@@ -194,6 +194,11 @@ def _cells_in_kernel(task: _Cells, q, k):
 @_cells_in_kernel.defjvp
 def _differentiate_cells(task: _Cells, primals, tangents):
     return _cells_in_kernel(task, *primals), _cells_by_xla(task, *tangents)
+
+
+def _sealed_cells(task: _Cells, q, k):
+    run = functools.partial(_cells_by_xla, task)
+    return tuple(sealed_with_derivatives(run, _AXES_OF_CELLS, q, k))
 
 
 def _cells_by_xla(task: _Cells, q, k):

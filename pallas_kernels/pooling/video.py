@@ -16,7 +16,7 @@ from pallas_kernels.common.arrays import AnyArray, to_jax
 from pallas_kernels.common.configuration import make_plain, register_configuration
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.interfaces import Order
-from pallas_kernels.common.linear_maps import sealed
+from pallas_kernels.common.linear_maps import sealed, sealed_with_derivatives
 from pallas_kernels.common.sharding import Axes, over_explicit_axes
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import jit_once
@@ -146,7 +146,7 @@ def _pool_video(q, k, v, *, pooling: VideoPooling, has_kernel: bool) -> PooledVi
     task = _Task(pooling=pooling, has_values=v is not None)
     arrays = {"q": q, "k": k, "v": v}
     run = over_explicit_axes(
-        functools.partial(_in_kernel if has_kernel else _by_xla, task),
+        functools.partial(_in_kernel if has_kernel else _sealed_xla, task),
         operation=task.axes.operation,
         operands=task.axes.operands,
         results=task.axes.results,
@@ -234,8 +234,13 @@ def _in_kernel(task: _Task, *arrays):
 
 @_in_kernel.defjvp
 def _differentiate(task: _Task, primals, tangents):
-    _, moved = jax.jvp(functools.partial(_by_xla, task), primals, tangents)
+    _, moved = jax.jvp(functools.partial(_sealed_xla, task), primals, tangents)
     return _in_kernel(task, *primals), moved
+
+
+def _sealed_xla(task: _Task, *arrays) -> tuple[Array, ...]:
+    run = functools.partial(_by_xla, task)
+    return tuple(sealed_with_derivatives(run, task.axes, *arrays))
 
 
 def _by_xla(task: _Task, *arrays) -> tuple[Array, ...]:
