@@ -61,4 +61,4 @@ def test_steps_of_whole_models_are_timed(tmp_path):
             # Products in bfloat16: measured 3e-4.
             assert record["relative_error"] < 1e-2, (model, name)
             kinds = [kind.removesuffix("-start") for kind in record["collectives"]]
-            assert ("all-to-all" in kinds) == ("sequence=2" in str(record["mesh"]))
+            assert "all-to-all" in kinds or "sequence=2" not in str(record["mesh"])
