@@ -160,6 +160,9 @@ MOTIONS: dict[str, tuple[str, ...]] = {
     "sail": ("sails {way}",),
 }
 WAYS = {-1: "to the left", 1: "to the right"}
+# Motions of one tempo. Adverbs of `scenes.TEMPO_SPEEDS` tell that of the others.
+STEADY_MOTIONS = ("rest", "grow", "shrink")
+ADVERBS = ("slowly", "quickly")
 
 # Camera moves over a picture; {subject} stands for what it shows.
 SHOTS: dict[str, tuple[str, ...]] = {
@@ -197,7 +200,7 @@ SAMPLE_PROMPTS = (
 
 def all_phrases() -> list[str]:
     """Returns every phrase that a caption can be built from, for the vocabulary."""
-    phrases = [*COLOURS, *SIZES, *WAYS.values(), *JOINING_WORDS]
+    phrases = [*COLOURS, *SIZES, *WAYS.values(), *ADVERBS, *JOINING_WORDS]
     for background in BACKGROUNDS:
         phrases += [*background.places, *background.alone]
     for group in (SHAPES, MOTIONS, SHOTS):

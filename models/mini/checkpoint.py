@@ -1,9 +1,10 @@
 """The folder that a small model is stored in: written by training, read by pipelines.
 
-config.json                  sizes of the transformer, and this format's name
+config.json                  sizes of transformer and codec, and this format's name
 transformer*.safetensors     diffusers' keys, bfloat16, perhaps in shards
-text_embedding.safetensors   `TextEmbedding`, keys are attribute paths
-codec.safetensors            `LinearCodec`
+text_embedding.safetensors   `TextEmbedding`, keys are attribute paths, bfloat16
+codec.safetensors            `models.mini.autoencoder`, or `LinearCodec` where
+                             config.json has no "codec"
 vocabulary.json              `Vocabulary`
 """
 
@@ -23,12 +24,22 @@ from models.checkpoints.conversion import ConversionError
 from models.checkpoints.files import find_visible
 from models.checkpoints.safetensors_io import CheckpointError
 from models.diffusion.interfaces import TextContext
+from models.mini.autoencoder import (
+    describe_autoencoder,
+    load_autoencoder,
+    read_autoencoder_config,
+    save_autoencoder,
+)
 from models.mini.codec import PATCH_NUMBERS, LinearCodec
 from models.mini.text import TextEmbedding, Vocabulary
 from models.wan.config import WanConfig
 from models.wan.convert import load_wan_transformer, save_wan_transformer
 from models.wan.layouts import LAYOUTS
 from models.wan.transformer import WanTransformer
+from models.wan.vae.codec import WanVAECodec
+from models.wan.vae.config import WanVAEConfig
+
+MiniCodec = LinearCodec | WanVAECodec
 
 SHIPPED = Path(__file__).parent / "weights"
 FORMAT = "draft-video-1"
@@ -85,7 +96,7 @@ class MiniCheckpoint:
     transformer: WanTransformer
     text_embedding: TextEmbedding
     vocabulary: Vocabulary
-    codec: LinearCodec
+    codec: MiniCodec
 
     @classmethod
     def load(cls, path: Path | str | None = None, **changes: Any) -> "MiniCheckpoint":
@@ -120,7 +131,14 @@ class MiniCheckpoint:
     def save(
         self, folder: Path | str, *, max_shard_bytes: int | None = 15 * 2**20
     ) -> None:
-        """Writes a checkpoint folder, the transformer in bfloat16."""
+        """Writes a checkpoint folder; `load` reads it.
+
+        Weights become 16-bit numbers, those of a `LinearCodec` excepted.
+
+        Args:
+          folder: Made if it does not exist.
+          max_shard_bytes: Most bytes of a file of the transformer's weights.
+        """
         folder = Path(folder)
         save_wan_transformer(
             self.transformer,
@@ -130,10 +148,10 @@ class MiniCheckpoint:
         )
         state = nnx.to_flat_state(nnx.state(self.text_embedding))
         tensors = {
-            ".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in state
+            ".".join(map(str, path)): np.asarray(leaf[...].astype(jnp.bfloat16))
+            for path, leaf in state
         }
         safetensors.numpy.save_file(tensors, folder / "text_embedding.safetensors")
-        self.codec.save(folder / "codec.safetensors")
         self.vocabulary.save(folder / "vocabulary.json")
         config = self.transformer.config
         stored = {
@@ -142,6 +160,11 @@ class MiniCheckpoint:
             "text_length": config.text_length,
             "tile": list(config.tile),
         }
+        if isinstance(self.codec, LinearCodec):
+            self.codec.save(folder / "codec.safetensors")
+        else:
+            save_autoencoder(folder / "codec.safetensors", self.codec.model)
+            stored["codec"] = describe_autoencoder(self.codec.model.config)
         (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
 
 
@@ -152,13 +175,7 @@ def read_config(folder: Path, **changes: Any) -> WanConfig:
       CheckpointError: The folder is missing, incomplete, damaged, or of another
         format.
     """
-    _check_folder(folder)
-    stored = _read_json(folder / "config.json")
-    if stored.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder / 'config.json'} has format={stored.get('format')!r}; "
-            f"expected {FORMAT!r}"
-        )
+    stored = _read_stored(folder)
     with _naming_damage(folder):
         return WanConfig.from_dict(
             stored["transformer"],
@@ -168,16 +185,55 @@ def read_config(folder: Path, **changes: Any) -> WanConfig:
         )
 
 
-def read_codec(folder: Path, config: WanConfig) -> LinearCodec:
+def read_codec(folder: Path, config: WanConfig) -> MiniCodec:
     """Reads the codec, which must have the transformer's channels.
 
     Raises:
       CheckpointError: It is damaged, or has other sizes.
     """
+    sizes = read_codec_sizes(folder, config)
+    if isinstance(sizes, LinearCodec):
+        return sizes
+    try:
+        return load_autoencoder(folder / "codec.safetensors", sizes)
+    except ConversionError as error:
+        raise CheckpointError(
+            f"the codec of {folder} does not fit its config.json: {error}"
+        ) from error
+
+
+def read_codec_sizes(folder: Path, config: WanConfig) -> LinearCodec | WanVAEConfig:
+    """Reads the sizes of the codec, which must have the transformer's channels.
+
+    Raises:
+      CheckpointError: They are damaged, or others.
+    """
+    stored = _read_stored(folder).get("codec")
+    if stored is None:
+        with _naming_damage(folder):
+            linear = LinearCodec.load(folder / "codec.safetensors")
+        _check_codec(folder, linear, config)
+        return linear
     with _naming_damage(folder):
-        codec = LinearCodec.load(folder / "codec.safetensors")
-    _check_codec(folder, codec, config)
-    return codec
+        sizes = read_autoencoder_config(stored)
+    if sizes.latent_channels != config.in_channels:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has a codec of {sizes.latent_channels} latent "
+            f"channels; the transformer needs {config.in_channels}"
+        )
+    return sizes
+
+
+def _read_stored(folder: Path) -> dict[str, Any]:
+    """Reads config.json of a folder of this format."""
+    _check_folder(folder)
+    stored = read_json(folder / "config.json")
+    if stored.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has format={stored.get('format')!r}; "
+            f"expected {FORMAT!r}"
+        )
+    return stored
 
 
 @contextlib.contextmanager
@@ -258,7 +314,12 @@ def _load_embedding(
     return nnx.merge(structure, nnx.from_flat_state(flat))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      CheckpointError: The file holds something else.
+    """
     try:
         content = json.loads(file.read_text())
     except ValueError as error:

@@ -196,7 +196,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
     prompts = SAMPLE_PROMPTS[: options.prompts]
     width, height = options.size
-    sampling = Sampling(width=width, height=height)
     asked = trials(
         options.methods,
         options.sparsities,
@@ -205,6 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
         mean_frames=options.mean_frames,
     )
     pipeline = load_mini(options.checkpoint)
+    sampling = dataclasses.replace(pipeline.sampling, width=width, height=height)
     model: Any = pipeline.model
     if options.tile is not None:  # a choice of run time: weights do not depend on it
         model.config = dataclasses.replace(model.config, tile=options.tile)

@@ -8,18 +8,20 @@ from draft_jax import SparsitySchedule
 from models.diffusion.dtypes import Linears
 from models.diffusion.family import Family
 from models.diffusion.folders.part_files import PartFiles
+from models.diffusion.interfaces import LatentSizes
 from models.diffusion.mesh import DeviceMesh
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.mini.checkpoint import (
     SHIPPED,
     SMALL_MODEL,
+    MiniCodec,
     is_small_model,
     read_codec,
+    read_codec_sizes,
     read_config,
 )
-from models.mini.codec import LinearCodec
-from models.mini.pipeline import load_mini
+from models.mini.pipeline import default_sampling, load_mini
 from models.wan.conditions import WanConditioning
 
 
@@ -29,10 +31,10 @@ class MiniInfo:
 
     path: Path
     conditioning: WanConditioning
-    codec: LinearCodec
+    codec: LatentSizes
+    sampling: Sampling
     files: PartFiles = dataclasses.field(default_factory=PartFiles)
     model: str | None = None
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
     published: SparsitySchedule | None = None
 
     def sampling_at(self, height: int, width: int) -> Sampling:
@@ -53,10 +55,12 @@ def describe_mini(path: Path | str | None = None, **options: Any) -> MiniInfo:
     del options
     folder = SHIPPED if path is None else Path(path)
     config = read_config(folder)
+    codec = read_codec_sizes(folder, config)
     return MiniInfo(
         path=folder,
         conditioning=WanConditioning(config),
-        codec=read_codec(folder, config),
+        codec=codec,
+        sampling=default_sampling(codec),
     )
 
 
@@ -72,9 +76,11 @@ def _load(
     return load_mini(path, linears=linears, mesh=mesh)
 
 
-def _load_codec(path: Path | str | None, **options: Any) -> LinearCodec:
+def _load_codec(path: Path | str | None, **options: Any) -> MiniCodec:
     """Loads a small model's codec, for which the options have no meaning."""
-    return describe_mini(path, **options).codec
+    del options
+    folder = SHIPPED if path is None else Path(path)
+    return read_codec(folder, read_config(folder))
 
 
 MINI = Family(

@@ -6,8 +6,10 @@ Nothing here imports JAX, so that workers start fast and never touch the GPU.
 import collections
 import concurrent.futures
 import multiprocessing
+from collections.abc import Callable
 
 from models.mini.scenes import Arrays, Mix, sample_batch
+from models.mini.stages import VideoSize
 
 Draw = tuple[list[str], Arrays, Arrays, Arrays]
 
@@ -33,22 +35,35 @@ class Feed:
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 workers, mp_context=multiprocessing.get_context("spawn")
             )
-        self._waiting: collections.OrderedDict = collections.OrderedDict()
+        self._waiting: dict[tuple[int, VideoSize], concurrent.futures.Future] = (
+            collections.OrderedDict()
+        )
 
-    def get(self, step: int, *, batch: int, frames: int) -> Draw:
-        """Returns the captions and parameters of a step; see `sample_batch`."""
-        key = (step, batch, frames)
+    def get(self, step: int, size_at: Callable[[int], VideoSize]) -> Draw:
+        """Returns the captions and parameters of a step; see `sample_batch`.
+
+        Args:
+          step: The step.
+          size_at: Sizes of this step and, as far as is known, of the next ones.
+        """
+        size = size_at(step)
         if self._pool is None:
-            return sample_batch((self._seed, step), Mix.of(batch), frames)
-        if key not in self._waiting:  # the first one, or the sizes have changed
+            return self._draw(self._call, step, size)
+        if (step, size) not in self._waiting:  # the first one, or the sizes changed
             self.drop()
         for future_step in range(step, step + self._ahead):
-            future_key = (future_step, batch, frames)
-            if future_key not in self._waiting:
-                self._waiting[future_key] = self._pool.submit(
-                    sample_batch, (self._seed, future_step), Mix.of(batch), frames
-                )
-        return self._waiting.pop(key).result()
+            key = (future_step, size_at(future_step))
+            if key not in self._waiting:
+                self._waiting[key] = self._draw(self._pool.submit, *key)
+        return self._waiting.pop((step, size)).result()
+
+    def _draw(self, call: Callable, step: int, size: VideoSize):
+        seed, mix = (self._seed, step), Mix.of(size.batch)
+        return call(sample_batch, seed, mix, size.frames, size.aspect)
+
+    @staticmethod
+    def _call(function: Callable, *arguments):
+        return function(*arguments)
 
     def drop(self) -> None:
         """Forgets batches that nobody will ask for."""

@@ -5,20 +5,32 @@ pictures and footage stay on the device and are read bilinearly.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from draft_jax.pytree import register_named_tuple
 from models.mini.backgrounds import draw_background
 from models.mini.noise import sample_picture
-from models.mini.scenes import ASPECT
 from models.mini.shapes import draw_object
-from models.mini.sources import WINDOW, Sources
+from models.mini.sources import Sources
+from models.mini.stages import VideoSize
 
-Scenes = Mapping[str, Array | np.ndarray]
+AnyArray = Array | np.ndarray
+Scenes = Mapping[str, AnyArray]
 Video = Float[Array, "B T Y X 3"]
+
+
+@register_named_tuple
+class SceneBatch(NamedTuple):
+    """Parameters of `sample_batch`; a kind without videos is empty."""
+
+    procedural: dict[str, AnyArray]  # moving objects
+    pictures: dict[str, AnyArray]  # camera moves over pictures
+    clips: dict[str, AnyArray]  # cuts from footage
 
 
 def device_sources(sources: Sources) -> dict[str, Array]:
@@ -61,9 +73,16 @@ def render_batch(
     return jnp.concatenate(videos) * 2.0 - 1.0
 
 
+def render_scenes(
+    scenes: SceneBatch, sources: dict[str, Array], size: VideoSize
+) -> Video:
+    """Renders a batch at a size of a training; see `render_batch`."""
+    return render_batch(*scenes, sources, height=size.height, width=size.width)
+
+
 def pixel_grid(height: int, width: int) -> tuple[Array, Array]:
-    """Returns x and y of the pixel centres in frame heights; x ends at the aspect."""
-    x = (jnp.arange(width) + 0.5) / width * ASPECT
+    """Returns x and y of the centres of square pixels in frame heights."""
+    x = (jnp.arange(width) + 0.5) / height
     y = (jnp.arange(height) + 0.5) / height
     grid_x, grid_y = jnp.meshgrid(x, y)
     return grid_x, grid_y
@@ -125,7 +144,7 @@ def _window(view, size, height: int, width: int):
     The window is pushed back inside the picture where it would look past the edge.
     """
     centre_x, centre_y, zoom = view[0], view[1], jnp.maximum(view[2], 1.0)
-    aspect = WINDOW[1] / WINDOW[0]
+    aspect = width / height
     window_rows = jnp.minimum(size[0], size[1] / aspect) / zoom
     window_columns = window_rows * aspect
     top = jnp.clip(centre_y * size[0] - window_rows / 2, 0.0, size[0] - window_rows)

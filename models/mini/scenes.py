@@ -4,11 +4,12 @@ Only parameters are made here, a few hundred numbers per video; the pixels are
 rendered where the model trains. Nothing here imports JAX, so worker processes
 start fast.
 
-Lengths are in frame heights, y grows downwards, x runs from 0 to `ASPECT`; times
-are seconds.
+Lengths are in frame heights, y grows downwards, x runs from 0 to the frame's aspect,
+width over height; times are seconds.
 """
 
 import dataclasses
+import zlib
 from typing import Any
 
 import numpy as np
@@ -24,17 +25,22 @@ from models.mini.captions import (
     SHAPES,
     SHOTS,
     SIZES,
+    STEADY_MOTIONS,
     WAYS,
     Background,
     all_phrases,
 )
 from models.mini.sources import CLIP_PARTS, CLIP_RATE, PICTURES
 
-ASPECT = 4.0 / 3.0
+ASPECT = 4.0 / 3.0  # of the demo's frames
 FRAME_RATE = 12.0
-FULL_FRAMES = 24
-DURATION = FULL_FRAMES / FRAME_RATE
+FULL_FRAMES = 25
+DURATION = (FULL_FRAMES - 1) / FRAME_RATE
 NUM_OBJECTS = 2
+# What an adverb does to the time of a motion; the empty one is the usual tempo.
+TEMPO_SPEEDS: dict[str, float] = {"slowly": 0.5, "": 1.0, "quickly": 1.6}
+# One of so many colours, shapes and motions together is never trained upon.
+HELD_OUT_ONE_OF = 8
 
 Arrays = dict[str, Any]
 
@@ -49,9 +55,8 @@ class Mix:
 
     @classmethod
     def of(cls, batch: int) -> "Mix":
-        """Returns the mix that the shipped model was trained with: 60, 30 and 10 %."""
-        clips = max(batch * 10 // 100, 1)
-        pictures = max(batch * 30 // 100, 1)
+        """Returns the mix that models are trained with: about 70, 22 and 8 %."""
+        pictures, clips = round(batch * 0.22), round(batch * 0.08)
         return cls(procedural=batch - pictures - clips, pictures=pictures, clips=clips)
 
 
@@ -63,14 +68,15 @@ def all_captions() -> list[str]:
 
 
 def sample_batch(
-    seed: tuple[int, ...], mix: Mix, frames: int
+    seed: tuple[int, ...], mix: Mix, frames: int, aspect: float = ASPECT
 ) -> tuple[list[str], Arrays, Arrays, Arrays]:
     """Draws one batch.
 
     Args:
       seed: Any integers; equal seeds give equal batches.
       mix: Videos of each kind.
-      frames: Frames of each video; fewer than 24 are a part of a longer motion.
+      frames: Frames of each video; fewer than 25 are a part of a longer motion.
+      aspect: Width of the frames over their height.
 
     Returns:
       captions of all videos, procedural ones first, then pictures, then clips;
@@ -78,7 +84,7 @@ def sample_batch(
     """
     rng = np.random.default_rng(seed)
     drawn = [
-        [draw(rng, frames) for _ in range(count)]
+        [draw(rng, frames, aspect) for _ in range(count)]
         for draw, count in (
             (draw_procedural, mix.procedural),
             (draw_picture, mix.pictures),
@@ -108,7 +114,19 @@ def _times(rng: np.random.Generator, frames: int) -> np.ndarray:
     return (start + np.arange(frames)) / FRAME_RATE
 
 
-def draw_procedural(rng: np.random.Generator, frames: int) -> tuple[str, Arrays]:
+def is_held_out(colour: str, shape: str, motion: str) -> bool:
+    """Returns whether training never sees this motion of this shape in this colour.
+
+    Such prompts show whether a model joins what it has learned apart.
+    """
+    # crc32, because Python's own hash changes from run to run.
+    key = f"{colour}, {shape}, {motion}".encode()
+    return zlib.crc32(key) % HELD_OUT_ONE_OF == 0
+
+
+def draw_procedural(
+    rng: np.random.Generator, frames: int, aspect: float = ASPECT
+) -> tuple[str, Arrays]:
     """Draws a scene of moving objects in front of a background."""
     times = _times(rng, frames)
     background = _pick(rng, BACKGROUNDS)
@@ -121,9 +139,9 @@ def draw_procedural(rng: np.random.Generator, frames: int) -> tuple[str, Arrays]
     for slot in range(count):
         # Two objects share the width, so that both can be seen.
         span = (
-            (0.0, ASPECT)
+            (0.0, aspect)
             if count == 1
-            else (ASPECT / 2 * slot, ASPECT / 2 * (slot + 1))
+            else (aspect / 2 * slot, aspect / 2 * (slot + 1))
         )
         objects.append(
             _draw_object(rng, background, horizon, times, span, count, first)
@@ -157,10 +175,15 @@ def _draw_object(
     count: int,
     backdrop: str,
 ) -> tuple[str, Arrays]:
-    shape, motion = _draw_shape(rng, background)
     # An object on a plain background of its own colour could not be seen.
     hidden = backdrop if background.name in ("plain", "stripes") else ""
-    colour = _pick(rng, [name for name in COLOURS if name != hidden])
+    colours = [name for name in COLOURS if name != hidden]
+    while True:
+        shape, motion = _draw_shape(rng, background)
+        colour = _pick(rng, colours)
+        if not is_held_out(colour, shape, motion):
+            break
+    tempo = "" if motion in STEADY_MOTIONS else str(rng.choice(list(TEMPO_SPEEDS)))
     size = str(rng.choice(list(SIZES), p=[0.2, 0.5, 0.3]))
     radius = rng.uniform(*SIZES[size]) * (1.0 if count == 1 else 0.8)
     if shape in ("horse", "car", "boat", "balloon"):
@@ -172,8 +195,11 @@ def _draw_object(
     else:
         ground = rng.uniform(0.8, 0.93)
     way = int(rng.choice([-1, 1]))
-    x, y, angle, scale = _move(rng, motion, times, radius, ground, span, way)
+    # About the middle, so that parts of a video show what their caption says.
+    moved = DURATION / 2 + (times - DURATION / 2) * TEMPO_SPEEDS[tempo]
+    x, y, angle, scale = move(rng, motion, moved, radius, ground, span, way)
     phrase = _pick(rng, MOTIONS[motion]).format(way=WAYS[way])
+    phrase = f"{phrase} {tempo}".strip()
     noun = _pick(rng, SHAPES[shape])
     words = [size, colour if rng.random() > 0.06 else "", noun]
     noun_phrase = " ".join(word for word in words if word)
@@ -235,7 +261,7 @@ def _no_object(frames: int) -> Arrays:
     }
 
 
-def _move(
+def move(
     rng: np.random.Generator,
     motion: str,
     times: np.ndarray,
@@ -244,7 +270,17 @@ def _move(
     span: tuple[float, float],
     way: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns centre x and y, angle, and size factor at each time."""
+    """Returns centre x and y, angle, and size factor at each time.
+
+    Args:
+      rng: Draws what the motion leaves open, such as its height.
+      motion: A key of `MOTIONS`.
+      times: Seconds, from 0 to `DURATION` at the usual tempo.
+      radius: Radius of the object.
+      ground: Height that it rests on.
+      span: Left and right end of its part of the frame.
+      way: -1 for the left, 1 for the right.
+    """
     left, right = span
     low, high = min(left + radius, right - radius), max(left + radius, right - radius)
     low, high = (low, high) if left + radius <= right - radius else (high, high)
@@ -283,7 +319,7 @@ def _move(
     elif motion == "spin":
         angle = way * times * rng.uniform(2.5, 4.5)
     elif motion in ("grow", "shrink"):
-        ramp = 0.35 + 0.75 * share
+        ramp = np.clip(0.35 + 0.75 * share, 0.15, 1.3)
         scale = ramp if motion == "grow" else 1.45 - ramp
         y = ground - radius * scale if ground > 0 else y
     elif motion == "swing":
@@ -300,12 +336,15 @@ def _subject(rng: np.random.Generator, picture: int) -> str:
     return subjects[0] if rng.random() < 0.5 else _pick(rng, subjects)
 
 
-def draw_picture(rng: np.random.Generator, frames: int) -> tuple[str, Arrays]:
+def draw_picture(
+    rng: np.random.Generator, frames: int, aspect: float = ASPECT
+) -> tuple[str, Arrays]:
     """Draws a camera move over one picture, or a cut between two.
 
     The window is given by its centre, as shares of the picture, and its zoom; at
-    zoom 1 it is the largest 4:3 window.
+    zoom 1 it is the largest window of the frame's aspect, whatever that is.
     """
+    del aspect
     picture, other = (int(i) for i in rng.choice(len(PICTURES), 2, replace=False))
     kinds = ["in", "out", "left", "right", "up", "down", "still", "cut"]
     move = str(rng.choice(kinds, p=[0.2, 0.14, 0.1, 0.1, 0.05, 0.05, 0.3, 0.06]))
@@ -340,8 +379,11 @@ def draw_picture(rng: np.random.Generator, frames: int) -> tuple[str, Arrays]:
     return caption, {"picture": shown, "path": path}
 
 
-def draw_clip(rng: np.random.Generator, frames: int) -> tuple[str, Arrays]:
+def draw_clip(
+    rng: np.random.Generator, frames: int, aspect: float = ASPECT
+) -> tuple[str, Arrays]:
     """Draws a part of the footage, cropped, at about its own speed."""
+    del aspect
     first, last, captions = _pick(rng, CLIP_PARTS)
     speed = rng.uniform(0.85, 1.1) * CLIP_RATE / FRAME_RATE
     length = speed * (frames - 1)

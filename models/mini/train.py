@@ -1,344 +1,214 @@
-"""Trains the model that ships with the project.
+"""Trains the transformer of the model that ships with the project.
 
-    python -m models.mini.train --sources sources.npz --minutes 15 --output run
+    python -m models.mini.train --sources sources.npz --codec codec --minutes 25 \
+        --output run
 
-`models.mini.sources` makes sources.npz. The output folder gets `weights`, which
-`MiniCheckpoint.load` and `draft-video --checkpoint` read. It gets `log.json` and
-contact sheets of samples, too. From `state.npz`, `--resume run` goes on where a stopped
-run was. docs/mini_model.md says how the shipped weights were made.
+`models.mini.sources` makes sources.npz, `models.mini.train_codec` the folder `codec`.
+The output folder gets `weights`, which `MiniCheckpoint.load` and `draft-video
+--checkpoint` read, and `log.json`; both are written anew every minute. A stopped run
+goes on from `state.npz` exactly where it was, with `--resume run`. Where only `weights`
+and `log.json` are left, `--continue-from run` takes the averaged weights and starts the
+optimizer afresh. docs/mini_model.md says how the shipped weights were made.
 """
 
 # Worker processes import this file: what needs JAX is imported inside functions.
 import argparse
-import collections
 import dataclasses
-import json
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.mini.captions import SAMPLE_PROMPTS
+from models.mini.stages import Length, Stage, VideoSize
 
 if TYPE_CHECKING:
-    from models.mini.training import Trainer, TrainState
+    from models.mini.run import Progress
+    from models.mini.training import TrainConfig, Trainer, TrainState
 
-LOG_EVERY = 50  # steps
-STEPS_IN_FLIGHT = 4
 SHEET_PROMPTS = SAMPLE_PROMPTS[:12]  # shown on a contact sheet
+SMALL = VideoSize(frames=25, height=96, width=128, batch=32)
+SHORT = VideoSize(frames=9, height=96, width=128, batch=96)
+LARGE = VideoSize(frames=25, height=256, width=384, batch=4)
+DEFAULT_STAGES = (
+    Stage(share=0.2, turns=(SHORT,)),
+    Stage(share=0.45, turns=(SMALL,)),
+    Stage(share=0.35, turns=(*[SMALL] * 2, LARGE)),
+)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A part of the training with videos of one length.
-
-    Attributes:
-      frames: Frames of each video.
-      batch: Videos in a step.
-      share: Share of the training.
-    """
-
-    frames: int
-    batch: int
-    share: float
-
-    @classmethod
-    def parse(cls, text: str) -> "Stage":
-        """Reads "FRAMES,BATCH,SHARE"."""
-        try:
-            frames, batch, share = text.split(",")
-            stage = cls(frames=int(frames), batch=int(batch), share=float(share))
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} must be FRAMES,BATCH,SHARE, for example 24,64,0.5"
-            ) from None
-        if stage.frames < 2 or stage.frames % 2 or stage.batch < 3 or stage.share <= 0:
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: frames must be even, batch at least 3, share positive"
-            )
-        return stage
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Length:
-    """The length of a training: in steps, or in seconds of stepping.
-
-    Attributes:
-      steps: None if the time counts.
-      seconds: None if the steps count.
-    """
-
-    steps: int | None = None
-    seconds: float | None = None
-
-    def share(self, steps: int, seconds: float) -> float:
-        """Returns the share that is over after so many steps, or seconds of them."""
-        if self.steps is not None:
-            return steps / self.steps
-        assert self.seconds is not None, "one of the two is given"
-        return seconds / self.seconds
-
-
-def stage_at(stages: tuple[Stage, ...], share: float) -> Stage:
-    """Returns the stage that runs when this share of the training is over."""
-    total, reached = sum(stage.share for stage in stages), 0.0
-    for stage in stages:
-        reached += stage.share / total
-        if share < reached:
-            return stage
-    return stages[-1]
-
-
-@dataclasses.dataclass
-class Progress:
-    """The record of a run, apart from the parameters.
-
-    Attributes:
-      seconds: Time spent stepping, without compilation and samples.
-      videos: Videos seen.
-      skipped: Steps that changed nothing, because their gradient was not finite.
-      losses: One entry per `LOG_EVERY` steps: step, seconds, frames, mean loss.
-    """
-
-    seconds: float = 0.0
-    videos: int = 0
-    skipped: int = 0
-    losses: list[dict[str, float]] = dataclasses.field(default_factory=list)
-
-
-class Run:
-    """The loop around the compiled steps, and what it writes.
-
-    Args:
-      trainer: Model and data.
-      stages: Parts of the training, in order.
-      length: Length of the whole training, all resumed runs together.
-      output: Folder for everything that is written.
-      workers: Processes that draw scenes.
-    """
-
-    def __init__(
-        self,
-        trainer: "Trainer",
-        stages: tuple[Stage, ...],
-        length: Length,
-        output: Path,
-        *,
-        workers: int,
-    ) -> None:
-        self.trainer, self.stages, self.length = trainer, stages, length
-        self.output, self.workers = output, workers
-        self.progress = Progress()
-        self._compiled: dict[Stage, Any] = {}
-        self._losses: list[float] = []
-
-    def train(
-        self,
-        state: "TrainState",
-        *,
-        deadline: float = float("inf"),
-        save_every: float = float("inf"),
-    ) -> "TrainState":
-        """Trains until the length is reached or a moment of `time.monotonic`.
-
-        Args:
-          state: State to start from.
-          deadline: Stop by then, so that a later run can resume.
-          save_every: Seconds between checkpoints with samples.
-
-        Returns:
-          The state after the last step.
-        """
-        from models.mini.feed import Feed
-
-        step, last_save = int(state.step), time.monotonic()
-        pending: collections.deque = collections.deque()
-        with Feed(self.trainer.config.seed, workers=self.workers) as feed:
-            mark = None  # when the time of the next step starts to count
-            while time.monotonic() < deadline:
-                share = self.length.share(step, self.progress.seconds)
-                if share >= 1.0:
-                    break
-                stage = stage_at(self.stages, share)
-                draw = feed.get(step, batch=stage.batch, frames=stage.frames)
-                batch = self.trainer.batch(draw)
-                if stage not in self._compiled:
-                    self._collect(pending, 0)
-                    self._compile(stage, state, batch)
-                    mark = None
-                mark = time.monotonic() if mark is None else mark
-                state, loss = self._compiled[stage](
-                    state, batch, self._rate(step, share)
-                )
-                pending.append((step, stage, loss))
-                self._collect(pending, STEPS_IN_FLIGHT)
-                now = time.monotonic()
-                self.progress.seconds += now - mark
-                mark, step = now, step + 1
-                if now - last_save > save_every:
-                    self._collect(pending, 0)
-                    self.save(state)
-                    mark, last_save = None, time.monotonic()
-            self._collect(pending, 0)
-        return state
-
-    def save(self, state: "TrainState") -> None:
-        """Writes weights, log, and a contact sheet of samples, named by the step."""
-        from models.mini.samples import contact_sheet
-
-        step = int(state.step)
-        checkpoint = self.trainer.checkpoint(state.ema)
-        checkpoint.save(self.output / "weights")
-        (self.output / "log.json").write_text(json.dumps(self.log(step)) + "\n")
-        config = self.trainer.config
-        contact_sheet(
-            checkpoint,
-            SHEET_PROMPTS,
-            self.output / f"samples_{step:06}.png",
-            frames=self.stages[-1].frames,
-            height=config.height,
-            width=config.width,
-        )
-        print(f"saved after step {step}", flush=True)
-
-    def log(self, step: int) -> dict[str, Any]:
-        """Returns everything worth knowing about the run, ready for JSON."""
-        import flax
-        import jax
-        import optax
-
-        return {
-            "device": jax.devices()[0].device_kind,
-            "versions": {
-                "jax": jax.__version__,
-                "flax": flax.__version__,
-                "optax": optax.__version__,
-            },
-            "config": dataclasses.asdict(self.trainer.config),
-            "stages": [dataclasses.asdict(stage) for stage in self.stages],
-            "steps": step,
-            **dataclasses.asdict(self.progress),
-        }
-
-    def _rate(self, step: int, share: float) -> float:
-        from models.mini.training import learning_rate_at
-
-        return learning_rate_at(self.trainer.config, step, share)
-
-    def _compile(self, stage: Stage, state: "TrainState", batch: Any) -> None:
-        start = time.monotonic()
-        self._compiled[stage] = self.trainer.compile_step(state, batch)
-        seconds = time.monotonic() - start
-        print(f"compiled {stage} in {seconds:.0f} s", flush=True)
-
-    def _collect(self, pending: collections.deque, most: int) -> None:
-        """Waits until at most so many steps are under way; logs the finished ones."""
-        while len(pending) > most:
-            step, stage, loss = pending.popleft()
-            self._note(step, float(loss))
-            self.progress.videos += stage.batch
-            if (step + 1) % LOG_EVERY == 0 and self._losses:
-                entry = {
-                    "step": step + 1,
-                    "seconds": round(self.progress.seconds, 2),
-                    "frames": stage.frames,
-                    "loss": sum(self._losses) / len(self._losses),
-                }
-                self.progress.losses.append(entry)
-                self._losses = []
-                if (step + 1) % (4 * LOG_EVERY) == 0:
-                    print(json.dumps(entry), flush=True)
-
-    def _note(self, step: int, loss: float) -> None:
-        if math.isfinite(loss):
-            self._losses.append(loss)
-            return
-        self.progress.skipped += 1
-        if self.progress.skipped > 10 + step // 100:
-            raise FloatingPointError(
-                f"{self.progress.skipped} of {step + 1} steps had a loss that is not "
-                "finite: the parameters or the videos are broken"
-            )
-
-
-def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Trains the small video model.")
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of every training: data, length, and what is written when."""
     add = parser.add_argument
     add("--sources", type=Path, required=True, help="what models.mini.sources wrote")
-    add("--output", type=Path, required=True, help="folder for weights and log")
+    add("--output", type=Path, required=True, help="folder for everything written")
     add("--resume", type=Path, help="output folder of a stopped run to go on from")
     length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, help="length, as time of stepping")
+    length.add_argument(
+        "--minutes", type=float, help="length of all runs together, as time of stepping"
+    )
     length.add_argument("--steps", type=int, help="length, as a number of steps")
-    add("--stage", type=Stage.parse, action="append", metavar="FRAMES,BATCH,SHARE")
-    add("--stop-after", type=float, default=float("inf"), metavar="SECONDS")
-    add("--save-every", type=float, default=float("inf"), metavar="SECONDS")
-    add("--learning-rate", type=float, default=1e-3)
-    add("--whitening", type=float, default=0.5)
+    add(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="stop this run so long after its start, compilation included",
+    )
+    add("--save-every", type=float, default=60.0, metavar="SECONDS")
+    add(
+        "--stage",
+        type=Stage.parse,
+        action="append",
+        metavar="SHARE=FRAMESxHEIGHTxWIDTH*BATCH[*STEPS]+...",
+        help="a part of the training, in which sizes take turns; in order",
+    )
+    add("--learning-rate", type=float)
+    add("--warmup-steps", type=int)
     add("--seed", type=int, default=0)
-    add("--remat", action="store_true", help="less memory; see TrainConfig")
-    add("--workers", type=int, default=8)
-    return parser.parse_args(arguments)
+    add("--workers", type=int, default=8, help="processes that draw scenes")
 
 
-DEFAULT_STAGES = (
-    Stage(frames=8, batch=96, share=0.4),
-    Stage(frames=24, batch=32, share=0.6),
-)
+def length_of(options: argparse.Namespace) -> Length:
+    """Returns the length of the whole training."""
+    if options.minutes is None:
+        return Length(steps=options.steps)
+    return Length(seconds=60.0 * options.minutes)
+
+
+def optimizer_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields of `OptimizerConfig` that the command line sets."""
+    names = ("learning_rate", "warmup_steps")
+    given = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of the command line."""
+    parser = argparse.ArgumentParser(description="Trains the small video model.")
+    add_common_options(parser)
+    parser.add_argument(
+        "--codec",
+        type=Path,
+        required=True,
+        help="folder with codec.json and codec.safetensors, of models.mini.train_codec",
+    )
+    parser.add_argument(
+        "--continue-from",
+        type=Path,
+        help="output folder with weights and log.json; the optimizer starts afresh",
+    )
+    parser.add_argument(
+        "--remat", action="store_true", help="less memory; see TrainConfig"
+    )
+    parser.add_argument(
+        "--sheet",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw samples at the end of the run",
+    )
+    return parser
+
+
+def make_config(options: argparse.Namespace) -> "TrainConfig":
+    """Returns the configuration that the command line asks for."""
+    from models.mini.optimization import OptimizerConfig
+    from models.mini.training import TrainConfig
+
+    return TrainConfig(
+        optimizer=OptimizerConfig(**optimizer_options(options)),
+        seed=options.seed,
+        remat=options.remat,
+    )
+
+
+def make_trainer(config: "TrainConfig", sources: Path, codec: Path) -> "Trainer":
+    """Reads sources and codec, which encodes in the transformer's dtype."""
+    from models.mini.autoencoder import load_autoencoder, read_autoencoder_config
+    from models.mini.checkpoint import read_json
+    from models.mini.renderer import device_sources
+    from models.mini.scenes import all_captions
+    from models.mini.sources import Sources
+    from models.mini.text import Vocabulary
+    from models.mini.training import Trainer
+
+    stored = read_json(codec / "codec.json")
+    autoencoder = read_autoencoder_config(stored, dtype=config.model.dtype)
+    return Trainer(
+        config,
+        Vocabulary.from_captions(all_captions(), max_length=config.model.text_length),
+        load_autoencoder(codec / "codec.safetensors", autoencoder),
+        device_sources(Sources.load(sources)),
+    )
+
+
+def start_state(
+    trainer: "Trainer", resume: Path | None, continue_from: Path | None
+) -> tuple["TrainState", "Progress"]:
+    """Returns the state that a run starts from, and its record.
+
+    Args:
+      trainer: Structure of the model.
+      resume: Folder to go on from exactly, or None.
+      continue_from: Folder whose averaged weights to go on from, or None.
+
+    Raises:
+      ValueError: Both are given, or what is stored is of another model.
+    """
+    from models.mini.checkpoint import MiniCheckpoint
+    from models.mini.optimization import load_state
+    from models.mini.run import Progress
+
+    if resume is not None and continue_from is not None:
+        raise ValueError(
+            f"--resume {resume} and --continue-from {continue_from} exclude each other"
+        )
+    if continue_from is not None:
+        progress = Progress.read(continue_from)
+        progress.starts.append(progress.steps)
+        model = trainer.config.model
+        checkpoint = MiniCheckpoint.load(continue_from / "weights", dtype=model.dtype)
+        return trainer.state_from(checkpoint, progress.steps), progress
+    state = trainer.initial_state()
+    if resume is None:
+        return state, Progress()
+    state, stored = load_state(resume, state)
+    return state, Progress(**stored)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains as the command line asks."""
     started = time.monotonic()
-    options = parse_options(arguments)
-    from models.mini.codec import LinearCodec
-    from models.mini.renderer import device_sources
-    from models.mini.scenes import all_captions
-    from models.mini.sources import Sources
-    from models.mini.text import Vocabulary
-    from models.mini.training import (
-        TrainConfig,
-        Trainer,
-        fit_codec,
-        load_state,
-        save_state,
-    )
+    options = make_parser().parse_args(arguments)
+    from models.mini.optimization import save_state
+    from models.mini.run import Run
+    from models.mini.samples import contact_sheet
 
-    config = TrainConfig(
-        learning_rate=options.learning_rate,
-        whitening=options.whitening,
-        seed=options.seed,
-        remat=options.remat,
-    )
-    sources = device_sources(Sources.load(options.sources))
-    if options.resume is None:
-        codec = fit_codec(config, sources)
-    else:
-        codec = LinearCodec.load(options.resume / "weights" / "codec.safetensors")
-    vocabulary = Vocabulary.from_captions(
-        all_captions(), max_length=config.model.text_length
-    )
-    trainer = Trainer(config, vocabulary, codec, sources)
-    seconds = None if options.minutes is None else 60.0 * options.minutes
+    trainer = make_trainer(make_config(options), options.sources, options.codec)
+    state, progress = start_state(trainer, options.resume, options.continue_from)
+    stages = tuple(options.stage or DEFAULT_STAGES)
     run = Run(
         trainer,
-        tuple(options.stage or DEFAULT_STAGES),
-        Length(steps=options.steps, seconds=seconds),
+        stages,
+        length_of(options),
         options.output,
         workers=options.workers,
+        progress=progress,
     )
-    state = trainer.initial_state()
-    if options.resume is not None:
-        state, stored = load_state(options.resume, state)
-        run.progress = Progress(**stored)
-    options.output.mkdir(parents=True, exist_ok=True)
     state = run.train(
-        state, deadline=started + options.stop_after, save_every=options.save_every
+        state, deadline=started + options.seconds, save_every=options.save_every
     )
-    save_state(options.output, state, dataclasses.asdict(run.progress))
     run.save(state)
-    print(f"{int(state.step)} steps, {run.progress.seconds:.0f} s of stepping")
+    save_state(options.output, state, dataclasses.asdict(run.progress))
+    print(f"{progress.steps} steps, {progress.seconds:.0f} s of stepping", flush=True)
+    if options.sheet:
+        size = stages[-1].turns[0]
+        contact_sheet(
+            trainer.checkpoint(state.ema),
+            SHEET_PROMPTS,
+            options.output / f"samples_{progress.steps:06}.png",
+            frames=size.frames,
+            height=size.height,
+            width=size.width,
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The checkpoint folder: what is written is read, and errors say what is wrong."""
 
+import dataclasses
 import json
 import shutil
 
 import chex
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -12,11 +14,16 @@ import safetensors.numpy
 from flax import nnx
 
 from models.checkpoints.safetensors_io import CheckpointError
+from models.mini.autoencoder import autoencoder_config
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
 from models.mini.codec import LinearCodec
+from models.mini.family import describe_mini
+from models.mini.pipeline import load_mini
 from models.mini.text import TextEmbedding, Vocabulary
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
+from models.wan.vae.autoencoder import WanVAE
+from models.wan.vae.codec import WanVAECodec
 
 TINY = WanConfig(
     dim=32,
@@ -73,8 +80,40 @@ def test_round_trip(checkpoint, written):
         np.testing.assert_array_equal(theirs[path][...], rounded, err_msg=str(path))
     chex.assert_trees_all_equal(loaded.codec, checkpoint.codec, strict=True)
     chex.assert_trees_all_equal(
-        nnx.state(loaded.text_embedding), nnx.state(checkpoint.text_embedding)
+        nnx.state(loaded.text_embedding),
+        jax.tree.map(
+            lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32),
+            nnx.state(checkpoint.text_embedding),
+        ),
     )
+
+
+def test_codec_is_what_config_says(checkpoint, tmp_path):
+    config = autoencoder_config(base_dim=2, dim_mult=(1, 1, 2))
+    config = dataclasses.replace(
+        config, latents_mean=tuple(map(float, range(16))), latents_std=(2.0,) * 16
+    )
+    autoencoder = WanVAE(config, rngs=nnx.Rngs(0))
+    codec = WanVAECodec(model=autoencoder)
+    dataclasses.replace(checkpoint, codec=codec).save(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["codec"]
+    assert stored["latents_mean"] == list(range(16))
+    loaded = MiniCheckpoint.load(tmp_path).codec
+    assert loaded.model.config == config
+    ours, theirs = (nnx.state(model) for model in (autoencoder, loaded.model))
+    rounded = jax.tree.map(lambda leaf: leaf.astype("float16").astype("float32"), ours)
+    chex.assert_trees_all_equal(theirs, rounded)
+
+    pipeline = load_mini(tmp_path)
+    assert pipeline.sampling.frames == describe_mini(tmp_path).sampling.frames == 25
+    assert load_mini().sampling.frames == describe_mini().sampling.frames == 24
+    latent = pipeline.latent_shape(pipeline.sampling)
+    assert latent == (13, 24, 32, 16)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["codec"]["base_dim"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match=r"codec of .* does not fit its config"):
+        MiniCheckpoint.load(tmp_path)
 
 
 def test_shards_and_diffusers_keys(written):

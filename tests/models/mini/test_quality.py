@@ -8,6 +8,7 @@ import pytest
 
 from draft_jax import Compensation, VideoGrid
 from models.diffusion.results import GenerationResult
+from models.diffusion.sampling import Sampling
 from models.mini import evaluate, quality
 
 pytestmark = pytest.mark.usefixtures("without_jaxtyping")  # a pipeline that is none
@@ -28,6 +29,7 @@ class GreyPipeline:
         self.fail_at = fail_at
         self.model = self
         self.config = TinyConfig()
+        self.sampling = Sampling()
 
     def latent_shape(self, sampling):
         return (2, 4, 8, 4)

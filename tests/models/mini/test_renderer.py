@@ -18,7 +18,7 @@ from models.mini.renderer import (
     render_pictures,
     render_procedural,
 )
-from models.mini.scenes import ASPECT, Mix, sample_batch
+from models.mini.scenes import Mix, sample_batch
 from models.mini.sources import WINDOW, Sources, read_wheel
 from tests.synthetic_sources import make_sources
 
@@ -202,9 +202,7 @@ def test_bilinear_reading_matches_loops():
 def test_pixel_grid_covers_the_frame():
     x, y = pixel_grid(4, 8)
     np.testing.assert_allclose(y[:, 0], [0.125, 0.375, 0.625, 0.875])
-    np.testing.assert_allclose(
-        x[0, [0, -1]], [ASPECT / 16, ASPECT * 15 / 16], rtol=1e-6
-    )
+    np.testing.assert_allclose(x[0, [0, -1]], [0.125, 1.875], rtol=1e-6)
 
 
 def test_sources_survive_saving(tmp_path):
@@ -212,7 +210,11 @@ def test_sources_survive_saving(tmp_path):
     made.save(tmp_path / "sources.npz")
     loaded = Sources.load(tmp_path / "sources.npz")
     for name, value in vars(made).items():
-        np.testing.assert_array_equal(getattr(loaded, name), value)
+        if name != "clip":  # JPEG; random blocks are the worst that it can get
+            np.testing.assert_array_equal(getattr(loaded, name), value)
+    assert loaded.clip.shape == made.clip.shape
+    error = loaded.clip.astype(float) - made.clip
+    assert np.sqrt(np.square(error).mean()) < 8.0
 
 
 def test_reading_wheels(tmp_path):

@@ -2,32 +2,36 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from models.mini import samples, training
+from models.mini import train
+from models.mini.autoencoder import autoencoder_config
 from models.mini.checkpoint import MiniCheckpoint
-from models.mini.codec import LinearCodec
 from models.mini.feed import Feed
-from models.mini.renderer import device_sources
-from models.mini.scenes import Mix, all_captions, sample_batch
-from models.mini.text import Vocabulary
-from models.mini.train import Length, Progress, Run, Stage, parse_options, stage_at
-from models.mini.training import (
-    TrainConfig,
-    Trainer,
+from models.mini.optimization import (
+    OptimizerConfig,
     decayed,
-    fit_codec,
     learning_rate_at,
     load_state,
-    sample_noise_levels,
     save_state,
 )
+from models.mini.renderer import device_sources
+from models.mini.run import Progress, Run
+from models.mini.scenes import Mix, all_captions, sample_batch
+from models.mini.stages import Length, Stage, VideoSize
+from models.mini.text import Vocabulary
+from models.mini.training import TrainConfig, Trainer, sample_noise_levels
 from models.wan.config import WanConfig
+from models.wan.vae.autoencoder import WanVAE
+from models.wan.vae.codec import WanVAECodec
 from tests.synthetic_sources import make_sources
 
 pytestmark = pytest.mark.nightly
@@ -43,7 +47,12 @@ TINY = WanConfig(
     tile=(2, 2),
     dtype="float32",
 )
-STAGE = Stage(frames=4, batch=6, share=1.0)
+SIZE = VideoSize(frames=3, height=16, width=24, batch=6)
+OTHER = VideoSize(frames=5, height=16, width=16, batch=3)
+STAGES = (
+    Stage(share=1.0, turns=(SIZE,)),
+    Stage(share=1.0, turns=(SIZE, OTHER)),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,46 +68,54 @@ def no_procedural_scenes():
 @pytest.fixture(scope="module")
 def trainer() -> Trainer:
     config = TrainConfig(
-        model=TINY, height=16, width=24, warmup_steps=5, learning_rate=3e-3
+        model=TINY, optimizer=OptimizerConfig(warmup_steps=5, learning_rate=3e-3)
     )
-    sources = device_sources(make_sources())
-    vocabulary = Vocabulary.from_captions(all_captions(), max_length=32)
-    videos = np.random.default_rng(0).uniform(-1, 1, (1, 4, 32, 48, 3))
-    codec = LinearCodec.fit([videos.cumsum(2).astype(np.float32)], whitening=0.5)
-    return Trainer(config, vocabulary, codec, sources)
+    autoencoder = WanVAE(
+        autoencoder_config(base_dim=2, dim_mult=(1, 1, 2)), rngs=nnx.Rngs(0)
+    )
+    return Trainer(
+        config,
+        Vocabulary.from_captions(all_captions(), max_length=32),
+        WanVAECodec(model=autoencoder),
+        device_sources(make_sources()),
+    )
+
+
+@pytest.fixture(scope="module")
+def draw():
+    return sample_batch((0, 0), Mix.of(SIZE.batch), SIZE.frames, SIZE.aspect)
 
 
 @pytest.fixture(scope="module")
 def compiled(trainer):
-    """The compiled step, shared by the tests."""
-    draw = sample_batch((0, 0), Mix.of(STAGE.batch), STAGE.frames)
-    return trainer.compile_step(trainer.initial_state(), trainer.batch(draw))
+    """The compiled steps, shared by the tests."""
+    run = Run(trainer, STAGES, Length(steps=1), Path("unused"), workers=0)
+    with Feed(0, workers=0) as feed:
+        run._compile(trainer.initial_state(), feed)
+    return run._compiled
 
 
-def new_run(trainer, compiled, folder, steps: int = 6) -> Run:
-    run = Run(trainer, (STAGE,), Length(steps=steps), folder, workers=0)
-    run._compiled[STAGE] = compiled
+def new_run(trainer, compiled, folder, steps=6, progress=None) -> Run:
+    length = Length(steps=steps)
+    run = Run(trainer, STAGES, length, folder, workers=0, progress=progress)
+    run._compile = lambda state, feed: run._compiled.update(compiled)
     return run
 
 
-def test_loss_falls_on_one_batch(trainer, compiled):
-    draw = sample_batch((0, 0), Mix.of(STAGE.batch), STAGE.frames)
+def test_loss_falls_on_one_batch(trainer, compiled, draw):
     batch, state = trainer.batch(draw), trainer.initial_state()
     losses = []
     for _ in range(60):
-        state, loss = compiled(state, batch, 3e-3)
+        state, loss = trainer.call(compiled[SIZE], state, batch, 3e-3)
         losses.append(float(loss))
-    # The output layer starts at zero: the first loss is the variance of the target,
-    # that of the noise (1) and of the latents (under 1 with whitening 0.5).
-    assert 1.0 < losses[0] < 2.0
     assert np.mean(losses[-10:]) < 0.8 * losses[0]
     assert int(state.step) == 60
 
 
-def test_average_follows_parameters(trainer, compiled):
-    draw = sample_batch((0, 0), Mix.of(STAGE.batch), STAGE.frames)
+def test_average_follows_parameters(trainer, compiled, draw):
     before = jax.device_get(trainer.initial_state())
-    after, _ = compiled(trainer.initial_state(), trainer.batch(draw), 1e-3)
+    state = trainer.initial_state()
+    after, _ = trainer.call(compiled[SIZE], state, trainer.batch(draw), 1e-3)
     decay = min(trainer.config.ema, 1 / 10)  # (1 + 0) / (10 + 0)
     expected = jax.tree.map(
         lambda old, new: decay * old + (1 - decay) * np.asarray(new),
@@ -109,20 +126,16 @@ def test_average_follows_parameters(trainer, compiled):
 
 
 def test_resumed_run_equals_uninterrupted(trainer, compiled, tmp_path):
-    whole = new_run(trainer, compiled, tmp_path / "a").train(trainer.initial_state())
-    half = new_run(trainer, compiled, tmp_path / "b")
-    half.length = Length(steps=6)
-    state = trainer.initial_state()
-    half.stages, stop_at = (STAGE,), 3
-    half.length = _StopAfter(steps=6, stop=stop_at)
-    state = half.train(state)
-    assert int(state.step) == stop_at
-    save_state(tmp_path / "b", state, dataclasses.asdict(half.progress))
-    loaded, progress = load_state(tmp_path / "b", trainer.initial_state())
-    resumed = new_run(trainer, compiled, tmp_path / "b")
-    resumed.progress = Progress(**progress)
+    whole = new_run(trainer, compiled, tmp_path).train(trainer.initial_state())
+    half = new_run(trainer, compiled, tmp_path)
+    half.length = _StopAfter(steps=6, stop=4)  # among steps that take turns
+    state = half.train(trainer.initial_state())
+    assert int(state.step) == 4
+    save_state(tmp_path, state, dataclasses.asdict(half.progress))
+    loaded, stored = load_state(tmp_path, trainer.initial_state())
+    resumed = new_run(trainer, compiled, tmp_path, progress=Progress(**stored))
     final = resumed.train(loaded)
-    assert resumed.progress.videos == 6 * STAGE.batch
+    assert resumed.progress.videos == 4 * SIZE.batch + 2 * OTHER.batch
     chex.assert_trees_all_equal(final, whole, strict=True)
 
 
@@ -149,22 +162,18 @@ def test_state_of_another_model_is_refused(trainer, tmp_path):
         load_state(tmp_path, other.initial_state())
 
 
-def test_run_writes_loadable_weights_and_log(trainer, compiled, tmp_path, monkeypatch):
-    sheets = []
-    monkeypatch.setattr(
-        samples, "contact_sheet", lambda *arguments, **_: sheets.append(arguments)
-    )
+def test_weights_and_log_are_enough_to_continue(
+    trainer, compiled, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("models.mini.run.LOG_EVERY", 2)
     run = new_run(trainer, compiled, tmp_path, steps=4)
-    monkeypatch.setattr("models.mini.train.LOG_EVERY", 2)
     state = run.train(trainer.initial_state(), save_every=0.0)
     run.save(state)
     log = json.loads((tmp_path / "log.json").read_text())
-    assert [entry["step"] for entry in log["losses"]] == [2, 4]
-    assert log["steps"] == 4
-    assert log["videos"] == 4 * STAGE.batch
-    assert sheets
-    assert sheets[-1][2] == tmp_path / "samples_000004.png"
-    loaded = MiniCheckpoint.load(tmp_path / "weights")
+    assert [entry["step"] for entry in log["losses"]] == [2, 4, 4]
+    assert [entry["size"][0] for entry in log["losses"]] == [3, 3, 5]
+    assert log["videos"] == 3 * SIZE.batch + OTHER.batch
+    loaded = MiniCheckpoint.load(tmp_path / "weights", dtype="float32")
     kernel = state.ema["transformer"]["blocks"]["attn1"]["to_q"]["kernel"][...]
     stored = loaded.transformer.blocks.attn1.to_q.kernel[...]
     np.testing.assert_array_equal(
@@ -172,23 +181,21 @@ def test_run_writes_loadable_weights_and_log(trainer, compiled, tmp_path, monkey
         np.asarray(jnp.asarray(kernel, jnp.bfloat16), np.float32),
     )
 
+    moved = shutil.copytree(tmp_path, tmp_path / "moved")
+    state, progress = train.start_state(trainer, None, moved)
+    assert int(state.step) == progress.steps == 4
+    assert progress.starts == [0, 4]
+    continued = new_run(trainer, compiled, moved, steps=6, progress=progress)
+    assert int(continued.train(state).step) == 6
+    with pytest.raises(ValueError, match="exclude each other"):
+        train.start_state(trainer, moved, moved)
 
-def test_codec_is_fitted_to_rendered_videos(monkeypatch):
-    """The renderer is replaced: here only which batches it gets is of interest."""
-    rng = np.random.default_rng(0)
-    videos = rng.uniform(-1, 1, (8, 2, 4, 8, 8, 3)).astype(np.float32)
-    asked = []
 
-    def render(procedural, pictures, clips, sources, *, height, width):
-        asked.append((len(clips["frame"]), height, width, clips["frame"].shape[1]))
-        return jnp.asarray(videos[len(asked) - 1])
-
-    monkeypatch.setattr(training, "render_batch", render)
-    monkeypatch.setattr(jax, "jit", lambda function: function)
-    codec = fit_codec(TrainConfig(model=TINY, height=8, width=8), {})
-    assert asked == [(Mix.of(32).clips, 8, 8, 8)] * 8
-    expected = LinearCodec.fit(videos, whitening=0.5)
-    np.testing.assert_allclose(codec.scale, expected.scale, rtol=1e-6)
+def test_checkpoint_of_another_model_is_refused(trainer):
+    state = trainer.initial_state()
+    other = dataclasses.replace(trainer, vocabulary=Vocabulary(words=("a",)))
+    with pytest.raises(ValueError, match="the checkpoint's vocabulary is"):
+        other.state_from(trainer.checkpoint(state.ema), 1)
 
 
 def test_decay_is_for_matrices_only(trainer):
@@ -213,54 +220,47 @@ def test_noise_levels_follow_the_shift(shift):
 
 
 def test_learning_rate_rises_then_falls():
-    config = TrainConfig(learning_rate=1.0, warmup_steps=10)
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10)
     assert learning_rate_at(config, 0, 0.0) == pytest.approx(0.1)
     assert learning_rate_at(config, 50, 0.5) == pytest.approx(0.5)
     assert learning_rate_at(config, 100, 1.0) == pytest.approx(0.0)
 
 
-def test_stages_follow_their_shares():
-    stages = tuple(Stage(frames=f, batch=4, share=s) for f, s in ((8, 1.0), (24, 3.0)))
-    assert [stage_at(stages, s).frames for s in (0.0, 0.24, 0.26, 1.0)] == [
-        8,
-        8,
-        24,
-        24,
-    ]
-    assert Length(steps=10).share(5, 99.0) == 0.5
-    assert Length(seconds=10.0).share(5, 2.5) == 0.25
-
-
-def test_options(tmp_path, capsys):
-    options = parse_options(
-        ["--sources", "s", "--output", "o", "--steps", "3", "--stage", "8,16,0.5"]
-    )
-    assert options.stage == [Stage(frames=8, batch=16, share=0.5)]
-    for bad, text in (("8,16", "must be FRAMES"), ("7,16,1", "frames must be even")):
-        with pytest.raises(SystemExit):
-            parse_options(
-                ["--sources", "s", "--output", "o", "--steps", "3", "--stage", bad]
-            )
-        assert text in capsys.readouterr().err
+def test_options():
+    given = ["--sources", "s", "--output", "o", "--codec", "c", "--minutes", "25"]
+    given += ["--warmup-steps", "7", "--stage", "1=9x96x128*4"]
+    options = train.make_parser().parse_args(given)
+    assert options.stage == [Stage.parse("1=9x96x128*4")]
+    assert train.length_of(options) == Length(seconds=1500.0)
+    assert train.make_config(options).optimizer == OptimizerConfig(warmup_steps=7)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "text"),
+    ("config", "field", "value", "text"),
     [
-        ("ema", 1.0, r"ema=1\.0 must be in \[0, 1\)"),
-        ("caption_dropout", -0.1, "caption_dropout"),
-        ("learning_rate", 0.0, "learning_rate=0.0 must be positive"),
+        (TrainConfig, "ema", 1.0, r"ema=1\.0 must be in \[0, 1\)"),
+        (TrainConfig, "caption_dropout", -0.1, "caption_dropout"),
+        (OptimizerConfig, "learning_rate", 0.0, "learning_rate=0.0 must be positive"),
     ],
+    ids=["ema", "caption_dropout", "learning_rate"],
 )
-def test_bad_config(field, value, text):
+def test_bad_config(config, field, value, text):
     with pytest.raises(ValueError, match=text):
-        TrainConfig(**{field: value})
+        config(**{field: value})
 
 
 def test_feed_of_processes_equals_feed_in_process():
+    turns = Stage(
+        share=1.0,
+        turns=(
+            VideoSize(frames=4, height=3, width=4, batch=4),
+            VideoSize(frames=6, height=2, width=3, batch=5),
+        ),
+    )
     with Feed(3, workers=1, ahead=2) as ahead, Feed(3, workers=0) as plain:
-        for step, frames in ((0, 4), (1, 4), (2, 6), (5, 6)):
-            got = ahead.get(step, batch=4, frames=frames)
-            expected = plain.get(step, batch=4, frames=frames)
+        for step in (0, 1, 2, 5):
+            got = ahead.get(step, turns.size_at)
+            expected = plain.get(step, turns.size_at)
             assert got[0] == expected[0]
+            assert len(got[0]) == turns.size_at(step).batch
             chex.assert_trees_all_equal(got[1:], expected[1:], strict=True)

@@ -1,0 +1,321 @@
+"""Training of the small model's codec: its loss, its state and one step.
+
+A step renders a batch of videos and moves the autoencoder so that it restores them
+better. At the end the latents of other videos are measured, so that every channel that
+the transformer sees has mean 0 and variance 1.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from draft_jax.pytree import register_named_tuple
+from models.files import whole_file
+from models.media.metrics import psnr
+from models.media.video import write_json
+from models.mini.autoencoder import (
+    autoencoder_config,
+    describe_autoencoder,
+    save_autoencoder,
+    with_statistics,
+)
+from models.mini.feed import Draw, Feed
+from models.mini.optimization import (
+    OptimizerConfig,
+    Parameters,
+    choose_tree,
+    is_usable,
+    learning_rate_at,
+    make_optimizer,
+    step_down,
+)
+from models.mini.renderer import SceneBatch, render_scenes
+from models.mini.run import Compiled, Programs
+from models.mini.stages import VideoSize
+from models.wan.vae.autoencoder import WanVAE
+from models.wan.vae.codec import WanVAECodec
+from models.wan.vae.config import WanVAEConfig
+from pallas_kernels.common import make_plain, register_configuration
+
+HELD_OUT_SEED = 1_000_003  # apart from every training's
+KINDS = ("procedural", "pictures", "clips")
+# Batches in [-1, 1], and the kind of each video: a name of `KINDS`.
+Videos = Sequence[tuple[Float[np.ndarray, "B T Y X 3"], list[str]]]
+
+
+@register_configuration
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecConfig:
+    """The loss of an autoencoder and how it is minimised. Hashable.
+
+    Attributes:
+      model: Sizes of the autoencoder.
+      optimizer: AdamW's settings.
+      edges: Weight of the error of differences between neighbours, in frames, rows
+        and columns, beside the errors of pixels.
+      divergence: Weight of the Kullback-Leibler divergence of latents from unit
+        Gaussians. It keeps them smooth enough for a transformer to make.
+      seed: Seed of parameters, noise, and scenes.
+
+    Raises:
+      ValueError: A weight is negative.
+    """
+
+    model: WanVAEConfig = dataclasses.field(default_factory=autoencoder_config)
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=1.5e-3, warmup_steps=100, weight_decay=0.0
+        )
+    )
+    edges: float = 0.5
+    divergence: float = 1e-5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        for name in ("edges", "divergence"):
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0")
+
+
+@register_named_tuple
+class CodecState(NamedTuple):
+    """Everything that a step changes."""
+
+    step: Int[Array, ""]
+    parameters: Parameters
+    optimizer: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CodecTrainer:
+    """The fixed parts of a codec's training.
+
+    Args:
+      config: The loss and how it is minimised.
+      sources: From `models.mini.renderer.device_sources`.
+    """
+
+    config: CodecConfig
+    sources: dict[str, Array]
+
+    @functools.cached_property
+    def structure(self) -> Any:
+        """The graph definition of the autoencoder."""
+        return nnx.graphdef(nnx.eval_shape(lambda: self._module(0)))
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer; see `make_optimizer`."""
+        return make_optimizer(self.config.optimizer)
+
+    @functools.cached_property
+    def videos_of_statistics(self) -> Videos:
+        """Videos whose latents are measured; rendered once."""
+        size = VideoSize(frames=9, height=96, width=128, batch=16)
+        return held_out_videos(self.sources, size, batches=4, offset=100)
+
+    def initial_state(self) -> CodecState:
+        """Makes random parameters."""
+        parameters = nnx.state(self._module(self.config.seed))
+        return CodecState(
+            jnp.zeros((), jnp.int32), parameters, self.optimizer.init(parameters)
+        )
+
+    def batch(self, draw: Draw) -> SceneBatch:
+        """Leaves the captions of a drawn batch away."""
+        _, *scenes = draw
+        return SceneBatch(*scenes)
+
+    def rate(self, steps: int, share: float) -> float:
+        """Returns the learning rate; see `learning_rate_at`."""
+        return learning_rate_at(self.config.optimizer, steps, share)
+
+    def lower_step(
+        self, state: CodecState, batch: SceneBatch, size: VideoSize
+    ) -> Programs:
+        """Returns the programs of a step for such batches, which are to be compiled."""
+
+        def render(scenes, sources):
+            return render_scenes(scenes, sources, size)
+
+        def step(state, videos, learning_rate):
+            return codec_step(self, state, videos, learning_rate)
+
+        videos = jax.eval_shape(render, batch, self.sources)
+        arguments = (state, videos, jnp.float32(0))
+        return (
+            jax.jit(render).lower(batch, self.sources),
+            jax.jit(step, donate_argnums=0).lower(*arguments),
+        )
+
+    def call(
+        self, compiled: Compiled, state: CodecState, batch: SceneBatch, rate: float
+    ) -> tuple[CodecState, Float[Array, ""]]:
+        """Runs a compiled step; returns the new state and the loss before it."""
+        render, step = compiled
+        return step(state, render(batch, self.sources), jnp.float32(rate))
+
+    def module(self, state: CodecState) -> WanVAE:
+        """Returns the autoencoder of a state, in float32."""
+        model = nnx.merge(self.structure, state.parameters)
+        return _with_config(
+            model, dataclasses.replace(self.config.model, dtype="float32")
+        )
+
+    def save(self, state: CodecState, folder: Path) -> None:
+        """Writes the codec with the statistics of its latents.
+
+        codec.json has what "codec" has in the config.json of a checkpoint.
+        """
+        model = self.module(state)
+        statistics = latent_statistics(model, self.videos_of_statistics)
+        config = with_statistics(model, *statistics)
+        write_json(folder / "codec.json", describe_autoencoder(config))
+        with whole_file(folder / "codec.safetensors") as temporary:
+            save_autoencoder(temporary, model)
+
+    def _module(self, seed: int) -> WanVAE:
+        return WanVAE(self.config.model, rngs=nnx.Rngs(seed))
+
+
+def codec_step(
+    trainer: CodecTrainer,
+    state: CodecState,
+    videos: Float[Array, "B T Y X 3"],
+    learning_rate: Float[Array, ""],
+) -> tuple[CodecState, Float[Array, ""]]:
+    """Runs one step of AdamW on the loss of restored videos.
+
+    Args:
+      trainer: Static parts.
+      state: Parameters and moments.
+      videos: Pixels in [-1, 1].
+      learning_rate: Learning rate of this step.
+
+    Returns:
+      The state after the step, and the loss before it.
+    """
+    key = jax.random.fold_in(jax.random.key(trainer.config.seed), state.step)
+
+    def loss_of(parameters):
+        model = nnx.merge(trainer.structure, parameters)
+        return restoration_loss(model, videos, key, trainer.config)
+
+    loss, gradients = jax.value_and_grad(loss_of)(state.parameters)
+    updates, optimizer = trainer.optimizer.update(
+        gradients, state.optimizer, state.parameters
+    )
+    parameters = step_down(state.parameters, updates, learning_rate)
+    new, old = (parameters, optimizer), state[1:]
+    changed = choose_tree(is_usable(gradients), new, old)
+    return CodecState(state.step + 1, *changed), loss
+
+
+def restoration_loss(
+    model: WanVAE, videos: Float[Array, "B T Y X 3"], key: Array, config: CodecConfig
+) -> Float[Array, ""]:
+    """Returns the loss of videos that went through the autoencoder.
+
+    The mean absolute and twice the mean squared error of pixels, the absolute error of
+    differences between neighbours, and the divergence of the latents.
+
+    Source: Kingma and Welling, Auto-Encoding Variational Bayes, arXiv 1312.6114, for
+    the divergence and the noise on latents.
+    """
+    moments, _ = model.encoder(videos, None)
+    moments = model.quant_conv(moments).astype(jnp.float32)
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    log_variance = jnp.clip(log_variance, -30.0, 20.0)
+    noise = jax.random.normal(key, mean.shape)
+    latents = mean + jnp.exp(0.5 * log_variance) * noise
+    restored, _ = model.decoder(model.post_quant_conv(latents), None)
+    error = restored.astype(jnp.float32) - videos
+    pixels = jnp.abs(error).mean() + 2.0 * jnp.square(error).mean()
+    steps = [jnp.abs(jnp.diff(error, axis=axis)).mean() for axis in (1, 2, 3)]
+    divergence = jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance
+    return (
+        pixels
+        + config.edges * sum(steps) / len(steps)
+        + config.divergence * 0.5 * divergence.mean()
+    )
+
+
+def held_out_videos(
+    sources: dict[str, Array],
+    size: VideoSize,
+    *,
+    batches: int,
+    offset: int = 0,
+    seed: int = HELD_OUT_SEED,
+) -> Videos:
+    """Renders videos that no training draws.
+
+    Args:
+      sources: From `device_sources`.
+      size: Frames, sides and videos of each batch.
+      batches: Number of batches.
+      offset: Number of the first batch.
+      seed: Seed of the scenes.
+
+    Returns:
+      Videos in [-1, 1], and the kind of each: a name of `KINDS`.
+    """
+    render = jax.jit(functools.partial(render_scenes, size=size))
+    rendered = []
+    with Feed(seed, workers=0) as feed:
+        for index in range(batches):
+            _, *scenes = feed.get(offset + index, lambda step: size)
+            counts = [len(next(iter(kind.values()), ())) for kind in scenes]
+            kinds = np.repeat(KINDS, counts).tolist()
+            videos = render(SceneBatch(*scenes), sources)
+            rendered.append((np.asarray(videos), kinds))
+    return rendered
+
+
+def latent_statistics(
+    model: WanVAE, videos: Videos
+) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
+    """Returns mean and standard deviation of the latents, by channel."""
+    codec = WanVAECodec(model=model)
+    latents = np.concatenate([np.asarray(codec.encode(batch)) for batch, _ in videos])
+    axes = tuple(range(latents.ndim - 1))
+    return latents.mean(axes), latents.std(axes)
+
+
+def measure_codec(codec: Any, videos: Videos) -> dict[str, Any]:
+    """Returns the PSNR in dB of restored videos: of all, the worst, and by kind.
+
+    Args:
+      codec: A codec with `encode` and `decode`.
+      videos: From `held_out_videos`.
+    """
+    decibels: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for batch, kinds in videos:
+        restored = np.asarray(codec.decode(codec.encode(jnp.asarray(batch))))
+        for ours, theirs, kind in zip(restored, batch, kinds, strict=True):
+            decibels[kind].append(psnr(ours / 2 + 0.5, theirs / 2 + 0.5))
+    everything = [value for values in decibels.values() for value in values]
+    return {
+        "videos": len(everything),
+        "psnr_db_mean": float(np.mean(everything)),
+        "psnr_db_min": float(np.min(everything)),
+        "psnr_db": {
+            kind: float(np.mean(values)) for kind, values in decibels.items() if values
+        },
+    }
+
+
+def _with_config(model: WanVAE, config: WanVAEConfig) -> WanVAE:
+    """Returns a model of the same parameters that computes as another config says."""
+    fresh = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.graphdef(fresh), nnx.state(model))

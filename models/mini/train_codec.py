@@ -1,0 +1,75 @@
+"""Trains the codec of the model that ships with the project.
+
+    python -m models.mini.train_codec --sources sources.npz --minutes 5 --output codec
+
+The output folder gets `codec.json` and `codec.safetensors`, which `models.mini.train`
+reads, and `log.json`; all are written anew every minute. `codec_report.json` says how
+well it restores videos that it was not trained on. From `state.npz`, `--resume codec`
+goes on where a stopped run was.
+"""
+
+# Worker processes import this file: what needs JAX is imported inside functions.
+import argparse
+import dataclasses
+import time
+
+from models.mini.stages import Stage, VideoSize
+from models.mini.train import add_common_options, length_of, optimizer_options
+
+SMALL = VideoSize(frames=9, height=96, width=128, batch=32)
+LARGE = VideoSize(frames=5, height=256, width=384, batch=8)
+DEFAULT_STAGES = (Stage(share=1.0, turns=(*[SMALL] * 3, LARGE)),)
+# Videos that the report is about: as many frames as the model makes.
+REPORTED = VideoSize(frames=25, height=96, width=128, batch=16)
+REPORTED_BATCHES = 4
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains as the command line asks."""
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description="Trains the small model's codec.")
+    add_common_options(parser)
+    options = parser.parse_args(arguments)
+    from models.media.video import write_json
+    from models.mini.codec_training import (
+        CodecConfig,
+        CodecTrainer,
+        held_out_videos,
+        measure_codec,
+    )
+    from models.mini.optimization import load_state, save_state
+    from models.mini.renderer import device_sources
+    from models.mini.run import Progress, Run
+    from models.mini.sources import Sources
+    from models.wan.vae.codec import WanVAECodec
+
+    config = CodecConfig(seed=options.seed)
+    optimizer = dataclasses.replace(config.optimizer, **optimizer_options(options))
+    config = dataclasses.replace(config, optimizer=optimizer)
+    trainer = CodecTrainer(config, device_sources(Sources.load(options.sources)))
+    state, progress = trainer.initial_state(), Progress()
+    if options.resume is not None:
+        state, stored = load_state(options.resume, state)
+        progress = Progress(**stored)
+    run = Run(
+        trainer,
+        tuple(options.stage or DEFAULT_STAGES),
+        length_of(options),
+        options.output,
+        workers=options.workers,
+        progress=progress,
+    )
+    state = run.train(
+        state, deadline=started + options.seconds, save_every=options.save_every
+    )
+    run.save(state)
+    save_state(options.output, state, dataclasses.asdict(progress))
+    print(f"{progress.steps} steps, {progress.seconds:.0f} s of stepping", flush=True)
+    videos = held_out_videos(trainer.sources, REPORTED, batches=REPORTED_BATCHES)
+    report = measure_codec(WanVAECodec(model=trainer.module(state)), videos)
+    write_json(options.output / "codec_report.json", report)
+    print(report, flush=True)
+
+
+if __name__ == "__main__":
+    main()
