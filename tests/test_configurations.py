@@ -42,6 +42,8 @@ from models.diffusion.schedulers import FlowEuler, FlowUniPC
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.vae.config import HunyuanVAEConfig
 from models.hunyuan.vae.tiling import HunyuanTiling
+from models.mini.codec_training import CodecConfig
+from models.mini.optimization import OptimizerConfig
 from models.mini.training import TrainConfig
 from models.umt5.config import UMT5Config
 from models.wan.config import WanConfig
@@ -229,13 +231,17 @@ EQUAL = {
         dataclasses.asdict(CLIPVisionConfig.vit_h_14())
         | {"patch_size": np.uint8(14), "eps": np.float32(1e-5)},
     ),
+    CodecConfig: (
+        {"edges": 0.5, "seed": 3},
+        {"edges": np.float32(0.5), "seed": np.int8(3)},
+    ),
+    OptimizerConfig: (
+        {"warmup_steps": 9, "betas": (0.9, 0.99)},
+        {"warmup_steps": np.int64(9), "betas": [np.float32(0.9), 0.99]},
+    ),
     TrainConfig: (
-        {"height": 96, "betas": (0.9, 0.99), "remat": True},
-        {
-            "height": np.int64(96),
-            "betas": [np.float32(0.9), 0.99],
-            "remat": np.True_,
-        },
+        {"shift": 3.0, "remat": True},
+        {"shift": np.float32(3.0), "remat": np.True_},
     ),
 }
 each_class = pytest.mark.parametrize("cls", EQUAL, ids=configuration.name_of)

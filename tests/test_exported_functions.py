@@ -35,6 +35,9 @@ from models.diffusion.step_programs import StepArrays, StepNumbers
 from models.hunyuan.inputs import HunyuanInputs
 from models.hunyuan.layers import JointBlockInputs
 from models.mini.codec import LinearCodec
+from models.mini.codec_training import CodecConfig, CodecState
+from models.mini.optimization import OptimizerConfig
+from models.mini.renderer import SceneBatch
 from models.mini.training import Batch, TrainConfig, TrainState
 from models.wan.config import WanConfig
 from models.wan.inputs import WanInputs
@@ -128,10 +131,11 @@ TREES = {
         Batch(
             ids=np.ones((1, 4), np.int32),
             lengths=np.ones(1, np.int32),
-            procedural={},
-            pictures={},
-            clips={},
+            scenes=SceneBatch({}, {"path": ones(1, 2, 3)}, {}),
         ),
+        CodecState(step=jnp.asarray(1), parameters={"a": ones(1)}, optimizer=()),
+        CodecConfig(),
+        OptimizerConfig(),
     ),
 }
 
