@@ -30,7 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Trains the small model's codec.")
     add_common_options(parser)
     options = parser.parse_args(arguments)
+    from models.diffusion.dtypes import default_dtype
     from models.media.video import write_json
+    from models.mini.autoencoder import autoencoder_config
     from models.mini.codec_training import (
         CodecConfig,
         CodecTrainer,
@@ -43,7 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     from models.mini.sources import Sources
     from models.wan.vae.codec import WanVAECodec
 
-    config = CodecConfig(seed=options.seed)
+    model = autoencoder_config(dtype=default_dtype())
+    config = CodecConfig(model=model, seed=options.seed)
     optimizer = dataclasses.replace(config.optimizer, **optimizer_options(options))
     config = dataclasses.replace(config, optimizer=optimizer)
     trainer = CodecTrainer(config, device_sources(Sources.load(options.sources)))
