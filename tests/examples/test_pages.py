@@ -31,7 +31,7 @@ BLOCK = re.compile(
     r"^(<!-- not run: [^\n]+ -->\n)?```python[^\n]*\n(.*?)^```", re.M | re.S
 )
 SHELL = re.compile(r"^```(?:sh|bash|console|shell)\n(.*?)^```", re.M | re.S)
-NOT_RUN = {"other_models.md": 2}
+NOT_RUN = {"other_models.md": 2, "scaling.md": 1}
 
 
 MODULE = re.compile(r"python -m ([\w.]+)")

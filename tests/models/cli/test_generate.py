@@ -146,6 +146,7 @@ def test_comparison_report(comparison):
         "num_steps": 4,
         "guidance": 4.0,
         "embedded_guidance": None,
+        "low_guidance": None,
         "shift": 3.0,
         "solver": "euler",
         "grid": None,
@@ -316,7 +317,8 @@ def test_prompts_that_say_little_get_a_note(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(VideoPipeline, "compile", stop)
-    assert run(checkpoint, "--output", str(tmp_path / "out"), prompt=prompt) == 130
+    options = ("--sparsity", "0.5", "--output", str(tmp_path / "out"))
+    assert run(checkpoint, *options, prompt=prompt) == 130
     notes, last = capsys.readouterr().err.splitlines()
     assert notes.startswith(f"draft-video: note: {note}")
     assert last == "draft-video: interrupted"

@@ -239,7 +239,7 @@ def test_noise_levels_are_the_folders_unless_given(tmp_path, given, grid):
 @pytest.mark.parametrize(
     ("given", "sparsity", "schedule"),
     [
-        ((), 0.75, SparsitySchedule(dense_fraction=0.25)),
+        ((), 0.9, SparsitySchedule(dense_fraction=0.25)),
         (
             ("--preset", "published"),
             0.75,
@@ -251,7 +251,7 @@ def test_noise_levels_are_the_folders_unless_given(tmp_path, given, grid):
             SparsitySchedule(dense_above_timestep=925.0),
         ),
         (
-            ("--preset", "paper", "--dense-layers", "1", "--mask-refresh", "2"),
+            ("--method", "paper", "--dense-layers", "1", "--mask-refresh", "2"),
             0.75,
             SparsitySchedule(dense_fraction=0.25, dense_layers=(1,), mask_refresh=2),
         ),
