@@ -29,6 +29,9 @@ def blocks(language):
     return re.findall(pattern, README.read_text(), flags=re.M | re.S)
 
 
+MOST_TIME = {"models/diffusion/recording.py:AttentionRecorder"}  # over 10 seconds
+
+
 def docstring_examples():
     """Fenced code below "Example:" in any docstring of the packages."""
     found = []
@@ -39,7 +42,9 @@ def docstring_examples():
                 text = (ast.get_docstring(node) or "") + "\n"
                 for code in re.findall(pattern, text):
                     name = f"{file.relative_to(ROOT)}:{getattr(node, 'name', '')}"
-                    found.append(pytest.param(textwrap.dedent(code), id=name))
+                    marks = [pytest.mark.nightly] if name in MOST_TIME else []
+                    code = textwrap.dedent(code)
+                    found.append(pytest.param(code, id=name, marks=marks))
     return found
 
 

@@ -64,7 +64,7 @@ def test_there_are_pages_and_commands():
 
 
 WITH_PYTHON = [page for page in PAGES if any(blocks(page))]
-MOST_TIME = {"other_models.md", "wan.md", "your_dit.md"}  # 10 to 30 seconds
+MOST_TIME = {"caches.md", "other_models.md", "wan.md", "your_dit.md"}  # over 10 seconds
 
 
 @pytest.mark.parametrize(

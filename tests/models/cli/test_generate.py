@@ -153,7 +153,7 @@ def test_comparison_report(comparison):
         "seed": 0,
         "negative_prompt": "",
     }
-    assert report["draft"]["sparsity"] == 0.75
+    assert report["draft"]["sparsity"] == 0.9
     assert report["schedule"]["dense_fraction"] == 0.25
     assert 5 < report["psnr_db"] < 80
     errors = 10 ** (-0.1 * np.array(report["psnr_db_per_frame"]))

@@ -74,7 +74,7 @@ def test_residual_stream_stays_float32(narrow_block):
     assert mask is None
     chex.assert_shape(list(sown["attn1"].values()), (1, 2 * 4 * 6, 2, 12))
     chex.assert_type(list(sown["attn1"].values()), jnp.bfloat16)
-    assert sorted(sown["attn1"]) == ["k", "q"]
+    assert sorted(sown["attn1"]) == ["k", "q", "v"]
 
 
 def test_time_embedding_is_float32_and_text_is_narrow():

@@ -68,9 +68,9 @@ def test_text_encoder_is_freed_before_the_transformer_is_loaded(
 ):
     load, freed = WanParts.load_transformer, []
 
-    def load_and_look(self):
+    def load_and_look(self, *mesh):
         freed.extend(is_freed(encoder) for encoder, _ in encoders)
-        return load(self)
+        return load(self, *mesh)
 
     monkeypatch.setattr(WanParts, "load_transformer", load_and_look)
     wan = load_wan(TEXT_TO_VIDEO, text=TextOptions(prompts=PROMPTS))

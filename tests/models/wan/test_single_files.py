@@ -150,8 +150,8 @@ CONTRADICTIONS = {
         "from Wan2.1-T2V-1.3B it differs in num_layers=3 (2); expected one of Wan2.1",
     ),
     "width": (
-        published_shapes(3072, 14336, 2, 48, False),
-        "from Wan2.1-T2V-1.3B it differs in dim=3072 (1536), ffn_dim=14336 (8960), "
+        published_shapes(2048, 8192, 2, 48, False),
+        "from Wan2.1-T2V-1.3B it differs in dim=2048 (1536), ffn_dim=8192 (8960), "
         "in_channels=48 (16)",
     ),
     "image without its embedding": (
