@@ -77,3 +77,9 @@ class PaperDefaults(NamedTuple):
     selection: str = "percentile"
     draft_tile: tuple[int, int] | None = None
     ranking: str = "mass"
+
+
+def rows_and_columns(sides: tuple[int, int] | None) -> str:
+    """Writes rows and columns as options take them, such as 4x4."""
+    assert sides is not None
+    return f"{sides[0]}x{sides[1]}"

@@ -390,8 +390,8 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="ROWSxCOLUMNS",
         help="tokens that the draft pools together (default: "
-        f"{_rows_and_columns(_DRAFT.draft_tile)}, of --method paper whole tiles). "
-        "Smaller ones find important blocks better and cost more",
+        f"{choices.rows_and_columns(_DRAFT.draft_tile)}, of --method paper whole "
+        "tiles). Smaller ones find important blocks better and cost more",
     )
     group.add_argument(
         "--means",
@@ -400,8 +400,8 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
         metavar="ROWSxCOLUMNS",
         help="let skipped blocks take part through means of their keys and values, "
         "each over this many tokens of a frame (default: "
-        f"{_rows_and_columns(_MEANS.sub_tile)}, of --method paper none). The report "
-        "says what share of the work that adds",
+        f"{choices.rows_and_columns(_MEANS.sub_tile)}, of --method paper none). The "
+        "report says what share of the work that adds",
     )
     group.add_argument(
         "--mean-frames",
@@ -493,9 +493,3 @@ def parse_indices(text: str) -> tuple[int, ...]:
             f"{text!r} must be numbers from 0 with commas between, such as 0,3"
         )
     return tuple(int(part) for part in text.split(",") if part)
-
-
-def _rows_and_columns(sides: tuple[int, int] | None) -> str:
-    """Writes sides as `parse_rows_and_columns` reads them."""
-    assert sides is not None
-    return f"{sides[0]}x{sides[1]}"
