@@ -60,3 +60,16 @@ def save_checkpoint(folder: Path, seed: int = 0) -> Path:
     """Writes the model as a checkpoint folder and returns it."""
     make_checkpoint(seed).save(folder)
     return folder
+
+
+def fail_to_decode(monkeypatch, after=0):
+    """Makes the small codec have no memory, after some videos."""
+    decode, left = LinearCodec.decode, [None] * after
+
+    def fail(self, latents):
+        if not left:
+            raise MemoryError("so much memory is not there")
+        left.pop()
+        return decode(self, latents)
+
+    monkeypatch.setattr(LinearCodec, "decode", fail)

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn
 
+from pallas_kernels.float8_rows import LARGEST, LEAST_MAXIMUM
+
 FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)
-LARGEST = float(jnp.finfo(FLOAT8).max)
-# Rows of zeros, or nearly so, would else be divided by a scale that is none.
-_LEAST_MAXIMUM = 2.0**-100
 
 
 class ScaledRows(NamedTuple):
@@ -63,7 +62,7 @@ def quantise_made(
 
 
 def _largest(rows: Float[Array, "*rows K"]) -> Float[Array, "*rows"]:
-    return jnp.maximum(jnp.abs(rows).max(axis=-1), _LEAST_MAXIMUM)
+    return jnp.maximum(jnp.abs(rows).max(axis=-1), LEAST_MAXIMUM)
 
 
 def _divide(

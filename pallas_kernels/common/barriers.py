@@ -4,6 +4,9 @@ An arrival on a named barrier is one instruction of a warp; on a barrier in shar
 memory all its threads arrive one by one. Interpret mode has no named barriers.
 """
 
+import dataclasses
+from typing import Any
+
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -12,27 +15,35 @@ from jaxlib.mlir.dialects import llvm
 from pallas_kernels.common.inline_ptx import THREADS
 
 
-def wait(barrier, name, num_warpgroups: int, *, is_named: bool) -> None:
-    """Waits until the others have arrived.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NamedBarriers:
+    """Base of what warpgroups wait for, each barrier a named one where there are such.
 
-    Args:
-      barrier: The barrier in shared memory.
-      name: Number of the named barrier in its place.
-      num_warpgroups: Those that wait and those that arrive.
-      is_named: Use the named one.
+    Attributes:
+      uses_named_barriers: Use the hardware's, in place of those in shared memory.
     """
-    if is_named:
-        _named_barrier("sync", name, num_warpgroups)
-    else:
-        plgpu.barrier_wait(barrier)
 
+    uses_named_barriers: bool
 
-def arrive(barrier, name, num_warpgroups: int, *, is_named: bool) -> None:
-    """Arrives without waiting; see `wait`."""
-    if is_named:
-        _named_barrier("arrive", name, num_warpgroups)
-    else:
-        plgpu.barrier_arrive(barrier)
+    def _wait(self, barrier: Any, name: Any, num_warpgroups: int) -> None:
+        """Waits until the others have arrived.
+
+        Args:
+          barrier: The barrier in shared memory.
+          name: Number of the named barrier in its place.
+          num_warpgroups: Those that wait and those that arrive.
+        """
+        if self.uses_named_barriers:
+            _named_barrier("sync", name, num_warpgroups)
+        else:
+            plgpu.barrier_wait(barrier)
+
+    def _arrive(self, barrier: Any, name: Any, num_warpgroups: int) -> None:
+        """Arrives without waiting; see `_wait`."""
+        if self.uses_named_barriers:
+            _named_barrier("arrive", name, num_warpgroups)
+        else:
+            plgpu.barrier_arrive(barrier)
 
 
 def _named_barrier(operation: str, name, num_warpgroups: int):

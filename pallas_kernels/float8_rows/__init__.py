@@ -1,5 +1,12 @@
 """Rows in FP8, rounded within the operation that makes them."""
 
 from pallas_kernels.float8_rows.api import gelu_rows, gelu_tanh, why_not_in_kernel
+from pallas_kernels.float8_rows.interfaces import LARGEST, LEAST_MAXIMUM
 
-__all__ = ["gelu_rows", "gelu_tanh", "why_not_in_kernel"]
+__all__ = [
+    "LARGEST",
+    "LEAST_MAXIMUM",
+    "gelu_rows",
+    "gelu_tanh",
+    "why_not_in_kernel",
+]

@@ -24,7 +24,63 @@ class Results(NamedTuple):
     residual: Float[Array, "B V E"]
 
 
-class VideoTransformer(nnx.Module):
+class MapsLayers(nnx.Module):
+    """Methods that follow from `map_qkv`."""
+
+    def map_qkv(
+        self,
+        function: Callable[[Array, Array, Array], Any],
+        inputs: Any,
+        *,
+        attention: AttentionPlan = _DENSE,
+        step: DraftStep | None = None,
+        masks: BlockMask | None = None,
+    ) -> tuple[Velocity, Any]:
+        """Calls a function of every layer's q, k, v; see `VideoModel.map_qkv`."""
+        raise NotImplementedError
+
+    def map_qk(
+        self,
+        function: Callable[[Array, Array], Any],
+        inputs: Any,
+        *,
+        attention: AttentionPlan = _DENSE,
+        step: DraftStep | None = None,
+        masks: BlockMask | None = None,
+    ) -> tuple[Velocity, Any]:
+        """Calls a function of every layer's q and k; see `VideoModel.map_qk`."""
+        return self.map_qkv(
+            lambda q, k, _: function(q, k),
+            inputs,
+            attention=attention,
+            step=step,
+            masks=masks,
+        )
+
+    def capture_qk(
+        self,
+        inputs: Any,
+        *,
+        attention: AttentionPlan = _DENSE,
+        step: DraftStep | None = None,
+        masks: BlockMask | None = None,
+    ) -> tuple[Float[Array, "layers B T N D"], Float[Array, "layers B T N D"]]:
+        """Returns queries and keys that every layer's self-attention sees.
+
+        Takes what `__call__` takes. All layers are held at once, so it is for small
+        models or short videos.
+
+        Returns:
+          q and k after norm and rotary embedding: visual tokens in tiled order, then
+          the text where it is in the sequence.
+        """
+        _, captured = self.map_qk(
+            lambda q, k: (q, k), inputs, attention=attention, step=step, masks=masks
+        )
+        return captured
+
+
+class VideoTransformer(MapsLayers):
     """Methods that follow from `run` and `map_qkv`, which each family writes.
 
     Attributes:
@@ -83,24 +139,6 @@ class VideoTransformer(nnx.Module):
         """
         raise NotImplementedError
 
-    def map_qk(
-        self,
-        function: Callable[[Array, Array], Any],
-        inputs: Any,
-        *,
-        attention: AttentionPlan = _DENSE,
-        step: DraftStep | None = None,
-        masks: BlockMask | None = None,
-    ) -> tuple[Velocity, Any]:
-        """Calls a function of every layer's q and k; see `VideoModel.map_qk`."""
-        return self.map_qkv(
-            lambda q, k, _: function(q, k),
-            inputs,
-            attention=attention,
-            step=step,
-            masks=masks,
-        )
-
     def call_with_residual(
         self,
         inputs: Any,
@@ -115,25 +153,3 @@ class VideoTransformer(nnx.Module):
         """
         results = self.run(inputs, attention, step, masks)
         return results.velocity, results.masks, results.residual
-
-    def capture_qk(
-        self,
-        inputs: Any,
-        *,
-        attention: AttentionPlan = _DENSE,
-        step: DraftStep | None = None,
-        masks: BlockMask | None = None,
-    ) -> tuple[Float[Array, "layers B T N D"], Float[Array, "layers B T N D"]]:
-        """Returns queries and keys that every layer's self-attention sees.
-
-        Takes what `__call__` takes. All layers are held at once, so it is for small
-        models or short videos.
-
-        Returns:
-          q and k after norm and rotary embedding: visual tokens in tiled order, then
-          the text where it is in the sequence.
-        """
-        _, captured = self.map_qk(
-            lambda q, k: (q, k), inputs, attention=attention, step=step, masks=masks
-        )
-        return captured

@@ -21,7 +21,7 @@ from draft_jax import AttentionPlan, BlockMask, DraftStep, VideoGrid
 from models.checkpoints.conversion import ChooseShardings
 from models.diffusion.interfaces import Conditioning, ImageCondition, TextContext
 from models.diffusion.mesh import AXES, GUIDANCE, SEQUENCE, DeviceMesh
-from models.diffusion.transformer.model import Velocity, VideoTransformer
+from models.diffusion.transformer.model import MapsLayers, Velocity, VideoTransformer
 from models.diffusion.transformer.token_shards import TokenShards
 from models.diffusion.transformer.weight_shards import WeightShards, state_paths
 
@@ -31,7 +31,7 @@ _TOKENS = P(GUIDANCE, SEQUENCE)  # rows, tokens
 _DENSE = AttentionPlan.dense()
 
 
-class ShardedTransformer(nnx.Module):
+class ShardedTransformer(MapsLayers):
     """A video transformer whose work is spread over a mesh; a `KeepsResidual`."""
 
     def __init__(self, model: VideoTransformer, layout: DeviceMesh) -> None:
@@ -146,38 +146,6 @@ class ShardedTransformer(nnx.Module):
 
         masks_whole = P(None, None, SEQUENCE)
         return self._on_devices(run, (P(), masks_whole), P(), inputs, masks)
-
-    def map_qk(
-        self,
-        function: Callable[[Array, Array], Any],
-        inputs: Any,
-        *,
-        attention: AttentionPlan = _DENSE,
-        step: DraftStep | None = None,
-        masks: BlockMask | None = None,
-    ) -> tuple[Velocity, Any]:
-        """Calls a function of every layer's q and k; see `map_qkv`."""
-        return self.map_qkv(
-            lambda q, k, _: function(q, k),
-            inputs,
-            attention=attention,
-            step=step,
-            masks=masks,
-        )
-
-    def capture_qk(
-        self,
-        inputs: Any,
-        *,
-        attention: AttentionPlan = _DENSE,
-        step: DraftStep | None = None,
-        masks: BlockMask | None = None,
-    ) -> tuple[Float[Array, "layers B T N D"], Float[Array, "layers B T N D"]]:
-        """Returns whole queries and keys of every layer; see `VideoModel`."""
-        _, captured = self.map_qk(
-            lambda q, k: (q, k), inputs, attention=attention, step=step, masks=masks
-        )
-        return captured
 
     def put_everywhere(self, tree: Any) -> Any:
         """Puts arrays of a host on all devices; hosts have the same ones."""

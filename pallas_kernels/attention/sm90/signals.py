@@ -13,11 +13,11 @@ from pallas_kernels.attention.sm90.plan import (
     NUM_CONSUMERS,
     Ref,
 )
-from pallas_kernels.common import barriers
+from pallas_kernels.common.barriers import NamedBarriers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Signals:
+class Signals(NamedBarriers):
     """Everything that a warpgroup waits for, and what ends the wait.
 
     On the GPU q_free, kv_free and turn are the hardware's named barriers.
@@ -29,7 +29,6 @@ class Signals:
     kv_free: Ref
     turn: Ref
     pair_free: Ref | None = None  # where CTAs are in pairs
-    uses_named_barriers: bool
 
     def wait_q_full(self):
         """Waits until the query block has landed."""
@@ -70,11 +69,3 @@ class Signals:
     def give_turn(self, consumer):
         """Lets this consumer issue matrix products."""
         self._arrive(self.turn.at[consumer], NAMED_TURN + consumer, NUM_CONSUMERS)
-
-    def _wait(self, barrier, name, num_warpgroups):
-        is_named = self.uses_named_barriers
-        barriers.wait(barrier, name, num_warpgroups, is_named=is_named)
-
-    def _arrive(self, barrier, name, num_warpgroups):
-        is_named = self.uses_named_barriers
-        barriers.arrive(barrier, name, num_warpgroups, is_named=is_named)

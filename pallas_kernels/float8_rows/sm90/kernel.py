@@ -15,14 +15,13 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn
 
+from pallas_kernels.float8_rows.interfaces import LARGEST, LEAST_MAXIMUM
 from pallas_kernels.float8_rows.sm90 import emulated, registers
 
 DTYPES = ("bfloat16", "float16")  # of products
 THREADS = 128  # of a warpgroup
 VECTORS = (8, 4)  # channels of a thread that are loaded together, widest first
 MAX_CHANNELS = 128 * THREADS  # that registers hold
-LARGEST = 448.0  # of e4m3
-LEAST_MAXIMUM = 2.0**-100  # a row of zeros is not divided by zero
 # gelu(x) = x * sigmoid(2u) of u = sqrt(2 / pi) (x + 0.044715 x^3), by powers of two.
 _CUBIC, _LINEAR = 0.044715, -2 * math.sqrt(2 / math.pi) * math.log2(math.e)
 

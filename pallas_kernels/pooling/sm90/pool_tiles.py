@@ -103,7 +103,7 @@ def pool_cells(
 
 def _plan_of(q, tiles, reductions, **options) -> PoolPlan:
     """Returns the plan of a launch; raises ValueError where there is no kernel."""
-    if cause := _why_unsupported_shape(q.shape, q.dtype):
+    if cause := why_unsupported_shape(q.shape, q.dtype):
         raise ValueError(f"the pooling kernel cannot take these inputs: {cause}")
     columns = int(tiles[:, 3].max())
     return PoolPlan(
@@ -119,10 +119,13 @@ def why_unsupported(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, device: Device
 ) -> str | None:
     """Returns why the kernel cannot pool such arrays on a device, or None if it can."""
-    return device.why_not_hopper() or _why_unsupported_shape(shape, dtype)
+    return device.why_not_hopper() or why_unsupported_shape(shape, dtype)
 
 
-def _why_unsupported_shape(shape, dtype) -> str | None:
+def why_unsupported_shape(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike
+) -> str | None:
+    """Returns why no device can pool arrays of this shape, or None if one can."""
     if jnp.dtype(dtype).name not in SUPPORTED_DTYPES:
         return f"it takes {', '.join(SUPPORTED_DTYPES)}, not {jnp.dtype(dtype).name}"
     heads, head_dim = shape[2:]

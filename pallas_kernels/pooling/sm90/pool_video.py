@@ -32,9 +32,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.batching import fold_mapped_axes
-from pallas_kernels.common.interfaces import SUPPORTED_DTYPES
 from pallas_kernels.common.sub_tiles import SubTiles
 from pallas_kernels.pooling.interfaces import VideoResult
+from pallas_kernels.pooling.sm90.pool_tiles import why_unsupported_shape
 
 THREADS = 128  # threads of a warpgroup
 BYTES_PER_THREAD = 16  # the widest load
@@ -119,14 +119,8 @@ def why_unsupported(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, group_frames: int
 ) -> str | None:
     """Returns why the kernel cannot pool such arrays on any device, or None."""
-    if jnp.dtype(dtype).name not in SUPPORTED_DTYPES:
-        return f"it takes {', '.join(SUPPORTED_DTYPES)}, not {jnp.dtype(dtype).name}"
-    heads, head_dim = shape[2:]
-    if heads * head_dim % THREADS:
-        return (
-            f"heads times head dimension must be a multiple of {THREADS}, not {heads} "
-            f"* {head_dim}: give each device a number of heads that makes it one"
-        )
+    if cause := why_unsupported_shape(shape, dtype):
+        return cause
     if group_frames > MAX_FRAMES:
         return f"it takes groups of at most {MAX_FRAMES} frames, not {group_frames}"
     return None

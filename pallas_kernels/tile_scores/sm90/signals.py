@@ -6,7 +6,7 @@ from typing import Any
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common import barriers
+from pallas_kernels.common.barriers import NamedBarriers
 from pallas_kernels.tile_scores.sm90.plan import (
     NAMED_K_FREE,
     NAMED_Q_FREE,
@@ -19,7 +19,7 @@ Ref = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Signals:
+class Signals(NamedBarriers):
     """Everything that a warpgroup waits for, and what ends the wait.
 
     On the GPU q_free, k_free and turn are the hardware's named barriers.
@@ -30,7 +30,6 @@ class Signals:
     k_full: Ref
     k_free: Ref
     turn: Ref
-    uses_named_barriers: bool
 
     def wait_q_full(self, slot):
         """Waits until a query block has landed."""
@@ -64,11 +63,3 @@ class Signals:
         """Lets the consumer behind this one issue a product."""
         following = lax.rem(consumer + 1, NUM_CONSUMERS)
         self._arrive(self.turn.at[following], NAMED_TURN + following, 2)
-
-    def _wait(self, barrier, name, num_warpgroups):
-        is_named = self.uses_named_barriers
-        barriers.wait(barrier, name, num_warpgroups, is_named=is_named)
-
-    def _arrive(self, barrier, name, num_warpgroups):
-        is_named = self.uses_named_barriers
-        barriers.arrive(barrier, name, num_warpgroups, is_named=is_named)

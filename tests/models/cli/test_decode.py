@@ -9,7 +9,6 @@ import pytest
 from models.cli import main
 from models.diffusion.decoding import KeptLatents
 from models.media import video as video_io
-from models.mini.codec import LinearCodec
 from models.wan.vae.codec import WanVAECodec
 from tests import hunyuan_folders, tiny_model
 from tests.wan_folders import TEXT_TO_VIDEO
@@ -34,19 +33,6 @@ def names(folder):
     return {file.name for file in folder.iterdir()}
 
 
-def fail_to_decode(monkeypatch, after=0):
-    """Makes the small codec have no memory, after some videos."""
-    decode, left = LinearCodec.decode, [None] * after
-
-    def fail(self, latents):
-        if not left:
-            raise MemoryError("so much memory is not there")
-        left.pop()
-        return decode(self, latents)
-
-    monkeypatch.setattr(LinearCodec, "decode", fail)
-
-
 @pytest.mark.nightly
 def test_a_run_that_is_not_decoded_is_made_later(
     checkpoint, tmp_path, monkeypatch, capsys
@@ -54,7 +40,7 @@ def test_a_run_that_is_not_decoded_is_made_later(
     whole, failed = tmp_path / "whole", tmp_path / "it's failed"
     assert generate(checkpoint, whole, *SMALL, "--dense", "--fps", "7") == 0
     with monkeypatch.context() as patch:
-        fail_to_decode(patch)
+        tiny_model.fail_to_decode(patch)
         capsys.readouterr()
         assert generate(checkpoint, failed, *SMALL, "--dense", "--fps", "7") == 3
     assert names(failed) == FAILED
@@ -88,7 +74,7 @@ def test_of_a_comparison_the_dense_video_stays(checkpoint, tmp_path, monkeypatch
     whole, failed = tmp_path / "whole", tmp_path / "failed"
     assert generate(checkpoint, whole, *SMALL, "--compare") == 0
     with monkeypatch.context() as patch:
-        fail_to_decode(patch, after=1)
+        tiny_model.fail_to_decode(patch, after=1)
         assert generate(checkpoint, failed, *SMALL, "--compare") == 3
     assert names(failed) == FAILED | {"dense.mp4"}
     assert main(["decode", str(failed)]) == 0
@@ -98,7 +84,7 @@ def test_of_a_comparison_the_dense_video_stays(checkpoint, tmp_path, monkeypatch
 
 @pytest.mark.nightly
 def test_later_seeds_do_not_run_for_nothing(checkpoint, tmp_path, monkeypatch):
-    fail_to_decode(monkeypatch)
+    tiny_model.fail_to_decode(monkeypatch)
     assert generate(checkpoint, tmp_path / "out", *SMALL, "--seed", "1,2") == 3
     assert names(tmp_path / "out") == {"1"}
 

@@ -10,7 +10,6 @@ import safetensors.numpy
 from models.checkpoints.memory_map import CheckpointError
 from models.diffusion.decoding import KeptLatents
 from models.diffusion.results import DecodingError
-from models.mini.codec import LinearCodec
 from models.mini.pipeline import pipeline_of
 from tests import tiny_model
 
@@ -22,23 +21,10 @@ def whole():
     return pipeline_of(tiny_model.make_checkpoint())
 
 
-def fail_to_decode(monkeypatch, after=0):
-    """Makes the codec have no memory, after some videos."""
-    decode, left = LinearCodec.decode, [None] * after
-
-    def fail(self, latents):
-        if not left:
-            raise MemoryError("so much memory is not there")
-        left.pop()
-        return decode(self, latents)
-
-    monkeypatch.setattr(LinearCodec, "decode", fail)
-
-
 def test_an_error_of_the_codec_has_all_but_the_video(whole, monkeypatch):
     expected = whole.generate("a red ball", SAMPLING)
     with monkeypatch.context() as patch:
-        fail_to_decode(patch)
+        tiny_model.fail_to_decode(patch)
         with pytest.raises(DecodingError, match="so much memory is not th") as caught:
             whole.generate("a red ball", SAMPLING)
     result = caught.value.result
@@ -54,7 +40,7 @@ def test_an_error_of_the_codec_has_all_but_the_video(whole, monkeypatch):
 def test_videos_of_earlier_seeds_are_there(whole, monkeypatch):
     expected = whole.generate("a red ball", SAMPLING, seeds=[3, 4])
     with monkeypatch.context() as patch:
-        fail_to_decode(patch, after=1)
+        tiny_model.fail_to_decode(patch, after=1)
         with pytest.raises(DecodingError) as caught:
             whole.generate("a red ball", SAMPLING, seeds=[3, 4, 5])
     error = caught.value
