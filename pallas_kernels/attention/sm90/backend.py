@@ -266,9 +266,11 @@ def why_unsupported_shape(dtype: str, head_dim: int, block_size: int) -> str | N
     if head_dim not in SUPPORTED_HEAD_DIMS:
         accepted = " and ".join(map(str, SUPPORTED_HEAD_DIMS))
         return f"it takes a head dimension of {accepted}, not {head_dim}"
-    if block_size != BLOCK:
+    # A query block costs what one of BLOCK tokens does, however few it has.
+    if not BLOCK // 2 < block_size <= BLOCK:
         return (
-            f"it takes blocks of {BLOCK} tokens, such as tile (8, 16), not {block_size}"
+            f"it takes blocks of {BLOCK // 2 + 1} to {BLOCK} tokens, such as tile "
+            f"(8, 16), not {block_size}"
         )
     return None
 

@@ -314,6 +314,8 @@ def test_auto_takes_hopper():
             "start and end at multiples of 8 tokens",
         ),
         (VideoGrid(1, 5, 16), "tiled", None),  # too few tokens to matter
+        (VideoGrid(1, 22, 40, tile=(6, 20)), "tiled", None),
+        (VideoGrid(1, 22, 40, tile=(11, 10)), "tiled", "multiples of 8 tokens"),
     ],
     ids=str,
 )
@@ -340,7 +342,8 @@ REFUSED = {  # changes to a problem that the kernel takes, cause
     "cpu": ({"device": Device(platform="cpu")}, "Hopper GPU .* not cpu"),
     "dtype": ({"dtype": "float32"}, "bfloat16 and float16, not float32"),
     "head-dim": ({"head_dim": 96}, "head dimension of 64 and 128, not 96"),
-    "block-size": ({"grid": GRID}, r"128 tokens, such as tile \(8, 16\), not 4"),
+    "block-size": ({"grid": GRID}, r"to 128 tokens, such as tile \(8, 16\), not 4"),
+    "large-blocks": ({"grid": VideoGrid(1, 8, 17, tile=(8, 17))}, "not 136"),
 }
 
 

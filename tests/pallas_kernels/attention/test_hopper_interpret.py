@@ -83,6 +83,16 @@ CASES = {
         order="raster",
         config={"num_slots": 6, "exact_softmax": True},
     ),
+    # Whole tiles are short blocks, too: of 120 tokens, and of 110 that are copied by
+    # rows.
+    "short-tiles": Case(grid=VideoGrid(1, 22, 20, tile=(6, 20)), num_heads=2),
+    "short-tiles-and-ragged-text": Case(
+        grid=VideoGrid(1, 10, 20, tile=(6, 20), text_length=136), text_lengths=(136, 9)
+    ),
+    "short-tiles-by-rows": Case(grid=VideoGrid(1, 11, 20, tile=(11, 10))),
+    "short-tiles-in-raster-order": Case(
+        grid=VideoGrid(2, 10, 32, tile=(6, 16)), order="raster"
+    ),
     "by-rows-fewer-than-a-block": Case(
         grid=VideoGrid(1, 3, 21, text_length=5), text_lengths=(3, 0)
     ),
@@ -233,6 +243,7 @@ GRADIENT_CASES = {
         grid=VideoGrid(1, 13, 16, text_length=40), text_lengths=(40, 7), dtype="float16"
     ),
     "raster": Case(grid=VideoGrid(1, 13, 32, text_length=40), order="raster"),
+    "short-tiles": Case(grid=VideoGrid(1, 10, 20, tile=(6, 20)), dtype="float16"),
     "raster-by-rows": Case(
         grid=VideoGrid(1, 9, 24), num_heads=2, dtype="float16", order="raster"
     ),
