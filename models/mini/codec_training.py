@@ -28,6 +28,7 @@ from models.mini.autoencoder import (
     save_autoencoder,
     with_statistics,
 )
+from models.mini.compilation import Compiled, Programs
 from models.mini.feed import Draw, Feed
 from models.mini.optimization import (
     OptimizerConfig,
@@ -39,10 +40,8 @@ from models.mini.optimization import (
     step_down,
 )
 from models.mini.renderer import SceneBatch, render_scenes
-from models.mini.run import Compiled, Programs
 from models.mini.stages import VideoSize
 from models.wan.vae.autoencoder import WanVAE
-from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.config import WanVAEConfig
 from pallas_kernels.common import make_plain, register_configuration
 
@@ -286,22 +285,21 @@ def latent_statistics(
     model: WanVAE, videos: Videos
 ) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
     """Returns mean and standard deviation of the latents, by channel."""
-    codec = WanVAECodec(model=model)
-    latents = np.concatenate([np.asarray(codec.encode(batch)) for batch, _ in videos])
+    latents = np.concatenate([np.asarray(_encode(model, batch)) for batch, _ in videos])
     axes = tuple(range(latents.ndim - 1))
     return latents.mean(axes), latents.std(axes)
 
 
-def measure_codec(codec: Any, videos: Videos) -> dict[str, Any]:
+def measure_codec(model: WanVAE, videos: Videos) -> dict[str, Any]:
     """Returns the PSNR in dB of restored videos: of all, the worst, and by kind.
 
     Args:
-      codec: A codec with `encode` and `decode`.
+      model: The autoencoder.
       videos: From `held_out_videos`.
     """
     decibels: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for batch, kinds in videos:
-        restored = np.asarray(codec.decode(codec.encode(jnp.asarray(batch))))
+        restored = np.asarray(_restore(model, batch))
         for ours, theirs, kind in zip(restored, batch, kinds, strict=True):
             decibels[kind].append(psnr(ours / 2 + 0.5, theirs / 2 + 0.5))
     everything = [value for values in decibels.values() for value in values]
@@ -313,6 +311,16 @@ def measure_codec(codec: Any, videos: Videos) -> dict[str, Any]:
             kind: float(np.mean(values)) for kind, values in decibels.items() if values
         },
     }
+
+
+@nnx.jit
+def _encode(model: WanVAE, videos: Array | np.ndarray) -> Array:
+    return model.encode_frames(videos)[0]
+
+
+@nnx.jit
+def _restore(model: WanVAE, videos: Array | np.ndarray) -> Array:
+    return model.decode_frames(_encode(model, videos))[0]
 
 
 def _with_config(model: WanVAE, config: WanVAEConfig) -> WanVAE:

@@ -1,52 +1,25 @@
 """The loop around compiled training steps: time, losses, and what is written when."""
 
 import collections
-import concurrent.futures
 import dataclasses
 import json
 import math
 import time
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import flax
 import jax
 import optax
 
 from models.files import whole_file
-from models.mini.feed import Draw, Feed
-from models.mini.stages import Length, Stage, VideoSize, sizes_of, stage_at
+from models.mini.compilation import Compiler, Task
+from models.mini.feed import Feed
+from models.mini.stages import Length, Stage, VideoSize, sizes_of, stage_index
 
 LOG_EVERY = 50  # steps
 STEPS_IN_FLIGHT = 4
 LOG = "log.json"
-
-Programs = tuple[jax.stages.Lowered, jax.stages.Lowered]  # of the data, of the step
-Compiled = tuple[jax.stages.Compiled, jax.stages.Compiled]
-
-
-@runtime_checkable
-class Task(Protocol):
-    """A trainer: what a step is, and what is kept of a state."""
-
-    @property
-    def config(self) -> Any:
-        """Settings, with the `seed` of the scenes."""
-
-    def batch(self, draw: Draw) -> Any:
-        """Returns what the host hands to a step."""
-
-    def lower_step(self, state: Any, batch: Any, size: VideoSize) -> Programs:
-        """Returns the programs of a step, which are to be compiled."""
-
-    def rate(self, steps: int, share: float) -> float:
-        """Returns the learning rate; see `learning_rate_at`."""
-
-    def call(self, compiled: Compiled, state: Any, batch: Any, rate: float) -> Any:
-        """Runs a compiled step; returns the new state and the loss before it."""
-
-    def save(self, state: Any, folder: Path) -> None:
-        """Writes what pipelines read."""
 
 
 @dataclasses.dataclass
@@ -87,6 +60,7 @@ class Run:
       output: Folder for everything that is written.
       workers: Processes that draw scenes.
       progress: Record of the training that this run continues.
+      compiler: Of the same task, perhaps with programs of another run.
     """
 
     def __init__(
@@ -98,11 +72,12 @@ class Run:
         *,
         workers: int,
         progress: Progress | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
         self.task, self.stages, self.length = task, stages, length
         self.output, self.workers = output, workers
         self.progress = Progress() if progress is None else progress
-        self._compiled: dict[VideoSize, Compiled] = {}
+        self._compiler = compiler
         self._losses: dict[VideoSize, list[float]] = {}
 
     def train(
@@ -125,18 +100,24 @@ class Run:
         progress, last_save = self.progress, time.monotonic()
         pending: collections.deque = collections.deque()
         with Feed(self.task.config.seed, workers=self.workers) as feed:
-            self._compile(state, feed)
+            compiler = self._compiler or Compiler(self.task, state)
             mark = time.monotonic()  # when the time of the next step starts to count
             while time.monotonic() < deadline:
                 step = progress.steps
                 share = self.length.share(step, progress.seconds)
                 if share >= 1.0:
                     break
-                stage = stage_at(self.stages, share)
+                index = stage_index(self.stages, share)
+                # The sizes of the next stage compile while this one runs.
+                compiler.start(sizes_of(self.stages[index : index + 2]))
+                stage = self.stages[index]
                 size = stage.size_at(step)
                 batch = self.task.batch(feed.get(step, stage.size_at))
                 rate = self.task.rate(step - progress.starts[-1], share)
-                compiled = self._compiled[size]
+                waits = not compiler.is_ready(size)
+                compiled = compiler.get(size)
+                if waits:
+                    mark = time.monotonic()
                 state, loss = self.task.call(compiled, state, batch, rate)
                 pending.append((step, size, loss))
                 self._collect(pending, STEPS_IN_FLIGHT)
@@ -147,6 +128,7 @@ class Run:
                     self._collect(pending, 0)
                     self.save(state)
                     mark = last_save = time.monotonic()
+            compiler.stop()
             self._collect(pending, 0)
         return state
 
@@ -177,29 +159,6 @@ class Run:
             ],
             **dataclasses.asdict(self.progress),
         }
-
-    def _compile(self, state: Any, feed: Feed) -> None:
-        """Compiles the steps of all sizes that are still to come, side by side."""
-        start = time.monotonic()
-        share = self.length.share(self.progress.steps, self.progress.seconds)
-        first = self.stages.index(stage_at(self.stages, share))
-        lowered = {}
-        for size in sizes_of(self.stages[first:]):
-            stage = Stage(share=1.0, turns=(size,))
-            batch = self.task.batch(feed.get(0, stage.size_at))
-            lowered[size] = self.task.lower_step(state, batch, size)
-        feed.drop()
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            running = {
-                size: [pool.submit(program.compile) for program in programs]
-                for size, programs in lowered.items()
-            }
-            for size, (data, step) in running.items():
-                self._compiled[size] = data.result(), step.result()
-                memory = self._compiled[size][1].memory_analysis()
-                gigabytes = 0.0 if memory is None else memory.temp_size_in_bytes / 1e9
-                print(f"{size}: {gigabytes:.1f} GB beside the state", flush=True)
-        print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
 
     def _collect(self, pending: collections.deque, most: int) -> None:
         """Waits until at most so many steps are under way; logs the finished ones."""

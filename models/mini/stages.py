@@ -114,14 +114,14 @@ class Length:
         return seconds / self.seconds
 
 
-def stage_at(stages: tuple[Stage, ...], share: float) -> Stage:
-    """Returns the stage that runs when this share of the training is over."""
+def stage_index(stages: tuple[Stage, ...], share: float) -> int:
+    """Returns which stage runs when this share of the training is over."""
     total, reached = sum(stage.share for stage in stages), 0.0
-    for stage in stages:
+    for index, stage in enumerate(stages):
         reached += stage.share / total
         if share < reached:
-            return stage
-    return stages[-1]
+            return index
+    return len(stages) - 1
 
 
 def sizes_of(stages: tuple[Stage, ...]) -> tuple[VideoSize, ...]:

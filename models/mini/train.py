@@ -22,6 +22,7 @@ from models.mini.captions import SAMPLE_PROMPTS
 from models.mini.stages import Length, Stage, VideoSize
 
 if TYPE_CHECKING:
+    from models.mini.compilation import Task
     from models.mini.run import Progress
     from models.mini.training import TrainConfig, Trainer, TrainState
 
@@ -174,31 +175,56 @@ def start_state(
     return state, Progress(**stored)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Trains as the command line asks."""
-    started = time.monotonic()
-    options = make_parser().parse_args(arguments)
+def run_as_asked(
+    task: "Task",
+    state: Any,
+    progress: "Progress",
+    stages: tuple[Stage, ...],
+    options: argparse.Namespace,
+    started: float,
+) -> Any:
+    """Trains as the common options ask, and writes all that a later run may need.
+
+    Args:
+      task: Model and data.
+      state: State to start from.
+      progress: Its record, which goes on.
+      stages: Parts of the training, in order.
+      options: Of `add_common_options`.
+      started: Moment of `time.monotonic` from which `--seconds` count.
+
+    Returns:
+      The state at the end.
+    """
     from models.mini.optimization import save_state
     from models.mini.run import Run
-    from models.mini.samples import contact_sheet
 
-    trainer = make_trainer(make_config(options), options.sources, options.codec)
-    state, progress = start_state(trainer, options.resume, options.continue_from)
-    stages = tuple(options.stage or DEFAULT_STAGES)
     run = Run(
-        trainer,
+        task,
         stages,
         length_of(options),
         options.output,
         workers=options.workers,
         progress=progress,
     )
-    state = run.train(
-        state, deadline=started + options.seconds, save_every=options.save_every
-    )
+    deadline = started + options.seconds
+    state = run.train(state, deadline=deadline, save_every=options.save_every)
     run.save(state)
-    save_state(options.output, state, dataclasses.asdict(run.progress))
+    save_state(options.output, state, dataclasses.asdict(progress))
     print(f"{progress.steps} steps, {progress.seconds:.0f} s of stepping", flush=True)
+    return state
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains as the command line asks."""
+    started = time.monotonic()
+    options = make_parser().parse_args(arguments)
+    from models.mini.samples import contact_sheet
+
+    trainer = make_trainer(make_config(options), options.sources, options.codec)
+    state, progress = start_state(trainer, options.resume, options.continue_from)
+    stages = tuple(options.stage or DEFAULT_STAGES)
+    state = run_as_asked(trainer, state, progress, stages, options, started)
     if options.sheet:
         size = stages[-1].turns[0]
         contact_sheet(

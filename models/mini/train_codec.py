@@ -14,7 +14,7 @@ import dataclasses
 import time
 
 from models.mini.stages import Stage, VideoSize
-from models.mini.train import add_common_options, length_of, optimizer_options
+from models.mini.train import add_common_options, optimizer_options, run_as_asked
 
 SMALL = VideoSize(frames=9, height=96, width=128, batch=32)
 LARGE = VideoSize(frames=5, height=256, width=384, batch=8)
@@ -39,11 +39,10 @@ def main(arguments: list[str] | None = None) -> None:
         held_out_videos,
         measure_codec,
     )
-    from models.mini.optimization import load_state, save_state
+    from models.mini.optimization import load_state
     from models.mini.renderer import device_sources
-    from models.mini.run import Progress, Run
+    from models.mini.run import Progress
     from models.mini.sources import Sources
-    from models.wan.vae.codec import WanVAECodec
 
     model = autoencoder_config(dtype=default_dtype())
     config = CodecConfig(model=model, seed=options.seed)
@@ -54,22 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.resume is not None:
         state, stored = load_state(options.resume, state)
         progress = Progress(**stored)
-    run = Run(
-        trainer,
-        tuple(options.stage or DEFAULT_STAGES),
-        length_of(options),
-        options.output,
-        workers=options.workers,
-        progress=progress,
-    )
-    state = run.train(
-        state, deadline=started + options.seconds, save_every=options.save_every
-    )
-    run.save(state)
-    save_state(options.output, state, dataclasses.asdict(progress))
-    print(f"{progress.steps} steps, {progress.seconds:.0f} s of stepping", flush=True)
+    stages = tuple(options.stage or DEFAULT_STAGES)
+    state = run_as_asked(trainer, state, progress, stages, options, started)
     videos = held_out_videos(trainer.sources, REPORTED, batches=REPORTED_BATCHES)
-    report = measure_codec(WanVAECodec(model=trainer.module(state)), videos)
+    report = measure_codec(trainer.module(state), videos)
     write_json(options.output / "codec_report.json", report)
     print(report, flush=True)
 

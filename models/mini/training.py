@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from draft_jax.pytree import register_named_tuple
 from models.diffusion.schedulers import MAX_TIMESTEP
 from models.mini.checkpoint import MiniCheckpoint
+from models.mini.compilation import Compiled, Programs
 from models.mini.feed import Draw
 from models.mini.optimization import (
     OptimizerConfig,
@@ -33,7 +34,6 @@ from models.mini.optimization import (
     step_down,
 )
 from models.mini.renderer import SceneBatch, render_scenes
-from models.mini.run import Compiled, Programs
 from models.mini.stages import VideoSize
 from models.mini.text import TextEmbedding, Vocabulary
 from models.wan.config import WanConfig

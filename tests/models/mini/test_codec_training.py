@@ -22,12 +22,13 @@ from models.mini.codec_training import (
     latent_statistics,
     measure_codec,
 )
+from models.mini.compilation import Compiler
 from models.mini.feed import Feed
 from models.mini.optimization import OptimizerConfig, load_state, save_state
 from models.mini.renderer import device_sources
 from models.mini.run import Progress, Run
 from models.mini.scenes import Mix
-from models.mini.stages import Length, Stage, VideoSize
+from models.mini.stages import Length, Stage, VideoSize, sizes_of
 from models.wan.vae.autoencoder import WanVAE
 from tests.synthetic_sources import make_sources
 
@@ -60,18 +61,18 @@ def trainer() -> CodecTrainer:
 
 
 @pytest.fixture(scope="module")
-def compiled(trainer):
+def compiler(trainer) -> Compiler:
     """The compiled step, shared by the tests."""
-    run = Run(trainer, STAGES, Length(steps=1), Path("unused"), workers=0)
-    with Feed(0, workers=0) as feed:
-        run._compile(trainer.initial_state(), feed)
-    return run._compiled
+    made = Compiler(trainer, trainer.initial_state())
+    made.start(sizes_of(STAGES))
+    return made
 
 
-def train(trainer, compiled, state, length, progress=None):
+def train(trainer, compiler, state, length, progress=None):
     folder = Path("unused")
-    run = Run(trainer, STAGES, length, folder, workers=0, progress=progress)
-    run._compile = lambda state, feed: run._compiled.update(compiled)
+    run = Run(
+        trainer, STAGES, length, folder, workers=0, progress=progress, compiler=compiler
+    )
     return run.train(state), run.progress
 
 
@@ -82,26 +83,26 @@ class StopAfterTwo(Length):
         return 1.0 if steps >= 2 else steps / 4
 
 
-def test_loss_falls_on_one_batch(trainer, compiled):
+def test_loss_falls_on_one_batch(trainer, compiler):
     with Feed(0, workers=0) as feed:
         batch = trainer.batch(feed.get(0, STAGES[0].size_at))
     state, losses = trainer.initial_state(), []
     for _ in range(40):
-        state, loss = trainer.call(compiled[SIZE], state, batch, 3e-3)
+        state, loss = trainer.call(compiler.get(SIZE), state, batch, 3e-3)
         losses.append(float(loss))
     assert np.mean(losses[-5:]) < 0.6 * losses[0]
 
 
-def test_resumed_run_equals_uninterrupted(trainer, compiled, tmp_path):
+def test_resumed_run_equals_uninterrupted(trainer, compiler, tmp_path):
     four = Length(steps=4)
-    whole, _ = train(trainer, compiled, trainer.initial_state(), four)
+    whole, _ = train(trainer, compiler, trainer.initial_state(), four)
     half, progress = train(
-        trainer, compiled, trainer.initial_state(), StopAfterTwo(steps=4)
+        trainer, compiler, trainer.initial_state(), StopAfterTwo(steps=4)
     )
     assert int(half.step) == 2
     save_state(tmp_path, half, dataclasses.asdict(progress))
     loaded, stored = load_state(tmp_path, trainer.initial_state())
-    resumed, _ = train(trainer, compiled, loaded, four, Progress(**stored))
+    resumed, _ = train(trainer, compiler, loaded, four, Progress(**stored))
     chex.assert_trees_all_equal(resumed, whole, strict=True)
 
 
@@ -112,7 +113,7 @@ def test_stored_codec_normalises_latents(trainer, tmp_path):
     mean, std = latent_statistics(codec.model, trainer.videos_of_statistics)
     np.testing.assert_allclose(mean, 0.0, atol=2e-2)
     np.testing.assert_allclose(std, 1.0, atol=2e-2)
-    report = measure_codec(codec, trainer.videos_of_statistics)
+    report = measure_codec(codec.model, trainer.videos_of_statistics)
     assert report["videos"] == 6
     assert set(report["psnr_db"]) == {"pictures", "clips"}
     assert report["psnr_db_min"] <= report["psnr_db_mean"]

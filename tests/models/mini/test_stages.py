@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from models.mini.stages import Length, Stage, VideoSize, sizes_of, stage_at
+from models.mini.stages import Length, Stage, VideoSize, sizes_of, stage_index
 
 SMALL = VideoSize(frames=25, height=96, width=128, batch=32)
 LARGE = VideoSize(frames=25, height=256, width=384, batch=4)
@@ -26,7 +26,7 @@ def test_other_text_is_refused(text):
 
 def test_stages_follow_their_shares():
     stages = (Stage(share=1.0, turns=(SMALL,)), Stage(share=3.0, turns=(LARGE, SMALL)))
-    found = [stage_at(stages, share) for share in (0.0, 0.24, 0.26, 1.0)]
+    found = [stages[stage_index(stages, share)] for share in (0.0, 0.24, 0.26, 1.0)]
     assert found == [stages[0], stages[0], stages[1], stages[1]]
     assert sizes_of(stages) == (SMALL, LARGE)
     assert Length(steps=10).share(5, 99.0) == 0.5

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import chex
 import jax
@@ -15,6 +14,7 @@ from flax import nnx
 from models.mini import train
 from models.mini.autoencoder import autoencoder_config
 from models.mini.checkpoint import MiniCheckpoint
+from models.mini.compilation import Compiler
 from models.mini.feed import Feed
 from models.mini.optimization import (
     OptimizerConfig,
@@ -26,7 +26,7 @@ from models.mini.optimization import (
 from models.mini.renderer import device_sources
 from models.mini.run import Progress, Run
 from models.mini.scenes import Mix, all_captions, sample_batch
-from models.mini.stages import Length, Stage, VideoSize
+from models.mini.stages import Length, Stage, VideoSize, sizes_of
 from models.mini.text import Vocabulary
 from models.mini.training import TrainConfig, Trainer, sample_noise_levels
 from models.wan.config import WanConfig
@@ -87,35 +87,35 @@ def draw():
 
 
 @pytest.fixture(scope="module")
-def compiled(trainer):
+def compiler(trainer) -> Compiler:
     """The compiled steps, shared by the tests."""
-    run = Run(trainer, STAGES, Length(steps=1), Path("unused"), workers=0)
-    with Feed(0, workers=0) as feed:
-        run._compile(trainer.initial_state(), feed)
-    return run._compiled
+    made = Compiler(trainer, trainer.initial_state())
+    made.start(sizes_of(STAGES))
+    return made
 
 
-def new_run(trainer, compiled, folder, steps=6, progress=None) -> Run:
+def new_run(trainer, compiler, folder, steps=6, progress=None) -> Run:
     length = Length(steps=steps)
-    run = Run(trainer, STAGES, length, folder, workers=0, progress=progress)
-    run._compile = lambda state, feed: run._compiled.update(compiled)
+    run = Run(
+        trainer, STAGES, length, folder, workers=0, progress=progress, compiler=compiler
+    )
     return run
 
 
-def test_loss_falls_on_one_batch(trainer, compiled, draw):
+def test_loss_falls_on_one_batch(trainer, compiler, draw):
     batch, state = trainer.batch(draw), trainer.initial_state()
     losses = []
     for _ in range(60):
-        state, loss = trainer.call(compiled[SIZE], state, batch, 3e-3)
+        state, loss = trainer.call(compiler.get(SIZE), state, batch, 3e-3)
         losses.append(float(loss))
     assert np.mean(losses[-10:]) < 0.8 * losses[0]
     assert int(state.step) == 60
 
 
-def test_average_follows_parameters(trainer, compiled, draw):
+def test_average_follows_parameters(trainer, compiler, draw):
     before = jax.device_get(trainer.initial_state())
     state = trainer.initial_state()
-    after, _ = trainer.call(compiled[SIZE], state, trainer.batch(draw), 1e-3)
+    after, _ = trainer.call(compiler.get(SIZE), state, trainer.batch(draw), 1e-3)
     decay = min(trainer.config.ema, 1 / 10)  # (1 + 0) / (10 + 0)
     expected = jax.tree.map(
         lambda old, new: decay * old + (1 - decay) * np.asarray(new),
@@ -125,15 +125,15 @@ def test_average_follows_parameters(trainer, compiled, draw):
     chex.assert_trees_all_close(after.ema, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_resumed_run_equals_uninterrupted(trainer, compiled, tmp_path):
-    whole = new_run(trainer, compiled, tmp_path).train(trainer.initial_state())
-    half = new_run(trainer, compiled, tmp_path)
+def test_resumed_run_equals_uninterrupted(trainer, compiler, tmp_path):
+    whole = new_run(trainer, compiler, tmp_path).train(trainer.initial_state())
+    half = new_run(trainer, compiler, tmp_path)
     half.length = _StopAfter(steps=6, stop=4)  # among steps that take turns
     state = half.train(trainer.initial_state())
     assert int(state.step) == 4
     save_state(tmp_path, state, dataclasses.asdict(half.progress))
     loaded, stored = load_state(tmp_path, trainer.initial_state())
-    resumed = new_run(trainer, compiled, tmp_path, progress=Progress(**stored))
+    resumed = new_run(trainer, compiler, tmp_path, progress=Progress(**stored))
     final = resumed.train(loaded)
     assert resumed.progress.videos == 4 * SIZE.batch + 2 * OTHER.batch
     chex.assert_trees_all_equal(final, whole, strict=True)
@@ -163,10 +163,10 @@ def test_state_of_another_model_is_refused(trainer, tmp_path):
 
 
 def test_weights_and_log_are_enough_to_continue(
-    trainer, compiled, tmp_path, monkeypatch
+    trainer, compiler, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("models.mini.run.LOG_EVERY", 2)
-    run = new_run(trainer, compiled, tmp_path, steps=4)
+    run = new_run(trainer, compiler, tmp_path, steps=4)
     state = run.train(trainer.initial_state(), save_every=0.0)
     run.save(state)
     log = json.loads((tmp_path / "log.json").read_text())
@@ -185,7 +185,7 @@ def test_weights_and_log_are_enough_to_continue(
     state, progress = train.start_state(trainer, None, moved)
     assert int(state.step) == progress.steps == 4
     assert progress.starts == [0, 4]
-    continued = new_run(trainer, compiled, moved, steps=6, progress=progress)
+    continued = new_run(trainer, compiler, moved, steps=6, progress=progress)
     assert int(continued.train(state).step) == 6
     with pytest.raises(ValueError, match="exclude each other"):
         train.start_state(trainer, moved, moved)
