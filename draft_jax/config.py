@@ -23,6 +23,7 @@ Pooling = Literal["mean", "mean+max"]
 EdgeTiles = Literal["by_tokens", "as_published"]
 Selection = Literal["percentile", "row_topk", "top_p"]
 Ranking = Literal["mass", "spread", "exact_spread"]
+PARTS_OF_TILE = 8  # of a draft of "eighths"
 
 
 @runtime_checkable
@@ -132,8 +133,10 @@ class DraftConfig:
       keep_first_frame: Always keep the key blocks of the first frame.
       draft_tile: Rows and columns of the parts of a tile that the draft pools, in
         tokens. The score of a pair of tiles is then the probability that its parts of
-        the key tile have together, averaged over the parts of the query tile. None
-        pools whole tiles (the paper).
+        the key tile have together, averaged over the parts of the query tile.
+        "eighths" halves the longer side of the tile, the rows of a square, until
+        there are 8 parts or each is a token: 4 x 4 tokens of a tile of 8 x 16, 2 x 2
+        of one of 4 x 8. None pools whole tiles (the paper).
       compensation: Means that stand for the skipped blocks. None leaves them out (the
         paper).
       ranking: What block pairs are ranked by. "mass" is their probability (the paper).
@@ -163,7 +166,7 @@ class DraftConfig:
     top_p: float = 0.9
     keep_own_tile: bool = False
     keep_first_frame: bool = False
-    draft_tile: tuple[int, int] | None = (4, 4)
+    draft_tile: tuple[int, int] | Literal["eighths"] | None = "eighths"
     compensation: Compensation | None = dataclasses.field(default_factory=Compensation)
     ranking: Ranking = "spread"
     mask_maker: MaskMaker | None = None
@@ -184,8 +187,7 @@ class DraftConfig:
         for name in ("keep_own_tile", "keep_first_frame"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}={value!r} must be True or False")
-        if self.draft_tile is not None:
-            check_sides("draft_tile", self.draft_tile)
+        self._check_draft_tile()
         compensation = self.compensation
         if compensation is not None and not isinstance(compensation, Compensation):
             raise ValueError(f"{compensation=} must be a Compensation or None")
@@ -196,6 +198,16 @@ class DraftConfig:
                 "ranking='mass'"
             )
         self._check_mask_maker()
+
+    def _check_draft_tile(self) -> None:
+        parts = self.draft_tile
+        if isinstance(parts, str) and parts != "eighths":
+            raise ValueError(
+                f"draft_tile={parts!r} must be 'eighths', None, or a tuple of two "
+                "positive integers (rows, columns)"
+            )
+        if not isinstance(parts, str | None):
+            check_sides("draft_tile", parts)
 
     def _check_mask_maker(self) -> None:
         maker = self.mask_maker
@@ -210,6 +222,21 @@ class DraftConfig:
                 f"mask_maker={maker!r} must be hashable, as programs are kept by it: "
                 "use a frozen dataclass"
             ) from error
+
+    def draft_tile_of(self, grid: VideoGrid) -> tuple[int, int]:
+        """Returns the rows and columns that the draft pools together on a grid.
+
+        Args:
+          grid: Its tiles are what is cut into parts.
+        """
+        if self.draft_tile is None:
+            return grid.tile
+        if not isinstance(self.draft_tile, str):
+            return self.draft_tile
+        part = grid.tile
+        while _num_parts(grid.tile, part) < PARTS_OF_TILE and part != (1, 1):
+            part = _halve_longer_side(part)
+        return part
 
     @classmethod
     def paper(cls, **changes: Any) -> "DraftConfig":
@@ -366,15 +393,26 @@ def warn_of_few_blocks(sparsity: float, grid: VideoGrid) -> None:
 
 def _tile_for(share: Fraction, grid: VideoGrid) -> tuple[int, int] | None:
     """Returns the first tile with blocks enough, halving the longer side each time."""
-    rows, columns = grid.tile
-    while (rows, columns) != (1, 1):
-        rows, columns = (
-            (rows, -(-columns // 2)) if columns > rows else (-(-rows // 2), columns)
-        )
-        smaller = dataclasses.replace(grid, tile=(rows, columns))
+    tile = grid.tile
+    while tile != (1, 1):
+        tile = _halve_longer_side(tile)
+        smaller = dataclasses.replace(grid, tile=tile)
         if share * smaller.num_visual_blocks >= 1:
-            return rows, columns
+            return tile
     return None
+
+
+def _halve_longer_side(sides: tuple[int, int]) -> tuple[int, int]:
+    """Returns rows and columns, the more of them halved and rounded up; else rows."""
+    rows, columns = sides
+    if columns > rows:
+        return rows, -(-columns // 2)
+    return -(-rows // 2), columns
+
+
+def _num_parts(tile: tuple[int, int], part: tuple[int, int]) -> int:
+    """Returns how many parts, whole or cut off, a tile has."""
+    return math.prod(-(-side // own) for side, own in zip(tile, part, strict=True))
 
 
 def check_sparsity(name: str, value: object) -> None:

@@ -105,10 +105,9 @@ def _pool_together(
     compensation = config.compensation
     assert compensation is not None, "called for means only"
     is_joint = pooled is None and reductions_of(config) == ("mean",)
-    tile = grid.tile if config.draft_tile is None else config.draft_tile
     pooling = VideoPooling(
         means=sub_tiles_of(grid, compensation.sub_tile, compensation.frames),
-        draft=sub_tiles_of(grid, tile) if is_joint else None,
+        draft=sub_tiles_of(grid, config.draft_tile_of(grid)) if is_joint else None,
         spread=config.ranking == "spread",
         order=order,
         start=grid.visual_tokens.start,
@@ -155,4 +154,4 @@ def _mean_queries(
     """Returns the mean query of each tile, from those of a draft."""
     if config.draft_tile is None:
         return pooled.q_mean
-    return means_of_tiles(pooled.q_mean, sub_tiles_of(grid, config.draft_tile))
+    return means_of_tiles(pooled.q_mean, sub_tiles_of(grid, config.draft_tile_of(grid)))

@@ -79,7 +79,7 @@ def num_draft_tokens(grid: VideoGrid, config: DraftConfig) -> int:
     """Returns how many queries and keys the draft of a video has."""
     if config.draft_tile is None:
         return grid.num_visual_blocks
-    return sub_tiles_of(grid, config.draft_tile).num_cells
+    return sub_tiles_of(grid, config.draft_tile_of(grid)).num_cells
 
 
 def check_pooled(
@@ -178,7 +178,10 @@ def pool_queries_and_keys(
     if config.draft_tile is None:
         pooled = pool_tiles(q, k, tiling_of(grid, order), reductions=reductions)
     elif reductions == ("mean",):
-        cells, start = sub_tiles_of(grid, config.draft_tile), grid.visual_tokens.start
+        cells, start = (
+            sub_tiles_of(grid, config.draft_tile_of(grid)),
+            grid.visual_tokens.start,
+        )
         pooled = pool_sub_tiles(q, k, cells, order=order, start=start)
     else:
         pooled = _pool_sub_tiles(q, k, grid, config, order)
@@ -187,7 +190,7 @@ def pool_queries_and_keys(
 
 @functools.partial(jit_once, static_argnums=(2, 3, 4))
 def _pool_sub_tiles(q, k, grid, config, order) -> tuple[Array, ...]:
-    cells = sub_tiles_of(grid, config.draft_tile)
+    cells = sub_tiles_of(grid, config.draft_tile_of(grid))
     pooled = []
     for x in (q, k):
         tokens, known_order = visual_tokens(x, grid, order)

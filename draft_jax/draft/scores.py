@@ -190,7 +190,7 @@ def _parts_of(grid: VideoGrid, config: DraftConfig) -> Parts:
 
 def _draft_cells(grid: VideoGrid, config: DraftConfig) -> SubTiles:
     assert config.draft_tile is not None, "called with sub-tiles only"
-    return sub_tiles_of(grid, config.draft_tile)
+    return sub_tiles_of(grid, config.draft_tile_of(grid))
 
 
 def _products(q: Float[Array, "B Q N D"], k: Float[Array, "B K N D"]) -> Array:

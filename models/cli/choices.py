@@ -62,7 +62,7 @@ class DraftDefaults(NamedTuple):
     selection: str = "row_topk"
     pooling: str = "mean"
     edge_tiles: str = "by_tokens"
-    draft_tile: tuple[int, int] | None = (4, 4)
+    draft_tile: tuple[int, int] | str | None = "eighths"
     ranking: str = "spread"
     top_p: float = 0.9
     dense_fraction: float = 0.25

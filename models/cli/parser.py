@@ -389,9 +389,9 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
         type=parse_rows_and_columns,
         default=argparse.SUPPRESS,
         metavar="ROWSxCOLUMNS",
-        help="tokens that the draft pools together (default: "
-        f"{choices.rows_and_columns(_DRAFT.draft_tile)}, of --method paper whole "
-        "tiles). Smaller ones find important blocks better and cost more",
+        help="tokens that the draft pools together (default: about eighths of a tile, "
+        "such as 4x4 of 8x16; of --method paper whole tiles). Smaller ones find "
+        "important blocks better and cost more",
     )
     group.add_argument(
         "--means",

@@ -1,5 +1,6 @@
 """Drafts of sub-tiles, and ranking by spread, against NumPy loops."""
 
+import dataclasses
 import functools
 
 import jax
@@ -88,6 +89,38 @@ def test_scores_match_loops_in_both_orders(case):
     np.testing.assert_allclose(scores(*tiled, order="tiled"), got, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("tile", "part"),
+    [
+        ((8, 16), (4, 4)),
+        ((4, 8), (2, 2)),
+        ((8, 8), (2, 4)),
+        ((16, 8), (4, 4)),
+        ((5, 7), (3, 2)),
+        ((3, 17), (2, 3)),
+        ((2, 2), (1, 1)),
+    ],
+    ids=str,
+)
+def test_eighths_are_those_of_halved_sides(tile, part):
+    """Worked by hand: 5 x 7 becomes 5 x 4 (2 parts), 3 x 4 (4) and 3 x 2 (8)."""
+    grid = VideoGrid(2, 16, 32, tile=tile)
+    assert DraftConfig().draft_tile_of(grid) == part
+    assert DraftConfig.paper().draft_tile_of(grid) == tile
+    assert DraftConfig(draft_tile=(3, 1)).draft_tile_of(grid) == (3, 1)
+
+
+def test_eighths_are_drafts_of_the_parts_that_they_come_to():
+    config = CONFIGS["sub-tiles and spread"]
+    eighths = dataclasses.replace(config, draft_tile="eighths")
+    single = dataclasses.replace(config, draft_tile=(1, 1))  # 2 x 4 tokens of a tile
+    q, k = random_qk(EDGES)
+    got, want = (draft_scores(q, k, grid=EDGES, config=c) for c in (eighths, single))
+    np.testing.assert_array_equal(got, want)
+    halves = draft_scores(q, k, grid=EDGES, config=config)
+    assert not np.allclose(got, halves, rtol=1e-3)
+
+
 @pytest.mark.nightly
 def test_max_pooling_of_sub_tiles():
     """The mean of two maps, the second one of the largest values of sub-tiles."""
@@ -171,6 +204,7 @@ def test_pooled_with_preparation_is_pooled_here(side):
     [
         ({"draft_tile": (0, 2)}, r"draft_tile=\(0, 2\) must be a tuple of two"),
         ({"draft_tile": (2,)}, "rows, columns"),
+        ({"draft_tile": "halves"}, "draft_tile='halves' must be 'eighths', None, or"),
         ({"ranking": "spread"}, r"needs compensation.*compensation=Compensation\(\)"),
         ({"ranking": "best"}, r"ranking='best' must be one of .*'spread'"),
         ({"compensation": (2, 8)}, "must be a Compensation or None"),
