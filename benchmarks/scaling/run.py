@@ -1,20 +1,31 @@
 """Times an attention layer, and steps of whole models, on one device and several.
 
     python -m benchmarks.scaling.run --output scaling.json
-    python -m benchmarks.scaling.run --devices 2 --shape hunyuan --sparsity 0.9
-    python -m benchmarks.scaling.run --parts wan --devices 4
+    python -m benchmarks.scaling.run --devices 2 4 8 --limit 550 --output scaling.json
+    python -m benchmarks.scaling.run --parts layer --shape wan --sparsity 0.75
 
-Part "layer": layers take turns on the same inputs: one device; plain jit of inputs
-sharded by heads; explicit mesh axes; `jax.shard_map` with its checks. What each program
-communicates is counted in it: it must be nothing. The file is written after every
-measurement. Its `summary` has `layer_N`, how many times faster N devices are under
-plain jit, and the same of the other programs.
+Any number of devices is measured, or several numbers in one run. Parts, in this order:
 
-Parts "wan" and "hunyuan": steps with `DeviceMesh`; see `benchmarks.scaling.steps`. The
-summary has how many times faster they are (`step_sequence_N`, `step_guidance_2`,
-`hunyuan_step_N`), the share of the weights that a device holds when they are spread
+  smoke     steps of a tiny model: whether devices can talk at all, in seconds
+  layer     an attention layer; see `benchmarks.scaling.layer`
+  wan       steps of Wan by `DeviceMesh`: `sequence`, `guidance`, both, and spread
+            weights; see `benchmarks.scaling.steps`
+  hunyuan   steps of HunyuanVideo
+  links     what devices exchange in a layer; see `benchmarks.scaling.links`
+  gather    spread weights of a layer made whole
+  variants  steps of Wan with other exchanges: see `benchmarks.scaling.models`
+  short     a step of Wan whose video has a few tokens: what does not shrink with them
+  profile   a step on one device and one with `sequence`, by kernel
+
+All programs are compiled side by side before the first is timed. The file is written
+anew after every measurement. No part begins after --limit seconds, and a part ends
+after --part-limit; what fails is recorded, and other parts still run.
+
+The summary has how many times as fast as one device a layer is under plain jit
+(`layer_N`), and steps (`step_sequence_N`, `step_guidance_2`, `step_both_N`,
+`hunyuan_step_N`); the share of the weights that a device holds when they are spread
 (`weights_memory_ratio`), and the time of a step then over that without
-(`weights_time_ratio`).
+(`weights_time_ratio`); times and rates of transfers.
 
 Without GPUs it runs on simulated devices, where times say nothing:
 
@@ -23,195 +34,173 @@ Without GPUs it runs on simulated devices, where times say nothing:
 """
 
 import argparse
-import dataclasses
-import functools
 import json
-import re
-import statistics
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
+# Read when JAX first uses the GPU. NCCL's own memory is outside of this share.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.88")
+
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from benchmarks.common.inputs import random_inputs
+from benchmarks.common import kernel_account
 from benchmarks.common.options import add_output, add_turns, make_parser
-from benchmarks.common.records import environment, write_json
-from benchmarks.common.shapes import Shape
-from benchmarks.common.timing import take_turns
 from benchmarks.layer.stages import LAYER_SHAPES
-from benchmarks.scaling import steps
-from draft_jax import DraftConfig, draft_attention
+from benchmarks.scaling import models
+from benchmarks.scaling.bench import Bench, Record, recorded
+from benchmarks.scaling.gathers import GatherPart
+from benchmarks.scaling.layer import LayerPart
+from benchmarks.scaling.links import LinksPart
+from benchmarks.scaling.steps import ONE, StepsPart
 
-HEADS = P(None, None, "heads", None)
-COLLECTIVES = r"\b(all-\w+|collective-\w+|reduce-scatter)(?:-start)?\("
-ONE = "one device"
-PARTS = ("layer", *steps.MODELS)
-# Names in the summary, by program.
-PROGRAMS = {
-    "plain jit": "layer",
-    "explicit axes": "layer_explicit",
-    "shard_map": "layer_shard_map",
+OF_WAN = {"gather", "variants", "short", "profile"}
+OF_SEVERAL = {"gather", "variants"}
+
+
+class ProfilePart:
+    """A step of one device and one with the most of `sequence`, under CUPTI."""
+
+    name = "profile"
+
+    def __init__(self, bench: Bench, wan: StepsPart) -> None:
+        self.bench, self.wan = bench, wan
+
+    def measure(self) -> None:
+        """Runs both once more."""
+        for name in (ONE, f"step_sequence_{max(self.bench.counts)}"):
+            run = self.wan.runs.get(name)
+            if run is None or not run.programs or self.bench.left_s() < 0:
+                continue
+            mesh = run.way.mesh
+            record: Record = {"devices": 1 if mesh is None else mesh.num_devices}
+            with recorded(record):
+                report, launches = kernel_account.profile(run.step)
+                calls = run.problem.calls * run.problem.model.num_layers
+                record |= kernel_account.account(launches, num_blocks=calls)
+                record["step_ms"] = report.time_ms
+            shown = {k: v for k, v in record.items() if k != "costliest"}
+            self.bench.keep(self.name, name, record, shown)
+
+
+def _smoke(bench: Bench, _: dict[str, Any]) -> StepsPart:
+    ways = models.wan_ways(bench.counts) | models.variants(max(bench.counts))
+    model = models.wan_model(bench, "tiny")
+    return models.wan_part(bench, "smoke", model, "tiny", ways)
+
+
+def _wan(bench: Bench, _: dict[str, Any]) -> StepsPart:
+    name, ways = bench.options.wan, models.wan_ways(bench.counts)
+    return models.wan_part(bench, "wan", models.wan_model(bench, name), name, ways)
+
+
+def _hunyuan(bench: Bench, _: dict[str, Any]) -> StepsPart:
+    name = "tiny" if bench.options.wan == "tiny" else "13b"
+    return models.hunyuan_part(
+        bench, "hunyuan", name, models.hunyuan_ways(bench.counts)
+    )
+
+
+def _gather(bench: Bench, made: dict[str, Any]) -> GatherPart:
+    return GatherPart(bench, made["wan"].runs["weights"].problem.model)
+
+
+MAKE: dict[str, Callable[[Bench, dict[str, Any]], Any]] = {
+    "smoke": _smoke,
+    "layer": lambda bench, _: LayerPart(bench),
+    "wan": _wan,
+    "hunyuan": _hunyuan,
+    "links": lambda bench, _: LinksPart(bench, models.layer_of(bench.options.wan)),
+    "gather": _gather,
+    "variants": lambda bench, made: models.variants_part(bench, made["wan"]),
+    "short": lambda bench, made: models.short_part(bench, made["wan"]),
+    "profile": lambda bench, made: ProfilePart(bench, made["wan"]),
 }
 
 
-def programs(
-    shape: Shape, sparsity: float, num_devices: int
-) -> dict[str, tuple[Callable[..., jax.Array], NamedSharding | None]]:
-    """Returns each program, and how its inputs are sharded."""
-    layer = functools.partial(
-        draft_attention,
-        grid=shape.grid,
-        config=DraftConfig.paper(sparsity=sparsity),
-        order="tiled",
-    )
-    devices = np.array(jax.devices()[:num_devices])
-    automatic = Mesh(devices, ("heads",), axis_types=(AxisType.Auto,))
-    explicit = Mesh(devices, ("heads",), axis_types=(AxisType.Explicit,))
-    mapped = jax.shard_map(
-        layer, mesh=automatic, in_specs=(HEADS,) * 3, out_specs=HEADS
-    )
-    return {
-        ONE: (layer, None),
-        "plain jit": (layer, NamedSharding(automatic, HEADS)),
-        "explicit axes": (layer, NamedSharding(explicit, HEADS)),
-        "shard_map": (mapped, NamedSharding(automatic, HEADS)),
-    }
+def make_parts(bench: Bench) -> dict[str, Any]:
+    """Makes the parts that are asked for; their programs begin to be compiled."""
+    made: dict[str, Any] = {}
+    for name in MAKE:
+        one_device = max(bench.counts) == 1
+        if name not in bench.options.parts or (one_device and name in OF_SEVERAL):
+            continue
+        record: Record = {}
+        with recorded(record):
+            made[name] = MAKE[name](bench, made)
+        if record:
+            bench.keep(name, "preparation", record, record)
+    return made
 
 
-def communicates(text: str) -> list[str]:
-    """Names the collectives of a compiled program."""
-    return sorted(re.findall(COLLECTIVES, text))
+def measure(options: argparse.Namespace) -> Record:
+    """Measures all parts."""
+    bench = Bench(options, device_counts(options))
+    try:
+        parts = make_parts(bench)
+        bench.wait_for_programs(options.compile_limit)
+        for name, part in parts.items():
+            bench.begin()
+            failure: Record = {}
+            if bench.left_s() <= 0:
+                failure["error"] = f"not begun: the limit was {options.limit} s"
+            else:
+                with recorded(failure):
+                    part.measure()
+            if failure:
+                bench.keep(name, "failure", failure, failure)
+    finally:
+        bench.close()
+    return bench.document
 
 
-def compare(out: jax.Array, expected: np.ndarray) -> dict[str, Any]:
-    """Says whether an output is that of one device, and by how much it differs."""
-    got = np.asarray(out, np.float32)
-    return {
-        "equals_one_device": bool((got == expected).all()),
-        "relative_error": float(
-            np.linalg.norm(got - expected) / np.linalg.norm(expected)
-        ),
-    }
+def device_counts(options: argparse.Namespace) -> list[int]:
+    """Returns the numbers of devices to measure.
 
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures all parts, and writes the file whenever something is known."""
-    shape = LAYER_SHAPES[options.shape]
-    num_devices = options.devices or jax.device_count()
-    check(shape, num_devices, jax.device_count())
-    document: dict[str, Any] = {
-        "environment": environment(),
-        "sparsity": options.sparsity,
-        "devices": num_devices,
-        "summary": {},
-    }
-    if "layer" in options.parts:
-        measure_layer(document, shape, num_devices, options)
-
-    def keep(found: dict[str, Any]) -> None:
-        document["steps"] = found
-        document["summary"] |= steps.summarise(found, num_devices)
-        save(document, options)
-
-    steps.measure(options, num_devices, keep)
-    return document
-
-
-def measure_layer(
-    document: dict[str, Any],
-    shape: Shape,
-    num_devices: int,
-    options: argparse.Namespace,
-) -> None:
-    """Runs all programs of a layer, in turns."""
-    qkv = random_inputs(shape)
-    document |= {
-        "shape": dataclasses.asdict(shape) | {"grid": str(shape.grid)},
-        "name": options.shape,
-        "programs": {},
-    }
-    calls: dict[str, Callable[[], Any]] = {}
-    expected: np.ndarray | None = None
-    for name, (layer, sharding) in programs(
-        shape, options.sparsity, num_devices
-    ).items():
-        inputs = qkv if sharding is None else jax.device_put(qkv, sharding)
-        record: dict[str, Any] = {}
-        document["programs"][name] = record
-        try:
-            program = jax.jit(layer).lower(*inputs).compile()
-            record["collectives"] = communicates(program.as_text() or "")
-            out = program(*inputs)
-            if expected is None:
-                expected = np.asarray(out, np.float32)
-            record |= compare(out, expected)
-            calls[name] = functools.partial(program, *inputs)
-        except Exception as error:  # recorded: the others still run
-            record["error"] = f"{type(error).__name__}: {error}"[:800]
-        save(document, options)
-    times = take_turns(calls, options.rounds, options.settle, options.block)
-    for name, own in times.items():
-        document["programs"][name] |= own
-    document["summary"] |= summary(document["programs"], num_devices)
-    save(document, options)
-
-
-def check(shape: Shape, num_devices: int, available: int) -> None:
-    """Exits with a message unless the heads can be shared by so many devices."""
-    if not 2 <= num_devices <= available:
-        raise SystemExit(f"--devices {num_devices} must be within 2 and {available}")
-    if shape.num_heads % num_devices:
-        fitting = [n for n in range(2, available + 1) if shape.num_heads % n == 0]
-        raise SystemExit(
-            f"--devices {num_devices} does not divide {shape.num_heads} heads; "
-            f"these do: {fitting}"
-        )
-
-
-def summary(records: dict[str, Any], num_devices: int) -> dict[str, float]:
-    """Returns how many times faster than one device each program is."""
-    one = records[ONE].get("ms")
-    if not one:
-        return {}
-    return {
-        f"{key}_{num_devices}": statistics.median(one)
-        / statistics.median(records[name]["ms"])
-        for name, key in PROGRAMS.items()
-        if records.get(name, {}).get("ms")
-    }
-
-
-def save(document: dict[str, Any], options: argparse.Namespace) -> None:
-    """Writes what is known so far."""
-    if options.output is not None:
-        write_json(options.output, document)
+    Exits with a message if there are fewer, or the layer's heads cannot be shared.
+    """
+    available = jax.device_count()
+    counts = sorted(set(options.devices or [available]))
+    if not 1 <= counts[0] <= counts[-1] <= available:
+        raise SystemExit(f"--devices {counts} must be within 1 and {available}")
+    heads = LAYER_SHAPES[options.shape].num_heads
+    for count in counts:
+        if "layer" in options.parts and heads % count:
+            fitting = [n for n in range(1, available + 1) if heads % n == 0]
+            raise SystemExit(
+                f"--devices {count} does not divide {heads} heads; these do: {fitting}"
+            )
+    return counts
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--shape", choices=LAYER_SHAPES, default="hunyuan")
-    parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--devices", type=int, help="all by default")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument(
-        "--wan", choices=steps.WAN, default="14b", help="tiny: HunyuanVideo is, too"
-    )
-    parser.add_argument("--samples", type=int, default=5, help="steps that are timed")
+    add = parser.add_argument
+    add("--shape", choices=LAYER_SHAPES, default="hunyuan", help="of the layer")
+    add("--sparsity", type=float, default=0.9)
+    add("--devices", type=int, nargs="+", help="numbers of them; all by default")
+    add("--parts", nargs="+", choices=MAKE, default=list(MAKE))
+    add("--wan", choices=models.WAN, default="14b", help="tiny: HunyuanVideo is, too")
+    add("--samples", type=int, default=3, help="steps that are timed in each way")
+    add("--limit", type=float, default=math.inf, help="seconds")
+    add("--part-limit", type=float, default=math.inf, help="seconds of each part")
+    add("--compile-limit", type=float, default=math.inf, help="seconds to wait")
     add_turns(parser, rounds=5, settle=0.3, block=1.0)
     add_output(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    alone = OF_WAN.intersection(options.parts)
+    if alone and "wan" not in options.parts:
+        parser.error(f"--parts {sorted(alone)} need the part wan, too")
+    return options
 
 
 def main() -> None:
     """Measures, and prints the summary."""
     document = measure(parse())
-    programs = document.get("programs", {})
-    found = {name: r.get("collectives", r) for name, r in programs.items()}
-    print(json.dumps({"summary": document["summary"], "collectives": found}, indent=1))
+    print(json.dumps(document["summary"], indent=1), flush=True)
 
 
 if __name__ == "__main__":

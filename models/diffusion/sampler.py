@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -274,7 +274,21 @@ class Sampler:
           inputs: Inputs that `run_step` will be given.
           kinds: Programs; all of `self.kinds` by default.
         """
-        kinds = self.kinds if kinds is None else list(kinds)
+        lowered = self.lower(state, inputs, kinds)
+        options = compiler_options(nnx.state(self.model))
+        with concurrent.futures.ThreadPoolExecutor(max(len(lowered), 1)) as pool:
+            programs = pool.map(
+                lambda step: step.compile(compiler_options=options), lowered.values()
+            )
+            return dict(zip(lowered, programs, strict=True))
+
+    def lower(
+        self,
+        state: SamplerState,
+        inputs: StepInputs,
+        kinds: Iterable[Program] | None = None,
+    ) -> dict[Program, Any]:
+        """Returns steps as they are before compilation; takes what `compile` takes."""
         parts = ProgramParts(
             model=self.model,
             solver=self.solver,
@@ -284,13 +298,10 @@ class Sampler:
             cache=self.cache,
         )
         numbers = self._numbers(0)
-        lowered = [parts.lower(kind, state, inputs, numbers) for kind in kinds]
-        options = compiler_options(nnx.state(self.model))
-        with concurrent.futures.ThreadPoolExecutor(max(len(kinds), 1)) as pool:
-            programs = pool.map(
-                lambda step: step.compile(compiler_options=options), lowered
-            )
-            return dict(zip(kinds, programs, strict=True))
+        return {
+            kind: parts.lower(kind, state, inputs, numbers)
+            for kind in (self.kinds if kinds is None else kinds)
+        }
 
     def run_step(
         self,

@@ -289,9 +289,11 @@ def _density_of_layers(
         return jnp.ones(num_layers)
     calls = masks.row_offsets.shape[:-4]  # (2,) with guidance in two calls
     # A layer at a time: the lists of all layers are large.
-    per_layer = jax.lax.map(
-        lambda mask: mask.density.mean(),
+    by_head = jax.lax.map(
+        lambda mask: mask.density,
         jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(calls) + 1 :]), masks),
     )
-    per_layer = per_layer.reshape(-1, num_layers).mean(0)
-    return jnp.where(step.dense, 1.0, per_layer)
+    # Rows and heads may be on several devices: their sums are added up once, not in
+    # each layer.
+    by_head = by_head.reshape(-1, num_layers, *by_head.shape[1:])
+    return jnp.where(step.dense, 1.0, by_head.mean((0, 2, 3)))

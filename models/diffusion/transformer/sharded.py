@@ -219,14 +219,17 @@ class ShardedTransformer(MapsLayers):
 
         `parts` are the arguments of `VideoTransformer.run` that say which part it is.
         """
-        inputs = arguments[0]
+        inputs, *others = arguments
         if in_specs[0] == _ROWS:
             self.layout.check_rows(len(inputs.latents))
+            # Latents are joined to rows on each device, which then takes its own:
+            # XLA would share out the copies and send the rows to where they belong.
+            inputs = jax.tree.map(self._everywhere, inputs)
         structure, parameters = nnx.split(self.model)
         stacks = type(self.model).stacks
         paths = state_paths(parameters)
         shapes = {path: leaf.shape for path, leaf in paths.items()}
-        weights = _weight_shards(shapes, self.layout, stacks)
+        weights = spread_weights(shapes, self.layout, stacks)
         specs = [P() if weights is None else weights.spec(path) for path in paths]
         parts = {"shards": self._shards(inputs.latents.shape), "weights": weights}
 
@@ -243,7 +246,7 @@ class ShardedTransformer(MapsLayers):
             out_specs=out_specs,
             # Text is equal on all devices of `sequence`, which the types cannot say.
             check_vma=False,
-        )(parameters, *arguments)
+        )(parameters, inputs, *others)
 
     def _everywhere(self, x: Array) -> Array:
         """Returns an array that all devices have."""
@@ -262,7 +265,7 @@ def weight_shardings(
       layout: The mesh.
       stacks: Attributes of the model whose parameters have a leading layer axis.
     """
-    mesh, weights = layout.make(), _weight_shards(shapes, layout, stacks)
+    mesh, weights = layout.make(), spread_weights(shapes, layout, stacks)
     return {
         path: NamedSharding(mesh, P() if weights is None else weights.spec(path))
         for path in shapes
@@ -278,7 +281,7 @@ def shardings_of(
     return functools.partial(weight_shardings, layout=layout, stacks=model.stacks)
 
 
-def _weight_shards(
+def spread_weights(
     shapes: dict[tuple[str, ...], tuple[int, ...]],
     layout: DeviceMesh,
     stacks: tuple[str, ...],
