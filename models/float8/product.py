@@ -1,11 +1,11 @@
 """Products of activations with weights in FP8.
 
-Activations are rounded row by row where they are used, so XLA makes the rounding part
-of the operation before: norm and modulation, or GELU. Of layers that read the same
-activations, it rounds once. The product's scales and bias are part of the operation
-after. The product itself is left in the output's dtype without scales, and on a GPU is
-cuBLASLt's, with its default accumulation. Between two products of a feed-forward
-network nothing but the first product is written out; see `unscaled_product`.
+Activations are rounded row by row as part of the operation that makes them: norm and
+modulation, or GELU. `Rounded` is what several layers read. The product's scales and
+bias are part of the operation after. The product itself is left in the output's dtype
+without scales, and on a GPU is cuBLASLt's, with its default accumulation. Between two
+products of a feed-forward network nothing but the first product is written out; see
+`rounded_activation`.
 
 cuBLASLt wants both operands with the inner axis last: weights are [out, in], as
 checkpoints store them, and nothing is transposed.
@@ -29,7 +29,14 @@ from jaxtyping import Array, Float
 
 from models.float8.rows import FLOAT8, ScaledRows, quantise_made, quantise_rows
 from pallas_kernels.common import Device, current_device, warn_once
-from pallas_kernels.float8_rows import gelu_rows, gelu_tanh, why_not_in_kernel
+from pallas_kernels.float8_rows import (
+    gelu_rows,
+    gelu_tanh,
+    layer_norm,
+    norm_rows,
+    round_rows,
+    why_not_in_kernel,
+)
 
 _FIRST_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
 
@@ -79,30 +86,93 @@ def compiler_options(arrays: Any) -> dict[str, bool]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Unscaled:
-    """A product that what reads it scales, and applies an activation to.
+class Rounded:
+    """Activations in FP8, for one product or for several.
 
     Attributes:
-      product: In the dtype that products have.
-      rows: Scales of its rows.
-      columns: Scales of its columns.
-      bias: Added after scaling.
-      activation: Applied at last, in float32.
+      rows: Their values and scales. Nothing has a derivative by them.
+      arrays: What they were made of: gradients pass to these.
+      make: Makes the activations of `arrays`, in float32.
     """
 
-    product: Float[Array, "*rows K"]
-    rows: Float[Array, "*rows"]
-    columns: Float[Array, " K"]
-    bias: Float[Array, " K"] | None
-    activation: Callable[[Array], Array]
+    rows: ScaledRows
+    arrays: Any
+    make: Callable[[Any], Array]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the product."""
-        return self.product.shape
+        """Shape of the activations."""
+        return self.rows.values.shape
 
 
-Part = Float[Array | np.ndarray, "*rows _"] | Unscaled
+Part = Float[Array | np.ndarray, "*rows _"] | Rounded
+
+
+def rounded(x: Float[Array | np.ndarray, "*rows K"]) -> Rounded:
+    """Rounds activations row by row."""
+    x = jnp.asarray(x)
+    rows = _in_kernel(round_rows, x)
+    if rows is None:
+        rows = quantise_rows(jax.lax.stop_gradient(x))
+    return Rounded(rows=rows, arrays=x, make=_float32)
+
+
+def rounded_norm(
+    x: Float[Array, "B T E"],
+    factor: Float[Array, "#B _ E"],
+    shift: Float[Array, "#B _ E"],
+    *,
+    eps: float,
+) -> Rounded:
+    """Computes `layer_norm(x) * factor + shift` in float32, and rounds it row by row.
+
+    Norm, modulation, maxima and rounding are one kernel on Hopper GPUs if all tokens of
+    an item have the same modulation. Elsewhere XLA reads x twice.
+
+    Args:
+      x: Tokens.
+      factor: Of each channel, of all tokens or of each.
+      shift: Likewise.
+      eps: Added to the variance.
+    """
+    make = functools.partial(_norm, eps=eps)
+    arrays = (x, factor, shift)
+    rows = None
+    if factor.shape[1] == shift.shape[1] == 1:
+        size = (x.shape[0], x.shape[-1])
+        modulation = (jnp.broadcast_to(y[:, 0], size) for y in (factor, shift))
+        rows = _in_kernel(functools.partial(norm_rows, eps=eps), x, *modulation)
+    if rows is None:
+        rows = quantise_rows(jax.lax.stop_gradient(make(arrays)))
+    return Rounded(rows=rows, arrays=arrays, make=make)
+
+
+def rounded_activation(
+    x: Part,
+    weight: ScaledRows,
+    bias: Float[Array | np.ndarray, " out"] | None,
+    activation: Callable[[Array], Array],
+    *,
+    dtype: str,
+) -> Rounded:
+    """Multiplies activations with a weight in FP8, and rounds for the next product.
+
+    What is in between (scales, bias, activation, maxima and rounding) is one kernel on
+    Hopper GPUs if the activation is `pallas_kernels.float8_rows.gelu_tanh`. Elsewhere
+    it is computed twice, once for the maxima. Else its result would be written out and
+    read again, which takes longer, and as much memory again.
+
+    Takes and raises what `scaled_product` does.
+    """
+    _check([x], weight)
+    product, scale = _multiply_part(x, weight.values, dtype)
+    bias = None if bias is None else _float32(bias)
+    arrays = (product, scale, weight.scale, bias)
+    make = functools.partial(_activate, activation)
+    rows = _in_kernel(gelu_rows, *arrays) if activation is gelu_tanh else None
+    if rows is None:
+        rows = quantise_made(make, jax.lax.stop_gradient(arrays))
+    return Rounded(rows=rows, arrays=arrays, make=make)
 
 
 def scaled_product(
@@ -132,44 +202,17 @@ def scaled_product(
     start, total = 0, None
     for part in parts:
         stop = start + part.shape[-1]
-        product, rows = _multiply_part(part, weight.values[:, start:stop], dtype)
-        scaled = product.astype(jnp.float32) * rows[..., None]
+        product, scale = _multiply_part(part, weight.values[:, start:stop], dtype)
+        scaled = product.astype(jnp.float32) * scale[..., None]
         start, total = stop, scaled if total is None else total + scaled
     assert total is not None, "checked"
     total = total * weight.scale
     return (total if bias is None else total + _float32(bias)).astype(dtype)
 
 
-def unscaled_product(
-    x: Part,
-    weight: ScaledRows,
-    bias: Float[Array | np.ndarray, " out"] | None,
-    activation: Callable[[Array], Array],
-    *,
-    dtype: str,
-) -> Unscaled:
-    """Multiplies activations with a weight in FP8 for another such product to read.
-
-    What the two do in between (scales, bias, activation, maxima and rounding) is one
-    kernel on Hopper GPUs if the activation is `pallas_kernels.float8_rows.gelu_tanh`.
-    Elsewhere it is computed twice, once for the maxima. Else its result would be
-    written out and read again, which takes longer, and as much memory again.
-
-    Takes and raises what `scaled_product` does.
-    """
-    _check([x], weight)
-    product, rows = _multiply_part(x, weight.values, dtype)
-    return Unscaled(
-        product=product,
-        rows=rows,
-        columns=weight.scale,
-        bias=None if bias is None else jnp.asarray(bias),
-        activation=activation,
-    )
-
-
 def _check(parts: Sequence[Part], weight: ScaledRows) -> None:
-    if reason := why_no_float8(current_device(*parts)):
+    arrays = [p.rows.values if isinstance(p, Rounded) else p for p in parts]
+    if reason := why_no_float8(current_device(*arrays)):
         raise ValueError(f"{reason}; choose linears='bfloat16'")
     widths = [part.shape[-1] for part in parts]
     if weight.values.ndim != 2 or not widths or sum(widths) != weight.values.shape[1]:
@@ -179,45 +222,49 @@ def _check(parts: Sequence[Part], weight: ScaledRows) -> None:
         )
 
 
+def _in_kernel(kernel: Callable[..., Any], x: Array, *others: Any) -> ScaledRows | None:
+    """Makes and rounds rows in a kernel; None where it does not run."""
+    device = current_device(x)
+    if not device.is_hopper:
+        return None
+    if cause := why_not_in_kernel(x.shape, x.dtype, device):
+        warn_once(f"rounding to FP8 runs on XLA, slower: {cause}")
+        return None
+    return ScaledRows(*kernel(*jax.lax.stop_gradient((x, *others))))
+
+
 def _multiply_part(part: Part, values: Array, dtype: str) -> tuple[Array, Array]:
-    """Rounds activations; returns the product without scales, and theirs."""
-    if isinstance(part, Unscaled):
-        arrays = part.product, part.rows, part.columns, part.bias
-        return _product(part.activation, dtype, arrays, values)
-    return _product(None, dtype, jnp.asarray(part), values)
+    """Returns the product without scales, and scales of rows; rounds what is not."""
+    if not isinstance(part, Rounded):
+        part = rounded(part)
+    product = _product(part.make, dtype, part.rows, part.arrays, values)
+    return product, part.rows.scale
 
 
 def _float32(x):
     return jnp.asarray(x).astype(jnp.float32)
 
 
-def _widen(activation, arrays):
-    """Applies scales, bias and activation of an `Unscaled`, in float32."""
+def _activate(activation, arrays):
+    """Applies scales, bias and activation to a product, in float32."""
     product, rows, columns, bias = arrays
     x = _float32(product) * rows[..., None] * columns
-    return activation(x if bias is None else x + _float32(bias))
+    return activation(x if bias is None else x + bias)
+
+
+def _norm(arrays, *, eps):
+    x, factor, shift = map(_float32, arrays)
+    return layer_norm(x, eps) * factor + shift
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(activation, dtype, arrays, values):
-    """Returns a product without scales, and those of its rows.
+def _product(make, dtype, rows, arrays, values):
+    """Returns rows times values, without scales.
 
-    Arrays are those of an `Unscaled` with this activation; with None, the rows.
+    Rows are what `make` makes of arrays, rounded: nothing here reads the arrays.
     """
-    rows = quantise_rows(arrays) if activation is None else _finish(activation, arrays)
-    return _multiply(rows.values, values, jnp.dtype(dtype)), rows.scale
-
-
-def _finish(activation, arrays) -> ScaledRows:
-    """Rounds what an `Unscaled` stands for: in a kernel where there is one."""
-    product, *_ = arrays
-    device = current_device(product)
-    if activation is gelu_tanh and device.is_hopper:
-        cause = why_not_in_kernel(product.shape, product.dtype, device)
-        if cause is None:
-            return ScaledRows(*gelu_rows(*arrays))
-        warn_once(f"GELU and its rounding to FP8 run on XLA, slower: {cause}")
-    return quantise_made(functools.partial(_widen, activation), arrays)
+    del make, arrays
+    return _multiply(rows.values, values, jnp.dtype(dtype))
 
 
 def _multiply(rows, columns, dtype):
@@ -233,29 +280,26 @@ def _multiply(rows, columns, dtype):
     return product.astype(dtype)
 
 
-def _forward(activation, dtype, arrays, values):
+def _forward(make, dtype, rows, arrays, values):
     if values.perturbed:
         raise TypeError(
             "weights in FP8 have no gradient; train with linears='bfloat16', and "
             "round afterwards"
         )
-    arrays = jax.tree.map(lambda primal: primal.value, arrays)
-    product, scale = _product(activation, dtype, arrays, values.value)
-    return (product, scale), (arrays, values.value, scale)
+    rows, arrays = jax.tree.map(lambda primal: primal.value, (rows, arrays))
+    product = _product(make, dtype, rows, arrays, values.value)
+    return product, (rows.scale, arrays, values.value)
 
 
-def _backward(activation, dtype, saved, cotangents):
+def _backward(make, dtype, saved, cotangent):
     """Pulls back as if nothing were rounded; scales are constants."""
     del dtype
-    arrays, values, scale = saved
-    of_product, _ = cotangents
-    if isinstance(of_product, jax.custom_derivatives.SymbolicZero):
-        return jax.tree.map(jnp.zeros_like, arrays), None
-    of_rows = _float32(of_product) / scale[..., None] @ _float32(values)
-    if activation is None:
-        return of_rows.astype(arrays.dtype), None
-    widen = functools.partial(_widen, activation)
-    return *jax.vjp(widen, arrays)[1](of_rows), None
+    scale, arrays, values = saved
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return None, jax.tree.map(jnp.zeros_like, arrays), None
+    of_rows = _float32(cotangent) / scale[..., None] @ _float32(values)
+    (of_arrays,) = jax.vjp(make, arrays)[1](of_rows)
+    return None, of_arrays, None
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -12,6 +12,7 @@ the two. In single blocks the output layer takes its two inputs one by one.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -31,14 +32,16 @@ from draft_jax import (
 from draft_jax.pytree import register_named_tuple
 from models.diffusion.capture import sow_if_captured
 from models.diffusion.transformer.attention import self_attention
+from models.diffusion.transformer.float8 import Float8Linear
 from models.diffusion.transformer.layers import (
     MLP,
+    Activations,
     RMSNorm,
     activate,
     apply_side_by_side,
-    layer_norm,
     linear,
     merge_heads,
+    modulated_norm,
     projection,
     split_heads,
 )
@@ -93,16 +96,17 @@ class Modulation(nnx.Module):
         return jnp.split(self.linear(conditioning)[:, None], self.rows, axis=-1)
 
 
-def modulated_norm(
+def norm_shift_scale(
     x: Float[Array, "B T E"],
     shift: Float[Array, "B 1 E"],
     scale: Float[Array, "B 1 E"],
-    config: HunyuanConfig,
-) -> Float[Array, "B T E"]:
-    """Norms, scales and shifts each token in float32; rounded to `config.dtype`."""
+    *,
+    eps: float,
+    before: nnx.Linear | Float8Linear,
+) -> Activations:
+    """Norms, scales and shifts each token in float32; see `modulated_norm`."""
     shift, scale = shift.astype(jnp.float32), scale.astype(jnp.float32)
-    x = layer_norm(x, config.eps) * (1 + scale) + shift
-    return x.astype(config.dtype)
+    return modulated_norm(x, 1 + scale, shift, eps=eps, before=before)
 
 
 def add_gated(
@@ -131,13 +135,13 @@ class JointAttention(nnx.Module):
 
     def __call__(
         self,
-        video: Float[Array, "B V E"],
-        text: Float[Array, "B L E"],
+        video: Activations,
+        text: Activations,
         inputs: JointBlockInputs,
         step: DraftStep | None,
         mask: BlockMask | None,
     ) -> tuple[Streams, BlockMask | None]:
-        """Attends within the joint sequence; in and out in `config.dtype`."""
+        """Attends within the joint sequence; the result is in `config.dtype`."""
         of_video, of_text = (
             QKV(*(split_heads(project(x), self.num_heads) for project in projections))
             for x, projections in (
@@ -212,15 +216,14 @@ class DoubleBlock(nnx.Module):
         Returns:
           The residual streams, and the mask in use.
         """
-        config = self.config
         video, text = streams
         shift, scale, gate, *mlp_rows = self.norm1(inputs.conditioning)
         text_shift, text_scale, text_gate, *text_mlp_rows = self.norm1_context(
             inputs.conditioning
         )
         (attended, text_attended), mask = self.attn(
-            modulated_norm(video, shift, scale, config),
-            modulated_norm(text, text_shift, text_scale, config),
+            self._norm(video, shift, scale, before=self.attn.to_q),
+            self._norm(text, text_shift, text_scale, before=self.attn.add_q_proj),
             inputs,
             step,
             mask,
@@ -239,7 +242,12 @@ class DoubleBlock(nnx.Module):
         rows: list[Float[Array, "B 1 E"]],
     ) -> Float[Array, "B T E"]:
         shift, scale, gate = rows
-        return add_gated(x, mlp(modulated_norm(x, shift, scale, self.config)), gate)
+        normed = self._norm(x, shift, scale, before=mlp.linear_1)
+        return add_gated(x, mlp(normed), gate)
+
+    @property
+    def _norm(self) -> Callable[..., Activations]:
+        return functools.partial(norm_shift_scale, eps=self.config.eps)
 
 
 class SingleAttention(nnx.Module):
@@ -256,12 +264,12 @@ class SingleAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T E"],
+        x: Activations,
         inputs: JointBlockInputs,
         step: DraftStep | None,
         mask: BlockMask | None,
     ) -> tuple[Float[Array, "B T E"], BlockMask | None]:
-        """Attends within the sequence; in and out in `config.dtype`."""
+        """Attends within the sequence; the result is in `config.dtype`."""
         q, k, v, pooled = self._project(x, inputs)
         sow_if_captured(self, q=q, k=k, v=v)
         attended, mask = _attend(q, k, v, pooled, inputs, step, mask)
@@ -269,7 +277,7 @@ class SingleAttention(nnx.Module):
             return jnp.concatenate(_exchange_back(attended, inputs), axis=1), mask
         return merge_heads(attended), mask
 
-    def _project(self, x: Float[Array, "B T E"], inputs: JointBlockInputs):
+    def _project(self, x: Activations, inputs: JointBlockInputs):
         """Returns queries, keys and values, and what is pooled of the first two."""
         q, k, v = (
             split_heads(project(x), self.num_heads)
@@ -332,7 +340,9 @@ class SingleBlock(nnx.Module):
           The residual stream, and the mask in use.
         """
         shift, scale, gate = self.norm(inputs.conditioning)
-        normed = modulated_norm(x, shift, scale, self.config)
+        normed = norm_shift_scale(
+            x, shift, scale, eps=self.config.eps, before=self.proj_mlp
+        )
         attended, mask = self.attn(normed, inputs, step, mask)
         hidden = activate(gelu_tanh, self.proj_mlp, normed, before=self.proj_out)
         out = apply_side_by_side(self.proj_out, attended, hidden)

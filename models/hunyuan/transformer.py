@@ -41,7 +41,7 @@ from models.hunyuan.layers import (
     DoubleBlock,
     JointBlockInputs,
     SingleBlock,
-    modulated_norm,
+    norm_shift_scale,
 )
 from models.hunyuan.rope import video_rope
 
@@ -388,8 +388,11 @@ class HunyuanTransformer(VideoTransformer):
         Then puts tokens back to raster order and cuts patches into positions.
         """
         _, video = self._parts(grid)
-        x = modulated_norm(x, *self.norm_out(conditioning), self.config)
-        patches = self.proj_out(x).astype(jnp.float32)
+        modulation = self.norm_out(conditioning)
+        normed = norm_shift_scale(
+            x, *modulation, eps=self.config.eps, before=self.proj_out
+        )
+        patches = self.proj_out(normed).astype(jnp.float32)
         if shards is not None:
             patches = shards.gather(patches)[:, -video.num_tokens :]
         return unpatchify(

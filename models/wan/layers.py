@@ -6,6 +6,7 @@ in the original under autocast; what enters a matrix product or attention is cas
 `config.dtype`, and so is what comes out of it.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -28,11 +29,13 @@ from models.diffusion.capture import sow_if_captured
 from models.diffusion.transformer.attention import self_attention
 from models.diffusion.transformer.layers import (
     MLP,
+    Activations,
     LayerNorm,
     RMSNorm,
-    layer_norm,
     merge_heads,
+    modulated_norm,
     projection,
+    shared_input,
     split_heads,
 )
 from models.diffusion.transformer.rope import RopeTable
@@ -85,7 +88,7 @@ class SelfAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T E"],
+        x: Activations,
         inputs: BlockInputs,
         step: DraftStep | None,
         mask: BlockMask | None,
@@ -93,7 +96,7 @@ class SelfAttention(nnx.Module):
         """Attends within the video.
 
         Args:
-          x: Tokens in tiled order, in `config.dtype`.
+          x: Tokens in tiled order, in `config.dtype` or in FP8.
           inputs: Inputs that all blocks share.
           step: This layer's part of the schedule (`dense` is a scalar); None with
             dense attention.
@@ -119,14 +122,14 @@ class SelfAttention(nnx.Module):
         return self.to_out(merge_heads(attended)), mask
 
     def _project(
-        self, x: Float[Array, "B T E"], inputs: BlockInputs
+        self, x: Activations, inputs: BlockInputs
     ) -> tuple[
         Float[Array, "B T N D"],
         Float[Array, "B T N D"],
         Float[Array, "B T N D"],
         PooledTokens | None,
     ]:
-        """Returns queries, keys and values, in the dtype of `x`.
+        """Returns queries, keys and values, in `config.dtype`.
 
         Norm and rotation are float32; the RMS is over all heads together. Pooled as
         `inputs.draft` says where that comes with them for free. Of tokens on several
@@ -178,7 +181,7 @@ class CrossAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T E"],
+        x: Activations,
         text: Float[Array, "B L E"],
         image: Float[Array, "B I E"] | None,
     ) -> Float[Array, "B T E"]:
@@ -186,10 +189,11 @@ class CrossAttention(nnx.Module):
 
         Norms are float32; the RMS is over all heads together.
         """
-        q, k = self.to_q(x), self.to_k(text)
+        words = shared_input(text, before=self.to_k)
+        q, k = self.to_q(x), self.to_k(words)
         q = self._heads(q if self.norm_q is None else self.norm_q(q))
         k = self._heads(k if self.norm_k is None else self.norm_k(k))
-        v = self._heads(self.to_v(text))
+        v = self._heads(self.to_v(words))
         q = q.astype(self.dtype)
         attended = attend_to_all(q, k.astype(self.dtype), v)
         if image is not None:
@@ -202,10 +206,11 @@ class CrossAttention(nnx.Module):
         """Returns keys and values of embedded image tokens."""
         assert self.add_k_proj is not None, "made with image"
         assert self.add_v_proj is not None, "made with image"
-        k = self.add_k_proj(image)
+        patches = shared_input(image, before=self.add_k_proj)
+        k = self.add_k_proj(patches)
         if self.norm_added_k is not None:
             k = self.norm_added_k(k).astype(self.dtype)
-        return self._heads(k), self._heads(self.add_v_proj(image))
+        return self._heads(k), self._heads(self.add_v_proj(patches))
 
     def _heads(self, x: Float[Array, "B T E"]) -> Float[Array, "B T N D"]:
         return split_heads(x, self.num_heads)
@@ -218,7 +223,7 @@ class WanBlock(nnx.Module):
     """
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs) -> None:
-        self.dtype, self.eps = config.dtype, config.eps
+        self.eps = config.eps
         self.attn1 = SelfAttention(config, rngs=rngs)
         self.attn2 = CrossAttention(
             config, image=config.image_dim is not None, rngs=rngs
@@ -259,16 +264,21 @@ class WanBlock(nnx.Module):
         shift_1, scale_1, gate_1, shift_3, scale_3, gate_3 = (
             of_tokens(rows[:, :, row], inputs.grid, inputs.shards) for row in range(6)
         )
-        hidden = layer_norm(x, self.eps) * (1 + scale_1) + shift_1
-        attended, mask = self.attn1(hidden.astype(self.dtype), inputs, step, mask)
+        modulate = functools.partial(modulated_norm, eps=self.eps)
+        hidden = modulate(x, 1 + scale_1, shift_1, before=self.attn1.to_q)
+        attended, mask = self.attn1(hidden, inputs, step, mask)
         x = x + attended.astype(jnp.float32) * gate_1
 
-        hidden = x if self.norm2 is None else self.norm2(x)
-        attended = self.attn2(hidden.astype(self.dtype), inputs.text, inputs.image)
+        to_q = self.attn2.to_q
+        if self.norm2 is None:
+            hidden = shared_input(x, before=to_q)
+        else:
+            hidden = self.norm2.before(to_q, x)
+        attended = self.attn2(hidden, inputs.text, inputs.image)
         x = x + attended.astype(jnp.float32)
 
-        hidden = layer_norm(x, self.eps) * (1 + scale_3) + shift_3
-        hidden = self.ffn(hidden.astype(self.dtype))
+        hidden = modulate(x, 1 + scale_3, shift_3, before=self.ffn.linear_1)
+        hidden = self.ffn(hidden)
         return x + hidden.astype(jnp.float32) * gate_3, mask
 
 

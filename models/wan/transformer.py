@@ -20,7 +20,7 @@ from models.diffusion.layer_state import prepare_layer_state
 from models.diffusion.transformer.block_stack import run_blocks, stack_blocks
 from models.diffusion.transformer.embeddings import PatchEmbedding
 from models.diffusion.transformer.float8 import use_float8_linears
-from models.diffusion.transformer.layers import layer_norm, linear
+from models.diffusion.transformer.layers import linear, modulated_norm
 from models.diffusion.transformer.model import (
     Results,
     Velocity,
@@ -311,8 +311,10 @@ class WanTransformer(VideoTransformer):
         """
         table = self.scale_shift_table[...].astype(jnp.float32)
         shift, scale = (of_tokens(table[row] + time, grid, shards) for row in range(2))
-        x = layer_norm(x, self.config.eps) * (1 + scale) + shift
-        patches = self.proj_out(x.astype(self.config.dtype)).astype(jnp.float32)
+        normed = modulated_norm(
+            x, 1 + scale, shift, eps=self.config.eps, before=self.proj_out
+        )
+        patches = self.proj_out(normed).astype(jnp.float32)
         if shards is not None:
             patches = shards.gather(patches)
         return unpatchify(

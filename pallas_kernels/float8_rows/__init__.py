@@ -1,6 +1,13 @@
 """Rows in FP8, rounded within the operation that makes them."""
 
-from pallas_kernels.float8_rows.api import gelu_rows, gelu_tanh, why_not_in_kernel
+from pallas_kernels.float8_rows.api import (
+    gelu_rows,
+    gelu_tanh,
+    layer_norm,
+    norm_rows,
+    round_rows,
+    why_not_in_kernel,
+)
 from pallas_kernels.float8_rows.interfaces import LARGEST, LEAST_MAXIMUM
 
 __all__ = [
@@ -8,5 +15,8 @@ __all__ = [
     "LEAST_MAXIMUM",
     "gelu_rows",
     "gelu_tanh",
+    "layer_norm",
+    "norm_rows",
+    "round_rows",
     "why_not_in_kernel",
 ]

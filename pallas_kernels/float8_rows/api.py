@@ -1,9 +1,11 @@
-"""Between two products in FP8: scales, bias, GELU, and the rounding of each row.
+"""Rows for products in FP8: each is made and rounded in one kernel.
 
-XLA makes such rows twice, once for their maxima and once for their values, with a
-tangent of some fifty instructions in both. The kernel for Hopper GPUs reads the product
-once and writes FP8 once.
+XLA makes such rows twice, once for their maxima and once for their values. The kernels
+for Hopper GPUs read what a row is made of once, and write FP8 once.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,14 @@ def gelu_tanh(x: Float[AnyArray, "*axes"]) -> Float[Array, "*axes"]:
     return jax.nn.gelu(x, approximate=True)
 
 
+def layer_norm(x: Float[AnyArray, "*axes E"], eps: float) -> Float[Array, "*axes E"]:
+    """Returns zero mean and unit variance over the last axis, in float32."""
+    x = jnp.asarray(x, jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + eps)
+
+
 def gelu_rows(
     product: Float[AnyArray, "*rows K"],
     rows: Float[AnyArray, "*rows"],
@@ -42,7 +52,7 @@ def gelu_rows(
     sharded over devices.
 
     Args:
-      product: A product of FP8 numbers, without their scales, bfloat16 or float16.
+      product: A product of FP8 numbers, without their scales.
       rows: Scale of each of its rows, float32.
       columns: Scale of each of its columns, float32.
       bias: Added after scaling, float32.
@@ -54,47 +64,121 @@ def gelu_rows(
       ValueError: The kernel does not take such a product on any device: see
         `why_not_in_kernel`.
     """
-    if cause := sm90.kernel.why_unsupported(product.shape, product.dtype):
-        raise ValueError(f"gelu_rows cannot take this product: {cause}")
+    _check("gelu_rows", "product", product)
     bias = jnp.zeros(columns.shape, jnp.float32) if bias is None else bias
-    return _gelu_rows(*map(jnp.asarray, (product, rows, columns, bias)))
+    scales = (jnp.asarray(x, jnp.float32) for x in (rows, columns, bias))
+    return _gelu_rows(jnp.asarray(product), *scales)
+
+
+def norm_rows(
+    x: Float[AnyArray, "B T K"],
+    factor: Float[AnyArray, "B K"],
+    shift: Float[AnyArray, "B K"],
+    *,
+    eps: float,
+) -> tuple[Float8e4m3fn[Array, "B T K"], Float[Array, "B T"]]:
+    """Computes `layer_norm(x) * factor + shift` in float32, and rounds rows to FP8.
+
+    Mean and variance are those of a row. The rest is as in `gelu_rows`.
+
+    Args:
+      x: Rows to norm.
+      factor: Factor of each channel after the norm, for all rows of a batch item.
+      shift: Added after that.
+      eps: Added to the variance.
+
+    Returns:
+      Values and float32 scales; what they stand for is the product of both.
+
+    Raises:
+      ValueError: The kernel does not take such rows on any device: see
+        `why_not_in_kernel`.
+    """
+    _check("norm_rows", "x", x)
+    modulation = (jnp.asarray(y, jnp.float32) for y in (factor, shift))
+    return _norm_rows(jnp.asarray(x), *modulation, eps=eps)
+
+
+def round_rows(
+    x: Float[AnyArray, "*rows K"],
+) -> tuple[Float8e4m3fn[Array, "*rows K"], Float[Array, "*rows"]]:
+    """Rounds rows to FP8 as they are; the rest is as in `gelu_rows`."""
+    _check("round_rows", "x", x)
+    return _round_rows(jnp.asarray(x))
 
 
 def why_not_in_kernel(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, device: Device
 ) -> str | None:
-    """Returns why the kernel does not take such products on a device, or None.
+    """Returns why the kernels do not take such rows on a device, or None.
 
     Args:
-      shape: That of the product.
-      dtype: Of the product.
+      shape: That of the rows.
+      dtype: Of the rows as they are read.
       device: Device that it would run on.
     """
     return device.why_not_hopper() or sm90.kernel.why_unsupported(shape, dtype)
 
 
+def _check(function: str, name: str, x) -> None:
+    if cause := sm90.kernel.why_unsupported(x.shape, x.dtype):
+        raise ValueError(f"{function} cannot take {name}: {cause}")
+
+
 @jit_once
-def _gelu_rows(product, *scales):
+def _gelu_rows(product, rows, columns, bias):
     lead = lists_of_maps(product.ndim - 1)
+    operands = (f"product: {lead} K", f"rows: {lead}", "columns: K", "bias: K")
     axes = Axes(
         operation="GELU of rows in FP8",
-        operands=(f"product: {lead} K", f"rows: {lead}", "columns: K", "bias: K"),
+        operands=operands,
         results=(f"{lead} K", lead),
     )
 
-    def run(*arrays):
-        call = fold_mapped_axes(partitioned(_run, axes), num_shared=2)
-        return tuple(call(*vary_alike(arrays)))
+    def run(product, rows, *shared):
+        flat = rows.reshape(rows.size)
+        return _by_rows(sm90.kernel.gelu_rows, product, flat, *shared)
 
-    arrays = (product, *(x.astype(jnp.float32) for x in scales))
+    return _over_devices(run, axes, (product, rows, columns, bias), num_shared=2)
+
+
+@functools.partial(jit_once, static_argnames=("eps",))
+def _norm_rows(x, factor, shift, *, eps: float):
+    axes = Axes(
+        operation="norm of rows in FP8",
+        operands=("x: B N K", "factor: B K", "shift: B K"),
+        results=("B N K", "B N"),
+    )
+    run = functools.partial(_by_rows, functools.partial(sm90.kernel.norm_rows, eps=eps))
+    return _over_devices(run, axes, (x, factor, shift), num_shared=0)
+
+
+@jit_once
+def _round_rows(x):
+    lead = lists_of_maps(x.ndim - 1)
+    axes = Axes(
+        operation="rounding of rows to FP8",
+        operands=(f"x: {lead} K",),
+        results=(f"{lead} K", lead),
+    )
+    run = functools.partial(_by_rows, sm90.kernel.round_rows)
+    return _over_devices(run, axes, (x,), num_shared=0)
+
+
+def _by_rows(kernel: Callable, x, *others):
+    """Calls a kernel with all rows of `x` in one axis."""
+    lead = x.shape[:-1]
+    values, scale = kernel(x.reshape(int(np.prod(lead)), x.shape[-1]), *others)
+    return values.reshape(x.shape), scale.reshape(lead)
+
+
+def _over_devices(run: Callable, axes: Axes, arrays, *, num_shared: int):
+    """Calls a function of rows: each device has its own, mapped axes join theirs."""
+
+    def call(*arrays):
+        made = fold_mapped_axes(partitioned(run, axes), num_shared=num_shared)
+        return tuple(made(*vary_alike(arrays)))
+
     return over_explicit_axes(
-        run, operation=axes.operation, operands=axes.operands, results=axes.results
+        call, operation=axes.operation, operands=axes.operands, results=axes.results
     )(*arrays)
-
-
-def _run(product, rows, columns, bias):
-    lead = product.shape[:-1]
-    count = int(np.prod(lead))
-    flat = product.reshape(count, product.shape[-1]), rows.reshape(count)
-    values, scale = sm90.kernel.gelu_rows(*flat, columns, bias)
-    return values.reshape(product.shape), scale.reshape(lead)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from models.float8.product import Unscaled, scaled_product, unscaled_product
+from models.float8.product import Rounded, rounded_activation, scaled_product
 from models.float8.rows import ScaledRows, quantise_rows
 
 
@@ -41,16 +41,20 @@ class Float8Linear(nnx.Module):
         return cls(quantise_rows(weight), bias, dtype=jnp.dtype(layer.dtype).name)
 
     def __call__(
-        self, *parts: Float[Array, "*axes _"] | Unscaled
+        self, *parts: Float[Array, "*axes _"] | Rounded
     ) -> Float[Array, "*axes O"]:
         """Applies the layer to the last axis; see `scaled_product` for several."""
         return scaled_product(parts, self._rows, self._bias, dtype=self.dtype)
 
     def before(
-        self, activation: Callable[[Array], Array], x: Float[Array, "*axes I"]
-    ) -> Unscaled:
+        self,
+        activation: Callable[[Array], Array],
+        x: Float[Array, "*axes I"] | Rounded,
+    ) -> Rounded:
         """Applies the layer, and then an activation, for another `Float8Linear`."""
-        return unscaled_product(x, self._rows, self._bias, activation, dtype=self.dtype)
+        return rounded_activation(
+            x, self._rows, self._bias, activation, dtype=self.dtype
+        )
 
     @property
     def _rows(self) -> ScaledRows:

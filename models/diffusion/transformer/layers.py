@@ -14,7 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models.diffusion.transformer.float8 import Float8Linear
-from models.float8.product import Unscaled
+from models.float8.product import Rounded, rounded, rounded_norm
+from pallas_kernels.float8_rows import layer_norm
+
+# What enters a linear layer, `[B, T, E]`: in its dtype, or in FP8.
+Activations = Float[Array, "B _ _"] | Rounded
 
 # The initialisation of most linear layers in the original codes of all families.
 XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
@@ -29,8 +33,12 @@ def linear(
     rngs: nnx.Rngs,
     use_bias: bool = True,
     kernel_init: Callable = XAVIER_UNIFORM,
-) -> nnx.Linear:
-    """Returns a dense layer that computes in `dtype`."""
+) -> Any:
+    """Returns a dense layer that computes in `dtype`.
+
+    It is an `nnx.Linear` until it becomes a `Float8Linear`, which takes what is in FP8,
+    too.
+    """
     return nnx.Linear(
         in_features,
         out_features,
@@ -59,7 +67,7 @@ class HasWidth(Protocol):
         """Of stored parameters."""
 
 
-def projection(config: HasWidth, rngs: nnx.Rngs) -> Callable[[], nnx.Linear]:
+def projection(config: HasWidth, rngs: nnx.Rngs) -> Callable[[], Any]:
     """Returns a function that makes linear layers from a model's width to the same."""
     return functools.partial(
         linear,
@@ -74,37 +82,61 @@ def projection(config: HasWidth, rngs: nnx.Rngs) -> Callable[[], nnx.Linear]:
 def activate(
     activation: Callable[[Array], Array],
     layer: nnx.Linear | Float8Linear,
-    x: Float[Array, "*axes I"],
+    x: Float[Array, "*axes I"] | Rounded,
     *,
     before: nnx.Linear | Float8Linear,
-) -> Float[Array, "*axes H"] | Unscaled:
+) -> Float[Array, "*axes H"] | Rounded:
     """Applies a layer and then an activation, for the layer that it stands before."""
-    if isinstance(layer, Float8Linear) and isinstance(before, Float8Linear):
-        return layer.before(activation, x)
+    if isinstance(layer, Float8Linear):
+        if isinstance(before, Float8Linear):
+            return layer.before(activation, x)
+        return activation(layer(x))
+    assert not isinstance(x, Rounded), "see `modulated_norm`"
     return activation(layer(x))
 
 
 def apply_side_by_side(
     layer: nnx.Linear | Float8Linear,
     first: Float[Array, "B T E"],
-    second: Float[Array, "B T M"] | Unscaled,
+    second: Float[Array, "B T M"] | Rounded,
 ) -> Float[Array, "B T O"]:
     """Applies a layer to two inputs side by side, which never are one array."""
     if isinstance(layer, Float8Linear):
         return layer(first, second)
-    assert not isinstance(second, Unscaled), "see `activate`"
+    assert not isinstance(second, Rounded), "see `activate`"
     kernel, width = layer.kernel[...].astype(layer.dtype), first.shape[-1]
     assert layer.bias is not None, "made with one"
     bias = layer.bias[...].astype(layer.dtype)
     return first @ kernel[:width] + second @ kernel[width:] + bias
 
 
-def layer_norm(x: Float[Array, "*axes E"], eps: float) -> Float[Array, "*axes E"]:
-    """Returns zero mean and unit variance over the last axis, in float32."""
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + eps)
+def modulated_norm(
+    x: Float[Array, "B T E"],
+    factor: Float[Array, "#B _ E"],
+    shift: Float[Array, "#B _ E"],
+    *,
+    eps: float,
+    before: nnx.Linear | Float8Linear,
+) -> Activations:
+    """Computes `layer_norm(x) * factor + shift` in float32 for one or several layers.
+
+    Args:
+      x: Tokens.
+      factor: Of each channel, of all tokens or of each.
+      shift: Likewise.
+      eps: Added to the variance.
+      before: A layer that reads the result. Those that do are alike in precision.
+    """
+    if isinstance(before, Float8Linear):
+        return rounded_norm(x, factor, shift, eps=eps)
+    return (layer_norm(x, eps) * factor + shift).astype(before.dtype)
+
+
+def shared_input(
+    x: Float[Array, "B T E"], *, before: nnx.Linear | Float8Linear
+) -> Activations:
+    """Returns the input of several layers: in FP8 it is rounded once for all."""
+    return rounded(x) if isinstance(before, Float8Linear) else x.astype(before.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -117,8 +149,18 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Normalises each token, in float32."""
-        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
-        return layer_norm(x, self.eps) * scale + bias
+        factor, shift = self._parameters()
+        return layer_norm(x, self.eps) * factor + shift
+
+    def before(
+        self, layer: nnx.Linear | Float8Linear, x: Float[Array, "B T E"]
+    ) -> Activations:
+        """Normalises each token for a layer; see `modulated_norm`."""
+        return modulated_norm(x, *self._parameters(), eps=self.eps, before=layer)
+
+    def _parameters(self) -> list[Float[Array, "1 1 E"]]:
+        """Returns scale and bias, in float32."""
+        return [p[...].astype(jnp.float32)[None, None] for p in (self.scale, self.bias)]
 
 
 class RMSNorm(nnx.Module):
@@ -152,13 +194,12 @@ class MLP(nnx.Module):
         self.linear_1 = linear(
             features_in, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
-        # In FP8 it takes what `activate` leaves unscaled, too.
-        self.linear_2: Any = linear(
+        self.linear_2 = linear(
             hidden, features_out, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.activation = activation
 
-    def __call__(self, x: Float[Array, "*axes I"]) -> Float[Array, "*axes O"]:
+    def __call__(self, x: Float[Array, "*axes I"] | Rounded) -> Float[Array, "*axes O"]:
         """Applies both layers to the last axis."""
         hidden = activate(self.activation, self.linear_1, x, before=self.linear_2)
         return self.linear_2(hidden)

@@ -11,8 +11,10 @@ import pytest
 from models.float8 import product
 from models.float8.product import (
     compiler_options,
+    rounded,
+    rounded_activation,
+    rounded_norm,
     scaled_product,
-    unscaled_product,
     why_no_float8,
 )
 from models.float8.rows import ScaledRows, quantise_rows
@@ -97,7 +99,7 @@ def test_networks_match_float64(dtype):
 
     @jax.jit
     def apply(x):
-        hidden = unscaled_product(x, first_rows, first_bias, jnp.tanh, dtype=dtype)
+        hidden = rounded_activation(x, first_rows, first_bias, jnp.tanh, dtype=dtype)
         return scaled_product((hidden,), second_rows, second_bias, dtype=dtype)
 
     product = numpy_round(x) @ numpy_round(first).T
@@ -121,7 +123,7 @@ def test_gradients_of_networks_are_those_of_their_parts():
         return jnp.sin(out).sum()
 
     def together(x, bias):
-        hidden = unscaled_product(x, first_rows, bias, jnp.tanh, dtype="float32")
+        hidden = rounded_activation(x, first_rows, bias, jnp.tanh, dtype="float32")
         out = scaled_product((hidden,), second_rows, second_bias, dtype="float32")
         return jnp.sin(out).sum()
 
@@ -209,18 +211,70 @@ def test_calls_alike_compile_once():
     assert len(traces) == 1
 
 
-def test_layers_that_read_the_same_input_round_it_once():
-    """XLA makes one of equal expressions: q, k and v share what was rounded."""
+def test_what_is_rounded_for_several_products_is_rounded_once():
+    """In the program as it is written, whatever a compiler makes of it."""
     x, weight, _ = make_problem(rows=(7, 11))
     stack = [quantise_rows(jnp.asarray(weight + i)) for i in range(3)]
 
     def project(x, stack):
-        normed = x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True))
-        return [scaled_product((normed,), rows, dtype="float32") for rows in stack]
+        shared = rounded(x)
+        return [scaled_product((shared,), rows, dtype="float32") for rows in stack]
 
-    text = jax.jit(project).lower(jnp.asarray(x), stack).compile().as_text()
-    rounded = re.findall(r"= f8e4m3fn\[7,11,48\]\S* convert\(", text)
-    assert len(rounded) == 1
+    text = jax.jit(project).lower(jnp.asarray(x), stack).as_text()
+    made = re.findall(r"stablehlo.convert .*-> tensor<7x11x48xf8E4M3FN>", text)
+    assert len(made) == 1
+
+
+def numpy_norm(x, factor, shift, eps):
+    x = np.asarray(x, np.float64)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = (centred**2).mean(-1, keepdims=True)
+    return centred / np.sqrt(variance + eps) * factor + shift
+
+
+def make_modulation(shape):
+    rng = np.random.default_rng(3)
+    return [rng.normal(size=shape).astype(np.float32) for _ in range(2)]
+
+
+@pytest.mark.parametrize("tokens", [1, 5], ids=["of-all", "of-each"])
+def test_normed_inputs_match_float64(tokens):
+    x, weight, bias = make_problem()
+    factor, shift = make_modulation((2, tokens, 48))
+    normed = rounded_norm(*map(jnp.asarray, (x, factor, shift)), eps=1e-3)
+    assert normed.shape == x.shape
+    rows = quantise_rows(jnp.asarray(weight))
+    got = scaled_product((normed,), rows, bias, dtype="float32")
+    expected = numpy_product([numpy_norm(x, factor, shift, 1e-3)], weight, bias)
+    assert relative(np.asarray(got, np.float64), expected) < FLOAT8_PRODUCT["float32"]
+
+
+def test_gradients_of_normed_inputs_are_those_of_the_norm():
+    """Those of x, factor and shift, by differences of what is not rounded."""
+    x, weight, _ = make_problem(rows=(1, 3))
+    arrays = [x, *make_modulation((1, 1, 48))]
+    rows = quantise_rows(jnp.asarray(weight))
+    pulled = np.random.default_rng(1).normal(size=(1, 3, 20)).astype(np.float32)
+
+    def loss(*arrays):
+        normed = rounded_norm(*arrays, eps=1e-3)
+        return (scaled_product((normed,), rows, dtype="float32") * pulled).sum()
+
+    got = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*map(jnp.asarray, arrays))
+    weights = pulled @ numpy_round(weight)
+
+    def moved(index, channel, distance):
+        there = [np.array(array, np.float64) for array in arrays]
+        there[index][0, 0, channel] += distance
+        return (numpy_norm(*there, 1e-3) * weights).sum()
+
+    for index, gradient in enumerate(got):
+        for channel in (0, 17):
+            ends = [moved(index, channel, distance) for distance in (1e-4, -1e-4)]
+            slope = (ends[0] - ends[1]) / 2e-4
+            np.testing.assert_allclose(
+                gradient[0, 0, channel], slope, rtol=1e-3, atol=1e-3
+            )
 
 
 def test_widths_must_fit():

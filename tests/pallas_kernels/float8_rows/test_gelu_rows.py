@@ -1,21 +1,17 @@
 """GELU between two products in FP8: the kernel, interpreted, against NumPy loops."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.device import current_device
 from pallas_kernels.float8_rows import gelu_rows, gelu_tanh, why_not_in_kernel
 from pallas_kernels.float8_rows.sm90 import kernel
 from tests.cases import mostly_nightly
-
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+from tests.pallas_kernels.float8_rows.loops import INTERPRET, check_rows, gelu_loop
 
 
 def random_product(lead, channels, dtype, seed=0):
@@ -27,28 +23,6 @@ def random_product(lead, channels, dtype, seed=0):
     )
     bias = rng.normal(size=channels).astype(np.float32)
     return product, rows, columns, bias
-
-
-def gelu_loop(product, rows, columns, bias):
-    """Float64, one number after another."""
-    made = np.zeros(product.shape)
-    for place in np.ndindex(product.shape):
-        x = float(product[place]) * float(rows[place[:-1]])
-        x = x * float(columns[place[-1]]) + float(bias[place[-1]])
-        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-        made[place] = 0.5 * x * (1 + math.tanh(inner))
-    return made
-
-
-def check_rows(values, scale, made):
-    """Each number is the nearest of e4m3's at its row's scale, or beside a tie."""
-    np.testing.assert_allclose(scale, np.abs(made).max(-1) / 448, rtol=1e-5)
-    exact = made / np.asarray(scale, np.float64)[..., None]
-    step = 2.0 ** np.maximum(np.floor(np.log2(np.abs(exact) + 2.0**-20)) - 3, -9)
-    error = np.abs(np.asarray(values).astype(np.float64) - exact)
-    assert (error <= step / 2 + 1e-4 * np.abs(exact)).all()
-    nearest = exact.astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
-    assert (nearest == np.asarray(values)).mean() > 0.999
 
 
 CASES = {
@@ -86,13 +60,13 @@ def test_rows_that_are_not_finite_stay_so():
     [
         (768, "bfloat16", "a multiple of 512 channels up to 16384, not 768"),
         (16896, "bfloat16", "not 16896"),
-        (1024, "float32", "it takes .*, not float32"),
+        (1024, "float8_e4m3fn", "they take .*, not float8_e4m3fn"),
     ],
     ids=["uneven", "too-many", "dtype"],
 )
 def test_what_it_does_not_take_is_named(channels, dtype, text):
     arrays = random_product((2,), channels, "bfloat16")
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=f"gelu_rows cannot take product: .*{text}"):
         gelu_rows(jnp.asarray(arrays[0], dtype), *map(jnp.asarray, arrays[1:]))
 
 

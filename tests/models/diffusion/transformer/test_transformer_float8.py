@@ -1,7 +1,9 @@
 """Transformers whose linear layers are in FP8, of both families and the shipped one."""
 
+import collections
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from flax import nnx
 
 from models.diffusion.transformer.float8 import Float8Linear, use_float8_linears
 from models.diffusion.transformer.layers import MLP
+from models.float8 import product
 from models.float8.rows import FLOAT8, ScaledRows, widen_rows
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.inputs import HunyuanInputs
@@ -21,6 +24,7 @@ from models.wan.config import WanConfig
 from models.wan.inputs import WanInputs
 from models.wan.transformer import WIDE_LINEARS as WAN_WIDE
 from models.wan.transformer import WanTransformer
+from pallas_kernels.common.device import Device
 from pallas_kernels.float8_rows import gelu_tanh
 from tests.tiny_model import CONFIG as WAN
 
@@ -226,6 +230,55 @@ def test_layers_in_fp8_stand_beside_wide_ones(left):
     use_float8_linears(mlp, leave=[left])
     error = jnp.linalg.norm(mlp(x) - expected) / jnp.linalg.norm(expected)
     assert 1e-4 < float(error) < 0.1
+
+
+def kernels_in(jaxpr):
+    """How often each kernel for rows stands in a program; loops count once."""
+    found = collections.Counter()
+    for equation in jaxpr.eqns:
+        inner = [
+            getattr(part, "jaxpr", part)
+            for value in equation.params.values()
+            for part in (value if isinstance(value, (tuple, list)) else (value,))
+            if hasattr(getattr(part, "jaxpr", part), "eqns")
+        ]
+        name = re.search(r"name=(\w+_rows)_sm90", str(equation)) if inner else None
+        deeper = sum(map(kernels_in, inner), collections.Counter())
+        found += deeper or collections.Counter([name[1]] if name else [])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        # Normed: before q, k and v; before cross-attention's q; before the network.
+        # Rounded as they are: attention's two outputs, and text.
+        ("wan", {"ffn_dim": 1024}, {"norm_rows": 3, "round_rows": 3, "gelu_rows": 1}),
+        # Normed: in double blocks twice for video and text, in single ones once.
+        # Rounded as they are: attention's outputs, in double blocks the text's, too.
+        pytest.param(
+            "hunyuan",
+            {},
+            {"norm_rows": 5, "round_rows": 3, "gelu_rows": 3},
+            marks=pytest.mark.nightly,
+        ),
+    ],
+    ids=["wan", "hunyuan"],
+)
+def test_a_block_rounds_each_input_once(family, changes, expected, monkeypatch):
+    """In one kernel each where there are kernels: on a GPU that is only named."""
+    cls, config, _ = MODELS[family]
+    config = dataclasses.replace(
+        config, dim=512, num_heads=32, linears="float8", **changes
+    )
+    hopper = Device(platform="gpu", kind="H100", compute_capability=(9, 0))
+    monkeypatch.setattr(product, "current_device", lambda *_: hopper)
+    model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
+    structure, state = nnx.split(model)
+    jaxpr = jax.make_jaxpr(lambda state, x: nnx.merge(structure, state)(x)[0])(
+        state, make_inputs(family)
+    )
+    assert kernels_in(jaxpr.jaxpr) == expected
 
 
 @pytest.mark.parametrize("config", [WAN, HUNYUAN], ids=["wan", "hunyuan"])

@@ -1,0 +1,125 @@
+"""Normed and plain rows in FP8: the kernels, interpreted, against NumPy loops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.common.device import current_device
+from pallas_kernels.float8_rows import layer_norm, norm_rows, round_rows
+from pallas_kernels.float8_rows.sm90 import kernel
+from tests.cases import mostly_nightly
+from tests.pallas_kernels.float8_rows.loops import (
+    INTERPRET,
+    check_rows,
+    norm_loop,
+    round_loop,
+)
+
+EPS = 1e-3
+
+
+def random_rows(shape, dtype, seed=0):
+    """Rows that are far from zero mean, and factors and shifts of each item."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(3, 2, size=shape).astype(jnp.dtype(dtype))
+    size = (shape[0], shape[-1])
+    factor, shift = (rng.normal(size=size).astype(np.float32) for _ in range(2))
+    return x, factor, shift
+
+
+CASES = {
+    "four-at-once": ((1, 3, 512), "float32"),
+    "items": ((2, 2, 1024), "bfloat16"),
+    "uneven": ((1, 2, 1536), "float16"),
+    "wan": ((1, 2, 5120), "float32"),
+    "hunyuan": ((1, 2, 3072), "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("case", mostly_nightly(CASES, ["four-at-once", "items"]))
+def test_norm_is_the_loop(case):
+    shape, dtype = CASES[case]
+    x, factor, shift = random_rows(shape, dtype)
+    x[0, 1] = 2  # a row without variance
+    values, scale = kernel.norm_rows(
+        jnp.asarray(x.reshape(-1, shape[-1])),
+        *map(jnp.asarray, (factor, shift)),
+        eps=EPS,
+        interpret=INTERPRET,
+    )
+    assert values.dtype == jnp.float8_e4m3fn
+    made = norm_loop(x, factor, shift, EPS)
+    check_rows(values.reshape(shape), scale.reshape(shape[:2]), made)
+
+
+@pytest.mark.parametrize("dtype", mostly_nightly(kernel.DTYPES, ["bfloat16"]))
+def test_plain_rows_have_the_bits_of_a_cpu(dtype):
+    x = random_rows((1, 3, 1024), dtype)[0][0]
+    x[1] = 0
+    values, scale = kernel.round_rows(jnp.asarray(x), interpret=INTERPRET)
+    codes, scales = round_loop(x)
+    np.testing.assert_array_equal(np.asarray(values).view(np.uint8), codes)
+    np.testing.assert_array_equal(scale, scales)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_rows_that_are_not_finite_stay_so(value):
+    x, factor, shift = random_rows((1, 3, 512), "float32")
+    x[0, 1, 7] = value
+    x, factor, shift = map(jnp.asarray, (x[0], factor, shift))
+    normed = kernel.norm_rows(x, factor, shift, eps=EPS, interpret=INTERPRET)
+    for values, scale in (normed, kernel.round_rows(x, interpret=INTERPRET)):
+        with np.errstate(invalid="ignore"):
+            stand_for = np.asarray(values, np.float32) * np.asarray(scale)[:, None]
+        assert np.isfinite(stand_for[[0, 2]]).all()
+        assert not np.isfinite(stand_for[1]).all()
+
+
+FUNCTIONS = {
+    "norm": (functools.partial(norm_rows, eps=EPS), ((2, 5, 5120), *[(2, 5120)] * 2)),
+    "round": (round_rows, ((2, 5, 3072),)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_lowers_for_cuda(name):
+    """Mapped, too: then it is one launch with more rows."""
+    function, shapes = FUNCTIONS[name]
+    for call, lead in ((function, ()), (jax.vmap(function), (3,))):
+        arrays = [jax.ShapeDtypeStruct((*lead, *s), jnp.float32) for s in shapes]
+        traced = jax.jit(call).trace(*arrays)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("mosaic_gpu_v2") == 1
+        rows = 10 * int(np.prod(lead))
+        assert f"tensor<{rows}x{shapes[0][-1]}xi8>" in text
+
+
+def test_what_they_do_not_take_is_named():
+    with pytest.raises(ValueError, match=r"norm_rows cannot take x: .*, not 100"):
+        norm_rows(jnp.ones((1, 2, 100)), *[jnp.ones((1, 100))] * 2, eps=EPS)
+    with pytest.raises(ValueError, match=r"round_rows cannot take x: .*, not 100"):
+        round_rows(jnp.ones((2, 100)))
+
+
+def test_layer_norm_is_the_loop():
+    x, factor, shift = random_rows((1, 2, 24), "float32")
+    expected = norm_loop(x, 0 * factor + 1, 0 * shift, EPS)
+    np.testing.assert_allclose(layer_norm(x, EPS), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_gpu(case):
+    if cause := current_device().why_not_hopper():
+        pytest.skip(cause)
+    shape, dtype = CASES[case]
+    x, factor, shift = random_rows(shape, dtype)
+    arrays = tuple(map(jnp.asarray, (x, factor, shift)))
+    made = norm_loop(x, factor, shift, EPS)
+    check_rows(*norm_rows(*arrays, eps=EPS), made)
+    values, scale = (np.asarray(y) for y in round_rows(arrays[0]))
+    check_rows(values, scale, x.astype(np.float64))
