@@ -17,7 +17,7 @@ What a figure says; one whose records are missing is left out:
   vae_*                           from benchmarks.hunyuan.vae
   step_90_fp8_s, step_dense_fp8_s steps with linear layers in FP8
   step_90_fp8_speedup_over_cudnn  dense bfloat16 step with cuDNN over the first
-  fp8_linear_speedup              linear layers of a block in bfloat16 over FP8, by
+  fp8_linear_alone_speedup        linear layers of a block in bfloat16 over FP8, by
                                   themselves, rounding of inputs included
   outside_attention_speedup       what lies outside self-attention in a step at 90 %
 """
@@ -87,7 +87,7 @@ def _in_float8(parts: Mapping[str, Record]) -> dict[str, float]:
             figures[name] = narrow["modes"][mode]["median_ms"] / 1e3
     speedup = weighted_speedup(narrow.get("linears", {}), LINEARS)
     if speedup is not None:
-        figures["fp8_linear_speedup"] = speedup
+        figures["fp8_linear_alone_speedup"] = speedup
     if "outside" in narrow and "outside" in wide:
         wide_ms, ms = (part["outside"]["outside_ms"] for part in (wide, narrow))
         figures["outside_attention_speedup"] = wide_ms / ms

@@ -35,7 +35,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.common.linear_times import linear_times
 from benchmarks.common.machine import (
     GB,
     device_memory,
@@ -55,6 +54,7 @@ from benchmarks.common.steps import (
 from benchmarks.wan import vae as wan_vae
 from benchmarks.wan import weights as wan_weights
 from benchmarks.wan.account import flops_outside_attention
+from benchmarks.wan.linears import matmul_shapes, measure_linears
 from benchmarks.wan.summary import summarise
 from models.diffusion.interfaces import TextContext
 from models.diffusion.sampler import StepInputs
@@ -109,18 +109,6 @@ def load(folder: pathlib.Path, linears: str) -> tuple[WanTransformer, dict[str, 
         "host_peak_growth_gb": growth / GB,
         "host_growth_over_largest_shard": growth / max(shards),
         **device_memory(),
-    }
-
-
-def matmul_shapes(
-    config: WanConfig, num_tokens: int
-) -> dict[str, tuple[int, int, int]]:
-    """Rows, inner size and columns of the model's own products."""
-    dim, hidden = config.dim, config.ffn_dim
-    return {
-        "projection": (num_tokens, dim, dim),
-        "ffn.linear_1": (num_tokens, dim, hidden),
-        "ffn.linear_2": (num_tokens, hidden, dim),
     }
 
 
@@ -214,14 +202,13 @@ def measure_steps_of_model(
     save(f"load, {linears}", results["load"])
     largest = max(options.sizes, key=lambda size: size[0] * size[1])
     num_tokens = model.grid(latent_shape(largest, options.frames)).num_tokens
-    shapes = matmul_shapes(config, num_tokens)
     if linears == "float8":
-        results["linears"] = attempt(linear_times, shapes)
+        results["linears"] = attempt(measure_linears, config, num_tokens)
         save("linears", results["linears"])
         # Those with cuDNN's attention are the wide model's.
         options = argparse.Namespace(**{**vars(options), "cudnn": False})
     else:
-        results["matmul"] = matmul_rates(shapes)
+        results["matmul"] = matmul_rates(matmul_shapes(config, num_tokens))
         save("matmul", results["matmul"])
     for size in options.sizes:
         results["cases"].append({"size": list(size)})

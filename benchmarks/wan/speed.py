@@ -14,6 +14,8 @@ with, in bfloat16. Steps have guidance in two calls. Parts, in this order:
   default   steps with the library's own selection, at 90 and 95 %
   480p      a sparse step at the small size, and a dense one with cuDNN's attention
   outside   sparse steps in bfloat16 and in FP8, each once more under CUPTI
+  image     image-to-video: a sparse step in FP8, and the decoding of its video
+  720p      the same of the text-to-video model at 720 x 1280
 
 The file is written anew whenever something was measured, and no part begins after
 --limit seconds; a video that would end after them stops. Parts after the video are
@@ -39,7 +41,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
 import jax
 from flax import nnx
 
-from benchmarks.common.linear_times import linear_times
 from benchmarks.common.machine import GB, device_memory
 from benchmarks.common.modes import Mode
 from benchmarks.common.options import add_output, height_by_width, make_parser
@@ -56,15 +57,24 @@ from benchmarks.common.steps import (
 )
 from benchmarks.wan import run as wan_run
 from benchmarks.wan import video as wan_video
+from benchmarks.wan.linears import measure_linears as linears_of_model
 from benchmarks.wan.summary import sparse_ms, speed_figures
 from draft_jax import DraftConfig
 from models.cli.cache_options import parse_cache
+from models.diffusion.interfaces import ImageCondition
+from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
 
 Record = dict[str, Any]
 Report = Callable[[Record], None]
 
 DEFAULT_MODES = ("0.9", "0.95")
+IMAGE_MODELS = {
+    "tiny": dataclasses.replace(wan_run.TINY, in_channels=36, image_dim=24),
+    "1.3b": WanConfig.i2v_14b(),  # the only one that was published
+    "14b": WanConfig.i2v_14b(),
+}
+IMAGE_TOKENS = 257  # of CLIP's tower
 
 
 class Bench:
@@ -78,6 +88,7 @@ class Bench:
             "model": options.model,
             "size": list(options.size),
             "small_size": list(options.small_size),
+            "hd_size": list(options.hd_size),
             "frames": options.frames,
             "steps_of_video": options.steps,
             "parts": {},
@@ -107,18 +118,20 @@ class Bench:
     def model(self, linears: str) -> WanTransformer:
         """The model with its linear layers in a precision."""
         if linears not in self._models:
-            self._models[linears] = self._make_model(linears)
+            config = wan_run.MODELS[self.options.model]
+            self._models[linears] = self.make_model(config, linears)
         return self._models[linears]
 
-    def _make_model(self, linears: str) -> WanTransformer:
-        config = dataclasses.replace(
-            wan_run.MODELS[self.options.model], param_dtype="bfloat16", linears=linears
-        )
+    def make_model(
+        self, config: WanConfig, linears: str, name: str = "model"
+    ) -> WanTransformer:
+        """A model with random weights; says what that took under a name."""
+        config = dataclasses.replace(config, param_dtype="bfloat16", linears=linears)
         start = time.perf_counter()
         model = random_model(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
         leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
         self.save(
-            f"model, {linears}",
+            f"{name}, {linears}",
             {
                 "seconds": time.perf_counter() - start,
                 "gb": sum(leaf.nbytes for leaf in leaves) / GB,
@@ -129,8 +142,12 @@ class Bench:
 
     def problem(self, linears: str, size: tuple[int, int]) -> Problem:
         """The steps of a model at a size."""
+        return self.problem_of(self.model(linears), size)
+
+    def problem_of(self, model: WanTransformer, size: tuple[int, int]) -> Problem:
+        """The guided steps of any model at a size."""
         options = argparse.Namespace(guidance="two_calls", **vars(self.options))
-        return wan_run.make_problem(self.model(linears), size, options)
+        return wan_run.make_problem(model, size, options)
 
     def samples(self, *modes: str, profile: bool = False) -> Samples:
         """Steps of some modes."""
@@ -201,7 +218,7 @@ def measure_linears(bench: Bench, report: Report) -> None:
     config = wan_run.MODELS[options.model]
     model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
     grid = model.grid(wan_run.latent_shape(options.size, options.frames))
-    report(linear_times(wan_run.matmul_shapes(config, grid.num_tokens)))
+    report(linears_of_model(config, grid.num_tokens))
 
 
 def measure_steps(bench: Bench, report: Report) -> None:
@@ -266,6 +283,49 @@ def measure_outside(bench: Bench, report: Report) -> None:
     keep("float8", profile_step(lambda: steps.run("sparse"), problem, median_ms))
 
 
+def measure_image(bench: Bench, report: Report) -> None:
+    """A sparse step from an image at the size of the video, and its decoding."""
+    options = bench.options
+    config = IMAGE_MODELS[options.model]
+    model = bench.make_model(config, "float8", "image model")
+    problem = bench.problem_of(model, options.size)
+    assert config.image_dim is not None, "its model starts from an image"
+    channels = config.in_channels - config.out_channels
+    sizes = {
+        "latents": (1, *problem.latent_shape[:3], channels),
+        "tokens": (1, IMAGE_TOKENS, config.image_dim),
+    }
+    arrays = {
+        name: jax.random.normal(jax.random.key(len(name)), size)
+        for name, size in sizes.items()
+    }
+    inputs = problem.inputs._replace(image=ImageCondition(**arrays))
+    problem = dataclasses.replace(problem, inputs=inputs)
+    step_and_decode(bench, problem, options.size, report)
+
+
+def measure_hd(bench: Bench, report: Report) -> None:
+    """A sparse step from text at 720p, and its decoding."""
+    size = bench.options.hd_size
+    step_and_decode(bench, bench.problem("float8", size), size, report)
+
+
+def step_and_decode(
+    bench: Bench, problem: Problem, size: tuple[int, int], report: Report
+) -> None:
+    """Times sparse steps, and the decoding of a latent as the video's is decoded."""
+    record: Record = {}
+
+    def keep(grown: Record) -> None:
+        record.update(grown)
+        report(record)
+
+    samples = bench.samples("0.9")
+    facts = {"size": list(size), "frames": bench.options.frames}
+    time_steps(Steps(problem, samples.order), samples, facts, keep)
+    keep({"decode": wan_video.decode(bench.options, size)})
+
+
 PARTS: dict[str, Callable[[Bench, Report], None]] = {
     "linears": measure_linears,
     "steps": measure_steps,
@@ -275,6 +335,8 @@ PARTS: dict[str, Callable[[Bench, Report], None]] = {
     "default": measure_default,
     "480p": measure_small,
     "outside": measure_outside,
+    "image": measure_image,
+    "720p": measure_hd,
 }
 
 # ---------------------------------------------------------------- command line
@@ -308,6 +370,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--size", type=height_by_width, help="of the video, HEIGHTxWIDTH")
     add("--small-size", type=height_by_width, help="of the part 480p")
+    add("--hd-size", type=height_by_width, help="of the part 720p")
     add("--frames", type=int)
     add("--steps", type=int, default=50, help="of the video")
     add("--sparsity", type=float, default=0.9, help="of the video")
@@ -324,6 +387,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     is_tiny = options.model == "tiny"
     options.size = options.size or ((32, 48) if is_tiny else (768, 1280))
     options.small_size = options.small_size or ((32, 32) if is_tiny else (480, 832))
+    options.hd_size = options.hd_size or ((32, 64) if is_tiny else (720, 1280))
     options.frames = options.frames or (9 if is_tiny else 81)
     if options.published_cache.rule != "mag":
         parser.error(f"--published-cache {options.published_cache} must be of mag")

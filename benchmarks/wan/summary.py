@@ -4,8 +4,12 @@ What a figure says; one whose records are missing is left out.
 
 `benchmarks.wan.run`, steps of the largest size:
 
-  fp8_linear_speedup         linear layers of a block in bfloat16 over those in FP8, by
-                             themselves, rounding of inputs included
+  fp8_linear_speedup         linear layers of a block in bfloat16, by themselves, over
+                             the same less what FP8 saves in a block without attention:
+                             rounding counts as what it adds to norms and GELU, and
+                             scales as what they add to what comes after
+  fp8_linear_alone_speedup   linear layers of a block by themselves, one over the other:
+                             each rounds its own input and applies its scales
   outside_attention_speedup  what lies outside self-attention in a step of the last mode
   float8_gb                  weights on the device
   step_*_fp8_s               steps in FP8, by percent of sparsity
@@ -14,7 +18,7 @@ What a figure says; one whose records are missing is left out.
 
 `benchmarks.wan.speed`, all in FP8, and over cuDNN is over that step as well:
 
-  fp8_linear_speedup, outside_attention_speedup   as above
+  fp8_linear_speedup, fp8_linear_alone_speedup, outside_attention_speedup   as above
   step_90_speedup_over_cudnn          the paper's selection, sparsity 0.9
   step_90_480p_speedup_over_cudnn     the same at the small size
   step_default_90, step_default_95    the library's selection, over cuDNN
@@ -24,6 +28,9 @@ What a figure says; one whose records are missing is left out.
   video_published_speedup_over_cudnn  the same of the video by the published rules
   video_default_90                    the same, its sparse steps taking the time of the
                                       library's selection
+  image_step_90_s, 720p_step_90_s     a sparse step of image-to-video, and at 720p
+  image_decode_s, 720p_decode_s       decoding of such a video
+  image_peak_gb, 720p_peak_gb         of the process until then
 """
 
 from collections.abc import Mapping
@@ -41,10 +48,7 @@ COUNTS = {"projection": 6, "ffn.linear_1": 1, "ffn.linear_2": 1}
 def summarise(results: Record) -> dict[str, float]:
     """Returns the figures that a record gives, by name."""
     narrow = results.get("float8", {})
-    figures = {}
-    speedup = weighted_speedup(narrow.get("linears", {}), COUNTS)
-    if speedup is not None:
-        figures["fp8_linear_speedup"] = speedup
+    figures = linear_figures(narrow.get("linears", {}))
     if "load" in narrow:
         figures["float8_gb"] = narrow["load"]["gb"]
     if not narrow.get("cases"):
@@ -54,6 +58,19 @@ def summarise(results: Record) -> dict[str, float]:
         wide_ms, ms = (x["outside"]["outside_ms"] for x in (wide_case, case))
         figures["outside_attention_speedup"] = wide_ms / ms
     return figures | step_figures(wide_case, case)
+
+
+def linear_figures(linears: Record) -> dict[str, float]:
+    """Returns figures of linear layers, of what `measure_linears` returned."""
+    alone = weighted_speedup(linears, COUNTS)
+    if alone is None:
+        return {}
+    figures, block = {"fp8_linear_alone_speedup": alone}, linears.get("block", {})
+    if {"bfloat16_ms", "float8_ms"} <= block.keys():
+        wide = sum(n * linears[name]["bfloat16_ms"] for name, n in COUNTS.items())
+        saved = block["bfloat16_ms"] - block["float8_ms"]
+        figures["fp8_linear_speedup"] = wide / (wide - saved)
+    return figures
 
 
 def step_figures(wide_case: Record, case: Record) -> dict[str, float]:
@@ -79,10 +96,7 @@ def speed_figures(parts: Record, num_steps: int) -> dict[str, float]:
       parts: Its records by part.
       num_steps: Steps of the video.
     """
-    figures = {}
-    speedup = weighted_speedup(parts.get("linears", {}), COUNTS)
-    if speedup is not None:
-        figures["fp8_linear_speedup"] = speedup
+    figures = linear_figures(parts.get("linears", {}))
     outside = [
         parts.get("outside", {}).get(precision, {}).get("outside", {}).get("outside_ms")
         for precision in ("bfloat16", "float8")
@@ -95,6 +109,7 @@ def speed_figures(parts: Record, num_steps: int) -> dict[str, float]:
         figures["step_90_480p_speedup_over_cudnn"] = ratio
     if "peak_gb" in (video := parts.get("video", {})):
         figures["peak_gb"] = video["peak_gb"]
+    figures |= _single_figures(parts)
     dense_ms = parts.get("cudnn", {}).get("median_ms")
     if dense_ms is None:
         return figures
@@ -105,6 +120,20 @@ def speed_figures(parts: Record, num_steps: int) -> dict[str, float]:
     figures |= {name: dense_ms / ms for name, ms in steps_ms.items() if ms is not None}
     for name, seconds in _video_seconds(parts).items():
         figures[name] = num_steps * dense_ms / 1e3 / seconds
+    return figures
+
+
+def _single_figures(parts: Record) -> dict[str, float]:
+    """Returns figures of the parts that run one step and decode."""
+    figures = {}
+    for part in ("image", "720p"):
+        record = parts.get(part, {})
+        if "median_ms" in (step := record.get("modes", {}).get("0.9", {})):
+            figures[f"{part}_step_90_s"] = step["median_ms"] / 1e3
+        decode = record.get("decode", {})
+        for name, ours in (("seconds", "decode_s"), ("peak_gb", "peak_gb")):
+            if name in decode:
+                figures[f"{part}_{ours}"] = decode[name]
     return figures
 
 

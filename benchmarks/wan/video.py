@@ -52,13 +52,35 @@ def make_cache(request: CacheRequest | None, model: str) -> StepCache | None:
 
 def make_pipeline(model: WanTransformer, options: argparse.Namespace) -> VideoPipeline:
     """The transformer with an autoencoder of random weights."""
+    return VideoPipeline(model, None, make_codec(options), fps=FPS)
+
+
+def make_codec(options: argparse.Namespace) -> WanVAECodec:
+    """An autoencoder of random weights that decodes as the command line says."""
     config = WanVAEConfig.wan2_1(dtype=options.vae_dtype)
     if options.model == "tiny":
         config = dataclasses.replace(config, base_dim=8)
     codec = WanVAECodec(model=wan_vae.random_model(config))
-    if options.vae_tile:
-        codec = codec.tiled(options.vae_tile)
-    return VideoPipeline(model, None, codec, fps=FPS)
+    return codec.tiled(options.vae_tile) if options.vae_tile else codec
+
+
+def decode(options: argparse.Namespace, size: tuple[int, int]) -> Record:
+    """The decoding of a random latent, after its programs are compiled."""
+    codec = make_codec(options)
+    shape = codec.latent_shape(frames=options.frames, height=size[0], width=size[1])
+    latents = np.random.default_rng(0).standard_normal((1, *shape), np.float32)
+    start = time.perf_counter()
+    codec.decode_to_host(latents[:, :2])
+    compile_s = time.perf_counter() - start
+    start = time.perf_counter()
+    video = codec.decode_to_host(latents)
+    return {
+        "compile_s": compile_s,
+        "seconds": time.perf_counter() - start,
+        "shape": list(video.shape),
+        "finite": bool(np.isfinite(video).all()),
+        **device_memory(),
+    }
 
 
 class Video:

@@ -81,6 +81,6 @@ def test_linear_layers_in_fp8_are_a_part(tmp_path):
     part = document["parts"]["768p_float8"]
     assert list(part["modes"]) == ["dense", "0.9"]
     assert part["linears"].keys() == {"projection", "mlp in", "mlp out"}
-    assert {"step_90_fp8_s", "step_dense_fp8_s", "fp8_linear_speedup"} <= set(
+    assert {"step_90_fp8_s", "step_dense_fp8_s", "fp8_linear_alone_speedup"} <= set(
         document["summary"]
     )

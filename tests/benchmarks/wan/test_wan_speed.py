@@ -13,7 +13,13 @@ from models.diffusion.caches import MagCache, published_ratios
 TINY = ["--model", "tiny", "--steps", "10", "--sparsity", "0.5"]
 LINEAR = {"bfloat16_ms": 6.0, "float8_ms": 3.0, "speedup": 2.0}
 PARTS = {
-    "linears": {"projection": LINEAR, "ffn.linear_1": LINEAR, "ffn.linear_2": LINEAR},
+    "linears": {
+        "projection": LINEAR,
+        "ffn.linear_1": LINEAR,
+        "ffn.linear_2": LINEAR,
+        # Eight layers take 48 ms by themselves; FP8 saves 16 of them.
+        "block": {"bfloat16_ms": 60.0, "float8_ms": 44.0},
+    },
     "steps": {"median_ms": {"sparse": 600.0, "skipped": 1.0}},
     "video": {
         "seconds": 20.0,
@@ -25,6 +31,14 @@ PARTS = {
     "cudnn": {"median_ms": 2000.0},
     "default": {"modes": {"0.9": {"median_ms": 1000.0}, "0.95": {"median_ms": 800.0}}},
     "480p": {"modes": {"0.9": {"median_ms": 10.0}}, "cudnn": {"median_ms": 30.0}},
+    "image": {
+        "modes": {"0.9": {"median_ms": 700.0}},
+        "decode": {"seconds": 7.0, "peak_gb": 31.0},
+    },
+    "720p": {
+        "modes": {"0.9": {"median_ms": 500.0}},
+        "decode": {"seconds": 6.0, "peak_gb": 29.0},
+    },
     "outside": {
         "bfloat16": {"outside": {"outside_ms": 60.0}},
         "float8": {"outside": {"outside_ms": 30.0}},
@@ -34,7 +48,8 @@ PARTS = {
 
 def test_figures_by_hand():
     assert speed_figures(PARTS, 50) == {
-        "fp8_linear_speedup": 2.0,
+        "fp8_linear_alone_speedup": 2.0,
+        "fp8_linear_speedup": 1.5,
         "outside_attention_speedup": 2.0,
         "step_90_480p_speedup_over_cudnn": 3.0,
         "peak_gb": 30.0,
@@ -44,6 +59,12 @@ def test_figures_by_hand():
         "video_speedup_over_cudnn": 5.0,
         "video_default_90": 4.0,  # ten sparse steps take half a second more each
         "video_published_speedup_over_cudnn": 4.0,
+        "image_step_90_s": 0.7,
+        "image_decode_s": 7.0,
+        "image_peak_gb": 31.0,
+        "720p_step_90_s": 0.5,
+        "720p_decode_s": 6.0,
+        "720p_peak_gb": 29.0,
     }
 
 
@@ -63,12 +84,30 @@ def test_default_cache_is_that_of_the_published_list():
     assert cache.skippable(50).sum() == 25
 
 
+SINGLE = ["image", "720p"]  # parts of one step each
+
+
+@pytest.mark.nightly
+def test_single_steps_of_a_tiny_model_are_measured(tmp_path):
+    output = tmp_path / "record.json"
+    wan_speed.main([*TINY, "--parts", *SINGLE, "--output", str(output)])
+    parts = json.loads(output.read_text())["parts"]
+    for name, size in zip(SINGLE, [[32, 48], [32, 64]], strict=True):
+        record = parts[name]
+        assert record["size"] == size
+        assert record["modes"]["0.9"]["median_ms"] > 0
+        assert record["decode"]["shape"] == [1, 9, *size, 3]
+        assert record["decode"]["finite"]
+
+
 def test_every_part_of_a_tiny_model_is_measured(tmp_path):
     output = tmp_path / "record.json"
-    wan_speed.main([*TINY, "--cache", "mag:0.9,2", "--output", str(output)])
+    wanted = [name for name in wan_speed.PARTS if name not in SINGLE]
+    arguments = ["--cache", "mag:0.9,2", "--parts", *wanted, "--output", str(output)]
+    wan_speed.main([*TINY, *arguments])
     document = json.loads(output.read_text())
     parts = document["parts"]
-    assert list(wan_speed.PARTS) == [name for name in parts if "model" not in name]
+    assert wanted == [name for name in parts if "model" not in name]
     video, published = parts["video"], parts["published"]
     assert video["finite"]
     assert not video["stopped"]
@@ -87,7 +126,8 @@ def test_every_part_of_a_tiny_model_is_measured(tmp_path):
     assert published["seconds"] == pytest.approx(expected)
     # A CPU has neither a profile nor an account of its memory.
     missing = {"outside_attention_speedup", "peak_gb"}
-    assert document["summary"].keys() == speed_figures(PARTS, 50).keys() - missing
+    whole = {name: PARTS[name] for name in wanted}
+    assert document["summary"].keys() == speed_figures(whole, 50).keys() - missing
     assert parts["steps"]["compile_s"] > 0 == video["compile_s"]  # the same programs
 
 

@@ -25,7 +25,7 @@ def test_figures_by_hand():
     float8 = {"load": {"gb": 14.9}, "linears": LINEARS, "cases": [{}, NARROW]}
     assert summarise({"cases": [{}, WIDE], "float8": float8}) == pytest.approx(
         {
-            "fp8_linear_speedup": (6 * 6 + 32) / (6 * 3 + 19),
+            "fp8_linear_alone_speedup": (6 * 6 + 32) / (6 * 3 + 19),
             "outside_attention_speedup": 1.5,
             "float8_gb": 14.9,
             "step_dense_fp8_s": 16.0,
