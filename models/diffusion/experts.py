@@ -8,7 +8,7 @@ import abc
 import collections
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -65,6 +65,17 @@ class Experts(abc.ABC):
     def prepare(self, name: ExpertName) -> None:
         """Starts to fetch what `take` will need, while the device works."""
 
+    @abc.abstractmethod
+    def on_devices(self, share: Callable[[VideoModel], VideoModel]) -> "Experts":
+        """Returns experts whose work several devices share.
+
+        Args:
+          share: Puts a transformer on the devices; returns one that is there.
+
+        Raises:
+          ValueError: They cannot be shared.
+        """
+
 
 class ResidentExperts(Experts):
     """Experts that are on the device together.
@@ -98,6 +109,11 @@ class ResidentExperts(Experts):
 
     def prepare(self, name: ExpertName) -> None:
         """Does nothing: both are there."""
+
+    def on_devices(self, share: Callable[[VideoModel], VideoModel]) -> "Experts":
+        """Returns both experts on the devices."""
+        high, low = (share(self._experts[name]) for name in ("high", "low"))
+        return ResidentExperts(high, low, boundary=self.boundary)
 
 
 class StreamedExperts(Experts):
@@ -172,6 +188,18 @@ class StreamedExperts(Experts):
             if left < 0:
                 return
             self._staged[place, number] = _send(piece, leaves[place])
+
+    def on_devices(self, share: Callable[[VideoModel], VideoModel]) -> "Experts":
+        """Refuses: pieces of weights are sent to one device.
+
+        Raises:
+          ValueError: Always.
+        """
+        raise ValueError(
+            "experts=StreamedExperts keeps weights in the host's memory and runs on "
+            "one device: give ResidentExperts with a mesh (shard_weights=True gives "
+            "each device a part of both), or no mesh"
+        )
 
     def _in_order(self, name: ExpertName) -> "Iterator[tuple[int, int, _Piece]]":
         for place, pieces in enumerate(self._pieces[name]):

@@ -51,9 +51,6 @@ from models.diffusion.transformer.sharded import ShardedTransformer
 _LOG = logging.getLogger(__name__)
 
 DENSE = AttentionPlan.dense()
-NO_PAIR_ON_A_MESH = (
-    "two transformers that take turns run on one device; leave the mesh out"
-)
 PREVIEW_POSITIONS = 60 * 104  # most of a preview: the latent frame of 832 x 480 pixels
 
 
@@ -88,7 +85,7 @@ class VideoPipeline:
 
     Raises:
       ValueError: The mesh does not fit the devices or the model's heads, or there are
-        two transformers, which run on one device.
+        two transformers of which one waits in the host's memory.
     """
 
     model: VideoModel
@@ -104,11 +101,21 @@ class VideoPipeline:
     )
 
     def __post_init__(self) -> None:
-        if self.mesh is not None and self.experts is not None:
-            raise ValueError(f"mesh={self.mesh!s}: {NO_PAIR_ON_A_MESH}")
-        if self.mesh is not None and not isinstance(self.model, ShardedTransformer):
-            model: Any = self.model
-            object.__setattr__(self, "model", ShardedTransformer(model, self.mesh))
+        mesh = self.mesh
+        if mesh is None:
+            return
+
+        def share(model: Any) -> VideoModel:
+            if isinstance(model, ShardedTransformer):
+                return model
+            return ShardedTransformer(model, mesh)
+
+        if self.experts is None:
+            object.__setattr__(self, "model", share(self.model))
+            return
+        experts = self.experts.on_devices(share)
+        object.__setattr__(self, "experts", experts)
+        object.__setattr__(self, "model", experts.model)
 
     def latent_shape(self, sampling: Sampling) -> LatentShape:
         """Returns frames, rows, columns and channels of the latent of a video.

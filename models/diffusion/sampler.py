@@ -362,6 +362,8 @@ class Sampler:
             rows = len(jax.tree.leaves(inputs.context)[0])
             cache = self._initial_cache(state.latents, rows=rows)
             assert cache is not None  # there was a state
+            if isinstance(self.model, ShardedTransformer):
+                cache = _place_cache(self.model, cache, self.cache)
             cache = dataclasses.replace(cache, owes_masks=state.cache.owes_masks)
             state = state._replace(cache=cache)
         name = self.experts.name_at(float(self.solver.timesteps[index]))
@@ -453,13 +455,21 @@ def _place(
 ) -> SamplerState:
     """Puts the state that a run starts from on the devices of a mesh."""
     masks, cache = model.put_masks(state.masks), state.cache
-    if cache is not None and rule is not None:
-        put = model.put_residual if rule.keeps_residual else model.put_everywhere
-        cache = dataclasses.replace(
-            cache, kept=put(cache.kept), score=model.put_everywhere(cache.score)
-        )
+    if cache is not None:
+        cache = _place_cache(model, cache, rule)
     rest = model.put_everywhere(state._replace(masks=None, cache=None))
     return rest._replace(masks=masks, cache=cache)
+
+
+def _place_cache(
+    model: ShardedTransformer, cache: CacheState, rule: StepCache | None
+) -> CacheState:
+    """Puts a cache's state on the devices of a mesh."""
+    assert rule is not None  # it has made the state
+    put = model.put_residual if rule.keeps_residual else model.put_everywhere
+    return dataclasses.replace(
+        cache, kept=put(cache.kept), score=model.put_everywhere(cache.score)
+    )
 
 
 def _work(program: Program) -> StepWork:

@@ -256,10 +256,10 @@ class WanParts:
         """
         return self._load(self.weights, self.files, mesh)
 
-    def load_low(self) -> WanTransformer:
+    def load_low(self, mesh: DeviceMesh | None = None) -> WanTransformer:
         """Loads a pair's transformer for low noise, likewise."""
         assert self.low is not None, "called of pairs"
-        return self._load(self.low.weights, self.low.files)
+        return self._load(self.low.weights, self.low.files, mesh)
 
     def _load(
         self,

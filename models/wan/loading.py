@@ -1,6 +1,7 @@
 """A pipeline's parts from a published Wan folder, in an order that saves memory."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ from models.diffusion.dtypes import Linears, choose_linears, default_dtype
 from models.diffusion.folders.layouts import ALL_PARTS, Part
 from models.diffusion.folders.part_files import PartFiles, fitting
 from models.diffusion.mesh import DeviceMesh
-from models.diffusion.pipeline import NO_PAIR_ON_A_MESH, VideoPipeline
+from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.diffusion.text_options import TextOptions
 from models.umt5.tokenizer import check_text_packages
@@ -189,8 +190,6 @@ def load_wan(
     vae = _vae_config(wan)
     if wan.vae is None:
         raise ValueError("parts must hold 'vae', which decodes the latents")
-    if wan.low is not None and mesh is not None:
-        raise ValueError(f"{mesh=!s}: {NO_PAIR_ON_A_MESH}")
     # The transformer last: it takes minutes, and what is wrong shows before.
     with fitting("text_encoder", wan.sources.get("text_encoder")):
         text_encoder = load_text_encoder(wan, text)
@@ -203,7 +202,12 @@ def load_wan(
         model = wan.load_transformer(mesh)
     else:
         model, experts = make_experts(
-            wan.config, {"high": wan.load_transformer, "low": wan.load_low}
+            wan.config,
+            {
+                "high": functools.partial(wan.load_transformer, mesh),
+                "low": functools.partial(wan.load_low, mesh),
+            },
+            streamed=None if mesh is None else False,
         )
     return VideoPipeline(
         model=model,

@@ -24,9 +24,12 @@ from jax.sharding import PartitionSpec as P
 
 from draft_jax import AttentionPlan, Compensation, DraftConfig, SparsitySchedule
 from models.diffusion.caches import EasyCache, MagCache, MagRatios
+from models.diffusion.experts import ResidentExperts
 from models.diffusion.mesh import DeviceMesh
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.recording import AttentionRecorder
+from models.diffusion.sampling import Sampling
+from models.diffusion.schedulers import FlowEuler
 from models.diffusion.transformer.sharded import ShardedTransformer
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.convert import (
@@ -40,7 +43,7 @@ from models.wan.config import WanConfig
 from models.wan.convert import export_wan_transformer, load_wan_transformer
 from models.wan.inputs import WanInputs
 from models.wan.transformer import WanTransformer
-from tests import tiny_model
+from tests import tiny_model, tiny_wan2_2
 from tests.collectives import collectives
 
 ROWS, TEXT = 2, 6
@@ -269,6 +272,52 @@ def videos(cache: str, plan: str, layout: str) -> dict[str, Any]:
     }
 
 
+def pair(plan: str, layout: str) -> dict[str, Any]:
+    """A run of two transformers that take turns, with a cache that starts anew."""
+    config = tiny_wan2_2.make_config("t2v")
+    mesh = {
+        "both": DeviceMesh(sequence=2, guidance=2),
+        "weights": DeviceMesh(sequence=2, guidance=2, shard_weights=True),
+    }[layout]
+    sampling = Sampling(
+        frames=9,
+        height=8 * tiny_wan2_2.ROWS,
+        width=8 * tiny_wan2_2.COLUMNS,
+        num_steps=8,
+        solver=FlowEuler(num_steps=8, shift=1.0),
+        guidance=4.0,
+        low_guidance=2.0,
+    )
+    found = []
+    for own in (None, mesh):
+        models = (tiny_wan2_2.make_transformer(config, x) for x in ("high", "low"))
+        experts = ResidentExperts(*models, boundary=560.0)
+        pipeline = VideoPipeline(
+            experts.model,
+            None,
+            tiny_wan2_2.make_codec(averages=False),
+            experts=experts,
+            mesh=own,
+        )
+        result = pipeline.generate(
+            tiny_wan2_2.make_context("text"),
+            sampling,
+            negative_context=tiny_wan2_2.make_context("other"),
+            attention=PLANS[plan],
+            cache=EasyCache(threshold=1e9, first_steps=1),
+        )
+        assert pipeline.experts is not None
+        low = nnx.state(pipeline.experts.take("low"))
+        found.append((result, held_share(low)))
+    (one, _), (several, held) = found
+    return {
+        "error": error(several.latents, one.latents),
+        "equal skips": (one.skipped == several.skipped).all().item(),
+        "skipped": int(several.skipped.sum()),
+        "held": held,
+    }
+
+
 def prepared() -> dict[str, Any]:
     """Where a run's state lies before and after a step."""
     pipeline = make_pipeline(DeviceMesh(sequence=2, guidance=2))
@@ -323,6 +372,7 @@ CASES = {
     "step": step,
     "gradient": gradient,
     "videos": videos,
+    "pair": pair,
     "prepared": prepared,
     "loaded": loaded,
 }

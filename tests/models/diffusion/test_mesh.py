@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from models.diffusion.experts import StreamedExperts
 from models.diffusion.mesh import DeviceMesh
+from models.diffusion.pipeline import VideoPipeline
 
 ROOT = Path(__file__).parents[3]
 # Largest error measured, relative to the largest value: 5e-7; in FP8, where sums are
@@ -128,6 +130,20 @@ def test_videos_are_those_of_one_device():
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_two_transformers_that_take_turns_are_shared():
+    """Of 8 steps a cache skips the third and fourth, and after the switch the seventh.
+
+    The same as on one device: see `test_experts`.
+    """
+    for case, found in run("pair/draft/both", "pair/dense/weights").items():
+        assert found["error"] <= 2e-5, case
+        assert found["equal skips"], case
+        assert found["skipped"] == 3, case
+        assert found["held"] < 0.6 if "weights" in case else found["held"] == 1.0
+
+
+@pytest.mark.nightly
 def test_a_step_leaves_its_state_where_it_found_it():
     (found,) = run("prepared").values()
     assert found == {"equal": True, "masks": True, "devices of a report": 1}
@@ -140,6 +156,12 @@ def test_weights_are_read_to_where_they_are_wanted(name):
     assert found["held"] < (0.25 if "float8" in name else 0.16)
     assert found["stays"]
     assert found["equal"]
+
+
+def test_transformers_that_wait_in_the_hosts_memory_are_refused():
+    experts = object.__new__(StreamedExperts)  # nothing of it is looked at
+    with pytest.raises(ValueError, match="give ResidentExperts with a mesh"):
+        VideoPipeline(None, None, None, experts=experts, mesh=DeviceMesh())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,10 @@ import pytest
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
 from models.checkpoints.memory_map import CheckpointError
 from models.checkpoints.safetensors_io import save_safetensors
+from models.diffusion.experts import ResidentExperts
 from models.diffusion.interfaces import ImageCondition
+from models.diffusion.mesh import DeviceMesh
+from models.diffusion.transformer.sharded import ShardedTransformer
 from models.loading import find_family, load_pipeline
 from models.wan.checkpoint import open_wan_parts
 from models.wan.loading import describe_wan
@@ -108,6 +111,16 @@ def test_both_layouts_of_a_pair(pair):
     assert {file.parent for file in wan.files}.isdisjoint(
         file.parent for file in wan.low.files
     )
+
+
+@pytest.mark.filterwarnings("ignore::models.wan.pair.SchedulerWarning")
+@pytest.mark.nightly
+def test_both_transformers_of_a_pair_are_read_to_a_mesh(tmp_path):
+    folder = save_pair(tmp_path / "pair", "diffusers")
+    pipeline = load_pipeline(folder, mesh=DeviceMesh())
+    assert isinstance(pipeline.experts, ResidentExperts)
+    for name in ("high", "low"):
+        assert isinstance(pipeline.experts.take(name), ShardedTransformer), name
 
 
 @pytest.mark.nightly
