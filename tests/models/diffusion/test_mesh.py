@@ -11,7 +11,6 @@ import pytest
 
 from models.diffusion.experts import StreamedExperts
 from models.diffusion.mesh import DeviceMesh
-from models.diffusion.pipeline import VideoPipeline
 
 ROOT = Path(__file__).parents[3]
 # Largest error measured, relative to the largest value: 5e-7; in FP8, where sums are
@@ -161,7 +160,7 @@ def test_weights_are_read_to_where_they_are_wanted(name):
 def test_transformers_that_wait_in_the_hosts_memory_are_refused():
     experts = object.__new__(StreamedExperts)  # nothing of it is looked at
     with pytest.raises(ValueError, match="give ResidentExperts with a mesh"):
-        VideoPipeline(None, None, None, experts=experts, mesh=DeviceMesh())
+        experts.on_devices(lambda model: model)
 
 
 @pytest.mark.parametrize(
