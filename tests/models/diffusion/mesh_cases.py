@@ -25,9 +25,11 @@ from jax.sharding import PartitionSpec as P
 from draft_jax import AttentionPlan, Compensation, DraftConfig, SparsitySchedule
 from models.diffusion.caches import EasyCache, MagCache, MagRatios
 from models.diffusion.experts import ResidentExperts
+from models.diffusion.interfaces import TextContext
 from models.diffusion.mesh import DeviceMesh
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.recording import AttentionRecorder
+from models.diffusion.sampler import Sampler, StepInputs
 from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import FlowEuler
 from models.diffusion.transformer.sharded import ShardedTransformer
@@ -318,6 +320,27 @@ def pair(plan: str, layout: str) -> dict[str, Any]:
     }
 
 
+def program(name: str, layout: str) -> dict[str, Any]:
+    """What a guided step of the sampler sends, its solver and report among it."""
+    model = ShardedTransformer(make_model(name), LAYOUTS[layout])
+    of_rows = make_inputs(name)
+    sampler = Sampler.create(
+        model,
+        latent_shape=LATENTS[1:],
+        solver=FlowEuler(num_steps=2, shift=1.0),
+        attention=PLANS["draft"],
+    )
+    context = TextContext(of_rows.context, jnp.asarray([3, TEXT]))
+    inputs = model.put_everywhere(StepInputs(context, guidance=jnp.float32(4.0)))
+    state = sampler.initial_state(1, seed=0, guided=True)
+    found = {}
+    for kind, lowered in sampler.lower(state, inputs).items():
+        text = lowered.compile().as_text() or ""
+        name = "dense" if all(kind.dense) else "sparse"
+        found[name] = [dataclasses.astuple(c) for c in collectives(text)]
+    return found
+
+
 def prepared() -> dict[str, Any]:
     """Where a run's state lies before and after a step."""
     pipeline = make_pipeline(DeviceMesh(sequence=2, guidance=2))
@@ -373,6 +396,7 @@ CASES = {
     "gradient": gradient,
     "videos": videos,
     "pair": pair,
+    "program": program,
     "prepared": prepared,
     "loaded": loaded,
 }

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 # rounded to other steps of 8 bits, 2e-6, and 1e-5 of a residual.
 MOST_ERROR, MOST_FLOAT8_ERROR = 5e-6, 1e-4
 FLOATS, WIDTH = 4, 32  # bytes; channels of the models of `mesh_cases`
-ROWS, TOKENS, TEXT = 2, 45, 6
+ROWS, TOKENS, TEXT, LAYERS = 2, 45, 6, 3
 PATCH_BYTES = 64 * FLOATS  # 2 x 2 positions of 16 channels
 LAYOUTS = {"sequence": (4, 1), "guidance": (1, 2), "both": (2, 2), "weights": (4, 2)}
 
@@ -85,6 +85,23 @@ def test_a_step_sends_what_it_is_designed_to(case):
     assert found["held"] == 1.0
     if case == "step/wan/draft/both":
         assert found["masks"] == ["P(None, 'guidance', 'sequence')"] * 2
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", ["guidance", "both"])
+def test_a_step_of_the_sampler_sends_a_small_sum_more(layout):
+    """Shares of computed pairs are added up, once; latents are where they are used.
+
+    A sum over both axes of the mesh is one over each.
+    """
+    (found,) = run(f"program/wan/{layout}").values()
+    axes = sum(size > 1 for size in LAYOUTS[layout])
+    shares = ["all-reduce", LAYERS * FLOATS, False]
+    assert set(found) == {"dense", "sparse"}
+    for kind, collectives in found.items():
+        sums = [shares] * (axes if kind == "sparse" else 0)
+        expected = sent(f"step/wan/draft/{layout}", 1)
+        assert collectives == sorted([*sums, *expected]), kind
 
 
 @pytest.mark.nightly
