@@ -150,14 +150,18 @@ def short_part(bench: Bench, wan: StepsPart) -> StepsPart:
     return StepsPart(bench, "short", wan.whole, runs)
 
 
+def hunyuan_latents(name: str) -> LatentShape:
+    """Shape of the latents of the video whose steps are timed."""
+    return hunyuan.latent_shape(hunyuan.SIZES[name]["768p"], hunyuan.FRAMES[name])
+
+
 def hunyuan_part(bench: Bench, part: str, name: str, ways: dict[str, Way]) -> StepsPart:
     """Steps of HunyuanVideo in each way."""
     config = TINY_HUNYUAN if name == "tiny" else hunyuan.MODELS[name]
     model = random_model(
         lambda: HunyuanTransformer(config, rngs=nnx.Rngs(0)), mesh=everywhere(bench)
     )
-    size, frames = hunyuan.SIZES[name]["768p"], hunyuan.FRAMES[name]
-    shape = hunyuan.latent_shape(size, frames)
+    shape = hunyuan_latents(name)
     inner: Any = nnx.eval_shape(lambda: HunyuanTransformer(config, rngs=nnx.Rngs(0)))
     of_model = hunyuan.make_problem(inner, shape)
 

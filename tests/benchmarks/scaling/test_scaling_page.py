@@ -1,0 +1,61 @@
+"""The page has what its record makes, and a record makes tables."""
+
+import json
+
+from benchmarks.scaling import document
+
+
+def test_the_page_is_what_the_record_makes():
+    record = None
+    if document.RECORD.exists():
+        record = json.loads(document.RECORD.read_text())
+    text = document.PAGE.read_text()
+    assert document.written(text, record) == text
+
+
+def test_sizes_are_those_of_the_published_models():
+    wan, hunyuan = document.wan_video(), document.hunyuan_video()
+    # 21 x 48 x 80 and 33 x 48 x 80 patches: the table of bytes on the page.
+    assert (wan.tokens, wan.channels, wan.heads, wan.layers) == (80_640, 5120, 40, 40)
+    assert (hunyuan.tokens, hunyuan.channels) == (126_720, 3072)
+    assert (hunyuan.heads, hunyuan.layers, hunyuan.rows) == (24, 60, 1)
+    assert f"{wan.sent_gb(2, 1):.1f}" == "66.1"
+    assert f"{wan.sent_gb(4, 2):.1f}" == "24.8"
+    assert f"{hunyuan.sent_gb(8, 1):.1f}" == "20.4"
+
+
+def step(mesh, seconds):
+    masks = {"equal_heads": 1.0, "common_pairs": 0.995}
+    return {
+        "mesh": mesh,
+        "samples_ms": [1e3 * seconds],
+        "weights_gb": 28.0,
+        "masks": masks,
+        "relative_error": 2e-3,
+    }
+
+
+def test_a_record_makes_tables():
+    """A step of 8 s, half of which is 4 s and 66.06 GB at 200 GB/s: 0.33 s."""
+    two = "sequence=2,guidance=1"
+    record = {
+        "environment": {
+            "device": "NVIDIA H200",
+            "gpus": ["NVIDIA H200"] * 2,
+            "date": "2026-01-02T03:04:05",
+            "commit": "abc",
+        },
+        "sparsity": 0.9,
+        "wan": {"one device": step(None, 8.0), "step_sequence_2": step(two, 4.33)},
+        "hunyuan": {"one device": step(None, 5.0), "hunyuan_step_2": step(two, 2.75)},
+        "links": {"all-to-all, 2": {"devices": 2, "sent_bytes": 2e8, "ms": 1.0}},
+    }
+    text = document.section(record)
+    assert "Measured on 2 NVIDIA H200 (2026-01-02, commit abc)" in text
+    assert f"| Wan 14B, 768x1280, 81 frames | `{two}` | 4.33 | 1.85 | 99.50% |" in text
+    assert "wait during 100% of them" in text
+    # Eight devices as 4 x 2: a second, and 24.77 GB at 200 GB/s are 0.124 s.
+    assert "| 8 | `sequence=4,guidance=2` | 1.124 | 7.12 | 24.8 |" in text
+    assert "No mesh of 24, 32, 48, 64 divides 40 heads." in text
+    # 46.71 GB at 200 GB/s beside 2.5 s: 2.734 s, measured 2.75.
+    assert "`hunyuan_step_2` -0.6%" in text
