@@ -124,8 +124,8 @@ def sources(record: Record, parts: Parts) -> str:
     return (
         f"The parts: {parts.step_ms / 1e3:.2f} s on one GPU, "
         f"{parts.fixed_ms / 1e3:.3f} s of them fixed; all-to-alls at {rates}; devices\n"
-        f"wait during {parts.exposed:.0%} of them{beside}. Between hosts of {HOST} GPUs\n"
-        f"{INFINIBAND_GB_PER_S:.0f} GB/s for each is assumed, not measured.\n"
+        f"wait during {parts.exposed:.0%} of them{beside}. Between hosts of {HOST}\n"
+        f"GPUs {INFINIBAND_GB_PER_S:.0f} GB/s for each is assumed, not measured.\n"
     )
 
 
