@@ -5,11 +5,13 @@
 
 Weights are random, made on the device. A step is the pipeline's own: Euler, embedded
 guidance, one prompt of 60 valid text tokens of 256. Parts are a size each, 129 frames,
-one of them with linear layers in FP8, too; and the decoder, which runs first and in a
-process of its own. The file is written anew
-whenever a part has grown, and keeps the parts that are not asked for: so what a cut
-run lacks is added with --parts. `benchmarks.common.steps` says what a part's record
-holds, `benchmarks.hunyuan.summary` what `summary` is. Beside these:
+one of them with linear layers in FP8, too, and there with the library's own selection
+beside the paper's; and the decoder, which runs first and in a process of its own. The
+file is written anew whenever a part has grown, and keeps the parts that are not asked
+for: so what a cut run lacks is added with --parts. What takes FP8's steps beside the
+dense one with cuDNN: --parts 768p 768p_float8 --modes 0.9.
+`benchmarks.common.steps` says what a part's record holds, `benchmarks.hunyuan.summary`
+what `summary` is. Beside these:
 
   vae_*            the decoder's first run is not counted; `vae_bf16_difference` is the
                    relative L2 distance of pixels in bfloat16 and in float32
@@ -27,6 +29,7 @@ import pathlib
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 # Read when JAX first uses the GPU. Grown piece by piece, its memory would break up.
@@ -90,6 +93,7 @@ MODES = {
 # The same size and weights, with linear layers in FP8.
 FLOAT8 = "768p_float8"
 FLOAT8_MODES = ("dense", "0.9")
+DEFAULT_MODES = ("0.9", "0.95")  # of the library's own selection, in FP8
 PARTS = ("vae", *MODES, FLOAT8)
 VAE = HunyuanVAEConfig.video(dtype="bfloat16")
 VALID_TEXT = 60 / 256  # share of the text's rows
@@ -171,7 +175,7 @@ def measure_size(model: HunyuanTransformer, part: str, options, report) -> None:
     size, frames = SIZES[options.model][part], FRAMES[options.model]
     problem = make_problem(model, latent_shape(size, frames))
     samples = Samples(
-        modes=[Mode.parse(name) for name in MODES[part]],
+        modes=choose(MODES[part], options),
         sparse=options.samples,
         dense=options.dense_samples,
         cudnn=part != "720p",
@@ -212,13 +216,25 @@ def measure_float8(config: HunyuanConfig, options, report) -> None:
         report(record)
 
     samples = Samples(
-        modes=[Mode.parse(name) for name in FLOAT8_MODES],
+        modes=choose(FLOAT8_MODES, options),
         sparse=options.samples,
         dense=options.dense_samples,
         cudnn=False,
         profile=True,
     )
-    measure_steps(problem, samples, {"size": list(size), "frames": frames}, keep)
+    facts = {"size": list(size), "frames": frames}
+    measure_steps(problem, samples, facts, keep)
+    problem = dataclasses.replace(problem, draft=DraftConfig.compensated())
+    samples = dataclasses.replace(
+        samples, modes=list(map(Mode.parse, DEFAULT_MODES)), profile=False
+    )
+    measure_steps(problem, samples, facts, lambda grown: keep({"default": grown}))
+
+
+def choose(modes: Sequence[str], options) -> list[Mode]:
+    """Modes of a part that are asked for."""
+    wanted = options.modes or modes
+    return [Mode.parse(name) for name in modes if name in wanted]
 
 
 def profile_mask(grid: VideoGrid, config: HunyuanConfig) -> Record:
@@ -372,6 +388,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", choices=MODELS, default="13b")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    choices = list(dict.fromkeys((*MODES["768p"], *FLOAT8_MODES)))
+    add("--modes", nargs="+", choices=choices, help="of 768p, all if not given")
     add("--samples", type=int, default=3, help="steps of each sparse mode")
     add("--dense-samples", type=int, default=1, help="steps of each dense mode")
     add("--vae-limit", type=float, default=300, help="seconds for the decoder")

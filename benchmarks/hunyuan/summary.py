@@ -17,6 +17,7 @@ What a figure says; one whose records are missing is left out:
   vae_*                           from benchmarks.hunyuan.vae
   step_90_fp8_s, step_dense_fp8_s steps with linear layers in FP8
   step_90_fp8_speedup_over_cudnn  dense bfloat16 step with cuDNN over the first
+  step_default_90_fp8_s, _95      with the library's own selection, and over cuDNN
   fp8_linear_alone_speedup        linear layers of a block in bfloat16 over FP8, by
                                   themselves, rounding of inputs included
   outside_attention_speedup       what lies outside self-attention in a step at 90 %
@@ -85,6 +86,9 @@ def _in_float8(parts: Mapping[str, Record]) -> dict[str, float]:
     for mode, name in (("dense", "step_dense_fp8_s"), (SPARSE, "step_90_fp8_s")):
         if mode in narrow.get("modes", {}):
             figures[name] = narrow["modes"][mode]["median_ms"] / 1e3
+    for mode, record in narrow.get("default", {}).get("modes", {}).items():
+        name = f"step_default_{mode.removeprefix('0.').ljust(2, '0')}_fp8_s"
+        figures[name] = record["median_ms"] / 1e3
     speedup = weighted_speedup(narrow.get("linears", {}), LINEARS)
     if speedup is not None:
         figures["fp8_linear_alone_speedup"] = speedup
@@ -102,9 +106,12 @@ def _ratios(
     if {"step_cudnn_s", "step_90_s"} <= figures.keys():
         speedup = figures["step_cudnn_s"] / figures["step_90_s"]
         ratios["step_90_bf16_speedup_over_cudnn"] = speedup
-    if {"step_cudnn_s", "step_90_fp8_s"} <= figures.keys():
-        speedup = figures["step_cudnn_s"] / figures["step_90_fp8_s"]
-        ratios["step_90_fp8_speedup_over_cudnn"] = speedup
+    if "step_cudnn_s" in figures:
+        names = ("step_90_fp8", "step_default_90_fp8", "step_default_95_fp8")
+        for name in names:
+            if f"{name}_s" in figures:
+                speedup = figures["step_cudnn_s"] / figures[f"{name}_s"]
+                ratios[f"{name}_speedup_over_cudnn"] = speedup
     between = parts.get("720p", {}).get("modes", {}).get(SPARSE)
     if between and "step_90_s" in figures:
         ratio = between["median_ms"] / 1e3 / figures["step_90_s"]
