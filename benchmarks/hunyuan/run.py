@@ -5,11 +5,11 @@
 
 Weights are random, made on the device. A step is the pipeline's own: Euler, embedded
 guidance, one prompt of 60 valid text tokens of 256. Parts are a size each, 129 frames,
-one of them with linear layers in FP8, too, and there with the library's own selection
-beside the paper's; and the decoder, which runs first and in a process of its own. The
-file is written anew whenever a part has grown, and keeps the parts that are not asked
-for: so what a cut run lacks is added with --parts. What takes FP8's steps beside the
-dense one with cuDNN: --parts 768p 768p_float8 --modes 0.9.
+one of them with linear layers in FP8, too: beside a dense bfloat16 step with cuDNN's
+attention of its own, and with the library's own selection beside the paper's; and the
+decoder, which runs first and in a process of its own. The file is written anew
+whenever a part has grown, and keeps the parts that are not asked for: so what a cut
+run lacks is added with --parts.
 `benchmarks.common.steps` says what a part's record holds, `benchmarks.hunyuan.summary`
 what `summary` is. Beside these:
 
@@ -53,6 +53,7 @@ from benchmarks.common.steps import (
     Samples,
     add_shares,
     attempt,
+    measure_cudnn,
     measure_steps,
 )
 from benchmarks.hunyuan.account import flops_outside_attention
@@ -204,17 +205,22 @@ def measure_size(model: HunyuanTransformer, part: str, options, report) -> None:
 def measure_float8(config: HunyuanConfig, options, report) -> None:
     """Products and steps in FP8 at the largest size; see `measure_size`."""
     size, frames = SIZES[options.model]["768p"], FRAMES[options.model]
-    model, loaded = load(dataclasses.replace(config, linears="float8"))
-    problem = make_problem(model, latent_shape(size, frames))
-    grid = model.grid(problem.latent_shape)
-    shapes = linear_shapes(config, grid.num_tokens)
-    record: Record = {"load": loaded, "linears": attempt(linear_times, shapes)}
-    report(record)
+    record: Record = {}
 
     def keep(grown: Record) -> None:
         record.update(grown)
         report(record)
 
+    def dense_bfloat16() -> Record:
+        problem = make_problem(load(config)[0], latent_shape(size, frames))
+        return measure_cudnn(problem, options.dense_samples)
+
+    keep({"cudnn": dense_bfloat16()})
+    model, loaded = load(dataclasses.replace(config, linears="float8"))
+    problem = make_problem(model, latent_shape(size, frames))
+    grid = model.grid(problem.latent_shape)
+    shapes = linear_shapes(config, grid.num_tokens)
+    keep({"load": loaded, "linears": attempt(linear_times, shapes)})
     samples = Samples(
         modes=choose(FLOAT8_MODES, options),
         sparse=options.samples,
@@ -389,7 +395,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", choices=MODELS, default="13b")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     choices = list(dict.fromkeys((*MODES["768p"], *FLOAT8_MODES)))
-    add("--modes", nargs="+", choices=choices, help="of 768p, all if not given")
+    add("--modes", nargs="+", choices=choices, help="of 768p, those of all")
     add("--samples", type=int, default=3, help="steps of each sparse mode")
     add("--dense-samples", type=int, default=1, help="steps of each dense mode")
     add("--vae-limit", type=float, default=300, help="seconds for the decoder")

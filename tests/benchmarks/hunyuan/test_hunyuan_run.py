@@ -88,4 +88,11 @@ def test_linear_layers_in_fp8_are_a_part(tmp_path):
         "step_default_90_fp8_s",
         "step_default_95_fp8_s",
         "fp8_linear_alone_speedup",
+        "step_90_fp8_speedup_over_cudnn",
+        "step_default_90_fp8_speedup_over_cudnn",
     }
+    dense_s = part["cudnn"]["median_ms"] / 1e3
+    speedup = dense_s / document["summary"]["step_90_fp8_s"]
+    assert document["summary"]["step_90_fp8_speedup_over_cudnn"] == pytest.approx(
+        speedup
+    )
