@@ -59,19 +59,24 @@ def variants(count: int) -> dict[str, Way]:
     if count == 1:
         return {}
     way = Way(mesh=DeviceMesh(sequence=count), batching="two_calls")
-    # XLA's own choice is to let transfers and work overlap.
-    options: dict[str, Any] = {}
+    # XLA's own choice is to let one transfer at a time and work overlap.
+    waiting: dict[str, Any] = {}
+    in_flight: dict[str, Any] = {}
     if jax.default_backend() == "gpu":
-        options["xla_gpu_enable_latency_hiding_scheduler"] = False
+        waiting["xla_gpu_enable_latency_hiding_scheduler"] = False
+        in_flight["xla_gpu_experimental_parallel_collective_overlap_limit"] = 4
 
     def exchange(self: TokenShards, x: jax.Array) -> jax.Array:
         return exchange_by_permutes(x, self.axis, self.count)
 
     patch = functools.partial(mock.patch.object, TokenShards, "_exchange", exchange)
-    return {
-        f"step_sequence_permutes_{count}": dataclasses.replace(way, patch=patch),
-        f"step_sequence_waiting_{count}": dataclasses.replace(way, options=options),
+    ways = {
+        "in_flight": dataclasses.replace(way, options=in_flight),
+        "permutes": dataclasses.replace(way, patch=patch),
+        "permutes_in_flight": dataclasses.replace(way, patch=patch, options=in_flight),
+        "waiting": dataclasses.replace(way, options=waiting),
     }
+    return {f"step_sequence_{name}_{count}": way for name, way in ways.items()}
 
 
 def hunyuan_ways(counts: list[int]) -> dict[str, Way]:
