@@ -1,7 +1,8 @@
 """Writes `docs/quality.md`, its pictures and the record that they are made from.
 
-    python -m benchmarks.quality.document lab --record quality_cpu.json
+    python -m benchmarks.quality.document lab lab_50 --record quality_h200.json
 
+A second folder, of runs with more steps, is where combinations and presets are from.
 The text follows from the record alone; a test holds the page to it. Without a folder
 the page is written anew from the record that is there.
 """
@@ -12,12 +13,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.common.records import ROOT, write_json
 from benchmarks.quality import pictures, tables
-from benchmarks.quality.clips import FLOOR_DB
+from benchmarks.quality.likeness import FLOOR_DB
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.record import RECORD
-from benchmarks.quality.summary import curves, figures
+from benchmarks.quality.summary import (
+    WHOLE,
+    curves,
+    figures,
+    summarize,
+    whole_runs,
+)
+from benchmarks.quality.times import Times
 from benchmarks.quality.trials import PARTS
 
 WORDS = Path(__file__).parent / "page"
@@ -51,6 +61,7 @@ def page(record: Mapping[str, Any], name: str) -> str:
         equal_time(record),
         layers(record),
         tables.choices(record),
+        picture(record, "quality_speed.png", "PSNR over the time of a whole video"),
         use(record),
         written("limits"),
         written("commands"),
@@ -74,6 +85,7 @@ def provenance(record: Mapping[str, Any], name: str) -> str:
     )
     measured = parts_measured(record)
     missing = [part for part in PARTS if part not in measured]
+    whole = whole_runs(record)
     grid, tile = setup["grid"], setup["tile"]
     lines = [
         "## This run",
@@ -89,6 +101,13 @@ def provenance(record: Mapping[str, Any], name: str) -> str:
         f"- {grid[0]} x {grid[1]} x {grid[2]} tokens in {setup['tiles']} tiles of "
         f"{tile[0]} x {tile[1]}.",
     ]
+    if whole is not record:
+        lines.append(
+            f"- Combinations and presets: {whole['setup']['sampling']['num_steps']} "
+            f"steps, at most {len(whole['setup']['reporting'])} prompts, "
+            f"`{whole['environments'][-1]['command']}`, commit "
+            f"{whole['environments'][-1]['commit']}."
+        )
     if missing:
         lines.append(f"- Not measured in it: {', '.join(missing)}.")
     if not record.get("times"):
@@ -105,7 +124,8 @@ def provenance(record: Mapping[str, Any], name: str) -> str:
 
 def parts_measured(record: Mapping[str, Any]) -> set[str]:
     """Returns the parts that a record has results of."""
-    found = {row["part"] for row in record["trials"]}
+    trials = [*record["trials"], *whole_runs(record)["trials"]]
+    found = {row["part"] for row in trials}
     return found | ({"layers"} if record["layers"] else set())
 
 
@@ -114,7 +134,7 @@ def floor(record: Mapping[str, Any]) -> str:
     pair = figures(record).get("psnr_floor")
     if pair is None:
         return ""
-    if pair[0] >= FLOOR_DB:
+    if pair[0] >= FLOOR_DB - 0.01:
         said = "the videos are equal to the last bit on this device."
     else:
         said = (
@@ -189,16 +209,16 @@ def use(record: Mapping[str, Any]) -> str:
     lines = ["## What to use when", ""]
     by_name = curves(record)
     real = {n: c for n, c in by_name.items() if not METHODS[n].is_bound}
-    for density in sorted(
-        {d for c in real.values() for d in c.densities}, reverse=True
-    ):
-        levels = {
-            name: float(values.mean())
-            for name, curve in real.items()
-            if (values := curve.at(density)) is not None
-        }
-        best = max(levels, key=lambda name: levels[name])
-        lines.append(f"- Density {density:g}: {verdict(real, best, density)}")
+    densities = {density for curve in real.values() for density in curve.densities}
+    for density in sorted(densities, reverse=True):
+        said = verdict({name: curve.at(density) for name, curve in real.items()})
+        lines.append(f"- Density {density:g}: {said}")
+    dense = Times(record.get("times")).dense
+    for share in tables.SPLIT_BUDGETS if dense is not None else ():
+        assert dense is not None, "there are shares of it"
+        at_time = {name: curve.at_time(share * dense) for name, curve in real.items()}
+        if any(values is not None for values in at_time.values()):
+            lines.append(f"- {share:g} of the time of dense: {verdict(at_time)}")
     lines += [
         "- Where speed must compare with published figures: `DraftConfig.paper()`.",
         "- Exact attention: dense. What a density below 1 costs stands above.",
@@ -217,27 +237,35 @@ def use(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def verdict(real: Mapping[str, Any], best: str, density: float) -> str:
-    """Says which method is ahead at a density, and if that can be told."""
-    values = real[best].at(density)
-    others = {
-        name: other
-        for name, curve in real.items()
-        if name != best and (other := curve.at(density)) is not None
-    }
-    title = METHODS[best].title
-    if not others:
+def verdict(values: Mapping[str, np.ndarray | None]) -> str:
+    """Says which method is ahead, and if that can be told.
+
+    Args:
+      values: PSNR of each clip by method; None where it was not measured.
+    """
+    known = {name: clips for name, clips in values.items() if clips is not None}
+    ranked = sorted(known, key=lambda name: -float(known[name].mean()))
+    title = METHODS[ranked[0]].title
+    if len(ranked) < 2:
         return f"{title}."
-    second = max(others, key=lambda name: float(others[name].mean()))
-    mean, half = tables.paired(values, others[second])
+    mean, half = tables.paired(known[ranked[0]], known[ranked[1]])
     told = "ahead of" if mean > half else "not to be told apart from"
     gain = tables.with_interval(mean, half)
-    return f"{title}, {told} {METHODS[second].title} ({gain} dB)."
+    return f"{title}, {told} {METHODS[ranked[1]].title} ({gain} dB)."
 
 
-def publish(folder: Path, target: Path) -> dict[str, Any]:
-    """Puts the record and the pictures of a run where they are committed."""
+def publish(folder: Path, target: Path, whole: Path | None = None) -> dict[str, Any]:
+    """Puts the record and the pictures of a run where they are committed.
+
+    Args:
+      folder: Of the run.
+      target: Where the record goes.
+      whole: Folder of a run of combinations and presets, with more steps.
+    """
     record = json.loads((folder / RECORD).read_text())
+    if whole is not None:
+        record[WHOLE] = json.loads((whole / RECORD).read_text())
+        record["summary"] = summarize(record)
     record["pictures"] = pictures.draw_all(record, folder, IMAGES)
     write_json(target, record)
     return record
@@ -247,13 +275,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Writes the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, help="of a run")
+    parser.add_argument("whole", nargs="?", type=Path, help="of combinations")
     parser.add_argument("--record", help="file name, in benchmarks/results")
     options = parser.parse_args(arguments)
     target = RESULTS / options.record if options.record else shipped_record()
     if options.folder is None:
         record = json.loads(target.read_text())
     else:
-        record = publish(options.folder, target)
+        record = publish(options.folder, target, options.whole)
     PAGE.write_text(page(record, target.name))
 
 

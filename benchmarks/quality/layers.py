@@ -2,11 +2,12 @@
 
 Queries, keys and values are those of dense generations, so that all methods see the
 same and no error of an earlier step or layer is in a figure. Padded text counts, too.
+Mass is that between tiles of the video; pairs with text are always kept.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +17,20 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from benchmarks.quality.clips import Clips
-from benchmarks.quality.methods import config_at, sparsity_of
-from draft_jax import DraftConfig, VideoGrid, compute_mask, draft_scores, make_means
+from benchmarks.quality.methods import first_sparse_step, sparsity_of
+from benchmarks.quality.rankings import masses_before, masses_of_tiles
+from draft_jax import (
+    DraftConfig,
+    VideoGrid,
+    constant_step,
+    draft_scores,
+    initial_mask,
+    scheduled_attention,
+)
 from draft_jax.config import static_budget
-from models.diffusion.inspection import block_masses, mass_shares
 from models.diffusion.pipeline import DENSE, VideoPipeline
 from models.diffusion.sampling import Sampling
-from pallas_kernels import block_sparse_attention, dense_attention
+from pallas_kernels import dense_attention
 
 SHARES = tuple(np.linspace(0.02, 0.995, 40).round(4).tolist())  # of mass, for top_p
 
@@ -53,11 +61,8 @@ def looks(
       sampling: Settings of the videos.
       steps: Steps to look at.
     """
-    places = range(len(clips.prompts))
-    noise = clips.noise(places, pipeline.latent_shape(sampling), sampling.seed)
-    sampler, state, inputs = pipeline.start(
-        [prompt.text for prompt in clips.prompts], sampling, noise=noise
-    )
+    noise = clips.noise(pipeline.latent_shape(sampling), sampling.seed)
+    sampler, state, inputs = pipeline.start(clips.texts, sampling, noise=noise)
     programs, _ = pipeline.compile(sampler, state, inputs)
     structure, parameters = nnx.split(sampler.model)
     context = jax.tree.map(lambda x: x[: len(clips.prompts)], inputs.context)
@@ -87,13 +92,19 @@ def looks(
         state, _ = sampler.run_step(programs, state, inputs, index)
 
 
+def masses_of_layers(look: Look, grid: VideoGrid) -> Float[np.ndarray, "L B N S S"]:
+    """Returns the softmax mass between tiles of each layer, clip and head."""
+    return np.asarray(look.call("masses", lambda q, k, _: masses_of_tiles(q, k, grid)))
+
+
 def measure_method(
     look: Look,
     name: str,
+    config: DraftConfig,
     densities: Sequence[float],
     *,
     grid: VideoGrid,
-    top_p: Mapping[str, float],
+    masses: Float[np.ndarray, "L B N S S"],
     map_density: float,
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Measures a method in every layer.
@@ -101,9 +112,10 @@ def measure_method(
     Args:
       look: The step.
       name: A key of `METHODS`.
+      config: What the method computes, with room for all densities.
       densities: Shares of block pairs to keep.
       grid: Geometry of the sequence.
-      top_p: See `methods.config_at`.
+      masses: See `masses_of_layers`.
       map_density: Density whose masks are returned.
 
     Returns:
@@ -111,80 +123,63 @@ def measure_method(
       the mean over layers. And the kept pairs of the first clip and head,
       [layers, S, S].
     """
-    configs = {
-        density: config_at(name, density, densities=densities, top_p=top_p)
-        for density in densities
-    }
-    # Densities that share a configuration are looped over inside one program.
-    groups: dict[DraftConfig, list[float]] = {}
-    for density, config in configs.items():
-        groups.setdefault(config, []).append(density)
+    budgets = [static_budget(sparsity_of(d), grid, config) for d in densities]
 
     def look_at_layer(q, k, v):
-        return [
-            jax.lax.map(
-                functools.partial(_layer_errors, q, k, v, grid=grid, config=config),
-                jnp.asarray([_budget(grid, config, name, d) for d in group], jnp.int32),
-            )
-            for config, group in groups.items()
-        ]
+        dense = dense_attention(q, k, v, grid=grid)
+        measure = functools.partial(
+            _layer_errors, q, k, v, dense, grid=grid, config=config
+        )
+        return jax.lax.map(measure, jnp.asarray(budgets, jnp.int32))
 
-    found = look.call(name, look_at_layer)
+    found = look.call(name, look_at_layer)  # [layers, densities, ...]
     records, maps = [], np.zeros(0)
-    for arrays, group in zip(found, groups.values(), strict=True):
-        for row, density in enumerate(group):
-            error, kept, share, mask = (np.asarray(x[:, row]) for x in arrays)
-            if density == map_density:
-                maps = mask
-            records.append(
-                {
-                    "name": name,
-                    "density": density,
-                    "step": look.step,
-                    "kept_density": round(float(share.mean()), 5),
-                    "relative_l2": error.mean(1).round(5).tolist(),
-                    "kept_mass": kept.mean(1).round(5).tolist(),
-                    "clips": {
-                        "relative_l2": error.mean(0).round(5).tolist(),
-                        "kept_mass": kept.mean(0).round(5).tolist(),
-                    },
-                }
-            )
+    for row, density in enumerate(densities):
+        error, share, mask = (np.asarray(x[:, row]) for x in found)
+        kept = np.where(mask, masses, 0.0).sum((2, 3, 4)) / masses.sum((2, 3, 4))
+        if density == map_density:
+            maps = mask[:, 0, 0]
+        records.append(
+            {
+                "name": name,
+                "density": density,
+                "step": look.step,
+                "kept_density": round(float(share.mean()), 5),
+                "relative_l2": error.mean(1).round(5).tolist(),
+                "kept_mass": kept.mean(1).round(5).tolist(),
+                "clips": {
+                    "relative_l2": error.mean(0).round(5).tolist(),
+                    "kept_mass": kept.mean(0).round(5).tolist(),
+                },
+            }
+        )
     return records, maps
-
-
-def _budget(grid: VideoGrid, config: DraftConfig, name: str, density: float) -> int:
-    sparsity = config.sparsity if name == "top_p" else sparsity_of(density)
-    return static_budget(sparsity, grid, config)
 
 
 def _layer_errors(
     q: Float[Array, "B T N D"],
     k: Float[Array, "B T N D"],
     v: Float[Array, "B T N D"],
+    dense: Float[Array, "B T N D"],
     budget: Int[Array, ""],
     *,
     grid: VideoGrid,
     config: DraftConfig,
-) -> tuple[Array, Array, Array, Array]:
-    """Returns relative L2, kept mass and density of each clip, and the first's mask."""
-    mask = compute_mask(
-        q, k, grid=grid, config=config, budget=budget, order="tiled", v=v
+) -> tuple[Array, Array, Array]:
+    """Returns relative L2 and density of each clip, and the kept pairs of tiles."""
+    step = dataclasses.replace(constant_step(grid, config), budget=budget)
+    mask = initial_mask(grid, config, batch=q.shape[0], num_heads=q.shape[2])
+    out, used = scheduled_attention(
+        q, k, v, grid=grid, config=config, step=step, mask=mask, order="tiled"
     )
-    means = None
-    if config.compensation is not None:
-        compensation = config.compensation
-        means = make_means(k, v, mask, compensation=compensation, order="tiled")
-    out = block_sparse_attention(q, k, v, mask, grid=grid, order="tiled", means=means)
-    dense = dense_attention(q, k, v, grid=grid)
-    difference, dense = (x.astype(jnp.float32) for x in (out - dense, dense))
+    assert used is not None, "a mask was given"
+    difference = out.astype(jnp.float32) - dense.astype(jnp.float32)
     axes = (1, 2, 3)
-    error = jnp.sqrt((difference**2).sum(axes) / (dense**2).sum(axes))
-    kept = mask.to_dense()
-    masses = block_masses(q, k, grid)
-    share = mass_shares(masses, kept, grid)["kept_mass"].mean(1)
+    norm = (dense.astype(jnp.float32) ** 2).sum(axes)
     visual = grid.visual_blocks
-    return error, share, mask.density.mean(1), kept[0, 0, visual, visual]
+    kept = used.to_dense()[..., visual, visual]
+    error = jnp.sqrt((difference**2).sum(axes) / norm)
+    return error, used.density.mean(1), kept
 
 
 def top_p_of_densities(
@@ -197,13 +192,11 @@ def top_p_of_densities(
       densities: Shares of block pairs to keep.
       grid: Geometry of the sequence.
     """
-    config = DraftConfig.paper(selection="top_p", sparsity=0.0)
+    config = DraftConfig.paper()
 
     def kept_shares(q, k, _):
         scores = draft_scores(q, k, grid=grid, config=config, order="tiled")
-        before = jnp.cumsum(-jnp.sort(-scores, axis=-1), axis=-1)
-        before = jnp.pad(before[..., :-1], [(0, 0)] * 3 + [(1, 0)])
-        # A block is kept if those before it do not reach the mass.
+        _, before = masses_before(scores)
         return jax.lax.map(lambda mass: (before < mass).mean(), jnp.asarray(SHARES))
 
     by_step = [np.asarray(look.call("top_p", kept_shares)).mean(0) for look in found]
@@ -214,8 +207,11 @@ def top_p_of_densities(
     }
 
 
-def looked_at(num_steps: int, count: int, dense_fraction: float) -> tuple[int, ...]:
+def looked_at(num_steps: int, count: int) -> tuple[int, ...]:
     """Returns steps to look at, spread over those that are sparse."""
-    first = int(np.ceil(dense_fraction * num_steps))
-    steps = np.linspace(first, num_steps - 1, count).round().astype(int)
+    steps = (
+        np.linspace(first_sparse_step(num_steps), num_steps - 1, count)
+        .round()
+        .astype(int)
+    )
     return tuple(np.unique(steps).tolist())

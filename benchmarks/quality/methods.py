@@ -2,14 +2,21 @@
 
 A method is a `DraftConfig`, whatever makes its masks; what is measured of one is
 measured of all. Each follows its paper as far as blocks of one frame's tile allow; the
-classes in `patterns` and `rankings` say where not.
+makers in `patterns` and `rankings` say where not. One program serves all densities of a
+method: the budget is its argument.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
-from benchmarks.quality.patterns import Radial, SlidingTiles, SpatialTemporalHeads
-from benchmarks.quality.rankings import Chance, TrueMasses
+from benchmarks.quality.patterns import (
+    even_sliding_tiles,
+    radial,
+    sliding_tiles,
+    spatial_temporal_heads,
+)
+from benchmarks.quality.rankings import MassPerRow, chance, true_masses
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
 
 DENSITIES = (0.45, 0.25, 0.15, 0.1, 0.05)  # shares of block pairs that are kept
@@ -24,6 +31,8 @@ class Method:
       title: Its name in tables.
       source: Where it is published.
       config: What it computes, at any sparsity.
+      timed: What a layer computes whose choices were made before, where the method
+        makes some once and not in each layer; None for `config`.
       is_bound: Whether it is the oracle, whose masks cost more than dense attention:
         its layer is not timed.
     """
@@ -31,6 +40,7 @@ class Method:
     title: str
     source: str
     config: DraftConfig
+    timed: DraftConfig | None = None
     is_bound: bool = False
 
 
@@ -52,7 +62,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "top_p": Method(
         title="draft, mass per row",
-        source='this package, `selection="top_p"`, as others take a share of mass',
+        source='this package, as `selection="top_p"`; others take a share of mass, too',
         config=DraftConfig.paper(selection="top_p"),
     ),
     "mean_max": Method(
@@ -63,28 +73,29 @@ METHODS: Mapping[str, Method] = {
     "sliding_tile": Method(
         title="sliding tiles (STA)",
         source="arXiv 2502.04507",
-        config=DraftConfig.paper(mask_maker=SlidingTiles()),
+        config=DraftConfig.paper(mask_maker=sliding_tiles),
+        timed=DraftConfig.paper(mask_maker=even_sliding_tiles),
     ),
     "spatial_temporal": Method(
         title="spatial and temporal heads (SVG)",
         source="arXiv 2502.01776",
-        config=DraftConfig.paper(mask_maker=SpatialTemporalHeads()),
+        config=DraftConfig.paper(mask_maker=spatial_temporal_heads),
     ),
     "radial": Method(
         title="radial decay",
         source="arXiv 2506.19852",
-        config=DraftConfig.paper(mask_maker=Radial()),
+        config=DraftConfig.paper(mask_maker=radial),
     ),
     "oracle": Method(
         title="oracle: true masses",
         source="no method: costs more than dense attention",
-        config=DraftConfig.paper(selection="row_topk", mask_maker=TrueMasses()),
+        config=DraftConfig.paper(selection="row_topk", mask_maker=true_masses),
         is_bound=True,
     ),
     "random": Method(
         title="random blocks",
         source="no method: the least that one has to beat",
-        config=DraftConfig.paper(selection="row_topk", mask_maker=Chance()),
+        config=DraftConfig.paper(selection="row_topk", mask_maker=chance),
     ),
 }
 
@@ -94,39 +105,37 @@ def sparsity_of(density: float) -> float:
     return round(1.0 - density, 6)
 
 
-def config_at(
-    name: str,
-    density: float,
-    *,
-    densities: Sequence[float],
-    top_p: Mapping[str, float],
-) -> DraftConfig:
-    """Returns what a method computes, with room for all densities where it can be.
+def first_sparse_step(num_steps: int) -> int:
+    """Returns the first step that is not dense."""
+    return math.ceil(DENSE_FRACTION * num_steps)
 
-    Programs of a method then serve all its densities; the schedule tells them apart.
+
+def config_at(
+    name: str, densities: Sequence[float], top_p: Mapping[str, float]
+) -> DraftConfig:
+    """Returns what a method computes, with room for all densities.
 
     Args:
       name: A key of `METHODS`.
-      density: Share of block pairs to keep.
       densities: All that are asked for.
-      top_p: For "top_p", the mass of each row at which it keeps a density; its masks
-        have room for all pairs.
+      top_p: For "top_p", the mass of each row at which it keeps each density; its
+        masks have room for all pairs.
     """
     config = METHODS[name].config
-    if name == "top_p":
-        return dataclasses.replace(config, sparsity=0.0, top_p=top_p[str(density)])
-    return dataclasses.replace(config, sparsity=sparsity_of(max(densities)))
+    if name != "top_p":
+        return dataclasses.replace(config, sparsity=sparsity_of(max(densities)))
+    ascending = tuple(sorted(densities))
+    masses = tuple(top_p[str(density)] for density in ascending)
+    maker = MassPerRow(densities=ascending, masses=masses)
+    # Rows have a budget each, so that the density of a budget is known.
+    return dataclasses.replace(
+        config, selection="row_topk", sparsity=0.0, mask_maker=maker
+    )
 
 
-def plan_at(
-    name: str,
-    density: float,
-    *,
-    densities: Sequence[float],
-    top_p: Mapping[str, float],
-) -> AttentionPlan:
-    """Returns a method at a density, after the paper's dense steps; see `config_at`."""
-    config = config_at(name, density, densities=densities, top_p=top_p)
-    sparsity = config.sparsity if name == "top_p" else sparsity_of(density)
-    schedule = SparsitySchedule(dense_fraction=DENSE_FRACTION, sparsity=sparsity)
+def plan_at(config: DraftConfig, density: float) -> AttentionPlan:
+    """Returns a configuration at a density, after the paper's dense steps."""
+    schedule = SparsitySchedule(
+        dense_fraction=DENSE_FRACTION, sparsity=sparsity_of(density)
+    )
     return AttentionPlan.draft(config, schedule)

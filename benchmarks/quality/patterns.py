@@ -2,14 +2,14 @@
 
 Each method has settings, such as the size of a window, which keep more and more pairs.
 A budget takes the setting that keeps the most pairs within it; so a pattern may keep
-fewer than other methods at the same budget, and what it kept is measured.
+fewer than other methods at the same budget, and what it kept is measured. Makers are
+functions with the arguments of `draft_jax.MaskMaker`.
 
 Blocks are tiles of one latent frame, (rows, columns) of `VideoGrid.tile`, in the order
 frame, row, column. The published methods use blocks of 128 tokens in raster order, or
 tiles over several frames; a kernel of this package keeps whole blocks of its own.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,9 +20,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from draft_jax import BlockMask, DraftConfig, VideoGrid, mask_capacity
-from pallas_kernels.common import Order, Scale, register_configuration
+from pallas_kernels.common import Order, Scale
 
 MOST_SETTINGS = 128
+MOST_WINDOWS = 8  # that are tried in a head
 SAMPLED_QUERIES = 32  # rows of attention that choose a head's pattern, as published
 
 
@@ -99,111 +100,165 @@ def mask_of_map(
 # ---------------------------------------------------------- sliding tile attention
 
 
-@register_configuration
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SlidingTiles:
-    """Keeps the tiles within a window around each tile.
+def sliding_tiles(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"] | None,
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    budget: int | Int[Array, ""],
+    scale: Scale | None,
+    order: Order,
+) -> BlockMask:
+    """Keeps the tiles within a window around each tile, another window in each head.
 
     At the border of the video the window is moved inwards, so that all queries keep
-    equally many keys. Sides of a window are odd, or those of the video. Of windows that
-    keep at least `EVEN_SHARE` of the most that a budget allows, the most even one is
-    taken, by the share of each axis that it spans. The paper searches a window for each
-    head with prompts of its own; here one serves all heads.
+    equally many keys. Sides of a window are odd, or those of the video. Windows that
+    no other one within the budget holds are tried on `SAMPLED_QUERIES` rows of each
+    head, and that with the smallest squared error is taken. The paper searches each
+    head's window once, on prompts of its own: here every prompt and step has its best
+    one, and `even_sliding_tiles` has the cost of a window that is known before.
 
     Source: Fast Video Generation with Sliding Tile Attention (arXiv 2502.04507).
     """
-
-    def __call__(
-        self,
-        q: Float[Array, "B T N D"],
-        k: Float[Array, "B T N D"],
-        v: Float[Array, "B T N D"] | None,
-        *,
-        grid: VideoGrid,
-        config: DraftConfig,
-        budget: int | Int[Array, ""],
-        scale: Scale | None,
-        order: Order,
-    ) -> BlockMask:
-        """Makes the masks; see `draft_jax.MaskMaker`."""
-        return mask_of_map(sliding_windows(grid).within(budget), q, grid, config)
+    windows = sliding_windows(grid)
+    maps, is_known = windows.candidates(budget)
+    errors = sampled_errors(q, k, v, maps, grid=grid, scale=scale, order=order)
+    errors = jnp.where(is_known[:, None, None], errors, jnp.inf)
+    return mask_of_map(maps[jnp.argmin(errors, axis=0)], q, grid, config)
 
 
-EVEN_SHARE = 0.75
+def even_sliding_tiles(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"] | None,
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    budget: int | Int[Array, ""],
+    scale: Scale | None,
+    order: Order,
+) -> BlockMask:
+    """Keeps the tiles within the largest window that a budget allows, in all heads."""
+    del k, v, scale, order
+    return mask_of_map(sliding_windows(grid).largest(budget), q, grid, config)
+
+
+class Windows(NamedTuple):
+    """Windows of sliding tiles.
+
+    Attributes:
+      places: Where the tiles lie.
+      sides: Frames, rows and columns of each, ascending in what they keep.
+      counts: Pairs that each keeps in a head.
+      holds: Whether the first window holds the second, another one.
+    """
+
+    places: Places
+    sides: np.ndarray
+    counts: np.ndarray
+    holds: Bool[np.ndarray, "W W"]
+
+    def kept(self, sides: Int[Array | np.ndarray, " 3"]) -> Bool[Array, "S S"]:
+        """Returns the pairs of a window; its sides may be traced."""
+        inside = jnp.bool_(True)
+        for axis, size in enumerate(self.places.shape):
+            place, side = jnp.asarray(self.places[axis]), sides[axis]
+            centre = jnp.clip(place, side // 2, size - 1 - side // 2)
+            near = abs(centre[:, None] - place[None]) <= side // 2
+            inside = inside & (near | (side >= size))
+        return inside
+
+    def largest(self, budget: int | Int[Array, ""]) -> Bool[Array, "S S"]:
+        """Returns the pairs of the largest window within a budget."""
+        place = jnp.searchsorted(jnp.asarray(self.counts), budget, side="right") - 1
+        return self.kept(jnp.asarray(self.sides)[jnp.maximum(place, 0)])
+
+    def candidates(
+        self, budget: int | Int[Array, ""]
+    ) -> tuple[Bool[Array, "K S S"], Bool[Array, " K"]]:
+        """Returns windows within a budget that no other one within it holds.
+
+        The largest `MOST_WINDOWS` of them; and which are such windows at all. The
+        smallest window of all is one where the budget has room for none.
+        """
+        fits = (jnp.asarray(self.counts) <= budget).at[0].set(True)
+        is_held = (jnp.asarray(self.holds) & fits[:, None]).any(0)
+        is_candidate = fits & ~is_held
+        numbers = jnp.arange(len(self.counts))
+        rank = jnp.where(is_candidate, numbers, numbers - len(numbers))
+        _, found = jax.lax.top_k(rank, min(MOST_WINDOWS, len(numbers)))
+        return jax.vmap(self.kept)(jnp.asarray(self.sides)[found]), is_candidate[found]
 
 
 @functools.lru_cache(maxsize=8)
-def sliding_windows(grid: VideoGrid) -> Patterns:
-    """Returns the windows of a grid; a setting is their frames, rows and columns."""
+def sliding_windows(grid: VideoGrid) -> Windows:
+    """Returns the windows of a grid."""
     places = Places.of(grid)
-
-    def keeps(xp, window):
-        inside = True
-        axes = zip(places[:3], places.shape, range(3), strict=True)
-        for place, size, axis in axes:
-            half = window[axis] // 2
-            centre = xp.clip(place, half, size - 1 - half)
-            near = abs(centre[:, None] - place[None]) <= half
-            inside = inside & (near | (window[axis] >= size))
-        return inside
-
     sides = [sorted({*range(1, size, 2), size}) for size in places.shape]
     windows = np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, 3)
-    spans = windows / np.array(places.shape)
-    sizes, evenness = windows.prod(-1), spans.min(-1) / spans.max(-1)
-    near = [(sizes <= n) & (sizes >= EVEN_SHARE * n) for n in np.unique(sizes)]
-    best = {int(np.argmax(np.where(is_near, evenness, -1.0))) for is_near in near}
-    chosen = windows[sorted(best)]
-    counts = chosen.prod(-1) * grid.num_visual_blocks
-    by_count = np.argsort(counts, kind="stable")
-    return Patterns(chosen[by_count], counts[by_count], keeps)
+    windows = windows[np.argsort(windows.prod(-1), kind="stable")]
+    within = (windows[:, None] >= windows[None]).all(-1)
+    return Windows(
+        places=places,
+        sides=windows,
+        counts=windows.prod(-1) * grid.num_visual_blocks,
+        holds=within & ~np.eye(len(windows), dtype=np.bool_),
+    )
 
 
 # ------------------------------------------------------------------ radial attention
 
 
-@register_configuration
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Radial:
+def radial(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"] | None,
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    budget: int | Int[Array, ""],
+    scale: Scale | None,
+    order: Order,
+) -> BlockMask:
     """Keeps ever narrower bands between frames that lie ever further apart.
 
     Between frames at distance d the band spans w = f n / 2^floor(log2 max(d, 1)) of a
     frame's n tiles to each side. Where it is narrower than a tile, it keeps the same
-    tile of every ceil(1 / w)-th frame. All tiles of the first frame are kept where the
-    budget has room for them. A setting is the factor f, 1 in the paper; its code scales
-    the bands likewise. There the bands of a frame with itself and with its neighbours
-    do not shrink with f, which sets a floor on the density that a short video is above.
+    tile of every ceil(1 / w)-th frame. All tiles of the first frame are kept where they
+    take at most half of the budget. A setting is the factor f, 1 in the paper; its code
+    scales the bands likewise. There the bands of a frame with itself and with its
+    neighbours do not shrink with f, which sets a floor on the density that a short
+    video is above.
 
     Source: Radial Attention (arXiv 2506.19852).
     """
-
-    def __call__(
-        self,
-        q: Float[Array, "B T N D"],
-        k: Float[Array, "B T N D"],
-        v: Float[Array, "B T N D"] | None,
-        *,
-        grid: VideoGrid,
-        config: DraftConfig,
-        budget: int | Int[Array, ""],
-        scale: Scale | None,
-        order: Order,
-    ) -> BlockMask:
-        """Makes the masks; see `draft_jax.MaskMaker`."""
-        kept = with_first_frame(radial_bands(grid), budget)
-        return mask_of_map(kept, q, grid, config)
+    del k, v, scale, order
+    return mask_of_map(with_first_frame(radial_bands(grid), budget), q, grid, config)
 
 
 class WithSink(NamedTuple):
-    """Settings of a pattern with the first frame kept, and without."""
+    """Settings of a pattern with the first frame kept, and without.
+
+    Attributes:
+      with_sink: With the first frame.
+      without: Without it.
+      first_frame: Pairs with its tiles as keys.
+    """
 
     with_sink: Patterns
     without: Patterns
+    first_frame: int
 
 
 def with_first_frame(patterns: WithSink, budget: Any) -> Bool[Array, "S S"]:
-    """Returns the kept pairs, with the first frame where the budget allows it."""
-    has_room = budget >= int(patterns.with_sink.counts[0])
+    """Returns the kept pairs, with the first frame if it takes at most half of them.
+
+    Published settings keep 0.2 and more of 21 frames and more, of which the first is a
+    small part. Where it would be most of the budget, a band alone is nearer to them.
+    """
+    has_room = budget >= 2 * patterns.first_frame
     return jnp.where(
         has_room, patterns.with_sink.within(budget), patterns.without.within(budget)
     )
@@ -217,6 +272,7 @@ def both(
     return WithSink(
         Patterns.of(lambda xp, one: keeps(xp, one) | is_first, settings),
         Patterns.of(keeps, settings),
+        int(is_first.sum()),
     )
 
 
@@ -245,43 +301,34 @@ def radial_bands(grid: VideoGrid) -> WithSink:
 # ----------------------------------------------------- spatial and temporal heads
 
 
-@register_configuration
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SpatialTemporalHeads:
+def spatial_temporal_heads(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"] | None,
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    budget: int | Int[Array, ""],
+    scale: Scale | None,
+    order: Order,
+) -> BlockMask:
     """Keeps a band along the frames or along the places, whichever suits a head.
 
     A spatial head keeps blocks that are near in the order frame, place: those of its
     own frame and of neighbours. A temporal head keeps those that are near in the order
-    place, frame: the same place in all frames. Both keep the first frame where the
-    budget has room for it, as the published code does. Of every item and head,
-    `SAMPLED_QUERIES` rows of attention are computed in full and under both patterns;
-    that with the smaller squared error is taken. Padded text counts in them.
+    place, frame: the same place in all frames. Both keep the first frame, as the
+    published code does, where it takes at most half of the budget. Of every item and
+    head, `SAMPLED_QUERIES` rows of attention are computed in full and under both
+    patterns; that with the smaller squared error is taken. Padded text counts in them.
 
     Source: Sparse VideoGen (arXiv 2502.01776).
     """
-
-    def __call__(
-        self,
-        q: Float[Array, "B T N D"],
-        k: Float[Array, "B T N D"],
-        v: Float[Array, "B T N D"] | None,
-        *,
-        grid: VideoGrid,
-        config: DraftConfig,
-        budget: int | Int[Array, ""],
-        scale: Scale | None,
-        order: Order,
-    ) -> BlockMask:
-        """Makes the masks; see `draft_jax.MaskMaker`."""
-        if v is None:
-            raise ValueError("v=None, but the rule compares outputs: pass the values")
-        spatial, temporal = head_bands(grid)
-        maps = jnp.stack(
-            [with_first_frame(spatial, budget), with_first_frame(temporal, budget)]
-        )
-        errors = sampled_errors(q, k, v, maps, grid=grid, scale=scale, order=order)
-        kept = maps[jnp.argmin(errors, axis=0)]
-        return mask_of_map(kept, q, grid, config)
+    spatial, temporal = head_bands(grid)
+    maps = jnp.stack(
+        [with_first_frame(spatial, budget), with_first_frame(temporal, budget)]
+    )
+    errors = sampled_errors(q, k, v, maps, grid=grid, scale=scale, order=order)
+    return mask_of_map(maps[jnp.argmin(errors, axis=0)], q, grid, config)
 
 
 @functools.lru_cache(maxsize=8)
@@ -302,7 +349,7 @@ def head_bands(grid: VideoGrid) -> tuple[WithSink, WithSink]:
 def sampled_errors(
     q: Float[Array, "B T N D"],
     k: Float[Array, "B T N D"],
-    v: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"] | None,
     maps: Bool[Array, "K S S"],
     *,
     grid: VideoGrid,
@@ -319,7 +366,12 @@ def sampled_errors(
       grid: Geometry of the sequence.
       scale: Factor of the logits; 1 / sqrt(D) if None.
       order: How the visual tokens are ordered.
+
+    Raises:
+      ValueError: There are no values.
     """
+    if v is None:
+        raise ValueError("v=None, but the rule compares outputs: pass the values")
     block_of = np.repeat(np.arange(grid.num_blocks), grid.block_lengths)
     if order == "raster":
         block_of = block_of[grid.raster_order]
@@ -334,17 +386,14 @@ def sampled_errors(
         of_rows = kept[tile_of[rows]][:, tile_of[visual]]
         return jnp.pad(of_rows, ((0, 0), text), constant_values=True)
 
-    product = functools.partial(
-        jnp.einsum,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    # As attention multiplies: inputs of their dtype, sums in float32.
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     logits = product("bqnd,bknd->bnqk", q[:, rows], k) * factor
 
     def attend(logits):
         weights = jax.nn.softmax(logits, axis=-1)
-        return product("bnqk,bknd->bnqd", weights, v.astype(jnp.float32))
+        return product("bnqk,bknd->bnqd", weights.astype(v.dtype), v)
 
     full = attend(logits)
 

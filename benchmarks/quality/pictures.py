@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.summary import Curve, curves
+from benchmarks.quality.presets import StepTimes
+from benchmarks.quality.summary import Curve, curves, whole_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,6 +37,9 @@ def draw_all(record: Mapping[str, Any], run: Path, images: Path) -> list[str]:
     if any(curve.times for curve in by_name.values()):
         draw_front(images / "quality_time.png", by_name, over_time=True)
         found.append("quality_time.png")
+    if any(row["part"] == "combinations" for row in whole_runs(record)["trials"]):
+        draw_combinations(images / "quality_speed.png", whole_runs(record))
+        found.append("quality_speed.png")
     frames = {name: run / f"frames_{name}.npy" for name in STRIPS}
     frames = {name: path for name, path in frames.items() if path.exists()}
     if len(frames) > 1:
@@ -82,6 +86,35 @@ def draw_front(path: Path, by_name: Mapping[str, Curve], *, over_time: bool) -> 
     axes.set_ylabel("PSNR to the dense video, dB")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def draw_combinations(path: Path, record: Mapping[str, Any]) -> None:
+    """Draws PSNR over time of combinations, with the names of those none is ahead of.
+
+    Args:
+      path: PNG to write.
+      record: What was measured.
+    """
+    times = StepTimes.shipped()
+    points = sorted(
+        (times.share(row), float(np.mean(row["clips"]["psnr"])), row["name"])
+        for row in record["trials"]
+        if row["part"] == "combinations"
+    )
+    figure = _figure(7.0, 4.5)
+    axes = figure.add_subplot()
+    axes.scatter([point[0] for point in points], [point[1] for point in points], s=12)
+    front: list[tuple[float, float, str]] = []
+    for point in points:
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    axes.plot([point[0] for point in front], [point[1] for point in front], "-")
+    for share, level, name in front:
+        axes.annotate(name, (share, level), fontsize=6, rotation=20)
+    axes.set_xlabel("time of the steps of Wan2.1 14B, share of dense bfloat16")
+    axes.set_ylabel("PSNR to the dense video, dB")
+    axes.grid(alpha=0.3)
     figure.savefig(path)
 
 

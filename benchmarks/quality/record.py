@@ -1,4 +1,4 @@
-"""The folder of a run: its record, dense videos, and frames for the document.
+"""The folder of a run: its record, and frames and maps for the document.
 
 Everything is written as it comes, so a run that was stopped goes on where it ended.
 """
@@ -89,8 +89,3 @@ class RunFolder:
     def keep_array(self, name: str, array: np.ndarray) -> None:
         """Keeps an array, such as frames for the document."""
         np.save(self.path / f"{name}.npy", array)
-
-    def array(self, name: str) -> np.ndarray | None:
-        """Returns an array of this or an earlier run; None if there is none."""
-        file = self.path / f"{name}.npy"
-        return np.load(file) if file.exists() else None

@@ -9,14 +9,16 @@
 A run goes on where an earlier one with the same folder ended. `--checkpoint` takes any
 model that `draft-video generate` takes; a published one needs `--steps`, `--size` and
 `--frames` that suit it, and prompts in its own words may be given in a file, half of
-them calm. Parts:
+them calm. First steps that are dense are run once for all methods. Parts:
 
 floor         dense attention by two kernels: what no figure below can be told from
 methods       every method at every density, on the reporting prompts
 layers        error of each layer's output, and softmax mass that is kept
 front         splits of a budget between exact blocks and means, on the tuning prompts
 schedules     reused masks, and densities that fall or rise, on the tuning prompts
-combinations  sparse attention, step caches and FP8 linears, alone and together
+combinations  sparse attention, step caches and FP8 linears, alone and together, on the
+              tuning prompts: presets of speed are chosen by them
+presets       what was chosen, on the reporting prompts
 
 Times of layers are those of a GPU at a full-size shape, from the command `times`;
 without a file of them, nothing is said about equal time.
@@ -32,33 +34,57 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from benchmarks.caches.run import make_cache
 from benchmarks.common.options import height_by_width
 from benchmarks.common.records import write_json
-from benchmarks.quality import clips as clips_module
 from benchmarks.quality import layers as layers_module
 from benchmarks.quality import times as times_module
-from benchmarks.quality.clips import Clips
-from benchmarks.quality.methods import DENSE_FRACTION, DENSITIES, METHODS
+from benchmarks.quality.clips import Clips, shown_frames
+from benchmarks.quality.generations import (
+    Generation,
+    Generations,
+    Work,
+    counts_of_steps,
+    kept_density,
+)
+from benchmarks.quality.likeness import likeness
+from benchmarks.quality.methods import (
+    DENSE_FRACTION,
+    DENSITIES,
+    METHODS,
+    config_at,
+    first_sparse_step,
+)
+from benchmarks.quality.presets import StepTimes, choose_presets
 from benchmarks.quality.prompts import REPORTING, TUNING, Prompt
 from benchmarks.quality.record import RunFolder
 from benchmarks.quality.summary import summarize
-from benchmarks.quality.trials import PARTS, Part, Trial, make_trials
+from benchmarks.quality.trials import (
+    PARTS,
+    WHOLE_RUNS,
+    Combination,
+    Part,
+    Trial,
+    make_trials,
+)
+from draft_jax import AttentionPlan, means_work
 from models.cli.cache_options import parse_cache
+from models.diffusion.caches import MagRatios, StepCache
 from models.diffusion.calibration import measure_ratios
-from models.diffusion.pipeline import DENSE, VideoPipeline
+from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.loading import load_pipeline
 
 SHOWN_DENSITY = 0.1  # of the frames and maps that are kept for the document
 STEPS_LOOKED_AT = 3
-# What two cores do within ten minutes: short videos, few steps and clips.
+AHEAD = 16  # trials whose programs are compiled while others run
+# What two cores do within ten minutes, of a third of the frames.
 REDUCED: dict[str, Any] = {
     "clips": 4,
     "steps": 6,
-    "frames": 8,
     "densities": [0.25, 0.1],
     "parts": ["floor", "methods", "layers"],
     "looks": 1,
@@ -74,6 +100,8 @@ class Lab:
         self.deadline = time.monotonic() + options.limit
         self.pipeline = self.load("bfloat16")
         self.sampling = self._sampling()
+        steps = self.sampling.num_steps
+        self.generations = Generations(self.sampling, first_sparse_step(steps))
         reporting, tuning = _prompts(options)
         batch = options.batch or len(reporting)
         self.reporting = Clips(prompts=reporting, first=0, batch=batch)
@@ -96,8 +124,9 @@ class Lab:
         changes: dict[str, Any] = {}
         if options.steps is not None:
             changes["num_steps"] = options.steps
-        if options.frames is not None:
-            changes["frames"] = options.frames
+        if options.frames is not None or options.reduced:
+            third = -(-sampling.frames // 3)
+            changes["frames"] = options.frames or third
         if options.size is not None:
             changes["height"], changes["width"] = options.size
         return dataclasses.replace(sampling, **changes)
@@ -127,18 +156,12 @@ class Lab:
         return self.tuning if trial.on_tuning_prompts else self.reporting
 
     @functools.cache  # noqa: B019
-    def dense_videos(self, *, tuning: bool) -> Any:
-        """Returns dense videos, of an earlier run of the folder where there are any."""
-        name = "dense_tuning" if tuning else "dense_reporting"
-        if (found := self.folder.array(name)) is not None:
-            return found
-        clips = self.tuning if tuning else self.reporting
-        results = clips_module.generate(self.pipeline, clips, self.sampling, DENSE)
-        videos = clips_module.joined(results)
-        self.folder.keep_array(name, videos)
-        if not tuning:
-            self.folder.keep_array("frames_dense", clips_module.shown_frames(videos))
-        return videos
+    def dense(self, clips: Clips) -> Generation:
+        """Generates dense videos, which every run makes anew."""
+        found = self.generations.dense(self.pipeline, clips)
+        if clips == self.reporting:
+            self.folder.keep_array("frames_dense", shown_frames(found.videos))
+        return found
 
     def top_p(self) -> dict[str, float]:
         """Returns the masses of "top_p" at the densities, chosen on tuning prompts."""
@@ -152,9 +175,7 @@ class Lab:
         return record["top_p"]
 
     def _looks(self, clips: Clips) -> Any:
-        steps = layers_module.looked_at(
-            self.sampling.num_steps, self.options.looks, DENSE_FRACTION
-        )
+        steps = layers_module.looked_at(self.sampling.num_steps, self.options.looks)
         few = dataclasses.replace(
             clips, prompts=clips.prompts[: self.options.looked_at]
         )
@@ -167,91 +188,165 @@ class Lab:
             finished = self.layers() if part == "layers" else self.trials(part)
             if not finished:
                 left.append(part)
+        self.generations.stop()
         return left
 
     def trials(self, part: Part) -> bool:
         """Measures the trials of a part that are missing; returns if none is left."""
-        needs_mass = part == "methods" and "top_p" in self.options.methods
-        if needs_mass and self.is_late and not self.folder.record["top_p"]:
-            return False
-        asked = make_trials(
-            part,
-            names=self.options.methods,
-            densities=self.options.densities,
-            top_p=self.top_p() if needs_mass else {},
-            num_steps=self.sampling.num_steps,
-        )
-        missing = [trial for trial in asked if not self.folder.has(trial.key)]
+        names = list(self.options.methods) if part == "methods" else []
+        masses: dict[str, float] = {}
+        if "top_p" in names:
+            others = [name for name in names if name != "top_p"]
+            if not self.is_late:  # they compile while its masses are looked for
+                self._prepare(self._missing(part, others, {}))
+                masses = self.top_p()
+            masses = self.folder.record["top_p"]
+            names = names if masses else others
+        missing = self._missing(part, names, masses)
+        is_whole = part != "methods" or len(names) == len(self.options.methods)
         bar = tqdm(missing, desc=part, disable=not missing, file=sys.stdout)
-        for trial in bar:
+        for place, trial in enumerate(bar):
             if self.is_late:
                 return False
             bar.set_postfix_str(f"{trial.name} {trial.density}")
-            self.folder.add_trial(self.run_trial(trial))
-        return True
+            try:
+                self._prepare(missing[place:])
+                self.folder.add_trial(self.run_trial(trial))
+            except (jax.errors.JaxRuntimeError, FloatingPointError) as error:
+                # Such as too little memory: others still run.
+                bar.write(f"{trial.key}: {error}")
+                is_whole = False
+        return is_whole
+
+    def _missing(
+        self, part: Part, names: Sequence[str], top_p: dict[str, float]
+    ) -> list[Trial]:
+        if part == "presets":
+            self.choose_presets()
+        asked = make_trials(
+            part,
+            names=names,
+            densities=self.options.densities,
+            top_p=top_p,
+            num_steps=self.sampling.num_steps,
+            presets=[
+                Combination(**fields)
+                for fields in self.folder.record.get("presets", {}).values()
+            ],
+        )
+        return [trial for trial in asked if not self.folder.has(trial.key)]
+
+    def choose_presets(self) -> None:
+        """Chooses presets once, from the combinations."""
+        record = self.folder.record
+        if not record.get("presets"):
+            record["presets"] = choose_presets(record, StepTimes.shipped())
+
+    def _prepare(self, trials: Sequence[Trial]) -> None:
+        """Begins to compile what the next trials need, dense attention before them."""
+        for trial in trials[:AHEAD]:
+            clips = self.clips_of(trial)
+            self.generations.prepare(Work(pipeline=self.pipeline), clips)
+            self.generations.prepare(self.work_of(trial), clips)
+
+    def work_of(self, trial: Trial) -> Work:
+        """Returns what a trial generates its clips with."""
+        first = 0 if trial.part in WHOLE_RUNS else self.generations.first_sparse
+        return Work(
+            pipeline=self.load(trial.linears),
+            attention=trial.attention,
+            cache=None if trial.cache is None else self.cache_of(trial),
+            first_step=first,
+        )
+
+    def cache_of(self, trial: Trial) -> StepCache | None:
+        """Returns the step cache of a trial."""
+        assert trial.cache is not None
+        rule = parse_cache(trial.cache)
+        ratios = self.ratios(trial.attention) if rule.rule == "mag" else None
+        return make_cache(rule, ratios)
+
+    @functools.cache  # noqa: B019
+    def ratios(self, attention: AttentionPlan) -> MagRatios:
+        """Measures the ratios of MagCache on a tuning prompt, in bfloat16."""
+        return measure_ratios(
+            self.pipeline,
+            self.tuning.prompts[0].text,
+            self.sampling,
+            model=str(self.options.checkpoint or "shipped"),
+            attention=attention,
+        )
 
     def run_trial(self, trial: Trial) -> dict[str, Any]:
         """Samples the clips of a trial and compares them with dense ones."""
-        clips = self.clips_of(trial)
-        dense = self.dense_videos(tuning=trial.on_tuning_prompts)
-        pipeline, cache = self.load(trial.linears), None
-        if trial.cache is not None:
-            rule = parse_cache(trial.cache)
-            ratios = None
-            if rule.rule == "mag":
-                ratios = measure_ratios(
-                    pipeline,
-                    self.tuning.prompts[0].text,
-                    self.sampling,
-                    model=str(self.options.checkpoint or "shipped"),
-                    attention=trial.attention,
-                )
-            cache = make_cache(rule, ratios)
-        results = clips_module.generate(
-            pipeline, clips, self.sampling, trial.attention, cache
-        )
+        clips, work = self.clips_of(trial), self.work_of(trial)
+        dense = self.dense(clips)
+        if trial.part in WHOLE_RUNS:
+            found = self.generations.whole(work, clips)
+        else:
+            found = self.generations.go_on(work, clips, dense.begun)
         if trial.part == "methods" and trial.density == SHOWN_DENSITY:
-            frames = clips_module.shown_frames(clips_module.joined(results))
-            self.folder.keep_array(f"frames_{trial.name}", frames)
-        return clips_module.describe(pipeline, trial, self.sampling, results, dense)
+            self.folder.keep_array(f"frames_{trial.name}", shown_frames(found.videos))
+        return self._describe(trial, found, dense)
+
+    def _describe(
+        self, trial: Trial, found: Generation, dense: Generation
+    ) -> dict[str, Any]:
+        """Returns the record of a trial.
+
+        `kept_density` and `work` are of sparse steps; work counts the means, too.
+        Steps are those of the first batch, times those that this trial ran itself,
+        without compiling.
+        """
+        config, kept = trial.attention.config, kept_density(found)
+        means = 0.0 if config is None else means_work(self.grid, config)
+        return {
+            "part": trial.part,
+            "name": trial.name,
+            "density": trial.density,
+            "kept_density": round(kept, 5),
+            "work": round(kept + means, 5),
+            "steps": counts_of_steps(found.reports[0]),
+            "steps_ms": [
+                round(sum(report.time_ms for report in reports), 1)
+                for reports in found.reports
+            ],
+            "clips": likeness(found.videos, dense.videos),
+        }
 
     def layers(self) -> bool:
         """Measures methods in single layers; returns if none is left."""
-        names = self.options.methods
-        steps = layers_module.looked_at(
-            self.sampling.num_steps, self.options.looks, DENSE_FRACTION
-        )
+        names, densities = self.options.methods, self.options.densities
+        steps = layers_module.looked_at(self.sampling.num_steps, self.options.looks)
         missing = [
             (name, step)
             for step in steps
             for name in names
             if not self.folder.has_layers(name, step)
         ]
-        if not missing:
-            return True
-        if self.is_late:
-            return False
+        if not missing or self.is_late:
+            return not missing
         top_p = self.top_p() if "top_p" in names else {}
-        with tqdm(total=len(missing), desc="layers", file=sys.stdout) as bar:
-            for look in self._looks(self.reporting):
-                for name in names:
-                    if (name, look.step) not in missing:
-                        continue
-                    if self.is_late:
-                        return False
-                    bar.set_postfix_str(f"{name}, step {look.step}")
-                    rows, maps = layers_module.measure_method(
-                        look,
-                        name,
-                        self.options.densities,
-                        grid=self.grid,
-                        top_p=top_p,
-                        map_density=SHOWN_DENSITY,
-                    )
-                    if maps.size and look.step == steps[len(steps) // 2]:
-                        self.folder.keep_array(f"maps_{name}", maps)
-                    self.folder.add_layers(rows)
-                    bar.update()
+        bar = tqdm(total=len(missing), desc="layers", file=sys.stdout)
+        for look in self._looks(self.reporting):
+            masses = layers_module.masses_of_layers(look, self.grid)
+            for name in [name for name, step in missing if step == look.step]:
+                if self.is_late:
+                    return False
+                bar.set_postfix_str(f"{name}, step {look.step}")
+                rows, maps = layers_module.measure_method(
+                    look,
+                    name,
+                    config_at(name, densities, top_p),
+                    densities,
+                    grid=self.grid,
+                    masses=masses,
+                    map_density=SHOWN_DENSITY,
+                )
+                if maps.size and look.step == steps[len(steps) // 2]:
+                    self.folder.keep_array(f"maps_{name}", maps)
+                self.folder.add_layers(rows)
+                bar.update()
         return True
 
 
@@ -280,6 +375,8 @@ def measure(options: argparse.Namespace) -> None:
     record = lab.folder.record
     if options.times is not None:
         record["times"] = json.loads(options.times.read_text())
+    if not left and "combinations" in options.parts:
+        lab.choose_presets()
     record["summary"] = summarize(record)
     lab.folder.save()
     print(json.dumps(record["summary"], indent=1), flush=True)
@@ -315,7 +412,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--clips", type=int, help="at most so many; all by default")
     add("--batch", type=int, help="clips sampled together; all by default")
     add("--looks", type=int, default=STEPS_LOOKED_AT, help="steps of layers")
-    add("--looked-at", type=int, default=4, help="clips whose layers are measured")
+    add("--looked-at", type=int, default=8, help="clips whose layers are measured")
     add("--prompts", type=Path, help='JSON: {"reporting": [[text, "calm"], ...], ...}')
     add("--steps", type=int, help="denoising steps; the model's by default")
     add("--frames", type=int, help="the model's by default")

@@ -16,9 +16,11 @@ from benchmarks.quality.statistics import (
     interpolate,
     mean_and_interval,
 )
-from benchmarks.quality.times import times_by_name
+from benchmarks.quality.times import Times
+from benchmarks.quality.trials import DEFAULT_SPLIT, PAPER_90, Combination
 
 MOTIONS = ("calm", "fast")
+WHOLE = "whole_runs"  # entry of a record: that of another run, with more steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,7 +30,8 @@ class Curve:
     Attributes:
       densities: As they were asked for, ascending.
       work: Share of the dense products that each really does, means included.
-      times: Milliseconds of a layer at each; None where they were not measured.
+      times: Milliseconds of a layer that keeps what each kept; None where the method
+        was not timed.
       clips: Each metric of each density and clip.
     """
 
@@ -60,23 +63,27 @@ class Curve:
         return self.times[self.densities.index(density)]
 
 
+def whole_runs(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the record that combinations and presets are in."""
+    return record.get(WHOLE, record)
+
+
 def curves(record: Mapping[str, Any], part: str = "methods") -> dict[str, Curve]:
     """Returns the curve of each method, or variant of one, of a part."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in record["trials"]:
         if row["part"] == part:
             rows.setdefault(row["name"], []).append(row)
-    times = times_by_name(record.get("times"))
+    times = Times(record.get("times"))
     found = {}
     for name, own in rows.items():
         own = sorted(own, key=lambda row: row["density"])
-        of_name = times.get(name, {})
-        densities = [row["density"] for row in own]
-        has_times = all(density in of_name for density in densities)
+        of_rows = [times.at(name, row["kept_density"]) for row in own]
+        known = [time_ms for time_ms in of_rows if time_ms is not None]
         found[name] = Curve(
-            densities=densities,
+            densities=[row["density"] for row in own],
             work=[row["work"] for row in own],
-            times=[of_name[d] for d in densities] if has_times else None,
+            times=known or None,
             clips={
                 metric: np.array([row["clips"][metric] for row in own])
                 for metric in own[0]["clips"]
@@ -132,6 +139,7 @@ def figures(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
         if row["part"] == "floor":
             found["psnr_floor"] = mean_and_interval(row["clips"]["psnr"])
     found |= _layer_errors(record)
+    found |= _presets(whole_runs(record))
     return {name: pair for name, pair in found.items() if pair is not None}
 
 
@@ -197,6 +205,21 @@ def _layer_errors(
     return found
 
 
+def _presets(record: Mapping[str, Any]) -> dict[str, tuple[float, float] | None]:
+    """Returns what presets have over the paper's selection at 90 %, without a cache."""
+    by_name = {
+        row["name"]: np.asarray(row["clips"]["psnr"])
+        for row in record["trials"]
+        if row["part"] == "presets"
+    }
+    return {
+        f"psnr_gain_{preset}": difference(
+            by_name.get(Combination(**fields).name), by_name.get(PAPER_90.name)
+        )
+        for preset, fields in record.get("presets", {}).items()
+    }
+
+
 def summarize(record: Mapping[str, Any]) -> dict[str, float]:
     """Returns the flat summary."""
     return {name: round(mean, 4) for name, (mean, _) in figures(record).items()}
@@ -209,29 +232,29 @@ def best_splits(
 
     The budget is time where times were measured, else work. Within a budget each size
     of means has as many exact blocks as fit; the size with the best mean PSNR is taken,
-    for each kind of motion apart.
+    for each kind of motion apart. Beside it stands what the default's means have.
 
     Args:
       record: The record of a run.
       budgets: Shares of the dense layer's time, or of its work.
     """
     by_name = curves(record, "front")
-    dense = times_by_name(record.get("times")).get("dense", {}).get(1.0)
+    dense = Times(record.get("times")).dense
     kinds = motion_of_clips(record, "tuning")
     found = []
     for budget in budgets:
         for kind, chosen in kinds.items():
-            options = []
+            options: dict[str, float] = {}
             for name, curve in by_name.items():
                 if dense is not None and curve.times is not None:
                     values = curve.at_time(budget * dense)
                 else:
                     values = interpolate(budget, curve.work, curve.clips["psnr"])
                 if values is not None and chosen.any():
-                    options.append((float(values[chosen].mean()), name))
+                    options[name] = float(values[chosen].mean())
             if options:
-                level, name = max(options)
-                found.append(
-                    {"budget": budget, "motion": kind, "name": name, "psnr": level}
-                )
+                name = max(options, key=lambda name: options[name])
+                row = {"budget": budget, "motion": kind, "name": name}
+                default = options.get(DEFAULT_SPLIT)
+                found.append(row | {"psnr": options[name], "default": default})
     return found

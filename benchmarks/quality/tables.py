@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.methods import METHODS
+from benchmarks.quality.presets import PRESET_GAINS, StepTimes
 from benchmarks.quality.statistics import mean_and_interval
 from benchmarks.quality.summary import (
     MOTIONS,
@@ -15,11 +16,13 @@ from benchmarks.quality.summary import (
     curves,
     layer_values,
     motion_of_clips,
+    whole_runs,
 )
-from benchmarks.quality.times import times_by_name
+from benchmarks.quality.times import Times
+from benchmarks.quality.trials import CONSTANT, DEFAULT_SPLIT, PAPER_90, Combination
 
 SHOWN_DENSITY = 0.1
-SPLIT_BUDGETS = (0.1, 0.15, 0.2, 0.3)
+SPLIT_BUDGETS = (0.15, 0.2, 0.25, 0.3)
 SCALES = {"flicker": 1000.0}
 
 
@@ -108,15 +111,14 @@ def by_motion(record: Mapping[str, Any]) -> str:
 
 def times(record: Mapping[str, Any]) -> str:
     """Time of the layer, and PSNR at the times of our default."""
-    by_name, known = curves(record), times_by_name(record["times"])
+    by_name, dense = curves(record), Times(record["times"]).dense
     ours = by_name.get("ours")
     densities = densities_of(by_name)
-    dense = known.get("dense", {}).get(1.0)
     at = [d for d in (0.25, 0.1, 0.05) if ours and ours.time(d) is not None]
     rows = []
     for name, curve in by_name.items():
-        own = known.get(name, {})
-        cells = [f"{own[d]:.2f}" if d in own else "" for d in densities]
+        own = [curve.time(density) for density in densities]
+        cells = ["" if time_ms is None else f"{time_ms:.2f}" for time_ms in own]
         for density in at:
             time_ms = ours.time(density) if ours else None
             values = None if time_ms is None else curve.at_time(time_ms)
@@ -188,45 +190,105 @@ def _splits(record: Mapping[str, Any]) -> str:
     if not found:
         return ""
     what = "time" if record.get("times") else "work"
+    default = f"{DEFAULT_SPLIT}, the default"
     rows = [
-        [f"{row['budget']:g}", row["motion"], row["name"], f"{row['psnr']:.1f}"]
+        [
+            f"{row['budget']:g}",
+            row["motion"],
+            row["name"],
+            f"{row['psnr']:.1f}",
+            "" if row["default"] is None else f"{row['default']:.1f}",
+        ]
         for row in found
     ]
     return (
         "## Exact blocks or means\n\nThe best split of a budget, on the tuning "
         "prompts: which means, with as many exact blocks as then fit.\n\n"
-        + table([f"share of dense {what}", "motion", "best", "PSNR"], rows)
+        + table([f"share of dense {what}", "motion", "best", "PSNR", default], rows)
     )
 
 
 def _schedules(record: Mapping[str, Any]) -> str:
-    rows = [
-        [row["name"], with_interval(*mean_and_interval(row["clips"]["psnr"]))]
+    by_name = {
+        row["name"]: np.asarray(row["clips"]["psnr"])
         for row in record["trials"]
         if row["part"] == "schedules"
-    ]
-    if not rows:
+    }
+    if CONSTANT not in by_name:
         return ""
+    constant = by_name[CONSTANT]
+    rows = []
+    for name, values in by_name.items():
+        cells = [name, with_interval(*mean_and_interval(values)), ""]
+        if name != CONSTANT:
+            cells[2] = with_interval(*paired(values, constant), digits=2)
+        rows.append(cells)
+    better = [
+        name
+        for name, values in by_name.items()
+        if name != CONSTANT and np.greater(*paired(values, constant))
+    ]
+    said = (
+        f"Ahead of the constant one beyond chance: {', '.join(better)}."
+        if better
+        else "None is ahead of the constant one beyond chance, so the default has it."
+    )
     return (
         "## Reused masks and schedules\n\nThe default at a mean density of 0.1 over "
-        "the sparse steps, on the tuning prompts.\n\n"
-        + table(["schedule", "PSNR"], rows)
+        f"the sparse steps, on the tuning prompts. {said}\n\n"
+        + table(["schedule", "PSNR", "over the constant one"], rows)
     )
 
 
 def _combinations(record: Mapping[str, Any]) -> str:
-    is_gpu = "cpu" not in record["device"].lower()
-    rows = []
-    for row in record["trials"]:
-        if row["part"] != "combinations":
-            continue
-        cells = [row["name"], with_interval(*mean_and_interval(row["clips"]["psnr"]))]
-        cells.append(f"{np.mean(row['skipped_steps']):.1f}")
-        if is_gpu:
-            cells.append(f"{sum(row['steps_ms']) / 1e3:.2f}")
-        rows.append(cells)
+    record = whole_runs(record)
+    rows = [row for row in record["trials"] if row["part"] == "combinations"]
     if not rows:
         return ""
-    head = ["attention + cache + linears", "PSNR", "steps skipped"]
-    head += ["seconds of steps, all clips"] if is_gpu else []
-    return "## With step caches and FP8\n\n" + table(head, rows)
+    times = StepTimes.shipped()
+    cells = []
+    for row in sorted(rows, key=lambda row: times.share(row)):
+        steps = row["steps"]
+        cells.append(
+            [
+                row["name"],
+                with_interval(*mean_and_interval(row["clips"]["psnr"])),
+                *(str(steps[work]) for work in ("dense", "sparse", "skipped")),
+                f"{times.share(row):.3f}",
+            ]
+        )
+    head = ["attention + cache + linears", "PSNR", "dense", "sparse", "skipped", "time"]
+    return (
+        "## With step caches and FP8\n\nWhole runs on the tuning prompts, against the "
+        "dense bfloat16 video. Time is that of the steps over those of the dense run, "
+        f"with steps of Wan2.1 14B as they were measured (`{times.source}`): the small "
+        "model spends little in linear layers. A cache decides for all clips of a "
+        "batch together.\n\n" + table(head, cells) + _presets(record)
+    )
+
+
+def _presets(record: Mapping[str, Any]) -> str:
+    """Says what was chosen, and how it does on prompts it was not chosen on."""
+    chosen = record.get("presets")
+    if not chosen:
+        return ""
+    by_name = {
+        row["name"]: np.asarray(row["clips"]["psnr"])
+        for row in record["trials"]
+        if row["part"] == "presets"
+    }
+    paper, times = by_name.get(PAPER_90.name), StepTimes.shipped()
+    rows = []
+    for preset, fields in chosen.items():
+        name = Combination(**fields).name
+        cells = [f"`--speed {preset}`", name, f"{times.share_of(record, name):.3f}", ""]
+        if paper is not None and name in by_name:
+            cells[3] = with_interval(*paired(by_name[name], paper))
+        rows.append(cells)
+    gains = ", ".join(f"{name} {gain:g}" for name, gain in PRESET_GAINS.items())
+    return (
+        "\n\nOf these the presets are the fastest that are as many decibels over the "
+        f"paper's selection at 90 % without a cache ({gains}) on the tuning prompts. "
+        "What they have over it on the reporting prompts, of which they saw none:\n\n"
+        + table(["preset", "what it is", "time", "PSNR over the paper's 90 %"], rows)
+    )

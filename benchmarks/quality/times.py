@@ -4,6 +4,10 @@ A layer is everything from q, k and v to the output: draft, selection, means and
 block-sparse kernel, in tiled order. Its density is an argument of the program, as in a
 schedule, so a method is compiled once. Programs take turns over densities and methods
 within a round; figures are medians of rounds.
+
+A pattern may keep fewer pairs than it is allowed, and on another grid another share.
+So a time belongs to the share that was kept, and the time of a trial is read off at the
+share that the trial kept.
 """
 
 import concurrent.futures
@@ -16,23 +20,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.common.inputs import smooth_inputs
 from benchmarks.common.records import environment
 from benchmarks.common.shapes import SHAPES, Shape
+from benchmarks.quality.generations import TRACING
 from benchmarks.quality.methods import METHODS, sparsity_of
-from benchmarks.quality.trials import (
-    FRONT_DENSITIES,
-    FRONT_FRAMES,
-    FRONT_SUB_TILES,
-    front_name,
-)
+from benchmarks.quality.trials import FRONT_DENSITIES, front_configs
 from draft_jax import (
-    Compensation,
     DraftConfig,
     VideoGrid,
-    compute_mask,
     constant_step,
+    initial_mask,
     scheduled_attention,
 )
 from draft_jax.config import static_budget
@@ -42,7 +42,7 @@ TINY = Shape(
     grid=VideoGrid(2, 16, 24, tile=(4, 8)), num_heads=2, head_dim=64, dtype="float32"
 )
 TIME_SHAPES = {"tiny": TINY, **SHAPES}
-ROUNDS = 5
+ROUNDS = 3
 MIN_SAMPLE_S = 0.05
 
 
@@ -80,19 +80,11 @@ def layers_to_time(
         if method.is_bound or name == "top_p":
             continue
         config = dataclasses.replace(
-            method.config, sparsity=sparsity_of(max(densities))
+            method.timed or method.config, sparsity=sparsity_of(max(densities))
         )
         found += [Timed(name=name, density=d, config=config) for d in densities]
-    for size in FRONT_SUB_TILES if with_front else ():
-        for frames in FRONT_FRAMES:
-            config = DraftConfig.compensated(
-                sparsity=sparsity_of(max(FRONT_DENSITIES)),
-                compensation=Compensation(sub_tile=size, frames=frames),
-            )
-            name = front_name(*size, frames)
-            found += [
-                Timed(name=name, density=d, config=config) for d in FRONT_DENSITIES
-            ]
+    for name, config in front_configs().items() if with_front else ():
+        found += [Timed(name=name, density=d, config=config) for d in FRONT_DENSITIES]
     return found
 
 
@@ -144,8 +136,8 @@ def time_layers(shape: Shape, layers: Sequence[Timed]) -> list[dict[str, Any]]:
         if layer.config is not None:
             found = static_budget(sparsity_of(layer.density), shape.grid, layer.config)
             budget = jnp.int32(found)
-            mask = _mask(layer.config, shape.grid, *qkv, budget)
-            row["kept_density"] = round(float(mask), 5)
+        _, density = program(*qkv, budget)
+        row["kept_density"] = round(float(density), 5)
         calls[len(rows) - 1] = functools.partial(program, *qkv, budget)
     for place, samples in _samples(calls).items():
         rows[place]["median_ms"] = round(statistics.median(samples), 4)
@@ -154,20 +146,17 @@ def time_layers(shape: Shape, layers: Sequence[Timed]) -> list[dict[str, Any]]:
 
 
 def _layer(config: DraftConfig | None, grid: VideoGrid, q, k, v, budget):
+    """Returns the output and the share of block pairs that is kept."""
     if config is None:
-        return dense_attention(q, k, v, grid=grid)
+        return dense_attention(q, k, v, grid=grid), jnp.float32(1.0)
     step = dataclasses.replace(constant_step(grid, config), budget=budget)
-    return scheduled_attention(
-        q, k, v, grid=grid, config=config, step=step, mask=None, order="tiled"
-    )[0]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _mask(config: DraftConfig, grid: VideoGrid, q, k, v, budget):
-    mask = compute_mask(
-        q, k, grid=grid, config=config, budget=budget, order="tiled", v=v
+    batch, _, num_heads, _ = q.shape
+    mask = initial_mask(grid, config, batch=batch, num_heads=num_heads)
+    out, used = scheduled_attention(
+        q, k, v, grid=grid, config=config, step=step, mask=mask, order="tiled"
     )
-    return mask.density.mean()
+    assert used is not None, "a mask was given"
+    return out, used.density.mean()
 
 
 def _compile(configs, shape: Shape, qkv) -> dict[Any, Any]:
@@ -176,7 +165,9 @@ def _compile(configs, shape: Shape, qkv) -> dict[Any, Any]:
     def build(config):
         layer = jax.jit(functools.partial(_layer, config, shape.grid))
         try:
-            return layer.lower(*qkv, jnp.int32(0)).compile()
+            with TRACING:
+                lowered = layer.lower(*qkv, jnp.int32(0))
+            return lowered.compile()
         except Exception as error:  # recorded: other layers still run
             return error
 
@@ -199,15 +190,39 @@ def _samples(calls: Mapping[int, Callable[[], Any]]) -> dict[int, list[float]]:
     return samples
 
 
-def times_by_name(record: Mapping[str, Any] | None) -> dict[str, dict[float, float]]:
-    """Returns milliseconds by method and density; those of "row_topk" serve "top_p".
+class Times:
+    """Times of layers by name and kept density."""
 
-    The oracle gets them too, as if its masks were to be had for a draft's price.
-    """
-    found: dict[str, dict[float, float]] = {}
-    for row in [] if record is None else record["rows"]:
-        if "median_ms" in row:
-            found.setdefault(row["name"], {})[row["density"]] = row["median_ms"]
-    if "row_topk" in found:
-        found["top_p"] = found["oracle"] = found["row_topk"]
-    return found
+    def __init__(self, record: Mapping[str, Any] | None) -> None:
+        """Reads a record of `measure_times`, if there is one."""
+        self._points: dict[str, list[tuple[float, float]]] = {}
+        for row in [] if record is None else record["rows"]:
+            if "median_ms" in row:
+                point = row["kept_density"], row["median_ms"]
+                self._points.setdefault(row["name"], []).append(point)
+        self._points = {name: sorted(points) for name, points in self._points.items()}
+
+    def at(self, name: str, kept_density: float) -> float | None:
+        """Returns milliseconds of a layer; None if its method was not timed.
+
+        They are read off straight lines between measured points. Beyond the ends the
+        last line goes on: the kernel's time is linear in the pairs that it reads.
+        "top_p" has the times of equal rows; so has the oracle, as if its masks were to
+        be had for a draft's price.
+        """
+        if name in ("top_p", "oracle"):
+            name = "row_topk"
+        points = self._points.get(name)
+        if points is None:
+            return None
+        if len(points) == 1:
+            return points[0][1]
+        places = [place for place, _ in points]
+        right = int(np.clip(np.searchsorted(places, kept_density), 1, len(points) - 1))
+        (x0, y0), (x1, y1) = points[right - 1 : right + 1]
+        return y0 if x1 == x0 else y0 + (kept_density - x0) * (y1 - y0) / (x1 - x0)
+
+    @property
+    def dense(self) -> float | None:
+        """Milliseconds of dense attention."""
+        return self.at("dense", 1.0)

@@ -2,24 +2,38 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from benchmarks.quality.methods import DENSE_FRACTION, plan_at, sparsity_of
+from benchmarks.quality.methods import (
+    DENSE_FRACTION,
+    DENSITIES,
+    config_at,
+    first_sparse_step,
+    plan_at,
+    sparsity_of,
+)
 from draft_jax import AttentionPlan, Compensation, DraftConfig, SparsitySchedule
 from models.diffusion.dtypes import Linears
 
 # What a run measures; each has trials of its own, but for layers.
-Part = Literal["floor", "methods", "layers", "front", "schedules", "combinations"]
+Part = Literal[
+    "floor", "methods", "layers", "front", "schedules", "combinations", "presets"
+]
 PARTS: tuple[Part, ...] = get_args(Part)
-ON_TUNING_PROMPTS = ("front", "schedules")  # something is chosen by them
+# Something is chosen by them.
+ON_TUNING_PROMPTS = ("front", "schedules", "combinations")
+WHOLE_RUNS = ("floor", "combinations", "presets")  # their first steps are their own
 
-FRONT_SUB_TILES = ((1, 2), (2, 2), (2, 4), (4, 4))
-FRONT_FRAMES = (1, 4, 8)
-FRONT_DENSITIES = (0.15, 0.1, 0.05, 0.025)
+# Rows, columns and frames of means, at most an eighth of the keys; None for no means.
+FRONT_MEANS = (
+    *((1, 2, 4), (1, 2, 8), (2, 2, 4), (2, 2, 8), (2, 2, 13)),
+    *((2, 4, 1), (2, 4, 4), (2, 4, 8), (4, 4, 1), (4, 4, 4), None),
+)
+FRONT_DENSITIES = (0.25, 0.15, 0.1, 0.05, 0.025)
 SCHEDULE_DENSITY = 0.1
-CACHE_RULES = ("easy:0.05,4", "mag:0.12,2")
+CONSTANT = "constant"  # the schedule that others are compared with
+CACHE_RULES = ("easy:0.05", "mag:0.12,2", "mag:0.24,6")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +87,7 @@ def methods(
             part="methods",
             name=name,
             density=density,
-            attention=plan_at(name, density, densities=densities, top_p=top_p),
+            attention=plan_at(config_at(name, densities, top_p), density),
         )
         for name, density in itertools.product(names, densities)
     ]
@@ -81,36 +95,45 @@ def methods(
 
 def front() -> list[Trial]:
     """Splits of a budget between exact blocks and means of several sizes."""
-    least = sparsity_of(max(FRONT_DENSITIES))
     return [
         Trial(
             part="front",
-            name=front_name(*size, frames),
+            name=name,
             density=density,
-            attention=AttentionPlan.draft(
-                DraftConfig.compensated(
-                    sparsity=least,
-                    compensation=Compensation(sub_tile=size, frames=frames),
-                ),
-                SparsitySchedule(
-                    dense_fraction=DENSE_FRACTION, sparsity=sparsity_of(density)
-                ),
-            ),
+            attention=plan_at(config, density),
         )
-        for size, frames, density in itertools.product(
-            FRONT_SUB_TILES, FRONT_FRAMES, FRONT_DENSITIES
-        )
+        for name, config in front_configs().items()
+        for density in FRONT_DENSITIES
     ]
 
 
-def front_name(rows: int, columns: int, frames: int) -> str:
-    """Returns the name of a size of means."""
-    return f"means of {rows}x{columns}x{frames}"
+def split_name(means: Compensation) -> str:
+    """Returns the name of a split with means of a size."""
+    rows, columns = means.sub_tile
+    return f"means of {rows}x{columns}x{means.frames}"
+
+
+DEFAULT_SPLIT = split_name(Compensation())
+
+
+def front_configs() -> dict[str, DraftConfig]:
+    """Returns the splits by name, with room for the densities of methods, too."""
+    found = {}
+    for size in FRONT_MEANS:
+        changes: dict[str, Any] = {"compensation": None, "ranking": "mass"}
+        name = "no means"
+        if size is not None:
+            rows, columns, frames = size
+            means = Compensation(sub_tile=(rows, columns), frames=frames)
+            changes, name = {"compensation": means}, split_name(means)
+        least = sparsity_of(max(*FRONT_DENSITIES, *DENSITIES))
+        found[name] = DraftConfig.compensated(sparsity=least, **changes)
+    return found
 
 
 def schedules(num_steps: int) -> list[Trial]:
     """Reused masks, and densities that fall or rise at a fixed mean."""
-    sparse = num_steps - math.ceil(DENSE_FRACTION * num_steps)
+    sparse = num_steps - first_sparse_step(num_steps)
     half = 0.5 * SCHEDULE_DENSITY
     ramp = [
         SCHEDULE_DENSITY - half + 2 * half * place / max(sparse - 1, 1)
@@ -123,7 +146,7 @@ def schedules(num_steps: int) -> list[Trial]:
         return tuple(map(sparsity_of, densities))
 
     variants: dict[str, dict[str, Any]] = {
-        "constant": {"sparsity": sparsity_of(SCHEDULE_DENSITY)},
+        CONSTANT: {"sparsity": sparsity_of(SCHEDULE_DENSITY)},
         "masks of 2 steps": {
             "sparsity": sparsity_of(SCHEDULE_DENSITY),
             "mask_refresh": 2,
@@ -149,31 +172,80 @@ def schedules(num_steps: int) -> list[Trial]:
     ]
 
 
-def combinations(rules: Sequence[str] = CACHE_RULES) -> list[Trial]:
-    """Sparse attention, step caches and FP8 linears: each alone, in pairs, and all."""
-    schedule = SparsitySchedule(dense_fraction=DENSE_FRACTION)
-    attentions = {
-        "dense": (1.0, AttentionPlan.dense()),
-        "paper": (0.1, AttentionPlan.draft(DraftConfig.paper(sparsity=0.9), schedule)),
-        "ours": (0.1, AttentionPlan.draft(DraftConfig.compensated(), schedule)),
-    }
-    precisions: tuple[Linears, ...] = ("bfloat16", "float8")
-    found = []
-    for (name, (density, attention)), rule, linears in itertools.product(
-        attentions.items(), (None, *rules), precisions
-    ):
-        parts = [name, *([rule] if rule else []), linears]
-        found.append(
-            Trial(
-                part="combinations",
-                name=" + ".join(parts),
-                density=density,
-                attention=attention,
-                cache=rule,
-                linears=linears,
-            )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Combination:
+    """Sparse attention, a step cache and a precision, as the command line names them.
+
+    Attributes:
+      method: Preset of `DraftConfig`; None for dense attention.
+      sparsity: Share of block pairs that are skipped; None for dense attention.
+      dense_fraction: Share of the steps that is dense at first.
+      cache: Rule of a step cache, or None.
+      linears: Precision of the linear layers.
+    """
+
+    method: Literal["compensated", "paper"] | None = None
+    sparsity: float | None = None
+    dense_fraction: float = DENSE_FRACTION
+    cache: str | None = None
+    linears: Linears = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        """Tells it from all others."""
+        attention = "dense"
+        if self.method is not None:
+            attention = f"{self.method} {self.sparsity:g}"
+            if self.dense_fraction != DENSE_FRACTION:
+                attention += f" after {self.dense_fraction:g}"
+        return " + ".join(
+            (attention, *([self.cache] if self.cache else []), self.linears)
         )
-    return found
+
+    def trial(self, part: Part) -> Trial:
+        """Returns the trial that measures it."""
+        attention, density = AttentionPlan.dense(), 1.0
+        if self.method is not None:
+            assert self.sparsity is not None, "a method has one"
+            density = round(1.0 - self.sparsity, 6)
+            # Sparsities share a program, of the least of them.
+            config = getattr(DraftConfig, self.method)(sparsity=COMBINED_SPARSITIES[0])
+            schedule = SparsitySchedule(
+                dense_fraction=self.dense_fraction, sparsity=self.sparsity
+            )
+            attention = AttentionPlan.draft(config, schedule)
+        return Trial(
+            part=part,
+            name=self.name,
+            density=density,
+            attention=attention,
+            cache=self.cache,
+            linears=self.linears,
+        )
+
+
+COMBINED_SPARSITIES = (0.9, 0.95)
+PAPER_90 = Combination(method="paper", sparsity=0.9)
+
+
+def combinations() -> list[Combination]:
+    """Sparse attention, step caches and FP8 linears: each alone, in pairs, and all."""
+    least, most = COMBINED_SPARSITIES
+    attentions: tuple[dict[str, Any], ...] = (
+        {},
+        {"method": "paper", "sparsity": least},
+        {"method": "compensated", "sparsity": least},
+        {"method": "compensated", "sparsity": most},
+        {"method": "compensated", "sparsity": least, "dense_fraction": 0.1},
+    )
+    precisions: tuple[Linears, ...] = ("bfloat16", "float8")
+    found = [
+        Combination(**attention, cache=cache, linears=linears)
+        for attention in attentions
+        for cache in (None, *CACHE_RULES)
+        for linears in precisions
+    ]
+    return [each for each in found if each != Combination()]  # the reference
 
 
 def make_trials(
@@ -183,6 +255,7 @@ def make_trials(
     densities: Sequence[float],
     top_p: Mapping[str, float],
     num_steps: int,
+    presets: Sequence[Combination] = (),
 ) -> list[Trial]:
     """Returns the trials of a part; none for "layers", which has no videos.
 
@@ -192,13 +265,15 @@ def make_trials(
       densities: Densities of the methods.
       top_p: See `methods.config_at`.
       num_steps: Steps of the videos.
+      presets: What was chosen of the combinations.
     """
     makers: dict[str, Callable[[], list[Trial]]] = {
         "floor": floor,
         "methods": lambda: methods(names, densities, top_p),
         "front": front,
         "schedules": lambda: schedules(num_steps),
-        "combinations": combinations,
+        "combinations": lambda: [c.trial("combinations") for c in combinations()],
+        "presets": lambda: [c.trial("presets") for c in (PAPER_90, *presets)],
         "layers": list,
     }
     return makers[part]()

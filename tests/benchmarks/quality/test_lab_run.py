@@ -5,14 +5,22 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.quality import document, run, times
+from benchmarks.quality import document, run, times, trials
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.prompts import REPORTING, TUNING
-from benchmarks.quality.trials import combinations, front, make_trials, schedules
+from benchmarks.quality.trials import (
+    PAPER_90,
+    combinations,
+    front,
+    make_trials,
+    schedules,
+)
 from models.mini.captions import SAMPLE_PROMPTS
 from models.mini.checkpoint import SHIPPED
 from models.mini.text import Vocabulary
 from tests import tiny_model
+
+CACHED = "compensated 0.9 + mag:0.12,2 + float8"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # words that a tiny model lacks
 
@@ -88,14 +96,34 @@ def test_each_part_has_its_trials():
     options = {"top_p": {"0.1": 0.4}, "num_steps": 16}
     found = make_trials("methods", names=list(METHODS), densities=[0.1], **options)
     assert [trial.name for trial in found] == list(METHODS)
-    keys = [trial.key for trial in (*front(), *schedules(16), *combinations())]
+    combined = make_trials("combinations", names=[], densities=[], **options)
+    keys = [trial.key for trial in (*front(), *schedules(16), *combined)]
     assert len(keys) == len(set(keys))
     for trial in schedules(16):
         plan = trial.attention.schedule.sparsity
         sparse = np.broadcast_to(plan, 16)[4:]
         assert np.mean(sparse) == pytest.approx(0.9, abs=1e-6)
-    names = {trial.name for trial in combinations()}
-    assert {"dense + bfloat16", "ours + easy:0.05,4 + float8"} <= names
+    names = {trial.name for trial in combined}
+    assert {PAPER_90.name, "dense + mag:0.12,2 + bfloat16", "dense + float8"} <= names
+    assert {"compensated 0.95 + easy:0.05 + float8"} <= names
+    chosen = make_trials(
+        "presets", names=[], densities=[], **options, presets=combinations()[:1]
+    )
+    assert [trial.name for trial in chosen] == [PAPER_90.name, combinations()[0].name]
+
+
+def test_one_configuration_serves_all_densities():
+    """So a method is compiled once; only "top_p" keeps room for all pairs."""
+    top_p = {"0.1": 0.4, "0.25": 0.6}
+    found = make_trials(
+        "methods", names=list(METHODS), densities=[0.25, 0.1], top_p=top_p, num_steps=4
+    )
+    configs = {}
+    for trial in found:
+        configs.setdefault(trial.name, set()).add(trial.attention.config)
+    assert [len(own) for own in configs.values()] == [1] * len(METHODS)
+    (config,) = configs["top_p"]
+    assert (config.sparsity, config.mask_maker.masses) == (0.0, (0.4, 0.6))
 
 
 def test_times_are_of_a_gpu_alone():
@@ -119,7 +147,8 @@ def test_layers_run_and_say_their_density(monkeypatch):
     by_key = {(row["name"], row["density"]): row for row in rows}
     assert by_key["paper", 0.25]["kept_density"] == pytest.approx(0.25, abs=0.02)
     assert by_key["spatial_temporal", 0.5]["kept_density"] <= 0.5
-    assert set(times.times_by_name({"rows": rows})) == {"dense", *names}
+    known = times.Times({"rows": rows})
+    assert all(known.at(name, 0.3) is not None for name in ("dense", *names))
 
 
 def test_pictures_are_drawn_from_a_folder(tmp_path, monkeypatch):
@@ -135,14 +164,16 @@ def test_pictures_are_drawn_from_a_folder(tmp_path, monkeypatch):
     assert all((tmp_path / name).stat().st_size > 1000 for name in drawn)
 
 
+@pytest.mark.nightly
 def test_one_trial_of_each_choice_runs(tmp_path):
     """A schedule, a size of means, and a cache with FP8 linears."""
     folder = tiny_model.save_checkpoint(tmp_path / "model")
     lab = run.Lab(options_of(folder, tmp_path / "run", "--steps", "6"))
+    (cached,) = (c for c in combinations() if c.name == CACHED)
     wanted = {
         "falling density": schedules(6),
         "means of 1x2x4": front(),
-        "ours + mag:0.12,2 + float8": combinations(),
+        CACHED: [cached.trial("combinations")],
     }
     for name, found in wanted.items():
         (trial,) = [each for each in found if each.name == name][:1]
@@ -150,3 +181,47 @@ def test_one_trial_of_each_choice_runs(tmp_path):
         assert row["name"] == name
         assert all(5 < value < 100 for value in row["clips"]["psnr"])
         assert 0 < row["kept_density"] < row["work"] <= 1.5
+        assert sum(row["steps"].values()) == (6 if name == CACHED else 4)
+
+
+@pytest.mark.nightly
+def test_methods_go_on_from_the_dense_steps(tmp_path):
+    """Videos are those that a pipeline makes in one go, of the same noise."""
+    folder = tiny_model.save_checkpoint(tmp_path / "model")
+    lab = run.Lab(options_of(folder, tmp_path / "run", "--batch", "1"))
+    (trial,) = make_trials(
+        "methods", names=["ours"], densities=[0.25], top_p={}, num_steps=4
+    )
+    dense = lab.dense(lab.reporting)
+    found = lab.generations.go_on(lab.work_of(trial), lab.reporting, dense.begun)
+    assert [len(reports) for reports in found.reports] == [3, 3]
+    for place, clip in enumerate(lab.reporting.batches()):
+        noise = clip.noise(lab.pipeline.latent_shape(lab.sampling), lab.sampling.seed)
+        whole = lab.pipeline.generate(
+            clip.texts, lab.sampling, noise=noise, attention=trial.attention
+        )
+        np.testing.assert_allclose(found.videos[place], whole.video[0], atol=1e-5)
+        assert not np.allclose(found.videos[place], dense.videos[place], atol=1e-3)
+
+
+@pytest.mark.nightly
+def test_presets_are_chosen_and_measured(tmp_path, monkeypatch):
+    folder = tiny_model.save_checkpoint(tmp_path / "model")
+    few = [PAPER_90, *(c for c in combinations() if c.name == CACHED)]
+    monkeypatch.setattr(trials, "combinations", lambda: few)
+    parts = ("--parts", "combinations", "presets")
+    options = options_of(folder, tmp_path / "run", *parts, "--steps", "6")
+    run.measure(options)
+    record = json.loads((tmp_path / "run" / "quality.json").read_text())
+    assert set(record["presets"]) >= {"fastest"}
+    measured = [row["name"] for row in record["trials"] if row["part"] == "presets"]
+    assert measured[0] == PAPER_90.name
+    assert "psnr_gain_fastest" in record["summary"]
+    monkeypatch.setattr(document, "IMAGES", tmp_path)
+    published = document.publish(
+        tmp_path / "run", tmp_path / "record.json", tmp_path / "run"
+    )
+    assert "quality_speed.png" in published["pictures"]
+    text = document.page(published, "record.json")
+    assert "## With step caches and FP8" in text
+    assert "`--speed fastest`" in text

@@ -10,16 +10,28 @@ import pytest
 
 from benchmarks.quality import patterns
 from benchmarks.quality.patterns import (
-    Radial,
-    SlidingTiles,
-    SpatialTemporalHeads,
+    even_sliding_tiles,
     head_bands,
+    radial,
     radial_bands,
     sampled_errors,
+    sliding_tiles,
     sliding_windows,
+    spatial_temporal_heads,
 )
-from benchmarks.quality.rankings import Chance, TrueMasses
-from draft_jax import DraftConfig, VideoGrid, compute_mask, kept_pairs_budget
+from benchmarks.quality.rankings import (
+    MassPerRow,
+    chance,
+    masses_of_tiles,
+    true_masses,
+)
+from draft_jax import (
+    DraftConfig,
+    VideoGrid,
+    compute_mask,
+    draft_scores,
+    kept_pairs_budget,
+)
 
 GRID = VideoGrid(5, 6, 9, tile=(2, 3), text_length=4)  # 5 x 3 x 3 tiles
 TILES = list(itertools.product(range(5), range(3), range(3)))
@@ -56,20 +68,57 @@ def window_pairs(window):
 
 def test_sliding_windows_are_those_of_a_loop():
     windows = sliding_windows(GRID)
-    assert len(windows.counts) > 4
-    for setting, count in zip(windows.settings, windows.counts, strict=True):
-        expected = window_pairs(setting)
-        np.testing.assert_array_equal(windows.keeps(np, setting), expected)
-        assert expected.sum() == count == SIZE * math.prod(setting.tolist())
-    assert (np.diff(windows.counts) > 0).all()
+    sizes = itertools.product((1, 3, 5), (1, 3), (1, 3))
+    assert sorted(map(tuple, windows.sides.tolist())) == sorted(sizes)
+    for sides, count in zip(windows.sides, windows.counts, strict=True):
+        kept = windows.kept(sides)
+        np.testing.assert_array_equal(kept, window_pairs(sides.tolist()))
+        assert kept.sum() == count == SIZE * sides.prod()
+    assert (np.diff(windows.counts) >= 0).all()
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_budget_takes_the_largest_window_within(sparsity):
-    kept = visual_mask(SlidingTiles(), sparsity)
+    kept = visual_mask(even_sliding_tiles, sparsity)
     budget = kept_pairs_budget(sparsity, SIZE)
     counts = sliding_windows(GRID).counts
     assert (kept.sum((-1, -2)) == counts[counts <= budget].max()).all()
+
+
+def test_candidates_are_windows_that_no_other_one_holds():
+    """Of 45 pairs in a row 10 hold 9: these, and the 5 frames of one tile."""
+    windows = sliding_windows(GRID)
+    maps, is_known = windows.candidates(10 * SIZE)
+    found = np.asarray(maps)[np.asarray(is_known)]
+    expected = [window_pairs(sides) for sides in ((1, 3, 3), (3, 1, 3), (3, 3, 1))]
+    expected.append(window_pairs((5, 1, 1)))
+    assert len(found) == len(expected)
+    for kept in expected:
+        assert any((kept == one).all() for one in found)
+    least, is_known = windows.candidates(1)
+    assert np.asarray(is_known).tolist()[:2] == [True, False]
+    np.testing.assert_array_equal(least[0], np.eye(SIZE, dtype=bool))
+
+
+def test_each_head_takes_its_own_window():
+    """Heads that tell frames, or places, want windows along the others."""
+    q, k, v = frames_and_places()
+    grid = VideoGrid(5, 6, 9, tile=(2, 3))
+    config = DraftConfig.paper(sparsity=0.75, mask_maker=sliding_tiles)
+    mask = compute_mask(q, k, grid=grid, config=config, order="tiled", v=v)
+    in_frames, in_places = np.asarray(mask.to_dense())[0]
+    np.testing.assert_array_equal(in_frames, window_pairs((1, 3, 3)))
+    np.testing.assert_array_equal(in_places, window_pairs((5, 1, 1)))
+
+
+def frames_and_places():
+    """A head whose tokens attend to their frame, and one to their place."""
+    frames = np.repeat(np.arange(5), 54)
+    places = np.tile(np.repeat(np.arange(9), 6), 5)  # tiled order
+    one_hot = np.stack([np.eye(9)[frames], np.eye(9)[places]], 1)[None]
+    q = k = jnp.asarray(12 * one_hot, jnp.float32)
+    v = jnp.asarray(np.random.default_rng(0).normal(size=q.shape), jnp.float32)
+    return q, k, v
 
 
 def radial_pairs(factor, with_sink):
@@ -99,11 +148,13 @@ def test_radial_bands_are_those_of_a_loop():
     assert bands.without.counts[-1] == SIZE**2
 
 
-def test_first_frame_is_kept_where_the_budget_has_room():
-    wide, narrow = visual_mask(Radial(), 0.6), visual_mask(Radial(), 0.9)
+def test_first_frame_is_kept_where_it_is_at_most_half():
+    """It is a fifth of all pairs: two fifths have room for it, 0.39 have none."""
+    wide, narrow = visual_mask(radial, 0.6), visual_mask(radial, 0.61)
     assert wide[..., :9].all()
     assert not narrow[..., 9:, :9].all()
-    assert (narrow.sum((-1, -2)) <= kept_pairs_budget(0.9, SIZE)).all()
+    for kept, sparsity in ((wide, 0.6), (narrow, 0.61)):
+        assert (kept.sum((-1, -2)) <= kept_pairs_budget(sparsity, SIZE)).all()
 
 
 def band_pairs(width, temporal, with_sink):
@@ -160,13 +211,9 @@ def test_sampled_errors_are_those_of_a_loop(order, monkeypatch):
 
 def test_each_head_takes_its_own_pattern():
     """A head that tells frames apart is spatial, one that tells places temporal."""
-    frames = np.repeat(np.arange(5), 54)
-    places = np.tile(np.repeat(np.arange(9), 6), 5)  # tiled order
+    q, k, v = frames_and_places()
     grid = VideoGrid(5, 6, 9, tile=(2, 3))
-    one_hot = np.stack([np.eye(9)[frames], np.eye(9)[places]], 1)[None]
-    q = k = jnp.asarray(12 * one_hot, jnp.float32)
-    v = jnp.asarray(np.random.default_rng(0).normal(size=q.shape), jnp.float32)
-    config = DraftConfig.paper(sparsity=0.4, mask_maker=SpatialTemporalHeads())
+    config = DraftConfig.paper(sparsity=0.4, mask_maker=spatial_temporal_heads)
     mask = compute_mask(q, k, grid=grid, config=config, order="tiled", v=v)
     spatial, temporal = np.asarray(mask.to_dense())[0]
     for frame in range(1, 5):
@@ -181,12 +228,17 @@ def test_each_head_takes_its_own_pattern():
 
 def test_values_are_asked_for():
     q, k, _ = qkv()
-    config = DraftConfig.paper(mask_maker=SpatialTemporalHeads())
+    config = DraftConfig.paper(mask_maker=spatial_temporal_heads)
     with pytest.raises(ValueError, match="pass the values"):
         compute_mask(q, k, grid=GRID, config=config)
 
 
-@pytest.mark.parametrize("maker", [SlidingTiles(), Radial(), SpatialTemporalHeads()])
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "maker",
+    [sliding_tiles, even_sliding_tiles, radial, spatial_temporal_heads],
+    ids=lambda maker: maker.__name__,
+)
 def test_a_budget_that_is_traced_gives_the_same_mask(maker):
     q, k, v = qkv()
     config = DraftConfig.paper(sparsity=0.3, mask_maker=maker)
@@ -204,7 +256,7 @@ def test_a_budget_that_is_traced_gives_the_same_mask(maker):
 def test_true_masses_keep_the_heaviest_blocks_of_each_row(order):
     q, k, _ = qkv()
     config = DraftConfig.paper(
-        selection="row_topk", sparsity=0.8, mask_maker=TrueMasses()
+        selection="row_topk", sparsity=0.8, mask_maker=true_masses
     )
     mask = compute_mask(q, k, grid=GRID, config=config, order=order)
     kept = np.asarray(mask.to_dense())[0]
@@ -223,11 +275,47 @@ def test_true_masses_keep_the_heaviest_blocks_of_each_row(order):
 
 
 def test_chance_has_equal_rows_that_follow_from_the_queries():
-    first = visual_mask(Chance(), 0.8, "row_topk")
-    np.testing.assert_array_equal(first, visual_mask(Chance(), 0.8, "row_topk"))
+    first = visual_mask(chance, 0.8, "row_topk")
+    np.testing.assert_array_equal(first, visual_mask(chance, 0.8, "row_topk"))
     assert (first.sum(-1) == 9).all()
     assert not np.array_equal(first[0, 0], first[0, 1])
     q, k, _ = qkv()
-    config = DraftConfig.paper(selection="row_topk", sparsity=0.8, mask_maker=Chance())
+    config = DraftConfig.paper(selection="row_topk", sparsity=0.8, mask_maker=chance)
     other = compute_mask(2 * q, k, grid=GRID, config=config).to_dense()
     assert not np.array_equal(first, other[..., GRID.visual_blocks, GRID.visual_blocks])
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [VideoGrid(3, 8, 8, tile=(4, 8)), GRID],
+    ids=["by the kernel's rule", "text"],
+)
+def test_masses_of_tiles_are_those_of_full_attention(grid):
+    """In tiled order; the kernel's sums are of 16 tokens each."""
+    q, k, _ = qkv(grid)
+    starts = np.cumsum([0, *grid.block_lengths])
+    size = grid.num_visual_blocks
+    logits = np.einsum("bqnd,bknd->bnqk", q, k).astype(np.float64) / math.sqrt(8)
+    weights = np.exp(logits)
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.add.reduceat(np.add.reduceat(weights, starts[:-1], 2), starts[:-1], 3)
+    got = masses_of_tiles(q, k, grid)
+    np.testing.assert_allclose(got, expected[..., :size, :size], rtol=2e-5)
+
+
+def test_mass_per_row_keeps_the_fewest_blocks_that_reach_it():
+    q, k, _ = qkv()
+    densities, masses = (0.2, 0.6), (0.3, 0.9)
+    maker = MassPerRow(densities=densities, masses=masses)
+    config = DraftConfig.paper(selection="row_topk", sparsity=0.0, mask_maker=maker)
+    scores = np.asarray(draft_scores(q, k, grid=GRID, config=DraftConfig.paper()))
+    for density, mass in zip(densities, masses, strict=True):
+        budget = math.ceil(density * SIZE)
+        mask = compute_mask(q, k, grid=GRID, config=config, budget=budget)
+        kept = np.asarray(mask.to_dense())[..., GRID.visual_blocks, GRID.visual_blocks]
+        for row, chosen in zip(
+            scores.reshape(-1, SIZE), kept.reshape(-1, SIZE), strict=True
+        ):
+            falling = np.argsort(-row)
+            count = int(np.searchsorted(np.cumsum(row[falling]), mass)) + 1
+            assert set(np.flatnonzero(chosen)) == set(falling[:count].tolist())

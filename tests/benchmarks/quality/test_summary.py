@@ -1,9 +1,13 @@
 """Figures of a record that is made up, so that each is known."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks.quality import document
 from benchmarks.quality.summary import best_splits, figures, summarize
+from benchmarks.quality.times import Times
+from benchmarks.quality.trials import PAPER_90, Combination
 
 CALM_AND_FAST = [["one", "calm"], ["two", "fast"], ["three", "calm"], ["four", "fast"]]
 
@@ -16,7 +20,7 @@ def trial(name, density, psnr, part="methods", work=None):
         "kept_density": density,
         "work": density if work is None else work,
         "steps_ms": [1.0],
-        "skipped_steps": [0],
+        "steps": {"dense": 2, "sparse": 4, "skipped": 0},
         "clips": {"psnr": psnr, "ssim": psnr, "gmsd": psnr, "flicker": psnr},
     }
 
@@ -81,6 +85,8 @@ def times():
         {"name": "ours", "density": 0.1, "median_ms": 15.0},
         {"name": "ours", "density": 0.25, "median_ms": 25.0},
     ]
+    for row in rows:
+        row["kept_density"] = row["density"]
     shape = {"name": "hunyuan", "qkv": [1, 126720, 24, 128]}
     return {"environment": {"device": "a GPU"}, "shape": shape, "rows": rows}
 
@@ -121,6 +127,34 @@ def test_gains_at_equal_time_lie_on_the_others_curve():
     assert found["time_for_paper_75"] == pytest.approx(1.0)
 
 
+def test_a_time_is_that_of_the_share_that_was_kept():
+    known = Times(times())
+    assert known.at("paper", 0.175) == pytest.approx(15.0)
+    assert known.at("paper", 0.055) == pytest.approx(7.0)  # the line goes on
+    assert known.at("ours", 0.3) == pytest.approx(25.0 + 10 / 3)
+    assert known.at("dense", 1.0) == known.dense == 100.0
+    assert known.at("radial", 0.1) is Times(None).dense is None
+    made = record()
+    made["trials"][1]["kept_density"] = 0.07  # of the 0.1 that it was allowed
+    # 8 ms for 10, 12, 14 and 16 dB now: at 15 ms 0.83 less than before.
+    found = summarize(made | {"times": times()})
+    assert found["psnr_gain_90_equal_time"] == pytest.approx(
+        18 - 13 - 10 * 7 / 12, abs=1e-4
+    )
+
+
+def test_gains_of_presets_are_over_the_papers_selection():
+    chosen = Combination(method="compensated", sparsity=0.9, cache="easy:0.05")
+    whole = {
+        "trials": [
+            trial(PAPER_90.name, 0.1, [10.0, 12.0], "presets"),
+            trial(chosen.name, 0.1, [13.0, 16.0], "presets"),
+        ],
+        "presets": {"balanced": dataclasses.asdict(chosen)},
+    }
+    assert summarize(record() | {"whole_runs": whole})["psnr_gain_balanced"] == 3.5
+
+
 def test_the_best_split_of_a_budget_is_found_for_each_motion():
     made = record()
     made["trials"] = [
@@ -138,10 +172,14 @@ def test_the_best_split_of_a_budget_is_found_for_each_motion():
 def test_page_says_what_was_measured_and_what_was_not():
     text = document.page(record(), "made_up.json")
     assert "`benchmarks/results/made_up.json`, `c`" in text
-    assert "Not measured in it: floor, front, schedules, combinations." in text
+    assert "Not measured in it: floor, front, schedules, combinations, presets." in text
     assert "Times of layers were not measured" in text
     assert "## At equal time" not in text
     assert "18.0 ± 3.7" in text  # 16, 16, 20, 20: 3.1824 * 2.3094 / 2
     timed = document.page(record() | {"times": times()}, "made_up.json")
     assert "Dense attention takes 100.00 ms." in timed
     assert "were not measured:" not in timed
+    # Nothing else was measured at 25 ms.
+    assert (
+        "- 0.25 of the time of dense: sub-tile draft, means for the dropped." in timed
+    )

@@ -1,0 +1,127 @@
+"""Presets of speed: which combination of sparsity, cache and precision is the fastest.
+
+Quality is that of the lab's model. Time is that of a video of Wan2.1 14B, summed from
+steps that were measured on a GPU: the lab's model has narrow linear layers, in which
+FP8 gains nothing, and its steps would say nothing of a published model's.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common.records import ROOT
+from benchmarks.quality.trials import PAPER_90, Combination, combinations
+
+STEP_RECORD = "wan_14b_speed_h200.json"
+# Decibels over the paper's selection at 90 % without a cache.
+PRESET_GAINS = {"balanced": 3.0, "fast": 1.5, "fastest": 0.0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Milliseconds of a step of Wan2.1 14B, 768 x 1280 pixels, 81 frames.
+
+    Attributes:
+      source: File that they are from.
+      dense: Dense steps by the precision of linear layers.
+      sparse: Sparse steps by method and sparsity, in FP8.
+      saved: What FP8 saves in a sparse step.
+      skipped: A step that a cache skips.
+    """
+
+    source: str
+    dense: Mapping[str, float]
+    sparse: Mapping[tuple[str, float], float]
+    saved: float
+    skipped: float
+
+    @classmethod
+    def shipped(cls) -> "StepTimes":
+        """Returns the times of the committed record."""
+        name = f"benchmarks/results/{STEP_RECORD}"
+        return cls.of(json.loads((ROOT / name).read_text()), name)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], source: str) -> "StepTimes":
+        """Reads a record of `benchmarks.wan.speed`.
+
+        The default with bfloat16 was not timed: it is its time with FP8 and what FP8
+        saves with the paper's method.
+        """
+        parts = record["parts"]
+        steps, default = parts["steps"]["median_ms"], parts["default"]["modes"]
+        wide = parts["outside"]["bfloat16"]["modes"]["0.9"]["median_ms"]
+        return cls(
+            source=source,
+            dense={
+                "bfloat16": parts["cudnn"]["median_ms"],
+                "float8": parts["video"]["median_ms"]["dense"],
+            },
+            sparse={
+                ("paper", 0.9): steps["sparse"],
+                **{
+                    ("compensated", sparsity): default[f"{sparsity:g}"]["median_ms"]
+                    for sparsity in (0.9, 0.95)
+                },
+            },
+            saved=wide - steps["sparse"],
+            skipped=steps["skipped"],
+        )
+
+    def share(self, row: Mapping[str, Any]) -> float:
+        """Returns the time of a trial's steps over that of as many dense ones."""
+        chosen, steps = combination_of(row["name"]), row["steps"]
+        time_ms = steps["dense"] * self.dense[chosen.linears]
+        time_ms += steps["skipped"] * self.skipped
+        if chosen.method is not None and chosen.sparsity is not None:
+            one = self.sparse[chosen.method, chosen.sparsity]
+            one += self.saved if chosen.linears == "bfloat16" else 0.0
+            time_ms += steps["sparse"] * one
+        return time_ms / (sum(steps.values()) * self.dense["bfloat16"])
+
+    def share_of(self, record: Mapping[str, Any], name: str) -> float:
+        """Returns the share of a combination that a record has measured."""
+        (row,) = (
+            row
+            for row in record["trials"]
+            if row["part"] == "combinations" and row["name"] == name
+        )
+        return self.share(row)
+
+
+def combination_of(name: str) -> Combination:
+    """Returns the combination of a trial's name."""
+    (found,) = (each for each in combinations() if each.name == name)
+    return found
+
+
+def choose_presets(record: Mapping[str, Any], times: StepTimes) -> dict[str, Any]:
+    """Returns the fastest combination for each gain over the paper's selection.
+
+    Args:
+      record: What was measured.
+      times: What steps take.
+
+    Returns:
+      Fields of `Combination` by the name of the preset, as `--speed` has them; none
+      where the paper's selection was not measured, or nothing reaches the gain.
+    """
+    rows = {
+        row["name"]: row for row in record["trials"] if row["part"] == "combinations"
+    }
+    if PAPER_90.name not in rows:
+        return {}
+    paper = np.mean(rows[PAPER_90.name]["clips"]["psnr"])
+    found = {}
+    for preset, gain in PRESET_GAINS.items():
+        enough = [
+            (times.share(row), name)
+            for name, row in rows.items()
+            if np.mean(row["clips"]["psnr"]) >= paper + gain
+        ]
+        if enough:
+            found[preset] = dataclasses.asdict(combination_of(min(enough)[1]))
+    return found
