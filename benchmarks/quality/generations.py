@@ -173,21 +173,19 @@ class Generations:
             tuple(kinds),
         )
         if key not in self._programs:
-            _, *arrays = self._start(work, batch)
-            # Shapes only, so that the memory is free until the programs run.
-            shapes = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-                tuple(arrays),
+            # A state of its own: that of a run is given up by its first step.
+            _, state, inputs = self._start(work, batch)
+            self._programs[key] = self._threads.submit(
+                _compile, sampler, (state, inputs), kinds
             )
-            self._programs[key] = self._threads.submit(_compile, sampler, shapes, kinds)
         return self._programs[key]
 
 
 def _compile(
-    sampler: Sampler, shapes: tuple[SamplerState, StepInputs], kinds: list[Program]
+    sampler: Sampler, start: tuple[SamplerState, StepInputs], kinds: list[Program]
 ) -> dict[Program, Callable]:
     with TRACING:
-        lowered = sampler.lower(*shapes, kinds)
+        lowered = sampler.lower(*start, kinds)
     options = compiler_options(nnx.state(sampler.model))
     return {
         kind: step.compile(compiler_options=options) for kind, step in lowered.items()
