@@ -109,6 +109,7 @@ class Lab:
         shape = self.pipeline.latent_shape(self.sampling)
         self.grid = self.pipeline.model.grid(shape)
         self.folder = RunFolder.open(options.output, self._setup())
+        self.failed: set[tuple[str, str, float]] = set()
 
     @functools.cache  # noqa: B019 (one lab lives as long as its process)
     def load(self, linears: Any) -> VideoPipeline:
@@ -202,6 +203,8 @@ class Lab:
                 masses = self.top_p()
             masses = self.folder.record["top_p"]
             names = names if masses else others
+        if part == "presets" and not self.choose_presets():
+            return False
         missing = self._missing(part, names, masses)
         is_whole = part != "methods" or len(names) == len(self.options.methods)
         bar = tqdm(missing, desc=part, disable=not missing, file=sys.stdout)
@@ -215,14 +218,13 @@ class Lab:
             except (jax.errors.JaxRuntimeError, FloatingPointError) as error:
                 # Such as too little memory: others still run.
                 bar.write(f"{trial.key}: {error}")
+                self.failed.add(trial.key)
                 is_whole = False
         return is_whole
 
     def _missing(
         self, part: Part, names: Sequence[str], top_p: dict[str, float]
     ) -> list[Trial]:
-        if part == "presets":
-            self.choose_presets()
         asked = make_trials(
             part,
             names=names,
@@ -236,11 +238,19 @@ class Lab:
         )
         return [trial for trial in asked if not self.folder.has(trial.key)]
 
-    def choose_presets(self) -> None:
-        """Chooses presets once, from the combinations."""
+    def choose_presets(self) -> bool:
+        """Chooses presets once, when all combinations are measured or have failed.
+
+        Returns:
+          Whether they are chosen.
+        """
         record = self.folder.record
         if not record.get("presets"):
+            missing = self._missing("combinations", [], {})
+            if any(trial.key not in self.failed for trial in missing):
+                return False
             record["presets"] = choose_presets(record, StepTimes.shipped())
+        return True
 
     def _prepare(self, trials: Sequence[Trial]) -> None:
         """Begins to compile what the next trials need, dense attention before them."""
@@ -375,8 +385,6 @@ def measure(options: argparse.Namespace) -> None:
     record = lab.folder.record
     if options.times is not None:
         record["times"] = json.loads(options.times.read_text())
-    if not left and "combinations" in options.parts:
-        lab.choose_presets()
     record["summary"] = summarize(record)
     lab.folder.save()
     print(json.dumps(record["summary"], indent=1), flush=True)
