@@ -117,11 +117,11 @@ def why_not_in_kernel(
       dtype: Of the rows as they are read.
       device: Device that it would run on.
     """
-    return device.why_not_hopper() or sm90.kernel.why_unsupported(shape, dtype)
+    return device.why_not_hopper() or sm90.rows.why_unsupported(shape, dtype)
 
 
 def _check(function: str, name: str, x) -> None:
-    if cause := sm90.kernel.why_unsupported(x.shape, x.dtype):
+    if cause := sm90.rows.why_unsupported(x.shape, x.dtype):
         raise ValueError(f"{function} cannot take {name}: {cause}")
 
 
@@ -137,7 +137,7 @@ def _gelu_rows(product, rows, columns, bias):
 
     def run(product, rows, *shared):
         flat = rows.reshape(rows.size)
-        return _by_rows(sm90.kernel.gelu_rows, product, flat, *shared)
+        return _by_rows(sm90.gelu.gelu_rows, product, flat, *shared)
 
     return _over_devices(run, axes, (product, rows, columns, bias), num_shared=2)
 

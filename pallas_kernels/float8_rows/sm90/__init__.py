@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from pallas_kernels.common.lazy_modules import importer
 
 if TYPE_CHECKING:
-    from pallas_kernels.float8_rows.sm90 import kernel
+    from pallas_kernels.float8_rows.sm90 import gelu, kernel, rows
 
-__all__ = ["kernel"]
+__all__ = ["gelu", "kernel", "rows"]
 
 __getattr__ = importer(__name__, *__all__)

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.common.device import current_device
 from pallas_kernels.float8_rows import layer_norm, norm_rows, round_rows
-from pallas_kernels.float8_rows.sm90 import kernel
+from pallas_kernels.float8_rows.sm90 import kernel, rows
 from tests.cases import mostly_nightly
 from tests.pallas_kernels.float8_rows.loops import (
     INTERPRET,
@@ -55,7 +55,7 @@ def test_norm_is_the_loop(case):
     check_rows(values.reshape(shape), scale.reshape(shape[:2]), made)
 
 
-@pytest.mark.parametrize("dtype", mostly_nightly(kernel.DTYPES, ["bfloat16"]))
+@pytest.mark.parametrize("dtype", mostly_nightly(rows.DTYPES, ["bfloat16"]))
 def test_plain_rows_have_the_bits_of_a_cpu(dtype):
     x = random_rows((1, 3, 1024), dtype)[0][0]
     x[1] = 0
