@@ -12,11 +12,13 @@ from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
 from pallas_kernels.common import (
     AnyArray,
+    Axes,
     Order,
     jit_once,
     reorder_tokens,
     to_jax,
     validation,
+    with_derivatives_on_own_shards,
 )
 from pallas_kernels.pooling import (
     Reduction,
@@ -191,14 +193,24 @@ def pool_queries_and_keys(
 @functools.partial(jit_once, static_argnums=(2, 3, 4))
 def _pool_sub_tiles(q, k, grid, config, order) -> tuple[Array, ...]:
     cells = sub_tiles_of(grid, config.draft_tile_of(grid))
-    pooled = []
-    for x in (q, k):
-        tokens, known_order = visual_tokens(x, grid, order)
-        pooled += [
-            reduce_sub_tiles(tokens, cells, order=known_order, reduction=reduction)
-            for reduction in reductions_of(config)
-        ]
-    return tuple(pooled)
+    reductions = reductions_of(config)
+    axes = Axes(
+        operation="pool_sub_tiles",
+        operands=("q: B T N D", "k: B T N D"),
+        results=("B M N D",) * (2 * len(reductions)),
+    )
+
+    def run(q, k):
+        pooled = []
+        for x in (q, k):
+            tokens, known_order = visual_tokens(x, grid, order)
+            pooled += [
+                reduce_sub_tiles(tokens, cells, order=known_order, reduction=reduction)
+                for reduction in reductions
+            ]
+        return tuple(pooled)
+
+    return with_derivatives_on_own_shards(run, axes)(q, k)
 
 
 def visual_tokens(

@@ -17,14 +17,15 @@ from draft_jax.draft.spread import weigh_by_spread
 from draft_jax.grid import VideoGrid
 from pallas_kernels.common import (
     AnyArray,
+    Axes,
     Order,
     Scale,
     SubTiles,
     jit_once,
-    over_explicit_axes,
     split_scale,
     to_jax,
     validation,
+    with_derivatives_on_own_shards,
 )
 from pallas_kernels.tile_scores import Parts, tile_scores
 
@@ -86,18 +87,35 @@ def draft_scores(
 
 @functools.partial(jit_once, static_argnames=("grid", "config", "scale", "max_bytes"))
 def _scores(draft, scale_array, *, grid, config, scale, max_bytes):
-    def run(draft, scale_array):
-        known = scale_array if scale is None else scale
-        return scores_of_draft(
+    arrays = (draft, scale_of_heads(scale_array, draft))
+    leaves, tree = jax.tree.flatten(arrays)
+    operands = jax.tree.broadcast((axes_of_draft(draft), "scale: B N"), arrays)
+    axes = Axes(
+        operation="draft_scores",
+        operands=tuple(jax.tree.leaves(operands)),
+        results=("B N S S",),
+    )
+
+    def run(*leaves):
+        draft, scales = jax.tree.unflatten(tree, leaves)
+        known = scales if scale is None else scale
+        scores = scores_of_draft(
             draft, grid=grid, config=config, scale=known, max_bytes=max_bytes
         )
+        return (scores,)
 
-    return over_explicit_axes(
-        run,
-        operation="draft_scores",
-        operands=(axes_of_draft(draft), "scale:"),
-        results="B N S S",
-    )(draft, scale_array)
+    (scores,) = with_derivatives_on_own_shards(run, axes)(*leaves)
+    return scores
+
+
+def scale_of_heads(scale: Array | None, draft: Draft) -> Float[Array, "B N"] | None:
+    """Returns a traced scale once for each head; None where it is known.
+
+    Its gradients are added up where all heads are seen.
+    """
+    if scale is None:
+        return None
+    return jnp.broadcast_to(scale, draft.pooled.q_mean.shape[::2])
 
 
 def axes_of_draft(draft: Draft) -> Any:
@@ -122,7 +140,7 @@ def scores_of_draft(
     *,
     grid: VideoGrid,
     config: DraftConfig,
-    scale: Scale | None = None,
+    scale: float | Float[Array, "B N"] | None = None,
     max_bytes: int,
 ) -> Float[Array, "B N S S"]:
     """Returns what pairs of tiles are ranked by; see `draft_scores`.
@@ -131,7 +149,7 @@ def scores_of_draft(
       draft: What pairs are ranked from, of any heads.
       grid: Geometry that defines the tiles.
       config: Says how the draft is made and what is ranked.
-      scale: Factor of the logits; 1 / sqrt(D) by default.
+      scale: Factor of the logits, one or one for each head; 1 / sqrt(D) by default.
       max_bytes: Most bytes of a map of sub-tiles that is held at once.
     """
     if scale is None:
@@ -156,7 +174,8 @@ def _tile_map(
 ) -> Float[Array, "B N S S"]:
     """Returns the probabilities between whole tiles."""
     del max_bytes  # the map is the result
-    logits = _products(draft_q, draft_k) * scale + _log_weights(grid, config)
+    factor = scale[:, :, None, None] if isinstance(scale, jax.Array) else scale
+    logits = _products(draft_q, draft_k) * factor + _log_weights(grid, config)
     return jax.nn.softmax(logits, axis=-1)
 
 
@@ -166,7 +185,7 @@ def _sub_tile_map(
     *,
     grid: VideoGrid,
     config: DraftConfig,
-    scale: Scale,
+    scale: float | Float[Array, "B N"],
     max_bytes: int,
 ) -> Float[Array, "B N S S"]:
     """Returns the probabilities between tiles, from those of their sub-tiles."""

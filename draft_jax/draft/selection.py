@@ -24,6 +24,7 @@ from draft_jax.draft.pooling import PooledTokens
 from draft_jax.draft.scores import (
     axes_of_draft,
     check_draft_inputs,
+    scale_of_heads,
     scores_of_draft,
 )
 from draft_jax.grid import VideoGrid
@@ -373,7 +374,7 @@ def _draft_in_chunks(
             own,
             grid=task.grid,
             config=task.config,
-            scale=scale_array if scale is None else scale,
+            scale=scale_of_heads(scale_array, own) if scale is None else scale,
             max_bytes=task.max_chunk_bytes,
         )
         return _select(scores, task, budget)

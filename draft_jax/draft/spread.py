@@ -17,7 +17,12 @@ from jaxtyping import Array, Float
 from draft_jax.config import DraftConfig, sub_tiles_of
 from draft_jax.draft.pooling import visual_tokens
 from draft_jax.grid import VideoGrid
-from pallas_kernels.common import Order, jit_once
+from pallas_kernels.common import (
+    Axes,
+    Order,
+    jit_once,
+    with_derivatives_on_own_shards,
+)
 from pallas_kernels.pooling import deviations_of_tiles, reduce_sub_tiles
 
 
@@ -35,9 +40,19 @@ def key_differences(
     """
     assert config.compensation is not None, "see DraftConfig"
     cells = sub_tiles_of(grid, config.compensation.sub_tile, config.compensation.frames)
-    tokens, order = visual_tokens(k, grid, order)
-    means = reduce_sub_tiles(tokens, cells, order=order)
-    return deviations_of_tiles(tokens, means, cells, order=order)
+    axes = Axes(
+        operation="key_differences",
+        operands=("k: B T N D",),
+        results=("B S P N D",),
+    )
+
+    def run(k):
+        tokens, known_order = visual_tokens(k, grid, order)
+        means = reduce_sub_tiles(tokens, cells, order=known_order)
+        return (deviations_of_tiles(tokens, means, cells, order=known_order),)
+
+    (differences,) = with_derivatives_on_own_shards(run, axes)(k)
+    return differences
 
 
 def weigh_by_spread(

@@ -21,7 +21,10 @@ from pallas_kernels.common.interfaces import (
     Problem,
     valid_tokens,
 )
-from pallas_kernels.common.linear_maps import on_own_shards, sealed_with_derivatives
+from pallas_kernels.common.linear_maps import (
+    on_own_shards,
+    with_derivatives_on_own_shards,
+)
 from pallas_kernels.common.sharding import (
     Axes,
     alike,
@@ -61,10 +64,10 @@ __all__ = [
     "register_configuration",
     "register_export",
     "reorder_tokens",
-    "sealed_with_derivatives",
     "split_scale",
     "to_jax",
     "valid_tokens",
     "validation",
     "warn_once",
+    "with_derivatives_on_own_shards",
 ]

@@ -25,6 +25,7 @@ from pallas_kernels.common.sharding import (
     over_explicit_axes,
     partitioned,
     vary_alike,
+    varying_like,
 )
 from pallas_kernels.common.static import default_promotion
 
@@ -136,6 +137,27 @@ def on_own_shards(
     )
 
 
+def with_derivatives_on_own_shards(
+    function: Callable[..., tuple[Array, ...]], axes: Axes
+) -> Callable[..., tuple[Array, ...]]:
+    """Makes a function that each device runs on the batch items and heads it has.
+
+    Args:
+      function: Takes and returns arrays, and JAX can differentiate it. Derivatives
+        compute it again. Arrays that it is differentiated along have batch and heads.
+      axes: Axes of all arrays, and the operation's name.
+
+    Returns:
+      The same function, under any mesh.
+    """
+    return over_explicit_axes(
+        functools.partial(sealed_with_derivatives, function, axes),
+        operation=axes.operation,
+        operands=axes.operands,
+        results=axes.results,
+    )
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def sealed_with_derivatives(
     function: Callable[..., tuple[Array, ...]], axes: Axes, *arrays: Array
@@ -161,6 +183,34 @@ def _differentiate(function, axes, primals, tangents):
     along = _Along(function, tuple(x is not None for x in moved))
     results = sealed_with_derivatives(function, axes, *primals)
     return results, along.linear_map(axes)(primals, tuple(moved))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def sealed_kernel(
+    kernel: Callable[..., tuple[Array, ...]],
+    by_xla: Callable[..., tuple[Array, ...]],
+    axes: Axes,
+    *arrays: Array,
+) -> tuple[Array, ...]:
+    """Runs a kernel as one operation whose derivatives are those of XLA.
+
+    Args:
+      kernel: Takes and returns arrays.
+      by_xla: The same function, which JAX can differentiate.
+      axes: See `LinearMap`.
+      *arrays: Its arguments.
+
+    Returns:
+      Its results.
+    """
+    return sealed(kernel, *arrays, axes=axes)
+
+
+@sealed_kernel.defjvp
+def _differentiate_kernel(kernel, by_xla, axes, primals, tangents):
+    same = functools.partial(sealed_with_derivatives, by_xla, axes)
+    _, moved = jax.jvp(same, primals, tangents)
+    return sealed_kernel(kernel, by_xla, axes, *primals), moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +301,10 @@ _linear_map_p.multiple_results = True
 
 def _bind(use: _Use, residuals: Sequence[Array], inputs: Sequence[Array]):
     count, axes = len(residuals), use.axes(len(residuals))
-    arguments = vary_alike((*residuals, *inputs))
+    # What moves is cast, so that cotangents of what devices share are summed. What is
+    # kept is not: JAX cannot keep the cast itself for a gradient of nested shard_maps.
+    inputs = vary_alike((*residuals, *inputs))[count:]
+    arguments = (*residuals, *inputs)
 
     def run(*args):
         return use(args[:count], args[count:])
@@ -274,10 +327,7 @@ def _run(*args, jaxpr, use, num_residuals):
 
 @_linear_map_p.def_effectful_abstract_eval
 def _result_types(*args, jaxpr, use, num_residuals):
-    types = jaxpr.out_avals
-    if args and args[0].manual_axis_type.varying:  # all arguments are alike
-        varying = args[0].manual_axis_type
-        types = [x.update(manual_axis_type=varying) for x in types]
+    types = [varying_like(x, args) for x in jaxpr.out_avals]
     return types, jaxpr.effects - _effects_of_own_references()
 
 

@@ -348,3 +348,21 @@ def forget_varying(x: Any) -> Any:
     if not jax.typeof(x).manual_axis_type.varying:
         return x
     return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
+
+
+def varying_like(result: Any, arguments: Sequence[Any]) -> Any:
+    """Returns the type of a result that varies along the mesh axes of any argument.
+
+    A program that was traced for `forget_varying` types knows no mesh.
+    """
+    varying = [x.manual_axis_type.varying for x in arguments]
+    union = frozenset().union(*varying)
+    if not union:
+        return result
+    argument = next(x for x, own in zip(arguments, varying, strict=True) if own)
+    sharding = result.sharding
+    if sharding.mesh.empty:
+        whole = P(*(None for _ in result.shape))
+        sharding = NamedSharding(argument.sharding.mesh, whole)
+    kind = argument.manual_axis_type.update(varying=union)
+    return result.update(sharding=sharding, manual_axis_type=kind)

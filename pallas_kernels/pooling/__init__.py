@@ -3,9 +3,6 @@
 from pallas_kernels.pooling.api import (
     joint_norm_rope_pool,
     norm_rope_pool,
-    pool_sub_tiles,
-    pool_tiles,
-    reduce_tiles,
 )
 from pallas_kernels.pooling.interfaces import (
     QKV,
@@ -15,11 +12,12 @@ from pallas_kernels.pooling.interfaces import (
     Scales,
     Tiling,
 )
-from pallas_kernels.pooling.sub_tiles import (
+from pallas_kernels.pooling.sharded import (
     deviations_of_tiles,
     means_of_tiles,
     reduce_sub_tiles,
 )
+from pallas_kernels.pooling.tiles import pool_sub_tiles, pool_tiles, reduce_tiles
 from pallas_kernels.pooling.video import PooledVideo, VideoPooling, pool_video
 
 __all__ = [

@@ -1,7 +1,4 @@
-"""Means over the sub-tiles of a video and groups of frames.
-
-`pool_sub_tiles` runs in a kernel where it can; the rest are XLA operations.
-"""
+"""Means over the sub-tiles of a video and groups of frames, as XLA operations."""
 
 import dataclasses
 import functools
@@ -108,20 +105,7 @@ def reduce_sub_tiles(
     order: Order,
     reduction: Reduction = "mean",
 ) -> Float[Array, "B M N D"]:
-    """Reduces the tokens of each sub-tile over each group of frames.
-
-    Args:
-      x: Tokens of the video, without text.
-      sub_tiles: What is reduced together. Static.
-      order: How the tokens are ordered; "raster" where some tile is cut off. Static.
-      reduction: "mean", or "max" for the largest value of each channel. Static.
-
-    Returns:
-      float32, in the order of the cells of `sub_tiles`. Cells without a token are 0.
-
-    Raises:
-      ValueError: order is "tiled" where some tile is cut off by the frame's edge.
-    """
+    """Reduces the tokens of each sub-tile; see `sharded.reduce_sub_tiles`."""
     pattern = f"{_AXES[order]} -> {_CELLS}"
     if reduction == "max":
         parts = _split(x, sub_tiles, order, padding=-math.inf)
@@ -136,12 +120,7 @@ def reduce_sub_tiles(
 def means_of_tiles(
     x: Float[Array, "B C N D"], sub_tiles: SubTiles
 ) -> Float[Array, "B S N D"]:
-    """Averages the means of the sub-tiles of each tile by their tokens.
-
-    Args:
-      x: Means of the cells of `sub_tiles`, in groups of one frame.
-      sub_tiles: What the means are taken over. Static.
-    """
+    """Averages the means of the sub-tiles; see `sharded.means_of_tiles`."""
     of_tile = sub_tiles.tokens.reshape(-1, sub_tiles.per_column)
     shares = of_tile / sub_tiles.tokens_of_tile[:, None]
     parts = rearrange(x, "b (s j) n d -> b s j n d", j=sub_tiles.per_column)
@@ -183,20 +162,7 @@ def deviations_of_tiles(
     *,
     order: Order,
 ) -> Float[Array, "B S P N D"]:
-    """Subtracts from each token the mean of its cell, tile by tile of each frame.
-
-    Args:
-      x: Tokens of the video, without text.
-      means: Their means over the cells of `sub_tiles`, float32.
-      sub_tiles: What the means are taken over. Static.
-      order: How the tokens are ordered; "raster" where some tile is cut off. Static.
-
-    Returns:
-      float32, in any order within a tile; 0 for places without a token.
-
-    Raises:
-      ValueError: order is "tiled" where some tile is cut off by the frame's edge.
-    """
+    """Subtracts the means of cells; see `sharded.deviations_of_tiles`."""
     rest = _deviations(x, means, sub_tiles, order=order)
     tiles = f"{_AXES[order]} -> b (g t th tw) (jr jc sr sc) n d"
     return rearrange(rest, tiles)

@@ -9,20 +9,18 @@ import functools
 import math
 from typing import NamedTuple
 
-import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.common.arrays import AnyArray, to_jax
 from pallas_kernels.common.configuration import make_plain, register_configuration
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.interfaces import Order
-from pallas_kernels.common.linear_maps import sealed, sealed_with_derivatives
+from pallas_kernels.common.linear_maps import sealed_kernel, sealed_with_derivatives
 from pallas_kernels.common.sharding import Axes, over_explicit_axes
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import jit_once
 from pallas_kernels.common.sub_tiles import SubTiles
-from pallas_kernels.pooling import sm90
-from pallas_kernels.pooling.api import pool_sub_tiles
+from pallas_kernels.pooling import sharded, sm90
 from pallas_kernels.pooling.interfaces import VideoResult
 from pallas_kernels.pooling.sub_tiles import (
     cell_table,
@@ -31,6 +29,7 @@ from pallas_kernels.pooling.sub_tiles import (
     means_of_tiles,
     reduce_sub_tiles,
 )
+from pallas_kernels.pooling.tiles import pool_sub_tiles
 
 
 @register_configuration
@@ -137,7 +136,7 @@ def _pool_video(q, k, v, *, pooling: VideoPooling, has_kernel: bool) -> PooledVi
         q_parts, k_parts = pool_sub_tiles(
             q, k, draft, order=pooling.order, start=pooling.start
         )
-        q_tiles = means_of_tiles(q_parts, draft) if pooling.spread else None
+        q_tiles = sharded.means_of_tiles(q_parts, draft) if pooling.spread else None
         alone = dataclasses.replace(pooling, draft=None)
         rest = PooledVideo()
         if v is not None or pooling.spread:
@@ -209,8 +208,7 @@ class _Task:
         )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _in_kernel(task: _Task, *arrays):
+def _in_kernel(task: _Task, *arrays) -> tuple[Array, ...]:
     pooling, means = task.pooling, task.pooling.means
     part = means.tile if pooling.draft is None else pooling.draft.part
     roles = tuple(
@@ -225,22 +223,21 @@ def _in_kernel(task: _Task, *arrays):
     of_frame = math.prod(means.tiles_per_frame)
     tiles = cell_table(whole, pooling.order, pooling.start)[:of_frame, :4]
 
+    by_xla = functools.partial(_by_xla, task)
+
     def run(*arrays):
-        dtype = arrays[0].dtype.name
-        return sm90.pool_video.pool_video(arrays, roles, means, tiles, dtype=dtype)
+        shape, dtype = arrays[0].shape, arrays[0].dtype
+        cause = sm90.pool_video.why_unsupported(shape, dtype, means.group_frames)
+        if cause is not None:  # a device has fewer heads than all together
+            warn_once(f"pooling for means runs on XLA instead of its kernel: {cause}")
+            return by_xla(*arrays)
+        return sm90.pool_video.pool_video(arrays, roles, means, tiles, dtype=dtype.name)
 
-    return tuple(sealed(run, *arrays, axes=task.axes))
-
-
-@_in_kernel.defjvp
-def _differentiate(task: _Task, primals, tangents):
-    _, moved = jax.jvp(functools.partial(_sealed_xla, task), primals, tangents)
-    return _in_kernel(task, *primals), moved
+    return sealed_kernel(run, by_xla, task.axes, *arrays)
 
 
 def _sealed_xla(task: _Task, *arrays) -> tuple[Array, ...]:
-    run = functools.partial(_by_xla, task)
-    return tuple(sealed_with_derivatives(run, task.axes, *arrays))
+    return sealed_with_derivatives(functools.partial(_by_xla, task), task.axes, *arrays)
 
 
 def _by_xla(task: _Task, *arrays) -> tuple[Array, ...]:

@@ -258,6 +258,32 @@ def _lists_of_rows(
     return jnp.minimum(offsets, capacity), block_ids
 
 
+@jit_once
+def pack(flags: Bool[AnyArray, "*rows C"]) -> UInt32[Array, "*rows W"]:
+    """Packs the last axis, W = ceil(C / 32); the bits past C are 0."""
+    rows = lists_of_maps(flags.ndim - 1)
+    run = on_own_shards(
+        lambda flags: (packed_bits.pack(flags),),
+        operation="pack",
+        operands=(f"flags: {rows} C",),
+        results=(f"{rows} W",),
+    )
+    return run(flags)[0]
+
+
+@functools.partial(jit_once, static_argnums=1)
+def unpack(words: UInt32[AnyArray, "*rows W"], columns: int) -> Bool[Array, "*rows C"]:
+    """Inverts `pack`: whether the bit of each column is set. Columns are static."""
+    rows = lists_of_maps(words.ndim - 1)
+    run = on_own_shards(
+        lambda words: (packed_bits.unpack(words, columns),),
+        operation="unpack",
+        operands=(f"words: {rows} W",),
+        results=(f"{rows} C",),
+    )
+    return run(words)[0]
+
+
 def _has_list_kernel(device: Device) -> bool:
     # It takes a word at a time: rows may have any number of them.
     return sm90.backend.why_unsupported(packed_bits.WORD_BITS, device) is None

@@ -6,19 +6,15 @@ nothing beside one pass over the scores.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt32
 
-from pallas_kernels.common.static import jit_once
-
 WORD_BITS = 32
 
 
-@jit_once
 def pack(flags: Bool[Array, "*rows C"]) -> UInt32[Array, "*rows W"]:
     """Packs the last axis, W = ceil(C / 32); the bits past C are 0."""
     *rows, columns = flags.shape
@@ -29,7 +25,6 @@ def pack(flags: Bool[Array, "*rows C"]) -> UInt32[Array, "*rows W"]:
     return jnp.where(lanes, bits, np.uint32(0)).sum(-1, dtype=jnp.uint32)
 
 
-@functools.partial(jit_once, static_argnums=1)
 def unpack(words: UInt32[Array, "*rows W"], columns: int) -> Bool[Array, "*rows C"]:
     """Inverts `pack`: whether the bit of each column is set. Columns are static."""
     lanes = np.arange(WORD_BITS, dtype=np.uint32)

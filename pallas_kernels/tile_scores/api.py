@@ -5,14 +5,17 @@ and XLA operations for the rest. On a GPU where the kernel cannot run, a warning
 why, once.
 """
 
+import dataclasses
 import functools
 import math
 
-import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.common.arrays import AnyArray, Scale, to_jax
 from pallas_kernels.common.device import Device, current_device
+from pallas_kernels.common.linear_maps import sealed_kernel, sealed_with_derivatives
+from pallas_kernels.common.sharding import Axes, over_explicit_axes
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import jit_once, split_scale
 from pallas_kernels.tile_scores import sm90, xla
@@ -24,7 +27,7 @@ def tile_scores(
     k: Float[AnyArray, "B M N D"],
     parts: Parts,
     *,
-    scale: Scale | None = None,
+    scale: Scale | Float[AnyArray, "B N"] | None = None,
     max_bytes: int = xla.MAX_CHUNK_BYTES,
 ) -> Float[Array, "B N S S"]:
     """Sums attention probabilities between parts over the parts of each pair of tiles.
@@ -42,7 +45,8 @@ def tile_scores(
         a part has no token.
       k: Keys of the parts, like q.
       parts: How many parts a tile has, and what each counts. Static.
-      scale: Factor on the logits, a number or a scalar array; 1 / sqrt(D) by default.
+      scale: Factor on the logits: a number, a scalar array, or an array of one for
+        each head; 1 / sqrt(D) by default.
       max_bytes: Most bytes of logits that XLA holds at once. Static.
 
     Returns:
@@ -85,19 +89,29 @@ def why_not_in_kernel(
 def _scores(
     q, k, scale_array, *, parts: Parts, scale: float | None, max_bytes: int | None
 ):
-    scale = scale_array if scale is None else scale
+    arrays: tuple[Array, ...] = (q, k)
+    if scale is None:  # once for each head: gradients are added up where all are seen
+        arrays = (q, k, jnp.broadcast_to(scale_array, q.shape[::2]))
+    axes = dataclasses.replace(_AXES, operands=_AXES.operands[: len(arrays)])
+    limit = xla.MAX_CHUNK_BYTES if max_bytes is None else max_bytes
+
+    def by_xla(q, k, scale=scale):
+        return (xla.tile_scores(parts, q, k, scale, max_bytes=limit),)
+
+    def in_kernel(q, k, scale=scale):
+        return (sm90.backend.tile_scores(q, k, parts, scale=scale),)
+
+    run = functools.partial(sealed_with_derivatives, by_xla, axes)
     if max_bytes is None:
-        return _fused(parts, q, k, scale)
-    return xla.tile_scores(parts, q, k, scale, max_bytes=max_bytes)
+        run = functools.partial(sealed_kernel, in_kernel, by_xla, axes)
+    (scores,) = over_explicit_axes(
+        run, operation=axes.operation, operands=axes.operands, results=axes.results
+    )(*arrays)
+    return scores
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _fused(parts: Parts, q, k, scale):
-    return sm90.backend.tile_scores(q, k, parts, scale=scale)
-
-
-@_fused.defjvp
-def _differentiate(parts: Parts, primals, tangents):
-    out = _fused(parts, *primals)
-    _, moved = jax.jvp(functools.partial(xla.tile_scores, parts), primals, tangents)
-    return out, moved
+_AXES = Axes(
+    operation="tile_scores",
+    operands=("q: B M N D", "k: B M N D", "scale: B N"),
+    results=("B N S S",),
+)

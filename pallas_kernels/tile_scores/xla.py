@@ -15,7 +15,7 @@ def tile_scores(
     parts: Parts,
     q: Float[Array, "B M N D"],
     k: Float[Array, "B M N D"],
-    scale: float | Float[Array, ""],
+    scale: float | Float[Array, "B N"],
     *,
     max_bytes: int = MAX_CHUNK_BYTES,
 ) -> Float[Array, "B N S S"]:
@@ -27,13 +27,15 @@ def tile_scores(
     by_tile = q.astype(jnp.float32).reshape(batch, tiles, per_tile, num_heads, head_dim)
     weights = np.asarray(parts.query_weights, np.float32).reshape(tiles, per_tile)
 
+    factor = scale[:, :, None, None, None] if isinstance(scale, jax.Array) else scale
+
     def score(chunk):
         own, own_weights = chunk
         logits = jnp.einsum(
             "bsjnd,bknd->bnsjk", own, keys, precision=jax.lax.Precision.HIGHEST
         )
         # Apart from what follows, or XLA runs cuBLAS and then copies the whole map.
-        logits = jax.lax.optimization_barrier(logits) * scale + log_weights
+        logits = jax.lax.optimization_barrier(logits) * factor + log_weights
         probabilities = jax.nn.softmax(jnp.where(counts, logits, -jnp.inf), axis=-1)
         shape = (*probabilities.shape[:-1], tiles, per_tile)
         of_tiles = probabilities.reshape(shape).sum(-1)

@@ -104,25 +104,30 @@ def make_inputs(
     grid: VideoGrid,
     order: Order = "raster",
     convert: Callable[[Any], Any] = jnp.asarray,
+    *,
+    batch: int = BATCH,
+    heads: int = HEADS,
 ) -> Inputs:
     """Makes inputs whose arrays went through `convert`."""
     rng = np.random.default_rng(0)
-    maps, visual_tokens = (BATCH, HEADS), grid.num_visual_tokens
+    maps, visual_tokens = (batch, heads), grid.num_visual_tokens
     num_blocks, num_visual = grid.num_blocks, grid.num_visual_blocks
 
     def normal(*shape):
         return rng.normal(size=shape).astype(np.float32)
 
-    q, k, v = normal(3, BATCH, grid.num_tokens, HEADS, HEAD_DIM)
+    q, k, v = normal(3, batch, grid.num_tokens, heads, HEAD_DIM)
     angles = normal(visual_tokens, HEAD_DIM // 2)
     kept = rng.random((*maps, num_blocks, num_blocks)) < 0.5
     kept |= np.eye(num_blocks, dtype=bool)
     mask = BlockMask.from_dense(kept, grid=grid)
     pooled = PooledTokens(
-        q_mean=jnp.asarray(normal(BATCH, num_visual, HEADS, HEAD_DIM)),
-        k_mean=jnp.asarray(normal(BATCH, num_visual, HEADS, HEAD_DIM)),
+        q_mean=jnp.asarray(normal(batch, num_visual, heads, HEAD_DIM)),
+        k_mean=jnp.asarray(normal(batch, num_visual, heads, HEAD_DIM)),
     )
-    lengths = np.array([grid.text_length, 0], np.int32) if grid.text_length else None
+    lengths = None
+    if grid.text_length:
+        lengths = np.resize(np.array([grid.text_length, 0], np.int32), batch)
     arrays = {
         "q": q,
         "k": k,
@@ -139,7 +144,7 @@ def make_inputs(
     }
     arrays["scores"] = arrays["scores"].astype(np.float32)
     layer = DraftAttention(
-        HEADS, HEADS * HEAD_DIM, config=CONFIG, order=order, rngs=nnx.Rngs(0)
+        heads, heads * HEAD_DIM, config=CONFIG, order=order, rngs=nnx.Rngs(0)
     )
     return Inputs(
         grid=grid,
@@ -175,6 +180,11 @@ def attend(x: Inputs, config: DraftConfig = CONFIG, **changes):
     )
 
 
+def sizes(x: Inputs) -> dict[str, int]:
+    """Returns what masks without an array are made for."""
+    return {"batch": x.q.shape[0], "num_heads": x.q.shape[2]}
+
+
 def scheduled(x: Inputs, **step):
     return draft_jax.scheduled_attention(
         x.q,
@@ -183,7 +193,7 @@ def scheduled(x: Inputs, **step):
         grid=x.grid,
         config=CONFIG,
         step=constant_step(x.grid, CONFIG, **step),
-        mask=initial_mask(x.grid, CONFIG, batch=BATCH, num_heads=HEADS),
+        mask=initial_mask(x.grid, CONFIG, **sizes(x)),
         order=x.order,
     )
 
@@ -283,13 +293,11 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     ),
     "draft_jax.scheduled_attention": scheduled,
     "draft_jax.scheduled_attention dense": lambda x: scheduled(x, dense=True),
-    "draft_jax.initial_mask": lambda x: initial_mask(
-        x.grid, CONFIG, batch=BATCH, num_heads=HEADS
-    ),
+    "draft_jax.initial_mask": lambda x: initial_mask(x.grid, CONFIG, **sizes(x)),
     "draft_jax.norm_rope_pool": prepare,
     "draft_jax.joint_norm_rope_pool": prepare_joint,
     "draft_jax.joint_norm_rope_pool gradient": lambda x: gradients(
-        lambda x, **changes: jnp.concatenate(prepare_joint(x, **changes)[:3]), x
+        lambda x, **changes: jnp.concatenate(prepare_joint(x, **changes)[:3], axis=1), x
     ),
     "draft_jax.pool_tokens": lambda x: draft_jax.pool_tokens(
         x.visual, x.grid, order=x.order, reduction="max"
@@ -304,9 +312,7 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "draft_jax.BlockMask from_visual": lambda x: BlockMask.from_visual(
         x.kept_visual, grid=x.grid
     ),
-    "draft_jax.BlockMask full": lambda x: BlockMask.full(
-        grid=x.grid, batch=BATCH, num_heads=HEADS
-    ),
+    "draft_jax.BlockMask full": lambda x: BlockMask.full(grid=x.grid, **sizes(x)),
     "draft_jax.BlockMask looked at": lambda x: (
         x.mask.to_dense(),
         x.mask.row_ids(),
@@ -314,7 +320,7 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
         x.mask.counts,
     ),
     "draft_jax.DraftAttention": lambda x: x.layer(
-        x.q.reshape(BATCH, -1, HEADS * HEAD_DIM), grid=x.grid
+        x.q.reshape(*x.q.shape[:2], -1), grid=x.grid
     ),
     "draft_jax.DraftAttentionFn": lambda x: draft_attention_fn(
         x.grid, CONFIG, order=x.order

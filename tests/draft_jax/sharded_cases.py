@@ -1,22 +1,27 @@
-"""Operations on 8 simulated devices, in a process of their own.
+"""Public functions on 8 simulated devices, in a process of their own.
 
-    python -m tests.draft_jax.sharded_cases OPERATION/MODE ...
+    python -m tests.draft_jax.sharded_cases MODE[/CALL] ...
+    python -m tests.draft_jax.sharded_cases "tokens" "explicit tokens"
     python -m tests.draft_jax.sharded_cases misfits
 
-Prints a JSON object: what each case found, for `test_sharded_arrays`.
+Prints a JSON object: what each case found, for `test_sharded_arrays`. A mode alone
+stands for all calls.
 """
 
+import dataclasses
 import functools
 import json
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    )
 
 import jax
 import jax.numpy as jnp
@@ -26,250 +31,157 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import draft_jax
-import pallas_kernels
 from draft_jax import (
-    QKV,
     BlockMask,
     DraftConfig,
     DraftStep,
-    QKNorm,
     VideoGrid,
     draft_attention_fn,
 )
-from pallas_kernels import ranking
+from tests.collectives import collectives
+from tests.draft_jax import public_calls
+from tests.draft_jax.public_calls import CALLS, CONFIG, HEAD_DIM, Inputs
 
 Arrays = dict[str, Any]
 GRID = VideoGrid(2, 3, 5, tile=(2, 2), text_length=3)  # S = 12, edges, text
-NO_TEXT = VideoGrid(2, 3, 5, tile=(2, 2))
 # Each of 2 x 4 devices has 11 x 5. No other axis of an array is as long as the whole.
-BATCH, HEADS, DIM = 22, 20, 8
+BATCH, HEADS = 22, 20
 WHOLE = {BATCH, HEADS, BATCH * HEADS}
-MEANS = DraftConfig.compensated(
-    sparsity=0.5,
-    draft_tile=(1, 2),
-    compensation=draft_jax.Compensation(sub_tile=(1, 1), frames=2),
-)
-CONFIG = DraftConfig.paper(sparsity=0.5)
-NORM = QKNorm(over="head")
-COLLECTIVES = r"(all-\w+|collective-\w+|reduce-scatter|ragged-\w+)(?:-start)?\("
-AXES = {
-    "q": "B T N D",
-    "k": "B T N D",
-    "v": "B T N D",
-    "lengths": "B",
-    "row_offsets": "B N R",
-    "block_ids": "B N M",
-    "scores": "B N S S",
-    "scale": "D",
-    "rope": "T half",
-    "flag": "",
-}
-MESH_AXES = {"B": "x", "N": "y"}
+MESH_AXES = {BATCH: "x", HEADS: "y"}  # by the length of an array's axis
+MODES = ("automatic", "explicit", "manual", "partly manual", "vmap", "explicit vmap")
 
 
-def spec(axes: str) -> P:
-    return P(*(MESH_AXES.get(axis) for axis in axes.split()))
+def spec(shape: Sequence[int]) -> P:
+    """How an array is sharded: along batch and heads."""
+    return P(*map(MESH_AXES.get, shape))
 
 
-def make_arrays() -> Arrays:
-    rng = np.random.default_rng(0)
+def specs(tree: Any) -> Any:
+    return jax.tree.map(lambda x: spec(x.shape), tree)
 
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    shape, blocks = (BATCH, GRID.num_tokens, HEADS, DIM), GRID.num_blocks
-    kept = rng.random((BATCH, HEADS, blocks, blocks)) < 0.5
-    mask = BlockMask.from_dense(kept, grid=GRID)
-    visual = GRID.num_visual_blocks
-    return {
-        "q": normal(*shape),
-        "k": normal(*shape),
-        "v": normal(*shape),
-        "lengths": jnp.asarray(rng.integers(0, GRID.text_length + 1, BATCH)),
-        "row_offsets": mask.row_offsets,
-        "block_ids": mask.block_ids,
-        "scores": jax.nn.softmax(normal(BATCH, HEADS, visual, visual)),
-        "scale": normal(DIM),
-        "rope": normal(GRID.num_visual_tokens, DIM // 2),
-        "flag": jnp.asarray(False),
-    }
+def is_sharded(x: Any) -> bool:
+    return any(spec(x.shape))
 
 
 # ------------------------------------------------------------------------- operations
 
-
-def mask_of(x: Arrays) -> BlockMask:
-    lists = {name: x[name] for name in ("row_offsets", "block_ids")}
-    return BlockMask(**lists, grid=GRID)
-
-
-def draft(x: Arrays, config: DraftConfig = CONFIG, order="raster"):
-    return draft_jax.draft_attention(
-        x["q"], x["k"], x["v"], grid=GRID, config=config, order=order
-    )
+# Calls that nothing is sharded in.
+LEFT_OUT = {
+    "draft_jax.check_finite": "outside of jit only",
+    "draft_jax.check_positions": "outside of jit only",
+    "draft_jax.initial_mask": "it takes no array",
+    "draft_jax.BlockMask full": "it takes no array",
+    "draft_jax.DraftAttention": "heads are channels outside: see `flax_layers`",
+}
 
 
-def scheduled(x: Arrays):
-    """A step whose values are traced: both conditionals are in the program."""
-    flag = x["flag"]
-    step = DraftStep(dense=flag, refresh=~flag, budget=jnp.int32(20) + flag)
-    config = DraftConfig.paper(sparsity=0.5)
-    capacity = draft_jax.mask_capacity(GRID, config)
-    mask = BlockMask(
-        row_offsets=jnp.minimum(x["row_offsets"], capacity),
-        block_ids=x["block_ids"][..., :capacity],
-        grid=GRID,
-    )
-    out, mask = draft_jax.scheduled_attention(
-        x["q"], x["k"], x["v"], grid=GRID, config=config, step=step, mask=mask
-    )
-    return out, mask.row_offsets, mask.block_ids
+def forward_mode(call: Callable[..., Any]) -> Callable[[Inputs], Any]:
+    def along_qkv(x: Inputs):
+        def of_qkv(q, k, v):
+            return call(x, q=q, k=k, v=v)
 
-
-def sparse(x: Arrays, function=pallas_kernels.block_sparse_attention):
-    return function(
-        x["q"],
-        x["k"],
-        x["v"],
-        mask_of(x),
-        grid=GRID,
-        order="raster",
-        text_lengths=x["lengths"],
-        scale=x["scale"].sum(),
-    )
-
-
-def dense(x: Arrays):
-    return pallas_kernels.dense_attention(
-        x["q"], x["k"], x["v"], grid=GRID, text_lengths=x["lengths"]
-    )
-
-
-def prepare(x: Arrays):
-    q, k, pooled = draft_jax.norm_rope_pool(
-        x["q"],
-        x["k"],
-        grid=GRID,
-        config=CONFIG,
-        norm=NORM,
-        scales=(x["scale"], x["scale"]),
-        rope=(x["rope"], x["rope"]),
-    )
-    return q, k, pooled.q_mean, pooled.k_mean
-
-
-def prepare_joint(x: Arrays):
-    parts = (GRID.visual_tokens, GRID.text_tokens)
-    video, text = (QKV(*(x[name][:, tokens] for name in "qkv")) for tokens in parts)
-    q, k, v, pooled = draft_jax.joint_norm_rope_pool(
-        video,
-        text,
-        grid=GRID,
-        config=CONFIG,
-        norm=NORM,
-        scales=(x["scale"], x["scale"]),
-        rope=(x["rope"], x["rope"]),
-    )
-    return q, k, v, pooled.q_mean
-
-
-def masks(x: Arrays, **options):
-    config = DraftConfig.paper(sparsity=0.5, **options)
-    mask = draft_jax.compute_mask(x["q"], x["k"], grid=GRID, config=config)
-    return mask.row_offsets, mask.block_ids, mask.to_dense(), mask.density
-
-
-def select(x: Arrays, **options):
-    config = DraftConfig.paper(sparsity=0.5, **options)
-    mask = draft_jax.select_blocks(x["scores"], grid=NO_TEXT, config=config)
-    return mask.row_offsets, mask.block_ids
-
-
-def rank(x: Arrays):
-    forced = np.eye(NO_TEXT.num_blocks, dtype=bool)
-    words = ranking.select_in_maps(x["scores"], jnp.int32(30), forced=forced)
-    rows = ranking.select_in_rows(
-        x["scores"], jnp.full(len(forced), 3, jnp.int32), forced=forced
-    )
-    first = np.arange(words.shape[-1], dtype=np.int32) * ranking.WORD_BITS
-    return words, rows, *ranking.compress_rows(words, first, 100)
-
-
-def pool(x: Arrays):
-    visual = x["q"][:, GRID.visual_tokens]
-    scores = draft_jax.draft_scores(x["q"], x["k"], grid=GRID, config=CONFIG)
-    return draft_jax.pool_tokens(visual, GRID, reduction="max"), scores
-
-
-def gradient(function: Callable[[Arrays], Any]) -> Callable[[Arrays], Any]:
-    def of_qkv(x: Arrays):
-        def loss(q, k, v):
-            results = function(x | {"q": q, "k": k, "v": v})
-            return sum((y**2).sum() for y in jax.tree.leaves(results))
-
-        return jax.grad(loss, (0, 1, 2))(x["q"], x["k"], x["v"])
-
-    return of_qkv
-
-
-def forward_mode(function: Callable[[Arrays], Any]) -> Callable[[Arrays], Any]:
-    def along_qkv(x: Arrays):
-        own = {name: x[name] for name in "qkv"}
-        moved = {"q": x["k"], "k": x["v"], "v": x["q"]}
-        return jax.jvp(lambda own: function(x | own), (own,), (moved,))[1]
+        return jax.jvp(of_qkv, (x.q, x.k, x.v), (x.k, x.v, x.q))[1]
 
     return along_qkv
 
 
-QKV_RESULT = ("B T N D",) * 3
-LISTS = ("B N R", "B N M")
-# Operation and axes of its results.
-OPERATIONS: dict[str, tuple[Callable[[Arrays], Any], Any]] = {
-    "draft": (draft, "B T N D"),
-    "draft, tiled": (functools.partial(draft, order="tiled"), "B T N D"),
-    "draft, gradient": (gradient(draft), QKV_RESULT),
-    "draft, means": (functools.partial(draft, config=MEANS), "B T N D"),
-    "draft, means, gradient": (
-        gradient(functools.partial(draft, config=MEANS)),
-        QKV_RESULT,
+def second(call: Callable[..., Any]) -> Callable[[Inputs], Any]:
+    def first(x: Inputs, **changes: Any):
+        return public_calls.gradients(call, dataclasses.replace(x, **changes))
+
+    def of_qkv(x: Inputs):
+        def loss(q, k, v):
+            return sum((y**2).sum() for y in first(x, q=q, k=k, v=v))
+
+        return jax.grad(loss, (0, 1, 2))(x.q, x.k, x.v)
+
+    return of_qkv
+
+
+def traced_scale(x: Inputs) -> jax.Array:
+    return jnp.abs(x.scales[0].sum())
+
+
+def traced_step(x: Inputs):
+    """A step whose values are traced: both conditionals are in the program."""
+    flag = x.scales[0][0] > 9
+    step = DraftStep(dense=flag, refresh=~flag, budget=jnp.int32(20) + flag)
+    capacity = draft_jax.mask_capacity(x.grid, CONFIG)
+    mask = BlockMask(
+        row_offsets=jnp.minimum(x.mask.row_offsets, capacity),
+        block_ids=x.mask.block_ids[..., :capacity],
+        grid=x.grid,
+    )
+    return draft_jax.scheduled_attention(
+        x.q, x.k, x.v, grid=x.grid, config=CONFIG, step=step, mask=mask
+    )
+
+
+def traced_scale_of_scores(x: Inputs, config: DraftConfig):
+    scale = traced_scale(x)
+    return draft_jax.draft_scores(x.q, x.k, grid=x.grid, config=config, scale=scale)
+
+
+OPERATIONS: dict[str, Callable[[Inputs], Any]] = {
+    **{
+        name: call
+        for name, call in CALLS.items()
+        if name not in LEFT_OUT and not name.endswith(" gradient")
+    },
+    # A dense step returns the mask that it was given: one that was made from nothing.
+    "draft_jax.scheduled_attention dense": lambda x: public_calls.scheduled(
+        x, dense=True
+    )[0],
+    "draft_attention, tiled": lambda x: public_calls.attend(
+        dataclasses.replace(x, order="tiled")
     ),
-    "scheduled": (scheduled, ("B T N D", *LISTS)),
-    "scheduled, gradient": (gradient(lambda x: scheduled(x)[0]), QKV_RESULT),
-    "sparse": (sparse, "B T N D"),
-    "sparse, log-sum-exp": (
-        functools.partial(
-            sparse, function=pallas_kernels.block_sparse_attention_with_lse
-        ),
-        ("B T N D", "B N T"),
+    "scheduled_attention, traced": traced_step,
+    "block_sparse_attention, traced scale": lambda x: public_calls.sparse(
+        x, scale=traced_scale(x)
     ),
-    "sparse, gradient": (gradient(sparse), QKV_RESULT),
-    "sparse, forward mode": (forward_mode(sparse), "B T N D"),
-    "sparse, second": (gradient(gradient(sparse)), QKV_RESULT),
-    "dense": (dense, "B T N D"),
-    "dense, gradient": (gradient(dense), QKV_RESULT),
-    "dense, forward mode": (forward_mode(dense), "B T N D"),
-    "norm_rope_pool": (prepare, ("B T N D", "B T N D", "B S N D", "B S N D")),
-    "norm_rope_pool, gradient": (
-        gradient(lambda x: (*prepare(x)[:2], x["v"])),
-        QKV_RESULT,
+    "dense_attention, traced scale": lambda x: public_calls.dense(
+        x, scale=traced_scale(x)
     ),
-    "joint": (prepare_joint, (*QKV_RESULT, "B S N D")),
-    "joint, gradient": (gradient(lambda x: prepare_joint(x)[:3]), QKV_RESULT),
-    "mask": (masks, (*LISTS, "B N R C", "B N")),
-    "mask, top_p": (
-        functools.partial(masks, selection="top_p", pooling="mean+max"),
-        (*LISTS, "B N R C", "B N"),
-    ),
-    "select": (select, LISTS),
-    "select, row_topk": (functools.partial(select, selection="row_topk"), LISTS),
-    "rank": (rank, ("B N R W", "B N R W", *LISTS)),
-    "pool": (pool, ("B S N D", "B N S S")),
-    "flax": (
-        lambda x: draft_attention_fn(GRID, CONFIG)(x["q"], x["k"], x["v"]),
-        "B T N D",
-    ),
+    **{
+        f"draft_scores {name}, traced scale": functools.partial(
+            traced_scale_of_scores, config=config
+        )
+        for name, config in public_calls.CONFIGS.items()
+    },
+    "block_sparse_attention, forward mode": forward_mode(public_calls.sparse),
+    "block_sparse_attention, second gradient": second(public_calls.sparse),
+    "dense_attention, forward mode": forward_mode(public_calls.dense),
 }
-MODES = ("automatic", "explicit", "manual", "partly manual", "vmap", "explicit vmap")
+
+
+def is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def arrays_of(inputs: Inputs) -> Arrays:
+    return {
+        field.name: value
+        for field in dataclasses.fields(Inputs)
+        if field.name not in ("grid", "order", "forced", "layer")
+        for value in [getattr(inputs, field.name)]
+    }
+
+
+def gradient(function: Callable[[Arrays], Any], chosen: Sequence[int]):
+    """The gradient with respect to some of the leaves."""
+
+    def of_arrays(arrays: Arrays):
+        leaves, tree = jax.tree.flatten(arrays)
+
+        def loss(own):
+            given = [own.get(i, leaf) for i, leaf in enumerate(leaves)]
+            results = jax.tree.leaves(function(jax.tree.unflatten(tree, given)))
+            return sum((y**2).sum() for y in results if is_float(y))
+
+        return jax.grad(loss)({i: leaves[i] for i in chosen})
+
+    return of_arrays
 
 
 # ------------------------------------------------------------------------------ modes
@@ -280,28 +192,38 @@ def mesh_of(mode: str):
     return jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
 
 
-def mapped(function: Callable[[Arrays], Any], results: Any, mode: str):
+def mapped(function: Callable[[Arrays], Any], mode: str):
     """Maps over the batch: what is left has a batch of one item."""
 
-    def of_item(x: Arrays):
-        own = {n: a[None] if "B" in AXES[n] else a for n, a in x.items()}
-        return jax.tree.map(lambda y: y[0], function(own))
+    def has_batch(x):
+        return x.shape[:1] == (BATCH,)
 
-    axes = {name: 0 if "B" in AXES[name] else None for name in AXES}
-    name = None if mode == "explicit vmap" else "x"
-    return jax.vmap(of_item, in_axes=(axes,), spmd_axis_name=name)
+    def run(arrays: Arrays):
+        axes = jax.tree.map(lambda x: 0 if has_batch(x) else None, arrays)
+
+        def of_item(own: Arrays):
+            own = jax.tree.map(
+                lambda x, whole: x[None] if has_batch(whole) else x, own, arrays
+            )
+            return jax.tree.map(lambda y: y[0], function(own))
+
+        name = None if mode == "explicit vmap" else "x"
+        return jax.vmap(of_item, in_axes=(axes,), spmd_axis_name=name)(arrays)
+
+    return run
 
 
-def under(mode: str, function: Callable[[Arrays], Any], results: Any, mesh):
+def under(mode: str, function: Callable[[Arrays], Any], arrays: Arrays, mesh):
     """The operation as it is called in this mode."""
     if "vmap" in mode:
-        return mapped(function, results, mode)
+        return mapped(function, mode)
     if "manual" not in mode:
         return function
-    specs = jax.tree.map(spec, (AXES, results))
     names = {"x"} if mode == "partly manual" else {"x", "y"}
+    results = jax.eval_shape(function, arrays)
     in_specs, out_specs = jax.tree.map(
-        lambda s: P(*(axis if axis in names else None for axis in s)), specs
+        lambda own: P(*(axis if axis in names else None for axis in own)),
+        specs((arrays, results)),
     )
     return jax.shard_map(
         function,
@@ -312,30 +234,62 @@ def under(mode: str, function: Callable[[Arrays], Any], results: Any, mesh):
     )
 
 
-def run(case: str) -> dict[str, Any]:
-    """Runs an operation on all devices, and on one."""
-    name, _, mode = case.partition("/")
-    function, results = OPERATIONS[name]
-    arrays, mesh = make_arrays(), mesh_of(mode)
-    sharded = {
-        name: jax.device_put(x, NamedSharding(mesh, spec(AXES[name])))
-        for name, x in arrays.items()
-    }
-    program = jax.jit(under(mode, function, results, mesh)).lower(sharded).compile()
+def compare(function, expected, arrays: Arrays, mesh) -> dict[str, Any]:
+    """Runs a program on all devices; `expected` is what one device computes."""
+    sharded = jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, spec(x.shape))), arrays
+    )
+    program = jax.jit(function).lower(sharded).compile()
     text = program.as_text()
-    out = jax.tree.leaves(program(sharded))
-    wanted = jax.tree.leaves(jax.tree.map(spec, results))
-    expected = jax.tree.leaves(jax.jit(function)(arrays))
+    out, expected = jax.tree.leaves(program(sharded)), jax.tree.leaves(expected)
     return {
-        "collectives": sorted(set(re.findall(COLLECTIVES, text))),
+        "collectives": {x.kind: x.num_bytes for x in collectives(text)},
         "whole axes": sorted(sizes_in(text) & WHOLE),
         "sharded as": [str(x.sharding.spec) for x in out],
         "wanted": [
-            NamedSharding(mesh, s).is_equivalent_to(x.sharding, x.ndim)
-            for x, s in zip(out, wanted, strict=True)
+            NamedSharding(mesh, spec(x.shape)).is_equivalent_to(x.sharding, x.ndim)
+            for x in out
         ],
         "errors": [error(x, y) for x, y in zip(out, expected, strict=True)],
     }
+
+
+def run(name: str, mode: str) -> dict[str, Any]:
+    """Runs a call, its gradient, and the gradient of what all devices share."""
+    inputs = public_calls.make_inputs(GRID, batch=BATCH, heads=HEADS)
+    arrays, mesh = arrays_of(inputs), mesh_of(mode)
+
+    def function(arrays: Arrays):
+        return OPERATIONS[name](dataclasses.replace(inputs, **arrays))
+
+    found = {}
+
+    def add(kind: str, program: Callable[[Arrays], Any], expected: Any) -> None:
+        try:
+            found[kind] = compare(program, expected, arrays, mesh)
+        except Exception as cause:
+            found[kind] = {"raised": f"{type(cause).__name__}: {cause}"[:3000]}
+
+    results = jax.jit(function)(arrays)
+    try:
+        of_all_arrays = under(mode, function, arrays, mesh)
+    except Exception as cause:
+        return {"forward": {"raised": f"{type(cause).__name__}: {cause}"[:3000]}}
+    add("forward", of_all_arrays, results)
+    has_own_derivative = "gradient" in name or "forward mode" in name
+    if has_own_derivative or not any(map(is_float, jax.tree.leaves(results))):
+        return found
+    leaves = jax.tree.leaves(arrays)
+    floats = [i for i, x in enumerate(leaves) if is_float(x)]
+    gradients = jax.jit(gradient(function, floats))(arrays)
+    moving = [i for i in floats if jnp.any(gradients[i] != 0)]
+    if own := [i for i in moving if is_sharded(leaves[i])]:
+        of_own = under(mode, gradient(function, own), arrays, mesh)
+        add("gradient", of_own, {i: gradients[i] for i in own})
+    if shared := [i for i in moving if not is_sharded(leaves[i])]:
+        of_shared = gradient(of_all_arrays, shared)
+        add("gradient of shared", of_shared, {i: gradients[i] for i in shared})
+    return found
 
 
 def told(function: Callable[[], Any]) -> tuple[Any, list[str]]:
@@ -346,14 +300,43 @@ def told(function: Callable[[], Any]) -> tuple[Any, list[str]]:
     return result, [str(warning.message) for warning in issued]
 
 
+TOKENS = VideoGrid(2, 4, 4, tile=(2, 2))  # 32, and no other axis is as long
+
+
+# The call itself cuts the text off, which JAX refuses of sharded tokens.
+CUT_TOKENS = (
+    "draft_jax.joint_norm_rope_pool",
+    "pallas_kernels.pooling.joint_norm_rope_pool",
+)
+
+
+def by_tokens(name: str, kind: AxisType) -> dict[str, Any]:
+    """Runs a call whose tokens are sharded over two devices."""
+    inputs = public_calls.make_inputs(TOKENS)
+    arrays = arrays_of(inputs)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,), devices=jax.devices()[:2])
+
+    def place(x):
+        names = ("x" if size == TOKENS.num_tokens else None for size in x.shape)
+        return jax.device_put(x, NamedSharding(mesh, P(*names)))
+
+    def function(arrays: Arrays):
+        return OPERATIONS[name](dataclasses.replace(inputs, **arrays))
+
+    expected = jax.tree.leaves(jax.jit(function)(arrays))
+    try:
+        got = jax.tree.leaves(jax.jit(function)(jax.tree.map(place, arrays)))
+    except Exception as cause:
+        return {"raised": f"{type(cause).__name__}: {cause}"[:3000]}
+    return {"errors": [error(x, y) for x, y in zip(got, expected, strict=True)]}
+
+
 def misfits() -> dict[str, Any]:
     """Tokens are sharded, and heads unevenly: what is raised or warned of."""
-    arrays = {name: x[:2] for name, x in make_arrays().items() if name in "qkv"}
     tokens = VideoGrid(2, 4, 4, tile=(2, 2))
-    attend = functools.partial(
-        draft_jax.draft_attention, grid=tokens, config=DraftConfig.paper(sparsity=0.5)
-    )
-    q, k, v = (x[:, : tokens.num_tokens] for x in arrays.values())
+    inputs = public_calls.make_inputs(tokens, heads=HEADS)
+    attend = functools.partial(draft_jax.draft_attention, grid=tokens, config=CONFIG)
+    q, k, v = inputs.q, inputs.k, inputs.v
     expected = jax.jit(attend)(q, k, v)
     found: dict[str, Any] = {}
     for kind in (AxisType.Explicit, AxisType.Auto):
@@ -383,10 +366,12 @@ def flax_layers() -> dict[str, Any]:
     )
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 33, 24)), jnp.float32)
     linen_layer = linen.MultiHeadDotProductAttention(
-        HEADS, qkv_features=HEADS * DIM, attention_fn=draft_attention_fn(GRID, CONFIG)
+        HEADS,
+        qkv_features=HEADS * HEAD_DIM,
+        attention_fn=draft_attention_fn(GRID, CONFIG),
     )
     nnx_layer = draft_jax.DraftAttention(
-        HEADS, 24, HEADS * DIM, config=CONFIG, rngs=nnx.Rngs(0)
+        HEADS, 24, HEADS * HEAD_DIM, config=CONFIG, rngs=nnx.Rngs(0)
     )
     graph, state = nnx.split(nnx_layer)
     calls = {
@@ -405,13 +390,14 @@ def flax_layers() -> dict[str, Any]:
         program = jax.jit(call).lower(sharded, whole).compile()
         text = program.as_text()
         found[name] = {
-            "collectives": sorted(set(re.findall(COLLECTIVES, text))),
+            "collectives": sorted({x.kind for x in collectives(text)}),
             "whole axes": sorted(sizes_in(text) & {HEADS}),
             "error": error(program(sharded, whole), jax.jit(call)(parameters, x)),
         }
     return found
 
 
+TOKEN_MODES = {"tokens": AxisType.Auto, "explicit tokens": AxisType.Explicit}
 OTHERS = {"misfits": misfits, "flax layers": flax_layers}
 
 
@@ -434,10 +420,17 @@ def error(x, y) -> float:
 def main() -> None:
     found = {}
     for case in sys.argv[1:]:
-        try:
-            found[case] = OTHERS[case]() if case in OTHERS else run(case)
-        except Exception as cause:
-            found[case] = {"raised": f"{type(cause).__name__}: {cause}"[:3000]}
+        mode, _, name = case.partition("/")
+        if case in OTHERS:
+            found[case] = OTHERS[case]()
+            continue
+        for call in [name] if name else OPERATIONS:
+            if mode in TOKEN_MODES:
+                if call not in CUT_TOKENS:
+                    found[f"{mode}, {call}"] = by_tokens(call, TOKEN_MODES[mode])
+                continue
+            for kind, result in run(call, mode).items():
+                found[f"{mode}, {call}, {kind}"] = result
     print(json.dumps(found))
 
 

@@ -8,12 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.draft_jax.sharded_cases import MODES, OPERATIONS
+from tests.draft_jax.sharded_cases import (
+    CALLS,
+    CUT_TOKENS,
+    LEFT_OUT,
+    MODES,
+    OPERATIONS,
+    TOKEN_MODES,
+)
 
 ROOT = Path(__file__).parents[2]
-# Largest error measured, relative to the largest value: 4e-7, of an RMS norm.
-MOST_ERROR = 2e-6
-QUICK = ["draft/automatic", "sparse, gradient/manual"]
+# Largest error measured, relative to the largest value: 2.4e-6, of a gradient of dense
+# attention whose scale is traced.
+MOST_ERROR = 8e-6
+# Bytes of a gradient of scales, rotations and the like; a device has 58 kB of q.
+MOST_SHARED_BYTES = 8192
+# It is for tests, and XLA alone runs it: under automatic axes its loop gathers.
+ORACLE = "pallas_kernels.block_sparse_attention_with_lse oracle"
 
 
 def run(*cases: str) -> dict[str, dict]:
@@ -27,27 +38,53 @@ def run(*cases: str) -> dict[str, dict]:
 
 def check(case: str, found: dict) -> None:
     assert "raised" not in found, f"{case}: {found['raised']}"
-    assert found["collectives"] == [], case
+    assert max(found["errors"]) <= MOST_ERROR, case
+    if case.endswith("gradient of shared"):
+        assert {*found["collectives"]} <= {"all-reduce", "all-gather"}, case
+        assert max(found["collectives"].values()) <= MOST_SHARED_BYTES, case
+        return
+    if ORACLE in case and not case.startswith(("explicit", "manual")):
+        return
+    assert found["collectives"] == {}, case
     assert found["whole axes"] == [], f"{case}: a device computes what others do, too"
     assert all(found["wanted"]), f"{case}: sharded as {found['sharded as']}"
-    assert max(found["errors"]) <= MOST_ERROR, case
+
+
+def test_each_public_call_is_sharded():
+    gradients = {name for name in CALLS if name.endswith(" gradient")}
+    assert {*CALLS} - {*LEFT_OUT} - gradients <= {*OPERATIONS}
+    assert {name.removesuffix(" gradient") for name in gradients} <= {
+        name.split(" ")[0] for name in OPERATIONS
+    }
 
 
 @pytest.mark.nightly
-def test_each_device_computes_its_own():
-    for case, found in run(*QUICK).items():
-        check(case, found)
-
-
-@pytest.mark.nightly
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("mode", MODES)
-def test_each_device_computes_its_own_in_every_operation(mode):
-    names = [*OPERATIONS]
-    if mode == "explicit vmap":
-        names.remove("pool")  # JAX has no rule for the product of `draft_scores`
-    for case, found in run(*(f"{name}/{mode}" for name in names)).items():
-        check(case, found)
+def test_each_device_computes_its_own_in_every_call(mode):
+    """Forward and backward: nothing is sent but gradients of what devices share."""
+    found = run(mode)
+    for name in OPERATIONS:
+        assert f"{mode}, {name}, forward" in found
+    for case, result in found.items():
+        check(case, result)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_sharded_tokens_are_gathered_or_refused():
+    """A call that needs whole tokens says so where their type says how they lie."""
+    found = run(*TOKEN_MODES)
+    assert len(found) == 2 * len({*OPERATIONS} - {*CUT_TOKENS})
+    for case, result in found.items():
+        if "raised" in result:
+            assert case.startswith("explicit"), f"{case}: {result['raised']}"
+            assert "is sharded over 'x' along its tokens" in result["raised"], case
+            assert "jax.sharding.reshard" in result["raised"], case
+        else:
+            assert max(result["errors"]) <= MOST_ERROR, case
+    refused = found["explicit tokens, draft_jax.draft_attention percentile"]
+    assert "raised" in refused
 
 
 @pytest.mark.nightly

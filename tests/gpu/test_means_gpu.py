@@ -20,7 +20,7 @@ from pallas_kernels import SubTiles, block_sparse_attention_with_lse
 from pallas_kernels.attention.reference import oracle_attention
 from pallas_kernels.common.device import current_device
 from pallas_kernels.pooling import VideoPooling, pool_sub_tiles, pool_video, video
-from pallas_kernels.pooling import api as pooling_api
+from pallas_kernels.pooling import tiles as pooling_tiles
 from pallas_kernels.tile_scores import Parts, reference, tile_scores
 from tests.pallas_kernels.attention.reference import compress, random_mask, random_qkv
 from tests.pallas_kernels.tile_scores.cases import growing_logits
@@ -184,8 +184,8 @@ def test_pooling_agrees_with_xla(sub_tile, frames, order, text):
     q, k, _ = random_qkv(grid, head_dim=128, dtype="bfloat16")
     options = {"order": order, "start": grid.visual_tokens.start}
     got = pool_sub_tiles(q, k, cells, **options)
-    task = pooling_api._Cells(sub_tiles=cells, dtype="float32", **options)
-    want = jax.jit(pooling_api._cells_by_xla, static_argnums=0)(task, q, k)
+    task = pooling_tiles._Cells(sub_tiles=cells, dtype="float32", **options)
+    want = pooling_tiles._pool_sub_tiles(task, q, k, has_kernel=False)
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, **POOLED)
 

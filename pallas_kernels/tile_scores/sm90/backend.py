@@ -3,6 +3,7 @@
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -47,7 +48,7 @@ def tile_scores(
     k: Float[Array, "B M N D"],
     parts: Parts,
     *,
-    scale: float | Float[Array, ""],
+    scale: float | Float[Array, "B N"],
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Float[Array, "B N S S"]:
     """Computes the scores of all tiles; see `pallas_kernels.tile_scores`.
@@ -56,7 +57,7 @@ def tile_scores(
       q: Query parts.
       k: Key parts.
       parts: What each counts.
-      scale: Factor on the logits.
+      scale: Factor on the logits, one or one for each head.
       interpret: Run on the CPU in GPU interpret mode.
 
     Raises:
@@ -65,7 +66,8 @@ def tile_scores(
     if cause := why_unsupported(q.shape, parts):
         raise ValueError(f"the kernel for scores cannot take these parts: {cause}")
     # One rounding, of a product with the scale that is none of the kernel's then.
-    q = (q.astype(jnp.float32) * (scale * LOG2_E)).astype(jnp.bfloat16)
+    factor = scale[:, None, :, None] if isinstance(scale, jax.Array) else scale
+    q = (q.astype(jnp.float32) * (factor * LOG2_E)).astype(jnp.bfloat16)
     run = functools.partial(_run, parts=parts, interpret=interpret)
     return fold_mapped_axes(run)(q, k.astype(jnp.bfloat16))[0]
 

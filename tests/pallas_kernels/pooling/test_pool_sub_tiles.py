@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from draft_jax.grid import VideoGrid
 from pallas_kernels import SubTiles
-from pallas_kernels.pooling import api, pool_sub_tiles
+from pallas_kernels.pooling import pool_sub_tiles, tiles
 from pallas_kernels.pooling.sm90 import pool_tiles as kernel
 from pallas_kernels.pooling.sub_tiles import cell_table
 from tests.cases import mostly_nightly
@@ -116,11 +116,11 @@ def test_derivatives_of_the_kernel_spread_over_the_tokens(monkeypatch):
     monkeypatch.setattr(kernel, "pool_cells", in_interpret)
     pair, given = inputs(grid, "tiled")
     start = grid.visual_tokens.start
-    task = api._Cells(sub_tiles=cells, order="tiled", start=start, dtype="float32")
+    task = tiles._Cells(sub_tiles=cells, order="tiled", start=start, dtype="float32")
     factors = np.random.default_rng(1).normal(size=(2, cells.num_cells, 2, 64))
 
     def loss(q, k):
-        means = api._cells_in_kernel(task, q, k)
+        means = tiles._pool_sub_tiles(task, q, k, has_kernel=True)
         return sum((mean * factors).sum() for mean in means)
 
     got = jax.grad(loss, (0, 1))(*given)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from draft_jax.config import sub_tiles_of
 from draft_jax.grid import VideoGrid
 from pallas_kernels.common.device import Device
-from pallas_kernels.pooling import VideoPooling, api, pool_video, video
+from pallas_kernels.pooling import VideoPooling, pool_video, tiles, video
 from pallas_kernels.pooling.sm90 import pool_tiles
 from pallas_kernels.pooling.sm90 import pool_video as kernel
 from tests.cases import mostly_nightly
@@ -59,7 +59,7 @@ def device(request):
         return
     with (
         mock.patch.object(video, "current_device", return_value=H100),
-        mock.patch.object(api, "current_device", return_value=H100),
+        mock.patch.object(tiles, "current_device", return_value=H100),
         mock.patch.object(
             kernel,
             "pool_video",

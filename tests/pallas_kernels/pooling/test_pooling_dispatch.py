@@ -1,5 +1,6 @@
 """Each device gets the kernel or the XLA path of an operation, with the same result."""
 
+import contextlib
 import functools
 import warnings
 from unittest import mock
@@ -21,6 +22,7 @@ from pallas_kernels.pooling import (
     norm_rope_pool,
     pool_tiles,
     reference,
+    tiles,
 )
 from pallas_kernels.pooling.sm90 import norm_rope_pool as fused_kernel
 from tests import tolerances
@@ -34,9 +36,14 @@ RASTER = TILINGS["raster"]
 BEFORE = Tiling(frames=1, height=3, width=6, tile=(2, 4), order="raster", start=4)
 
 
+@contextlib.contextmanager
 def on(device):
     """Dispatch as on a device."""
-    return mock.patch.object(api, "current_device", return_value=device)
+    with (
+        mock.patch.object(api, "current_device", return_value=device),
+        mock.patch.object(tiles, "current_device", return_value=device),
+    ):
+        yield
 
 
 @pytest.fixture
