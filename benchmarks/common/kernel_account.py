@@ -16,6 +16,7 @@ Launch = tuple[str, float]  # name of a kernel and its milliseconds
 WEIGHTS = "weights of a layer"  # copied out of the stack
 # The first class that fits counts.
 CLASSES = (
+    ("collectives", re.compile("nccl", re.I)),
     ("self-attention", re.compile("block_sparse_attention")),
     ("order of work", re.compile("partition_lists")),
     (

@@ -8,13 +8,14 @@ The text between the page's marks follows from the record alone; a test holds it
 
 import argparse
 import json
+import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.records import ROOT
 from benchmarks.scaling import models
 from benchmarks.scaling.model import (
-    EXCHANGES,
     HOST,
     INFINIBAND_GB_PER_S,
     ONE,
@@ -66,16 +67,18 @@ def hunyuan_video() -> Video:
 def section(record: Record | None) -> str:
     """Returns the text between the marks; what it says without a record is so, too."""
     if record is None:
-        return (
-            "No run on several GPUs is recorded yet: `python -m\n"
-            "benchmarks.scaling.document RECORD --print` makes tables of one.\n"
+        return paragraph(
+            "No run on several GPUs is recorded yet: `python -m "
+            "benchmarks.scaling.document RECORD --print` makes tables of one."
         )
     wan, hunyuan = wan_video(), hunyuan_video()
     parts = parts_of(record, wan)
     weights = record["hunyuan"].get(ONE, {}), record["wan"][ONE]
     scale = weights[0].get("weights_gb", 0.0) / weights[1]["weights_gb"] / wan.rows
     of_hunyuan = parts_of_hunyuan(record, parts, scale)
-    blocks = [measured(record), sources(record, parts), table(parts, wan, NAMES["wan"])]
+    blocks = [measured(record), layer(record), overlap(record), sources(parts)]
+    blocks = [block for block in blocks if block]
+    blocks.append(table(parts, wan, NAMES["wan"]))
     if of_hunyuan is not None:
         blocks.append(table(of_hunyuan, hunyuan, NAMES["hunyuan"]))
     blocks.append(differences(record, parts, of_hunyuan, wan, hunyuan))
@@ -85,13 +88,17 @@ def section(record: Record | None) -> str:
 def measured(record: Record) -> str:
     """Returns the table of steps that were measured."""
     environment = record["environment"]
+    command = environment["command"].split(" --limit")[0]
     lines = [
-        f"Measured on {len(environment['gpus'])} {environment['device']} "
-        f"({environment['date'][:10]}, commit {environment['commit']}), bfloat16, the",
-        f"paper's selection at {record['sparsity']:.0%}. Masks and estimates are those "
-        "of the first step,",
-        "beside those of one GPU.",
-        "",
+        paragraph(
+            f"Measured on {len(environment['gpus'])} {environment['device']} "
+            f"({environment['date'][:10]}, commit {environment['commit']}, jax "
+            f"{environment['versions']['jax']}, driver "
+            f"{environment['gpus'][0].split(', ')[-1]}), bfloat16, the paper's "
+            f"selection at {record['sparsity']:.0%}. Masks and estimates are those of the first "
+            "step, beside those of one GPU: products of fewer rows round otherwise."
+        ),
+        f"```\n{command}\n```\n",
         "| Step | mesh | seconds | times as fast | pairs kept by both | "
         "relative difference |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -102,7 +109,7 @@ def measured(record: Record) -> str:
             ms = median_ms(record, part, name)
             if ms is None or one is None:
                 continue
-            mesh = f"`{step['mesh']}`" if step["mesh"] else ONE
+            mesh = f"`{step['mesh']}`" if step["mesh"] else "one GPU"
             if name == "weights":
                 mesh += ", spread weights"
             lines.append(
@@ -112,21 +119,76 @@ def measured(record: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sources(record: Record, parts: Parts) -> str:
-    """Returns the sentence that names the model's parts."""
-    rates = ", ".join(
-        f"{link.gb_per_s:.0f} GB/s after {link.latency_ms:.2f} ms among {count}"
+def layer(record: Record) -> str:
+    """Returns sentences on the attention layer and on spread weights."""
+    figures, said = record["summary"], []
+    for name, value in figures.items():
+        count = name.removeprefix("layer_")
+        if name.startswith("layer_") and count.isdigit():
+            one, many = (
+                statistics.median(record["layer"][way]["ms"])
+                for way in (ONE, f"plain jit, {count}")
+            )
+            said.append(
+                f"An attention layer of HunyuanVideo takes {one:.1f} ms on one GPU and "
+                f"{many:.1f} ms sharded by heads over {count}: {value:.2f} times as "
+                "fast."
+            )
+    if "weights_time_ratio" in figures:
+        said.append(
+            f"Spread weights take {figures['weights_memory_ratio']:.0%} of the memory "
+            f"and {figures['weights_time_ratio'] - 1:.1%} more time for a step."
+        )
+    return paragraph(" ".join(said))
+
+
+def overlap(record: Record) -> str:
+    """Returns what a profile says of transfers and work at once; empty without."""
+    found = [
+        (name, step)
+        for name, step in record.get("profile", {}).items()
+        if step.get("devices", 1) > 1 and "costliest" in step
+    ]
+    if not found:
+        return ""
+    (name, step), *_ = found
+    devices = step["devices"]
+    nccl = [k for k in step["costliest"] if "nccl" in k["kernel"].lower()]
+    sent_ms = sum(kernel["ms"] for kernel in nccl) / devices
+    both_ms = max(step["kernels_ms"] / devices - step["step_ms"], 0.0)
+    share = record["wan"][name]["sent"]["all-to-all"]["overlapped"]
+    one_ms = record["links"][f"all-to-all, {devices}"]["ms"]
+    return paragraph(
+        "Overlap: XLA's schedule has a product or a kernel beside "
+        f"{share:.0%} of the exchanged bytes of `{name}`. In a profile of it NCCL's "
+        f"kernels run {sent_ms:.0f} ms on each GPU, at least {both_ms:.0f} ms of them "
+        f"beside others. One takes {nccl[0]['median_ms']:.2f} ms in the step (median) "
+        f"and {one_ms:.2f} ms by itself: both GPUs must have begun, and work meanwhile "
+        "shares the GPU's units."
+    )
+
+
+def sources(parts: Parts) -> str:
+    """Returns the sentences that name the model's parts."""
+    links = " ".join(
+        f"An all-to-all among {count} GPUs starts in {link.latency_ms:.2f} ms and "
+        f"sends {link.gb_per_s:.0f} GB/s; copies around it take "
+        f"{link.reordered_gb_per_s:.0f} GB/s."
         for count, link in parts.links.items()
     )
-    hidden = record["wan"].get(f"step_sequence_{min(parts.links)}", {}).get("sent", {})
-    share = hidden.get("all-to-all", {}).get("overlapped")
-    beside = "" if share is None else f" ({share:.0%} run beside products or kernels)"
-    return (
-        f"The parts: {parts.step_ms / 1e3:.2f} s on one GPU, "
-        f"{parts.fixed_ms / 1e3:.3f} s of them fixed; all-to-alls at {rates}; devices\n"
-        f"wait during {parts.exposed:.0%} of them{beside}. Between hosts of {HOST}\n"
-        f"GPUs {INFINIBAND_GB_PER_S:.0f} GB/s for each is assumed, not measured.\n"
+    return paragraph(
+        f"The model's parts: a step of Wan takes {parts.step_ms / 1e3:.2f} s on one "
+        f"GPU, {parts.fixed_ms / 1e3:.3f} s of it fixed. {links} Exchanges add "
+        f"{parts.added:.2f} times their own time to a step. Between hosts of {HOST} "
+        f"GPUs {INFINIBAND_GB_PER_S:.0f} GB/s for each are assumed, not measured."
     )
+
+
+def paragraph(text: str) -> str:
+    """Returns lines as long as those of the page."""
+    if not text:
+        return ""
+    return textwrap.fill(text, 92, break_on_hyphens=False) + "\n"
 
 
 def table(parts: Parts, video: Video, title: str) -> str:
@@ -164,14 +226,12 @@ def differences(
 ) -> str:
     """Returns how far the model is from steps that were measured."""
     found = errors(record, parts, wan, "wan")
-    found |= errors(record, parts, wan, "variants")
     if of_hunyuan is not None:
         found |= errors(record, of_hunyuan, hunyuan, "hunyuan")
     listed = ", ".join(f"`{name}` {error:+.1%}" for name, error in found.items())
-    return (
-        f"The model's time over the measured one: {listed}. The first is what the\n"
-        "share of waiting is fitted to; in a step that waits it is all of "
-        f"{EXCHANGES} transfers of a layer.\n"
+    return paragraph(
+        f"The model's time over the measured one: {listed}. The first is what it is "
+        "fitted to."
     )
 
 

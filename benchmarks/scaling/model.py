@@ -1,6 +1,6 @@
 """A model of the time of a step on many GPUs, from parts that one run has measured.
 
-    time(N, G) = (step - fixed) / (N G) + fixed + exposed * transfers
+    time(N, G) = (step - fixed) / (N G) + fixed / G + added * exchanges
 
 `N` devices share tokens and `G` the rows of a call, such as prompt and negative prompt.
 All of it comes from a record of `benchmarks.scaling.run`:
@@ -8,24 +8,24 @@ All of it comes from a record of `benchmarks.scaling.run`:
   step       the step on one device, whose rows are calls of their own
   fixed      a step of a video of a few tokens: weights that are read, launches, text;
              of each row, so `G` devices share it
-  transfers  the all-to-alls of all layers: what a device sends to others of its host
-             over NVLink, and to those of other hosts over InfiniBand, at once; a line
-             through the times of transfers of several sizes gives NVLink's rate, and
-             InfiniBand's is given
-  exposed    the share of that time in which a device waits, as XLA runs other work
-             meanwhile. Fitted to Wan's step with `sequence` alone; other measured steps
-             say how far it holds
+  exchanges  the all-to-alls of all layers by themselves: what a device sends to others
+             of its host over NVLink, and to those of other hosts over InfiniBand, at
+             once, and copies that put parts together. A line through the times of two
+             sizes gives NVLink's rate; InfiniBand's is given
+  added      what exchanges add to a step over the time that they take by themselves:
+             less where XLA runs other work meanwhile, more where devices wait for each
+             other or transfers and work share a GPU. Fitted to Wan's step with
+             `sequence` alone; other measured steps say how far it holds
 
 A device computes its rows, tokens and heads as fast as one device does: products with
 few rows, and attention of few heads, are slower than that.
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 Record = Mapping[str, Any]
 
@@ -67,10 +67,17 @@ class Video:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Link:
-    """Times of an all-to-all on one host: a start, and a rate."""
+    """Times of an all-to-all on one host.
+
+    Attributes:
+      latency_ms: Of its start.
+      gb_per_s: Rate of what a device sends.
+      reordered_gb_per_s: Rate of the copies around it: of all that a device has.
+    """
 
     latency_ms: float
     gb_per_s: float
+    reordered_gb_per_s: float = math.inf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,19 +88,19 @@ class Parts:
       step_ms: On one device.
       fixed_ms: That does not shrink with the tokens.
       links: All-to-alls on one host, by number of devices.
-      exposed: Share of the transfers during which devices wait.
+      added: What exchanges add to a step, over their time by themselves.
       infiniband_gb_per_s: Rate between hosts, of each device.
     """
 
     step_ms: float
     fixed_ms: float
     links: Mapping[int, Link]
-    exposed: float = 1.0
+    added: float = 1.0
     infiniband_gb_per_s: float = INFINIBAND_GB_PER_S
 
 
-def transfers_ms(parts: Parts, video: Video, sequence: int, guidance: int) -> float:
-    """Returns the time of all all-to-alls of a step, as if nothing ran meanwhile."""
+def exchanges_ms(parts: Parts, video: Video, sequence: int, guidance: int) -> float:
+    """Returns the time of all exchanges of a step by themselves."""
     if sequence == 1:
         return 0.0
     on_host = sequence % HOST or HOST if sequence > HOST else sequence
@@ -104,15 +111,16 @@ def transfers_ms(parts: Parts, video: Video, sequence: int, guidance: int) -> fl
     to_each = video.exchanged_bytes(sequence, guidance) / (sequence - 1) / calls
     nvlink_ms = (on_host - 1) * to_each / link.gb_per_s / 1e6
     infiniband_ms = (sequence - on_host) * to_each / parts.infiniband_gb_per_s / 1e6
-    one_ms = link.latency_ms + max(nvlink_ms, infiniband_ms)
+    copies_ms = sequence * to_each / link.reordered_gb_per_s / 1e6
+    one_ms = link.latency_ms + max(nvlink_ms, infiniband_ms) + copies_ms
     return EXCHANGES * video.layers * calls * one_ms
 
 
 def step_ms(parts: Parts, video: Video, sequence: int, guidance: int) -> float:
     """Returns the time of a step on `sequence` times `guidance` devices."""
     shared = (parts.step_ms - parts.fixed_ms) / (sequence * guidance)
-    waiting = parts.exposed * transfers_ms(parts, video, sequence, guidance)
-    return shared + parts.fixed_ms / guidance + waiting
+    added = parts.added * exchanges_ms(parts, video, sequence, guidance)
+    return shared + parts.fixed_ms / guidance + added
 
 
 def meshes(video: Video, devices: int) -> list[tuple[int, int]]:
@@ -133,7 +141,10 @@ def fastest(parts: Parts, video: Video, devices: int) -> tuple[int, int] | None:
 
 
 def links(record: Record) -> dict[int, Link]:
-    """Returns the lines through the measured all-to-alls, by number of devices."""
+    """Returns what measured all-to-alls say, by number of devices.
+
+    Lines go through the two largest: those that are smaller take as long as a call.
+    """
     points: dict[int, list[tuple[float, float]]] = {}
     for name, found in record.get("links", {}).items():
         if name.startswith("all-to-all") and "ms" in found:
@@ -141,12 +152,20 @@ def links(record: Record) -> dict[int, Link]:
             points.setdefault(found["devices"], []).append(point)
     lines = {}
     for count, measured in points.items():
-        num_bytes, ms = np.array(sorted(measured)).T
-        slope = ms[-1] / num_bytes[-1]
-        if len(measured) > 1:
-            slope = np.polyfit(num_bytes, ms, 1)[0]
-        latency = max(float(ms[-1] - slope * num_bytes[-1]), 0.0)
-        lines[count] = Link(latency_ms=latency, gb_per_s=float(1e-6 / slope))
+        most, most_ms = max(measured)
+        less, less_ms = max([p for p in measured if p[0] < most], default=(0.0, 0.0))
+        slope = (most_ms - less_ms) / (most - less)
+        whole = [
+            record["links"].get(f"to {name}, {count}", {}).get("ms", most_ms)
+            for name in ("heads", "tokens")
+        ]
+        copies_ms = statistics.mean(whole) - most_ms
+        own = most * count / (count - 1)
+        lines[count] = Link(
+            latency_ms=max(most_ms - slope * most, 0.0),
+            gb_per_s=1e-6 / slope,
+            reordered_gb_per_s=1e-6 * own / copies_ms if copies_ms > 0 else math.inf,
+        )
     return lines
 
 
@@ -179,9 +198,9 @@ def parts_of(record: Record, wan: Video) -> Parts:
     measured = median_ms(record, "wan", f"step_sequence_{count}")
     if measured is None:
         return parts
-    unhidden = transfers_ms(parts, wan, count, 1)
-    without = step_ms(dataclasses.replace(parts, exposed=0.0), wan, count, 1)
-    return dataclasses.replace(parts, exposed=(measured - without) / unhidden)
+    alone = exchanges_ms(parts, wan, count, 1)
+    without = step_ms(dataclasses.replace(parts, added=0.0), wan, count, 1)
+    return dataclasses.replace(parts, added=(measured - without) / alone)
 
 
 def parts_of_hunyuan(record: Record, wan: Parts, scale: float) -> Parts | None:
@@ -189,7 +208,7 @@ def parts_of_hunyuan(record: Record, wan: Parts, scale: float) -> Parts | None:
 
     Args:
       record: Of a run.
-      wan: Wan's parts, of which transfers are the same.
+      wan: Wan's parts, of which links are the same.
       scale: Weights that a step of HunyuanVideo reads over those of a step of Wan.
     """
     step = median_ms(record, "hunyuan", ONE)
@@ -212,16 +231,12 @@ def errors(record: Record, parts: Parts, video: Video, part: str) -> dict[str, f
       record: Of a run.
       parts: Of the model of the part.
       video: Its video.
-      part: "wan", "hunyuan" or "variants".
+      part: "wan" or "hunyuan".
     """
     found = {}
     for name, step in record.get(part, {}).items():
         measured = median_ms(record, part, name)
         if measured is None or not step.get("mesh") or "step" not in name:
             continue
-        waits = "waiting" in name
-        own = dataclasses.replace(parts, exposed=1.0) if waits else parts
-        if part == "variants" and not waits:
-            continue  # its transfers are others
-        found[name] = step_ms(own, video, *mesh_of(step["mesh"])) / measured - 1
+        found[name] = step_ms(parts, video, *mesh_of(step["mesh"])) / measured - 1
     return found

@@ -9,12 +9,12 @@ from benchmarks.scaling.model import (
     Parts,
     Video,
     errors,
+    exchanges_ms,
     fastest,
     links,
     meshes,
     parts_of,
     step_ms,
-    transfers_ms,
 )
 
 # Two rows, each with 1e6 tokens of 500 channels: a gigabyte in bfloat16.
@@ -23,7 +23,7 @@ PARTS = Parts(
     step_ms=8000.0,
     fixed_ms=80.0,
     links={2: Link(latency_ms=0.5, gb_per_s=100.0)},
-    exposed=0.5,
+    added=0.5,
     infiniband_gb_per_s=25.0,
 )
 
@@ -50,15 +50,15 @@ def test_devices_send_what_is_not_theirs():
     ],
     ids=["guidance", "two", "host", "hosts"],
 )
-def test_transfers(sequence, guidance, expected):
-    assert transfers_ms(PARTS, VIDEO, sequence, guidance) == pytest.approx(expected)
+def test_exchanges(sequence, guidance, expected):
+    assert exchanges_ms(PARTS, VIDEO, sequence, guidance) == pytest.approx(expected)
 
 
 def test_steps():
     assert step_ms(PARTS, VIDEO, 1, 1) == 8000
     # Guidance shares all of it, and sends nothing that counts.
     assert step_ms(PARTS, VIDEO, 1, 2) == 4000
-    # Of 7,920 ms half, 80 ms, and half of 240 ms of transfers.
+    # Of 7,920 ms half, 80 ms, and half of 240 ms of exchanges.
     assert step_ms(PARTS, VIDEO, 2, 1) == pytest.approx(3960 + 80 + 120)
 
 
@@ -72,13 +72,17 @@ def test_meshes_divide_devices_heads_and_rows():
 
 
 def test_parts_come_from_a_record():
-    """Transfers of 1 ms and 10 ms per gigabyte; half of them are waited for."""
+    """A start of 1 ms, 10 ms per gigabyte sent, 2 ms of copies; half of it is added.
+
+    Two GPUs have 0.8 GB each of which half is sent, so copies take 400 GB/s.
+    """
     record = {
         "wan": {
             "one device": {"mesh": None, "samples_ms": [7900.0, 8000.0, 9000.0]},
             "step_sequence_2": {
                 "mesh": "sequence=2,guidance=1",
-                "samples_ms": [3960 + 80 + 0.5 * 80 * 3.5],
+                # 0.25 GB are sent of 0.5 GB.
+                "samples_ms": [3960 + 80 + 0.5 * 80 * (1 + 2.5 + 1.25)],
             },
             "step_guidance_2": {
                 "mesh": "sequence=1,guidance=2",
@@ -87,33 +91,24 @@ def test_parts_come_from_a_record():
             "weights": {"mesh": "sequence=2,guidance=1", "samples_ms": [4200.0]},
         },
         "short": {"one device": {"samples_ms": [80.0]}},
-        "variants": {
-            "step_sequence_waiting_2": {
-                "mesh": "sequence=2,guidance=1",
-                "samples_ms": [2 * (3960 + 80 + 80 * 3.5)],
-            },
-            "step_sequence_permutes_2": {
-                "mesh": "sequence=2,guidance=1",
-                "samples_ms": [1.0],
-            },
-        },
         "links": {
             "all-to-all, 2": {"devices": 2, "sent_bytes": 0.4e9, "ms": 5.0},
             "all-to-all of 1/4, 2": {"devices": 2, "sent_bytes": 0.1e9, "ms": 2.0},
+            "all-to-all of 1/8, 2": {"devices": 2, "sent_bytes": 0.05e9, "ms": 1.9},
+            "to heads, 2": {"devices": 2, "sent_bytes": 0.4e9, "ms": 6.5},
+            "to tokens, 2": {"devices": 2, "sent_bytes": 0.4e9, "ms": 7.5},
             "ppermute, 2": {"devices": 2, "sent_bytes": 0.4e9, "ms": 1.0},
         },
     }
     (count, link), *others = links(record).items()
     assert (count, others) == (2, [])
-    assert dataclasses.astuple(link) == pytest.approx((1.0, 100.0))
+    assert dataclasses.astuple(link) == pytest.approx((1.0, 100.0, 400.0))
     parts = parts_of(record, VIDEO)
     assert (parts.step_ms, parts.fixed_ms) == (8000.0, 80.0)
-    assert parts.exposed == pytest.approx(0.5)
+    assert parts.added == pytest.approx(0.5)
     assert errors(record, parts, VIDEO, "wan") == {
         "step_sequence_2": pytest.approx(0.0),
         "step_guidance_2": pytest.approx(4000 / 5000 - 1),
     }
-    waiting = errors(record, parts, VIDEO, "variants")
-    assert waiting == {"step_sequence_waiting_2": pytest.approx(-0.5)}
     with pytest.raises(ValueError, match="--parts wan links short"):
         parts_of(record | {"links": {}}, VIDEO)

@@ -44,18 +44,24 @@ def test_a_record_makes_tables():
             "gpus": ["NVIDIA H200"] * 2,
             "date": "2026-01-02T03:04:05",
             "commit": "abc",
+            "command": "python -m benchmarks.scaling.run --parts wan --limit 500",
+            "versions": {"jax": "0.11.2"},
         },
         "sparsity": 0.9,
+        "summary": {"weights_memory_ratio": 0.5, "weights_time_ratio": 1.03},
         "wan": {"one device": step(None, 8.0), "step_sequence_2": step(two, 4.33)},
         "hunyuan": {"one device": step(None, 5.0), "hunyuan_step_2": step(two, 2.75)},
         "links": {"all-to-all, 2": {"devices": 2, "sent_bytes": 2e8, "ms": 1.0}},
     }
     text = document.section(record)
-    assert "Measured on 2 NVIDIA H200 (2026-01-02, commit abc)" in text
+    words = " ".join(text.split())
+    assert "Measured on 2 NVIDIA H200 (2026-01-02, commit abc, jax 0.11.2" in words
     assert f"| Wan 14B, 768x1280, 81 frames | `{two}` | 4.33 | 1.85 | 99.50% |" in text
-    assert "wait during 100% of them" in text
+    assert "```\npython -m benchmarks.scaling.run --parts wan\n```\n" in text
+    assert "Spread weights take 50% of the memory and 3.0% more time" in words
+    assert "Exchanges add 1.00 times their own time" in words
     # Eight devices as 4 x 2: a second, and 24.77 GB at 200 GB/s are 0.124 s.
     assert "| 8 | `sequence=4,guidance=2` | 1.124 | 7.12 | 24.8 |" in text
     assert "No mesh of 24, 32, 48, 64 divides 40 heads." in text
     # 46.71 GB at 200 GB/s beside 2.5 s: 2.734 s, measured 2.75.
-    assert "`hunyuan_step_2` -0.6%" in text
+    assert "`hunyuan_step_2` -0.6%" in words
