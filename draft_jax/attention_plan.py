@@ -102,6 +102,7 @@ class AttentionPlan:
         *,
         num_layers: int,
         grid: VideoGrid,
+        low_noise_from: int | None = None,
     ) -> StepPlan | None:
         """Works the plan out for a run.
 
@@ -109,6 +110,8 @@ class AttentionPlan:
           timesteps: Timestep of each step in the order they run, 0 to 1000.
           num_layers: Attention layers of the model, L.
           grid: Geometry of the sequence.
+          low_noise_from: First step of a second transformer; see
+            `SparsitySchedule.plan`.
 
         Returns:
           One step per timestep; None with dense attention, which needs no steps.
@@ -119,5 +122,9 @@ class AttentionPlan:
         if self.config is None or self.schedule is None:
             return None
         return self.schedule.plan(
-            timesteps, num_layers=num_layers, grid=grid, config=self.config
+            timesteps,
+            num_layers=num_layers,
+            grid=grid,
+            config=self.config,
+            low_noise_from=low_noise_from,
         )

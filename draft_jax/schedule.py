@@ -232,9 +232,13 @@ class SparsitySchedule:
       mask_refresh: Masks are recomputed on every mask_refresh-th sparse step, from
         the first, and reused in between. A reused mask keeps the sparsity of the
         step that made it.
+      low_noise: Rules of a second transformer for low noise, where a model has two; its
+        steps and masks are counted by themselves. None for the rules above, which
+        count the steps of the whole run either way.
 
     Raises:
-      ValueError: A field is outside the values above.
+      TypeError: `low_noise` is of another class.
+      ValueError: A field is outside the values above, or `low_noise` has one, too.
 
     Source: DraftAttention (arXiv 2505.14708), which keeps the first 25 % of the
     steps dense; see the presets for the rules of its published code.
@@ -245,9 +249,11 @@ class SparsitySchedule:
     dense_layers: tuple[int, ...] = ()
     sparsity: float | tuple[float, ...] | None = None
     mask_refresh: int = 1
+    low_noise: "SparsitySchedule | None" = None
 
     def __post_init__(self) -> None:
         make_plain(self)
+        self._check_low_noise()
         fraction = self.dense_fraction
         if fraction is not None and not (is_real(fraction) and 0.0 <= fraction <= 1.0):
             raise ValueError(f"dense_fraction={fraction!r} must be None or in [0, 1]")
@@ -274,6 +280,17 @@ class SparsitySchedule:
                 f"mask_refresh={self.mask_refresh!r} must be an integer >= 1"
             )
 
+    def _check_low_noise(self) -> None:
+        low = self.low_noise
+        if low is not None and not isinstance(low, SparsitySchedule):
+            raise TypeError(
+                f"low_noise is {type(low).__name__}; expected a SparsitySchedule"
+            )
+        if low is not None and low.low_noise is not None:
+            raise ValueError(
+                f"low_noise={low} has one, too; a model has at most two transformers"
+            )
+
     @classmethod
     def paper(cls) -> "SparsitySchedule":
         """Returns the paper's rule: the first 25 % of the steps are dense."""
@@ -286,6 +303,16 @@ class SparsitySchedule:
         Dense where t > 925 or in block 0.
         """
         return cls(dense_above_timestep=925.0, dense_layers=(0,), sparsity=0.75)
+
+    @classmethod
+    def wan_pair_published(cls) -> "SparsitySchedule":
+        """Returns the rule for Wan2.1 for each of Wan2.2's two transformers.
+
+        That for high noise is dense where t > 925 or in block 0, that for low noise,
+        whose steps are all below, in block 0.
+        """
+        low = cls(dense_layers=(0,), sparsity=0.75)
+        return dataclasses.replace(cls.wan_published(), low_noise=low)
 
     @classmethod
     def hunyuan_published(cls) -> "SparsitySchedule":
@@ -312,6 +339,7 @@ class SparsitySchedule:
         num_layers: int,
         grid: VideoGrid,
         config: DraftConfig,
+        low_noise_from: int | None = None,
     ) -> StepPlan:
         """Works the schedule out for a run.
 
@@ -320,14 +348,25 @@ class SparsitySchedule:
           num_layers: Attention layers of the model, L.
           grid: Geometry of the sequence.
           config: What the sparse layers compute.
+          low_noise_from: First step of a second transformer for low noise, or the
+            number of steps if it has none; None where a model has one transformer.
 
         Returns:
           One `DraftStep` per timestep.
 
         Raises:
           ValueError: timesteps is empty, not one-dimensional or outside 0 to 1000, a
-            dense layer does not exist, or sparsity does not fit the steps or config.
+            dense layer does not exist, sparsity does not fit the steps or config, or
+            there are rules for low noise and the model has one transformer.
         """
+        if self.low_noise is not None:
+            return self._plan_of_two(
+                timesteps,
+                low_noise_from,
+                num_layers=num_layers,
+                grid=grid,
+                config=config,
+            )
         timesteps = np.asarray(timesteps, np.float64)
         if timesteps.ndim != 1 or not timesteps.size:
             raise ValueError(
@@ -355,6 +394,32 @@ class SparsitySchedule:
             ),
             refresh=~dense_steps & (sparse_steps_before % self.mask_refresh == 0),
         )
+
+    def _plan_of_two(
+        self,
+        timesteps: Real[np.ndarray, " steps"],
+        start: int | None,
+        *,
+        num_layers: int,
+        grid: VideoGrid,
+        config: DraftConfig,
+    ) -> StepPlan:
+        """Joins the plans of two transformers; the second begins at step `start`."""
+        assert self.low_noise is not None  # there are two
+        if start is None or not 0 <= start <= len(timesteps):
+            raise ValueError(
+                f"low_noise={self.low_noise} needs low_noise_from={start} to be the "
+                f"first step of the second, 0 to {len(timesteps)}; with one "
+                "transformer leave low_noise out"
+            )
+        sizes: Any = {"num_layers": num_layers, "grid": grid, "config": config}
+        whole = dataclasses.replace(self, low_noise=None).plan(timesteps, **sizes)
+        if start == len(timesteps):
+            return whole
+        low = self.low_noise.plan(timesteps[start:], **sizes)
+        names = [field.name for field in dataclasses.fields(StepPlan)]
+        pairs = ((getattr(whole, name)[:start], getattr(low, name)) for name in names)
+        return StepPlan(**dict(zip(names, map(np.concatenate, pairs), strict=True)))
 
     def _dense_steps(
         self, timesteps: Float[np.ndarray, " steps"]

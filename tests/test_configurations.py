@@ -88,11 +88,17 @@ EQUAL = {
         },
     ),
     SparsitySchedule: (
-        {"dense_layers": (0, 1), "sparsity": (0.9, 0.95), "mask_refresh": 2},
+        {
+            "dense_layers": (0, 1),
+            "sparsity": (0.9, 0.95),
+            "mask_refresh": 2,
+            "low_noise": SparsitySchedule(dense_layers=(2,)),
+        },
         {
             "dense_layers": range(2),
             "sparsity": np.array([0.9, 0.95], np.float32),
             "mask_refresh": np.int8(2),
+            "low_noise": lambda: SparsitySchedule(dense_layers=[2]),
         },
     ),
     AttentionPlan: (

@@ -233,9 +233,22 @@ def measure_cudnn(
       num_samples: Steps that count.
       report: Takes the record after each of them, too.
     """
-    dense = [Mode.parse("dense")] * (num_samples + 1)
+    return time_cudnn(cudnn_steps(problem, num_samples), num_samples, report)
+
+
+def cudnn_steps(problem: Problem, num_samples: int) -> Steps:
+    """Compiles dense steps with cuDNN's attention: one to warm up, and the samples.
+
+    No other program may be traced meanwhile.
+    """
     with cudnn_attention():
-        steps = Steps(problem, dense)
+        return Steps(problem, [Mode.parse("dense")] * (num_samples + 1))
+
+
+def time_cudnn(
+    steps: Steps, num_samples: int, report: Callable[[Record], None] = lambda _: None
+) -> Record:
+    """Runs the steps of `cudnn_steps`; see `measure_cudnn`."""
     record: Record = {
         "has_cudnn": "cudnn" in steps.text(),
         "compile_s": steps.compile_s,
@@ -243,7 +256,7 @@ def measure_cudnn(
     }
     samples_ms: list[float] = []
     with GpuState() as state:
-        for _ in dense[1:]:
+        for _ in range(num_samples):
             samples_ms.append(steps.run().time_ms)
             record |= _times(samples_ms) | device_memory()
             report(record)

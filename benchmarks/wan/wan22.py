@@ -1,23 +1,24 @@
-"""Measures Wan2.2 at full size on one GPU: an expert's steps, the switch, the 5B model.
+"""Steps of Wan2.2's models at full size, their memory, and the 5B model's decoder.
 
-    python -m benchmarks.wan.wan22 --parts expert --output wan22.json
-    python -m benchmarks.wan.wan22 --parts fp8_pair --output wan22.json
-    python -m benchmarks.wan.wan22 --tiny    # any machine, minutes
+    python -m benchmarks.wan.wan22 --parts expert --samples 1 --output FILE
+    python -m benchmarks.wan.wan22 --tiny    # any machine; no dense steps with cuDNN
 
 Weights are random, made in memory. Steps have guidance in two calls, and the paper's
-selection where nothing else is said. Parts:
+selection where nothing else is said. A part compiles its programs side by side, then
+runs them in the order of its list. One that fails, or is not begun at --limit, says so
+and stops no other. Parts:
 
-  expert      a step of one expert of A14B at each size: dense bfloat16 with cuDNN's
-              attention, and sparse ones in bfloat16 and in FP8; in FP8 the library's
-              own selection, too
-  fp8_pair    a sparse step of each expert in FP8, both on the device
-  streamed    a sparse step of each in bfloat16, the second's weights from the host
-  ti2v        a step of the 5B model: dense with cuDNN's attention, sparse in bfloat16
-              and in FP8, from text and with a first frame that is held
-  vae         decoding of the 5B model's video, in float32 and in bfloat16
+  expert     an expert of A14B: sparse steps in FP8, dense ones in bfloat16 with cuDNN's
+             attention, FP8 with the library's own selection, sparse ones in bfloat16
+  ti2v       the 5B model: the same at 85 %, other tiles, and a first frame that is held
+  fp8_pair   a sparse step of each expert in FP8, both on the device
+  streamed   sparse steps of each in bfloat16, the second's weights from the host
+  vae        decoding of the 5B model's video, by --vae-dtype and --convolution
 
-`peak_gb` is that of the process so far: run a part whose peak counts by itself. Records
-of other parts stay in --output. `summary` has:
+`peak_gb` is that of the process, with the search for algorithms: fp8_pair, streamed
+and each case of vae are for processes of their own. Records of other parts stay in
+--output.
+`summary` has:
 
   expert_step_*_speedup_over_cudnn     by percent of sparsity, in FP8 at the first size
   expert_step_*_720p_speedup_over_cudnn   the same at the second size
@@ -25,12 +26,16 @@ of other parts stay in --output. `summary` has:
   switch_s                      the step of the switch, over the same step without it
   peak_fp8_gb, peak_bfloat16_gb   of both experts' steps
   ti2v_step_85_speedup_over_cudnn, ti2v_step_85_fp8_speedup_over_cudnn
-  vae_decode_s, vae_decode_bfloat16_s, vae_peak_gb
+  ti2v_step_85_tile_*           sparse bfloat16 steps with another tile, likewise
+  vae_decode_s, vae_decode_bfloat16_s   in the faster form of convolutions
+  vae_peak_gb                   of the faster form in float32
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
+import math
 import os
 import statistics
 import time
@@ -54,14 +59,17 @@ from benchmarks.common.records import environment, write_json
 from benchmarks.common.steps import (
     Problem,
     Samples,
+    Steps,
     attempt,
+    cudnn_steps,
     make_sampler,
-    measure_cudnn,
-    measure_steps,
+    time_cudnn,
+    time_steps,
 )
 from benchmarks.wan import run as wan_run
 from benchmarks.wan import vae as wan_vae
 from benchmarks.wan.account import flops_outside_attention
+from benchmarks.wan.wan22_summary import summarise
 from draft_jax import DraftConfig
 from models.diffusion.experts import Experts, ResidentExperts, StreamedExperts
 from models.diffusion.interfaces import ImageCondition, LatentShape
@@ -76,6 +84,9 @@ Report = Callable[[Record], None]
 
 BOUNDARY = 875.0
 SHIFTS = {"expert": 12.0, "ti2v": 5.0}
+# Beside 8 x 16, which makes 9 blocks of a frame of 22 x 40 tokens: 8 blocks of 120 and
+# 80 tokens, and 8 of 110, which are copied row by row.
+TILES = ((6, 20), (11, 10))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +110,7 @@ class Sizes:
 
 FULL = Sizes(
     expert=WanConfig.t2v_14b(param_dtype="bfloat16"),
-    ti2v=WanConfig.ti2v_5b(param_dtype="bfloat16"),
+    ti2v=WanConfig.ti2v_5b(param_dtype="bfloat16", tile=(8, 16)),
     latents={"768x1280": (21, 96, 160, 16), "720x1280": (21, 90, 160, 16)},
     ti2v_latent=(31, 44, 80, 48),
     vae=WanVAEConfig.wan2_2(),
@@ -121,10 +132,58 @@ TINY = Sizes(
 )
 
 
+class Bench:
+    """Options and results of a run, and the clock."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.sizes = TINY if options.tiny else FULL
+        self.start = time.perf_counter()
+        self.results: Record = {
+            "environment": environment(),
+            "tiny": options.tiny,
+            "parts": {},
+        }
+        if options.output and options.output.exists():
+            self.results["parts"] = json.loads(options.output.read_text())["parts"]
+
+    def left_s(self) -> float:
+        """Seconds until the limit."""
+        return self.options.limit - (time.perf_counter() - self.start)
+
+    def save(self, part: str, record: Record) -> None:
+        """Keeps a part's record, and writes the file anew."""
+        self.results["parts"][part] = record
+        self.results["summary"] = summarise(self.results["parts"])
+        if self.options.output:
+            write_json(self.options.output, self.results)
+
+    def say(self, text: str) -> None:
+        """Prints a line with the time so far."""
+        print(f"[{time.perf_counter() - self.start:6.1f} s] {text}", flush=True)
+
+    def samples(self, *modes: str) -> Samples:
+        """Steps of some modes."""
+        return Samples(
+            modes=[Mode.parse(name) for name in modes],
+            sparse=self.options.samples,
+            dense=self.options.samples,
+            cudnn=False,
+            profile=False,
+        )
+
+
 def make_model(config: WanConfig, linears: str, seed: int = 0) -> WanTransformer:
     """A transformer with random weights."""
     config = dataclasses.replace(config, linears=linears)
     return random_model(lambda: WanTransformer(config, rngs=nnx.Rngs(0)), seed)
+
+
+def with_tile(model: WanTransformer, tile: tuple[int, int]) -> WanTransformer:
+    """The same transformer with another tile."""
+    config = dataclasses.replace(model.config, tile=tile)
+    other = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.split(other)[0], nnx.state(model))
 
 
 def make_problem(
@@ -149,234 +208,237 @@ def make_problem(
     )
 
 
-def time_modes(
-    problem: Problem, modes: list[str], options: argparse.Namespace, report: Report
-) -> None:
-    """Steps of some modes."""
-    samples = Samples(
-        modes=[Mode.parse(name) for name in modes],
-        sparse=options.samples,
-        dense=options.samples,
-        cudnn=False,
-        profile=False,
-    )
-    measure_steps(problem, samples, {}, report)
+def with_default(problem: Problem) -> Problem:
+    """The problem with the library's own selection."""
+    return dataclasses.replace(problem, draft=DraftConfig.compensated())
+
+
+# ------------------------------------------------------------- steps by name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """Steps of one model at one size.
+
+    Attributes:
+      problem: The model and its inputs.
+      modes: Sparse modes; none for dense steps with cuDNN's attention.
+    """
+
+    problem: Problem
+    modes: tuple[str, ...] = ()
+
+
+def compile_cases(bench: Bench, cases: Mapping[str, Case]) -> dict[str, Steps | Record]:
+    """Compiles steps side by side; one that fails gives its error."""
+
+    def make(case: Case) -> Steps | Record:
+        try:
+            if not case.modes:
+                return cudnn_steps(case.problem, bench.options.samples)
+            return Steps(case.problem, bench.samples(*case.modes).order)
+        except Exception as error:  # the others are to run
+            return {"error": f"{type(error).__name__}: {error}"[:1000]}
+
+    # Those with cuDNN first: while they are traced no other may be.
+    ready = {name: make(case) for name, case in cases.items() if not case.modes}
+    others = {name: case for name, case in cases.items() if case.modes}
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(others))) as pool:
+        made = pool.map(make, others.values())
+        return ready | dict(zip(others, made, strict=True))
+
+
+def measure_cases(bench: Bench, cases: Mapping[str, Case], report: Report) -> None:
+    """Compiles and runs steps; `report` takes all records whenever one has grown."""
+    if not bench.options.cudnn:
+        cases = {name: case for name, case in cases.items() if case.modes}
+    record: Record = {}
+    compiled = compile_cases(bench, cases)
+    bench.say(f"compiled {', '.join(cases)}")
+    for name, case in cases.items():
+        steps = compiled.pop(name)
+
+        def keep(grown: Record, name=name) -> None:
+            record[name] = grown
+            report(record)
+
+        if isinstance(steps, dict):
+            keep(steps)
+        elif bench.left_s() <= 0:
+            keep({"error": f"not begun: the limit was {bench.options.limit} s"})
+        elif case.modes:
+            samples = bench.samples(*case.modes)
+            failure = attempt(time_steps, steps, samples, {}, keep)
+            keep(record.get(name, {}) | failure)
+        else:
+            keep(attempt(time_cudnn, steps, bench.options.samples, keep))
+        modes = record[name].get("modes", {"": record[name]})
+        times = {mode: found.get("median_ms") for mode, found in modes.items()}
+        bench.say(f"{name}: {times} {record[name].get('error', '')}")
 
 
 # ------------------------------------------------------------------- the parts
 
 
-def measure_expert(sizes: Sizes, options: argparse.Namespace, report: Report) -> None:
-    """One expert at each size; models are made one after the other."""
-    record: Record = {name: {} for name in sizes.latents}
-
-    def keep(size: str, name: str, grown: Record) -> None:
-        record[size][name] = grown
-        report(record)
-
-    for linears in ("bfloat16", "float8"):
-        model = make_model(sizes.expert, linears)
-        for size, shape in sizes.latents.items():
-            problem = make_problem(model, shape, "expert")
-            if linears == "bfloat16" and options.cudnn:
-                keep(size, "cudnn", measure_cudnn(problem, options.samples))
-
-            def save(grown, size=size, linears=linears):
-                keep(size, linears, grown)
-
-            time_modes(problem, ["0.75", "0.9"], options, save)
-        if linears == "float8":
-            size = next(iter(sizes.latents))
-            problem = make_problem(model, sizes.latents[size], "expert")
-            problem = dataclasses.replace(problem, draft=DraftConfig.compensated())
-
-            def save_default(grown, size=size):
-                keep(size, "default", grown)
-
-            time_modes(problem, ["0.9"], options, save_default)
+def measure_expert(bench: Bench, report: Report) -> None:
+    """One expert at each size; what counts most first."""
+    wide, narrow = (make_model(bench.sizes.expert, p) for p in ("bfloat16", "float8"))
+    cases: dict[str, Case] = {}
+    for place, (size, shape) in enumerate(bench.sizes.latents.items()):
+        in_float8 = make_problem(narrow, shape, "expert")
+        cases[f"{size}, float8"] = Case(problem=in_float8, modes=("0.75", "0.9"))
+        cases[f"{size}, cudnn"] = Case(problem=make_problem(wide, shape, "expert"))
+        if not place:
+            default = with_default(in_float8)
+            cases[f"{size}, default"] = Case(problem=default, modes=("0.9",))
+    for size, shape in bench.sizes.latents.items():
+        problem = make_problem(wide, shape, "expert")
+        cases[f"{size}, bfloat16"] = Case(problem=problem, modes=("0.75", "0.9"))
+    measure_cases(bench, cases, report)
 
 
-def measure_fp8_pair(sizes: Sizes, options: argparse.Namespace, report: Report) -> None:
+def measure_ti2v(bench: Bench, report: Report) -> None:
+    """The 5B model; what counts most first."""
+    wide, narrow = (make_model(bench.sizes.ti2v, p) for p in ("bfloat16", "float8"))
+    shape = bench.sizes.ti2v_latent
+
+    def case(model: WanTransformer, *, held: bool = False) -> Case:
+        problem = make_problem(model, shape, "ti2v", held=held)
+        return Case(problem=problem, modes=("0.85",))
+
+    cases = {
+        "cudnn": Case(problem=make_problem(wide, shape, "ti2v")),
+        "bfloat16": case(wide),
+        "float8": case(narrow),
+    }
+    for rows, columns in TILES:
+        for name, model in (("bfloat16", wide), ("float8", narrow)):
+            tiled = with_tile(model, (rows, columns))
+            cases[f"{name}, tile {rows}x{columns}"] = case(tiled)
+    default = with_default(make_problem(narrow, shape, "ti2v"))
+    cases |= {
+        "float8, default": Case(problem=default, modes=("0.85",)),
+        "bfloat16, first frame held": case(wide, held=True),
+        "float8, first frame held": case(narrow, held=True),
+    }
+    measure_cases(bench, cases, report)
+
+
+def measure_fp8_pair(bench: Bench, report: Report) -> None:
     """Both experts on the device in FP8."""
-    high, low = (make_model(sizes.expert, "float8", seed) for seed in range(2))
+    config = bench.sizes.expert
+    high, low = (make_model(config, "float8", seed) for seed in range(2))
     both = ResidentExperts(high, low, boundary=BOUNDARY)
-    measure_pair(both, sizes, options, report)
+    report(run_pair(bench, both, count=1))
 
 
-def measure_streamed(sizes: Sizes, options: argparse.Namespace, report: Report) -> None:
+def measure_streamed(bench: Bench, report: Report) -> None:
     """One expert on the device in bfloat16, the other's weights in its place."""
-    states: dict[str, Any] = {}
-    for seed, name in enumerate(("low", "high")):
-        model = make_model(sizes.expert, "bfloat16", seed)
-        states[name] = jax.tree.map(np.asarray, nnx.state(model))
-        if name == "low":
-            del model
+    model = make_model(bench.sizes.expert, "bfloat16")
+    # Of the same numbers: a second model's would take the host 29 GB more.
+    weights = jax.tree.map(np.asarray, nnx.state(model))
     start = time.perf_counter()
     both = StreamedExperts(
-        model,
-        states,  # type: ignore[arg-type]
-        resident="high",
-        boundary=BOUNDARY,
+        model, {"high": weights, "low": weights}, resident="high", boundary=BOUNDARY
     )
-    del states
+    del weights
     facts = {"to_pinned_memory_s": time.perf_counter() - start}
-    measure_pair(both, sizes, options, lambda record: report(facts | record))
+    report(facts)
+    start = time.perf_counter()
+    for name in ("low", "high"):  # programs that overwrite are compiled
+        both.take(name)
+    facts["first_switches_s"] = time.perf_counter() - start
+    report(facts | run_pair(bench, both, count=2))
 
 
-def measure_pair(
-    both: Experts, sizes: Sizes, options: argparse.Namespace, report: Report
-) -> None:
-    """Steps around the switch: the second of each expert is without it."""
-    shape = next(iter(sizes.latents.values()))
+def run_pair(bench: Bench, both: Experts, *, count: int) -> Record:
+    """Runs as many steps of one expert as of the other.
+
+    The first step warms up. With two of each, the third is that of the switch and the
+    last is the same without it.
+    """
+    shape = next(iter(bench.sizes.latents.values()))
     problem = make_problem(both.model, shape, "expert")  # type: ignore[arg-type]
-    # The second run is that which is measured: buffers and copies have been made.
-    count = options.samples + 1
     sampler = make_sampler(problem, [Mode.parse("0.9")] * (2 * count))
     # Few steps: the switch is put in their middle.
     both.boundary = float(sampler.solver.timesteps[count - 1])
     sampler = dataclasses.replace(sampler, experts=both)
     state = sampler.initial_state(1, seed=0, guided=True)
     programs = sampler.compile(state, problem.inputs)
-    runs = []
-    for _ in range(2):
-        state = sampler.initial_state(1, seed=0, guided=True)
-        steps = []
-        for index in range(2 * count):
-            state, step = sampler.run_step(programs, state, problem.inputs, index)
-            steps.append(step.time_ms)
-        runs.append(steps)
-        median = statistics.median(steps[count + 1 :])
-        report(
-            {
-                "steps_ms": runs,
-                "programs": len(programs),
-                "switch_s": (steps[count] - median) / 1e3,
-                **device_memory(),
-            }
-        )
+    compiled = device_memory()
+    steps = []
+    for index in range(2 * count):
+        state, step = sampler.run_step(programs, state, problem.inputs, index)
+        steps.append(step.time_ms)
+        bench.say(f"step {index} of {'high' if index < count else 'low'} noise")
+    record = {
+        "steps_ms": steps,
+        "programs": len(programs),
+        "after_compilation": compiled,
+        **device_memory(),
+    }
+    if count > 1:
+        without = statistics.median(steps[count + 1 :])
+        record["switch_s"] = (steps[count] - without) / 1e3
+    return record
 
 
-def measure_ti2v(sizes: Sizes, options: argparse.Namespace, report: Report) -> None:
-    """The 5B model."""
-    record: Record = {}
-
-    def keep(name: str, grown: Record) -> None:
-        record[name] = grown
-        report(record)
-
-    for linears in ("bfloat16", "float8"):
-        model = make_model(sizes.ti2v, linears)
-        for held in (False, True):
-            problem = make_problem(model, sizes.ti2v_latent, "ti2v", held=held)
-            if linears == "bfloat16" and not held and options.cudnn:
-                keep("cudnn", measure_cudnn(problem, options.samples))
-            name = f"{linears}, first frame held" if held else linears
-
-            def save(grown, name=name):
-                keep(name, grown)
-
-            time_modes(problem, ["0.85"], options, save)
-
-
-def measure_vae(sizes: Sizes, options: argparse.Namespace, report: Report) -> None:
-    """Decoding; float32 last, whose peak is the larger."""
-    record: Record = {}
+def measure_vae(bench: Bench, report: Report) -> None:
+    """Decoding in one dtype and one form of convolutions."""
+    dtype, form = bench.options.vae_dtype, bench.options.convolution
     latents = np.random.default_rng(0).standard_normal(
-        (1, *sizes.ti2v_latent), np.float32
+        (1, *bench.sizes.ti2v_latent), np.float32
     )
-    for dtype in ("bfloat16", "float32"):
-        config = dataclasses.replace(sizes.vae, dtype=dtype)
-        codec = WanVAECodec(model=wan_vae.random_model(config))
+    config = dataclasses.replace(bench.sizes.vae, dtype=dtype, convolution=form)
+    codec = WanVAECodec(model=wan_vae.random_model(config))
+    earlier = bench.results["parts"].get("vae", {})
+    start = time.perf_counter()
+    wan_vae.time_chunks(codec.decode_chunks(latents[:, :2]))
+    record: Record = {
+        "compile_s": time.perf_counter() - start,
+        "after_compilation": device_memory(),
+        "chunks_ms": wan_vae.time_chunks(codec.decode_chunks(latents[:, :6])),
+    }
+    bench.say(f"decoder compiled; ms of chunks: {record['chunks_ms']}")
+    seconds: list[float] = []
+    for _ in range(bench.options.samples):
         start = time.perf_counter()
-        codec.decode_to_host(latents[:, :2])
-        compile_s = time.perf_counter() - start
-        seconds = []
-        for _ in range(options.samples):
-            start = time.perf_counter()
-            video = codec.decode_to_host(latents)
-            seconds.append(time.perf_counter() - start)
-        record[dtype] = {
-            "compile_s": compile_s,
+        video = codec.decode_to_host(latents)
+        seconds.append(time.perf_counter() - start)
+        record |= {
             "samples_s": seconds,
             "seconds": statistics.median(seconds),
             "finite": bool(np.isfinite(video).all()),
             **device_memory(),
         }
-        report(record)
+        report(earlier | {f"{dtype}, {form}": record})
 
 
-PARTS: dict[str, Callable[[Sizes, argparse.Namespace, Report], None]] = {
+PARTS: dict[str, Callable[[Bench, Report], None]] = {
     "expert": measure_expert,
+    "ti2v": measure_ti2v,
     "fp8_pair": measure_fp8_pair,
     "streamed": measure_streamed,
-    "ti2v": measure_ti2v,
     "vae": measure_vae,
 }
-
-# ----------------------------------------------------------------- the figures
-
-
-def summarise(parts: Mapping[str, Record]) -> dict[str, float]:
-    """Returns the figures that records give; one without its records is left out."""
-    figures: dict[str, float] = {}
-
-    def ratio(name: str, record: Record, mode: str, cudnn: Record) -> None:
-        found = record.get("modes", {}).get(mode)
-        if found and cudnn.get("median_ms"):
-            figures[name] = cudnn["median_ms"] / found["median_ms"]
-
-    for index, (_, case) in enumerate(parts.get("expert", {}).items()):
-        if not isinstance(case, dict):
-            continue
-        cudnn, place = case.get("cudnn", {}), "_720p" if index else ""
-        for mode, percent in (("0.75", 75), ("0.9", 90)):
-            name = f"expert_step_{percent}{place}"
-            ratio(f"{name}_speedup_over_cudnn", case.get("float8", {}), mode, cudnn)
-            wide = case.get("bfloat16", {})
-            ratio(f"{name}_bfloat16_speedup_over_cudnn", wide, mode, cudnn)
-        name = "expert_step_default_90_speedup_over_cudnn"
-        ratio(name, case.get("default", {}), "0.9", cudnn)
-    for part, name in (("fp8_pair", "fp8"), ("streamed", "bfloat16")):
-        if "peak_gb" in parts.get(part, {}):
-            figures[f"peak_{name}_gb"] = parts[part]["peak_gb"]
-    if "switch_s" in parts.get("streamed", {}):
-        figures["switch_s"] = parts["streamed"]["switch_s"]
-    ti2v = parts.get("ti2v", {})
-    cudnn = ti2v.get("cudnn", {})
-    name = "ti2v_step_85"
-    ratio(f"{name}_speedup_over_cudnn", ti2v.get("bfloat16", {}), "0.85", cudnn)
-    ratio(f"{name}_fp8_speedup_over_cudnn", ti2v.get("float8", {}), "0.85", cudnn)
-    vae = parts.get("vae", {})
-    for dtype, suffix in (("float32", ""), ("bfloat16", "bfloat16_")):
-        if dtype in vae:
-            figures[f"vae_decode_{suffix}s"] = vae[dtype]["seconds"]
-    if "peak_gb" in vae.get("float32", {}):
-        figures["vae_peak_gb"] = vae["float32"]["peak_gb"]
-    return figures
-
 
 # ---------------------------------------------------------------- command line
 
 
 def measure(options: argparse.Namespace) -> Record:
     """Measures the parts that are asked for, and keeps those of the file."""
-    results: Record = {"environment": environment(), "tiny": options.tiny, "parts": {}}
-    if options.output and options.output.exists():
-        results["parts"] = json.loads(options.output.read_text())["parts"]
-    sizes = TINY if options.tiny else FULL
+    bench = Bench(options)
     for part in options.parts:
 
         def report(record: Record, part=part) -> None:
-            results["parts"][part] = record
-            results["summary"] = summarise(results["parts"])
-            print(f"{part}: {json.dumps(results['summary'])}", flush=True)
-            if options.output:
-                write_json(options.output, results)
+            bench.save(part, record)
 
-        failure = attempt(PARTS[part], sizes, options, report)
+        failure = attempt(PARTS[part], bench, report)
         if failure:
-            report(results["parts"].get(part, {}) | failure)
-    return results
+            report(bench.results["parts"].get(part, {}) | failure)
+            bench.say(f"{part}: {failure}")
+    print(json.dumps(bench.results.get("summary", {}), indent=1), flush=True)
+    return bench.results
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -387,6 +449,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tiny", action="store_true", help="small models, for any machine")
     add("--no-cudnn", dest="cudnn", action="store_false", help="no dense steps")
     add("--samples", type=int, default=3, help="steps of each mode, or videos")
+    add("--vae-dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    add("--convolution", choices=("2d", "3d"), default=WanVAEConfig.convolution)
+    add("--limit", type=float, default=math.inf, help="seconds; none is begun later")
     add_output(parser)
     return parser.parse_args(arguments)
 

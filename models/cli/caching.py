@@ -10,6 +10,7 @@ from models.diffusion.caches import (
     StepCache,
     read_ratios,
 )
+from models.diffusion.experts import expert_names, first_steps
 from models.diffusion.family import ModelInfo
 from models.diffusion.sampling import Sampling
 
@@ -46,7 +47,7 @@ def describe_cache(
     """Returns lines on what is skipped, and whose ratios it goes by."""
     if cache is None:
         return []
-    skipped = int(cache.skippable(sampling.num_steps).sum())
+    skipped = int(cache.skippable(sampling.num_steps, expert_starts(sampling)).sum())
     if not isinstance(cache, MagCache):
         return [f"cache: EasyCache, at most {skipped} of {sampling.num_steps} steps"]
     ratios = cache.ratios
@@ -63,6 +64,14 @@ def describe_cache(
     if ratios.num_layers is not None and ratios.model != name:
         lines.append(f"cache: the ratios are of another checkpoint than {name}")
     return lines
+
+
+def expert_starts(sampling: Sampling) -> tuple[int, ...]:
+    """Returns the first step of each of a model's transformers."""
+    if sampling.boundary is None:
+        return (0,)
+    timesteps = sampling.make_solver().timesteps
+    return first_steps(expert_names(timesteps, sampling.boundary))
 
 
 def checkpoint_name(arguments: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from draft_jax import AttentionPlan
 from models.cli import options, outputs
-from models.cli.caching import checkpoint_name
+from models.cli.caching import checkpoint_name, expert_starts
 from models.cli.model import read_request
 from models.cli.progress import progress_bar
 from models.cli.report import device_details
@@ -53,11 +53,11 @@ def run(arguments: argparse.Namespace) -> None:
             callback=callback,
         )
     write_ratios(Path(path), ratios, details)
-    print(_summary(ratios))
+    print(_summary(ratios, expert_starts(request.sampling)))
     print(path)
 
 
-def _summary(ratios: MagRatios) -> str:
+def _summary(ratios: MagRatios, starts: tuple[int, ...]) -> str:
     """Returns how many steps usual settings would skip."""
     values = np.asarray(ratios.values)[:, 1:]
     lines = []
@@ -65,7 +65,7 @@ def _summary(ratios: MagRatios) -> str:
         lines.append(f"ratios: {values.min():.5f} to {values.max():.5f}")
     for threshold, most in ((0.06, 2), (0.12, 2), (0.12, 4), (0.24, 6)):
         rule = MagCache(ratios=ratios, threshold=threshold, max_skips=most)
-        skipped = rule.skippable(ratios.num_steps).sum()
+        skipped = rule.skippable(ratios.num_steps, starts).sum()
         lines.append(
             f"--cache mag:{threshold:g},{most} skips {skipped} of {ratios.num_steps}"
         )

@@ -41,6 +41,7 @@ class SamplingDefaults(NamedTuple):
     num_steps: int = 16
     guidance: float = 4.0
     low_guidance: float | None = None
+    boundary: float | None = None
     embedded_guidance: float | None = None
     shift: float = 3.0
     solver: str = "euler"

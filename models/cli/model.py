@@ -14,6 +14,7 @@ from models.cli import options
 from models.cli.adapters import suggest_few_steps
 from models.cli.caching import cache_from, describe_cache
 from models.cli.mesh import check_devices, mesh_from
+from models.cli.pair_options import check_one_transformer
 from models.cli.report import run_details
 from models.diffusion.caches import StepCache
 from models.diffusion.contexts import as_prompts
@@ -229,6 +230,8 @@ def read_model(arguments: argparse.Namespace) -> Request:
         files=_part_files(arguments),
         revision=commit,
     )
+    if info.sampling.boundary is None:
+        check_one_transformer(arguments)
     sampling = _sampling(arguments, info)
     return Request(arguments=arguments, family=family, sampling=sampling, info=info)
 

@@ -7,6 +7,7 @@ from typing import Any
 from draft_jax.config import Compensation, DraftConfig
 from draft_jax.schedule import SparsitySchedule
 from models.cli.choices import GRIDS_OF_SOLVERS
+from models.cli.pair_options import LOW_NOISE
 from models.diffusion.sampling import Sampling, check_seed
 
 _SHIPPED = Sampling()
@@ -81,7 +82,27 @@ def draft_from(
     schedule = dataclasses.replace(
         rule, sparsity=None, mask_refresh=arguments.mask_refresh, **given
     )
-    return config, schedule
+    return _with_low_noise(arguments, config, schedule)
+
+
+def _with_low_noise(
+    arguments: argparse.Namespace, config: DraftConfig, schedule: SparsitySchedule
+) -> tuple[DraftConfig, SparsitySchedule]:
+    """Adds what the options say of a second transformer, or what the preset does."""
+    low = {
+        ours: getattr(arguments, n) for n, ours in LOW_NOISE.items() if n in arguments
+    }
+    if not low and schedule.low_noise is None:
+        return config, schedule
+    low = {"dense_layers": schedule.dense_layers, "sparsity": config.sparsity} | low
+    base = schedule.low_noise or SparsitySchedule()
+    rules = dataclasses.replace(base, mask_refresh=schedule.mask_refresh, **low)
+    sparsities = config.sparsity, low["sparsity"]
+    # The lesser sparsity has the longer lists, for which there is to be room.
+    return (
+        dataclasses.replace(config, sparsity=min(sparsities)),
+        dataclasses.replace(schedule, sparsity=sparsities[0], low_noise=rules),
+    )
 
 
 def _config_from(arguments: argparse.Namespace) -> DraftConfig:

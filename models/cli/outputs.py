@@ -13,6 +13,7 @@ from pathlib import Path
 
 from draft_jax import SparsitySchedule
 from models.cli import options
+from models.cli.pair_options import LOW_NOISE
 from models.diffusion.sampling import Sampling
 from models.media.run_folder import earlier_files
 
@@ -29,6 +30,7 @@ _OF_DRAFT = (
     "dense_fraction",
     "dense_layers",
     "mask_refresh",
+    *LOW_NOISE,
 )
 # Options that change neither a pixel nor a number of what is written.
 _WITHOUT_EFFECT = ("argv", "output", "overwrite", "debug", "no_compile_cache")

@@ -18,6 +18,7 @@ from models.cli.decode_options import add_decode
 from models.cli.mesh_options import add_mesh_options
 from models.cli.messages import EXIT_BAD_INPUT, one_line
 from models.cli.model_options import add_model_options
+from models.cli.pair_options import add_pair_options, parse_indices
 from models.cli.version import package_version
 
 _SAMPLING = choices.SamplingDefaults()
@@ -155,6 +156,7 @@ def _add_generate(commands: Any) -> None:
     _add_sampling_options(parser)
     _add_guidance_batching(parser)
     _add_draft_options(parser)
+    add_pair_options(parser)
     add_cache_options(parser)
     add_mesh_options(parser)
 
@@ -198,6 +200,7 @@ def _add_inspect(commands: Any) -> None:
         )
     _add_sampling_options(parser)
     _add_draft_options(parser)
+    add_pair_options(parser)
 
 
 def _add_calibrate(commands: Any) -> None:
@@ -229,6 +232,7 @@ def _add_calibrate(commands: Any) -> None:
     _add_sampling_options(parser)
     _add_guidance_batching(parser)
     _add_draft_options(parser)
+    add_pair_options(parser)
 
 
 def _add_guidance_batching(parser: argparse.ArgumentParser) -> None:
@@ -298,13 +302,6 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         type=float,
     )
     add(
-        "--low-guidance",
-        "",
-        "guidance at low noise, where a second transformer of its own runs "
-        "(Wan2.2 A14B); other models take none",
-        type=float,
-    )
-    add(
         "--embedded-guidance",
         "",
         "strength of the guidance that a distilled model (HunyuanVideo) is told of; "
@@ -354,8 +351,9 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
         default="paper",
         help="where attention stays dense. paper: the first quarter of the steps; "
         "published: the rule of the published code for the model, Wan t > 925 and "
-        "block 0 at sparsity 0.75, HunyuanVideo t > 945 and double blocks 0 and 1 at "
-        "0.9. The options below override it",
+        "block 0 (of each, where there are two transformers) at sparsity 0.75, "
+        "HunyuanVideo t > 945 and double blocks 0 and 1 at 0.9. The options below "
+        "override it",
     )
     group.add_argument(
         "--sparsity",
@@ -484,12 +482,3 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
     return seeds
-
-
-def parse_indices(text: str) -> tuple[int, ...]:
-    """Returns the numbers of "0,3,5"; an empty text is none."""
-    if not re.fullmatch(r"(\d+(,\d+)*)?", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be numbers from 0 with commas between, such as 0,3"
-        )
-    return tuple(int(part) for part in text.split(",") if part)

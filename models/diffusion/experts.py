@@ -8,7 +8,7 @@ import abc
 import collections
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,6 +25,19 @@ ExpertName = Literal["high", "low"]  # in noise
 PIECE_BYTES = 256 << 20  # of weights that are copied to the device at once
 STAGED_BYTES = 2 << 30  # that wait on the device before the switch
 IN_FLIGHT = 4  # pieces that are copied before the first must have arrived
+
+
+def expert_names(
+    timesteps: Float[np.ndarray, " steps"], boundary: float
+) -> list[ExpertName]:
+    """Returns which expert each step belongs to; at the boundary it is high noise."""
+    return ["high" if timestep >= boundary else "low" for timestep in timesteps]
+
+
+def first_steps(names: Sequence[ExpertName]) -> tuple[int, ...]:
+    """Returns the first step of each expert in a run, rising from 0."""
+    changes = (i for i in range(1, len(names)) if names[i] != names[i - 1])
+    return (0, *changes)
 
 
 class Experts(abc.ABC):
@@ -47,15 +60,6 @@ class Experts(abc.ABC):
     @abc.abstractmethod
     def model(self) -> VideoModel:
         """One of the transformers, for what they have in common."""
-
-    def starts(self, timesteps: Float[np.ndarray, " steps"]) -> tuple[int, ...]:
-        """Returns the first step of each expert that a run needs."""
-        high = int((np.asarray(timesteps) >= self.boundary).sum())
-        return (0, high) if 0 < high < len(timesteps) else (0,)
-
-    def name_at(self, timestep: float) -> ExpertName:
-        """Returns which expert a step belongs to."""
-        return "high" if timestep >= self.boundary else "low"
 
     @abc.abstractmethod
     def take(self, name: ExpertName) -> VideoModel:

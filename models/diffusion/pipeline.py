@@ -345,11 +345,12 @@ class VideoPipeline:
         conditioning = self.model.conditioning
         conditioning.check_image(given=image is not None)
         conditioning.check_guidance(sampling)
-        if sampling.low_guidance is not None and self.experts is None:
-            raise ValueError(
-                f"{sampling.low_guidance=} is given, but this model has one "
-                "transformer for all noise levels: set it to None"
-            )
+        for name in ("low_guidance", "boundary"):
+            if (value := getattr(sampling, name)) is not None and self.experts is None:
+                raise ValueError(
+                    f"sampling.{name}={value} is given, but this model has one "
+                    "transformer for all noise levels: set it to None"
+                )
         shape, solver = self.latent_shape(sampling), sampling.make_solver()
         for note in [] if cache is None else cache.notes(solver, attention):
             warnings.warn(note, CacheWarning, skip_file_prefixes=(__file__,))
@@ -363,6 +364,7 @@ class VideoPipeline:
             cache=cache,
             experts=self.experts,
             low_guidance=sampling.low_guidance,
+            boundary=sampling.boundary,
         )
         batch = len(context.lengths) // (2 if sampling.guided else 1)
         inputs = StepInputs(

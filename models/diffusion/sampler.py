@@ -23,7 +23,7 @@ from draft_jax import (
     initial_mask,
 )
 from models.diffusion.caches import CacheState, StepCache
-from models.diffusion.experts import Experts
+from models.diffusion.experts import ExpertName, Experts, expert_names, first_steps
 from models.diffusion.interfaces import KeepsResidual, LatentShape, VideoModel
 from models.diffusion.mesh import on_one_device
 from models.diffusion.results import StepReport, StepWork, StopGeneration
@@ -61,6 +61,7 @@ class Sampler:
         transformer.
       low_guidance: Guidance of the steps of the expert for low noise; None for that of
         the inputs.
+      boundary: Least timestep of the expert for high noise; None for the experts' own.
 
     Raises:
       ValueError: There is no such batching, or the model cannot have the cache.
@@ -75,6 +76,7 @@ class Sampler:
     cache: StepCache | None = None
     experts: Experts | None = None
     low_guidance: float | None = None
+    boundary: float | None = None
 
     def __post_init__(self) -> None:
         if self.guidance_batching not in get_args(GuidanceBatching):
@@ -98,6 +100,7 @@ class Sampler:
         cache: StepCache | None = None,
         experts: Experts | None = None,
         low_guidance: float | None = None,
+        boundary: float | None = None,
     ) -> "Sampler":
         """Works the schedule out for a model and a size.
 
@@ -112,15 +115,22 @@ class Sampler:
           cache: Rule of a step cache; None to compute every step.
           experts: The transformers that take turns, of which `model` is one.
           low_guidance: Guidance of the expert for low noise.
+          boundary: Least timestep of the expert for high noise; None for the experts'
+            own.
 
         Raises:
           ValueError: The schedule or the latent's shape does not fit the model, or
             there is no such batching, or the model cannot have the cache.
         """
+        low_noise_from = None
+        if experts is not None:
+            boundary = experts.boundary if boundary is None else boundary
+            low_noise_from = expert_names(solver.timesteps, boundary).count("high")
         plan = attention.steps(
             solver.timesteps,
             num_layers=model.num_layers,
             grid=model.grid(latent_shape),
+            low_noise_from=low_noise_from,
         )
         return cls(
             model=model,
@@ -132,21 +142,27 @@ class Sampler:
             cache=cache,
             experts=experts,
             low_guidance=low_guidance,
+            boundary=boundary,
         )
+
+    @functools.cached_property
+    def expert_names(self) -> list[ExpertName]:
+        """The expert of each step; empty where a model has one transformer."""
+        if self.experts is None:
+            return []
+        boundary = self.experts.boundary if self.boundary is None else self.boundary
+        return expert_names(self.solver.timesteps, boundary)
 
     @functools.cached_property
     def expert_starts(self) -> tuple[int, ...]:
         """The first step of each transformer."""
-        if self.experts is None:
-            return (0,)
-        return self.experts.starts(self.solver.timesteps)
+        return first_steps(self.expert_names)
 
     def model_at(self, index: int) -> VideoModel:
         """Returns the transformer of a step, with its weights on the device."""
         if self.experts is None:
             return self.model
-        timestep = float(self.solver.timesteps[index])
-        return self.experts.take(self.experts.name_at(timestep))
+        return self.experts.take(self.expert_names[index])
 
     @property
     def dense(self) -> Bool[np.ndarray, "steps layers"]:
@@ -366,8 +382,7 @@ class Sampler:
                 cache = _place_cache(self.model, cache, self.cache)
             cache = dataclasses.replace(cache, owes_masks=state.cache.owes_masks)
             state = state._replace(cache=cache)
-        name = self.experts.name_at(float(self.solver.timesteps[index]))
-        if name == "low" and self.low_guidance is not None:
+        if self.expert_names[index] == "low" and self.low_guidance is not None:
             inputs = inputs._replace(guidance=jnp.float32(self.low_guidance))
         return state, inputs
 

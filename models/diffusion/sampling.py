@@ -24,6 +24,8 @@ class Sampling:
         the work.
       low_guidance: Guidance of the steps of a second transformer for low noise, where a
         model has two; None for the same.
+      boundary: Timestep, 0 to 1000, from which on a model's transformer for high noise
+        runs, where it has two; None for that of the model.
       embedded_guidance: Strength of the guidance that a distilled model is told of,
         instead of running a negative prompt; None for models that are told nothing.
       shift: Of the noise levels; see `FlowEuler`.
@@ -46,6 +48,7 @@ class Sampling:
     num_steps: int = 16
     guidance: float = 4.0
     low_guidance: float | None = None
+    boundary: float | None = None
     embedded_guidance: float | None = None
     shift: float = 3.0
     solver: SolverName | Solver = "euler"
@@ -69,6 +72,11 @@ class Sampling:
         if low is not None and not 0.0 <= low < float("inf"):
             raise ValueError(
                 f"low_guidance={low!r} must be a finite number >= 0, or None"
+            )
+        if self.boundary is not None and not 0.0 < self.boundary < 1000.0:
+            raise ValueError(
+                f"boundary={self.boundary!r} must be a timestep between 0 and 1000, or "
+                "None"
             )
         embedded = self.embedded_guidance
         if embedded is not None and not 0.0 <= embedded < float("inf"):

@@ -78,7 +78,9 @@ class WanInfo:
 
     @property
     def published(self) -> SparsitySchedule:
-        """The rule of the published code of DraftAttention."""
+        """The rule of the published code of DraftAttention, for each of a pair."""
+        if self.is_pair:
+            return SparsitySchedule.wan_pair_published()
         return SparsitySchedule.wan_published()
 
     def sampling_at(self, height: int, width: int) -> Sampling:

@@ -21,10 +21,9 @@ from models.diffusion.experts import (
 from models.diffusion.folders.scheduler_settings import SchedulerSettings
 from models.diffusion.sampling import Sampling
 from models.wan.config import WanConfig
+from models.wan.sampling import WAN_BOUNDARIES
 from models.wan.transformer import WanTransformer
 
-# Of a model from text, and from an image: Wan2.2 `wan/configs`.
-_BOUNDARIES = {False: 0.875, True: 0.9}
 _NAMED = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)
 _TABLES = (".modulation", "scale_shift_table")  # small arrays, in all blocks
 
@@ -35,7 +34,7 @@ class SchedulerWarning(UserWarning):
 
 def boundary_of(config: WanConfig) -> float:
     """Returns the noise level, of 1, at which a pair's transformers change."""
-    return _BOUNDARIES[config.takes_image]
+    return WAN_BOUNDARIES["image" if config.takes_image else "text"]
 
 
 def note_other_settings(
@@ -61,7 +60,10 @@ def note_other_settings(
         )
     boundary = boundary_of(config)
     if boundary_ratio not in (None, boundary):
-        notes.append(f"it has boundary_ratio={boundary_ratio}; {boundary} is taken")
+        notes.append(
+            f"it has boundary_ratio={boundary_ratio}; {boundary} is taken (--boundary "
+            "sets another, of 1000)"
+        )
     if notes:
         warnings.warn(
             f"of a folder of Wan2.2: {'; '.join(notes)}",

@@ -19,6 +19,9 @@ WAN_NEGATIVE_PROMPT = (
 # From an image, away from a shaking camera too.
 WAN_IMAGE_NEGATIVE_PROMPT = "镜头晃动，" + WAN_NEGATIVE_PROMPT
 
+# The noise level, of 1, at which a pair's transformers change: Wan2.2 `wan/configs`.
+WAN_BOUNDARIES: dict[WanTask, float] = {"text": 0.875, "image": 0.9}
+
 # Height and width by name.
 WAN_PIXELS: dict[str, tuple[int, int]] = {"480p": (480, 832), "720p": (720, 1280)}
 
@@ -85,8 +88,9 @@ def a14b_sampling(
 ) -> Sampling:
     """Returns the settings of Wan2.2's own `generate.py` for the A14B models.
 
-    81 frames in 40 steps of UniPC. From text the shift is 12 and guidance 4 for high
-    noise, 3 for low; from an image the shift is 5 and guidance 3.5.
+    81 frames in 40 steps of UniPC. From text the shift is 12, guidance 4 for high
+    noise, which is a timestep of at least 875, and 3 for low. From an image the shift
+    is 5, guidance 3.5 and the boundary 900.
 
     Args:
       size: As in `wan_sampling`.
@@ -102,6 +106,7 @@ def a14b_sampling(
         "num_steps": 40,
         "guidance": 4.0 if task == "text" else 3.5,
         "low_guidance": 3.0 if task == "text" else 3.5,
+        "boundary": 1000 * WAN_BOUNDARIES[task],
         "shift": 12.0 if task == "text" else 5.0,
         "negative_prompt": WAN_NEGATIVE_PROMPT,
     }

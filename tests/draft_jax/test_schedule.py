@@ -1,5 +1,6 @@
 """Schedules against the published rules, worked out by hand or by a loop."""
 
+import dataclasses
 import functools
 
 import chex
@@ -56,6 +57,52 @@ def test_presets(preset, num_steps, shift, dense_steps, dense_layers):
     expected[:, dense_layers] = True
     np.testing.assert_array_equal(plan.dense, expected)
     assert len(plan) == num_steps
+
+
+LOW = SparsitySchedule(dense_fraction=0.4, sparsity=0.8, mask_refresh=2)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("start", [0, 15, 20])
+def test_a_second_transformer_has_rules_of_its_own(start):
+    """The first one's count the whole run; masks are made anew with the second."""
+    first = SparsitySchedule(dense_fraction=0.25, mask_refresh=4)
+    both = dataclasses.replace(first, low_noise=LOW)
+    plan = both.plan(
+        LINEAR, num_layers=3, grid=GRID, config=CONFIG, low_noise_from=start
+    )
+    whole = plan_of(first)
+    for name in ("dense", "sparsity", "budget", "refresh"):
+        got, expected = (getattr(each, name) for each in (plan, whole))
+        np.testing.assert_array_equal(got[:start], expected[:start])
+    if start == 15:  # of the 5 steps 2 are dense
+        assert plan.dense[15:].all(1).tolist() == [True, True, False, False, False]
+        assert plan.refresh[15:].tolist() == [False, False, True, False, True]
+        assert plan.sparsity[15:].tolist() == [0.8] * 5
+        assert plan.budget[19] < plan.budget[14]
+
+
+def test_the_published_rule_is_that_of_each_of_two():
+    """At shift 12 half of 40 steps are above 925; 26 are those of high noise."""
+    times, grid = timesteps_of(40, 12.0), {"num_layers": 2, "grid": GRID}
+    plan = SparsitySchedule.wan_pair_published().plan(
+        times, low_noise_from=26, config=DraftConfig.paper(), **grid
+    )
+    assert plan.dense[:, 0].all()
+    assert plan.dense[:, 1].sum() == plan.dense[:20, 1].sum() == 20
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("start", [None, 21])
+def test_rules_for_low_noise_need_a_second_transformer(start):
+    with pytest.raises(ValueError, match="first step of the second, 0 to 20; with"):
+        SparsitySchedule(low_noise=LOW).plan(
+            LINEAR, num_layers=3, grid=GRID, config=CONFIG, low_noise_from=start
+        )
+    with pytest.raises(ValueError, match="at most two transformers"):
+        SparsitySchedule(low_noise=SparsitySchedule(low_noise=LOW))
+    with pytest.raises(TypeError, match="low_noise is float; expected a Sparsity"):
+        SparsitySchedule(low_noise=0.5)
 
 
 @pytest.mark.parametrize(

@@ -11,31 +11,46 @@ def test_figures_are_quotients_of_the_records():
     def steps(**medians):
         return {"modes": {name: {"median_ms": ms} for name, ms in medians.items()}}
 
-    def case(wide, narrow):
-        return {
-            "cudnn": {"median_ms": 12.0},
-            "bfloat16": steps(**{"0.9": wide}),
-            "float8": steps(**{"0.9": narrow}),
-        }
-
+    dense, failed = {"median_ms": 12.0}, {"error": "no memory"}
     parts = {
-        "expert": {"768x1280": case(4.0, 3.0), "720x1280": case(6.0, 2.0)},
+        "expert": {
+            "768x1280, float8": steps(**{"0.75": 6.0, "0.9": 3.0}),
+            "768x1280, cudnn": dense,
+            "768x1280, default": steps(**{"0.9": 4.0}),
+            "720x1280, float8": steps(**{"0.9": 2.0}),
+            "720x1280, cudnn": dense,
+            "768x1280, bfloat16": steps(**{"0.9": 8.0}),
+            "720x1280, bfloat16": failed,
+        },
         "fp8_pair": {"peak_gb": 45.0},
         "streamed": {"peak_gb": 44.0, "switch_s": 0.7},
-        "ti2v": {"cudnn": {"median_ms": 9.0}, "float8": steps(**{"0.85": 3.0})},
-        "vae": {"float32": {"seconds": 11.0, "peak_gb": 24.0}},
+        "ti2v": {
+            "cudnn": {"median_ms": 9.0},
+            "float8": steps(**{"0.85": 3.0}),
+            "bfloat16": failed,
+            "bfloat16, tile 6x20": steps(**{"0.85": 4.5}),
+            "float8, first frame held": steps(**{"0.85": 3.6}),
+        },
+        "vae": {
+            "float32, 3d": {"seconds": 11.0, "peak_gb": 24.0},
+            "float32, 2d": {"seconds": 10.0, "peak_gb": 25.0},
+            "bfloat16, 2d": failed,
+        },
     }
     assert wan22.summarise(parts) == {
+        "expert_step_75_speedup_over_cudnn": 2.0,
         "expert_step_90_speedup_over_cudnn": 4.0,
-        "expert_step_90_bfloat16_speedup_over_cudnn": 3.0,
+        "expert_step_90_bfloat16_speedup_over_cudnn": 1.5,
+        "expert_step_default_90_speedup_over_cudnn": 3.0,
         "expert_step_90_720p_speedup_over_cudnn": 6.0,
-        "expert_step_90_720p_bfloat16_speedup_over_cudnn": 2.0,
         "peak_fp8_gb": 45.0,
         "peak_bfloat16_gb": 44.0,
         "switch_s": 0.7,
         "ti2v_step_85_fp8_speedup_over_cudnn": 3.0,
-        "vae_decode_s": 11.0,
-        "vae_peak_gb": 24.0,
+        "ti2v_step_85_tile_6x20_speedup_over_cudnn": 2.0,
+        "ti2v_step_85_fp8_held_speedup_over_cudnn": 2.5,
+        "vae_decode_s": 10.0,
+        "vae_peak_gb": 25.0,
     }
     assert wan22.summarise({}) == {}
 
@@ -49,4 +64,30 @@ def test_every_part_runs_and_others_stay_in_the_file(part, tmp_path):
     wan22.main([*arguments, "--parts", part])
     parts = json.loads(output.read_text())["parts"]
     assert set(parts) == {"earlier", part}
-    assert "error" not in parts[part]
+    errors = [
+        name for name, case in parts[part].items() if "error" in (name, *case_of(case))
+    ]
+    assert errors == []
+
+
+def case_of(record):
+    return record if isinstance(record, dict) else ()
+
+
+@pytest.mark.nightly
+def test_a_case_that_fails_or_comes_too_late_stops_no_other(monkeypatch):
+    options = ["--tiny", "--no-cudnn", "--samples", "1", "--parts"]
+    make = wan22.Steps
+
+    def fail(problem, modes):
+        if problem.model.config.linears == "float8":
+            raise MemoryError("no memory")
+        return make(problem, modes)
+
+    monkeypatch.setattr(wan22, "Steps", fail)
+    monkeypatch.setattr(wan22, "TILES", ())
+    parts = wan22.main([*options, "ti2v"])["parts"]["ti2v"]
+    assert "MemoryError: no memory" in parts["float8"]["error"]
+    assert parts["bfloat16"]["modes"]["0.85"]["median_ms"] > 0
+    late = wan22.main([*options, "ti2v", "--limit", "0"])["parts"]["ti2v"]
+    assert "not begun: the limit was 0.0 s" in late["bfloat16"]["error"]

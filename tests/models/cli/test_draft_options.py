@@ -2,7 +2,8 @@
 
 import pytest
 
-from draft_jax import Compensation, DraftConfig
+from draft_jax import Compensation, DraftConfig, SparsitySchedule
+from models.cli.generate import read_run
 from models.cli.options import draft_from
 from models.cli.parser import UsageError, build_parser
 
@@ -52,3 +53,44 @@ def test_sizes_are_rows_and_columns(value):
     with pytest.raises(UsageError) as caught:
         config_of("--means", value)
     assert f"'{value}' must be ROWSxCOLUMNS in tokens" in caught.value.line
+
+
+def parsed(*options):
+    return build_parser().parse_args(["generate", "a cat", *options])
+
+
+def test_rules_of_low_noise():
+    """What is not said of low noise is as for the whole run, but for dense steps."""
+    assert draft_from(parsed())[1].low_noise is None
+    options = ["--sparsity", "0.9", "--low-sparsity", "0.8", "--dense-layers", "0,1"]
+    config, schedule = draft_from(parsed(*options, "--mask-refresh", "2"))
+    assert config.sparsity == 0.8  # has the longer lists
+    low = SparsitySchedule(dense_layers=(0, 1), sparsity=0.8, mask_refresh=2)
+    assert schedule == SparsitySchedule(
+        dense_fraction=0.25,
+        dense_layers=(0, 1),
+        sparsity=0.9,
+        mask_refresh=2,
+        low_noise=low,
+    )
+    options = ["--low-dense-layers", "", "--low-dense-fraction", "0.5"]
+    published = SparsitySchedule.wan_pair_published()
+    config, schedule = draft_from(parsed("--preset", "published", *options), published)
+    assert schedule.dense_layers == (0,)
+    assert schedule.low_noise == SparsitySchedule(dense_fraction=0.5, sparsity=0.75)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--boundary", "900"], "--boundary 900 fits"),
+        (
+            ["--low-guidance", "3", "--low-dense-layers", "0,1"],
+            "--low-guidance 3 and --low-dense-layers 0,1 fit",
+        ),
+    ],
+    ids=["one", "two"],
+)
+def test_options_of_two_transformers_are_refused_with_one(options, named):
+    with pytest.raises(ValueError, match=f"{named} models with two transformers"):
+        read_run(parsed(*options))

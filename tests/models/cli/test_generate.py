@@ -147,6 +147,7 @@ def test_comparison_report(comparison):
         "guidance": 4.0,
         "embedded_guidance": None,
         "low_guidance": None,
+        "boundary": None,
         "shift": 3.0,
         "solver": "euler",
         "grid": None,

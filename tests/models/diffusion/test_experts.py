@@ -9,7 +9,12 @@ from flax import nnx
 
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
 from models.diffusion.caches import EasyCache
-from models.diffusion.experts import ResidentExperts, StreamedExperts
+from models.diffusion.experts import (
+    ResidentExperts,
+    StreamedExperts,
+    expert_names,
+    first_steps,
+)
 from models.diffusion.inspection import inspect_attention
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampler import Sampler
@@ -52,9 +57,10 @@ def make_pipeline(models, boundary=560.0):
 def test_steps_are_those_of_the_expert_for_their_noise(models):
     both = ResidentExperts(*models, boundary=875.0)
     times = np.array([999.0, 875.0, 874.0, 10.0])
-    assert both.starts(times) == (0, 2)  # the boundary is high noise
-    assert [both.name_at(t) for t in times] == ["high", "high", "low", "low"]
-    assert both.starts(times[:2]) == both.starts(times[2:]) == (0,)
+    names = expert_names(times, both.boundary)
+    assert names == ["high", "high", "low", "low"]  # the boundary is high noise
+    assert first_steps(names) == (0, 2)
+    assert first_steps(names[:2]) == first_steps(names[2:]) == (0,)
     assert both.take("high") is models[0]
     assert both.take("low") is models[1]
 
@@ -76,10 +82,10 @@ def test_experts_that_do_not_fit_are_refused(models):
     with pytest.raises(ValueError, match=r"'low'.* do not have the model's shapes"):
         StreamedExperts(high, weights, resident="high", boundary=500.0)
     single = VideoPipeline(low, None, tiny.make_codec(averages=False))
-    with pytest.raises(ValueError, match=r"low_guidance=3\.0 is given, but this mod"):
-        single.generate(
-            tiny.make_context("text"), dataclasses.replace(SAMPLING, low_guidance=3.0)
-        )
+    for name in ("low_guidance", "boundary"):
+        wrong = dataclasses.replace(SAMPLING, **{name: 3.0})
+        with pytest.raises(ValueError, match=rf"{name}=3\.0 is given, but this model"):
+            single.generate(tiny.make_context("text"), wrong)
 
 
 def test_masks_are_made_anew_by_the_second_expert(models):
@@ -101,6 +107,27 @@ def test_masks_are_made_anew_by_the_second_expert(models):
     refreshed = [program.refresh for program in programs]
     assert refreshed == [True, False, False, True, True, False, True, False]
     assert set(programs) <= set(sampler.kinds)
+
+
+@pytest.mark.nightly
+def test_each_expert_has_its_dense_steps_and_layers(models):
+    """By hand: t is 1000, 875, ... 125, and 600 leaves the last four to low noise."""
+    rules = SparsitySchedule(
+        dense_above_timestep=800.0,
+        dense_layers=(0,),
+        low_noise=SparsitySchedule(dense_fraction=0.5, dense_layers=(1,)),
+    )
+    plan = AttentionPlan.draft(DraftConfig(sparsity=0.5), rules)
+    sampling = dataclasses.replace(SAMPLING, boundary=600.0)
+    pipeline = make_pipeline(models, boundary=930.0)
+    result = pipeline.generate(tiny.make_context("text"), sampling, attention=plan)
+    sparse = ~result.dense
+    expected = [[0, 0]] * 2 + [[0, 1]] * 2 + [[0, 0]] * 2 + [[1, 0]] * 2
+    np.testing.assert_array_equal(sparse, np.array(expected, bool))
+    assert (result.kept_density[sparse] < 1.0).all()
+    single = VideoPipeline(models[1], None, tiny.make_codec(averages=False))
+    with pytest.raises(ValueError, match="with one transformer leave low_noise out"):
+        single.generate(tiny.make_context("text"), SAMPLING, attention=plan)
 
 
 @pytest.mark.nightly

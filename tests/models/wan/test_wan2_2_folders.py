@@ -12,7 +12,7 @@ import pytest
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
 from models.checkpoints.memory_map import CheckpointError
 from models.checkpoints.safetensors_io import save_safetensors
-from models.diffusion.experts import ResidentExperts
+from models.diffusion.experts import ResidentExperts, expert_names
 from models.diffusion.interfaces import ImageCondition
 from models.diffusion.mesh import DeviceMesh
 from models.diffusion.transformer.sharded import ShardedTransformer
@@ -104,6 +104,7 @@ def test_both_layouts_of_a_pair(pair):
     settings = info.sampling
     assert (settings.shift, settings.num_steps) == (12.0, 40)
     assert (settings.guidance, settings.low_guidance) == (4.0, 3.0)
+    assert settings.boundary == 875.0
     assert info.sampling_at(480, 832).shift == 12.0
     wan = open_wan_parts(pair, parts=[])
     high, low = (weights_of(wan, expert) for expert in ("high", "low"))
@@ -130,7 +131,7 @@ def test_a_pair_that_starts_from_an_image_needs_no_image_encoder(tmp_path):
     assert info.config.image_dim is None
     assert info.sampling == a14b_sampling(task="image")
     assert (info.sampling.shift, info.sampling.guidance) == (5.0, 3.5)
-    assert info.sampling.low_guidance == 3.5
+    assert (info.sampling.low_guidance, info.sampling.boundary) == (3.5, 900.0)
 
 
 @pytest.mark.nightly
@@ -221,5 +222,4 @@ def test_a_pair_makes_videos(tmp_path):
     )
     result = pipeline.generate("a cat", settings)
     assert result.video.shape == (1, 5, 32, 48, 3)
-    starts = pipeline.experts.starts(result.timesteps)
-    assert len(starts) == 2
+    assert set(expert_names(result.timesteps, 875.0)) == {"high", "low"}
