@@ -89,12 +89,13 @@ def _with_low_noise(
     arguments: argparse.Namespace, config: DraftConfig, schedule: SparsitySchedule
 ) -> tuple[DraftConfig, SparsitySchedule]:
     """Adds what the options say of a second transformer, or what the preset does."""
-    low = {
+    low: dict[str, Any] = {
         ours: getattr(arguments, n) for n, ours in LOW_NOISE.items() if n in arguments
     }
     if not low and schedule.low_noise is None:
         return config, schedule
-    low = {"dense_layers": schedule.dense_layers, "sparsity": config.sparsity} | low
+    low.setdefault("dense_layers", schedule.dense_layers)
+    low.setdefault("sparsity", config.sparsity)
     base = schedule.low_noise or SparsitySchedule()
     rules = dataclasses.replace(base, mask_refresh=schedule.mask_refresh, **low)
     sparsities = config.sparsity, low["sparsity"]

@@ -8,7 +8,7 @@ import abc
 import collections
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -127,10 +127,11 @@ class StreamedExperts(Experts):
     the weights is on the device. The first pieces are sent while the step before runs.
 
     Args:
-      model: A transformer on the device, whose weights are replaced.
-      weights: The host's copy of both experts' weights, each a tree as `nnx.state` of
-        the model is. Copied to memory that the device reads directly, where it has
-        such.
+      model: A transformer on the device, whose weights are copied to the host and then
+        replaced.
+      other: Weights of the other expert, a tree as `nnx.state` of the model is. Copies
+        of both are kept in memory of the host that the device reads directly, where it
+        has such; the tree is not kept.
       resident: Whose weights the model has.
       boundary: See `Experts`.
 
@@ -139,22 +140,18 @@ class StreamedExperts(Experts):
     """
 
     def __init__(
-        self,
-        model: Any,
-        weights: Mapping[ExpertName, Any],
-        *,
-        resident: ExpertName,
-        boundary: float,
+        self, model: Any, other: Any, *, resident: ExpertName, boundary: float
     ) -> None:
         super().__init__(boundary)
         self._model = model
         self._resident = resident
-        arrays = jax.tree.leaves(nnx.state(model))
-        for name, tree in weights.items():
-            _check_like(name, jax.tree.leaves(tree), arrays)
+        own, others = (jax.tree.leaves(tree) for tree in (nnx.state(model), other))
+        _check_like(others, own)
+        waiting: ExpertName = "low" if resident == "high" else "high"
         self._pieces = {
-            name: [_cut(leaf) for leaf in jax.tree.leaves(tree)]
-            for name, tree in weights.items()
+            # Copies, for other weights are written over the model's.
+            resident: [_cut(leaf, copy=True) for leaf in own],
+            waiting: [_cut(leaf) for leaf in others],
         }
         self._staged: dict[tuple[int, int], Array] = {}
 
@@ -218,28 +215,41 @@ class _Piece(NamedTuple):
     array: Shaped[Array | np.ndarray, "..."]
 
 
-def _check_like(name: ExpertName, leaves: list[Any], arrays: list[Array]) -> None:
+def _check_like(leaves: list[Any], arrays: list[Array]) -> None:
     expected = [(array.shape, array.dtype) for array in arrays]
     given = [(leaf.shape, leaf.dtype) for leaf in leaves]
     if given != expected:
-        raise ValueError(f"weights[{name!r}] do not have the model's shapes and dtypes")
+        raise ValueError(
+            "the other expert's weights do not have the model's shapes and dtypes"
+        )
 
 
-def _cut(leaf: Shaped[Array | np.ndarray, "..."]) -> list[_Piece]:
-    """Cuts an array along its first axis, and copies it to pinned memory if it can."""
-    host = np.asarray(leaf)
-    count = max(1, -(-host.nbytes // PIECE_BYTES)) if host.ndim else 1
-    count = min(count, len(host)) if host.ndim else 1
+def _cut(
+    leaf: Shaped[Array | np.ndarray, "..."], *, copy: bool = False
+) -> list[_Piece]:
+    """Cuts an array along its first axis, and copies it to pinned memory if it can.
+
+    Args:
+      leaf: The array. One of a GPU is copied from there, a piece at a time: as a NumPy
+        array JAX would keep all of it on the host a second time.
+      copy: Whether the pieces must not share memory with it.
+    """
+    if not isinstance(leaf, jax.Array) or leaf.devices() == {jax.devices("cpu")[0]}:
+        leaf = np.array(leaf) if copy else np.asarray(leaf)
+    count = max(1, -(-leaf.nbytes // PIECE_BYTES)) if leaf.ndim else 1
+    count = min(count, len(leaf)) if leaf.ndim else 1
     if count == 1:
-        return [_Piece(0, _pin(host))]
-    step = -(-len(host) // count)
+        return [_Piece(0, _pin(leaf))]
+    step = -(-len(leaf) // count)
     return [
-        _Piece(start, _pin(host[start : start + step]))
-        for start in range(0, len(host), step)
+        _Piece(start, _pin(leaf[start : start + step]))
+        for start in range(0, len(leaf), step)
     ]
 
 
-def _pin(array: np.ndarray) -> Shaped[Array | np.ndarray, "..."]:
+def _pin(
+    array: Shaped[Array | np.ndarray, "..."],
+) -> Shaped[Array | np.ndarray, "..."]:
     """Returns a copy that the device can read by itself; on a CPU the array itself."""
     device = jax.devices()[0]
     kinds = [memory.kind for memory in device.addressable_memories()]

@@ -130,13 +130,12 @@ def make_experts(
     if not streamed:
         experts = ResidentExperts(load["high"](), load["low"](), boundary=boundary)
         return experts.model, experts
-    states: dict[ExpertName, Any] = {}
-    structure: Any = None
-    for name, load_one in load.items():
-        with jax.default_device(jax.devices("cpu")[0]):
-            structure, state = nnx.split(load_one())
-        states[name] = jax.tree.map(np.asarray, state)
-    # Copies, for the weights of the other are written over them.
-    resident = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), states["high"])
+    host = jax.devices("cpu")[0]
+    with jax.default_device(host):
+        structure, state = nnx.split(load["high"]())
+    resident = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf), copy=True), state)
+    del state  # the host is to hold no third copy
     model: WanTransformer = nnx.merge(structure, resident)
-    return model, StreamedExperts(model, states, resident="high", boundary=boundary)
+    with jax.default_device(host):
+        low = nnx.state(load["low"]())
+    return model, StreamedExperts(model, low, resident="high", boundary=boundary)
