@@ -1,6 +1,22 @@
 """Arithmetic of a step of a Wan transformer."""
 
+import numpy as np
+
+from draft_jax import VideoGrid
 from models.wan.config import WanConfig
+from pallas_kernels.attention.sm90.geometry import geometry_of
+from pallas_kernels.attention.sm90.plan import BLOCK
+
+
+def kernel_work(grid: VideoGrid) -> float:
+    """Returns the Hopper kernel's products over those of the tokens, all pairs kept.
+
+    A query block costs as much as a full one, a key block as many keys as its class.
+    """
+    geometry = geometry_of(grid, "tiled")
+    widths = np.array([width.tokens for width in geometry.widths])
+    keys = int(widths[geometry.width_of_block].sum())
+    return BLOCK * grid.num_blocks * keys / grid.num_tokens**2
 
 
 def flops_outside_attention(config: WanConfig, num_tokens: int) -> dict[str, float]:

@@ -67,7 +67,7 @@ from benchmarks.common.steps import (
 )
 from benchmarks.wan import run as wan_run
 from benchmarks.wan import vae as wan_vae
-from benchmarks.wan.account import flops_outside_attention
+from benchmarks.wan.account import flops_outside_attention, kernel_work
 from benchmarks.wan.wan22_summary import summarise
 from draft_jax import DraftConfig
 from models.diffusion.experts import Experts, ResidentExperts, StreamedExperts
@@ -227,6 +227,17 @@ class Case:
     problem: Problem
     modes: tuple[str, ...] = ()
 
+    @property
+    def facts(self) -> Record:
+        """The tile, and what the kernel computes for it beside what there is."""
+        model, shape = self.problem.model, self.problem.latent_shape
+        grid = model.grid(shape)
+        return {
+            "tile": list(grid.tile),
+            "blocks_of_a_frame": grid.num_visual_blocks // grid.frames,
+            "kernel_work": kernel_work(grid),
+        }
+
 
 def compile_cases(bench: Bench, cases: Mapping[str, Case]) -> dict[str, Steps | Record]:
     """Compiles steps side by side; one that fails gives its error."""
@@ -267,7 +278,7 @@ def measure_cases(bench: Bench, cases: Mapping[str, Case], report: Report) -> No
             keep({"error": f"not begun: the limit was {bench.options.limit} s"})
         elif case.modes:
             samples = bench.samples(*case.modes)
-            failure = attempt(time_steps, steps, samples, {}, keep)
+            failure = attempt(time_steps, steps, samples, case.facts, keep)
             keep(record.get(name, {}) | failure)
         else:
             keep(attempt(time_cudnn, steps, bench.options.samples, keep))

@@ -234,7 +234,7 @@ def _cut(
         array JAX would keep all of it on the host a second time.
       copy: Whether the pieces must not share memory with it.
     """
-    if not isinstance(leaf, jax.Array) or leaf.devices() == {jax.devices("cpu")[0]}:
+    if not isinstance(leaf, jax.Array) or _is_on_cpu(leaf):
         leaf = np.array(leaf) if copy else np.asarray(leaf)
     count = max(1, -(-leaf.nbytes // PIECE_BYTES)) if leaf.ndim else 1
     count = min(count, len(leaf)) if leaf.ndim else 1
@@ -245,6 +245,10 @@ def _cut(
         _Piece(start, _pin(leaf[start : start + step]))
         for start in range(0, len(leaf), step)
     ]
+
+
+def _is_on_cpu(array: Array) -> bool:
+    return all(device.platform == "cpu" for device in array.devices())
 
 
 def _pin(

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from benchmarks.wan import wan22
+from benchmarks.wan.account import kernel_work
+from draft_jax import VideoGrid
 
 
 def test_figures_are_quotients_of_the_records():
@@ -77,17 +79,31 @@ def case_of(record):
 @pytest.mark.nightly
 def test_a_case_that_fails_or_comes_too_late_stops_no_other(monkeypatch):
     options = ["--tiny", "--no-cudnn", "--samples", "1", "--parts"]
-    make = wan22.Steps
+    make = wan22.Steps.__init__
 
-    def fail(problem, modes):
+    def fail(steps, problem, modes):
         if problem.model.config.linears == "float8":
             raise MemoryError("no memory")
-        return make(problem, modes)
+        make(steps, problem, modes)
 
-    monkeypatch.setattr(wan22, "Steps", fail)
+    monkeypatch.setattr(wan22.Steps, "__init__", fail)
     monkeypatch.setattr(wan22, "TILES", ())
     parts = wan22.main([*options, "ti2v"])["parts"]["ti2v"]
     assert "MemoryError: no memory" in parts["float8"]["error"]
     assert parts["bfloat16"]["modes"]["0.85"]["median_ms"] > 0
     late = wan22.main([*options, "ti2v", "--limit", "0"])["parts"]["ti2v"]
     assert "not begun: the limit was 0.0 s" in late["bfloat16"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        (VideoGrid(1, 16, 32), 1.0),
+        (VideoGrid(2, 8, 24), 512 * 384 / 384**2),  # keys of 128 and of 64
+        # 8 blocks of 128 rows in a frame; keys of 120 and 80, in steps of 16.
+        (VideoGrid(31, 22, 40, tile=(6, 20)), 1024 * (6 * 128 + 2 * 80) / 880**2),
+    ],
+    ids=["whole", "short", "5b"],
+)
+def test_work_of_the_kernel(grid, expected):
+    assert kernel_work(grid) == pytest.approx(expected)

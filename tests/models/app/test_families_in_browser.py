@@ -10,7 +10,12 @@ from PIL import Image
 
 from tests import hunyuan_folders
 from tests.app_pages import Server, browser, button, generate, wait_for_status
-from tests.wan_folders import TEXT_TO_VIDEO, save_image_to_video
+from tests.wan_folders import (
+    TEXT_TO_VIDEO,
+    save_image_to_video,
+    save_pair,
+    save_text_or_image_to_video,
+)
 
 pytestmark = [
     pytest.mark.browser,
@@ -151,6 +156,38 @@ def test_wan_from_text(serve, tmp_path):
     assert report["preset"] == "published"
     assert report["draft"]["compensation"] is None
     assert report["draft"]["sparsity"] == 0.75
+    assert "Traceback" not in server.errors.read_text()
+
+
+def test_wan_with_two_transformers(serve, tmp_path):
+    """Its guidance at low noise and its boundary are the model's own."""
+    server, page = serve("--checkpoint", save_pair(tmp_path / "pair", "diffusers"))
+    assert "text-to-video" in page.locator("#no-image").inner_text()
+    page.get_by_role("button", name="Which blocks are kept, and where").click()
+    page.locator("#preset").get_by_text("published:").click()
+    generate(page, TINY | {"steps": 4, "width": 64, "height": 64})
+    wait_for_status(page, "^Done")
+    report = newest_report(server)
+    sampling = report["sampling"]
+    assert (sampling["low_guidance"], sampling["boundary"]) == (3.0, 875.0)
+    assert report["schedule"]["low_noise"]["dense_layers"] == [0]
+    assert report["sparse"]["timesteps"][0] > 875 > report["sparse"]["timesteps"][-1]
+    assert "Traceback" not in server.errors.read_text()
+
+
+def test_wan_from_text_or_an_image(serve, tmp_path):
+    folder = save_text_or_image_to_video(tmp_path / "model")
+    server, page = serve("--checkpoint", folder)
+    size = {"width": 96, "height": 64}
+    generate(page, TINY | {"width": 48})
+    wait_for_error(page, "width", "multiple of 32")
+    upload(page, picture(tmp_path / "right.png"))
+    page.locator("#image img").wait_for()
+    generate(page, TINY | size)
+    wait_for_status(page, "^Done")
+    report = newest_report(server)
+    assert report["image"]["size"] == [64, 96]
+    assert report["fps"] == 24.0
     assert "Traceback" not in server.errors.read_text()
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from models.wan import config
 from models.wan.config import WanConfig
 
 # The config.json of Wan-AI/Wan2.1-T2V-1.3B and of its -Diffusers twin.
@@ -193,3 +194,20 @@ def test_other_published_files_are_refused(published, message):
 def test_bad_sizes_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         WanConfig.mini(**changes)
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_the_5b_model_has_a_tile_of_its_own(monkeypatch, layout):
+    """The constant is read wherever the model is described, and nowhere else."""
+    monkeypatch.setattr(config, "TI2V_TILE", (6, 20))
+    published = {"dim": 24, "ffn_dim": 32, "num_heads": 2, "num_layers": 1}
+    changes = {}
+    if layout == "diffusers":
+        published |= {"num_attention_heads": 2, "attention_head_dim": 12}
+        del published["dim"], published["num_heads"]
+        changes = {"holds_first_frame": True}
+    held = published if changes else published | {"model_type": "ti2v"}
+    assert WanConfig.from_dict(held, **changes).tile == (6, 20)
+    assert WanConfig.from_dict(held, **changes, tile=(2, 4)).tile == (2, 4)
+    assert WanConfig.ti2v_5b().tile == (6, 20)
+    assert WanConfig.from_dict(published).tile == WanConfig.t2v_14b().tile == (8, 16)
