@@ -35,6 +35,8 @@ from models.diffusion.step_programs import (
     SamplerState,
     StepInputs,
     StepNumbers,
+    place_cache,
+    place_state,
     run_program,
 )
 from models.diffusion.transformer.sharded import ShardedTransformer
@@ -189,7 +191,7 @@ class Sampler:
         history = self.solver.initial_history(latents)
         state = SamplerState(latents, masks, history, cache)
         if isinstance(self.model, ShardedTransformer):
-            return _place(self.model, state, self.cache)
+            return place_state(self.model, state, self.cache)
         return state
 
     def _initial_cache(
@@ -379,7 +381,7 @@ class Sampler:
             cache = self._initial_cache(state.latents, rows=rows)
             assert cache is not None  # there was a state
             if isinstance(self.model, ShardedTransformer):
-                cache = _place_cache(self.model, cache, self.cache)
+                cache = place_cache(self.model, cache, self.cache)
             cache = dataclasses.replace(cache, owes_masks=state.cache.owes_masks)
             state = state._replace(cache=cache)
         if self.expert_names[index] == "low" and self.low_guidance is not None:
@@ -463,28 +465,6 @@ class Sampler:
                 None if self.plan is None else jnp.asarray(self.plan.budget[index])
             ),
         )
-
-
-def _place(
-    model: ShardedTransformer, state: SamplerState, rule: StepCache | None
-) -> SamplerState:
-    """Puts the state that a run starts from on the devices of a mesh."""
-    masks, cache = model.put_masks(state.masks), state.cache
-    if cache is not None:
-        cache = _place_cache(model, cache, rule)
-    rest = model.put_everywhere(state._replace(masks=None, cache=None))
-    return rest._replace(masks=masks, cache=cache)
-
-
-def _place_cache(
-    model: ShardedTransformer, cache: CacheState, rule: StepCache | None
-) -> CacheState:
-    """Puts a cache's state on the devices of a mesh."""
-    assert rule is not None  # it has made the state
-    put = model.put_residual if rule.keeps_residual else model.put_everywhere
-    return dataclasses.replace(
-        cache, kept=put(cache.kept), score=model.put_everywhere(cache.score)
-    )
 
 
 def _work(program: Program) -> StepWork:

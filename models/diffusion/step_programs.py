@@ -19,6 +19,7 @@ from draft_jax.pytree import register_named_tuple
 from models.diffusion.caches import CacheState, StepCache
 from models.diffusion.interfaces import ImageCondition, TextContext, VideoModel
 from models.diffusion.schedulers import MAX_TIMESTEP, Solver
+from models.diffusion.transformer.sharded import ShardedTransformer
 
 # Which program a step needs: that of a kind, of dense attention, or of skipped steps.
 Program = StepKind | Literal["skipped"] | None
@@ -213,6 +214,28 @@ class ProgramParts:
             lambda array: rearrange(array, "halves B ... -> (halves B) ..."), found
         )
         return joined, others
+
+
+def place_state(
+    model: ShardedTransformer, state: SamplerState, rule: StepCache | None
+) -> SamplerState:
+    """Puts the state that a run starts from on the devices of a mesh."""
+    masks, cache = model.put_masks(state.masks), state.cache
+    if cache is not None:
+        cache = place_cache(model, cache, rule)
+    rest = model.put_everywhere(state._replace(masks=None, cache=None))
+    return rest._replace(masks=masks, cache=cache)
+
+
+def place_cache(
+    model: ShardedTransformer, cache: CacheState, rule: StepCache | None
+) -> CacheState:
+    """Puts a cache's state on the devices of a mesh."""
+    assert rule is not None  # it has made the state
+    put = model.put_residual if rule.keeps_residual else model.put_everywhere
+    return dataclasses.replace(
+        cache, kept=put(cache.kept), score=model.put_everywhere(cache.score)
+    )
 
 
 def run_program(
