@@ -96,7 +96,8 @@ def measured(record: Record) -> str:
             f"{environment['versions']['jax']}, driver "
             f"{environment['gpus'][0].split(', ')[-1]}), bfloat16, the paper's "
             f"selection at {record['sparsity']:.0%}. Masks and estimates are those "
-            "of the first step, beside those of one GPU: products of fewer rows round otherwise."
+            "of the first step, beside those of one GPU: products of fewer rows round "
+            "otherwise."
         ),
         f"```\n{command}\n```\n",
         "| Step | mesh | seconds | times as fast | pairs kept by both | "
