@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.common.device import current_device
 from pallas_kernels.float8_rows import layer_norm, norm_rows, round_rows
@@ -96,6 +98,21 @@ def test_lowers_for_cuda(name):
         assert text.count("mosaic_gpu_v2") == 1
         rows = 10 * int(np.prod(lead))
         assert f"tensor<{rows}x{shapes[0][-1]}xi8>" in text
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_rows_stay_on_their_devices(name):
+    function, shapes = FUNCTIONS[name]
+    mesh = AbstractMesh((2, 5), ("b", "t"), axis_types=(AxisType.Explicit,) * 2)
+    specs = (P("b", "t", None), P("b", None), P("b", None))
+    arrays = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, specs, strict=False)
+    ]
+    with jax.sharding.use_abstract_mesh(mesh):
+        values, scale = jax.eval_shape(function, *arrays)
+    assert values.sharding.spec == P("b", "t", None)
+    assert scale.sharding.spec == P("b", "t")
 
 
 def test_what_they_do_not_take_is_named():
