@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.common.records import ROOT, provenance, write_json
+from models.files import output_file
 
 COMMANDS = {
     "newest": ("./run", "test", "--all"),
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the environments asked for; the exit status says whether all passed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=COMMANDS, help="one jax instead of both")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file")
+    parser.add_argument("--output", type=output_file, help="JSON file")
     options = parser.parse_args(arguments)
     facts = provenance()
     runs: dict[str, dict[str, Any]] = {}

@@ -1,5 +1,6 @@
 """Writes files that other processes see whole or not at all."""
 
+import argparse
 import contextlib
 import errno
 import os
@@ -32,6 +33,42 @@ class MissingFilesError(OSError):
         parts = [f"{path} ({_reason(error)})" for path, error in reasons.items()]
         verb = "is" if len(parts) == 1 else "are"
         super().__init__(f"{' and '.join(parts)} {verb} missing")
+
+
+def output_folder(text: str) -> Path:
+    """Reads a folder to write to: an argument's type, which finds errors at once.
+
+    Raises:
+      ArgumentTypeError: It is a file, or cannot be made or written to.
+    """
+    path = Path(text)
+    above = path
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{path} cannot be a folder to write to: {above} is a file. Name another"
+        )
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(
+            f"{path} cannot be written to: {above} may not be changed. Name another"
+        )
+    return path
+
+
+def output_file(text: str) -> Path:
+    """Reads a file to write: an argument's type, as `output_folder`.
+
+    Raises:
+      ArgumentTypeError: It is a folder, or lies where nothing can be written.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{path} is a folder. Name a file, such as {path / 'report.json'}"
+        )
+    output_folder(str(path.parent))
+    return path
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import pathlib
 import tempfile
 
 from benchmarks.common.hopper_target import h100_sharding, leave_gpus_alone
+from models.files import output_folder
 
 
 def compile_variant(shape, options, sharding, order, means=None) -> None:
@@ -149,7 +150,7 @@ def main() -> None:
         action="store_true",
         help="the same with arrays and scales of the text apart (shapes with text)",
     )
-    parser.add_argument("--output", type=pathlib.Path, help="folder for PTX")
+    parser.add_argument("--output", type=output_folder, help="folder for PTX")
     arguments = parser.parse_args()
     leave_gpus_alone()
     folder = arguments.output or pathlib.Path(tempfile.mkdtemp())

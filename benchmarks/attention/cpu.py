@@ -39,6 +39,7 @@ import numpy as np
 from benchmarks.common.machine import host_peak_bytes
 from benchmarks.common.records import ROOT, provenance, write_json
 from draft_jax import BlockMask, DraftConfig, VideoGrid, compute_mask, draft_attention
+from models.files import output_file
 from pallas_kernels import block_sparse_attention, dense_attention
 
 RESULTS = ROOT / "benchmarks" / "results" / "block_sparse_cpu.json"
@@ -306,7 +307,7 @@ def main() -> int:
     """Runs the benchmark; the exit status says whether the promises hold."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=15, help="turns (15)")
-    parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--output", type=output_file, default=RESULTS)
     parser.add_argument("--peak-memory-of", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.repeats < 1:

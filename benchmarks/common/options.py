@@ -1,7 +1,8 @@
 """Options that the command lines of several benchmarks share."""
 
 import argparse
-import pathlib
+
+from models.files import output_file
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -11,7 +12,7 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
 
 def add_output(parser: argparse.ArgumentParser, what: str = "JSON file") -> None:
     """Adds --output, which is None where it is not given."""
-    parser.add_argument("--output", type=pathlib.Path, help=what)
+    parser.add_argument("--output", type=output_file, help=what)
 
 
 def add_turns(

@@ -41,6 +41,7 @@ from typing import Any
 
 from benchmarks.common.records import ROOT, provenance, write_json
 from benchmarks.mutation.lines import TestsOfLines
+from models.files import output_file
 
 TESTS = (
     *("tests/draft_jax", "tests/pallas_kernels", "tests/models/checkpoints"),
@@ -371,7 +372,7 @@ def try_mutants(options: argparse.Namespace, record: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Draws, tries or explains mutants, as the command line says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="JSON file")
+    parser.add_argument("--output", type=output_file, required=True, help="JSON file")
     parser.add_argument("--sample", type=int, default=500, help="mutants to draw")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="0 only draws")

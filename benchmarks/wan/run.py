@@ -59,6 +59,7 @@ from benchmarks.wan.summary import summarise
 from models.diffusion.interfaces import TextContext
 from models.diffusion.sampler import StepInputs
 from models.diffusion.schedulers import make_solver
+from models.files import output_file
 from models.wan.checkpoint import Part, open_wan_parts
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
@@ -297,7 +298,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--float8", action="store_true", help="the same steps with linears in FP8, too")
     add("--decode", action="store_true", help="decode a video of each size, too")
     add("--vae-dtype", default="float32", choices=("float32", "bfloat16"))
-    add("--output", type=pathlib.Path, help="JSON file")
+    add("--output", type=output_file, help="JSON file")
     options = parser.parse_args(arguments)
     options.folder = options.folder or pathlib.Path(f"/tmp/wan_{options.model}")
     if options.run is measure:

@@ -25,11 +25,13 @@ from models.media.video import write_json
 from models.mini.autoencoder import (
     autoencoder_config,
     describe_autoencoder,
+    load_autoencoder,
     save_autoencoder,
     with_statistics,
 )
 from models.mini.compilation import Compiled, Programs
 from models.mini.feed import Draw, Feed
+from models.mini.linear_start import start_linear
 from models.mini.optimization import (
     OptimizerConfig,
     Parameters,
@@ -37,6 +39,7 @@ from models.mini.optimization import (
     is_usable,
     learning_rate_at,
     make_optimizer,
+    move_average,
     step_down,
 )
 from models.mini.renderer import SceneBatch, render_scenes
@@ -46,6 +49,7 @@ from models.wan.vae.config import WanVAEConfig
 from pallas_kernels.common import make_plain, register_configuration
 
 HELD_OUT_SEED = 1_000_003  # apart from every training's
+CODEC_FILE = "codec.safetensors"
 KINDS = ("procedural", "pictures", "clips")
 # Batches in [-1, 1], and the kind of each video: a name of `KINDS`.
 Videos = Sequence[tuple[Float[np.ndarray, "B T Y X 3"], list[str]]]
@@ -59,6 +63,7 @@ class CodecConfig:
     Attributes:
       model: Sizes of the autoencoder.
       optimizer: AdamW's settings.
+      ema: Decay of the averaged parameters, which are the ones kept.
       edges: Weight of the error of differences between neighbours, in frames, rows
         and columns, beside the errors of pixels.
       divergence: Weight of the Kullback-Leibler divergence of latents from unit
@@ -66,15 +71,16 @@ class CodecConfig:
       seed: Seed of parameters, noise, and scenes.
 
     Raises:
-      ValueError: A weight is negative.
+      ValueError: A weight is negative, or the decay is not in [0, 1).
     """
 
     model: WanVAEConfig = dataclasses.field(default_factory=autoencoder_config)
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(
-            learning_rate=1.5e-3, warmup_steps=100, weight_decay=0.0
+            learning_rate=3e-4, warmup_steps=300, weight_decay=0.0
         )
     )
+    ema: float = 0.999
     edges: float = 0.5
     divergence: float = 1e-5
     seed: int = 0
@@ -84,6 +90,8 @@ class CodecConfig:
         for name in ("edges", "divergence"):
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0")
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"ema={self.ema!r} must be in [0, 1)")
 
 
 @register_named_tuple
@@ -92,6 +100,7 @@ class CodecState(NamedTuple):
 
     step: Int[Array, ""]
     parameters: Parameters
+    ema: Parameters
     optimizer: optax.OptState
 
 
@@ -124,11 +133,22 @@ class CodecTrainer:
         return held_out_videos(self.sources, size, batches=4, offset=100)
 
     def initial_state(self) -> CodecState:
-        """Makes random parameters."""
-        parameters = nnx.state(self._module(self.config.seed))
-        return CodecState(
-            jnp.zeros((), jnp.int32), parameters, self.optimizer.init(parameters)
-        )
+        """Makes a codec that is nearly linear; see `start_linear`."""
+        videos = np.concatenate([batch for batch, _ in self.videos_of_statistics])
+        return self._state_of(start_linear(self._module(self.config.seed), videos), 0)
+
+    def state_of_weights(self, folder: Path, step: int) -> CodecState:
+        """Starts afresh from what `save` wrote.
+
+        Args:
+          folder: Its `codec.safetensors` is read.
+          step: Steps that were done; the next draws follow theirs.
+
+        Raises:
+          ConversionError: The weights are of other sizes.
+        """
+        codec = load_autoencoder(folder / CODEC_FILE, self.config.model)
+        return self._state_of(codec.model, step)
 
     def batch(self, draw: Draw) -> SceneBatch:
         """Leaves the captions of a drawn batch away."""
@@ -165,8 +185,8 @@ class CodecTrainer:
         return step(state, render(batch, self.sources), jnp.float32(rate))
 
     def module(self, state: CodecState) -> WanVAE:
-        """Returns the autoencoder of a state, in float32."""
-        model = nnx.merge(self.structure, state.parameters)
+        """Returns the autoencoder of the averaged parameters, in float32."""
+        model = nnx.merge(self.structure, state.ema)
         return _with_config(
             model, dataclasses.replace(self.config.model, dtype="float32")
         )
@@ -180,8 +200,14 @@ class CodecTrainer:
         statistics = latent_statistics(model, self.videos_of_statistics)
         config = with_statistics(model, *statistics)
         write_json(folder / "codec.json", describe_autoencoder(config))
-        with whole_file(folder / "codec.safetensors") as temporary:
+        with whole_file(folder / CODEC_FILE) as temporary:
             save_autoencoder(temporary, model)
+
+    def _state_of(self, model: WanVAE, step: int) -> CodecState:
+        parameters = nnx.state(model)
+        optimizer = self.optimizer.init(parameters)
+        average = jax.tree.map(jnp.copy, parameters)
+        return CodecState(jnp.asarray(step, jnp.int32), parameters, average, optimizer)
 
     def _module(self, seed: int) -> WanVAE:
         return WanVAE(self.config.model, rngs=nnx.Rngs(seed))
@@ -215,7 +241,8 @@ def codec_step(
         gradients, state.optimizer, state.parameters
     )
     parameters = step_down(state.parameters, updates, learning_rate)
-    new, old = (parameters, optimizer), state[1:]
+    ema = move_average(state.ema, parameters, state.step, trainer.config.ema)
+    new, old = (parameters, ema, optimizer), state[1:]
     changed = choose_tree(is_usable(gradients), new, old)
     return CodecState(state.step + 1, *changed), loss
 
@@ -231,14 +258,12 @@ def restoration_loss(
     Source: Kingma and Welling, Auto-Encoding Variational Bayes, arXiv 1312.6114, for
     the divergence and the noise on latents.
     """
-    moments, _ = model.encoder(videos, None)
-    moments = model.quant_conv(moments).astype(jnp.float32)
-    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    mean, log_variance, _ = model.moments(videos)
     log_variance = jnp.clip(log_variance, -30.0, 20.0)
     noise = jax.random.normal(key, mean.shape)
     latents = mean + jnp.exp(0.5 * log_variance) * noise
-    restored, _ = model.decoder(model.post_quant_conv(latents), None)
-    error = restored.astype(jnp.float32) - videos
+    restored, _ = model.pixels(latents)
+    error = restored - videos
     pixels = jnp.abs(error).mean() + 2.0 * jnp.square(error).mean()
     steps = [jnp.abs(jnp.diff(error, axis=axis)).mean() for axis in (1, 2, 3)]
     divergence = jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance
@@ -315,7 +340,7 @@ def measure_codec(model: WanVAE, videos: Videos) -> dict[str, Any]:
 
 @nnx.jit
 def _encode(model: WanVAE, videos: Array | np.ndarray) -> Array:
-    return model.encode_frames(videos)[0]
+    return model.encode_frames(jnp.asarray(videos))[0]
 
 
 @nnx.jit

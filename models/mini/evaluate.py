@@ -26,6 +26,7 @@ from draft_jax import DraftConfig, VideoGrid, compute_mask, constant_step
 from models.diffusion.inspection import TOP_SHARE, block_masses
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
+from models.files import output_folder
 from models.media.video import write_json
 from models.mini.captions import SAMPLE_PROMPTS
 from models.mini.pipeline import load_mini
@@ -227,7 +228,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of the command line."""
     parser = argparse.ArgumentParser(description="Measures a small video model.")
     parser.add_argument("--checkpoint", type=Path, help="default: the one that ships")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=output_folder, required=True)
     parser.add_argument("--prompts", type=int, default=len(SAMPLE_PROMPTS))
     parser.add_argument(
         "--size",

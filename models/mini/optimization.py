@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from models.files import whole_file
 from pallas_kernels.common import make_plain, register_configuration
@@ -92,6 +92,24 @@ def step_down(
     """Moves parameters against the updates, times the learning rate."""
     return jax.tree.map(
         lambda value, update: value - rate * update, parameters, updates
+    )
+
+
+def move_average(
+    average: Parameters, parameters: Parameters, step: Int[Array, ""], decay: float
+) -> Parameters:
+    """Moves an average of parameters towards the newest.
+
+    Args:
+      average: The average so far.
+      parameters: The newest.
+      step: Number of the step. Early on the average is short, or it would remember the
+        start.
+      decay: Weight of the average, at most.
+    """
+    share = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(
+        lambda mean, value: share * mean + (1.0 - share) * value, average, parameters
     )
 
 

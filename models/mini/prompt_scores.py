@@ -21,6 +21,7 @@ from jaxtyping import Float
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
+from models.files import output_folder
 from models.media.video import write_json
 from models.mini.faithfulness import Finding, detect
 from models.mini.pipeline import load_mini
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", type=Path, help="default: the one that ships")
-    add("--output", type=Path, required=True)
+    add("--output", type=output_folder, required=True)
     add("--prompts", type=int, default=64)
     add("--batch", type=int, default=16, help="videos made at once")
     add("--sparsities", nargs="*", type=float, default=[0.9])

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from models.files import output_file
+
 # A 3:2 window over the whole of a picture has this size; see `Picture.box`.
 WINDOW = (256, 384)
 CLIP_HEIGHT = 256
@@ -304,7 +306,7 @@ def main() -> None:
     """Builds the array file that training reads."""
     parser = argparse.ArgumentParser(description="Reads the training sources.")
     parser.add_argument("--wheels", type=Path, required=True, help="folder of wheels")
-    parser.add_argument("--output", type=Path, required=True, help="npz file")
+    parser.add_argument("--output", type=output_file, required=True, help="npz file")
     options = parser.parse_args()
     build_sources(options.wheels).save(options.output)
     print(f"wrote {options.output}, {options.output.stat().st_size / 1e6:.1f} MB")

@@ -18,13 +18,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.files import output_folder
 from models.mini.captions import SAMPLE_PROMPTS
 from models.mini.stages import Length, Stage, VideoSize
 
 if TYPE_CHECKING:
+    from models.mini.codec_training import CodecTrainer
     from models.mini.compilation import Task
     from models.mini.run import Progress
-    from models.mini.training import TrainConfig, Trainer, TrainState
+    from models.mini.training import TrainConfig, Trainer
 
 SHEET_PROMPTS = SAMPLE_PROMPTS[:12]  # shown on a contact sheet
 SMALL = VideoSize(frames=25, height=96, width=128, batch=32)
@@ -41,8 +43,13 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every training: data, length, and what is written when."""
     add = parser.add_argument
     add("--sources", type=Path, required=True, help="what models.mini.sources wrote")
-    add("--output", type=Path, required=True, help="folder for everything written")
+    add("--output", type=output_folder, required=True, help="folder to write to")
     add("--resume", type=Path, help="output folder of a stopped run to go on from")
+    add(
+        "--continue-from",
+        type=Path,
+        help="output folder with weights and log.json; the optimizer starts afresh",
+    )
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument(
         "--minutes", type=float, help="length of all runs together, as time of stepping"
@@ -93,11 +100,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder with codec.json and codec.safetensors, of models.mini.train_codec",
     )
     parser.add_argument(
-        "--continue-from",
-        type=Path,
-        help="output folder with weights and log.json; the optimizer starts afresh",
-    )
-    parser.add_argument(
         "--remat", action="store_true", help="less memory; see TrainConfig"
     )
     parser.add_argument(
@@ -122,7 +124,7 @@ def make_config(options: argparse.Namespace) -> "TrainConfig":
 
 
 def make_trainer(config: "TrainConfig", sources: Path, codec: Path) -> "Trainer":
-    """Reads sources and codec, which encodes in the transformer's dtype."""
+    """Reads sources and codec."""
     from models.mini.autoencoder import load_autoencoder, read_autoencoder_config
     from models.mini.checkpoint import read_json
     from models.mini.renderer import device_sources
@@ -132,7 +134,7 @@ def make_trainer(config: "TrainConfig", sources: Path, codec: Path) -> "Trainer"
     from models.mini.training import Trainer
 
     stored = read_json(codec / "codec.json")
-    autoencoder = read_autoencoder_config(stored, dtype=config.model.dtype)
+    autoencoder = read_autoencoder_config(stored)
     return Trainer(
         config,
         Vocabulary.from_captions(all_captions(), max_length=config.model.text_length),
@@ -142,19 +144,18 @@ def make_trainer(config: "TrainConfig", sources: Path, codec: Path) -> "Trainer"
 
 
 def start_state(
-    trainer: "Trainer", resume: Path | None, continue_from: Path | None
-) -> tuple["TrainState", "Progress"]:
+    trainer: "Trainer | CodecTrainer", resume: Path | None, continue_from: Path | None
+) -> tuple[Any, "Progress"]:
     """Returns the state that a run starts from, and its record.
 
     Args:
       trainer: Structure of the model.
       resume: Folder to go on from exactly, or None.
-      continue_from: Folder whose averaged weights to go on from, or None.
+      continue_from: Folder whose stored weights to go on from, or None.
 
     Raises:
       ValueError: Both are given, or what is stored is of another model.
     """
-    from models.mini.checkpoint import MiniCheckpoint
     from models.mini.optimization import load_state
     from models.mini.run import Progress
 
@@ -165,10 +166,8 @@ def start_state(
     if continue_from is not None:
         progress = Progress.read(continue_from)
         progress.starts.append(progress.steps)
-        model = trainer.config.model
-        checkpoint = MiniCheckpoint.load(continue_from / "weights", dtype=model.dtype)
-        return trainer.state_from(checkpoint, progress.steps), progress
-    state = trainer.initial_state()
+        return trainer.state_of_weights(continue_from, progress.steps), progress
+    state: Any = trainer.initial_state()
     if resume is None:
         return state, Progress()
     state, stored = load_state(resume, state)

@@ -5,7 +5,7 @@
 The output folder gets `codec.json` and `codec.safetensors`, which `models.mini.train`
 reads, and `log.json`; all are written anew every minute. `codec_report.json` says how
 well it restores videos that it was not trained on. From `state.npz`, `--resume codec`
-goes on where a stopped run was.
+goes on where a stopped run was; `--continue-from codec` needs weights and log only.
 """
 
 # Worker processes import this file: what needs JAX is imported inside functions.
@@ -14,7 +14,12 @@ import dataclasses
 import time
 
 from models.mini.stages import Stage, VideoSize
-from models.mini.train import add_common_options, optimizer_options, run_as_asked
+from models.mini.train import (
+    add_common_options,
+    optimizer_options,
+    run_as_asked,
+    start_state,
+)
 
 SMALL = VideoSize(frames=9, height=96, width=128, batch=32)
 LARGE = VideoSize(frames=5, height=256, width=384, batch=8)
@@ -30,29 +35,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Trains the small model's codec.")
     add_common_options(parser)
     options = parser.parse_args(arguments)
-    from models.diffusion.dtypes import default_dtype
     from models.media.video import write_json
-    from models.mini.autoencoder import autoencoder_config
     from models.mini.codec_training import (
         CodecConfig,
         CodecTrainer,
         held_out_videos,
         measure_codec,
     )
-    from models.mini.optimization import load_state
     from models.mini.renderer import device_sources
-    from models.mini.run import Progress
     from models.mini.sources import Sources
 
-    model = autoencoder_config(dtype=default_dtype())
-    config = CodecConfig(model=model, seed=options.seed)
+    config = CodecConfig(seed=options.seed)
     optimizer = dataclasses.replace(config.optimizer, **optimizer_options(options))
     config = dataclasses.replace(config, optimizer=optimizer)
     trainer = CodecTrainer(config, device_sources(Sources.load(options.sources)))
-    state, progress = trainer.initial_state(), Progress()
-    if options.resume is not None:
-        state, stored = load_state(options.resume, state)
-        progress = Progress(**stored)
+    state, progress = start_state(trainer, options.resume, options.continue_from)
     stages = tuple(options.stage or DEFAULT_STAGES)
     state = run_as_asked(trainer, state, progress, stages, options, started)
     videos = held_out_videos(trainer.sources, REPORTED, batches=REPORTED_BATCHES)

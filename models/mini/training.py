@@ -31,6 +31,7 @@ from models.mini.optimization import (
     is_usable,
     learning_rate_at,
     make_optimizer,
+    move_average,
     step_down,
 )
 from models.mini.renderer import SceneBatch, render_scenes
@@ -155,6 +156,12 @@ class Trainer:
                 )
         return self._state_of(checkpoint.transformer, checkpoint.text_embedding, step)
 
+    def state_of_weights(self, folder: Path, step: int) -> TrainState:
+        """Starts afresh from what `save` wrote; see `state_from`."""
+        dtype = self.config.model.dtype
+        checkpoint = MiniCheckpoint.load(folder / "weights", dtype=dtype)
+        return self.state_from(checkpoint, step)
+
     def batch(self, draw: Draw) -> Batch:
         """Replaces the captions of a drawn batch by their ids."""
         captions, *scenes = draw
@@ -265,11 +272,7 @@ def train_step(
         gradients, state.optimizer, state.parameters
     )
     parameters = step_down(state.parameters, updates, learning_rate)
-    # Early on the average is short, or it would remember the random start.
-    decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
-    ema = jax.tree.map(
-        lambda mean, value: decay * mean + (1.0 - decay) * value, state.ema, parameters
-    )
+    ema = move_average(state.ema, parameters, state.step, config.ema)
     # One broken video must not break the model: such a step changes nothing.
     new, old = (parameters, ema, optimizer), state[1:]
     changed = choose_tree(is_usable(gradients), new, old)

@@ -1,5 +1,6 @@
 """Files that are whole or not there."""
 
+import argparse
 import errno
 import os
 import re
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from models import files
-from models.files import write_whole
+from models.files import output_file, output_folder, write_whole
 from models.media import plots, video
 
 
@@ -99,3 +100,18 @@ def test_other_failures_stay_what_they_are(tmp_path):
     folder.write_text("")
     with pytest.raises(FileExistsError):
         write_whole(folder / "below", b"")
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    assert output_folder(str(tmp_path / "new" / "er")) == tmp_path / "new" / "er"
+    assert output_file(str(tmp_path / "run")) == tmp_path / "run"
+    for kind, path, message in (
+        (output_folder, tmp_path / "run", "run is a file"),
+        (output_folder, tmp_path / "run" / "more", "run is a file"),
+        (output_file, tmp_path / "run" / "report.json", "run is a file"),
+        (output_file, tmp_path, "is a folder. Name a file"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            kind(str(path))
+    assert names_in(tmp_path) == ["run"]

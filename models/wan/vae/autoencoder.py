@@ -24,6 +24,9 @@ from models.wan.vae.layers import (
     run_layers,
 )
 
+# Mean, log variance, and the cache for the frames that follow.
+Moments = tuple[Float[Array, "B F H W C"], Float[Array, "B F H W C"], Cache]
+
 
 class WanVAE(nnx.Module):
     """The autoencoder of Wan2.1, and that of Wan2.2's 5B model.
@@ -70,11 +73,7 @@ class WanVAE(nnx.Module):
                 f"video has shape {video.shape}; expected {'1 + ' if start else ''}a "
                 f"multiple of {time} frames, rows and columns multiples of {side}"
             )
-        side = self.config.patch_size
-        # Of a patch's pixels those of one column follow each other.
-        x = rearrange(video, "B T (Y y) (X x) C -> B T Y X (C x y)", y=side, x=side)
-        x, cache = self.encoder(x, cache)
-        mean, _ = jnp.split(self.quant_conv(x).astype(jnp.float32), 2, axis=-1)
+        mean, _, cache = self.moments(video, cache)
         return (mean - self._latents("mean")) / self._latents("std"), cache
 
     def decode_frames(
@@ -92,10 +91,27 @@ class WanVAE(nnx.Module):
         """
         latents = latents.astype(jnp.float32)
         latents = latents * self._latents("std") + self._latents("mean")
+        x, cache = self.pixels(latents, cache)
+        return jnp.clip(x, -1.0, 1.0), cache
+
+    def patches(self, video: Float[Array, "B T Y X 3"]) -> Float[Array, "B T H W P"]:
+        """Cuts frames in patches, whose pixels follow each other by columns."""
+        side = self.config.patch_size
+        return rearrange(video, "B T (Y y) (X x) C -> B T Y X (C x y)", y=side, x=side)
+
+    def moments(self, video: Float[Array, "B T Y X 3"], cache: Cache = None) -> Moments:
+        """Returns mean and log variance of the posterior, as trained, and the cache."""
+        x, cache = self.encoder(self.patches(video), cache)
+        moments = self.quant_conv(x).astype(jnp.float32)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, log_variance, cache
+
+    def pixels(self, latents: Float[Array, "B F H W C"], cache: Cache = None) -> Step:
+        """Decodes latents as trained, not normalised; float32, not clipped."""
         x, cache = self.decoder(self.post_quant_conv(latents), cache)
         side = self.config.patch_size
         x = rearrange(x, "B T Y X (C x y) -> B T (Y y) (X x) C", y=side, x=side)
-        return jnp.clip(x.astype(jnp.float32), -1.0, 1.0), cache
+        return x.astype(jnp.float32), cache
 
     def _latents(self, statistic: str) -> Float[Array, " C"]:
         return jnp.asarray(getattr(self.config, f"latents_{statistic}"), jnp.float32)
@@ -184,10 +200,7 @@ def _blocks_down(
     resnets = _resnets(level, config, rngs, count=config.num_res_blocks)
     if level.temporal is None:
         return resnets
-    return [
-        *resnets,
-        Downsample(level.outputs, config, temporal=level.temporal, rngs=rngs),
-    ]
+    return [*resnets, Downsample(level, config, rngs)]
 
 
 def _resnets(
@@ -211,9 +224,7 @@ class DownBlock(nnx.Module):
             _resnets(level, config, rngs, count=config.num_res_blocks)
         )
         self.downsampler = (
-            None
-            if level.temporal is None
-            else Downsample(level.outputs, config, temporal=level.temporal, rngs=rngs)
+            None if level.temporal is None else Downsample(level, config, rngs)
         )
 
     def __call__(self, x: Frames, cache: Cache) -> Step:
@@ -240,11 +251,7 @@ class UpBlock(nnx.Module):
         )
         outputs = level.outputs if config.averages else level.outputs // 2
         self.upsampler = (
-            None
-            if level.temporal is None
-            else Upsample(
-                level.outputs, outputs, config, temporal=level.temporal, rngs=rngs
-            )
+            None if level.temporal is None else Upsample(level, outputs, config, rngs)
         )
 
     def __call__(self, x: Frames, cache: Cache) -> Step:

@@ -39,6 +39,7 @@ _NEUTRAL: dict[str, tuple] = {
 }
 _DERIVED = ("scale_factor_temporal", "scale_factor_spatial")
 _CHANNELS = ("in_channels", "out_channels")  # of pixels, as patches
+_OWN = ("spatial_downsample",)  # what our files say beside diffusers' keys
 
 # Of the latents that Wan2.1 was trained on; from its `wan/modules/vae.py`.
 _WAN_2_1_MEAN = (
@@ -76,16 +77,18 @@ class Level(NamedTuple):
       outputs: Channels of the resolution.
       temporal: Whether the step to the next resolution halves, or doubles, the frames
         too; None for no step.
+      spatial: Whether it halves, or doubles, rows and columns.
     """
 
     inputs: int
     outputs: int
     temporal: bool | None
+    spatial: bool
 
     @property
     def factors(self) -> tuple[int, int]:
         """The factors in time and in space of the step to the next resolution."""
-        return 1 + bool(self.temporal), 1 if self.temporal is None else 2
+        return 1 + bool(self.temporal), 1 + self.spatial
 
     @property
     def positions(self) -> int:
@@ -104,11 +107,13 @@ class WanVAEConfig:
       decoder_base_dim: Those of the decoder; None for as many as the encoder has.
       latent_channels: Channels of the latent, C.
       dim_mult: Channels of each resolution, finest first, in units of `base_dim`.
-        Each but the first halves rows and columns.
+        Each but the first halves rows and columns, or what the next two say.
       num_res_blocks: Residual blocks of each resolution of the encoder; the decoder
         has one more.
       temporal_downsample: Whether the step from a resolution to the next also
         halves the frames; one entry less than `dim_mult`.
+      spatial_downsample: Whether it halves rows and columns; None for every step, as
+        in the published models. A step that does not has a convolution all the same.
       averages: Whether a level's input goes round it to its output, averaged or
         repeated to the new size, as in Wan2.2's 5B model.
       patch_size: Rows and columns of pixels that enter as one position, their colours
@@ -138,6 +143,7 @@ class WanVAEConfig:
     temporal_downsample: tuple[bool, ...]
     latents_mean: tuple[float, ...]
     latents_std: tuple[float, ...]
+    spatial_downsample: tuple[bool, ...] | None = None
     decoder_base_dim: int | None = None
     averages: bool = False
     patch_size: int = 1
@@ -174,12 +180,18 @@ class WanVAEConfig:
             "latents_mean": self.latent_channels,
             "latents_std": self.latent_channels,
         }
+        if self.spatial_downsample is not None:
+            lengths["spatial_downsample"] = len(self.dim_mult) - 1
         for name, length in lengths.items():
             value = getattr(self, name)
             if not isinstance(value, tuple) or len(value) != length:
                 raise ValueError(f"{name}={value!r} must be a tuple of {length}")
-        if not all(isinstance(value, bool) for value in self.temporal_downsample):
-            raise ValueError(f"{self.temporal_downsample=} must hold booleans")
+        steps = self.temporal_downsample, self.spatial_steps
+        if not all(isinstance(value, bool) for step in steps for value in step):
+            raise ValueError(
+                f"{self.temporal_downsample=} and {self.spatial_downsample=} must hold "
+                "booleans"
+            )
         if not all(value > 0.0 for value in self.latents_std):
             raise ValueError(f"{self.latents_std=} must hold positive numbers")
 
@@ -207,21 +219,30 @@ class WanVAEConfig:
         return tuple(self.base_dim * factor for factor in self.dim_mult)
 
     @property
+    def spatial_steps(self) -> tuple[bool, ...]:
+        """Whether each step from a resolution to the next halves rows and columns."""
+        if self.spatial_downsample is None:
+            return (True,) * (len(self.dim_mult) - 1)
+        return self.spatial_downsample
+
+    @property
     def encoder_levels(self) -> "tuple[Level, ...]":
         """The encoder's resolutions, finest first."""
         inputs = (self.base_dim, *self.channels)
-        steps = (*self.temporal_downsample, None)
-        return tuple(map(Level, inputs, self.channels, steps))
+        steps = (*self.temporal_downsample, None), (*self.spatial_steps, False)
+        return tuple(map(Level, inputs, self.channels, *steps))
 
     @property
     def decoder_levels(self) -> "tuple[Level, ...]":
         """The decoder's resolutions, coarsest first."""
         base = self.decoder_base_dim or self.base_dim
         outputs = tuple(base * factor for factor in reversed(self.dim_mult))
-        steps = (*reversed(self.temporal_downsample), None)
+        temporal = (*reversed(self.temporal_downsample), None)
+        spatial = (*reversed(self.spatial_steps), False)
         # Without averages around it, the step to a finer resolution halves channels.
         before = outputs if self.averages else tuple(size // 2 for size in outputs)
-        return tuple(map(Level, (outputs[0], *before), outputs, steps))
+        inputs = (outputs[0], *before)
+        return tuple(map(Level, inputs, outputs, temporal, spatial))
 
     @property
     def patch_channels(self) -> int:
@@ -234,7 +255,7 @@ class WanVAEConfig:
 
         The first latent frame stands for one frame of the video only.
         """
-        side = 2 ** (len(self.dim_mult) - 1) * self.patch_size
+        side = 2 ** sum(self.spatial_steps) * self.patch_size
         return 2 ** sum(self.temporal_downsample), side, side
 
     def latent_shape(self, *, frames: int, height: int, width: int) -> LatentShape:
@@ -292,7 +313,7 @@ class WanVAEConfig:
             all are named.
         """
         known = {*_DIFFUSERS_FIELDS, *_DIFFUSERS_OPTIONAL, *_NEUTRAL, *_DERIVED}
-        known |= {*_CHANNELS}
+        known |= {*_CHANNELS, *_OWN}
         check_keys(
             published,
             known=known,
@@ -315,6 +336,8 @@ class WanVAEConfig:
             else published[key]
             for key, ours in _DIFFUSERS_FIELDS.items()
         }
+        if published.get("spatial_downsample") is not None:
+            fields["spatial_downsample"] = tuple(published["spatial_downsample"])
         fields |= {
             ours: published[key]
             for key, ours in _DIFFUSERS_OPTIONAL.items()

@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models.diffusion.video_autoencoder.layers import Frames, convolve, pointwise
-from models.wan.vae.config import WanVAEConfig
+from models.wan.vae.config import Level, WanVAEConfig
 from pallas_kernels import dense_attention
 
 WINDOW = 3  # frames that a convolution in time sees
@@ -165,30 +165,34 @@ class FrameAttention(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves rows and columns, and if asked the frames after the first.
+    """Halves rows and columns, the frames after the first, or both.
 
     The first frame of a video stays; each later one that is kept sees itself and the
     two before it.
 
+    Args:
+      level: Its outputs come in; says what the step halves.
+      config: Sizes and dtypes.
+      rngs: Source of the initial weights.
+
     Source: Wan2.1 `Resample`, modes "downsample2d" and "downsample3d".
     """
 
-    def __init__(
-        self, dim: int, config: WanVAEConfig, *, temporal: bool, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, level: Level, config: WanVAEConfig, rngs: nnx.Rngs) -> None:
+        dim = level.outputs
         self.resample = nnx.Conv(
             dim,
             dim,
             (3, 3),
-            strides=(2, 2),
-            padding=((0, 1), (0, 1)),
+            strides=(2, 2) if level.spatial else (1, 1),
+            padding=((0, 1), (0, 1)) if level.spatial else ((1, 1), (1, 1)),
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,
         )
         self.time_conv = (
             CausalConv(dim, dim, config, side=1, stride=2, rngs=rngs)
-            if temporal
+            if level.temporal
             else None
         )
 
@@ -207,16 +211,15 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles rows and columns, and if asked the frames.
+    """Doubles rows and columns, the frames, or both.
 
     The first frame of a video stays one frame, and later frames do not see it. To the
     convolution in time the video begins after it.
 
     Args:
-      dim: Channels in.
+      level: Its outputs come in; says what the step doubles.
       out_features: Channels out.
       config: Sizes and dtypes.
-      temporal: Whether it doubles the frames, too.
       rngs: Source of the initial weights.
 
     Source: Wan2.1 `Resample`, modes "upsample2d" and "upsample3d"; the first frame
@@ -224,14 +227,10 @@ class Upsample(nnx.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        out_features: int,
-        config: WanVAEConfig,
-        *,
-        temporal: bool,
-        rngs: nnx.Rngs,
+        self, level: Level, out_features: int, config: WanVAEConfig, rngs: nnx.Rngs
     ) -> None:
+        dim = level.outputs
+        self.spatial = level.spatial
         self.resample = nnx.Conv(
             dim,
             out_features,
@@ -242,7 +241,9 @@ class Upsample(nnx.Module):
             rngs=rngs,
         )
         self.time_conv = (
-            CausalConv(dim, 2 * dim, config, side=1, rngs=rngs) if temporal else None
+            CausalConv(dim, 2 * dim, config, side=1, rngs=rngs)
+            if level.temporal
+            else None
         )
 
     def __call__(self, x: Frames, cache: Cache) -> Step:
@@ -257,7 +258,9 @@ class Upsample(nnx.Module):
             if later.shape[1]:
                 later, cache = self._double_frames(later, cache)
             x = jnp.concatenate([first, later], axis=1)
-        return self.resample(x.repeat(2, axis=2).repeat(2, axis=3)), cache
+        if self.spatial:
+            x = x.repeat(2, axis=2).repeat(2, axis=3)
+        return self.resample(x), cache
 
     def _double_frames(self, x: Frames, cache: Cache) -> Step:
         """Makes two frames of each: the two halves of the convolution's channels."""

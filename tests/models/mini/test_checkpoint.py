@@ -90,7 +90,7 @@ def test_round_trip(checkpoint, written):
 
 @pytest.mark.nightly
 def test_codec_is_what_config_says(checkpoint, tmp_path):
-    config = autoencoder_config(base_dim=2, dim_mult=(1, 1, 2))
+    config = autoencoder_config(base_dim=2, decoder_base_dim=2)
     config = dataclasses.replace(
         config, latents_mean=tuple(map(float, range(16))), latents_std=(2.0,) * 16
     )

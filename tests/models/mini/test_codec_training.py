@@ -37,7 +37,7 @@ pytestmark = pytest.mark.nightly
 SIZE = VideoSize(frames=3, height=16, width=24, batch=3)
 STAGES = (Stage(share=1.0, turns=(SIZE,)),)
 CONFIG = CodecConfig(
-    model=autoencoder_config(base_dim=4, dim_mult=(1, 1, 2)),
+    model=autoencoder_config(base_dim=16, decoder_base_dim=32),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, weight_decay=0.0),
 )
 
@@ -121,7 +121,8 @@ def test_stored_codec_normalises_latents(trainer, tmp_path):
 
 def test_statistics_are_of_latents_before_normalisation():
     model = WanVAE(
-        autoencoder_config(base_dim=2, latents_mean=(1.0,) * 16), rngs=nnx.Rngs(0)
+        autoencoder_config(base_dim=2, decoder_base_dim=2, latents_mean=(1.0,) * 16),
+        rngs=nnx.Rngs(0),
     )
     config = with_statistics(model, np.full(16, 0.5), np.full(16, 2.0))
     assert config.latents_mean == (1.5,) * 16

@@ -71,7 +71,7 @@ def trainer() -> Trainer:
         model=TINY, optimizer=OptimizerConfig(warmup_steps=5, learning_rate=3e-3)
     )
     autoencoder = WanVAE(
-        autoencoder_config(base_dim=2, dim_mult=(1, 1, 2)), rngs=nnx.Rngs(0)
+        autoencoder_config(base_dim=2, decoder_base_dim=2), rngs=nnx.Rngs(0)
     )
     return Trainer(
         config,

@@ -111,6 +111,8 @@ def test_every_missing_field_is_named():
         ({"averages": True, "dim_mult": (1, 1, 8, 8)}, "decoder has 96 .* of 768"),
         ({"temporal_downsample": (True,)}, "must be a tuple of 3"),
         ({"temporal_downsample": (True, True, 1)}, "must hold booleans"),
+        ({"spatial_downsample": (True,)}, "spatial_downsample=.* a tuple of 3"),
+        ({"spatial_downsample": (True, True, 1)}, "must hold booleans"),
         ({"latents_mean": (0.0,)}, "latents_mean=.* must be a tuple of 16"),
         ({"latents_std": (0.0,) * 16}, "must hold positive numbers"),
         ({"dtype": "float64"}, "dtype='float64' must be one of"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.wan.vae.config import WanVAEConfig
+from models.wan.vae.config import Level, WanVAEConfig
 from models.wan.vae.layers import CausalConv, Downsample, RMSNorm, Upsample
 
 F32 = {"rtol": 0, "atol": 2e-6}  # measured on CPU: 5e-7
@@ -59,10 +59,13 @@ def test_norm():
     np.testing.assert_allclose(norm(jnp.asarray(x)), expected, **F32)
 
 
-@pytest.mark.parametrize("temporal", [False, True])
-def test_the_first_frame_is_downsampled_alone(temporal):
+@pytest.mark.parametrize(
+    ("temporal", "spatial"), [(False, True), (True, True), (True, False)], ids=str
+)
+def test_the_first_frame_is_downsampled_alone(temporal, spatial):
     """Frames 1, 4 and 4: the first is kept, the others halved if temporal."""
-    layer = Downsample(4, WanVAEConfig.wan2_1(), temporal=temporal, rngs=nnx.Rngs(0))
+    level = Level(inputs=4, outputs=4, temporal=temporal, spatial=spatial)
+    layer = Downsample(level, WanVAEConfig.wan2_1(), nnx.Rngs(0))
     x = jnp.asarray(random(1, 9, 4, 6, 4))
     frames, cache = [], None
     for start, stop in ((0, 1), (1, 5), (5, 9)):
@@ -72,6 +75,7 @@ def test_the_first_frame_is_downsampled_alone(temporal):
         [1, 2, 2] if temporal else [1, 4, 4]
     )
     images = layer.resample(x)
+    assert images.shape == ((1, 9, 2, 3, 4) if spatial else (1, 9, 4, 6, 4))
     if temporal:
         conv = layer.time_conv
         images = np.asarray(images)
@@ -86,9 +90,11 @@ def test_the_first_frame_is_downsampled_alone(temporal):
     np.testing.assert_allclose(jnp.concatenate(frames, 1), images, **F32)
 
 
-def test_later_frames_are_upsampled_without_the_first():
+@pytest.mark.parametrize("spatial", [True, False])
+def test_later_frames_are_upsampled_without_the_first(spatial):
     """The original's "Rep": one frame stays one, and is not in the window."""
-    layer = Upsample(4, 2, WanVAEConfig.wan2_1(), temporal=True, rngs=nnx.Rngs(0))
+    level = Level(inputs=4, outputs=4, temporal=True, spatial=spatial)
+    layer = Upsample(level, 2, WanVAEConfig.wan2_1(), nnx.Rngs(0))
     x = random(1, 4, 2, 3, 4)
     frames, cache = [], None
     for index in range(4):
@@ -105,9 +111,10 @@ def test_later_frames_are_upsampled_without_the_first():
     doubled = np.empty((1, 7, 2, 3, 4), np.float32)
     doubled[:, 0] = x[:, 0]
     doubled[:, 1::2], doubled[:, 2::2] = pairs[..., :4], pairs[..., 4:]
-    large = np.empty((1, 7, 4, 6, 4), np.float32)
-    for y, c in itertools.product(range(4), range(6)):
-        large[:, :, y, c] = doubled[:, :, y // 2, c // 2]
+    side = 1 + spatial
+    large = np.empty((1, 7, 2 * side, 3 * side, 4), np.float32)
+    for y, c in itertools.product(range(2 * side), range(3 * side)):
+        large[:, :, y, c] = doubled[:, :, y // side, c // side]
     expected = layer.resample(jnp.asarray(large))
-    assert expected.shape == (1, 7, 4, 6, 2)
+    assert expected.shape == (1, 7, 2 * side, 3 * side, 2)
     np.testing.assert_allclose(jnp.concatenate(frames, 1), expected, **F32)
