@@ -58,6 +58,7 @@ def autoencoder_config(**changes: Any) -> WanVAEConfig:
 def describe_autoencoder(config: WanVAEConfig) -> dict[str, Any]:
     """Returns the sizes and statistics for JSON; see `read_autoencoder_config`."""
     named = {key: getattr(config, ours) for key, ours in _STORED.items()}
+    named |= dict.fromkeys(("in_channels", "out_channels"), config.patch_channels)
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in named.items()
