@@ -8,6 +8,7 @@ record:
   samples_ms         steps, until the result is there
   relative_error     of the first step's estimate of the clean latents, against that of
                      one device
+  kept_density       share of computed pairs of all layers, as the report has it
   masks              of three layers after that step: the share of heads whose mask is
                      that of one device, and of one device's pairs that are kept, too
   traffic, sent      what the program sends; see `benchmarks.scaling.traffic`
@@ -207,8 +208,10 @@ class StepsPart:
         """Runs the first step, and compares it with that of one device."""
         record |= run.wait()
         start = time.perf_counter()
-        estimate = np.asarray(run.step().estimate, np.float32)
+        report = run.step()
         record["first_step_s"] = time.perf_counter() - start
+        record["kept_density"] = float(report.kept_density.mean())
+        estimate = np.asarray(report.estimate, np.float32)
         record["memory"] = device_memory()
         masks = run.masks()
         self.first = self.first or (estimate, masks)

@@ -27,7 +27,8 @@ _CALLED = re.compile(r"\b(body|to_apply|calls)=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _PRODUCT = re.compile(r"gemm|dot|cublas|convolution", re.I)
-_CALLS = ("call", "while", "conditional", "async-start")
+# Small sums may be kernels of XLA's own, which are fusions.
+_CALLS = ("call", "while", "conditional", "async-start", "fusion")
 
 
 class _Line(NamedTuple):
@@ -97,7 +98,7 @@ def _computations(text: str) -> tuple[dict[str, list[_Line]], str]:
 
 
 def _times(computations: dict[str, list[_Line]], entry: str) -> dict[str, int]:
-    """Returns how often each computation runs, those of kernels left out."""
+    """Returns how often each computation runs."""
     times: collections.Counter[str] = collections.Counter()
     pending = [(entry, 1)]
     while pending:

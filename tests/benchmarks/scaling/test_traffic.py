@@ -10,6 +10,11 @@ HloModule jit_step, is_scheduled=true
   ROOT %y = bf16[4,8]{1,0} add(%x, %x)
 }
 
+%own_sum (shares: f32[40]) -> f32[40] {
+  %shares = f32[40]{0} parameter(0)
+  ROOT %all-reduce.1 = f32[40]{0} all-reduce(%shares), to_apply=%kernel
+}
+
 %body (state: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %state = (s32[], bf16[4,8]{1,0}) parameter(0)
   %x.1 = bf16[4,8]{1,0} get-tuple-element(%state), index=1
@@ -34,6 +39,7 @@ ENTRY %main (a: f32[2,8]) -> f32[4,8] {
   %permute = (f32[2,8]{1,0}, f32[2,8]{1,0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
   %fusion.7 = f32[2,8]{1,0} fusion(%a), kind=kLoop, calls=%kernel
   %permute-done = f32[2,8]{1,0} collective-permute-done(%permute)
+  %sum = f32[40]{0} fusion(%a), kind=kCustom, calls=%own_sum
   ROOT %all-gather = f32[4,8]{1,0} all-gather(%permute-done), dimensions={0}
 }
 """  # noqa: E501
@@ -43,6 +49,7 @@ def test_operations_are_counted_with_their_loops_and_what_runs_beside_them():
     """Five layers in each of two calls; the second exchange ends after a kernel."""
     records = traffic(PROGRAM)
     assert records == [
+        {"kind": "all-reduce", "bytes": 160, "times": 1},
         {"kind": "all-to-all", "bytes": 64, "meanwhile": {"product": 2}, "times": 10},
         {
             "kind": "all-to-all",
