@@ -14,7 +14,14 @@ from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_named_tuple
 from pallas_kernels import pooling
 from pallas_kernels.common import AnyArray, Order, to_jax, validation
-from pallas_kernels.pooling import QKV, QKNorm, Reduction, Rope, Scales
+from pallas_kernels.pooling import (
+    QKV,
+    MeanSquares,
+    QKNorm,
+    Reduction,
+    Rope,
+    Scales,
+)
 
 register_named_tuple(QKV)
 
@@ -29,6 +36,7 @@ def norm_rope_pool(
     scales: Scales | None = None,
     text_scales: Scales | None = None,
     rope: Rope | None = None,
+    mean_squares: MeanSquares | None = None,
     order: Order = "raster",
     pool_anyway: bool = True,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N D"], PooledTokens | None]:
@@ -52,6 +60,9 @@ def norm_rope_pool(
         them too.
       rope: Cosine and sine of each channel pair (2i, 2i + 1) of a head, one row for
         each visual token in their order, D / 2 columns. None does not rotate.
+      mean_squares: Mean squares of each token of q and of k over all heads of the
+        model, where q and k have some of them; for a norm over heads. None computes
+        them of q and k.
       order: How the visual tokens are ordered.
       pool_anyway: False leaves pooling to the attention (the third result is None)
         where it would take a pass of its own, which attention with a reused mask or
@@ -62,7 +73,8 @@ def norm_rope_pool(
 
     Raises:
       ValueError: Shapes do not fit each other or the grid, scales are given without a
-        norm or a norm without scales, text_scales without text, or order is unknown.
+        norm or a norm without scales, text_scales without text, mean_squares without a
+        norm over heads, or order is unknown.
       TypeError: q's dtype is not supported, or k has another.
     """
     q, k = to_jax(q, k)
@@ -82,6 +94,7 @@ def norm_rope_pool(
         scales=scales,
         text_scales=text_scales,
         rope=rope,
+        mean_squares=mean_squares,
         reductions=reductions,
         pool_anyway=pool_anyway,
     )

@@ -55,10 +55,11 @@ class BlockInputs(NamedTuple):
       image: Embedded image tokens, for an image-to-video model.
       modulation: Projected time embeddings, float32: of all tokens, or of those of the
         first frame and those of the others.
-      rope: Cosine and sine per token, in tiled order.
+      rope: Cosine and sine per token of the video, in tiled order.
       grid: Geometry of the tokens.
       draft: Options of draft attention; None is dense attention.
-      shards: The device's part of the tokens, to which `rope` belongs; None for all.
+      shards: The device's part of the tokens; None for all. Norm and rotation come
+        after the exchange, so `rope` is that of all.
     """
 
     text: Float[Array, "B L E"]
@@ -132,29 +133,41 @@ class SelfAttention(nnx.Module):
         """Returns queries, keys and values, in `config.dtype`.
 
         Norm and rotation are float32; the RMS is over all heads together. Pooled as
-        `inputs.draft` says where that comes with them for free. Of tokens on several
-        devices the norm needs all heads, and pooling all tokens: it is left to the
-        attention.
+        `inputs.draft` says where that comes with them for free. All this needs all
+        tokens of a head, so several devices exchange before it; of the other devices'
+        heads the norm needs the mean squares.
         """
         shards = inputs.shards
-        norm, scales = None, None
+        q, k, v = (
+            split_heads(project(x), self.num_heads)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        norm, scales, mean_squares = None, None, None
         if self.norm_q is not None and self.norm_k is not None:
             norm = QKNorm(over="heads", eps=self.norm_q.eps)
             scales = (self.norm_q.scale[...], self.norm_k.scale[...])
+        if shards is not None:
+            squares = _mean_squares(q, k)
+            q, k, v = map(shards.to_heads, (q, k, v))
+            if scales is not None:
+                # XLA would send these before queries, which would then not travel while
+                # keys are projected.
+                q, squares = jax.lax.optimization_barrier((q, squares))
+                squares = shards.gather(squares)
+                mean_squares = (squares[..., 0], squares[..., 1])
+                scales = shards.own_channels(scales[0]), shards.own_channels(scales[1])
         q, k, pooled = norm_rope_pool(
-            split_heads(self.to_q(x), self.num_heads),
-            split_heads(self.to_k(x), self.num_heads),
-            grid=inputs.grid if shards is None else shards.local_grid,
-            config=inputs.draft if shards is None else None,
+            q,
+            k,
+            grid=inputs.grid,
+            config=inputs.draft,
             norm=norm,
             scales=scales,
             rope=inputs.rope,
+            mean_squares=mean_squares,
             order="tiled",
             pool_anyway=False,
         )
-        v = split_heads(self.to_v(x), self.num_heads)
-        if shards is not None:
-            q, k, v = map(shards.to_heads, (q, k, v))
         return q, k, v, pooled
 
 
@@ -280,6 +293,12 @@ class WanBlock(nnx.Module):
         hidden = modulate(x, 1 + scale_3, shift_3, before=self.ffn.linear_1)
         hidden = self.ffn(hidden)
         return x + hidden.astype(jnp.float32) * gate_3, mask
+
+
+def _mean_squares(*arrays: Float[Array, "B T N D"]) -> Float[Array, "B T count"]:
+    """Returns the mean square of all heads of each token, float32."""
+    squares = [jnp.square(x.astype(jnp.float32)).mean((-2, -1)) for x in arrays]
+    return jnp.stack(squares, axis=-1)
 
 
 def _qk_norm(config: WanConfig) -> RMSNorm:

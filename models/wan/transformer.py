@@ -26,7 +26,7 @@ from models.diffusion.transformer.model import (
     Velocity,
     VideoTransformer,
 )
-from models.diffusion.transformer.rope import RopeTable, rope_table
+from models.diffusion.transformer.rope import rope_table
 from models.diffusion.transformer.token_shards import TokenShards
 from models.diffusion.transformer.tokens import latent_grid, unpatchify
 from models.diffusion.transformer.weight_shards import WeightShards, gather_of
@@ -255,7 +255,9 @@ class WanTransformer(VideoTransformer):
             text=text,
             image=self.condition_embedder.embed_image(inputs.image_tokens),
             modulation=modulation,
-            rope=self._rope(grid, shards),
+            rope=rope_table(
+                grid, split_head_dim(config.head_dim), theta=config.rope_theta
+            ),
             grid=grid,
             draft=attention.config,
             shards=shards,
@@ -287,16 +289,6 @@ class WanTransformer(VideoTransformer):
         if shards is not None:
             patches = shards.own(patches, axis=1)
         return self.patch_embedding.project(patches)
-
-    def _rope(self, grid: VideoGrid, shards: TokenShards | None) -> RopeTable:
-        """Returns the rotations of the tokens, those of the device."""
-        config = self.config
-        cos, sin = rope_table(
-            grid, split_head_dim(config.head_dim), theta=config.rope_theta
-        )
-        if shards is None:
-            return cos, sin
-        return shards.own(cos, axis=0), shards.own(sin, axis=0)
 
     def _head(
         self,

@@ -6,6 +6,7 @@ from pallas_kernels.pooling.api import (
 )
 from pallas_kernels.pooling.interfaces import (
     QKV,
+    MeanSquares,
     QKNorm,
     Reduction,
     Rope,
@@ -22,6 +23,7 @@ from pallas_kernels.pooling.video import PooledVideo, VideoPooling, pool_video
 
 __all__ = [
     "QKV",
+    "MeanSquares",
     "PooledVideo",
     "QKNorm",
     "Reduction",

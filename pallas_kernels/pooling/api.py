@@ -19,6 +19,7 @@ from pallas_kernels.common.static import jit_once
 from pallas_kernels.pooling import sm90, xla
 from pallas_kernels.pooling.interfaces import (
     QKV,
+    MeanSquares,
     QKNorm,
     Reduction,
     Rope,
@@ -37,6 +38,7 @@ def norm_rope_pool(
     scales: Scales | None = None,
     text_scales: Scales | None = None,
     rope: Rope | None = None,
+    mean_squares: MeanSquares | None = None,
     reductions: tuple[Reduction, ...] = ("mean",),
     pool_anyway: bool = True,
 ) -> tuple[
@@ -62,6 +64,8 @@ def norm_rope_pool(
         scales for them too.
       rope: Cosine and sine of each channel pair (2i, 2i + 1) of a head, one row for
         each token of the frames in their order, D / 2 columns. None does not rotate.
+      mean_squares: Of the tokens of q and of k over all heads, where q and k have some
+        of the heads; for a norm over heads. None computes them.
       reductions: What to compute of each tile; none pools nothing. Static.
       pool_anyway: False does not pool where that would take a pass of its own.
 
@@ -70,13 +74,21 @@ def norm_rope_pool(
       then those of k, or None where nothing was pooled.
 
     Raises:
-      ValueError: Scales are given without a norm or a norm without scales, or the
-        shape of a scale or of rope does not fit q.
+      ValueError: Scales are given without a norm or a norm without scales, mean squares
+        without a norm over heads, or the shape of one of them or of rope does not fit
+        q.
     """
     q, k = to_jax(q, k)
     task = _Task(tiling=tiling, norm=norm, reductions=reductions)
     written, pooled = _prepare(
-        task, (q, k), None, scales, text_scales, rope, pool_anyway=pool_anyway
+        task,
+        (q, k),
+        None,
+        scales,
+        text_scales,
+        rope,
+        mean_squares,
+        pool_anyway=pool_anyway,
     )
     return *written, pooled
 
@@ -130,6 +142,7 @@ def joint_norm_rope_pool(
         scales,
         text_scales,
         rope,
+        None,
         pool_anyway=pool_anyway,
     )
     return *written, pooled
@@ -160,12 +173,23 @@ class _Task:
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """Axes of the video's arrays, the text's, both scales and the rotations."""
+        """Axes of the arguments of `_norm_rope`."""
         parts = (f"video: {self.tokens}", f"text: {self.tokens}")
-        return *parts, "scales: C", "text_scales: C", "rope: V half"
+        shared = ("scales: C", "text_scales: C", "rope: V half")
+        return *parts, *shared, "mean_squares: B T"
 
 
-def _prepare(task: _Task, video, text, scales, text_scales, rope, *, pool_anyway: bool):
+def _prepare(
+    task: _Task,
+    video,
+    text,
+    scales,
+    text_scales,
+    rope,
+    mean_squares,
+    *,
+    pool_anyway: bool,
+):
     """Checks, chooses the kernel or XLA, and returns written and pooled arrays.
 
     `video` is q and k of the whole sequence where `text` is None.
@@ -173,9 +197,16 @@ def _prepare(task: _Task, video, text, scales, text_scales, rope, *, pool_anyway
     q = video[0]
     _check_norm(q, task.norm, scales, text_scales)
     _check_rope(q, rope, task.tiling.tokens)
+    _check_mean_squares(q, task.norm, mean_squares)
     device = current_device(q)
-    cause = sm90.norm_rope_pool.why_unsupported(q.shape, q.dtype, task.norm, device)
-    arrays = (video, text, scales, text_scales, rope)
+    cause = sm90.norm_rope_pool.why_unsupported(
+        q.shape,
+        q.dtype,
+        task.norm,
+        device,
+        has_mean_squares=mean_squares is not None,
+    )
+    arrays = (video, text, scales, text_scales, rope, mean_squares)
     if cause is None:
         written, pooled = _fused(task, *arrays)
         return written, pooled if task.reductions else None
@@ -189,17 +220,24 @@ def _prepare(task: _Task, video, text, scales, text_scales, rope, *, pool_anyway
 
 
 @functools.partial(jit_once, static_argnums=0)
-def _norm_rope(task: _Task, video, text, scales, text_scales, rope):
+def _norm_rope(task: _Task, video, text, scales, text_scales, rope, mean_squares):
     tiling = task.tiling
     q, k, *rest = video if text is None else xla.join_text(video, text, tiling)
     prepared = xla.norm_rope(
-        q, k, scales, text_scales, rope, visual_tokens=tiling.tokens, norm=task.norm
+        q,
+        k,
+        scales,
+        text_scales,
+        rope,
+        visual_tokens=tiling.tokens,
+        norm=task.norm,
+        mean_squares=mean_squares,
     )
     return *prepared, *rest
 
 
 @functools.partial(jit_once, static_argnums=0)
-def _fused(task: _Task, video, text, scales, text_scales, rope):
+def _fused(task: _Task, *arrays):
     def run(*arguments):
         # A gradient of what devices share, such as scales, is then summed over them.
         leaves, tree = jax.tree.flatten(arguments)
@@ -211,12 +249,12 @@ def _fused(task: _Task, video, text, scales, text_scales, rope):
         operation="norm_rope_pool",
         operands=task.operands,
         results=(task.tokens, task.tiles),
-    )(video, text, scales, text_scales, rope)
+    )(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable_kernel(task: _Task, video, text, scales, text_scales, rope):
-    arguments = (video, text, scales, text_scales, rope)
+def _differentiable_kernel(task: _Task, *arguments):
+    video = arguments[0]
     leaves, tree = jax.tree.flatten(arguments)
     names = jax.tree.leaves(jax.tree.broadcast(task.operands, arguments))
     num_pooled = 2 * len(task.reductions)
@@ -228,9 +266,10 @@ def _differentiable_kernel(task: _Task, video, text, scales, text_scales, rope):
 
     def run(*leaves):
         arguments = jax.tree.unflatten(tree, leaves)
-        video, text, scales, text_scales, rope = arguments
-        shape, dtype = video[0].shape, video[0].dtype
-        cause = sm90.norm_rope_pool.why_unsupported_shape(shape, dtype, task.norm)
+        video, text, scales, text_scales, rope, mean_squares = arguments
+        cause = sm90.norm_rope_pool.why_unsupported_shape(
+            video[0].shape, video[0].dtype, task.norm, mean_squares is not None
+        )
         if cause is not None:  # a device has fewer heads than all together
             warn_once(f"norm_rope_pool runs as XLA operations: {cause}")
             written = _norm_rope(task, *arguments)
@@ -246,6 +285,7 @@ def _differentiable_kernel(task: _Task, video, text, scales, text_scales, rope):
             task.tiling.table,
             task.tiling.tokens,
             norm=task.norm,
+            mean_squares=mean_squares,
             reductions=task.reductions,
         )
         return *written, *pooled
@@ -284,6 +324,22 @@ def _check_norm(q, norm: QKNorm | None, scales, text_scales) -> None:
                     f"the {kind} of {name} has shape {scale.shape}; {norm} needs "
                     f"({width},)"
                 )
+
+
+def _check_mean_squares(q, norm: QKNorm | None, mean_squares) -> None:
+    """Raises ValueError unless they are those of a norm over heads, of each token."""
+    if mean_squares is None:
+        return
+    if norm is None or norm.over != "heads":
+        raise ValueError(
+            f"mean_squares are those of a norm over heads, but {norm=}: leave them out"
+        )
+    for name, squares in zip(("q", "k"), mean_squares, strict=True):
+        if squares.shape != q.shape[:2]:
+            raise ValueError(
+                f"the mean squares of {name} have shape {squares.shape}; expected "
+                f"{q.shape[:2]}, one for each token"
+            )
 
 
 def _check_rope(q, rope: Rope | None, visual_tokens: slice) -> None:

@@ -17,6 +17,7 @@ Reduction = Literal["mean", "max"]
 VideoResult = Literal["parts", "cells", "tiles", "spread"]  # see sm90/pool_video.py
 Scales = tuple[Float[AnyArray, " C"], Float[AnyArray, " C"]]
 Rope = tuple[Float[AnyArray, "V half"], Float[AnyArray, "V half"]]
+MeanSquares = tuple[Float[AnyArray, "B T"], Float[AnyArray, "B T"]]
 
 
 class QKV(NamedTuple):

@@ -9,7 +9,14 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pooling.interfaces import QKNorm, Reduction, Rope, Scales, Tiling
+from pallas_kernels.pooling.interfaces import (
+    MeanSquares,
+    QKNorm,
+    Reduction,
+    Rope,
+    Scales,
+    Tiling,
+)
 
 
 def pool_tiles(
@@ -112,6 +119,7 @@ def norm_rope(
     *,
     visual_tokens: slice,
     norm: QKNorm | None,
+    mean_squares: MeanSquares | None = None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N D"]]:
     """Norms and rotates q and k; see `pallas_kernels.pooling.norm_rope_pool`."""
     run = functools.partial(
@@ -119,14 +127,27 @@ def norm_rope(
     )
     q_scale, k_scale = scales or (None, None)
     q_text, k_text = text_scales or (None, None)
-    return run(q, q_scale, q_text), run(k, k_scale, k_text)
+    q_square, k_square = mean_squares or (None, None)
+    return run(q, q_scale, q_text, q_square), run(k, k_scale, k_text, k_square)
 
 
-def _norm_rope(x, scale, text_scale, *, rope: Rope | None, visual_tokens: slice, norm):
+def _norm_rope(
+    x,
+    scale,
+    text_scale,
+    mean_square,
+    *,
+    rope: Rope | None,
+    visual_tokens: slice,
+    norm: QKNorm | None,
+):
     y = x.astype(jnp.float32)
     if norm is not None:
-        axes = (-2, -1) if norm.over == "heads" else (-1,)
-        mean_square = jnp.square(y).mean(axes, keepdims=True)
+        if mean_square is None:
+            axes = (-2, -1) if norm.over == "heads" else (-1,)
+            mean_square = jnp.square(y).mean(axes, keepdims=True)
+        else:
+            mean_square = mean_square[:, :, None, None]
         shape = x.shape[2:] if norm.over == "heads" else (1, *x.shape[3:])
         factor = scale.astype(jnp.float32).reshape(shape)
         if text_scale is not None:

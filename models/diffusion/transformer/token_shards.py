@@ -11,10 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from draft_jax import VideoGrid
 from pallas_kernels.common import register_configuration
-
-_ROW_BLOCK = 128  # tokens of one tile of `local_grid`
 
 
 @register_configuration
@@ -44,16 +41,9 @@ class TokenShards:
         """Visual tokens of all devices, padding included."""
         return self.local_tokens * self.count
 
-    @property
-    def local_grid(self) -> VideoGrid:
-        """A device's tokens as a grid, for what treats each of them by itself."""
-        return VideoGrid(1, 1, self.local_tokens, tile=(1, _ROW_BLOCK))
-
     def own(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
         """Returns a device's part of the tokens of an array that it has whole."""
-        x = self._pad(x, axis)
-        start = jax.lax.axis_index(self.axis) * self.local_tokens
-        return jax.lax.dynamic_slice_in_dim(x, start, self.local_tokens, axis)
+        return self._own_part(self._pad(x, axis), axis)
 
     def gather(self, x: Shaped[Array, "B t C"]) -> Shaped[Array, "B T C"]:
         """Returns the tokens of all devices; for narrow arrays."""
@@ -80,13 +70,20 @@ class TokenShards:
 
     def own_heads(self, text: Shaped[Array, "B L N D"]) -> Shaped[Array, "B L n D"]:
         """Returns a device's heads of text, which it has whole."""
-        heads = text.shape[2] // self.count
-        start = jax.lax.axis_index(self.axis) * heads
-        return jax.lax.dynamic_slice_in_dim(text, start, heads, 2)
+        return self._own_part(text, 2)
+
+    def own_channels(self, factors: Shaped[Array, " C"]) -> Shaped[Array, " c"]:
+        """Returns the factors of the channels of a device's heads."""
+        return self._own_part(factors, 0)
 
     def all_heads(self, text: Shaped[Array, "B L n D"]) -> Shaped[Array, "B L N D"]:
         """Returns all heads of text, or of what is as short."""
         return jax.lax.all_gather(text, self.axis, axis=2, tiled=True)
+
+    def _own_part(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
+        size = x.shape[axis] // self.count
+        start = jax.lax.axis_index(self.axis) * size
+        return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
     def _exchange(
         self, x: Shaped[Array, "devices ..."]

@@ -43,7 +43,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.device import Device
-from pallas_kernels.pooling.interfaces import QKNorm, Reduction, Rope, Scales
+from pallas_kernels.pooling.interfaces import (
+    MeanSquares,
+    QKNorm,
+    Reduction,
+    Rope,
+    Scales,
+)
 from pallas_kernels.pooling.sm90 import emulated, registers
 from pallas_kernels.pooling.sm90.plan import (
     NormRopePoolPlan,
@@ -63,6 +69,7 @@ def norm_rope_pool(
     visual_tokens: slice,
     *,
     norm: QKNorm | None,
+    mean_squares: MeanSquares | None = None,
     reductions: tuple[Reduction, ...] = ("mean",),
     ahead: int | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -81,6 +88,8 @@ def norm_rope_pool(
       tiles: First token, tokens between two rows, rows and columns of each tile.
       visual_tokens: The tokens that are not text, in the whole sequence.
       norm: The norm, or None.
+      mean_squares: What a norm over all heads needs of each token of the sequence, if
+        the arrays have some of the heads only.
       reductions: What to compute of each tile of what is written.
       ahead: Tokens loaded before their use; None for the default.
       interpret: Run on the CPU in GPU interpret mode.
@@ -95,7 +104,8 @@ def norm_rope_pool(
     """
     _, num_tokens, num_heads, head_dim = arrays[0].shape
     dtype = arrays[0].dtype
-    if cause := why_unsupported_shape(arrays[0].shape, dtype, norm):
+    has_squares = mean_squares is not None
+    if cause := why_unsupported_shape(arrays[0].shape, dtype, norm, has_squares):
         raise ValueError(f"the norm-rope-pool kernel cannot take these inputs: {cause}")
     if ahead is not None and ahead < 1:
         raise ValueError(f"{ahead=} must be at least 1")
@@ -109,6 +119,7 @@ def norm_rope_pool(
         head_dim,
         dtype,
         norm=norm,
+        has_mean_squares=has_squares,
         has_text_scales=text_scales is not None,
         has_rope=rope is not None,
         reductions=reductions,
@@ -125,7 +136,8 @@ def norm_rope_pool(
     run = functools.partial(
         _run, num_tokens=num_tokens, units=units, plan=plan, interpret=interpret
     )
-    outs = fold_mapped_axes(run, len(shared))(*arrays, *(text or ()), *shared)
+    batched = (*arrays, *(text or ()), *(mean_squares or ()))
+    outs = fold_mapped_axes(run, len(shared))(*batched, *shared)
     return outs[: len(arrays)], outs[len(arrays) :]
 
 
@@ -134,9 +146,13 @@ def why_unsupported(
     dtype: jax.typing.DTypeLike,
     norm: QKNorm | None,
     device: Device,
+    *,
+    has_mean_squares: bool = False,
 ) -> str | None:
     """Returns why the kernel cannot take such arrays on a device, or None if it can."""
-    return device.why_not_hopper() or why_unsupported_shape(shape, dtype, norm)
+    return device.why_not_hopper() or why_unsupported_shape(
+        shape, dtype, norm, has_mean_squares
+    )
 
 
 def _by_parity(scale: Float[Array, " C"]) -> Float[Array, "2 half"]:
@@ -146,7 +162,9 @@ def _by_parity(scale: Float[Array, " C"]) -> Float[Array, "2 half"]:
 
 def _run(*arrays, num_tokens: int, units, plan: NormRopePoolPlan, interpret):
     num_sources = plan.num_arrays * (1 if plan.text_start is None else 2)
-    sources, shared = arrays[:num_sources], arrays[num_sources:]
+    num_batched = num_sources + plan.num_squares
+    sources, shared = arrays[:num_sources], arrays[num_batched:]
+    squares = arrays[num_sources:num_batched]
     batch, _, num_heads, head_dim = sources[0].shape
     if plan.norm is not None and plan.norm.over == "heads":
         by_head = (2, num_heads, head_dim // 2)
@@ -168,7 +186,7 @@ def _run(*arrays, num_tokens: int, units, plan: NormRopePoolPlan, interpret):
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         kernel_name="norm_rope_pool_sm90",
         interpret=interpret,
-    )(*sources, jnp.asarray(units, jnp.int32), *shared)
+    )(*sources, *squares, jnp.asarray(units, jnp.int32), *shared)
 
 
 class _Work(NamedTuple):
@@ -179,6 +197,7 @@ class _Work(NamedTuple):
       source_start: Token of the sequence that is the first to read.
       out_gmem: Tokens of the sequence, to write.
       scale_gmem: Factors after the norm; None without a norm.
+      squares_gmem: Mean squares of the tokens of the sequence, if they are known.
       tables: Cosines and sines, or nothing.
       reductions: What to compute of what is written.
       is_copied: Whether tokens are only copied.
@@ -188,6 +207,7 @@ class _Work(NamedTuple):
     source_start: int
     out_gmem: Any
     scale_gmem: Any = None
+    squares_gmem: Any = None
     tables: tuple[Any, ...] = ()
     reductions: tuple[Reduction, ...] = ()
     is_copied: bool = False
@@ -201,7 +221,8 @@ def _body(*refs, plan: NormRopePoolPlan):
 
     sources = take(plan.num_arrays)
     of_text = sources if plan.text_start is None else take(plan.num_arrays)
-    (units_gmem,), scales = take(1), take(plan.num_scales)
+    squares, (units_gmem,) = take(plan.num_squares), take(1)
+    scales = take(plan.num_scales)
     tables, outs_gmem = take(2 if plan.has_rope else 0), take(plan.num_arrays)
     pooled_gmem, num_pooled = tuple(given), len(plan.reductions)
     unit, item = lax.axis_index("unit"), lax.axis_index("item")
@@ -219,6 +240,8 @@ def _body(*refs, plan: NormRopePoolPlan):
         )
         if work.is_copied:
             return work
+        if squares:
+            work = work._replace(squares_gmem=squares[index].at[batch])
         if plan.norm is not None:
             own = scales[-2:] if is_text else scales[:2]
             scale = own[index]
@@ -266,7 +289,8 @@ def _walk_tile(work: _Work, walk, plan: NormRopePoolPlan):
         row = token - plan.visual_start
         layout = plan.half_layout.reduce(0)
         angles = tuple(_load(table.at[row], layout) for table in work.tables)
-        return token, groups, angles
+        square = None if work.squares_gmem is None else work.squares_gmem[token]
+        return token, groups, angles, square
 
     def advance(token, column):
         ends_row = column + 1 == columns
@@ -278,8 +302,8 @@ def _walk_tile(work: _Work, walk, plan: NormRopePoolPlan):
     def take(step, state):
         fetched, position, sums = state
         fetched = (*fetched, fetch(step + plan.ahead, position[0]))
-        (token, groups, angles), *fetched = fetched
-        written = _prepare_token(groups, angles, token, work, plan)
+        (token, groups, angles, square), *fetched = fetched
+        written = _prepare_token(groups, angles, square, token, work, plan)
         sums = tuple(
             tuple(
                 _accumulate(name, own, values)
@@ -310,14 +334,14 @@ def _walk_tile(work: _Work, walk, plan: NormRopePoolPlan):
     ]
 
 
-def _prepare_token(groups, angles, token, work: _Work, plan: NormRopePoolPlan):
+def _prepare_token(groups, angles, square, token, work: _Work, plan: NormRopePoolPlan):
     """Norms, rotates and stores one token; returns what was stored, in float32."""
     out_gmem = work.out_gmem.at[token]
     if work.is_copied:
         for heads, values in zip(plan.groups, groups, strict=True):
             out_gmem[heads] = values
         return ((),) * len(groups)
-    inverses = _inverse_rms(groups, plan)
+    inverses = _inverse_rms(groups, square, plan)
     written = []
     for i, heads in enumerate(plan.groups):
         halves = _floats(groups[i], plan)
@@ -334,10 +358,12 @@ def _prepare_token(groups, angles, token, work: _Work, plan: NormRopePoolPlan):
     return written
 
 
-def _inverse_rms(groups, plan: NormRopePoolPlan):
+def _inverse_rms(groups, square, plan: NormRopePoolPlan):
     """Returns one over the root mean square, to multiply each group of heads with."""
     if plan.norm is None:
         return ()
+    if square is not None:
+        return [lax.rsqrt(square + plan.norm.eps)] * len(groups)
     squares = [sum(half * half for half in _floats(x, plan)) for x in groups]
     shape = squares[0].shape
     if plan.norm.over == "heads":

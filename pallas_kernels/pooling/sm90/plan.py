@@ -26,6 +26,7 @@ class NormRopePoolPlan:
     """Everything static about one launch."""
 
     norm: QKNorm | None
+    has_mean_squares: bool  # of the norm, which are then not computed
     has_text_scales: bool
     has_rope: bool
     reductions: tuple[Reduction, ...]
@@ -46,6 +47,11 @@ class NormRopePoolPlan:
         if self.text_start is None:
             return 0, 0
         return self.visual_start, self.text_start
+
+    @property
+    def num_squares(self) -> int:
+        """Arrays of mean squares, of q and of k."""
+        return 2 if self.has_mean_squares else 0
 
     @property
     def num_scales(self) -> int:
@@ -102,7 +108,8 @@ def make_plan(
     """Fills in how the work is divided; `ahead` None takes what registers allow."""
     vec = vec_of(num_heads, head_dim, dtype)
     assert vec is not None, "see why_unsupported_shape"
-    heads = heads_of_cta(num_heads, head_dim, vec, fields["norm"])
+    joins = joins_heads(fields["norm"], fields["has_mean_squares"])
+    heads = heads_of_cta(num_heads, head_dim, vec, joins=joins)
     own = heads // heads_at_once(head_dim, vec) * vec
     ahead = ahead or max(1, min(MAX_AHEAD, CHANNELS_AHEAD // own))
     return NormRopePoolPlan(
@@ -110,7 +117,9 @@ def make_plan(
     )
 
 
-def why_unsupported_shape(shape, dtype, norm: QKNorm | None) -> str | None:
+def why_unsupported_shape(
+    shape, dtype, norm: QKNorm | None, has_mean_squares: bool
+) -> str | None:
     """Returns why no device can take arrays of this shape, or None if one can."""
     if jnp.dtype(dtype).name not in SUPPORTED_DTYPES:
         return f"it takes {', '.join(SUPPORTED_DTYPES)}, not {jnp.dtype(dtype).name}"
@@ -121,7 +130,8 @@ def why_unsupported_shape(shape, dtype, norm: QKNorm | None) -> str | None:
             f"{num_heads} heads of {head_dim} channels cannot be divided evenly among "
             f"{WARPS} warps, a head within one warp"
         )
-    heads = heads_of_cta(num_heads, head_dim, vec, norm)
+    joins = joins_heads(norm, has_mean_squares)
+    heads = heads_of_cta(num_heads, head_dim, vec, joins=joins)
     if heads // heads_at_once(head_dim, vec) * vec > MAX_CHANNELS:
         most = MAX_CHANNELS * WARPS * LANES
         return (
@@ -147,9 +157,14 @@ def heads_at_once(head_dim: int, vec: int) -> int:
     return WARPS * LANES * vec // head_dim
 
 
-def heads_of_cta(num_heads, head_dim: int, vec: int, norm: QKNorm | None) -> int:
+def joins_heads(norm: QKNorm | None, has_mean_squares: bool) -> bool:
+    """Returns whether a token needs sums over all its heads."""
+    return norm is not None and norm.over == "heads" and not has_mean_squares
+
+
+def heads_of_cta(num_heads: int, head_dim: int, vec: int, *, joins: bool) -> int:
     """Returns the heads of a CTA: all if the norm joins them, else what fits well."""
-    if norm is not None and norm.over == "heads":
+    if joins:
         return num_heads
     at_once = heads_at_once(head_dim, vec)
     num_loads = num_heads // at_once

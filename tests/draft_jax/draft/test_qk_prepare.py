@@ -354,3 +354,41 @@ def test_parts_need_a_grid_with_text():
     grid = dataclasses.replace(GRID, text_length=0)
     with pytest.raises(ValueError, match=r"text was given, but .*give the grid its"):
         joint_norm_rope_pool(*parts, grid=grid, config=None, **options)
+
+
+def test_heads_of_a_device_are_normed_with_the_mean_squares_of_all():
+    norm = NORMS["heads"]
+    q, k, options = random_case(GRID, norm)
+    squares = tuple(np.square(np.asarray(x)).mean((2, 3)) for x in (q, k))
+    scales = [s.reshape(HEADS) for s in options["scales"]]
+    halves = []
+    for heads in (slice(0, 1), slice(1, None)):
+        own = options | {"scales": tuple(s[heads].ravel() for s in scales)}
+        parts = (x[:, :, heads] for x in (q, k))
+        halves.append(
+            norm_rope_pool(
+                *parts, grid=GRID, config=CONFIG, mean_squares=squares, **own
+            )[:2]
+        )
+    for i, x in enumerate((q, k)):
+        expected = loops(
+            x, GRID, norm, options["scales"][i], options["scales"][i], options["rope"]
+        )
+        got = np.concatenate([half[i] for half in halves], axis=2)
+        np.testing.assert_allclose(got, expected, **tolerances.NORM_ROPE["float32"])
+
+
+@pytest.mark.parametrize(
+    ("norm", "tokens", "message"),
+    [
+        ("head", 33, "norm over heads, but norm=.*'head'"),
+        ("heads", 32, r"the mean squares of q have shape \(2, 32\); .*\(2, 33\)"),
+    ],
+    ids=["norm", "shape"],
+)
+@pytest.mark.usefixtures("without_annotations")
+def test_mean_squares_that_do_not_fit(norm, tokens, message):
+    q, k, options = random_case(GRID, NORMS[norm])
+    squares = (jnp.ones((2, tokens)),) * 2
+    with pytest.raises(ValueError, match=message):
+        norm_rope_pool(q, k, grid=GRID, config=CONFIG, mean_squares=squares, **options)

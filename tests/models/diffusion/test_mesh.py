@@ -45,9 +45,10 @@ def check(case: str, found: dict) -> None:
 def sent(case: str, stacks: int) -> list[list]:
     """What one call without spread weights sends, worked out from sizes.
 
-    In each layer queries, keys and values go to heads and the output back to tokens,
-    and the text's heads are gathered where it attends, too. Then the narrow patches,
-    and the velocity of both branches.
+    In each layer queries, keys and values go to heads and the output back to tokens.
+    Wan's norm over all heads gathers two numbers of each token. The text's heads are
+    gathered where it attends, too. Then the narrow patches, and the velocity of both
+    branches.
     """
     _, name, _, layout = case.split("/")
     sequence, guidance = LAYOUTS[layout]
@@ -57,7 +58,10 @@ def sent(case: str, stacks: int) -> list[list]:
     if sequence > 1:
         part = rows * local * WIDTH * FLOATS
         found += [["all-to-all", part, True]] * (4 * stacks)
-        found += [["all-gather", rows * sequence * local * PATCH_BYTES, False]]
+        tokens = rows * sequence * local
+        found += [["all-gather", tokens * PATCH_BYTES, False]]
+        if name.startswith("wan"):
+            found += [["all-gather", tokens * 2 * FLOATS, True]] * stacks
         if name.startswith("hunyuan"):
             found += [["all-gather", rows * TEXT * WIDTH * FLOATS, True]] * stacks
     if guidance > 1:

@@ -79,7 +79,7 @@ def check(got, given, grid, order, norm, text_scales=None):
         np.testing.assert_array_equal(pooled[1], naive_draft.pool(visual, grid, np.max))
 
 
-def run(given, grid, order, norm, *, v=None, text_scales=None):
+def run(given, grid, order, norm, *, v=None, text_scales=None, mean_squares=None):
     """Runs the kernel: with v, on arrays of the video and of the text."""
     q, k, scales, rope = given
     arrays, text = (q, k) if v is None else (q, k, v), None
@@ -88,6 +88,8 @@ def run(given, grid, order, norm, *, v=None, text_scales=None):
         first = grid.visual_tokens.start
         tiled = grid.tile_order[grid.visual_tokens] - first
         rope = None if rope is None else tuple(x[tiled] for x in rope)
+        if mean_squares is not None:
+            mean_squares = tuple(x[:, grid.tile_order] for x in mean_squares)
     if v is not None:
         arrays, text = (
             tuple(x[:, tokens] for x in arrays)
@@ -102,6 +104,7 @@ def run(given, grid, order, norm, *, v=None, text_scales=None):
         tiling_of(grid, order).table,
         grid.visual_tokens,
         norm=norm,
+        mean_squares=mean_squares,
         reductions=("mean", "max"),
         interpret=INTERPRET,
     )
@@ -335,3 +338,23 @@ def test_causes_are_named():
 def test_an_unknown_norm_is_named():
     with pytest.raises(ValueError, match="must be 'heads' or 'head'"):
         QKNorm(over="rows")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("order", ["raster", "tiled"])
+def test_some_heads_with_mean_squares_of_all(order):
+    """Each half of the heads becomes what it is among all of them."""
+    grid, norm = GRIDS["edges-and-text"], NORMS["heads"]
+    given = random_case(grid, (8, 64), norm=norm, dtype="bfloat16", batch=2)
+    q, k, scales, rope = given
+    halves = []
+    for heads in (slice(0, 4), slice(4, 8)):
+        own = tuple(s.reshape(8, 64)[heads].ravel() for s in scales)
+        part = (q[:, :, heads], k[:, :, heads], own, rope)
+        squares = tuple(
+            jnp.asarray(np.square(np.asarray(x, np.float64)).mean((2, 3)), jnp.float32)
+            for x in (q, k)
+        )
+        halves.append(run(part, grid, order, norm, mean_squares=squares))
+    got = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *halves)
+    check(got, given, grid, order, norm)
