@@ -1,8 +1,10 @@
 """Random weights that are made on the device."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from benchmarks.common.random_weights import random_model
 
@@ -36,6 +38,19 @@ def test_layers_leaves_and_seeds_differ():
     np.testing.assert_array_equal(kernels[0], kernels[1])
     assert (kernels[0] != kernels[2]).mean() > 0.9
     assert (kernels[0][0] != kernels[0][1]).mean() > 0.9
+
+
+def test_devices_of_a_mesh_make_the_same_numbers():
+    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    of_one, of_all = (
+        random_model(lambda: Model(nnx.Rngs(0)), mesh=m) for m in (None, mesh)
+    )
+    for one, every in zip(
+        *(jax.tree.leaves(nnx.state(m)) for m in (of_one, of_all)), strict=True
+    ):
+        assert every.sharding.mesh == mesh
+        for part in every.addressable_shards:
+            np.testing.assert_array_equal(part.data, one)
 
 
 def test_weights_in_fp8_stand_for_numbers_as_small_as_others():
