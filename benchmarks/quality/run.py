@@ -398,7 +398,10 @@ def measure_times(options: argparse.Namespace) -> None:
         options.methods, options.densities, with_front=options.front
     )
     record = times_module.measure_times(
-        options.shape, layers, lambda row: print(json.dumps(row), flush=True)
+        options.shape,
+        layers,
+        lambda row: print(json.dumps(row), flush=True),
+        options.limit,
     )
     write_json(options.output, record)
 

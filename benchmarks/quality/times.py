@@ -89,7 +89,10 @@ def layers_to_time(
 
 
 def measure_times(
-    shape_name: str, layers: Sequence[Timed], report: Callable[[dict[str, Any]], None]
+    shape_name: str,
+    layers: Sequence[Timed],
+    report: Callable[[dict[str, Any]], None],
+    limit: float = float("inf"),
 ) -> dict[str, Any]:
     """Times layers on the device, with inputs whose attention is local.
 
@@ -97,6 +100,7 @@ def measure_times(
       shape_name: A key of `TIME_SHAPES`.
       layers: What to time.
       report: Called with each row.
+      limit: Seconds after which no round begins but the first.
 
     Returns:
       The record: environment, shape, and a row for each layer.
@@ -113,15 +117,18 @@ def measure_times(
     record: dict[str, Any] = {
         "environment": environment(),
         "shape": {"name": shape_name, "qkv": list(shape.qkv_shape)},
-        "rows": time_layers(shape, layers),
+        "rows": time_layers(shape, layers, limit),
     }
     for row in record["rows"]:
         report(row)
     return record
 
 
-def time_layers(shape: Shape, layers: Sequence[Timed]) -> list[dict[str, Any]]:
+def time_layers(
+    shape: Shape, layers: Sequence[Timed], limit: float = float("inf")
+) -> list[dict[str, Any]]:
     """Returns a row for each layer, with an "error" where one does not run."""
+    deadline = time.monotonic() + limit
     qkv = smooth_inputs(shape)
     programs = _compile({layer.config for layer in layers}, shape, qkv)
     calls, rows = {}, []
@@ -139,7 +146,7 @@ def time_layers(shape: Shape, layers: Sequence[Timed]) -> list[dict[str, Any]]:
         _, density = program(*qkv, budget)
         row["kept_density"] = round(float(density), 5)
         calls[len(rows) - 1] = functools.partial(program, *qkv, budget)
-    for place, samples in _samples(calls).items():
+    for place, samples in _samples(calls, deadline).items():
         rows[place]["median_ms"] = round(statistics.median(samples), 4)
         rows[place]["samples_ms"] = [round(value, 4) for value in samples]
     return rows
@@ -176,10 +183,14 @@ def _compile(configs, shape: Shape, qkv) -> dict[Any, Any]:
         return dict(zip(configs, pool.map(build, configs), strict=True))
 
 
-def _samples(calls: Mapping[int, Callable[[], Any]]) -> dict[int, list[float]]:
+def _samples(
+    calls: Mapping[int, Callable[[], Any]], deadline: float
+) -> dict[int, list[float]]:
     """Returns milliseconds of each call in each round."""
     samples: dict[int, list[float]] = {place: [] for place in calls}
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
+        if number and time.monotonic() > deadline:
+            break
         for place, call in calls.items():
             jax.block_until_ready(call())
             start, count = time.perf_counter(), 0
