@@ -62,9 +62,13 @@ def variants(count: int) -> dict[str, Way]:
     # XLA's own choice is to let one transfer at a time and work overlap.
     waiting: dict[str, Any] = {}
     in_flight: dict[str, Any] = {}
+    engines: dict[str, Any] = {}
     if jax.default_backend() == "gpu":
         waiting["xla_gpu_enable_latency_hiding_scheduler"] = False
         in_flight["xla_gpu_experimental_parallel_collective_overlap_limit"] = 4
+        # Copies of the driver in place of NCCL's kernels, which need multiprocessors
+        # that a product beside them may hold to its end. Within one process.
+        engines["xla_gpu_use_memcpy_local_p2p"] = True
 
     def exchange(self: TokenShards, x: jax.Array) -> jax.Array:
         return exchange_by_permutes(x, self.axis, self.count)
@@ -72,6 +76,7 @@ def variants(count: int) -> dict[str, Way]:
     patch = functools.partial(mock.patch.object, TokenShards, "_exchange", exchange)
     ways = {
         "in_flight": dataclasses.replace(way, options=in_flight),
+        "engines": dataclasses.replace(way, options=engines),
         "permutes": dataclasses.replace(way, patch=patch),
         "permutes_in_flight": dataclasses.replace(way, patch=patch, options=in_flight),
         "waiting": dataclasses.replace(way, options=waiting),

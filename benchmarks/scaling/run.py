@@ -13,8 +13,9 @@ Any number of devices is measured, or several numbers in one run. Parts, in this
   hunyuan   steps of HunyuanVideo
   links     what devices exchange in a layer; see `benchmarks.scaling.links`
   gather    spread weights of a layer made whole
-  variants  steps of Wan with several transfers in flight, with permutations in place
-            of all-to-all, and with devices that wait for every transfer
+  variants  steps of Wan with several transfers in flight, with copies by the driver or
+            permutations in place of all-to-all, and with devices that wait for every
+            transfer
   short     a step of Wan whose video has a few tokens: what does not shrink with them
   profile   a step on one device and one with `sequence`, by kernel
 
