@@ -6,10 +6,12 @@ densities of a method. Videos stay on the device, where they are compared.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from benchmarks.quality.clips import Clips
+from benchmarks.quality.trials import DenseKernel
 from draft_jax import AttentionPlan
 from models.diffusion.caches import StepCache
 from models.diffusion.decoding import check_codec_output
@@ -27,6 +30,8 @@ from models.diffusion.sampler import Sampler
 from models.diffusion.sampling import Sampling
 from models.diffusion.step_programs import Program, SamplerState, StepInputs
 from models.float8.product import compiler_options
+from pallas_kernels.attention import dense_api
+from pallas_kernels.attention.dense_api import BackendChoice
 
 COMPILED_AT_ONCE = 4
 TRACING = threading.Lock()  # one program is traced at a time
@@ -69,12 +74,15 @@ class Work:
       attention: Dense attention, or a method with its schedule.
       cache: Rule of a step cache.
       first_step: Steps before it were run already.
+      dense_kernel: What dense attention is computed by, in place of the library's
+        choice.
     """
 
     pipeline: VideoPipeline
     attention: AttentionPlan = DENSE
     cache: StepCache | None = None
     first_step: int = 0
+    dense_kernel: DenseKernel | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -171,25 +179,43 @@ class Generations:
             type(work.cache),  # its constants are read on the host
             len(batch.prompts),
             tuple(kinds),
+            work.dense_kernel,
         )
         if key not in self._programs:
             # A state of its own: that of a run is given up by its first step.
             _, state, inputs = self._start(work, batch)
             self._programs[key] = self._threads.submit(
-                _compile, sampler, (state, inputs), kinds
+                _compile, sampler, (state, inputs), kinds, work.dense_kernel
             )
         return self._programs[key]
 
 
 def _compile(
-    sampler: Sampler, start: tuple[SamplerState, StepInputs], kinds: list[Program]
+    sampler: Sampler,
+    start: tuple[SamplerState, StepInputs],
+    kinds: list[Program],
+    dense_kernel: DenseKernel | None,
 ) -> dict[Program, Callable]:
-    with TRACING:
+    with TRACING, dense_attention_by(dense_kernel):
         lowered = sampler.lower(*start, kinds)
     options = compiler_options(nnx.state(sampler.model))
     return {
         kind: step.compile(compiler_options=options) for kind, step in lowered.items()
     }
+
+
+@contextlib.contextmanager
+def dense_attention_by(kernel: DenseKernel | None) -> Iterator[None]:
+    """Makes dense attention that is traced meanwhile take a kernel, not the fastest.
+
+    None leaves the choice to the library.
+    """
+    with contextlib.ExitStack() as stack:
+        if kernel is not None:
+            choice = BackendChoice(name=kernel, reason="the lab compares kernels")
+            patch = mock.patch.object(dense_api, "choose", return_value=choice)
+            stack.enter_context(patch)
+        yield
 
 
 def _from(state: SamplerState, begun: Begun) -> SamplerState:

@@ -267,6 +267,7 @@ class Lab:
             attention=trial.attention,
             cache=None if trial.cache is None else self.cache_of(trial),
             first_step=first,
+            dense_kernel=trial.dense_kernel,
         )
 
     def cache_of(self, trial: Trial) -> StepCache | None:

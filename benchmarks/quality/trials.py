@@ -5,6 +5,8 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import jax
+
 from benchmarks.quality.methods import (
     DENSE_FRACTION,
     DENSITIES,
@@ -21,6 +23,7 @@ Part = Literal[
     "floor", "methods", "layers", "front", "schedules", "combinations", "presets"
 ]
 PARTS: tuple[Part, ...] = get_args(Part)
+DenseKernel = Literal["cudnn", "xla"]
 # Something is chosen by them.
 ON_TUNING_PROMPTS = ("front", "schedules", "combinations")
 WHOLE_RUNS = ("floor", "combinations", "presets")  # their first steps are their own
@@ -47,6 +50,7 @@ class Trial:
       attention: What is computed.
       cache: Rule of a step cache, as on the command line.
       linears: Precision of the linear layers.
+      dense_kernel: What dense attention is computed by; None for the fastest.
     """
 
     part: Part
@@ -55,6 +59,7 @@ class Trial:
     attention: AttentionPlan
     cache: str | None = None
     linears: Linears = "bfloat16"
+    dense_kernel: DenseKernel | None = None
 
     @property
     def key(self) -> tuple[str, str, float]:
@@ -68,14 +73,24 @@ class Trial:
 
 
 def floor() -> list[Trial]:
-    """Dense attention by two kernels: no sparsity can be told from less than this.
+    """Dense attention by other kernels: no sparsity can be told from less than this.
 
-    The block-sparse kernel has all pairs and the first steps, too; it computes what the
-    dense one does in another order.
+    The block-sparse kernel has all pairs and the first steps, too. On a GPU dense
+    attention may be by the same code, so that cuDNN's is beside it.
     """
     plan = AttentionPlan.draft(DraftConfig.paper(sparsity=0.0), SparsitySchedule())
     name = "all pairs by the block-sparse kernel, every step"
-    return [Trial(part="floor", name=name, density=1.0, attention=plan)]
+    found = [Trial(part="floor", name=name, density=1.0, attention=plan)]
+    if jax.default_backend() == "gpu":
+        other = Trial(
+            part="floor",
+            name="dense attention by cuDNN",
+            density=1.0,
+            attention=AttentionPlan.dense(),
+            dense_kernel="cudnn",
+        )
+        found.append(other)
+    return found
 
 
 def methods(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import document, run, times, trials
+from benchmarks.quality.generations import dense_attention_by
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.prompts import REPORTING, TUNING
 from benchmarks.quality.trials import (
@@ -18,6 +19,8 @@ from benchmarks.quality.trials import (
 from models.mini.captions import SAMPLE_PROMPTS
 from models.mini.checkpoint import SHIPPED
 from models.mini.text import Vocabulary
+from pallas_kernels.attention import dense_api
+from pallas_kernels.common import current_device
 from tests import tiny_model
 
 CACHED = "compensated 0.9 + mag:0.12,2 + float8"
@@ -124,6 +127,17 @@ def test_one_configuration_serves_all_densities():
     assert [len(own) for own in configs.values()] == [1] * len(METHODS)
     (config,) = configs["top_p"]
     assert (config.sparsity, config.mask_maker.masses) == (0.0, (0.4, 0.6))
+
+
+def test_dense_attention_by_another_kernel():
+    """It is what is traced meanwhile that takes it, and nothing after."""
+    shape = (1, 64, 2, 64), "float32"
+    before = dense_api.choose(*shape, current_device())
+    with dense_attention_by("cudnn"):
+        assert dense_api.choose(*shape, current_device()).name == "cudnn"
+    with dense_attention_by(None):
+        assert dense_api.choose(*shape, current_device()) == before
+    assert dense_api.choose(*shape, current_device()) == before
 
 
 def test_times_are_of_a_gpu_alone():
