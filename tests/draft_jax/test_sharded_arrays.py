@@ -93,7 +93,8 @@ def test_what_does_not_fit_is_told():
     assert "q is sharded over 'x' along its tokens" in found["raised"]
     assert "jax.sharding.reshard" in found["raised"]
     told = " ".join(found["warned"])
-    assert "compute_mask: pooled is sharded along parts of axes" in told
+    assert "q is sharded over 'x' along its tokens" in told
+    assert "It is gathered, and devices compute the same" in told
     assert "with_sharding_constraint" in told
     told = " ".join(found["warned, uneven"])
     assert "along its heads, of which there are 20, no multiple of 8" in told
