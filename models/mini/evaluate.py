@@ -2,7 +2,8 @@
 
 It tells how uneven its attention is, and how close sparse videos come to dense ones:
 
-    python -m models.mini.evaluate --checkpoint run/weights --output run
+    python -m models.mini.evaluate --checkpoint outputs/mini/weights \
+        --output outputs/mini
 
 writes a contact sheet of all prompts and `evaluation.json`. That file is written anew
 after each result; a run that was stopped goes on where it ended, and further methods,

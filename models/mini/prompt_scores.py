@@ -1,6 +1,7 @@
 """Measures whether a small model's videos show what their prompts say.
 
-    python -m models.mini.prompt_scores --checkpoint run/weights --output run
+    python -m models.mini.prompt_scores --checkpoint outputs/mini/weights \
+        --output outputs/mini
 
 writes `faithfulness.json`: the shares of held-out prompts whose colour, kind of motion
 and direction are found in the video, for dense attention and for the default selection

@@ -1,14 +1,15 @@
 """Trains the transformer of the model that ships with the project.
 
     python -m models.mini.train --sources sources.npz --codec codec --minutes 25 \
-        --output run
+        --output outputs/mini
 
 `models.mini.sources` makes sources.npz, `models.mini.train_codec` the folder `codec`.
 The output folder gets `weights`, which `MiniCheckpoint.load` and `draft-video
 --checkpoint` read, and `log.json`; both are written anew every minute. A stopped run
-goes on from `state.npz` exactly where it was, with `--resume run`. Where only `weights`
-and `log.json` are left, `--continue-from run` takes the averaged weights and starts the
-optimizer afresh. docs/mini_model.md says how the shipped weights were made.
+goes on from `state.npz` exactly where it was, with `--resume outputs/mini`. Where only
+`weights` and `log.json` are left, `--continue-from outputs/mini` takes the averaged
+weights and starts the optimizer afresh. docs/mini_model.md says how the shipped weights
+were made.
 """
 
 # Worker processes import this file: what needs JAX is imported inside functions.
