@@ -1,15 +1,17 @@
-"""Writes what a run has measured, and what follows for 1 to 64 GPUs, into a page.
+"""Writes what runs have measured, and what follows for 1 to 64 GPUs, into a page.
 
-    python -m benchmarks.scaling.document                    # docs/scaling.md
-    python -m benchmarks.scaling.document RECORD --print     # of another record
+    python -m benchmarks.scaling.document                      # docs/scaling.md
+    python -m benchmarks.scaling.document RECORD... --print    # of other records
 
-The text between the page's marks follows from the record alone; a test holds it to it.
+Of several records the last that has a step counts, beside one device of its own run.
+The text between the marks of the page follows from them; a test holds it to them.
 """
 
 import argparse
 import json
 import statistics
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,9 @@ from benchmarks.scaling.model import (
 Record = dict[str, Any]
 
 PAGE = ROOT / "docs" / "scaling.md"
-RECORD = ROOT / "benchmarks" / "results" / "scaling_h200.json"
+RESULTS = ROOT / "benchmarks" / "results"
+# All parts, then what was measured again after a change.
+RECORDS = (RESULTS / "scaling_h200.json", RESULTS / "scaling_sequence_h200.json")
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64)
 NAMES = {"wan": "Wan 14B, 768x1280, 81 frames", "hunyuan": "HunyuanVideo, 129 frames"}
@@ -64,19 +68,31 @@ def hunyuan_video() -> Video:
     )
 
 
-def section(record: Record | None) -> str:
+def merged(records: Sequence[Record]) -> Record:
+    """Returns one record with the last figure of every step, transfer and layer."""
+    result: Record = {}
+    for record in records:
+        for part, found in record.items():
+            if isinstance(found, dict):
+                result[part] = result.get(part, {}) | found
+            else:
+                result[part] = found
+    return result
+
+
+def section(records: Sequence[Record]) -> str:
     """Returns the text between the marks; what it says without a record is so, too."""
-    if record is None:
+    if not records:
         return paragraph(
             "No run on several GPUs is recorded yet: `python -m "
             "benchmarks.scaling.document RECORD --print` makes tables of one."
         )
-    wan, hunyuan = wan_video(), hunyuan_video()
+    record, wan, hunyuan = merged(records), wan_video(), hunyuan_video()
     parts = parts_of(record, wan)
     weights = record["hunyuan"].get(ONE, {}), record["wan"][ONE]
     scale = weights[0].get("weights_gb", 0.0) / weights[1]["weights_gb"] / wan.rows
     of_hunyuan = parts_of_hunyuan(record, parts, scale)
-    blocks = [measured(record), layer(record), overlap(record), sources(parts)]
+    blocks = [measured(records), layer(record), overlap(record), sources(parts)]
     blocks = [block for block in blocks if block]
     blocks.append(table(parts, wan, NAMES["wan"]))
     if of_hunyuan is not None:
@@ -85,39 +101,51 @@ def section(record: Record | None) -> str:
     return "\n".join(blocks)
 
 
-def measured(record: Record) -> str:
+def measured(records: Sequence[Record]) -> str:
     """Returns the table of steps that were measured."""
-    environment = record["environment"]
-    command = environment["command"].split(" --limit")[0]
+    environment = records[0]["environment"]
+    commits = " and ".join(record["environment"]["commit"] for record in records)
+    commands = (record["environment"]["command"] for record in records)
     lines = [
         paragraph(
             f"Measured on {len(environment['gpus'])} {environment['device']} "
-            f"({environment['date'][:10]}, commit {environment['commit']}, jax "
+            f"({environment['date'][:10]}, commit {commits}, jax "
             f"{environment['versions']['jax']}, driver "
             f"{environment['gpus'][0].split(', ')[-1]}), bfloat16, the paper's "
-            f"selection at {record['sparsity']:.0%}. Masks and estimates are those "
+            f"selection at {records[0]['sparsity']:.0%}. Masks and estimates are those "
             "of the first step, beside those of one GPU: products of fewer rows round "
-            "otherwise."
+            "otherwise. Each step is compared with one GPU of its own run."
         ),
-        f"```\n{command}\n```\n",
-        "| Step | mesh | seconds | times as fast | pairs kept by both | "
+        "```",
+        *(command.split(" --limit")[0] for command in commands),
+        "```",
+        "",
+        "| Step | mesh | commit | seconds | times as fast | pairs kept by both | "
         "relative difference |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for part, title in NAMES.items():
-        one = median_ms(record, part, ONE)
-        for name, step in record.get(part, {}).items():
-            ms = median_ms(record, part, name)
-            if ms is None or one is None:
-                continue
-            mesh = f"`{step['mesh']}`" if step["mesh"] else "one GPU"
-            if name == "weights":
-                mesh += ", spread weights"
-            lines.append(
-                f"| {title} | {mesh} | {ms / 1e3:.2f} | {one / ms:.2f} | "
-                f"{step['masks']['common_pairs']:.2%} | {step['relative_error']:.1e} |"
-            )
+        for name in merged(records).get(part, {}):
+            lines += row(records, part, name, title)
     return "\n".join(lines) + "\n"
+
+
+def row(records: Sequence[Record], part: str, name: str, title: str) -> list[str]:
+    """Returns the line of the last run that timed a step; none if there is none."""
+    for record in reversed(records):
+        ms, one = median_ms(record, part, name), median_ms(record, part, ONE)
+        if ms is None or one is None:
+            continue
+        step = record[part][name]
+        mesh = f"`{step['mesh']}`" if step["mesh"] else "one GPU"
+        if name == "weights":
+            mesh += ", spread weights"
+        return [
+            f"| {title} | {mesh} | {record['environment']['commit']} | "
+            f"{ms / 1e3:.2f} | {one / ms:.2f} | "
+            f"{step['masks']['common_pairs']:.2%} | {step['relative_error']:.1e} |"
+        ]
+    return []
 
 
 def layer(record: Record) -> str:
@@ -236,23 +264,28 @@ def differences(
     )
 
 
-def written(text: str, record: Record | None) -> str:
+def written(text: str, records: Sequence[Record]) -> str:
     """Returns a page with the section in it."""
     before, rest = text.split(BEGIN)
-    return before + BEGIN + section(record) + END + rest.split(END)[1]
+    return before + BEGIN + section(records) + END + rest.split(END)[1]
+
+
+def read(files: Sequence[Path]) -> list[Record]:
+    """Reads the records that there are."""
+    return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
 def main() -> None:
     """Writes the page, or prints the section."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("record", type=Path, nargs="?", default=RECORD)
+    parser.add_argument("records", type=Path, nargs="*", default=RECORDS)
     parser.add_argument("--print", action="store_true", help="leave the page as it is")
     options = parser.parse_args()
-    record = json.loads(options.record.read_text()) if options.record.exists() else None
+    records = read(options.records)
     if options.print:
-        print(section(record))
+        print(section(records))
     else:
-        PAGE.write_text(written(PAGE.read_text(), record))
+        PAGE.write_text(written(PAGE.read_text(), records))
 
 
 if __name__ == "__main__":

@@ -145,10 +145,10 @@ def wan_part(
     return StepsPart(bench, part, model, runs)
 
 
-def variants_part(bench: Bench, wan: StepsPart) -> StepsPart:
+def variants_part(bench: Bench, wan: StepsPart, ways: dict[str, Way]) -> StepsPart:
     """Steps of Wan with other exchanges, in turns with the library's own."""
     count = max(bench.counts)
-    part = wan_part(bench, "variants", wan.whole, bench.options.wan, variants(count))
+    part = wan_part(bench, "variants", wan.whole, bench.options.wan, ways)
     own = {f"step_sequence_again_{count}": wan.runs[f"step_sequence_{count}"]}
     return StepsPart(bench, "variants", wan.whole, own | part.runs, like=wan)
 

@@ -3,6 +3,7 @@
     python -m benchmarks.scaling.run --output scaling.json
     python -m benchmarks.scaling.run --devices 2 4 8 --limit 550 --output scaling.json
     python -m benchmarks.scaling.run --parts layer --shape wan --sparsity 0.75
+    python -m benchmarks.scaling.run --parts wan profile --steps step_sequence_2
 
 Any number of devices is measured, or several numbers in one run. Parts, in this order:
 
@@ -21,7 +22,8 @@ Any number of devices is measured, or several numbers in one run. Parts, in this
 
 All programs are compiled side by side before the first is timed. The file is written
 anew after every measurement. No part begins after --limit seconds, and a part ends
-after --part-limit; what fails is recorded, and other parts still run.
+after --part-limit; what fails is recorded, and other parts still run. --steps names
+the steps on several devices to run, instead of all.
 
 The summary has how many times as fast as one device a layer is under plain jit
 (`layer_N`), and steps (`step_sequence_N`, `step_guidance_2`, `step_both_N`,
@@ -56,7 +58,7 @@ from benchmarks.scaling.bench import Bench, Record, recorded
 from benchmarks.scaling.gathers import GatherPart
 from benchmarks.scaling.layer import LayerPart
 from benchmarks.scaling.links import LinksPart
-from benchmarks.scaling.steps import ONE, StepsPart
+from benchmarks.scaling.steps import ONE, StepsPart, Way
 
 OF_WAN = {"gather", "variants", "short", "profile"}
 OF_SEVERAL = {"gather", "variants"}
@@ -87,22 +89,34 @@ class ProfilePart:
             self.bench.keep(self.name, name, record, shown)
 
 
+def _asked(bench: Bench, ways: dict[str, Way]) -> dict[str, Way]:
+    """Returns the ways that --steps names, and that of one device."""
+    names = bench.options.steps
+    if names is None:
+        return ways
+    return {name: way for name, way in ways.items() if name in {ONE, *names}}
+
+
 def _smoke(bench: Bench, _: dict[str, Any]) -> StepsPart:
     ways = models.wan_ways(bench.counts) | models.variants(max(bench.counts))
     model = models.wan_model(bench, "tiny")
-    return models.wan_part(bench, "smoke", model, "tiny", ways)
+    return models.wan_part(bench, "smoke", model, "tiny", _asked(bench, ways))
 
 
 def _wan(bench: Bench, _: dict[str, Any]) -> StepsPart:
-    name, ways = bench.options.wan, models.wan_ways(bench.counts)
+    name, ways = bench.options.wan, _asked(bench, models.wan_ways(bench.counts))
     return models.wan_part(bench, "wan", models.wan_model(bench, name), name, ways)
 
 
 def _hunyuan(bench: Bench, _: dict[str, Any]) -> StepsPart:
     name = "tiny" if bench.options.wan == "tiny" else "13b"
-    return models.hunyuan_part(
-        bench, "hunyuan", name, models.hunyuan_ways(bench.counts)
-    )
+    ways = _asked(bench, models.hunyuan_ways(bench.counts))
+    return models.hunyuan_part(bench, "hunyuan", name, ways)
+
+
+def _variants(bench: Bench, made: dict[str, Any]) -> StepsPart:
+    ways = _asked(bench, models.variants(max(bench.counts)))
+    return models.variants_part(bench, made["wan"], ways)
 
 
 def _gather(bench: Bench, made: dict[str, Any]) -> GatherPart:
@@ -116,7 +130,7 @@ MAKE: dict[str, Callable[[Bench, dict[str, Any]], Any]] = {
     "hunyuan": _hunyuan,
     "links": lambda bench, _: LinksPart(bench, models.layer_of(bench.options.wan)),
     "gather": _gather,
-    "variants": lambda bench, made: models.variants_part(bench, made["wan"]),
+    "variants": _variants,
     "short": lambda bench, made: models.short_part(bench, made["wan"]),
     "profile": lambda bench, made: ProfilePart(bench, made["wan"]),
 }
@@ -139,7 +153,9 @@ def make_parts(bench: Bench) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace) -> Record:
     """Measures all parts."""
-    bench = Bench(options, device_counts(options))
+    counts = device_counts(options)
+    check_steps(options, counts)
+    bench = Bench(options, counts)
     try:
         parts = make_parts(bench)
         bench.wait_for_programs(options.compile_limit)
@@ -177,6 +193,21 @@ def device_counts(options: argparse.Namespace) -> list[int]:
     return counts
 
 
+def check_steps(options: argparse.Namespace, counts: list[int]) -> None:
+    """Exits with a message if --steps names a step that no part has."""
+    makers = models.wan_ways, models.hunyuan_ways
+    known = {name for make in makers for name in make(counts)} | {
+        *models.variants(max(counts))
+    }
+    unknown = sorted(set(options.steps or ()) - known)
+    if unknown:
+        raise SystemExit(f"--steps {unknown} must be among {sorted(known)}")
+    needed = {"variants": f"step_sequence_{max(counts)}", "gather": "weights"}
+    for part, name in needed.items():
+        if options.steps and part in options.parts and name not in options.steps:
+            raise SystemExit(f"--parts {part} needs --steps {name}, too")
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = make_parser(__doc__)
@@ -186,6 +217,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--devices", type=int, nargs="+", help="numbers of them; all by default")
     add("--parts", nargs="+", choices=MAKE, default=list(MAKE))
     add("--wan", choices=models.WAN, default="14b", help="tiny: HunyuanVideo is, too")
+    add("--steps", nargs="+", metavar="STEP", help="such as step_sequence_2")
     add("--samples", type=int, default=3, help="steps that are timed in each way")
     add("--limit", type=float, default=math.inf, help="seconds")
     add("--part-limit", type=float, default=math.inf, help="seconds of each part")

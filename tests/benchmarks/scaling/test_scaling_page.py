@@ -1,16 +1,14 @@
-"""The page has what its record makes, and a record makes tables."""
+"""The page has what its records make, and records make tables."""
 
-import json
+import copy
 
 from benchmarks.scaling import document
 
 
-def test_the_page_is_what_the_record_makes():
-    record = None
-    if document.RECORD.exists():
-        record = json.loads(document.RECORD.read_text())
+def test_the_page_is_what_the_records_make():
+    records = document.read(document.RECORDS)
     text = document.PAGE.read_text()
-    assert document.written(text, record) == text
+    assert document.written(text, records) == text
 
 
 def test_sizes_are_those_of_the_published_models():
@@ -35,10 +33,11 @@ def step(mesh, seconds):
     }
 
 
-def test_a_record_makes_tables():
-    """A step of 8 s, half of which is 4 s and 66.06 GB at 200 GB/s: 0.33 s."""
-    two = "sequence=2,guidance=1"
-    record = {
+TWO = "sequence=2,guidance=1"
+
+
+def record_of_all():
+    return {
         "environment": {
             "device": "NVIDIA H200",
             "gpus": ["NVIDIA H200"] * 2,
@@ -49,14 +48,18 @@ def test_a_record_makes_tables():
         },
         "sparsity": 0.9,
         "summary": {"weights_memory_ratio": 0.5, "weights_time_ratio": 1.03},
-        "wan": {"one device": step(None, 8.0), "step_sequence_2": step(two, 4.33)},
-        "hunyuan": {"one device": step(None, 5.0), "hunyuan_step_2": step(two, 2.75)},
+        "wan": {"one device": step(None, 8.0), "step_sequence_2": step(TWO, 4.33)},
+        "hunyuan": {"one device": step(None, 5.0), "hunyuan_step_2": step(TWO, 2.75)},
         "links": {"all-to-all, 2": {"devices": 2, "sent_bytes": 2e8, "ms": 1.0}},
     }
-    text = document.section(record)
+
+
+def test_a_record_makes_tables():
+    """A step of 8 s, half of which is 4 s and 66.06 GB at 200 GB/s: 0.33 s."""
+    text = document.section([record_of_all()])
     words = " ".join(text.split())
     assert "Measured on 2 NVIDIA H200 (2026-01-02, commit abc, jax 0.11.2" in words
-    assert f"| Wan 14B, 768x1280, 81 frames | `{two}` | 4.33 | 1.85 | 99.50% |" in text
+    assert f"81 frames | `{TWO}` | abc | 4.33 | 1.85 | 99.50% |" in text
     assert "```\npython -m benchmarks.scaling.run --parts wan\n```\n" in text
     assert "Spread weights take 50% of the memory and 3.0% more time" in words
     assert "Exchanges add 1.00 times their own time" in words
@@ -65,3 +68,18 @@ def test_a_record_makes_tables():
     assert "No mesh of 24, 32, 48, 64 divides 40 heads." in text
     # 46.71 GB at 200 GB/s beside 2.5 s: 2.734 s, measured 2.75.
     assert "`hunyuan_step_2` -0.6%" in words
+
+
+def test_the_last_record_of_a_step_counts_beside_one_device_of_its_own():
+    first = record_of_all()
+    last = copy.deepcopy(first)
+    last["environment"]["commit"] = "def"
+    last["environment"]["command"] = "python -m benchmarks.scaling.run --steps x"
+    last["wan"] = {"one device": step(None, 7.5), "step_sequence_2": step(TWO, 4.0)}
+    del last["hunyuan"], last["summary"], last["links"]
+    text = document.section([first, last])
+    assert "commit abc and def" in " ".join(text.split())
+    assert "run --parts wan\npython -m benchmarks.scaling.run --steps x\n```" in text
+    assert f"`{TWO}` | def | 4.00 | 1.88 |" in text
+    # HunyuanVideo's are those of the first record, 5 s by 2.75 s.
+    assert f"`{TWO}` | abc | 2.75 | 1.82 |" in text
