@@ -173,7 +173,7 @@ def scheduled_attention(
     if any(isinstance(flag, jax.core.Tracer) for flag in (step.dense, step.refresh)):
         # Both branches return the mask: the old one is sharded like a new one.
         names = ("q: B T N D", "k: B T N D", "v: B T N D", "mask: B N R")
-        q, k, v, mask = alike((q, k, v, mask), names)
+        q, k, v, mask = alike((q, k, v, mask), names, operation="scheduled_attention")
 
     def run_dense(mask: BlockMask | None):
         out = unchecked_dense_attention(

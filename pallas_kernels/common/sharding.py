@@ -269,13 +269,7 @@ def over_explicit_axes(
         if mesh is None:
             return function(*arguments)
         names = jax.tree.leaves(jax.tree.broadcast(tuple(operands), arguments))
-        split = _Split(names, [x.shape for x in types], mesh)
-        if faults := split.add([x.sharding.spec for x in types]).faults:
-            raise ValueError(
-                f"{operation}: {faults[0]}. Only batch and heads may be sharded, alike "
-                "in all arrays: call jax.sharding.reshard before, such as with "
-                "P('x', None, 'y', None) for [batch, tokens, heads, head_dim]"
-            )
+        split = _split_of_types(operation, names, types, mesh)
         specs = [split.spec(name) for name in names]
         # No names are all names but those of axes along which vmap maps.
         has_others = mesh.auto_axes or mesh.manual_axes
@@ -294,6 +288,20 @@ def over_explicit_axes(
         return mapped(*jax.tree.unflatten(tree, moved))
 
     return run
+
+
+def _split_of_types(
+    operation: str, operands: Sequence[str], types: Sequence[Any], mesh: Any
+) -> _Split:
+    """Returns how arrays are split by their types; raises if one does not fit."""
+    split = _Split(operands, [x.shape for x in types], mesh)
+    if faults := split.add([x.sharding.spec for x in types]).faults:
+        raise ValueError(
+            f"{operation}: {faults[0]}. Only batch and heads may be sharded, alike "
+            "in all arrays: call jax.sharding.reshard before, such as with "
+            "P('x', None, 'y', None) for [batch, tokens, heads, head_dim]"
+        )
+    return split
 
 
 def _is_explicit(type_of_array: Any) -> bool:
@@ -316,7 +324,7 @@ def vary_alike(arrays: Sequence[Any]) -> list[Any]:
     ]
 
 
-def alike(tree: Any, names: Any) -> Any:
+def alike(tree: Any, names: Any, *, operation: str) -> Any:
     """Returns arrays as ones that are sharded alike, and that vary alike.
 
     The branches of a conditional must return arrays of the same type.
@@ -324,14 +332,17 @@ def alike(tree: Any, names: Any) -> Any:
     Args:
       tree: Arrays, of which the first that is explicitly sharded decides.
       names: Name and axes of each, as in `over_explicit_axes`.
+      operation: Its name, for messages.
+
+    Raises:
+      ValueError: An explicit sharding is not of batch and heads, alike in all arrays.
     """
     leaves, structure = jax.tree.flatten(tree)
     operands = jax.tree.leaves(jax.tree.broadcast(names, tree))
     types = [jax.typeof(x) for x in leaves]
     mesh = next((x.sharding.mesh for x in types if _is_explicit(x)), None)
     if mesh is not None:
-        split = _Split(operands, [x.shape for x in types], mesh)
-        split.add([x.sharding.spec for x in types])
+        split = _split_of_types(operation, operands, types, mesh)
         leaves = [
             jax.sharding.reshard(x, NamedSharding(mesh, split.spec(name)))
             for x, name in zip(leaves, operands, strict=True)
