@@ -145,25 +145,25 @@ CELLS = SubTiles(
 )
 WHOLE_VIDEO = pooling.VideoPooling(means=CELLS, draft=None, spread=True, order="raster")
 # Heads of two devices that the kernel takes, and not those of one; what is told then.
-POOLINGS: dict[str, tuple[int, str, Callable[..., Any]]] = {
+POOLINGS: dict[str, tuple[tuple[int, int], str, Callable[..., Any]]] = {
     "pool_tiles": (
-        2,
+        (2, 64),
         "not 1 * 64",
         lambda q, k: pooling.pool_tiles(q, k, tiling_of(SMALL, "raster")),
     ),
     "pool_sub_tiles": (
-        2,
+        (2, 64),
         "not 1 * 64",
         lambda q, k: pooling.pool_sub_tiles(q, k, CELLS, order="raster"),
     ),
     "pool_video": (
-        2,
+        (2, 64),
         "not 1 * 64",
         lambda q, k: pooling.pool_video(q, k, k, WHOLE_VIDEO),
     ),
     "norm_rope_pool": (
-        4,
-        "2 heads of 64 channels",
+        (2, 32),
+        "1 heads of 32 channels",
         lambda q, k: pooling.norm_rope_pool(q, k, tiling_of(SMALL, "raster")),
     ),
 }
@@ -173,7 +173,7 @@ def with_few_heads() -> dict[str, dict[str, Any]]:
     """Runs what a kernel takes of all heads, and not of those of one device."""
     found = {}
     for name, (heads, told, call) in POOLINGS.items():
-        shape = (2, 2, SMALL.num_tokens, heads, 64)
+        shape = (2, 2, SMALL.num_tokens, *heads)
         arrays = np.random.default_rng(0).normal(size=shape).astype(np.float32)
         want = jax.tree.leaves(jax.jit(call)(*arrays))
         for kind in (AxisType.Auto, AxisType.Explicit):

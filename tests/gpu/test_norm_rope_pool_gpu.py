@@ -141,6 +141,27 @@ def test_matches_loops(dtype, heads, name, order):
     check(random_case(grid, heads, NORMS[name], dtype), grid, NORMS[name], order)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "heads", "name", "order"),
+    [
+        ("bfloat16", (10, 128), "heads", "tiled"),
+        ("bfloat16", (6, 128), "head", "tiled"),
+        ("float16", (5, 64), "none", "raster"),
+        ("bfloat16", (3, 128), "head", "tiled"),
+        ("float32", (3, 64), "heads", "raster"),
+        ("bfloat16", (1, 128), "heads", "raster"),
+    ],
+    ids=str,
+)
+def test_heads_that_no_load_divides_match_loops(dtype, heads, name, order):
+    grid, norm = VideoGrid(1, 15, 26, text_length=139), NORMS[name]
+    given = random_case(grid, heads, norm, dtype)
+    check(given, grid, norm, order)
+    if norm is not None:
+        v = random_case(grid, heads, norm, dtype, seed=1)[0]
+        check(given, grid, norm, order, given[2], v)
+
+
 @pytest.mark.parametrize("apart", [False, True], ids=["joined", "apart"])
 @pytest.mark.parametrize(
     ("grid", "heads", "name", "dtype", "order", "batch"),

@@ -12,6 +12,11 @@ norm per head takes shuffles; one over all heads also goes through shared memory
 each token. That is about 200 of the 1,400 cycles that the memory needs for a token of
 5,120 channels, and the CTAs of a multiprocessor overlap.
 
+Heads that do not divide into such groups, as 10, 5 or 3 of a device of a mesh, overlap:
+the last group begins with heads of the one before, and fewer heads than warps are in
+several warps. Each of them computes and writes the same; a norm over all heads counts
+a head once.
+
 Loads run `ahead` tokens before their use; registers are spent on them and on the sums.
 ptxas, sm_90a, jax 0.11.2, bfloat16, means, no spills:
 
@@ -28,6 +33,7 @@ of `source_starts`. Values then have CTAs too, which copy them. That takes no re
 beyond those of text in the same arrays: 147 for Hunyuan, as many CTAs as without text.
 """
 
+import dataclasses
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -109,6 +115,9 @@ def norm_rope_pool(
         raise ValueError(f"the norm-rope-pool kernel cannot take these inputs: {cause}")
     if ahead is not None and ahead < 1:
         raise ValueError(f"{ahead=} must be at least 1")
+    if norm is not None and num_heads == 1:
+        # The same norm; JAX finds no layouts for a sum over an axis of one head.
+        norm = dataclasses.replace(norm, over="head")
     text_start = None
     if text is not None:
         text_start = 0 if visual_tokens.start else num_tokens
@@ -367,6 +376,8 @@ def _inverse_rms(groups, square, plan: NormRopePoolPlan):
     squares = [sum(half * half for half in _floats(x, plan)) for x in groups]
     shape = squares[0].shape
     if plan.norm.over == "heads":
+        if plan.repeated_heads:
+            squares[-1] = _without_repeated(squares[-1], plan)
         total = jnp.sum(jnp.sum(sum(squares), axis=1))
         inverse = lax.rsqrt(total / (plan.heads * plan.head_dim) + plan.norm.eps)
         inverses = [inverse] * len(groups)
@@ -377,6 +388,12 @@ def _inverse_rms(groups, square, plan: NormRopePoolPlan):
             for mean in means
         ]
     return inverses
+
+
+def _without_repeated(squares, plan: NormRopePoolPlan):
+    """Returns squares of the last group of heads, zero for those of the one before."""
+    head = plgpu.broadcasted_iota(jnp.int32, squares.shape, 0, layout=plan.half_layout)
+    return jnp.where(head < plan.repeated_heads, 0.0, squares)
 
 
 def _load_scale(scale_gmem, heads, plan: NormRopePoolPlan):

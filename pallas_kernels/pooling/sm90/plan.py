@@ -38,6 +38,7 @@ class NormRopePoolPlan:
     heads: int  # heads of a CTA
     head_dim: int
     vec: int  # channels of one load of a thread
+    heads_at_once: int  # heads that the warpgroup loads with one load of each thread
     ahead: int  # tokens
     ops: types.ModuleType  # `registers`, or `emulated` in interpret mode
 
@@ -61,33 +62,39 @@ class NormRopePoolPlan:
         return 4 if self.has_text_scales else 2
 
     @property
-    def heads_at_once(self) -> int:
-        """Heads that the warpgroup loads with one load of each thread."""
-        return heads_at_once(self.head_dim, self.vec)
-
-    @property
     def groups(self) -> list:
         """The heads of a CTA, as many at a time as it loads at once.
 
-        Each group is finished and stored before the next: ptxas cannot load the scales
-        of all groups early and run out of registers.
+        The last group ends with the last head: where they do not divide, it begins
+        with heads of the group before, whose values are written twice. Each group is
+        finished and stored before the next: ptxas cannot load the scales of all groups
+        early and run out of registers.
         """
         at_once = self.heads_at_once
-        return [pl.ds(first, at_once) for first in range(0, self.heads, at_once)]
+        firsts = range(0, self.heads, at_once)
+        return [pl.ds(min(first, self.heads - at_once), at_once) for first in firsts]
+
+    @property
+    def repeated_heads(self) -> int:
+        """Heads of the last group that the group before has too."""
+        return -self.heads % self.heads_at_once
 
     def layout(self, vec: int, *, is_half: bool = False):
         """Returns a layout whose registers have `vec` channels.
 
-        A thread holds the same channels in all layouts.
+        A thread holds the same channels in all layouts. With too few heads for all
+        warps, several hold the same ones and write the same values.
         """
         heads = self.heads_at_once
         head_dim, own = self.head_dim, self.vec
+        warps = heads * head_dim // (LANES * own)
+        alike = () if warps == WARPS else (plgpu.Replicated(WARPS // warps),)
         if is_half:
             head_dim, own = head_dim // 2, own // 2
-        tiles = ((heads, head_dim), (heads // WARPS, head_dim), (1, own), (1, vec))
+        tiles = ((heads, head_dim), (heads // warps, head_dim), (1, own), (1, vec))
         layout = mgpu.TiledLayout(
             mgpu.fragmented_array.Tiling(tiles),
-            (-8,),
+            (*alike, -8),
             (-6, -5),
             -1,
             _check_canonical=False,
@@ -106,14 +113,20 @@ def make_plan(
     num_heads: int, head_dim: int, dtype, *, ahead: int | None, **fields
 ) -> NormRopePoolPlan:
     """Fills in how the work is divided; `ahead` None takes what registers allow."""
-    vec = vec_of(num_heads, head_dim, dtype)
-    assert vec is not None, "see why_unsupported_shape"
+    load = load_of(num_heads, head_dim, dtype)
+    assert load is not None, "see why_unsupported_shape"
+    vec, at_once = load
     joins = joins_heads(fields["norm"], fields["has_mean_squares"])
-    heads = heads_of_cta(num_heads, head_dim, vec, joins=joins)
-    own = heads // heads_at_once(head_dim, vec) * vec
+    heads = heads_of_cta(num_heads, vec, at_once, joins=joins)
+    own = pl.cdiv(heads, at_once) * vec
     ahead = ahead or max(1, min(MAX_AHEAD, CHANNELS_AHEAD // own))
     return NormRopePoolPlan(
-        heads=heads, head_dim=head_dim, vec=vec, ahead=ahead, **fields
+        heads=heads,
+        head_dim=head_dim,
+        vec=vec,
+        heads_at_once=at_once,
+        ahead=ahead,
+        **fields,
     )
 
 
@@ -124,37 +137,43 @@ def why_unsupported_shape(
     if jnp.dtype(dtype).name not in SUPPORTED_DTYPES:
         return f"it takes {', '.join(SUPPORTED_DTYPES)}, not {jnp.dtype(dtype).name}"
     num_heads, head_dim = shape[2:]
-    vec = vec_of(num_heads, head_dim, dtype)
-    if vec is None:
+    load = load_of(num_heads, head_dim, dtype)
+    if load is None:
         return (
             f"{num_heads} heads of {head_dim} channels cannot be divided evenly among "
-            f"{WARPS} warps, a head within one warp"
+            "the lanes of a warp"
         )
+    vec, at_once = load
     joins = joins_heads(norm, has_mean_squares)
-    heads = heads_of_cta(num_heads, head_dim, vec, joins=joins)
-    if heads // heads_at_once(head_dim, vec) * vec > MAX_CHANNELS:
+    heads = heads_of_cta(num_heads, vec, at_once, joins=joins)
+    if pl.cdiv(heads, at_once) * vec > MAX_CHANNELS:
         most = MAX_CHANNELS * WARPS * LANES
         return (
-            f"a norm over {num_heads} heads of {head_dim} channels does not fit in "
-            f"registers (at most {most} channels)"
+            f"{heads} heads of {head_dim} channels in one CTA do not fit in registers "
+            f"(at most {most} channels)"
         )
     return None
 
 
-def vec_of(num_heads: int, head_dim: int, dtype) -> int | None:
-    """Returns the channels of a load: most that divide heads among warps and lanes."""
+def load_of(num_heads: int, head_dim: int, dtype) -> tuple[int, int] | None:
+    """Returns the channels of a thread's load and the heads of all threads' loads.
+
+    That is the widest load that divides the heads; if none does, the narrowest, by as
+    many warps as there are heads for. None if a head cannot stay within a warp.
+    """
+    loads = []
     for nbytes in LOAD_BYTES:
         vec = nbytes // jnp.dtype(dtype).itemsize
-        if vec < 2 or head_dim % vec or LANES * vec % head_dim:
-            continue
-        if num_heads % heads_at_once(head_dim, vec) == 0:
-            return vec
-    return None
-
-
-def heads_at_once(head_dim: int, vec: int) -> int:
-    """Returns the heads that the warpgroup loads with one load of each thread."""
-    return WARPS * LANES * vec // head_dim
+        if vec >= 2 and head_dim % vec == 0 and LANES * vec % head_dim == 0:
+            loads.append((vec, LANES * vec // head_dim))
+    for vec, heads_of_warp in loads:
+        if num_heads % (WARPS * heads_of_warp) == 0:
+            return vec, WARPS * heads_of_warp
+    if not loads or num_heads < loads[-1][1]:
+        return None
+    vec, heads_of_warp = loads[-1]
+    warps = next(n for n in (WARPS, 2, 1) if n * heads_of_warp <= num_heads)
+    return vec, warps * heads_of_warp
 
 
 def joins_heads(norm: QKNorm | None, has_mean_squares: bool) -> bool:
@@ -162,14 +181,21 @@ def joins_heads(norm: QKNorm | None, has_mean_squares: bool) -> bool:
     return norm is not None and norm.over == "heads" and not has_mean_squares
 
 
-def heads_of_cta(num_heads: int, head_dim: int, vec: int, *, joins: bool) -> int:
-    """Returns the heads of a CTA: all if the norm joins them, else what fits well."""
+def heads_of_cta(num_heads: int, vec: int, at_once: int, *, joins: bool) -> int:
+    """Returns the heads of a CTA: all if the norm joins them, else what fits well.
+
+    That is a divisor of the heads, so that no head is written by two CTAs.
+    """
     if joins:
         return num_heads
-    at_once = heads_at_once(head_dim, vec)
-    num_loads = num_heads // at_once
     fitting = max(1, CHUNK_CHANNELS // vec)
-    return at_once * max(n for n in range(1, fitting + 1) if num_loads % n == 0)
+
+    def cost(heads: int) -> tuple[int, int, int]:
+        loads = pl.cdiv(heads, at_once)
+        return max(loads - fitting, 0), num_heads // heads * loads, -heads
+
+    divisors = (n for n in range(at_once, num_heads + 1) if num_heads % n == 0)
+    return min(divisors, key=cost)
 
 
 def text_units(num_tokens: int, visual_tokens: slice) -> Int[np.ndarray, "X 4"]:

@@ -12,6 +12,7 @@ from draft_jax.draft.pooling import tiling_of
 from draft_jax.grid import VideoGrid
 from pallas_kernels.common.device import Device
 from pallas_kernels.pooling import QKNorm
+from pallas_kernels.pooling.sm90 import emulated
 from pallas_kernels.pooling.sm90 import norm_rope_pool as kernel
 from tests import tolerances
 from tests.draft_jax import naive_draft
@@ -115,7 +116,7 @@ def run(given, grid, order, norm, *, v=None, text_scales=None, mean_squares=None
     [
         ("edges-and-text", "raster", "heads", "bfloat16", (4, 128)),
         ("edges-and-text", "tiled", "none", "float16", (8, 64)),
-        ("text-before", "raster", "heads", "float32", (4, 64)),
+        ("text-before", "raster", "heads", "float32", (5, 64)),
         *(
             pytest.param(*case, marks=pytest.mark.nightly)
             for case in [
@@ -124,6 +125,18 @@ def run(given, grid, order, norm, *, v=None, text_scales=None, mean_squares=None
                 ("edges-and-text", "tiled", "head", "bfloat16", (4, 128)),
                 ("text-before", "tiled", "heads", "float16", (8, 64)),
                 ("text-before", "raster", "head", "bfloat16", (32, 64)),
+                # Loads of a warpgroup do not divide these numbers of heads.
+                ("divisible", "tiled", "heads", "float32", (3, 64)),
+                ("text-before", "tiled", "head", "bfloat16", (3, 128)),
+                ("edges-and-text", "raster", "head", "float16", (5, 64)),
+                ("divisible", "raster", "heads", "bfloat16", (5, 128)),
+                ("edges-and-text", "tiled", "heads", "bfloat16", (6, 64)),
+                ("text-before", "raster", "none", "float32", (6, 128)),
+                ("divisible", "raster", "none", "bfloat16", (10, 64)),
+                ("edges-and-text", "tiled", "heads", "float16", (10, 128)),
+                ("edges-and-text", "raster", "head", "bfloat16", (26, 128)),
+                ("edges-and-text", "raster", "heads", "bfloat16", (1, 128)),
+                ("divisible", "tiled", "head", "bfloat16", (3, 32)),
             ]
         ),
     ],
@@ -162,6 +175,9 @@ JOINT = {
             for case in [
                 ("edges-and-text", "raster", "heads", "float16", (8, 64), 1),
                 ("text-before", "tiled", "head", "float32", (4, 64), 2),
+                ("edges-and-text", "tiled", "head", "bfloat16", (3, 128), 2),
+                ("text-before", "raster", "head", "bfloat16", (6, 128), 1),
+                ("edges-and-text", "raster", "heads", "float16", (10, 64), 1),
                 ("long-text", "tiled", "head", "bfloat16", (4, 128), 1),
                 ("long-text-before", "raster", "heads", "bfloat16", (8, 64), 2),
             ]
@@ -273,6 +289,11 @@ def test_mapped_axes(mapped_scales):
                 ("float16", (12, 128), "heads", "before", True),
                 ("float32", (4, 64), "none", None, False),
                 ("float32", (4, 64), "none", "after", True),
+                ("bfloat16", (3, 128), "head", "after", True),
+                ("bfloat16", (3, 64), "heads", None, False),
+                ("bfloat16", (10, 128), "heads", None, False),
+                ("bfloat16", (1, 64), "heads", None, False),
+                ("bfloat16", (3, 32), "heads", None, False),
             )
         ),
     ],
@@ -320,18 +341,59 @@ def test_causes_are_named():
     assert "sm_90" in str(kernel.why_unsupported(good, "bfloat16", norm, cpu))
     for shape, dtype, message in (
         (good, "float64", "float16, not float64"),
-        ((1, 64, 3, 128), "bfloat16", "3 heads of 128 channels cannot be divided"),
+        ((1, 64, 1, 32), "bfloat16", "1 heads of 32 channels cannot be divided"),
         ((1, 64, 4, 96), "bfloat16", "4 heads of 96 channels cannot be divided"),
-        ((1, 64, 64, 128), "bfloat16", r"at most 6144 channels"),
+        (
+            (1, 64, 64, 128),
+            "bfloat16",
+            "64 heads of 128 channels in one CTA do not fit",
+        ),
     ):
         assert message in str(kernel.why_unsupported(shape, dtype, norm, H100))
-    with pytest.raises(ValueError, match="3 heads of 64 channels"):
+    with pytest.raises(ValueError, match="4 heads of 96 channels"):
         run(
-            random_case(GRIDS["divisible"], (3, 64), norm=norm, dtype="float32"),
+            random_case(GRIDS["divisible"], (4, 96), norm=norm, dtype="float32"),
             GRIDS["divisible"],
             "raster",
             norm,
         )
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_any_number_of_heads_is_taken(head_dim):
+    """The groups of a CTA are its heads, and CTAs divide all heads."""
+    for num_heads in range(1, 49):
+        shape = (1, 64, num_heads, head_dim)
+        for norm in NORMS.values():
+            assert kernel.why_unsupported(shape, "bfloat16", norm, H100) is None
+            has_squares = norm is not None and norm.over == "heads"
+            for has_mean_squares in {False, has_squares}:
+                plan = kernel.make_plan(
+                    num_heads,
+                    head_dim,
+                    "bfloat16",
+                    norm=norm,
+                    has_mean_squares=has_mean_squares,
+                    has_text_scales=False,
+                    has_rope=True,
+                    reductions=("mean",),
+                    num_tiles=1,
+                    num_units=1,
+                    visual_start=0,
+                    num_arrays=2,
+                    text_start=None,
+                    ahead=None,
+                    ops=emulated,
+                )
+                starts = [group.start for group in plan.groups]
+                taken = [
+                    x
+                    for start in starts
+                    for x in range(start, start + plan.heads_at_once)
+                ]
+                assert set(taken) == set(range(plan.heads))
+                assert len(taken) == plan.heads + plan.repeated_heads
+                assert num_heads % plan.heads == 0
 
 
 @pytest.mark.usefixtures("without_jaxtyping")
@@ -341,16 +403,20 @@ def test_an_unknown_norm_is_named():
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("order", ["raster", "tiled"])
-def test_some_heads_with_mean_squares_of_all(order):
+@pytest.mark.parametrize(
+    ("order", "own", "head_dim"),
+    [("raster", 4, 64), ("tiled", 4, 64), ("raster", 3, 128), ("tiled", 5, 64)],
+    ids=str,
+)
+def test_some_heads_with_mean_squares_of_all(order, own, head_dim):
     """Each half of the heads becomes what it is among all of them."""
     grid, norm = GRIDS["edges-and-text"], NORMS["heads"]
-    given = random_case(grid, (8, 64), norm=norm, dtype="bfloat16", batch=2)
+    given = random_case(grid, (2 * own, head_dim), norm=norm, dtype="bfloat16", batch=2)
     q, k, scales, rope = given
     halves = []
-    for heads in (slice(0, 4), slice(4, 8)):
-        own = tuple(s.reshape(8, 64)[heads].ravel() for s in scales)
-        part = (q[:, :, heads], k[:, :, heads], own, rope)
+    for heads in (slice(0, own), slice(own, 2 * own)):
+        factors = tuple(s.reshape(-1, head_dim)[heads].ravel() for s in scales)
+        part = (q[:, :, heads], k[:, :, heads], factors, rope)
         squares = tuple(
             jnp.asarray(np.square(np.asarray(x, np.float64)).mean((2, 3)), jnp.float32)
             for x in (q, k)

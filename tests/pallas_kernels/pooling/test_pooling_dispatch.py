@@ -155,9 +155,9 @@ def test_pooling_can_be_left_out():
 
 def test_a_slower_norm_warns_once():
     forget_warnings()
-    q = jnp.zeros((1, 60, 3, 64))
+    q = jnp.zeros((1, 60, 4, 96))
     with on(H100):
-        with pytest.warns(SlowBackendWarning, match="3 heads of 64 channels"):
+        with pytest.warns(SlowBackendWarning, match="4 heads of 96 channels"):
             norm_rope_pool(q, q, RASTER, reductions=())
         norm_rope_pool(q, q, RASTER, reductions=())  # a second one would raise
 
