@@ -35,7 +35,7 @@ from pallas_kernels import Means, block_sparse_attention, dense_attention
 from pallas_kernels.common.interfaces import Order
 from pallas_kernels.tile_scores import Parts, tile_scores
 
-HEADS, HEAD_DIM = 4, 128  # 2 heads would be norm_rope_pool's XLA path
+HEADS, HEAD_DIM = 4, 128
 TEXT_GRID = VideoGrid(2, 13, 32, text_length=40)  # with edge tiles
 
 
