@@ -133,7 +133,12 @@ TREES = {
             lengths=np.ones(1, np.int32),
             scenes=SceneBatch({}, {"path": ones(1, 2, 3)}, {}),
         ),
-        CodecState(step=jnp.asarray(1), parameters={"a": ones(1)}, optimizer=()),
+        CodecState(
+            step=jnp.asarray(1),
+            parameters={"a": ones(1)},
+            ema={"a": ones(1)},
+            optimizer=(),
+        ),
         CodecConfig(),
         OptimizerConfig(),
     ),

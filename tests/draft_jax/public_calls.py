@@ -65,6 +65,7 @@ NOT_COMPUTED = frozenset(
         "pallas_kernels.ranking.WORD_BITS",
         "pallas_kernels.ranking.all_set",
         "pallas_kernels.ranking.choose_path",
+        "pallas_kernels.pooling.MeanSquares",
         "pallas_kernels.pooling.PooledVideo",
         "pallas_kernels.pooling.QKNorm",
         "pallas_kernels.pooling.QKV",
