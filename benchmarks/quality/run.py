@@ -76,6 +76,7 @@ from models.diffusion.caches import MagRatios, StepCache
 from models.diffusion.calibration import measure_ratios
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
+from models.files import output_file, output_folder
 from models.loading import load_pipeline
 
 SHOWN_DENSITY = 0.1  # of the frames and maps that are kept for the document
@@ -437,11 +438,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; `--reduced` gives way to what is said."""
+    """Reads the command line; `--reduced` gives way to what is said.
+
+    Exits with a message if it cannot be read, or its output cannot be written.
+    """
     parser = make_parser()
     if parser.parse_args(arguments).reduced:
         parser.set_defaults(**REDUCED)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    check = output_file if options.command == "times" else output_folder
+    try:
+        check(str(options.output))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --output: {error}")
+    return options
 
 
 def main() -> None:

@@ -62,6 +62,15 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, capsys):
         run.measure(options_of(folder, output, *more, "--steps", "5"))
 
 
+@pytest.mark.parametrize("command", ["measure", "times"])
+def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path, capsys, command):
+    (tmp_path / "taken").write_text("a file")
+    output = str(tmp_path / "taken" / "below")
+    with pytest.raises(SystemExit):
+        run.parse([command, "--output", output])
+    assert "argument --output" in capsys.readouterr().err
+
+
 def test_all_pairs_leave_layers_as_they_are(tmp_path):
     """At density 1 the output is dense attention's, and all of the mass is kept."""
     folder = tiny_model.save_checkpoint(tmp_path / "model")
