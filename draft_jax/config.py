@@ -301,6 +301,11 @@ def sub_tiles_of(
     )
 
 
+def draft_cells(grid: VideoGrid, config: DraftConfig) -> SubTiles:
+    """Returns what a draft of sub-tiles pools, or the tiles of a draft of these."""
+    return sub_tiles_of(grid, config.draft_tile_of(grid))
+
+
 def kept_pairs_budget(sparsity: float, num_visual_blocks: int) -> int:
     """Returns the visual block pairs kept per head: ceil((1 - sparsity) * S * S).
 

@@ -9,6 +9,8 @@ import pathlib
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.common.gpu_state import gpus
@@ -20,6 +22,15 @@ PACKAGES = (
     *("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "nvidia-cublas"),
     *("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl"),
 )
+
+
+@contextmanager
+def recorded(record: dict[str, Any]) -> Iterator[None]:
+    """Puts an error into a record, so that other parts still run."""
+    try:
+        yield
+    except Exception as error:
+        record["error"] = f"{type(error).__name__}: {error}"[:1500]
 
 
 def provenance() -> dict[str, Any]:

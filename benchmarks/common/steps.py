@@ -28,6 +28,7 @@ from benchmarks.common import kernel_account
 from benchmarks.common.gpu_state import GpuState
 from benchmarks.common.machine import GB, device_memory
 from benchmarks.common.modes import Mode
+from benchmarks.common.records import recorded
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
 from models.diffusion.interfaces import LatentShape, VideoModel
 from models.diffusion.results import StepReport
@@ -332,7 +333,7 @@ def add_shares(case: Record, matmul: Mapping[str, Record]) -> None:
 
 def attempt(function: Callable[..., Record | None], *arguments: Any) -> Record:
     """Calls a function; an error becomes a record, so that other parts still run."""
-    try:
+    failure: Record = {}
+    with recorded(failure):
         return function(*arguments) or {}
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"[:1000]}
+    return failure

@@ -51,8 +51,21 @@ class Patterns(NamedTuple):
 
     def within(self, budget: int | Int[Array, ""]) -> Bool[Array, "S S"]:
         """Returns the kept pairs of the largest setting within a budget."""
-        place = jnp.searchsorted(jnp.asarray(self.counts), budget, side="right") - 1
-        return self.keeps(jnp, jnp.asarray(self.settings)[jnp.maximum(place, 0)])
+        return self.keeps(jnp, largest_within(budget, self.counts, self.settings))
+
+
+def largest_within(
+    budget: int | Int[Array, ""], counts: np.ndarray, settings: np.ndarray
+) -> Array:
+    """Returns the last setting that keeps no more than a budget, or the first of all.
+
+    Args:
+      budget: Pairs that may be kept in a head.
+      counts: Pairs that each setting keeps, ascending.
+      settings: Their numbers.
+    """
+    place = jnp.searchsorted(jnp.asarray(counts), budget, side="right") - 1
+    return jnp.asarray(settings)[jnp.maximum(place, 0)]
 
 
 class Places(NamedTuple):
@@ -172,8 +185,7 @@ class Windows(NamedTuple):
 
     def largest(self, budget: int | Int[Array, ""]) -> Bool[Array, "S S"]:
         """Returns the pairs of the largest window within a budget."""
-        place = jnp.searchsorted(jnp.asarray(self.counts), budget, side="right") - 1
-        return self.kept(jnp.asarray(self.sides)[jnp.maximum(place, 0)])
+        return self.kept(largest_within(budget, self.counts, self.sides))
 
     def candidates(
         self, budget: int | Int[Array, ""]

@@ -6,8 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -122,12 +121,3 @@ class Bench:
         """Gives up programs that nobody waits for."""
         for pool in (self._lowering, self._compiling):
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-@contextmanager
-def recorded(record: Record) -> Iterator[None]:
-    """Puts an error into a record, so that other parts still run."""
-    try:
-        yield
-    except Exception as error:
-        record["error"] = f"{type(error).__name__}: {error}"[:1500]

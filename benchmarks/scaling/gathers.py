@@ -7,8 +7,9 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.common.records import recorded
 from benchmarks.common.timing import take_turns
-from benchmarks.scaling.bench import Bench, Program, Record, recorded
+from benchmarks.scaling.bench import Bench, Program, Record
 from models.diffusion.transformer.sharded import ShardedTransformer, spread_weights
 from models.diffusion.transformer.weight_shards import state_paths
 

@@ -17,10 +17,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.common.inputs import random_inputs
+from benchmarks.common.records import recorded
 from benchmarks.common.shapes import Shape
 from benchmarks.common.timing import take_turns
 from benchmarks.layer.stages import LAYER_SHAPES
-from benchmarks.scaling.bench import Bench, Program, Record, recorded
+from benchmarks.scaling.bench import Bench, Program, Record
 from benchmarks.scaling.traffic import traffic
 from draft_jax import DraftConfig, draft_attention
 

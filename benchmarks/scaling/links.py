@@ -21,8 +21,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.common.records import recorded
 from benchmarks.common.timing import take_turns
-from benchmarks.scaling.bench import Bench, Program, Record, recorded
+from benchmarks.scaling.bench import Bench, Program, Record
 from models.diffusion.transformer.token_shards import TokenShards
 
 AXIS = "devices"

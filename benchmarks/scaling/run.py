@@ -52,9 +52,10 @@ import jax
 
 from benchmarks.common import kernel_account
 from benchmarks.common.options import add_output, add_turns, make_parser
+from benchmarks.common.records import recorded
 from benchmarks.layer.stages import LAYER_SHAPES
 from benchmarks.scaling import models
-from benchmarks.scaling.bench import Bench, Record, recorded
+from benchmarks.scaling.bench import Bench, Record
 from benchmarks.scaling.gathers import GatherPart
 from benchmarks.scaling.layer import LayerPart
 from benchmarks.scaling.links import LinksPart

@@ -32,8 +32,9 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.common.gpu_state import GpuState
 from benchmarks.common.machine import GB, device_memory
 from benchmarks.common.modes import Mode
+from benchmarks.common.records import recorded
 from benchmarks.common.steps import Problem, make_sampler
-from benchmarks.scaling.bench import Bench, Program, Record, recorded
+from benchmarks.scaling.bench import Bench, Program, Record
 from benchmarks.scaling.traffic import totals, traffic
 from draft_jax import BlockMask
 from models.diffusion.mesh import DeviceMesh

@@ -54,7 +54,7 @@ from benchmarks.common.machine import device_memory
 from benchmarks.common.modes import Mode
 from benchmarks.common.options import add_output, make_parser
 from benchmarks.common.random_weights import random_model
-from benchmarks.common.records import environment, write_json
+from benchmarks.common.records import environment, recorded, write_json
 from benchmarks.common.steps import (
     Problem,
     Samples,
@@ -243,12 +243,12 @@ def compile_cases(bench: Bench, cases: Mapping[str, Case]) -> dict[str, Steps | 
     """Compiles steps side by side; one that fails gives its error."""
 
     def make(case: Case) -> Steps | Record:
-        try:
+        failure: Record = {}
+        with recorded(failure):
             if not case.modes:
                 return cudnn_steps(case.problem, bench.options.samples)
             return Steps(case.problem, bench.samples(*case.modes).order)
-        except Exception as error:  # the others are to run
-            return {"error": f"{type(error).__name__}: {error}"[:1000]}
+        return failure
 
     # Those with cuDNN first: while they are traced no other may be.
     ready = {name: make(case) for name, case in cases.items() if not case.modes}

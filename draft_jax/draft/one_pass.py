@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from draft_jax.config import DraftConfig, sub_tiles_of
+from draft_jax.config import DraftConfig, draft_cells, sub_tiles_of
 from draft_jax.draft.pooling import (
     PooledTokens,
     check_pooled,
@@ -107,7 +107,7 @@ def _pool_together(
     is_joint = pooled is None and reductions_of(config) == ("mean",)
     pooling = VideoPooling(
         means=sub_tiles_of(grid, compensation.sub_tile, compensation.frames),
-        draft=sub_tiles_of(grid, config.draft_tile_of(grid)) if is_joint else None,
+        draft=draft_cells(grid, config) if is_joint else None,
         spread=config.ranking == "spread",
         order=order,
         start=grid.visual_tokens.start,
@@ -154,4 +154,4 @@ def _mean_queries(
     """Returns the mean query of each tile, from those of a draft."""
     if config.draft_tile is None:
         return pooled.q_mean
-    return means_of_tiles(pooled.q_mean, sub_tiles_of(grid, config.draft_tile_of(grid)))
+    return means_of_tiles(pooled.q_mean, draft_cells(grid, config))

@@ -7,7 +7,7 @@ from typing import get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from draft_jax.config import DraftConfig, sub_tiles_of
+from draft_jax.config import DraftConfig, draft_cells
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_dataclass
 from pallas_kernels.common import (
@@ -81,7 +81,7 @@ def num_draft_tokens(grid: VideoGrid, config: DraftConfig) -> int:
     """Returns how many queries and keys the draft of a video has."""
     if config.draft_tile is None:
         return grid.num_visual_blocks
-    return sub_tiles_of(grid, config.draft_tile_of(grid)).num_cells
+    return draft_cells(grid, config).num_cells
 
 
 def check_pooled(
@@ -180,10 +180,7 @@ def pool_queries_and_keys(
     if config.draft_tile is None:
         pooled = pool_tiles(q, k, tiling_of(grid, order), reductions=reductions)
     elif reductions == ("mean",):
-        cells, start = (
-            sub_tiles_of(grid, config.draft_tile_of(grid)),
-            grid.visual_tokens.start,
-        )
+        cells, start = draft_cells(grid, config), grid.visual_tokens.start
         pooled = pool_sub_tiles(q, k, cells, order=order, start=start)
     else:
         pooled = _pool_sub_tiles(q, k, grid, config, order)
@@ -192,7 +189,7 @@ def pool_queries_and_keys(
 
 @functools.partial(jit_once, static_argnums=(2, 3, 4))
 def _pool_sub_tiles(q, k, grid, config, order) -> tuple[Array, ...]:
-    cells = sub_tiles_of(grid, config.draft_tile_of(grid))
+    cells = draft_cells(grid, config)
     reductions = reductions_of(config)
     axes = Axes(
         operation="pool_sub_tiles",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from draft_jax.config import DraftConfig, sub_tiles_of
+from draft_jax.config import DraftConfig, draft_cells
 from draft_jax.draft import head_chunks
 from draft_jax.draft.one_pass import Draft, pool_draft
 from draft_jax.draft.pooling import PooledTokens
@@ -209,7 +209,7 @@ def _parts_of(grid: VideoGrid, config: DraftConfig) -> Parts:
 
 def _draft_cells(grid: VideoGrid, config: DraftConfig) -> SubTiles:
     assert config.draft_tile is not None, "called with sub-tiles only"
-    return sub_tiles_of(grid, config.draft_tile_of(grid))
+    return draft_cells(grid, config)
 
 
 def _products(q: Float[Array, "B Q N D"], k: Float[Array, "B K N D"]) -> Array:

@@ -80,7 +80,6 @@ class PaperDefaults(NamedTuple):
     ranking: str = "mass"
 
 
-def rows_and_columns(sides: tuple[int, int] | None) -> str:
+def rows_and_columns(sides: tuple[int, int]) -> str:
     """Writes rows and columns as options take them, such as 4x4."""
-    assert sides is not None
     return f"{sides[0]}x{sides[1]}"

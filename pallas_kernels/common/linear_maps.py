@@ -158,6 +158,30 @@ def with_derivatives_on_own_shards(
     )
 
 
+def kernel_on_own_shards(
+    kernel: Callable[..., tuple[Array, ...]],
+    by_xla: Callable[..., tuple[Array, ...]],
+    axes: Axes,
+) -> Callable[..., tuple[Array, ...]]:
+    """Makes a kernel that each device runs on the batch items and heads it has.
+
+    Args:
+      kernel: Takes and returns arrays.
+      by_xla: The same function as `with_derivatives_on_own_shards` takes it, for
+        derivatives.
+      axes: Axes of all arrays, and the operation's name.
+
+    Returns:
+      The same function, under any mesh.
+    """
+    return over_explicit_axes(
+        functools.partial(sealed_kernel, kernel, by_xla, axes),
+        operation=axes.operation,
+        operands=axes.operands,
+        results=axes.results,
+    )
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def sealed_with_derivatives(
     function: Callable[..., tuple[Array, ...]], axes: Axes, *arrays: Array

@@ -15,10 +15,10 @@ from pallas_kernels.common.arrays import AnyArray, to_jax
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.interfaces import Order
 from pallas_kernels.common.linear_maps import (
-    sealed_kernel,
+    kernel_on_own_shards,
     with_derivatives_on_own_shards,
 )
-from pallas_kernels.common.sharding import Axes, over_explicit_axes
+from pallas_kernels.common.sharding import Axes
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import jit_once
 from pallas_kernels.common.sub_tiles import SubTiles
@@ -51,12 +51,8 @@ def pool_tiles(
       edge tile is reduced over the tokens it really has.
     """
     q, k = to_jax(q, k)
-    device = current_device(q)
-    cause = sm90.pool_tiles.why_unsupported(q.shape, q.dtype, device)
-    if cause is not None and device.platform == "gpu":
-        warn_once(f"pooling runs on XLA instead of its kernel: {cause}")
     return _pool_tiles(
-        q, k, tiling=tiling, reductions=reductions, has_kernel=cause is None
+        q, k, tiling=tiling, reductions=reductions, has_kernel=_has_kernel(q)
     )
 
 
@@ -78,6 +74,19 @@ def _pool_tiles(
     return _pool(in_kernel if has_kernel else None, by_xla, axes, q, k)
 
 
+def _has_kernel(x: Array) -> bool:
+    """Returns whether the kernel takes an array where it is; a GPU says why not."""
+    device = current_device(x)
+    cause = sm90.pool_tiles.why_unsupported(x.shape, x.dtype, device)
+    if cause is not None and device.platform == "gpu":
+        _warn(cause)
+    return cause is None
+
+
+def _warn(cause: str) -> None:
+    warn_once(f"pooling runs on XLA instead of its kernel: {cause}")
+
+
 def _pool(in_kernel: Callable[..., Any] | None, by_xla, axes: Axes, q, k):
     """Runs the kernel, if there is one, on devices whose part of the heads it takes."""
     if in_kernel is None:
@@ -86,16 +95,11 @@ def _pool(in_kernel: Callable[..., Any] | None, by_xla, axes: Axes, q, k):
     def run(q, k):
         cause = sm90.pool_tiles.why_unsupported_shape(q.shape, q.dtype)
         if cause is not None:  # a device has fewer heads than all together
-            warn_once(f"pooling runs on XLA instead of its kernel: {cause}")
+            _warn(cause)
             return by_xla(q, k)
         return in_kernel(q, k)
 
-    return over_explicit_axes(
-        functools.partial(sealed_kernel, run, by_xla, axes),
-        operation=axes.operation,
-        operands=axes.operands,
-        results=axes.results,
-    )(q, k)
+    return kernel_on_own_shards(run, by_xla, axes)(q, k)
 
 
 @functools.partial(jit_once, static_argnames=("tiling", "reduction"))
@@ -147,12 +151,8 @@ def pool_sub_tiles(
       The means, in the order of the cells of `sub_tiles`; 0 of cells without a token.
     """
     q, k = to_jax(q, k)
-    device = current_device(q)
-    cause = sm90.pool_tiles.why_unsupported(q.shape, q.dtype, device)
-    if cause is not None and device.platform == "gpu":
-        warn_once(f"pooling runs on XLA instead of its kernel: {cause}")
     task = _Cells(sub_tiles=sub_tiles, order=order, start=start, dtype=dtype)
-    return _pool_sub_tiles(task, q, k, has_kernel=cause is None)
+    return _pool_sub_tiles(task, q, k, has_kernel=_has_kernel(q))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,11 @@ from pallas_kernels.common.arrays import AnyArray, to_jax
 from pallas_kernels.common.configuration import make_plain, register_configuration
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.interfaces import Order
-from pallas_kernels.common.linear_maps import sealed_kernel, sealed_with_derivatives
-from pallas_kernels.common.sharding import Axes, over_explicit_axes
+from pallas_kernels.common.linear_maps import (
+    kernel_on_own_shards,
+    with_derivatives_on_own_shards,
+)
+from pallas_kernels.common.sharding import Axes
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import jit_once
 from pallas_kernels.common.sub_tiles import SubTiles
@@ -144,12 +147,11 @@ def _pool_video(q, k, v, *, pooling: VideoPooling, has_kernel: bool) -> PooledVi
         return rest._replace(q_parts=q_parts, k_parts=k_parts, q_tiles=q_tiles)
     task = _Task(pooling=pooling, has_values=v is not None)
     arrays = {"q": q, "k": k, "v": v}
-    run = over_explicit_axes(
-        functools.partial(_in_kernel if has_kernel else _sealed_xla, task),
-        operation=task.axes.operation,
-        operands=task.axes.operands,
-        results=task.axes.results,
-    )
+    in_kernel, by_xla = (functools.partial(f, task) for f in (_in_kernel, _by_xla))
+    if has_kernel:
+        run = kernel_on_own_shards(in_kernel, by_xla, task.axes)
+    else:
+        run = with_derivatives_on_own_shards(by_xla, task.axes)
     results = run(*(arrays[name] for name in task.results))
     found = PooledVideo(**dict(zip(task.names, results, strict=True)))
     if pooling.spread and draft is not None and not pooling.has_parts:
@@ -209,7 +211,13 @@ class _Task:
 
 
 def _in_kernel(task: _Task, *arrays) -> tuple[Array, ...]:
+    """Runs the kernel on the heads of a device, if it takes so many."""
     pooling, means = task.pooling, task.pooling.means
+    shape, dtype = arrays[0].shape, arrays[0].dtype
+    cause = sm90.pool_video.why_unsupported(shape, dtype, means.group_frames)
+    if cause is not None:  # a device has fewer heads than all together
+        warn_once(f"pooling for means runs on XLA instead of its kernel: {cause}")
+        return _by_xla(task, *arrays)
     part = means.tile if pooling.draft is None else pooling.draft.part
     roles = tuple(
         sm90.pool_video.Role(
@@ -223,21 +231,7 @@ def _in_kernel(task: _Task, *arrays) -> tuple[Array, ...]:
     of_frame = math.prod(means.tiles_per_frame)
     tiles = cell_table(whole, pooling.order, pooling.start)[:of_frame, :4]
 
-    by_xla = functools.partial(_by_xla, task)
-
-    def run(*arrays):
-        shape, dtype = arrays[0].shape, arrays[0].dtype
-        cause = sm90.pool_video.why_unsupported(shape, dtype, means.group_frames)
-        if cause is not None:  # a device has fewer heads than all together
-            warn_once(f"pooling for means runs on XLA instead of its kernel: {cause}")
-            return by_xla(*arrays)
-        return sm90.pool_video.pool_video(arrays, roles, means, tiles, dtype=dtype.name)
-
-    return sealed_kernel(run, by_xla, task.axes, *arrays)
-
-
-def _sealed_xla(task: _Task, *arrays) -> tuple[Array, ...]:
-    return sealed_with_derivatives(functools.partial(_by_xla, task), task.axes, *arrays)
+    return sm90.pool_video.pool_video(arrays, roles, means, tiles, dtype=dtype.name)
 
 
 def _by_xla(task: _Task, *arrays) -> tuple[Array, ...]:

@@ -14,8 +14,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.common.arrays import AnyArray, Scale, to_jax
 from pallas_kernels.common.device import Device, current_device
-from pallas_kernels.common.linear_maps import sealed_kernel, sealed_with_derivatives
-from pallas_kernels.common.sharding import Axes, over_explicit_axes
+from pallas_kernels.common.linear_maps import (
+    kernel_on_own_shards,
+    with_derivatives_on_own_shards,
+)
+from pallas_kernels.common.sharding import Axes
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import jit_once, split_scale
 from pallas_kernels.tile_scores import sm90, xla
@@ -101,12 +104,11 @@ def _scores(
     def in_kernel(q, k, scale=scale):
         return (sm90.backend.tile_scores(q, k, parts, scale=scale),)
 
-    run = functools.partial(sealed_with_derivatives, by_xla, axes)
     if max_bytes is None:
-        run = functools.partial(sealed_kernel, in_kernel, by_xla, axes)
-    (scores,) = over_explicit_axes(
-        run, operation=axes.operation, operands=axes.operands, results=axes.results
-    )(*arrays)
+        run = kernel_on_own_shards(in_kernel, by_xla, axes)
+    else:
+        run = with_derivatives_on_own_shards(by_xla, axes)
+    (scores,) = run(*arrays)
     return scores
 
 
