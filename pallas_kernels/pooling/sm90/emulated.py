@@ -19,6 +19,12 @@ def split(x, plan: NormRopePoolPlan):
     return pairs[..., 0], pairs[..., 1]
 
 
+def multiply_add(a, b, c, plan: NormRopePoolPlan):
+    """Emulates `registers.multiply_add`, which rounds once."""
+    del plan
+    return a * b + c
+
+
 def join(halves, plan: NormRopePoolPlan):
     """Emulates `registers.join`."""
     del plan

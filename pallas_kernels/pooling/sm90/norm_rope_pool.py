@@ -14,8 +14,9 @@ each token. That is about 200 of the 1,400 cycles that the memory needs for a to
 
 Heads that do not divide into such groups, as 10, 5 or 3 of a device of a mesh, overlap:
 the last group begins with heads of the one before, and fewer heads than warps are in
-several warps. Each of them computes and writes the same; a norm over all heads counts
-a head once.
+several warps. Each of them computes and writes the same, to the last bit: products and
+sums are fused by name, not as the compiler likes. A norm over all heads counts a head
+once.
 
 Loads run `ahead` tokens before their use; registers are spent on them and on the sums.
 ptxas, sm_90a, jax 0.11.2, bfloat16, means, no spills:
@@ -360,7 +361,7 @@ def _prepare_token(groups, angles, square, token, work: _Work, plan: NormRopePoo
                 x * inverses[i] * s for x, s in zip(halves, scale, strict=True)
             )
         if angles:
-            halves = _rotate(halves, *angles)
+            halves = _rotate(halves, *angles, plan)
         halves = tuple(half.astype(out_gmem.dtype) for half in halves)
         out_gmem[heads] = plan.ops.join(halves, plan)
         written.append(tuple(half.astype(jnp.float32) for half in halves))
@@ -373,7 +374,7 @@ def _inverse_rms(groups, square, plan: NormRopePoolPlan):
         return ()
     if square is not None:
         return [lax.rsqrt(square + plan.norm.eps)] * len(groups)
-    squares = [sum(half * half for half in _floats(x, plan)) for x in groups]
+    squares = [_sum_of_squares(*_floats(x, plan), plan) for x in groups]
     shape = squares[0].shape
     if plan.norm.over == "heads":
         if plan.repeated_heads:
@@ -414,10 +415,15 @@ def _floats(x, plan: NormRopePoolPlan):
     return tuple(half.astype(jnp.float32) for half in plan.ops.split(x, plan))
 
 
-def _rotate(halves, cos, sin):
+def _sum_of_squares(even, odd, plan: NormRopePoolPlan):
+    return plan.ops.multiply_add(even, even, odd * odd, plan)
+
+
+def _rotate(halves, cos, sin, plan: NormRopePoolPlan):
     even, odd = halves
     cos, sin = (lax.broadcast_in_dim(x, even.shape, (1,)) for x in (cos, sin))
-    return even * cos - odd * sin, even * sin + odd * cos
+    fused = functools.partial(plan.ops.multiply_add, plan=plan)
+    return fused(even, cos, -(odd * sin)), fused(odd, cos, even * sin)
 
 
 def _accumulate(name: Reduction, own, values):

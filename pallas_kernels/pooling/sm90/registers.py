@@ -7,7 +7,7 @@ here needs one there.
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import vector
+from jaxlib.mlir.dialects import math, vector
 
 from pallas_kernels.pooling.sm90.plan import LOAD_BYTES, NormRopePoolPlan
 
@@ -61,6 +61,24 @@ def join(halves, plan: NormRopePoolPlan):
         return _array(registers, shape, plan.layout(vec))
 
     return join_registers(even, odd)
+
+
+def multiply_add(a, b, c, plan: NormRopePoolPlan):
+    """Returns a * b + c of even or odd channels, rounded once.
+
+    The compiler contracts a product and a sum, and of two products takes either: heads
+    that two groups have would differ in the last bit from one group to the other.
+    """
+    layout = plan.half_layout
+    result = plgpu.ShapeDtypeStruct(a.shape, a.dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout,) * 3, return_type=result)
+    def multiply_add_registers(_, *arrays):
+        registers = (array.registers.flat for array in arrays)
+        fused = [math.fma(*own) for own in zip(*registers, strict=True)]
+        return _array(fused, a.shape, layout)
+
+    return multiply_add_registers(a, b, c)
 
 
 def _array(registers, shape, layout):
