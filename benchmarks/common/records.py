@@ -123,6 +123,11 @@ class ResultFile:
 
 
 def write_json(path: pathlib.Path, document: object) -> None:
-    """Writes a JSON file, and its folder if need be."""
+    """Writes a JSON file, and its folder if need be.
+
+    A process that is ended meanwhile leaves the file that was there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    whole = path.with_name(f"{path.name}.part")
+    whole.write_text(json.dumps(document, indent=1) + "\n")
+    whole.replace(path)

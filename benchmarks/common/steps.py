@@ -7,7 +7,7 @@ record says beside that:
   kept_density     share of token pairs that self-attention computed
   peak_gb          that of the process so far
   cudnn            dense steps with cuDNN's attention, where "dense" is the library's;
-                   `has_cudnn` says whether their program has it
+                   `has_cudnn` says whether their program has it, and not ours
   outside          self-attention is what CUPTI says of its kernels, and of a draft's
                    that have names, in one more step of the sparsest mode; the rest of
                    that mode's median step is outside, idle time included;
@@ -251,7 +251,7 @@ def time_cudnn(
 ) -> Record:
     """Runs the steps of `cudnn_steps`; see `measure_cudnn`."""
     record: Record = {
-        "has_cudnn": "cudnn" in steps.text(),
+        "has_cudnn": _has_cudnn(steps.text()),
         "compile_s": steps.compile_s,
         "warm_up_ms": steps.run().time_ms,
     }
@@ -262,6 +262,11 @@ def time_cudnn(
             record |= _times(samples_ms) | device_memory()
             report(record)
     return record | state.summary
+
+
+def _has_cudnn(program: str) -> bool:
+    """Returns whether self-attention is cuDNN's, which text's may be anyway."""
+    return "cudnn" in program and "block_sparse_attention" not in program
 
 
 def cudnn_attention() -> contextlib.AbstractContextManager[Any]:

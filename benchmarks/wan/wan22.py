@@ -9,10 +9,12 @@ runs them in the order of its list. One that fails, or is not begun at --limit, 
 and stops no other. Parts:
 
   expert     an expert of A14B: sparse steps in FP8, dense ones in bfloat16 with cuDNN's
-             attention, FP8 with the library's own selection, sparse ones in bfloat16
+             attention, FP8 with the library's own selection, sparse ones in bfloat16;
+             and a step of the other expert, by the same program
   ti2v       the 5B model: the same at 85 %, other tiles, and a first frame that is held
   fp8_pair   a sparse step of each expert in FP8, both on the device
-  streamed   sparse steps of each in bfloat16, the second's weights from the host
+  streamed   sparse steps of each in bfloat16, the second's weights from the host;
+             those around the switch of a run of 40
   vae        decoding of the 5B model's video, by --vae-dtype and --convolution
 
 `peak_gb` is that of the process, with the search for algorithms: fp8_pair, streamed
@@ -23,7 +25,8 @@ and each case of vae are for processes of their own. Records of other parts stay
   expert_step_*_speedup_over_cudnn     by percent of sparsity, in FP8 at the first size
   expert_step_*_720p_speedup_over_cudnn   the same at the second size
   expert_step_default_90_speedup_over_cudnn   with the library's selection
-  switch_s                      the step of the switch, over the same step without it
+  switch_s                      the switch and the step before, which sends weights
+                                ahead, over the same steps without it
   peak_fp8_gb, peak_bfloat16_gb   of both experts' steps
   ti2v_step_85_speedup_over_cudnn, ti2v_step_85_fp8_speedup_over_cudnn
   ti2v_step_85_tile_*           sparse bfloat16 steps with another tile, likewise
@@ -60,7 +63,7 @@ from benchmarks.common.steps import (
     Samples,
     Steps,
     attempt,
-    cudnn_steps,
+    cudnn_attention,
     make_sampler,
     time_cudnn,
     time_steps,
@@ -82,6 +85,7 @@ Record = dict[str, Any]
 Report = Callable[[Record], None]
 
 BOUNDARY = 875.0
+NUM_STEPS = 40
 SHIFTS = {"expert": 12.0, "ti2v": 5.0}
 # Beside 8 x 16, which makes 9 blocks of a frame of 22 x 40 tokens: 8 blocks of 120 and
 # 80 tokens, and 8 of 110, which are copied row by row.
@@ -222,10 +226,12 @@ class Case:
     Attributes:
       problem: The model and its inputs.
       modes: Sparse modes; none for dense steps with cuDNN's attention.
+      other: Another expert, whose step in the last mode follows.
     """
 
     problem: Problem
     modes: tuple[str, ...] = ()
+    other: WanTransformer | None = None
 
     @property
     def facts(self) -> Record:
@@ -245,17 +251,21 @@ def compile_cases(bench: Bench, cases: Mapping[str, Case]) -> dict[str, Steps | 
     def make(case: Case) -> Steps | Record:
         failure: Record = {}
         with recorded(failure):
-            if not case.modes:
-                return cudnn_steps(case.problem, bench.options.samples)
-            return Steps(case.problem, bench.samples(*case.modes).order)
+            modes = [Mode.parse("dense")] * (bench.options.samples + 1)
+            if case.modes:
+                modes = bench.samples(*case.modes).order
+                modes += modes[-1:] * (case.other is not None)
+            return Steps(case.problem, modes)
         return failure
 
+    def make_all(cases: Mapping[str, Case]) -> dict[str, Steps | Record]:
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(cases))) as pool:
+            return dict(zip(cases, pool.map(make, cases.values()), strict=True))
+
     # Those with cuDNN first: while they are traced no other may be.
-    ready = {name: make(case) for name, case in cases.items() if not case.modes}
-    others = {name: case for name, case in cases.items() if case.modes}
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(others))) as pool:
-        made = pool.map(make, others.values())
-        return ready | dict(zip(others, made, strict=True))
+    with cudnn_attention():
+        ready = make_all({name: case for name, case in cases.items() if not case.modes})
+    return ready | make_all({name: case for name, case in cases.items() if case.modes})
 
 
 def measure_cases(bench: Bench, cases: Mapping[str, Case], report: Report) -> None:
@@ -269,22 +279,29 @@ def measure_cases(bench: Bench, cases: Mapping[str, Case], report: Report) -> No
         steps = compiled.pop(name)
 
         def keep(grown: Record, name=name) -> None:
-            record[name] = grown
+            record[name] = record.get(name, {}) | grown
             report(record)
 
         if isinstance(steps, dict):
             keep(steps)
         elif bench.left_s() <= 0:
             keep({"error": f"not begun: the limit was {bench.options.limit} s"})
-        elif case.modes:
-            samples = bench.samples(*case.modes)
-            failure = attempt(time_steps, steps, samples, case.facts, keep)
-            keep(record.get(name, {}) | failure)
         else:
-            keep(attempt(time_cudnn, steps, bench.options.samples, keep))
+            keep(attempt(time_case, bench, case, steps, keep))
         modes = record[name].get("modes", {"": record[name]})
         times = {mode: found.get("median_ms") for mode, found in modes.items()}
         bench.say(f"{name}: {times} {record[name].get('error', '')}")
+
+
+def time_case(bench: Bench, case: Case, steps: Steps, report: Report) -> Record | None:
+    """Runs the steps of a case."""
+    if not case.modes:
+        return time_cudnn(steps, bench.options.samples, report)
+    time_steps(steps, bench.samples(*case.modes), case.facts, report)
+    if case.other is None:
+        return None
+    steps.sampler = dataclasses.replace(steps.sampler, model=case.other)
+    return {"other_expert_ms": steps.run().time_ms}
 
 
 # ------------------------------------------------------------------- the parts
@@ -293,17 +310,18 @@ def measure_cases(bench: Bench, cases: Mapping[str, Case], report: Report) -> No
 def measure_expert(bench: Bench, report: Report) -> None:
     """One expert at each size; what counts most first."""
     wide, narrow = (make_model(bench.sizes.expert, p) for p in ("bfloat16", "float8"))
-    cases: dict[str, Case] = {}
-    for place, (size, shape) in enumerate(bench.sizes.latents.items()):
+    other = make_model(bench.sizes.expert, "float8", seed=1)
+    both, cases = ("0.75", "0.9"), {}
+    for size, shape in bench.sizes.latents.items():
         in_float8 = make_problem(narrow, shape, "expert")
-        cases[f"{size}, float8"] = Case(problem=in_float8, modes=("0.75", "0.9"))
+        cases[f"{size}, float8"] = Case(problem=in_float8, modes=both, other=other)
         cases[f"{size}, cudnn"] = Case(problem=make_problem(wide, shape, "expert"))
-        if not place:
-            default = with_default(in_float8)
-            cases[f"{size}, default"] = Case(problem=default, modes=("0.9",))
     for size, shape in bench.sizes.latents.items():
         problem = make_problem(wide, shape, "expert")
-        cases[f"{size}, bfloat16"] = Case(problem=problem, modes=("0.75", "0.9"))
+        cases[f"{size}, bfloat16"] = Case(problem=problem, modes=both)
+    size, shape = next(iter(bench.sizes.latents.items()))
+    default = with_default(make_problem(narrow, shape, "expert"))
+    cases[f"{size}, default"] = Case(problem=default, modes=("0.9",))
     measure_cases(bench, cases, report)
 
 
@@ -339,7 +357,7 @@ def measure_fp8_pair(bench: Bench, report: Report) -> None:
     config = bench.sizes.expert
     high, low = (make_model(config, "float8", seed) for seed in range(2))
     both = ResidentExperts(high, low, boundary=BOUNDARY)
-    report(run_pair(bench, both, count=1))
+    report(run_pair(bench, both, before=1, after=1))
 
 
 def measure_streamed(bench: Bench, report: Report) -> None:
@@ -354,38 +372,36 @@ def measure_streamed(bench: Bench, report: Report) -> None:
     for name in ("low", "high"):  # programs that overwrite are compiled
         both.take(name)
     facts["first_switches_s"] = time.perf_counter() - start
-    report(facts | run_pair(bench, both, count=2))
+    report(facts | run_pair(bench, both, before=3, after=2))
 
 
-def run_pair(bench: Bench, both: Experts, *, count: int) -> Record:
-    """Runs as many steps of one expert as of the other.
+def run_pair(bench: Bench, both: Experts, *, before: int, after: int) -> Record:
+    """Runs the steps around the switch of a run of 40 steps, at Wan's own boundary.
 
-    The first step warms up. With two of each, the third is that of the switch and the
-    last is the same without it.
+    The first of them warms up. With three before and two after it, one is as the last
+    before the switch and one as the first after it, without the switch.
     """
     shape = next(iter(bench.sizes.latents.values()))
     problem = make_problem(both.model, shape, "expert")  # type: ignore[arg-type]
-    sampler = make_sampler(problem, [Mode.parse("0.9")] * (2 * count))
-    # Few steps: the switch is put in their middle.
-    both.boundary = float(sampler.solver.timesteps[count - 1])
+    sampler = make_sampler(problem, [Mode.parse("0.9")] * NUM_STEPS)
     sampler = dataclasses.replace(sampler, experts=both)
+    _, switch = sampler.expert_starts
     state = sampler.initial_state(1, seed=0, guided=True)
     programs = sampler.compile(state, problem.inputs)
-    compiled = device_memory()
-    steps = []
-    for index in range(2 * count):
+    record: Record = {
+        "switch_before_step": switch,
+        "programs": len(programs),
+        "after_compilation": device_memory(),
+    }
+    steps: list[float] = []
+    for index in range(switch - before, switch + after):
         state, step = sampler.run_step(programs, state, problem.inputs, index)
         steps.append(step.time_ms)
-        bench.say(f"step {index} of {'high' if index < count else 'low'} noise")
-    record = {
-        "steps_ms": steps,
-        "programs": len(programs),
-        "after_compilation": compiled,
-        **device_memory(),
-    }
-    if count > 1:
-        without = statistics.median(steps[count + 1 :])
-        record["switch_s"] = (steps[count] - without) / 1e3
+        bench.say(f"step {index}, {sampler.expert_names[index]} noise: {step.time_ms}")
+    record |= {"steps_ms": steps, **device_memory()}
+    if before > 2 and after > 1:
+        plain, sending, switching, settled = steps[-4:]
+        record["switch_s"] = (sending - plain + switching - settled) / 1e3
     return record
 
 

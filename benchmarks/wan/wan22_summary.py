@@ -28,6 +28,8 @@ def _ratio(sparse: Record, mode: str, cudnn: Record) -> float | None:
     found = sparse.get("modes", {}).get(mode, {})
     if "median_ms" not in found or "median_ms" not in cudnn:
         return None
+    if not cudnn.get("has_cudnn"):
+        return None
     return cudnn["median_ms"] / found["median_ms"]
 
 

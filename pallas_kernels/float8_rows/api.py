@@ -5,6 +5,7 @@ for Hopper GPUs read what a row is made of once, and write FP8 once.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -25,10 +26,22 @@ from pallas_kernels.common.sharding import (
 from pallas_kernels.common.static import jit_once
 from pallas_kernels.float8_rows import sm90
 
+# gelu(x) = x * sigmoid(2u) of u = sqrt(2 / pi) (x + 0.044715 x^3).
+_LINEAR = 2 * math.sqrt(2 / math.pi)
+_CUBIC = 0.044715 * _LINEAR
+
 
 def gelu_tanh(x: Float[AnyArray, "*axes"]) -> Float[Array, "*axes"]:
-    """Applies GELU by its tanh approximation."""
-    return jax.nn.gelu(x, approximate=True)
+    """Applies GELU by its tanh approximation, in float32.
+
+    As a product with a sigmoid: for four numbers in bfloat16 XLA's program for Hopper
+    GPUs has 110 instructions, where that of `jax.nn.gelu`, which rounds each operation,
+    has 136.
+    """
+    dtype = jnp.asarray(x).dtype
+    wide = jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))
+    doubled = wide * (_LINEAR + _CUBIC * jnp.square(wide))
+    return (wide * jax.nn.sigmoid(doubled)).astype(dtype)
 
 
 def layer_norm(x: Float[AnyArray, "*axes E"], eps: float) -> Float[Array, "*axes E"]:

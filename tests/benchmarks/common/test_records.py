@@ -62,3 +62,18 @@ def test_results_are_stored(tmp_path):
     assert where["device"] == "another"
     assert where["versions"]["jax"] == jax.__version__
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$", where["date"])
+
+
+def test_a_process_that_is_ended_leaves_a_whole_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    records.write_json(path, {"figure": 1})
+
+    def end(self, text):
+        with self.open("w") as file:
+            file.write(text[:3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "write_text", end)
+    with pytest.raises(KeyboardInterrupt):
+        records.write_json(path, {"figure": 2})
+    assert json.loads(path.read_text()) == {"figure": 1}

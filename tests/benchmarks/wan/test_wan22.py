@@ -13,7 +13,8 @@ def test_figures_are_quotients_of_the_records():
     def steps(**medians):
         return {"modes": {name: {"median_ms": ms} for name, ms in medians.items()}}
 
-    dense, failed = {"median_ms": 12.0}, {"error": "no memory"}
+    dense = {"median_ms": 12.0, "has_cudnn": True}
+    failed = {"error": "no memory"}
     parts = {
         "expert": {
             "768x1280, float8": steps(**{"0.75": 6.0, "0.9": 3.0}),
@@ -27,7 +28,7 @@ def test_figures_are_quotients_of_the_records():
         "fp8_pair": {"peak_gb": 45.0},
         "streamed": {"peak_gb": 44.0, "switch_s": 0.7},
         "ti2v": {
-            "cudnn": {"median_ms": 9.0},
+            "cudnn": dense | {"median_ms": 9.0},
             "float8": steps(**{"0.85": 3.0}),
             "bfloat16": failed,
             "bfloat16, tile 6x20": steps(**{"0.85": 4.5}),
@@ -55,6 +56,8 @@ def test_figures_are_quotients_of_the_records():
         "vae_peak_gb": 25.0,
     }
     assert wan22.summarise({}) == {}
+    parts["ti2v"]["cudnn"]["has_cudnn"] = False  # then it is no measure
+    assert not [name for name in wan22.summarise(parts) if name.startswith("ti2v")]
 
 
 @pytest.mark.nightly
@@ -70,6 +73,17 @@ def test_every_part_runs_and_others_stay_in_the_file(part, tmp_path):
         name for name, case in parts[part].items() if "error" in (name, *case_of(case))
     ]
     assert errors == []
+    record = parts[part]
+    if part in ("fp8_pair", "streamed"):  # of 40 steps at a shift of 12, 26 are high
+        assert record["switch_before_step"] == 26
+        assert len(record["steps_ms"]) == (5 if part == "streamed" else 2)
+        assert record["programs"] == 1
+    if part == "streamed":
+        plain, sending, switching, settled = record["steps_ms"][1:]
+        extra = sending + switching - plain - settled
+        assert record["switch_s"] == pytest.approx(extra / 1e3)
+    if part == "expert":
+        assert record["768x1280, float8"]["other_expert_ms"] > 0
 
 
 def case_of(record):

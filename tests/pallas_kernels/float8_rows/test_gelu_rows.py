@@ -96,3 +96,11 @@ def test_gelu_is_the_tanh_approximation():
     ones = functools.partial(np.ones, dtype=np.float32)
     made = gelu_loop(x[None], ones(1), ones(25), 0 * ones(25))
     np.testing.assert_allclose(gelu_tanh(x), made[0], rtol=1e-5, atol=1e-6)
+
+
+def test_gelu_of_bfloat16_is_rounded_once():
+    x = jnp.linspace(-6, 6, 129).astype(jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    made = 0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
+    got = np.asarray(gelu_tanh(x).astype(jnp.float32))
+    np.testing.assert_allclose(got, made, rtol=2**-8, atol=1e-6)
