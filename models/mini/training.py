@@ -307,6 +307,7 @@ def flow_matching_loss(
     velocity, _ = transformer(
         WanInputs(noisy, MAX_TIMESTEP * sigma, text(ids, lengths), lengths),
         remat=config.remat,
+        unrolled=True,
     )
     return jnp.mean(jnp.square(velocity - (noise - latents)))
 

@@ -95,6 +95,7 @@ class WanTransformer(VideoTransformer):
         step: DraftStep | None = None,
         masks: BlockMask | None = None,
         remat: bool = False,
+        unrolled: bool = False,
     ) -> tuple[Velocity, BlockMask | None]:
         """Runs the model.
 
@@ -109,6 +110,7 @@ class WanTransformer(VideoTransformer):
             None on the first step.
           remat: Recompute each block in the backward pass instead of keeping what
             it computed: less memory, about a third more time.
+          unrolled: Compile each layer for itself; see `run_blocks`.
 
         Returns:
           The velocity (noise - clean) in float32, and the masks to hand to the
@@ -117,7 +119,9 @@ class WanTransformer(VideoTransformer):
         Raises:
           ValueError: An input does not fit the configuration or the others.
         """
-        results = self.run(inputs, attention, step, masks, remat=remat)
+        results = self.run(
+            inputs, attention, step, masks, remat=remat, unrolled=unrolled
+        )
         return results.velocity, results.masks
 
     def reuse_residual(
@@ -231,6 +235,7 @@ class WanTransformer(VideoTransformer):
         masks: BlockMask | None,
         *,
         remat: bool = False,
+        unrolled: bool = False,
         capture: Callable[[dict[str, Any]], Any] | None = None,
         shards: TokenShards | None = None,
         weights: WeightShards | None = None,
@@ -270,6 +275,7 @@ class WanTransformer(VideoTransformer):
             step=step,
             masks=masks,
             remat=remat,
+            unrolled=unrolled,
             capture=capture,
             gather=gather_of(weights, "blocks"),
         )

@@ -52,6 +52,7 @@ def run_blocks(
     masks: BlockMask | None,
     first: int = 0,
     remat: bool = False,
+    unrolled: bool = False,
     capture: Callable[[dict[str, Any]], Any] | None = None,
     gather: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, BlockMask | None, Any]:
@@ -69,6 +70,9 @@ def run_blocks(
       first: Number of the model's layers before this stack: the index of its first
         block in step and masks.
       remat: Recompute each block in the backward pass.
+      unrolled: Compile each layer for itself, which takes longer. A backward pass is
+        faster: a scan copies all that it needs to arrays of all layers, and back.
+        Without `gather` only.
       capture: Called in each block with what it has sown, in nested dictionaries.
       gather: Makes the whole parameters of a layer from a device's part of them. It is
         called for each layer while the one before runs.
@@ -97,7 +101,7 @@ def run_blocks(
 
         if remat:
             # Inside a scan the backward pass cannot merge with the forward one.
-            run_block = jax.checkpoint(run_block, prevent_cse=False)
+            run_block = jax.checkpoint(run_block, prevent_cse=unrolled)
         mask = jax.tree.map(lambda leaf: leaf[index], masks)
         (x, mask), sown = run_block(x, layer_parameters, mask)
         # In place: the masks of all layers may take a gigabyte.
@@ -109,7 +113,9 @@ def run_blocks(
     for layers, known_dense in runs_of_layers(step, stack):
         body = functools.partial(run_layer, known_dense)
         if gather is None:
-            carry, sown = _scan_layers(body, carry, parameters, layers, stack)
+            carry, sown = _scan_layers(
+                body, carry, parameters, layers, stack, unrolled=unrolled
+            )
         else:
             carry, sown = _scan_ahead(body, carry, parameters, layers, stack, gather)
         sown_of_runs.append(sown)
@@ -142,19 +148,25 @@ def runs_of_layers(
 
 
 def _scan_layers(
-    body: Callable, carry: Any, stacked: Any, layers: range, stack: range
+    body: Callable,
+    carry: Any,
+    stacked: Any,
+    layers: range,
+    stack: range,
+    *,
+    unrolled: bool,
 ) -> tuple[Any, Any]:
     """Scans over some layers of stacked arrays; `body` also gets their indices."""
     indices = jnp.arange(layers.start, layers.stop)
     if layers == stack:
-        return jax.lax.scan(body, carry, (indices, stacked))
+        return jax.lax.scan(body, carry, (indices, stacked), unroll=unrolled)
 
     # Each is looked up: a slice of some layers would be a copy of their weights.
     def look_up(carry, index):
         place = index - stack.start
         return body(carry, (index, jax.tree.map(lambda leaf: leaf[place], stacked)))
 
-    return jax.lax.scan(look_up, carry, indices)
+    return jax.lax.scan(look_up, carry, indices, unroll=unrolled)
 
 
 def _scan_ahead(

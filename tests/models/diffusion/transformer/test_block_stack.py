@@ -99,3 +99,34 @@ def test_masks_and_steps_are_flat_over_stacks(known):
         np.testing.assert_array_equal(
             got.block_ids[layer], masks.block_ids[layer] + added
         )
+
+
+@pytest.mark.parametrize(
+    ("unrolled", "remat"),
+    [(False, False), (True, False), (True, True)],
+    ids=["scanned", "unrolled", "unrolled-remat"],
+)
+def test_gradient_of_a_stack(unrolled, remat):
+    blocks = stack_blocks(Affine, 3, nnx.Rngs(0))
+    structure, parameters = nnx.split(blocks)
+
+    def run(parameters):
+        x, _, _ = run_blocks(
+            nnx.merge(structure, parameters),
+            jnp.float32(2.0),
+            jnp.float32(0.5),
+            step=None,
+            masks=None,
+            remat=remat,
+            unrolled=unrolled,
+        )
+        return x
+
+    gradient = jax.jit(jax.grad(run))
+    assert ("stablehlo.while" in gradient.lower(parameters).as_text()) != unrolled
+    scales = np.asarray(blocks.scale[...], np.float64)
+    entered = [2.0]
+    for scale in scales:
+        entered.append(entered[-1] * scale + 0.5)
+    expected = [entered[i] * np.prod(scales[i + 1 :]) for i in range(3)]
+    np.testing.assert_allclose(gradient(parameters)["scale"][...], expected, rtol=1e-6)
