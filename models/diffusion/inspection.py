@@ -3,25 +3,30 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from draft_jax import (
     AttentionPlan,
+    BlockMask,
     DraftConfig,
+    DraftStep,
     VideoGrid,
     compute_mask,
     draft_scores,
 )
-from models.diffusion.interfaces import ImageCondition, Images
+from models.diffusion.interfaces import ImageCondition, Images, VideoModel
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.results import StepReport, StopGeneration
 from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import MAX_TIMESTEP
+from models.float8.product import compiler_options
 from pallas_kernels.common import valid_tokens
 
 TOP_SHARE = 0.1  # of block pairs, in `AttentionView.top_mass`
@@ -120,18 +125,15 @@ def inspect_attention(
         grid=grid,
         draft=attention.config,
     )
-    velocity, fields = model.map_qk(
-        look,
-        model.step_inputs(
-            state.latents,
-            timestep,
-            inputs.context,
-            inputs.image,
-            inputs.embedded_guidance,
-        ),
-        attention=attention,
-        step=step_plan,
-        masks=state.masks,
+    rows = model.step_inputs(
+        state.latents,
+        timestep,
+        inputs.context,
+        inputs.image,
+        inputs.embedded_guidance,
+    )
+    velocity, fields = _look_at_layers(
+        model, look, rows, attention=attention, step=step_plan, masks=state.masks
     )
     return AttentionView(
         **{name: np.asarray(value[:, 0]) for name, value in fields.items()},
@@ -140,6 +142,26 @@ def inspect_attention(
         timestep=float(timestep),
         is_dense=np.asarray(step_plan.dense),
     )
+
+
+def _look_at_layers(
+    model: VideoModel,
+    look: Callable[[Array, Array], dict[str, Array]],
+    rows: Any,
+    *,
+    attention: AttentionPlan,
+    step: DraftStep,
+    masks: BlockMask | None,
+) -> tuple[Array, dict[str, Array]]:
+    """Returns what `map_qk` does, by a program that suits the weights."""
+    structure, parameters = nnx.split(model)
+
+    def call(parameters, rows, masks):
+        looked_at: Any = nnx.merge(structure, parameters)
+        return looked_at.map_qk(look, rows, attention=attention, step=step, masks=masks)
+
+    jitted = jax.jit(call, compiler_options=compiler_options(parameters))
+    return jitted(parameters, rows, masks)
 
 
 def _look(

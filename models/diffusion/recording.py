@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import time
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from draft_jax import (
 )
 from models.diffusion.inspection import AttentionView
 from models.diffusion.sampler import Sampler, SamplerState, StepInputs
+from models.float8.product import compiler_options
 
 # A level of a draft map is a share of the map's largest score, on a logarithmic scale.
 MAX_LEVEL = 255
@@ -305,7 +308,8 @@ def look_at_step(
     assert sampler.plan is not None
     structure, parameters = nnx.split(sampler.model_at(index))
     first = jax.tree.map(lambda rows: rows[:1], (inputs.context, inputs.image))
-    seen = _look(
+    look = _jitted_look(tuple(compiler_options(parameters).items()))
+    seen = look(
         parameters,
         state.latents[:1],
         jnp.float32(sampler.solver.timesteps[index]),
@@ -320,7 +324,13 @@ def look_at_step(
     return {name: np.asarray(value) for name, value in seen.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "attention", "kind", "looks"))
+@functools.cache
+def _jitted_look(options: tuple[tuple[str, bool], ...]) -> Callable[..., Any]:
+    """Returns the look, to be compiled with options of XLA."""
+    names = ("structure", "attention", "kind", "looks")
+    return jax.jit(_look, static_argnames=names, compiler_options=dict(options))
+
+
 def _look(
     parameters,
     latents,

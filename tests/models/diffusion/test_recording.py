@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule, VideoGrid
-from models.diffusion import recording
+from models.diffusion import inspection, recording
 from models.diffusion.inspection import AttentionView, inspect_attention
 from models.diffusion.recording import (
     AttentionRecorder,
@@ -226,3 +226,27 @@ def test_what_is_kept_of_a_view(most_bytes, layers, heads):
         assert record.peaks[index] == pytest.approx(number / 1000)
         kept = np.unpackbits(record.masks[index], axis=-1, count=9)
         assert (kept == (number % 2 == 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("module", "look"),
+    [
+        (recording, lambda pipeline: record(pipeline)),
+        (inspection, lambda pipeline: inspect_attention(pipeline, PROMPT, step=0)),
+    ],
+    ids=["recording", "inspection"],
+)
+def test_a_look_is_compiled_with_the_options_of_its_weights(
+    pipeline, monkeypatch, module, look
+):
+    """Without those of weights in FP8 XLA tries out slow products for minutes."""
+    options = {"xla_no_such_option": True}
+    monkeypatch.setattr(module, "compiler_options", lambda _: options)
+    with pytest.raises(Exception, match="xla_no_such_option"):
+        look(pipeline)
+
+
+def record(pipeline):
+    sampler, state, inputs = pipeline.start(PROMPT, tiny_model.SAMPLING, attention=PLAN)
+    looks = Looks(steps=(2,), layers=(0,), heads=(0,))
+    return recording.look_at_step(sampler, state, inputs, 2, looks)
