@@ -41,10 +41,15 @@ def progress_bar(name: str, num_steps: int) -> Iterator[Callable[[StepReport], N
             if report.index == 0:
                 # Compiling is over and says nothing about the time left.
                 bar.start_t = bar.last_print_t = time.time() - 1e-3 * report.time_ms
-            share = 100 * report.kept_density.mean()
-            is_skipped = report.work == "skipped"
-            done = "skipped" if is_skipped else f"{share:.0f} % of pairs"
-            bar.set_description(f"{name}: {done}", refresh=False)
+            bar.set_description(f"{name}: {_work_of(report)}", refresh=False)
             bar.update()
 
         yield show
+
+
+def _work_of(report: StepReport) -> str:
+    """Returns whether a step was dense, sparse or skipped, and what it computed."""
+    if report.work == "skipped":
+        return "skipped step"
+    share = 100 * report.kept_density.mean()
+    return f"{report.work} step, {share:.0f} % of pairs"
