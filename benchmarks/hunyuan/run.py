@@ -45,9 +45,10 @@ from benchmarks.common.linear_times import linear_times
 from benchmarks.common.machine import GB, MatmulShape, device_memory, matmul_rates
 from benchmarks.common.modes import Mode
 from benchmarks.common.options import add_output, make_parser
+from benchmarks.common.parts import Parts
 from benchmarks.common.programs import run_limited
 from benchmarks.common.random_weights import random_model
-from benchmarks.common.records import environment, provenance, write_json
+from benchmarks.common.records import provenance
 from benchmarks.common.steps import (
     Problem,
     Samples,
@@ -205,22 +206,17 @@ def measure_size(model: HunyuanTransformer, part: str, options, report) -> None:
 def measure_float8(config: HunyuanConfig, options, report) -> None:
     """Products and steps in FP8 at the largest size; see `measure_size`."""
     size, frames = SIZES[options.model]["768p"], FRAMES[options.model]
-    record: Record = {}
-
-    def keep(grown: Record) -> None:
-        record.update(grown)
-        report(record)
 
     def dense_bfloat16() -> Record:
         problem = make_problem(load(config)[0], latent_shape(size, frames))
         return measure_cudnn(problem, options.dense_samples)
 
-    keep({"cudnn": dense_bfloat16()})
+    report({"cudnn": dense_bfloat16()})
     model, loaded = load(dataclasses.replace(config, linears="float8"))
     problem = make_problem(model, latent_shape(size, frames))
     grid = model.grid(problem.latent_shape)
     shapes = linear_shapes(config, grid.num_tokens)
-    keep({"load": loaded, "linears": attempt(linear_times, shapes)})
+    report({"load": loaded, "linears": attempt(linear_times, shapes)})
     samples = Samples(
         modes=choose(FLOAT8_MODES, options),
         sparse=options.samples,
@@ -229,12 +225,12 @@ def measure_float8(config: HunyuanConfig, options, report) -> None:
         profile=True,
     )
     facts = {"size": list(size), "frames": frames}
-    measure_steps(problem, samples, facts, keep)
+    measure_steps(problem, samples, facts, report)
     problem = dataclasses.replace(problem, draft=DraftConfig.compensated())
     samples = dataclasses.replace(
         samples, modes=list(map(Mode.parse, DEFAULT_MODES)), profile=False
     )
-    measure_steps(problem, samples, facts, lambda grown: keep({"default": grown}))
+    measure_steps(problem, samples, facts, lambda grown: report({"default": grown}))
 
 
 def choose(modes: Sequence[str], options) -> list[Mode]:
@@ -306,35 +302,6 @@ def measure_vae(options) -> Record:
 # ---------------------------------------------------------------- command line
 
 
-class Results:
-    """The records, and their file."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        """Reads the parts that the file has.
-
-        Raises:
-          SystemExit: They are of another model.
-        """
-        self.path, self.start = options.output, time.perf_counter()
-        self.document: Record = {"model": options.model, "parts": {}}
-        if self.path is not None and self.path.exists():
-            self.document = json.loads(self.path.read_text())
-        if self.document["model"] != options.model:
-            raise SystemExit(
-                f"{self.path} is of model {self.document['model']!r}, not "
-                f"{options.model!r}: give another file as --output"
-            )
-
-    def put(self, part: str, record: Record) -> None:
-        """Keeps a part's record, prints it and writes the file anew."""
-        self.document["parts"][part] = record
-        self.document["summary"] = summarise(self.document["parts"])
-        now = time.perf_counter() - self.start
-        print(f"[{now:6.1f} s] {part}: {json.dumps(brief(record))}", flush=True)
-        if self.path is not None:
-            write_json(self.path, self.document)
-
-
 def brief(record: Record) -> Record:
     """Returns what of a part's record is worth a line on the screen."""
     numbers = {k: v for k, v in record.items() if isinstance(v, (int, float, str))}
@@ -350,42 +317,29 @@ def brief(record: Record) -> Record:
     return numbers | record.get("time_by_part_ms", {}) | errors
 
 
-def measure_wide(sizes: list[str], options, results: Results) -> None:
+def measure_wide(sizes: list[str], options, results: Parts) -> None:
     """Measures parts of the bfloat16 model, whose memory is free after them."""
     if not sizes:
         return
-    results.document["environment"] = environment()
     model, loaded = load(MODELS[options.model])
     results.document |= {"config": model.config.to_dict(), "load": loaded}
     for part in sizes:
-        facts = {"environment": environment()}
-
-        def report(record: Record, part=part, facts=facts) -> None:
-            results.put(part, facts | record)
-
-        failure = attempt(measure_size, model, part, options, report)
-        if failure:
-            report(results.document["parts"].get(part, {}) | failure)
+        results.measure(part, measure_size, model, part, options)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures the parts that are asked for."""
     options = parse(arguments)
-    results = Results(options)
+    facts = {"model": options.model}
+    results = Parts(options.output, facts, summarise=summarise, show=brief)
     if "vae" in options.parts:  # before JAX takes the device
-        facts = {"environment": provenance()}
-        results.put("vae", facts | attempt(measure_vae, options))
+        where = {"environment": provenance()}
+        results.keep("vae", where | attempt(measure_vae, options))
     measure_wide([part for part in MODES if part in options.parts], options, results)
     if FLOAT8 in options.parts:
-        facts = {"environment": environment()}
-
-        def report(record: Record) -> None:
-            results.put(FLOAT8, facts | record)
-
-        failure = attempt(measure_float8, MODELS[options.model], options, report)
-        if failure:
-            report(results.document["parts"].get(FLOAT8, {}) | failure)
-    print(json.dumps(results.document.get("summary", {}), indent=1), flush=True)
+        results.measure(FLOAT8, measure_float8, MODELS[options.model], options)
+    summary = results.document.get("summary", {})
+    print(json.dumps(summary, indent=1), flush=True)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

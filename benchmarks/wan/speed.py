@@ -6,21 +6,25 @@
 Weights are random, made on the device: linear layers in FP8 and, for what is compared
 with, in bfloat16. Steps have guidance in two calls. Parts, in this order:
 
-  linears   linear layers by themselves, in both precisions
   steps     sparse and skipped steps of the video, by the programs of the video
   video     the whole video, once, with a step cache; each program is there before
   published  the video by the published rules, worked out from steps that were measured
   cudnn     dense bfloat16 steps with cuDNN's attention
+  linears   linear layers by themselves and in a block, in both precisions
   default   steps with the library's own selection, at 90 and 95 %
   480p      a sparse step at the small size, and a dense one with cuDNN's attention
   outside   sparse steps in bfloat16 and in FP8, each once more under CUPTI
-  image     image-to-video: a sparse step in FP8, and the decoding of its video
-  720p      the same of the text-to-video model at 720 x 1280
+  look      a look at attention; the command line has three in a video, for its page
+  image     image-to-video from pixels to an mp4, few steps, in FP8
+  720p      the text-to-video model at 720 x 1280, few steps, in FP8
 
+`peak_gb` is that of the process: nothing but the model comes before the video. For the
+last two, too, if each has a process of its own.
 The file is written anew whenever something was measured, and no part begins after
---limit seconds; a video that would end after them stops. Parts after the video are
-compiled side by side before the first of them. `benchmarks.wan.summary` says what
-`summary` is, `benchmarks.common.steps` what a record of steps holds.
+--limit seconds; a video that would end after them stops. Parts that are not asked for
+stay in the file; what is compared is of one run. Parts after `linears` are compiled
+side by side before the first of them. `benchmarks.wan.summary` says what `summary` is,
+`benchmarks.common.steps` what a record of steps holds.
 """
 
 import argparse
@@ -44,13 +48,12 @@ from flax import nnx
 from benchmarks.common.machine import GB, device_memory
 from benchmarks.common.modes import Mode
 from benchmarks.common.options import add_output, height_by_width, make_parser
+from benchmarks.common.parts import Parts
 from benchmarks.common.random_weights import random_model
-from benchmarks.common.records import environment, write_json
 from benchmarks.common.steps import (
     Problem,
     Samples,
     Steps,
-    attempt,
     measure_cudnn,
     profile_step,
     time_steps,
@@ -61,7 +64,9 @@ from benchmarks.wan.linears import measure_linears as linears_of_model
 from benchmarks.wan.summary import sparse_ms, speed_figures
 from draft_jax import DraftConfig
 from models.cli.cache_options import parse_cache
-from models.diffusion.interfaces import ImageCondition
+from models.clip.config import CLIPVisionConfig
+from models.clip.encoder import CLIPVisionEncoder
+from models.clip.image_encoder import CLIPImageEncoder
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
 
@@ -69,12 +74,17 @@ Record = dict[str, Any]
 Report = Callable[[Record], None]
 
 DEFAULT_MODES = ("0.9", "0.95")
+PUBLISHED_IMAGE_MODEL = (WanConfig.i2v_14b(), CLIPVisionConfig.vit_h_14())
 IMAGE_MODELS = {
-    "tiny": dataclasses.replace(wan_run.TINY, in_channels=36, image_dim=24),
-    "1.3b": WanConfig.i2v_14b(),  # the only one that was published
-    "14b": WanConfig.i2v_14b(),
+    "tiny": (
+        dataclasses.replace(wan_run.TINY, in_channels=36, image_dim=24),
+        CLIPVisionConfig.vit_h_14(
+            dim=24, ffn_dim=32, num_heads=2, num_layers=2, image_size=28
+        ),
+    ),
+    "1.3b": PUBLISHED_IMAGE_MODEL,  # there is none of its size
+    "14b": PUBLISHED_IMAGE_MODEL,
 }
-IMAGE_TOKENS = 257  # of CLIP's tower
 
 
 class Bench:
@@ -82,33 +92,22 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.start = time.perf_counter()
-        self.results: Record = {
-            "environment": environment(),
-            "model": options.model,
-            "size": list(options.size),
-            "small_size": list(options.small_size),
-            "hd_size": list(options.hd_size),
-            "frames": options.frames,
-            "steps_of_video": options.steps,
-            "parts": {},
-        }
+        self.records = Parts(
+            options.output,
+            {
+                "model": options.model,
+                "size": list(options.size),
+                "small_size": list(options.small_size),
+                "hd_size": list(options.hd_size),
+                "frames": options.frames,
+                "steps_of_video": options.steps,
+            },
+            summarise=lambda parts: speed_figures(parts, options.steps),
+            show=brief,
+            limit=options.limit,
+        )
         self._models: dict[str, WanTransformer] = {}
         self._ready: dict[str, Steps] = {}
-
-    def left_s(self) -> float:
-        """Seconds until the limit."""
-        return self.options.limit - (time.perf_counter() - self.start)
-
-    def save(self, part: str, record: Record) -> None:
-        """Keeps a part's record, and writes the file anew."""
-        parts = self.results["parts"]
-        parts[part] = record
-        self.results["summary"] = speed_figures(parts, self.options.steps)
-        now = time.perf_counter() - self.start
-        print(f"[{now:6.1f} s] {part}: {json.dumps(brief(record))}", flush=True)
-        if self.options.output:
-            write_json(self.options.output, self.results)
 
     @functools.cached_property
     def video(self) -> wan_video.Video:
@@ -130,7 +129,7 @@ class Bench:
         start = time.perf_counter()
         model = random_model(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
         leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
-        self.save(
+        self.records.keep(
             f"{name}, {linears}",
             {
                 "seconds": time.perf_counter() - start,
@@ -141,13 +140,15 @@ class Bench:
         return model
 
     def problem(self, linears: str, size: tuple[int, int]) -> Problem:
-        """The steps of a model at a size."""
-        return self.problem_of(self.model(linears), size)
-
-    def problem_of(self, model: WanTransformer, size: tuple[int, int]) -> Problem:
-        """The guided steps of any model at a size."""
+        """The guided steps of a model at a size."""
         options = argparse.Namespace(guidance="two_calls", **vars(self.options))
-        return wan_run.make_problem(model, size, options)
+        return wan_run.make_problem(self.model(linears), size, options)
+
+    def short(self, size: tuple[int, int]) -> argparse.Namespace:
+        """Settings of a video of few steps, all of them sparse."""
+        changes: Record = {"size": size, "steps": self.options.short_steps}
+        changes |= {"dense_fraction": 0.0, "cache": None}
+        return argparse.Namespace(**vars(self.options) | changes)
 
     def samples(self, *modes: str, profile: bool = False) -> Samples:
         """Steps of some modes."""
@@ -212,15 +213,6 @@ SAMPLES = {
 # ------------------------------------------------------------------- the parts
 
 
-def measure_linears(bench: Bench, report: Report) -> None:
-    """Linear layers of a block at the size of the video."""
-    options = bench.options
-    config = wan_run.MODELS[options.model]
-    model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
-    grid = model.grid(wan_run.latent_shape(options.size, options.frames))
-    report(linears_of_model(config, grid.num_tokens))
-
-
 def measure_steps(bench: Bench, report: Report) -> None:
     """Sparse and skipped steps of the video."""
     wan_video.measure_steps(bench.video, report)
@@ -228,20 +220,30 @@ def measure_steps(bench: Bench, report: Report) -> None:
 
 def measure_video(bench: Bench, report: Report) -> None:
     """The whole video."""
-    known_ms = bench.results["parts"].get("steps", {}).get("median_ms", {})
-    wan_video.make_video(bench.video, report, known_ms, bench.left_s)
+    known_ms = bench.records.measured.get("steps", {}).get("median_ms", {})
+    wan_video.make_video(bench.video, report, known_ms, bench.records.left_s)
 
 
 def work_out_published(bench: Bench, report: Report) -> None:
-    """The video by the published rules."""
-    record = bench.results["parts"].get("video", {})
-    report(wan_video.published_video(bench.video, record))
+    """The video by the published rules; its steps are those of the file's video."""
+    record = bench.records.parts.get("video", {})
+    published = wan_video.published_video(bench.video, record)
+    report({"environment": record["environment"], **published})
 
 
 def measure_dense(bench: Bench, report: Report) -> None:
     """Dense bfloat16 steps with cuDNN's attention."""
     problem = bench.problem("bfloat16", bench.options.size)
     report(measure_cudnn(problem, bench.options.dense_samples, report))
+
+
+def measure_linears(bench: Bench, report: Report) -> None:
+    """Linear layers of a block at the size of the video."""
+    options = bench.options
+    config = wan_run.MODELS[options.model]
+    model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
+    grid = model.grid(wan_run.latent_shape(options.size, options.frames))
+    report(linears_of_model(config, grid.num_tokens))
 
 
 def measure_default(bench: Bench, report: Report) -> None:
@@ -252,89 +254,61 @@ def measure_default(bench: Bench, report: Report) -> None:
 
 def measure_small(bench: Bench, report: Report) -> None:
     """Steps at the small size."""
-    record: Record = {}
-
-    def keep(grown: Record) -> None:
-        record.update(grown)
-        report(record)
-
-    time_steps(bench.steps("480p"), bench.samples("0.9"), {}, keep)
+    time_steps(bench.steps("480p"), bench.samples("0.9"), {}, report)
     problem = bench.problem("bfloat16", bench.options.small_size)
-    keep({"cudnn": measure_cudnn(problem, bench.options.dense_samples)})
+    report({"cudnn": measure_cudnn(problem, bench.options.dense_samples)})
 
 
 def measure_outside(bench: Bench, report: Report) -> None:
     """Sparse steps in both precisions under CUPTI."""
-    record: Record = {}
-
-    def keep(precision: str, grown: Record) -> None:
-        record[precision] = grown
-        report(record)
-
     samples = bench.samples("0.9", profile=True)
-    time_steps(bench.steps("outside"), samples, {}, lambda x: keep("bfloat16", x))
-    parts = bench.results["parts"]
+    time_steps(bench.steps("outside"), samples, {}, lambda x: report({"bfloat16": x}))
     steps = wan_video.SingleSteps(bench.video)
     steps.run("sparse")
     problem = bench.problem("float8", bench.options.size)
-    median_ms = sparse_ms(parts)
+    median_ms = sparse_ms(bench.records.measured)
     if median_ms is None:
         raise ValueError("no sparse step in FP8 was measured: add --parts steps")
-    keep("float8", profile_step(lambda: steps.run("sparse"), problem, median_ms))
+    profiled = profile_step(lambda: steps.run("sparse"), problem, median_ms)
+    report({"float8": profiled})
+
+
+def measure_look(bench: Bench, report: Report) -> None:
+    """Looks at the attention of a step of the video."""
+    report(wan_video.time_looks(bench.video))
 
 
 def measure_image(bench: Bench, report: Report) -> None:
-    """A sparse step from an image at the size of the video, and its decoding."""
-    options = bench.options
-    config = IMAGE_MODELS[options.model]
+    """A short video from an image at the size of the video."""
+    config, tower = IMAGE_MODELS[bench.options.model]
     model = bench.make_model(config, "float8", "image model")
-    problem = bench.problem_of(model, options.size)
-    assert config.image_dim is not None, "its model starts from an image"
-    channels = config.in_channels - config.out_channels
-    sizes = {
-        "latents": (1, *problem.latent_shape[:3], channels),
-        "tokens": (1, IMAGE_TOKENS, config.image_dim),
-    }
-    arrays = {
-        name: jax.random.normal(jax.random.key(len(name)), size)
-        for name, size in sizes.items()
-    }
-    inputs = problem.inputs._replace(image=ImageCondition(**arrays))
-    problem = dataclasses.replace(problem, inputs=inputs)
-    step_and_decode(bench, problem, options.size, report)
+    # In the model's dtypes, and on the device to the end, as the library loads it.
+    tower = dataclasses.replace(tower, dtype=config.dtype, param_dtype="bfloat16")
+    made = random_model(lambda: CLIPVisionEncoder(tower, rngs=nnx.Rngs(0)))
+    video = wan_video.Video(model, bench.short(bench.options.size))
+    start = time.perf_counter()
+    video.start_from_image(CLIPImageEncoder(model=made))
+    report({"encode_s": time.perf_counter() - start, "after_encoder": device_memory()})
+    wan_video.make_video(video, report, {}, bench.records.left_s)
 
 
 def measure_hd(bench: Bench, report: Report) -> None:
-    """A sparse step from text at 720p, and its decoding."""
-    size = bench.options.hd_size
-    step_and_decode(bench, bench.problem("float8", size), size, report)
-
-
-def step_and_decode(
-    bench: Bench, problem: Problem, size: tuple[int, int], report: Report
-) -> None:
-    """Times sparse steps, and the decoding of a latent as the video's is decoded."""
-    record: Record = {}
-
-    def keep(grown: Record) -> None:
-        record.update(grown)
-        report(record)
-
-    samples = bench.samples("0.9")
-    facts = {"size": list(size), "frames": bench.options.frames}
-    time_steps(Steps(problem, samples.order), samples, facts, keep)
-    keep({"decode": wan_video.decode(bench.options, size)})
+    """A short video from text at 720p."""
+    options = bench.short(bench.options.hd_size)
+    video = wan_video.Video(bench.model("float8"), options)
+    wan_video.make_video(video, report, {}, bench.records.left_s)
 
 
 PARTS: dict[str, Callable[[Bench, Report], None]] = {
-    "linears": measure_linears,
     "steps": measure_steps,
     "video": measure_video,
     "published": work_out_published,
     "cudnn": measure_dense,
+    "linears": measure_linears,
     "default": measure_default,
     "480p": measure_small,
     "outside": measure_outside,
+    "look": measure_look,
     "image": measure_image,
     "720p": measure_hd,
 }
@@ -346,20 +320,11 @@ def measure(options: argparse.Namespace) -> Record:
     """Measures the parts that are asked for, until the limit."""
     bench = Bench(options)
     for part in PARTS:
-        if part not in options.parts:
-            continue
-        if bench.left_s() <= 0:
-            bench.save(part, {"error": f"not begun: the limit was {options.limit} s"})
-            continue
-
-        def report(record: Record, part=part) -> None:
-            bench.save(part, record)
-
-        failure = attempt(PARTS[part], bench, report)
-        if failure:
-            report(bench.results["parts"].get(part, {}) | failure)
-    print(json.dumps(bench.results.get("summary", {}), indent=1), flush=True)
-    return bench.results
+        if part in options.parts:
+            bench.records.measure(part, PARTS[part], bench)
+    summary = bench.records.document.get("summary", {})
+    print(json.dumps(summary, indent=1), flush=True)
+    return bench.records.document
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -373,6 +338,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--hd-size", type=height_by_width, help="of the part 720p")
     add("--frames", type=int)
     add("--steps", type=int, default=50, help="of the video")
+    add("--short-steps", type=int, default=3, help="of the parts image and 720p")
     add("--sparsity", type=float, default=0.9, help="of the video")
     add("--dense-fraction", type=float, default=0.1, help="first steps that are dense")
     add("--cache", type=parse_cache, default=parse_cache("mag:0.12,2"))

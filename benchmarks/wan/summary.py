@@ -16,18 +16,22 @@ What a figure says; one whose records are missing is left out.
   step_*_fp8_speedup         the same step in bfloat16 over it
   step_*_speedup_over_cudnn  the dense bfloat16 step with cuDNN's attention over it
 
-`benchmarks.wan.speed`, all in FP8, and over cuDNN is over that step as well:
+`benchmarks.wan.speed`, all in FP8, and over cuDNN is over that step as well, if both
+are of one run:
 
   fp8_linear_speedup, fp8_linear_alone_speedup, outside_attention_speedup   as above
   step_90_speedup_over_cudnn          the paper's selection, sparsity 0.9
   step_90_480p_speedup_over_cudnn     the same at the small size
   step_default_90, step_default_95    the library's selection, over cuDNN
   peak_gb                             of the process until the video was decoded
+  peak_steps_gb                       of the process until its steps had ended
   video_speedup_over_cudnn            as many dense steps as the video has, over all of
                                       the video: steps, decoding, writing
   video_published_speedup_over_cudnn  the same of the video by the published rules
   video_default_90                    the same, its sparse steps taking the time of the
                                       library's selection
+  look_s                              a look at attention, its program being there
+  image_encode_s                      first frame to latents and tokens, compiling too
   image_step_90_s, 720p_step_90_s     a sparse step of image-to-video, and at 720p
   image_decode_s, 720p_decode_s       decoding of such a video
   image_peak_gb, 720p_peak_gb         of the process until then
@@ -107,12 +111,15 @@ def speed_figures(parts: Record, num_steps: int) -> dict[str, float]:
     if "median_ms" in small.get("cudnn", {}):
         ratio = small["cudnn"]["median_ms"] / small["modes"]["0.9"]["median_ms"]
         figures["step_90_480p_speedup_over_cudnn"] = ratio
-    if "peak_gb" in (video := parts.get("video", {})):
-        figures["peak_gb"] = video["peak_gb"]
+    figures |= _peaks(parts.get("video", {}))
+    if "seconds" in (look := parts.get("look", {})):
+        figures["look_s"] = look["seconds"]
     figures |= _single_figures(parts)
-    dense_ms = parts.get("cudnn", {}).get("median_ms")
-    if dense_ms is None:
+    dense = parts.get("cudnn", {})
+    if "median_ms" not in dense:
         return figures
+    dense_ms, run = dense["median_ms"], dense.get("environment")
+    parts = {k: part for k, part in parts.items() if part.get("environment") == run}
     steps_ms = {"step_90_speedup_over_cudnn": sparse_ms(parts)}
     modes = parts.get("default", {}).get("modes", {})
     for name, mode in (("step_default_90", "0.9"), ("step_default_95", "0.95")):
@@ -123,17 +130,22 @@ def speed_figures(parts: Record, num_steps: int) -> dict[str, float]:
     return figures
 
 
+def _peaks(video: Record) -> dict[str, float]:
+    """Returns the most memory, with decoding and before it."""
+    found = {"peak_gb": video, "peak_steps_gb": video.get("after_steps", {})}
+    return {k: peaks["peak_gb"] for k, peaks in found.items() if "peak_gb" in peaks}
+
+
 def _single_figures(parts: Record) -> dict[str, float]:
-    """Returns figures of the parts that run one step and decode."""
+    """Returns figures of the parts that make a short video."""
     figures = {}
     for part in ("image", "720p"):
         record = parts.get(part, {})
-        if "median_ms" in (step := record.get("modes", {}).get("0.9", {})):
-            figures[f"{part}_step_90_s"] = step["median_ms"] / 1e3
-        decode = record.get("decode", {})
-        for name, ours in (("seconds", "decode_s"), ("peak_gb", "peak_gb")):
-            if name in decode:
-                figures[f"{part}_{ours}"] = decode[name]
+        if "sparse" in (median_ms := record.get("median_ms", {})):
+            figures[f"{part}_step_90_s"] = median_ms["sparse"] / 1e3
+        for name in ("encode_s", "decode_s", "peak_gb"):
+            if name in record:
+                figures[f"{part}_{name}"] = record[name]
     return figures
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.common.machine import device_memory
@@ -24,8 +25,9 @@ from benchmarks.wan import vae as wan_vae
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
 from models.cli.cache_options import CacheRequest
 from models.diffusion.caches import EasyCache, MagCache, StepCache, published_ratios
-from models.diffusion.interfaces import TextContext
+from models.diffusion.interfaces import ImageCondition, ImageEncoder, TextContext
 from models.diffusion.pipeline import VideoPipeline
+from models.diffusion.recording import choose_looks, look_at_step
 from models.diffusion.results import GenerationResult, StepReport, StopGeneration
 from models.diffusion.sampler import Sampler, SamplerState, StepInputs
 from models.diffusion.sampling import Sampling
@@ -64,25 +66,6 @@ def make_codec(options: argparse.Namespace) -> WanVAECodec:
     return codec.tiled(options.vae_tile) if options.vae_tile else codec
 
 
-def decode(options: argparse.Namespace, size: tuple[int, int]) -> Record:
-    """The decoding of a random latent, after its programs are compiled."""
-    codec = make_codec(options)
-    shape = codec.latent_shape(frames=options.frames, height=size[0], width=size[1])
-    latents = np.random.default_rng(0).standard_normal((1, *shape), np.float32)
-    start = time.perf_counter()
-    codec.decode_to_host(latents[:, :2])
-    compile_s = time.perf_counter() - start
-    start = time.perf_counter()
-    video = codec.decode_to_host(latents)
-    return {
-        "compile_s": compile_s,
-        "seconds": time.perf_counter() - start,
-        "shape": list(video.shape),
-        "finite": bool(np.isfinite(video).all()),
-        **device_memory(),
-    }
-
-
 class Video:
     """The video, its settings and its compiled programs."""
 
@@ -102,6 +85,15 @@ class Video:
         )
         self.cache = make_cache(options.cache, options.model)
         self.draft = DraftConfig.paper(sparsity=options.sparsity)
+        self.image: ImageCondition | None = None
+
+    def start_from_image(self, encoder: ImageEncoder) -> None:
+        """Encodes a random image of the video's size as its first frame."""
+        size = (1, *self.options.size, 3)
+        pixels = np.random.default_rng(0).uniform(-1, 1, size).astype(np.float32)
+        pipeline = dataclasses.replace(self.pipeline, image_encoder=encoder)
+        image = pipeline.encode_images(pixels, self.sampling)
+        self.image = jax.block_until_ready(image)
 
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
@@ -116,6 +108,7 @@ class Video:
         return {
             "prompts": prompt,
             "sampling": self.sampling,
+            "image": self.image,
             "negative_context": negative,
             "attention": AttentionPlan.draft(self.draft, schedule),
             "guidance_batching": "two_calls",
@@ -218,7 +211,7 @@ def make_video(
         record["work_per_step"].append(step.work)
         record["time_ms"].append(step.time_ms)
         record.update(medians(record["work_per_step"], record["time_ms"]))
-        report(record)
+        report(record | {"after_steps": device_memory()})
         known_ms[step.work] = step.time_ms
         if sum(known_ms.get(w, 0.0) for w in works[step.index + 1 :]) > 1e3 * left_s():
             raise StopGeneration
@@ -236,6 +229,34 @@ def make_video(
     if not result.stopped:
         record["seconds"] = made_s + record["mp4_s"]
     report(record)
+
+
+def time_looks(video: Video) -> Record:
+    """Times looks at attention, of which the command line has some for its page.
+
+    The first has its program compiled.
+    """
+    sampler, state, inputs = video.start()
+    model = sampler.model
+    assert sampler.plan is not None, "the video is sparse"
+    looks = choose_looks(
+        sampler.plan,
+        num_heads=model.num_heads,
+        num_tiles=model.grid(sampler.latent_shape).num_visual_blocks,
+        skippable=sampler.skippable,
+    )
+    assert looks is not None, "some steps make masks"
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        look_at_step(sampler, state, inputs, looks.steps[0], looks)
+        seconds.append(time.perf_counter() - start)
+    return {
+        **dataclasses.asdict(looks),
+        "first_s": seconds[0],
+        "seconds": seconds[1],
+        **device_memory(),
+    }
 
 
 def write(result: GenerationResult, fps: float) -> str:
