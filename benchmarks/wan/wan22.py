@@ -29,7 +29,7 @@ and each case of vae are for processes of their own. Records of other parts stay
                                 ahead, over the same steps without it
   peak_fp8_gb, peak_bfloat16_gb   of both experts' steps
   ti2v_step_85_speedup_over_cudnn, ti2v_step_85_fp8_speedup_over_cudnn
-  ti2v_step_85_tile_*           sparse bfloat16 steps with another tile, likewise
+  ti2v_step_85_*tile_*          sparse steps with another tile, likewise
   vae_decode_s, vae_decode_bfloat16_s   in the faster form of convolutions
   vae_peak_gb                   of the faster form in float32
 """
@@ -211,11 +211,6 @@ def make_problem(
     )
 
 
-def with_default(problem: Problem) -> Problem:
-    """The problem with the library's own selection."""
-    return dataclasses.replace(problem, draft=DraftConfig.compensated())
-
-
 # ------------------------------------------------------------- steps by name
 
 
@@ -243,6 +238,12 @@ class Case:
             "blocks_of_a_frame": grid.num_visual_blocks // grid.frames,
             "kernel_work": kernel_work(grid),
         }
+
+
+def as_default(case: Case) -> Case:
+    """The steps with the library's own selection."""
+    problem = dataclasses.replace(case.problem, draft=DraftConfig.compensated())
+    return dataclasses.replace(case, problem=problem)
 
 
 def compile_cases(bench: Bench, cases: Mapping[str, Case]) -> dict[str, Steps | Record]:
@@ -320,8 +321,8 @@ def measure_expert(bench: Bench, report: Report) -> None:
         problem = make_problem(wide, shape, "expert")
         cases[f"{size}, bfloat16"] = Case(problem=problem, modes=both)
     size, shape = next(iter(bench.sizes.latents.items()))
-    default = with_default(make_problem(narrow, shape, "expert"))
-    cases[f"{size}, default"] = Case(problem=default, modes=("0.9",))
+    default = Case(problem=make_problem(narrow, shape, "expert"), modes=("0.9",))
+    cases[f"{size}, default"] = as_default(default)
     measure_cases(bench, cases, report)
 
 
@@ -339,16 +340,17 @@ def measure_ti2v(bench: Bench, report: Report) -> None:
         "bfloat16": case(wide),
         "float8": case(narrow),
     }
+    cases["float8, default"] = as_default(cases["float8"])
     for rows, columns in TILES:
-        for name, model in (("bfloat16", wide), ("float8", narrow)):
-            tiled = with_tile(model, (rows, columns))
-            cases[f"{name}, tile {rows}x{columns}"] = case(tiled)
-    default = with_default(make_problem(narrow, shape, "ti2v"))
-    cases |= {
-        "float8, default": Case(problem=default, modes=("0.85",)),
-        "bfloat16, first frame held": case(wide, held=True),
-        "float8, first frame held": case(narrow, held=True),
-    }
+        tile = f"tile {rows}x{columns}"
+        in_wide, in_float8 = (
+            case(with_tile(model, (rows, columns))) for model in (wide, narrow)
+        )
+        cases[f"bfloat16, {tile}"] = in_wide
+        cases[f"float8, {tile}"] = in_float8
+        cases[f"float8, default {tile}"] = as_default(in_float8)
+    for name, model in (("bfloat16", wide), ("float8", narrow)):
+        cases[f"{name}, first frame held"] = case(model, held=True)
     measure_cases(bench, cases, report)
 
 

@@ -58,6 +58,8 @@ CASES = {
         (40, 7),
     ),
     "by-rows": (VideoGrid(3, 30, 52), (2, 4), 3, 128, "bfloat16", None),
+    # 30 means of a tile, filled up to 32.
+    "filled-up": (VideoGrid(3, 22, 40, tile=(6, 20)), (2, 2), 2, 128, "bfloat16", None),
 }
 
 

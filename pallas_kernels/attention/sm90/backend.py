@@ -22,7 +22,6 @@ from pallas_kernels.attention.sm90.geometry import Geometry, geometry_of
 from pallas_kernels.attention.sm90.kernel import attend_blocks
 from pallas_kernels.attention.sm90.means import mean_blocks
 from pallas_kernels.attention.sm90.means import plan_of as mean_plan
-from pallas_kernels.attention.sm90.means import why_unsupported as why_no_means
 from pallas_kernels.attention.sm90.partition_lists import partition_lists
 from pallas_kernels.attention.sm90.plan import (
     BLOCK,
@@ -88,12 +87,10 @@ def hopper_attention(
       for queries without a valid key.
 
     Raises:
-      ValueError: The dtype, head dimension, block size or number of means of a tile is
-        not supported, or the config needs too much shared memory.
+      ValueError: The dtype, head dimension or block size is not supported, or the
+        config needs too much shared memory.
     """
     cause = why_unsupported_shape(q.dtype.name, q.shape[-1], grid.block_size)
-    if cause is None and means is not None:
-        cause = why_no_means(means.sub_tiles)
     if cause is not None:
         raise ValueError(f"the Hopper kernel cannot take these inputs: {cause}")
     if config is None:
@@ -278,12 +275,9 @@ def why_unsupported_shape(dtype: str, head_dim: int, block_size: int) -> str | N
 def _why_unsupported(problem: Problem) -> str | None:
     if cause := problem.device.why_not_hopper():
         return cause
-    cause = why_unsupported_shape(
+    return why_unsupported_shape(
         problem.dtype, problem.head_dim, problem.grid.block_size
     )
-    if cause is None and problem.sub_tiles is not None:
-        cause = why_no_means(problem.sub_tiles)
-    return cause
 
 
 def _why_slow(problem: Problem) -> str | None:

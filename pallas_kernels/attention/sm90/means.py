@@ -10,7 +10,8 @@ of column c = m // J, and
 where the first term is folded into the second if all means have as many tokens. A
 thread holds pairs of columns of logits, one of each GROUP. So where J is a multiple of
 GROUP, what a step reads is BLOCK / J numbers, the same for all threads. Of a frame with
-edge tiles it also reads log_tokens.
+edge tiles it also reads log_tokens. Columns of another J get means of no token at their
+end, up to the next number that is a multiple of GROUP and divides BLOCK.
 
 Rows that drop nothing, such as those of text, walk no means. A full row must not: its
 CTA may copy keys for another one, which counts the copies.
@@ -18,7 +19,7 @@ CTA may copy keys for another one, which counts the copies.
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.means import Means
 from pallas_kernels.attention.sm90.cta import MeanBlocks
@@ -27,28 +28,16 @@ from pallas_kernels.common.lanes import GROUP
 from pallas_kernels.common.sub_tiles import SubTiles
 
 
-def why_unsupported(sub_tiles: SubTiles) -> str | None:
-    """Returns why the kernel cannot take the means of such sub-tiles, or None."""
-    per_column = sub_tiles.per_column
-    if _fits(per_column):
-        return None
-    accepted = ", ".join(str(n) for n in range(GROUP, BLOCK + 1) if _fits(n))
-    return (
-        f"it takes {accepted} means of a tile, not {per_column} "
-        f"(sub_tile={sub_tiles.sub_tile} of tile={sub_tiles.tile})"
-    )
-
-
-def _fits(per_column: int) -> bool:
-    return per_column % GROUP == 0 and BLOCK % per_column == 0
-
-
 def plan_of(sub_tiles: SubTiles) -> MeanPlan:
     """Returns what is static about the means of sub-tiles."""
+    # A tile has at most BLOCK tokens, and so many means.
+    fitting = (n for n in range(GROUP, BLOCK + 1, GROUP) if BLOCK % n == 0)
+    per_column = next(n for n in fitting if n >= sub_tiles.per_column)
     return MeanPlan(
-        num_blocks=-(-sub_tiles.num_cells // BLOCK),
-        per_column=sub_tiles.per_column,
-        has_log_tokens=len(np.unique(sub_tiles.tokens_per_frame)) > 1,
+        num_blocks=-(-sub_tiles.num_columns * per_column // BLOCK),
+        per_column=per_column,
+        has_log_tokens=per_column != sub_tiles.per_column
+        or len(np.unique(sub_tiles.tokens_per_frame)) > 1,
     )
 
 
@@ -65,7 +54,9 @@ def mean_blocks(
     plan = plan_of(means.sub_tiles)
     batch, num_heads, num_rows, num_columns = means.dropped.shape
     dropped = means.dropped.reshape(batch * num_heads, num_rows, num_columns)
-    tokens = means.sub_tiles.tokens_per_frame
+    added = plan.per_column - means.sub_tiles.per_column
+    columns = means.sub_tiles.tokens_per_frame.reshape(num_columns, -1)
+    tokens = np.pad(columns, ((0, 0), (0, added))).ravel()
     log_tokens = _log2(np.pad(tokens, (0, plan.num_blocks * BLOCK - tokens.size)))
     log_dropped = jnp.log2(dropped.astype(jnp.float32))
     if not plan.has_log_tokens:
@@ -73,14 +64,25 @@ def mean_blocks(
     missing = plan.num_blocks * BLOCK // plan.per_column - num_columns
     walks = (dropped > 0).any(-1) & (counts < num_rows)
     return MeanBlocks(
-        k=_as_copied(means.k, copies),
-        v=_as_copied(means.v, copies),
+        k=_as_copied(_pad_columns(means.k, num_columns, added), copies),
+        v=_as_copied(_pad_columns(means.v, num_columns, added), copies),
         log_dropped=jnp.pad(
             log_dropped, ((0, 0), (0, 0), (0, missing)), constant_values=-np.inf
         ),
         log_tokens=jnp.asarray(log_tokens),
         num_blocks=jnp.where(walks, plan.num_blocks, 0).astype(jnp.int32),
     )
+
+
+def _pad_columns(
+    x: Float[Array, "B M N D"], num_columns: int, added: int
+) -> Float[Array, "B _ N D"]:
+    """Returns means with so many zeros at the end of each column."""
+    if not added:
+        return x
+    columns = x.reshape(x.shape[0], num_columns, -1, *x.shape[2:])
+    padding = ((0, 0), (0, 0), (0, added), (0, 0), (0, 0))
+    return jnp.pad(columns, padding).reshape(x.shape[0], -1, *x.shape[2:])
 
 
 def _as_copied(x: Array, copies: BlockCopies) -> Array:

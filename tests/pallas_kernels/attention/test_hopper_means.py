@@ -75,6 +75,13 @@ CASES = {
         grid=VideoGrid(2, 13, 32, text_length=40), order="raster", sub_tile=(4, 4)
     ),
     "by-rows": Case(grid=VideoGrid(3, 9, 21), order="raster", sub_tile=(4, 4)),
+    # Of a column six means, and ten; others are of no token.
+    "columns-of-six": Case(grid=VideoGrid(3, 13, 16), sub_tile=(3, 8)),
+    "columns-of-ten": Case(
+        grid=VideoGrid(3, 11, 20, tile=(6, 20), text_length=40),
+        order="raster",
+        sub_tile=(3, 4),
+    ),
     "head-dim-128-exact": Case(
         grid=VideoGrid(2, 16, 16),
         head_dim=128,
@@ -260,10 +267,3 @@ def test_lowers_for_cuda(name):
 
     traced = run.trace(q, q, q, mask, means)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
-def test_a_number_of_means_that_does_not_divide_blocks_is_named():
-    case = Case(grid=VideoGrid(1, 8, 16), sub_tile=(8, 8))
-    qkv, dense, means = problem(case)
-    with pytest.raises(ValueError, match="64, 128 means of a tile, not 2"):
-        attend(qkv, dense, means, case, interpret=INTERPRET)

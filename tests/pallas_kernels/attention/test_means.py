@@ -369,20 +369,11 @@ def test_sizes_of_sub_tiles_are_checked(sizes):
         SubTiles(**given | sizes)
 
 
-@pytest.mark.parametrize(
-    ("sub_tile", "taken"),
-    [((1, 1), 128), ((2, 8), 8), ((8, 4), 4), ((3, 8), 6), ((3, 2), 24)],
-    ids=str,
-)
-def test_hopper_takes_what_divides_its_blocks(sub_tile, taken):
+@pytest.mark.parametrize("sub_tile", [(1, 1), (8, 4), (3, 2)], ids=str)
+def test_hopper_takes_any_number_of_means(sub_tile):
     cells = SubTiles(frames=2, height=16, width=32, tile=(8, 16), sub_tile=sub_tile)
-    assert cells.per_column == taken
     problem = Problem(order="tiled", device=HOPPER, sub_tiles=cells, **HOPPER_TAKES)
-    choice = choose(problem, "auto")
-    is_taken = taken in (8, 128)
-    assert choice.name == ("hopper" if is_taken else "xla")
-    message = f"'hopper': it takes 8, 16, 32, 64, 128 means of a tile, not {taken}"
-    assert is_taken or message in str(choice.slower_because)
+    assert choose(problem, "auto").name == "hopper"
 
 
 def test_the_choice_can_be_asked_for():
