@@ -56,8 +56,9 @@ from flax import nnx
 from benchmarks.common.machine import device_memory
 from benchmarks.common.modes import Mode
 from benchmarks.common.options import add_output, make_parser
+from benchmarks.common.parts import Parts
 from benchmarks.common.random_weights import random_model
-from benchmarks.common.records import environment, recorded, write_json
+from benchmarks.common.records import recorded
 from benchmarks.common.steps import (
     Problem,
     Samples,
@@ -71,7 +72,7 @@ from benchmarks.common.steps import (
 from benchmarks.wan import run as wan_run
 from benchmarks.wan import vae as wan_vae
 from benchmarks.wan.account import flops_outside_attention, kernel_work
-from benchmarks.wan.wan22_summary import summarise
+from benchmarks.wan.wan22_summary import cases_of, summarise
 from draft_jax import DraftConfig
 from models.diffusion.experts import Experts, ResidentExperts, StreamedExperts
 from models.diffusion.interfaces import ImageCondition, LatentShape
@@ -136,34 +137,17 @@ TINY = Sizes(
 
 
 class Bench:
-    """Options and results of a run, and the clock."""
+    """Options of a run, and its parts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.sizes = TINY if options.tiny else FULL
-        self.start = time.perf_counter()
-        self.results: Record = {
-            "environment": environment(),
-            "tiny": options.tiny,
-            "parts": {},
-        }
-        if options.output and options.output.exists():
-            self.results["parts"] = json.loads(options.output.read_text())["parts"]
-
-    def left_s(self) -> float:
-        """Seconds until the limit."""
-        return self.options.limit - (time.perf_counter() - self.start)
-
-    def save(self, part: str, record: Record) -> None:
-        """Keeps a part's record, and writes the file anew."""
-        self.results["parts"][part] = record
-        self.results["summary"] = summarise(self.results["parts"])
-        if self.options.output:
-            write_json(self.options.output, self.results)
-
-    def say(self, text: str) -> None:
-        """Prints a line with the time so far."""
-        print(f"[{time.perf_counter() - self.start:6.1f} s] {text}", flush=True)
+        self.parts = Parts(
+            options.output,
+            {"tiny": options.tiny},
+            summarise=summarise,
+            limit=options.limit,
+        )
 
     def samples(self, *modes: str) -> Samples:
         """Steps of some modes."""
@@ -275,7 +259,7 @@ def measure_cases(bench: Bench, cases: Mapping[str, Case], report: Report) -> No
         cases = {name: case for name, case in cases.items() if case.modes}
     record: Record = {}
     compiled = compile_cases(bench, cases)
-    bench.say(f"compiled {', '.join(cases)}")
+    bench.parts.say(f"compiled {', '.join(cases)}")
     for name, case in cases.items():
         steps = compiled.pop(name)
 
@@ -285,13 +269,13 @@ def measure_cases(bench: Bench, cases: Mapping[str, Case], report: Report) -> No
 
         if isinstance(steps, dict):
             keep(steps)
-        elif bench.left_s() <= 0:
+        elif bench.parts.left_s() <= 0:
             keep({"error": f"not begun: the limit was {bench.options.limit} s"})
         else:
             keep(attempt(time_case, bench, case, steps, keep))
         modes = record[name].get("modes", {"": record[name]})
         times = {mode: found.get("median_ms") for mode, found in modes.items()}
-        bench.say(f"{name}: {times} {record[name].get('error', '')}")
+        bench.parts.say(f"{name}: {times} {record[name].get('error', '')}")
 
 
 def time_case(bench: Bench, case: Case, steps: Steps, report: Report) -> Record | None:
@@ -399,7 +383,9 @@ def run_pair(bench: Bench, both: Experts, *, before: int, after: int) -> Record:
     for index in range(switch - before, switch + after):
         state, step = sampler.run_step(programs, state, problem.inputs, index)
         steps.append(step.time_ms)
-        bench.say(f"step {index}, {sampler.expert_names[index]} noise: {step.time_ms}")
+        bench.parts.say(
+            f"step {index}, {sampler.expert_names[index]} noise: {step.time_ms}"
+        )
     record |= {"steps_ms": steps, **device_memory()}
     if before > 2 and after > 1:
         plain, sending, switching, settled = steps[-4:]
@@ -415,15 +401,17 @@ def measure_vae(bench: Bench, report: Report) -> None:
     )
     config = dataclasses.replace(bench.sizes.vae, dtype=dtype, convolution=form)
     codec = WanVAECodec(model=wan_vae.random_model(config))
-    earlier = bench.results["parts"].get("vae", {})
+    # Each case is of a process of its own.
+    report(cases_of(bench.parts.parts.get("vae", {})))
     start = time.perf_counter()
     wan_vae.time_chunks(codec.decode_chunks(latents[:, :2]))
     record: Record = {
+        "environment": bench.parts.environment,
         "compile_s": time.perf_counter() - start,
         "after_compilation": device_memory(),
         "chunks_ms": wan_vae.time_chunks(codec.decode_chunks(latents[:, :6])),
     }
-    bench.say(f"decoder compiled; ms of chunks: {record['chunks_ms']}")
+    bench.parts.say(f"decoder compiled; ms of chunks: {record['chunks_ms']}")
     seconds: list[float] = []
     for _ in range(bench.options.samples):
         start = time.perf_counter()
@@ -435,7 +423,7 @@ def measure_vae(bench: Bench, report: Report) -> None:
             "finite": bool(np.isfinite(video).all()),
             **device_memory(),
         }
-        report(earlier | {f"{dtype}, {form}": record})
+        report({f"{dtype}, {form}": record})
 
 
 PARTS: dict[str, Callable[[Bench, Report], None]] = {
@@ -453,16 +441,9 @@ def measure(options: argparse.Namespace) -> Record:
     """Measures the parts that are asked for, and keeps those of the file."""
     bench = Bench(options)
     for part in options.parts:
-
-        def report(record: Record, part=part) -> None:
-            bench.save(part, record)
-
-        failure = attempt(PARTS[part], bench, report)
-        if failure:
-            report(bench.results["parts"].get(part, {}) | failure)
-            bench.say(f"{part}: {failure}")
-    print(json.dumps(bench.results.get("summary", {}), indent=1), flush=True)
-    return bench.results
+        bench.parts.measure(part, PARTS[part], bench)
+    print(json.dumps(bench.parts.document.get("summary", {}), indent=1), flush=True)
+    return bench.parts.document
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -8,19 +8,23 @@ Record = dict[str, Any]
 
 def summarise(parts: Mapping[str, Record]) -> dict[str, float]:
     """Returns the figures that records give; one without its records is left out."""
-    figures = _of_expert(_cases(parts.get("expert", {})))
+    figures = _of_expert(cases_of(parts.get("expert", {})))
     for part, name in (("fp8_pair", "fp8"), ("streamed", "bfloat16")):
         if "peak_gb" in parts.get(part, {}):
             figures[f"peak_{name}_gb"] = parts[part]["peak_gb"]
     if "switch_s" in parts.get("streamed", {}):
         figures["switch_s"] = parts["streamed"]["switch_s"]
-    figures |= _of_ti2v(_cases(parts.get("ti2v", {})))
-    return figures | _of_vae(_cases(parts.get("vae", {})))
+    figures |= _of_ti2v(cases_of(parts.get("ti2v", {})))
+    return figures | _of_vae(cases_of(parts.get("vae", {})))
 
 
-def _cases(part: Record) -> dict[str, Record]:
-    """Returns a part's records; beside them may stand why the part ended."""
-    return {name: case for name, case in part.items() if isinstance(case, dict)}
+def cases_of(part: Record) -> dict[str, Record]:
+    """Returns a part's cases; beside them stand its environment, or an error."""
+    return {
+        name: case
+        for name, case in part.items()
+        if isinstance(case, dict) and name != "environment"
+    }
 
 
 def _ratio(sparse: Record, mode: str, cudnn: Record) -> float | None:
