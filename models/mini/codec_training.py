@@ -74,7 +74,9 @@ class CodecConfig:
       ValueError: A weight is negative, or the decay is not in [0, 1).
     """
 
-    model: WanVAEConfig = dataclasses.field(default_factory=autoencoder_config)
+    model: WanVAEConfig = dataclasses.field(
+        default_factory=lambda: autoencoder_config(attention_dtype="bfloat16")
+    )
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=3e-4, warmup_steps=300, weight_decay=0.0
@@ -187,9 +189,10 @@ class CodecTrainer:
     def module(self, state: CodecState) -> WanVAE:
         """Returns the autoencoder of the averaged parameters, in float32."""
         model = nnx.merge(self.structure, state.ema)
-        return _with_config(
-            model, dataclasses.replace(self.config.model, dtype="float32")
+        exact = dataclasses.replace(
+            self.config.model, dtype="float32", attention_dtype=None
         )
+        return _with_config(model, exact)
 
     def save(self, state: CodecState, folder: Path) -> None:
         """Writes the codec with the statistics of its latents.

@@ -135,7 +135,7 @@ def make_trainer(config: "TrainConfig", sources: Path, codec: Path) -> "Trainer"
     from models.mini.training import Trainer
 
     stored = read_json(codec / "codec.json")
-    autoencoder = read_autoencoder_config(stored)
+    autoencoder = read_autoencoder_config(stored, dtype=config.model.dtype)
     return Trainer(
         config,
         Vocabulary.from_captions(all_captions(), max_length=config.model.text_length),

@@ -92,7 +92,8 @@ def activate(
             return layer.before(activation, x)
         return activation(layer(x))
     assert not isinstance(x, Rounded), "see `modulated_norm`"
-    return activation(layer(x))
+    # A backward pass reads the layer's result instead of several arrays in float32.
+    return jax.checkpoint(activation)(layer(x))
 
 
 def apply_side_by_side(
@@ -129,7 +130,13 @@ def modulated_norm(
     """
     if isinstance(before, Float8Linear):
         return rounded_norm(x, factor, shift, eps=eps)
-    return (layer_norm(x, eps) * factor + shift).astype(before.dtype)
+
+    # A backward pass reads the stream instead of what is normalised.
+    @jax.checkpoint
+    def run(x, factor, shift):
+        return (layer_norm(x, eps) * factor + shift).astype(before.dtype)
+
+    return run(x, factor, shift)
 
 
 def shared_input(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from models.checkpoints.config_checks import (
+    FLOAT_NAMES,
     check_dtypes,
     check_keys,
     check_positive_integers,
@@ -127,6 +128,9 @@ class WanVAEConfig:
         products use TF32 unless `jax.default_matmul_precision` says otherwise
         (PyTorch does so for convolutions, too).
       param_dtype: Parameters are stored in it.
+      attention_dtype: Dtype of queries, keys and values within a frame; None for
+        `dtype`. In bfloat16 or float16 cuDNN attends on GPUs if a position has at most
+        128 channels, which the published models exceed.
       convolution: Form of convolutions over three frames; the result differs by
         rounding. "3d": as such. "2d": with the three frames side by side in the
         channels of one 2-D convolution, for which GPU libraries have more kernels.
@@ -149,6 +153,7 @@ class WanVAEConfig:
     patch_size: int = 1
     dtype: str = "float32"
     param_dtype: str = "float32"
+    attention_dtype: str | None = None
     convolution: ConvolutionName = "3d"
 
     def __post_init__(self) -> None:
@@ -172,6 +177,10 @@ class WanVAEConfig:
                 "decoder halves the channels: everywhere but in the first entry"
             )
         check_dtypes(self)
+        if self.attention_dtype not in (None, *FLOAT_NAMES):
+            raise ValueError(
+                f"{self.attention_dtype=} must be None or one of {FLOAT_NAMES}"
+            )
         check_convolution(self)
 
     def _check_tuples(self) -> None:

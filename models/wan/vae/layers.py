@@ -24,7 +24,8 @@ from jaxtyping import Array, Float
 
 from models.diffusion.video_autoencoder.layers import Frames, convolve, pointwise
 from models.wan.vae.config import Level, WanVAEConfig
-from pallas_kernels import dense_attention
+from pallas_kernels import dense_attention, why_no_cudnn
+from pallas_kernels.common import current_device
 
 WINDOW = 3  # frames that a convolution in time sees
 NORM_EPS = 1e-12  # smallest length of a vector that the norm divides by
@@ -146,7 +147,7 @@ class FrameAttention(nnx.Module):
     """
 
     def __init__(self, dim: int, config: WanVAEConfig, rngs: nnx.Rngs) -> None:
-        self.dtype = config.dtype
+        self.dtype = jnp.dtype(config.attention_dtype or config.dtype)
         self.norm = RMSNorm(dim, config)
         self.to_qkv = pointwise(dim, 3 * dim, config, rngs)
         self.proj = pointwise(dim, dim, config, rngs)
@@ -154,9 +155,11 @@ class FrameAttention(nnx.Module):
     def __call__(self, x: Frames, cache: Cache) -> Step:
         """Attends within each frame."""
         tokens = einops.rearrange(x, "B T H W C -> (B T) (H W) 1 C")
-        q, k, v = jnp.split(self.to_qkv(self.norm(tokens)), 3, axis=-1)
+        qkv = self.to_qkv(self.norm(tokens)).astype(self.dtype)
+        q, k, v = jnp.split(qkv, 3, axis=-1)
         # One head of 384 channels in the published model: no fused kernel takes it.
-        out = dense_attention(q, k, v, backend="xla")
+        unfused = why_no_cudnn(q.dtype.name, q.shape[-1], current_device(q))
+        out = dense_attention(q, k, v, backend="xla" if unfused else "auto")
         batch, _, rows, *_ = x.shape
         frames = einops.rearrange(
             self.proj(out), "(B T) (H W) 1 C -> B T H W C", B=batch, H=rows

@@ -37,7 +37,9 @@ pytestmark = pytest.mark.nightly
 SIZE = VideoSize(frames=3, height=16, width=24, batch=3)
 STAGES = (Stage(share=1.0, turns=(SIZE,)),)
 CONFIG = CodecConfig(
-    model=autoencoder_config(base_dim=16, decoder_base_dim=32),
+    model=autoencoder_config(
+        base_dim=16, decoder_base_dim=32, attention_dtype="bfloat16"
+    ),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, weight_decay=0.0),
 )
 

@@ -117,6 +117,7 @@ def test_every_missing_field_is_named():
         ({"latents_std": (0.0,) * 16}, "must hold positive numbers"),
         ({"dtype": "float64"}, "dtype='float64' must be one of"),
         ({"param_dtype": "int8"}, "param_dtype='int8' must be one of"),
+        ({"attention_dtype": "int8"}, "attention_dtype='int8' must be None or one of"),
         ({"convolution": "4d"}, r"'4d' must be one of \('3d', '2d'\)"),
     ],
     ids=str,

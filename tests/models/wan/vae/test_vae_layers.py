@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.wan.vae import layers
 from models.wan.vae.config import Level, WanVAEConfig
-from models.wan.vae.layers import CausalConv, Downsample, RMSNorm, Upsample
+from models.wan.vae.layers import (
+    CausalConv,
+    Downsample,
+    FrameAttention,
+    RMSNorm,
+    Upsample,
+)
+from pallas_kernels.common.device import Device
 
 F32 = {"rtol": 0, "atol": 2e-6}  # measured on CPU: 5e-7
 
@@ -118,3 +126,44 @@ def test_later_frames_are_upsampled_without_the_first(spatial):
     expected = layer.resample(jnp.asarray(large))
     assert expected.shape == (1, 7, 2 * side, 3 * side, 2)
     np.testing.assert_allclose(jnp.concatenate(frames, 1), expected, **F32)
+
+
+# What bfloat16 rounds in queries, keys and values of the size of one: 1e-2 on CPU.
+@pytest.mark.parametrize(
+    ("attention_dtype", "tolerance"), [(None, 2e-6), ("bfloat16", 3e-2)], ids=str
+)
+def test_attention_within_frames(attention_dtype, tolerance):
+    config = WanVAEConfig.wan2_1(attention_dtype=attention_dtype)
+    attention = FrameAttention(4, config, nnx.Rngs(0))
+    x = random(2, 3, 2, 3, 4)
+    tokens = x.reshape(6, 6, 4).astype(np.float64)
+    normed = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True) * 2
+    q, k, v = np.split(normed @ np.asarray(attention.to_qkv.kernel), 3, axis=-1)
+    weights = np.exp(q @ k.swapaxes(1, 2) / 2)
+    attended = weights / weights.sum(-1, keepdims=True) @ v
+    expected = x + (attended @ np.asarray(attention.proj.kernel)).reshape(x.shape)
+    got, cache = attention(jnp.asarray(x), None)
+    assert got.dtype == jnp.float32
+    assert cache == ()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("channels", "attention_dtype", "backend"),
+    [(40, "bfloat16", "auto"), (40, None, "xla"), (384, "bfloat16", "xla")],
+    ids=["narrow", "float32", "published"],
+)
+def test_cudnn_attends_in_narrow_frames(
+    monkeypatch, channels, attention_dtype, backend
+):
+    def attend(q, k, v, *, backend):
+        asked.append(backend)
+        return q
+
+    asked = []
+    gpu = Device(platform="gpu", kind="GPU", compute_capability=(9, 0))
+    monkeypatch.setattr(layers, "current_device", lambda *arrays: gpu)
+    monkeypatch.setattr(layers, "dense_attention", attend)
+    config = WanVAEConfig.wan2_1(attention_dtype=attention_dtype)
+    FrameAttention(channels, config, nnx.Rngs(0))(jnp.zeros((1, 1, 2, 2, channels)), ())
+    assert asked == [backend]
