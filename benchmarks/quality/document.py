@@ -19,6 +19,7 @@ from benchmarks.common.records import ROOT, write_json
 from benchmarks.quality import pictures, tables
 from benchmarks.quality.likeness import FLOOR_DB
 from benchmarks.quality.methods import METHODS
+from benchmarks.quality.prompts import REPORTING
 from benchmarks.quality.record import RECORD
 from benchmarks.quality.summary import (
     WHOLE,
@@ -114,10 +115,12 @@ def provenance(record: Mapping[str, Any], name: str) -> str:
         lines.append(
             "- Times of layers were not measured: nothing is said about equal time."
         )
-    if len(setup["reporting"]) < 32:
+    if len(setup["reporting"]) < len(REPORTING):
         lines.append(
-            "- It is a reduced run, with fewer clips than the 32 of a full one and "
-            "wide intervals: a first look, not a verdict."
+            f"- It is a reduced run, of {len(setup['reporting'])} prompts where a "
+            f"whole one has {len(REPORTING)}, and of densities "
+            f"{', '.join(f'{density:g}' for density in setup['densities'])}. Its "
+            "intervals are wide: a first look, not a verdict."
         )
     return "\n".join(lines)
 
@@ -136,7 +139,7 @@ def floor(record: Mapping[str, Any]) -> str:
         return ""
     kernels = [row["name"] for row in record["trials"] if row["part"] == "floor"]
     if pair[0] >= FLOOR_DB - 0.01:
-        said = "the videos are equal to the last bit on this device."
+        said = f"the videos agree to {FLOOR_DB:g} dB and better on this device."
     else:
         said = (
             f"the farthest agrees to {tables.with_interval(*pair)} dB. A method can't "
@@ -186,6 +189,7 @@ def equal_time(record: Mapping[str, Any]) -> str:
         'straight lines; nothing is extrapolated. The oracle and "top_p" have the '
         "times of the draft with equal rows.",
         tables.times(record),
+        tables.all_metrics_at_time(record),
         picture(record, "quality_time.png", "PSNR over the time of a layer"),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -220,6 +224,7 @@ def use(record: Mapping[str, Any]) -> str:
         at_time = {name: curve.at_time(share * dense) for name, curve in real.items()}
         if any(values is not None for values in at_time.values()):
             lines.append(f"- {share:g} of the time of dense: {verdict(at_time)}")
+    lines += tables.recommended(record)
     lines += [
         "- Where speed must compare with published figures: `DraftConfig.paper()`.",
         "- Exact attention: dense. What a density below 1 costs stands above.",

@@ -28,7 +28,12 @@ from models.diffusion.pipeline import DENSE, VideoPipeline
 from models.diffusion.results import StepReport
 from models.diffusion.sampler import Sampler
 from models.diffusion.sampling import Sampling
-from models.diffusion.step_programs import Program, SamplerState, StepInputs
+from models.diffusion.step_programs import (
+    SKIPPED,
+    Program,
+    SamplerState,
+    StepInputs,
+)
 from models.float8.product import compiler_options
 from pallas_kernels.attention import dense_api
 from pallas_kernels.attention.dense_api import BackendChoice
@@ -57,12 +62,15 @@ class Generation(NamedTuple):
     Attributes:
       videos: Values in [0, 1], on the device.
       reports: Of the steps that were run, of each batch.
-      begun: Of each batch; only where it was asked for.
+      begun: Of each batch; only where all steps were run.
+      seen: Latents before the steps that are looked at, by step, of all clips; only of
+        dense generations.
     """
 
     videos: Float[Array, "B T Y X 3"]
     reports: list[list[StepReport]]
     begun: list[Begun]
+    seen: dict[int, Float[Array, "B F H W C"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,10 +100,12 @@ class Generations:
     Attributes:
       sampling: Size, length and steps of the videos.
       first_sparse: The first step that methods are told apart in.
+      looked_at: Steps whose layers are looked at.
     """
 
     sampling: Sampling
     first_sparse: int
+    looked_at: tuple[int, ...]
     _programs: dict = dataclasses.field(default_factory=dict, repr=False)
     _threads: concurrent.futures.ThreadPoolExecutor = dataclasses.field(
         default_factory=lambda: concurrent.futures.ThreadPoolExecutor(COMPILED_AT_ONCE),
@@ -112,8 +122,8 @@ class Generations:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def dense(self, pipeline: VideoPipeline, clips: Clips) -> Generation:
-        """Generates dense videos, and keeps what methods go on from."""
-        return self._generate(Work(pipeline=pipeline), clips, None)
+        """Generates dense videos, and keeps what methods and looks go on from."""
+        return self._generate(Work(pipeline=pipeline), clips, None, self.looked_at)
 
     def go_on(self, work: Work, clips: Clips, begun: Sequence[Begun]) -> Generation:
         """Generates videos from where the dense steps have led to."""
@@ -124,9 +134,14 @@ class Generations:
         return self._generate(work, clips, None)
 
     def _generate(
-        self, work: Work, clips: Clips, begun: Sequence[Begun] | None
+        self,
+        work: Work,
+        clips: Clips,
+        begun: Sequence[Begun] | None,
+        looked_at: Sequence[int] = (),
     ) -> Generation:
         videos, reports, left_at = [], [], []
+        seen: dict[int, list[Array]] = {step: [] for step in looked_at}
         for place, batch in enumerate(clips.batches()):
             programs = self._compiling(work, batch).result()
             sampler, state, inputs = self._start(work, batch)
@@ -137,13 +152,16 @@ class Generations:
                 if begun is None and index == self.first_sparse:
                     latents, history = _copies((state.latents, state.history))
                     left_at.append(Begun(index, latents, history))
+                if index in seen:
+                    seen[index].append(_copies(state.latents))
                 state, report = sampler.run_step(programs, state, inputs, index)
                 found.append(dataclasses.replace(report, estimate=None))
             reports.append(found)
             latents = state.latents
             del state, inputs  # the decoder needs memory
             videos.append(decode(work.pipeline, latents))
-        return Generation(jnp.concatenate(videos), reports, left_at)
+        joined = {step: jnp.concatenate(parts) for step, parts in seen.items()}
+        return Generation(jnp.concatenate(videos), reports, left_at, joined)
 
     def _start(
         self, work: Work, batch: Clips
@@ -167,11 +185,14 @@ class Generations:
             solver=self.sampling.make_solver(),
             attention=work.attention,
             cache=work.cache,
+            experts=work.pipeline.experts,
+            low_guidance=self.sampling.low_guidance,
+            boundary=self.sampling.boundary,
         )
         steps = range(work.first_step, self.sampling.num_steps)
         kinds: list[Program] = [sampler.kind(index) for index in steps]
-        if work.cache is not None:
-            kinds = sampler.kinds
+        if work.cache is not None:  # whichever steps its constants skip
+            kinds += [SKIPPED, *sampler.kinds]
         kinds = list(dict.fromkeys(kinds))
         key = (
             id(work.pipeline),
@@ -245,6 +266,14 @@ def counts_of_steps(reports: Sequence[StepReport]) -> dict[str, int]:
     """Returns how many steps were dense, sparse and skipped."""
     works = [report.work for report in reports]
     return {work: works.count(work) for work in ("dense", "sparse", "skipped")}
+
+
+def steps_ms(generation: Generation) -> list[float]:
+    """Returns milliseconds of the steps of each batch, without compiling."""
+    return [
+        round(sum(report.time_ms for report in reports), 1)
+        for reports in generation.reports
+    ]
 
 
 def kept_density(generation: Generation) -> float:

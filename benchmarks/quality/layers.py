@@ -7,7 +7,7 @@ Mass is that between tiles of the video; pairs with text are always kept.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,45 +51,45 @@ class Look:
 
 
 def looks(
-    pipeline: VideoPipeline, clips: Clips, sampling: Sampling, steps: Sequence[int]
+    pipeline: VideoPipeline,
+    clips: Clips,
+    sampling: Sampling,
+    seen: Mapping[int, Float[Array, "B F H W C"]],
 ) -> Iterator[Look]:
-    """Runs dense steps and stops at those asked for.
+    """Looks at steps of dense generations.
 
     Args:
       pipeline: The model.
-      clips: Prompts, sampled as one batch; negative prompts are not looked at.
+      clips: Prompts, as one batch; negative prompts are not looked at.
       sampling: Settings of the videos.
-      steps: Steps to look at.
+      seen: Latents of the clips before each step to look at, by step.
     """
     noise = clips.noise(pipeline.latent_shape(sampling), sampling.seed)
-    sampler, state, inputs = pipeline.start(clips.texts, sampling, noise=noise)
-    programs, _ = pipeline.compile(sampler, state, inputs)
-    structure, parameters = nnx.split(sampler.model)
+    sampler, _, inputs = pipeline.start(clips.texts, sampling, noise=noise)
     context = jax.tree.map(lambda x: x[: len(clips.prompts)], inputs.context)
     compiled: dict[str, Callable] = {}
-    for index in range(max(steps) + 1):
-        if index in steps:
-            rows = sampler.model.step_inputs(
-                state.latents,
-                sampler.solver.timesteps[index],
-                context,
-                inputs.image,
-                inputs.embedded_guidance,
-            )
+    for index, latents in sorted(seen.items()):
+        structure, parameters = nnx.split(sampler.model_at(index))
+        rows = sampler.model.step_inputs(
+            latents[: len(clips.prompts)],
+            sampler.solver.timesteps[index],
+            context,
+            inputs.image,
+            inputs.embedded_guidance,
+        )
 
-            def call(name, function, rows=rows):
-                def run(parameters, rows):
-                    model: Any = nnx.merge(structure, parameters)
-                    return model.map_qkv(
-                        function, rows, attention=DENSE, step=None, masks=None
-                    )[1]
+        def call(name, function, rows=rows, structure=structure, parameters=parameters):
+            def run(parameters, rows):
+                model: Any = nnx.merge(structure, parameters)
+                return model.map_qkv(
+                    function, rows, attention=DENSE, step=None, masks=None
+                )[1]
 
-                if name not in compiled:
-                    compiled[name] = jax.jit(run)
-                return compiled[name](parameters, rows)
+            if name not in compiled:
+                compiled[name] = jax.jit(run)
+            return compiled[name](parameters, rows)
 
-            yield Look(step=index, call=call)
-        state, _ = sampler.run_step(programs, state, inputs, index)
+        yield Look(step=index, call=call)
 
 
 def masses_of_layers(look: Look, grid: VideoGrid) -> Float[np.ndarray, "L B N S S"]:

@@ -65,6 +65,7 @@ def draw_front(path: Path, by_name: Mapping[str, Curve], *, over_time: bool) -> 
     """
     figure = _figure(7.0, 4.5)
     axes = figure.add_subplot()
+    points: list[tuple[float, float]] = []  # of what can be used
     for marker, (name, curve) in zip(MARKERS, by_name.items(), strict=False):
         places: Sequence[float] | None = curve.times if over_time else curve.work
         if places is None:
@@ -72,6 +73,8 @@ def draw_front(path: Path, by_name: Mapping[str, Curve], *, over_time: bool) -> 
         style = "--" if METHODS[name].is_bound or name == "random" else "-"
         order = np.argsort(places)
         means = curve.clips["psnr"].mean(1)
+        if not METHODS[name].is_bound:
+            points += zip(places, means.tolist(), strict=True)
         axes.plot(
             np.asarray(places)[order],
             means[order],
@@ -80,6 +83,16 @@ def draw_front(path: Path, by_name: Mapping[str, Curve], *, over_time: bool) -> 
             markersize=4,
             label=METHODS[name].title,
         )
+    front = pareto_front(points)
+    axes.step(
+        [place for place, _ in front],
+        [level for _, level in front],
+        where="post",
+        color="0.8",
+        linewidth=5,
+        zorder=0,
+        label="Pareto front without the oracle",
+    )
     axes.set_xlabel(
         "time of a layer, ms" if over_time else "work of a sparse layer, share of dense"
     )
@@ -87,6 +100,22 @@ def draw_front(path: Path, by_name: Mapping[str, Curve], *, over_time: bool) -> 
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(path)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns the points that none is ahead of: less of the first, more of the second.
+
+    Args:
+      points: Time or work, and PSNR.
+
+    Returns:
+      Those for which no other one has as much in as little, both ascending.
+    """
+    front: list[tuple[float, float]] = []
+    for place, level in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or level > front[-1][1]:
+            front.append((place, level))
+    return front
 
 
 def draw_combinations(path: Path, record: Mapping[str, Any]) -> None:
@@ -97,21 +126,18 @@ def draw_combinations(path: Path, record: Mapping[str, Any]) -> None:
       record: What was measured.
     """
     times = StepTimes.shipped()
-    points = sorted(
-        (times.share(row), float(np.mean(row["clips"]["psnr"])), row["name"])
+    names = {
+        (times.share(row), float(np.mean(row["clips"]["psnr"]))): row["name"]
         for row in record["trials"]
         if row["part"] == "combinations"
-    )
+    }
     figure = _figure(7.0, 4.5)
     axes = figure.add_subplot()
-    axes.scatter([point[0] for point in points], [point[1] for point in points], s=12)
-    front: list[tuple[float, float, str]] = []
-    for point in points:
-        if not front or point[1] > front[-1][1]:
-            front.append(point)
-    axes.plot([point[0] for point in front], [point[1] for point in front], "-")
-    for share, level, name in front:
-        axes.annotate(name, (share, level), fontsize=6, rotation=20)
+    axes.scatter([share for share, _ in names], [level for _, level in names], s=12)
+    front = pareto_front(list(names))
+    axes.plot([share for share, _ in front], [level for _, level in front], "-")
+    for point in front:
+        axes.annotate(names[point], point, fontsize=6, rotation=20)
     axes.set_xlabel("time of the steps of Wan2.1 14B, share of dense bfloat16")
     axes.set_ylabel("PSNR to the dense video, dB")
     axes.grid(alpha=0.3)

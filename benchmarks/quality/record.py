@@ -5,17 +5,41 @@ Everything is written as it comes, so a run that was stopped goes on where it en
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.common.records import environment
+from benchmarks.quality.methods import DENSITIES
+from benchmarks.quality.prompts import REPORTING, TUNING
 from models.files import write_whole
 
 RECORD = "quality.json"
 # A record of other values of these does not compare with this run's.
 FIXED = ("setup", "device", "jax")
+
+
+def what_is_measured(setup: Mapping[str, Any]) -> str:
+    """Says how many prompts and densities a run has, and of how many.
+
+    Args:
+      setup: See `RunFolder.open`.
+    """
+    sampling, grid = setup["sampling"], setup["grid"]
+    full = set(DENSITIES) <= set(setup["densities"])
+    is_whole = full and len(setup["reporting"]) >= len(REPORTING)
+    densities = ", ".join(f"{density:g}" for density in setup["densities"])
+    return (
+        f"{'A whole' if is_whole else 'A reduced'} run: {len(setup['reporting'])} "
+        f"reporting prompts (a whole one has {len(REPORTING)}), "
+        f"{len(setup['tuning'])} tuning prompts ({len(TUNING)}), densities {densities} "
+        f"({', '.join(f'{density:g}' for density in DENSITIES)}); "
+        f"{sampling['num_steps']} steps, {sampling['frames']} frames of "
+        f"{sampling['height']} x {sampling['width']} pixels, "
+        f"{grid[0]} x {grid[1]} x {grid[2]} tokens in {setup['tiles']} tiles."
+    )
 
 
 @dataclasses.dataclass

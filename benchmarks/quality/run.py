@@ -30,14 +30,13 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from benchmarks.caches.run import make_cache
 from benchmarks.common.options import height_by_width
 from benchmarks.common.records import write_json
 from benchmarks.quality import layers as layers_module
@@ -49,6 +48,7 @@ from benchmarks.quality.generations import (
     Work,
     counts_of_steps,
     kept_density,
+    steps_ms,
 )
 from benchmarks.quality.likeness import likeness
 from benchmarks.quality.methods import (
@@ -60,10 +60,13 @@ from benchmarks.quality.methods import (
 )
 from benchmarks.quality.presets import StepTimes, choose_presets
 from benchmarks.quality.prompts import REPORTING, TUNING, Prompt
-from benchmarks.quality.record import RunFolder
+from benchmarks.quality.record import RunFolder, what_is_measured
+from benchmarks.quality.step_caches import cache_of, flat_ratios
 from benchmarks.quality.summary import summarize
 from benchmarks.quality.trials import (
     PARTS,
+    SMALL,
+    WHOLE,
     WHOLE_RUNS,
     Combination,
     Part,
@@ -71,8 +74,7 @@ from benchmarks.quality.trials import (
     make_trials,
 )
 from draft_jax import AttentionPlan, means_work
-from models.cli.cache_options import parse_cache
-from models.diffusion.caches import MagRatios, StepCache
+from models.diffusion.caches import MagRatios
 from models.diffusion.calibration import measure_ratios
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
@@ -82,13 +84,14 @@ from models.loading import load_pipeline
 SHOWN_DENSITY = 0.1  # of the frames and maps that are kept for the document
 STEPS_LOOKED_AT = 3
 AHEAD = 16  # trials whose programs are compiled while others run
-# What two cores do within ten minutes, of a third of the frames.
+# What two cores do within ten minutes, of a third of the frames: all parts and methods.
 REDUCED: dict[str, Any] = {
     "clips": 4,
+    "tuning_clips": 2,
     "steps": 6,
     "densities": [0.25, 0.1],
-    "parts": ["floor", "methods", "layers"],
     "looks": 1,
+    "extent": SMALL,
 }
 
 
@@ -102,7 +105,10 @@ class Lab:
         self.pipeline = self.load("bfloat16")
         self.sampling = self._sampling()
         steps = self.sampling.num_steps
-        self.generations = Generations(self.sampling, first_sparse_step(steps))
+        self.looked_at = layers_module.looked_at(steps, options.looks)
+        self.generations = Generations(
+            self.sampling, first_sparse_step(steps), self.looked_at
+        )
         reporting, tuning = _prompts(options)
         batch = options.batch or len(reporting)
         self.reporting = Clips(prompts=reporting, first=0, batch=batch)
@@ -114,9 +120,19 @@ class Lab:
 
     @functools.cache  # noqa: B019 (one lab lives as long as its process)
     def load(self, linears: Any) -> VideoPipeline:
-        """Loads the model with linear layers of a precision."""
+        """Loads the model with linear layers of a precision.
+
+        Raises:
+          ValueError: A tile is given for a model of two transformers.
+        """
         pipeline = load_pipeline(self.options.checkpoint, linears=linears)
         if self.options.tile is not None:  # of run time: weights do not depend on it
+            if pipeline.experts is not None:
+                raise ValueError(
+                    f"--tile {self.options.tile} is given, but "
+                    f"{self.options.checkpoint} has two transformers, whose tiles "
+                    "are their own: leave it out"
+                )
             model: Any = pipeline.model
             model.config = dataclasses.replace(model.config, tile=self.options.tile)
         return pipeline
@@ -161,6 +177,9 @@ class Lab:
     def dense(self, clips: Clips) -> Generation:
         """Generates dense videos, which every run makes anew."""
         found = self.generations.dense(self.pipeline, clips)
+        name = "reporting" if clips == self.reporting else "tuning"
+        times = self.folder.record.setdefault("dense_steps_ms", {})
+        times[name] = steps_ms(found)
         if clips == self.reporting:
             self.folder.keep_array("frames_dense", shown_frames(found.videos))
         return found
@@ -177,11 +196,11 @@ class Lab:
         return record["top_p"]
 
     def _looks(self, clips: Clips) -> Any:
-        steps = layers_module.looked_at(self.sampling.num_steps, self.options.looks)
         few = dataclasses.replace(
             clips, prompts=clips.prompts[: self.options.looked_at]
         )
-        return layers_module.looks(self.pipeline, few, self.sampling, steps)
+        seen = self.dense(clips).seen
+        return layers_module.looks(self.pipeline, few, self.sampling, seen)
 
     def measure(self) -> list[str]:
         """Measures the parts that are asked for; returns those that are left."""
@@ -232,6 +251,7 @@ class Lab:
             densities=self.options.densities,
             top_p=top_p,
             num_steps=self.sampling.num_steps,
+            extent=self.options.extent,
             presets=[
                 Combination(**fields)
                 for fields in self.folder.record.get("presets", {}).values()
@@ -258,25 +278,22 @@ class Lab:
         for trial in trials[:AHEAD]:
             clips = self.clips_of(trial)
             self.generations.prepare(Work(pipeline=self.pipeline), clips)
-            self.generations.prepare(self.work_of(trial), clips)
+            ratios = functools.partial(flat_ratios, self.sampling, trial.attention)
+            self.generations.prepare(self._work(trial, ratios), clips)
 
     def work_of(self, trial: Trial) -> Work:
         """Returns what a trial generates its clips with."""
+        return self._work(trial, functools.partial(self.ratios, trial.attention))
+
+    def _work(self, trial: Trial, ratios: Callable[[], MagRatios]) -> Work:
         first = 0 if trial.part in WHOLE_RUNS else self.generations.first_sparse
         return Work(
             pipeline=self.load(trial.linears),
             attention=trial.attention,
-            cache=None if trial.cache is None else self.cache_of(trial),
+            cache=cache_of(trial.cache, ratios),
             first_step=first,
             dense_kernel=trial.dense_kernel,
         )
-
-    def cache_of(self, trial: Trial) -> StepCache | None:
-        """Returns the step cache of a trial."""
-        assert trial.cache is not None
-        rule = parse_cache(trial.cache)
-        ratios = self.ratios(trial.attention) if rule.rule == "mag" else None
-        return make_cache(rule, ratios)
 
     @functools.cache  # noqa: B019
     def ratios(self, attention: AttentionPlan) -> MagRatios:
@@ -319,17 +336,14 @@ class Lab:
             "kept_density": round(kept, 5),
             "work": round(kept + means, 5),
             "steps": counts_of_steps(found.reports[0]),
-            "steps_ms": [
-                round(sum(report.time_ms for report in reports), 1)
-                for reports in found.reports
-            ],
+            "steps_ms": steps_ms(found),
             "clips": likeness(found.videos, dense.videos),
         }
 
     def layers(self) -> bool:
         """Measures methods in single layers; returns if none is left."""
         names, densities = self.options.methods, self.options.densities
-        steps = layers_module.looked_at(self.sampling.num_steps, self.options.looks)
+        steps = self.looked_at
         missing = [
             (name, step)
             for step in steps
@@ -377,12 +391,14 @@ def _prompts(options: argparse.Namespace) -> tuple[tuple[Prompt, ...], ...]:
         )
     if shared := {p.text for p in reporting} & {p.text for p in tuning}:
         raise ValueError(f"{sorted(shared)} are reporting and tuning prompts")
-    return reporting[: options.clips], tuning[: options.clips]
+    count = options.clips if options.tuning_clips is None else options.tuning_clips
+    return reporting[: options.clips], tuning[:count]
 
 
 def measure(options: argparse.Namespace) -> None:
     """Measures, and prints the floor and the summary."""
     lab = Lab(options)
+    print(what_is_measured(lab.folder.record["setup"]), flush=True)
     left = lab.measure()
     record = lab.folder.record
     if options.times is not None:
@@ -395,17 +411,19 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def measure_times(options: argparse.Namespace) -> None:
-    """Times layers on a GPU."""
+    """Times on a GPU those layers that the file lacks."""
     layers = times_module.layers_to_time(
         options.methods, options.densities, with_front=options.front
     )
+    file, known = options.output, None
+    if file.exists():
+        known = json.loads(file.read_text())
+    save = functools.partial(write_json, file)
     record = times_module.measure_times(
-        options.shape,
-        layers,
-        lambda row: print(json.dumps(row), flush=True),
-        options.limit,
+        options.shape, layers, save, known, options.limit
     )
-    write_json(options.output, record)
+    for row in record["rows"]:
+        print(json.dumps(row), flush=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -420,9 +438,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--densities", nargs="+", type=float, default=list(DENSITIES))
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    add("--reduced", action="store_true", help="ten minutes on two cores")
+    add(
+        "--reduced",
+        action="store_true",
+        help="all parts and methods with fewer clips, densities, steps and frames: "
+        "ten minutes on two cores",
+    )
     add("--limit", type=float, default=float("inf"), metavar="SECONDS")
     add("--clips", type=int, help="at most so many; all by default")
+    add("--tuning-clips", type=int, help="of tuning prompts; as --clips by default")
     add("--batch", type=int, help="clips sampled together; all by default")
     add("--looks", type=int, default=STEPS_LOOKED_AT, help="steps of layers")
     add("--looked-at", type=int, default=8, help="clips whose layers are measured")
@@ -443,6 +467,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     Exits with a message if it cannot be read, or its output cannot be written.
     """
     parser = make_parser()
+    parser.set_defaults(extent=WHOLE)
     if parser.parse_args(arguments).reduced:
         parser.set_defaults(**REDUCED)
     options = parser.parse_args(arguments)

@@ -235,7 +235,8 @@ def best_splits(
 
     The budget is time where times were measured, else work. Within a budget each size
     of means has as many exact blocks as fit; the size with the best mean PSNR is taken,
-    for each kind of motion apart. Beside it stands what the default's means have.
+    for each kind of motion apart. Beside it stands what the default's means have, and
+    the mean of paired differences from them with its half-width.
 
     Args:
       record: The record of a run.
@@ -247,17 +248,20 @@ def best_splits(
     found = []
     for budget in budgets:
         for kind, chosen in kinds.items():
-            options: dict[str, float] = {}
+            options: dict[str, np.ndarray] = {}
             for name, curve in by_name.items():
                 if dense is not None and curve.times is not None:
                     values = curve.at_time(budget * dense)
                 else:
                     values = interpolate(budget, curve.work, curve.clips["psnr"])
                 if values is not None and chosen.any():
-                    options[name] = float(values[chosen].mean())
+                    options[name] = values[chosen]
             if options:
-                name = max(options, key=lambda name: options[name])
-                row = {"budget": budget, "motion": kind, "name": name}
+                name = max(options, key=lambda name: options[name].mean())
                 default = options.get(DEFAULT_SPLIT)
-                found.append(row | {"psnr": options[name], "default": default})
+                row = {"budget": budget, "motion": kind, "name": name}
+                row["psnr"] = float(options[name].mean())
+                row["default"] = None if default is None else float(default.mean())
+                row["gain"] = difference(options[name], default)
+                found.append(row)
     return found

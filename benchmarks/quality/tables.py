@@ -24,6 +24,7 @@ from benchmarks.quality.trials import CONSTANT, DEFAULT_SPLIT, PAPER_90, Combina
 SHOWN_DENSITY = 0.1
 SPLIT_BUDGETS = (0.15, 0.2, 0.25, 0.3)
 SCALES = {"flicker": 1000.0}
+METRICS = (("PSNR", 1), ("SSIM", 3), ("GMSD", 3), ("flicker", 1))  # and digits
 
 
 def with_interval(mean: float, half: float, digits: int = 1) -> str:
@@ -67,28 +68,72 @@ def psnr_by_density(record: Mapping[str, Any]) -> str:
     )
 
 
+def metric_cells(values: Mapping[str, np.ndarray | None]) -> list[str]:
+    """Returns every metric with its interval, of the values of each clip."""
+    cells = []
+    for name, digits in METRICS:
+        own = values[name.lower()]
+        assert own is not None, "all metrics are measured together"
+        mean, half = mean_and_interval(SCALES.get(name, 1.0) * own)
+        cells.append(with_interval(mean, half, digits))
+    return cells
+
+
+def under_default(
+    values: np.ndarray | None, default: np.ndarray | None, name: str
+) -> str:
+    """Returns how many decibels a method is under the default, of the same clips."""
+    if values is None or default is None or name == "ours":
+        return ""
+    return with_interval(*paired(default, values))
+
+
 def all_metrics(record: Mapping[str, Any]) -> str:
     """Every metric at the density that is shown."""
+    by_name = curves(record)
+    default = by_name["ours"].at(SHOWN_DENSITY) if "ours" in by_name else None
     rows = []
     kept = {
         row["name"]: row["kept_density"]
         for row in record["trials"]
         if row["part"] == "methods" and row["density"] == SHOWN_DENSITY
     }
-    for name, curve in curves(record).items():
+    for name, curve in by_name.items():
         if SHOWN_DENSITY not in curve.densities:
             continue
         place = curve.densities.index(SHOWN_DENSITY)
-        cells = []
-        for metric, digits in (("psnr", 1), ("ssim", 3), ("gmsd", 3), ("flicker", 1)):
-            values = SCALES.get(metric, 1.0) * curve.clips[metric][place]
-            cells.append(with_interval(*mean_and_interval(values), digits=digits))
+        values = {metric: own[place] for metric, own in curve.clips.items()}
+        cells = metric_cells(values)
         shares = [f"{kept[name]:.3f}", f"{curve.work[place]:.3f}"]
-        rows.append([METHODS[name].title, *shares, *cells])
+        less = under_default(values["psnr"], default, name)
+        rows.append([METHODS[name].title, *shares, *cells, less])
     if not rows:
         return ""
-    head = ["method", "density kept", "work", "PSNR", "SSIM", "GMSD", "flicker"]
-    return f"All metrics at density {SHOWN_DENSITY:g}:\n\n" + table(head, rows)
+    head = ["method", "density kept", "work", *(name for name, _ in METRICS)]
+    return f"All metrics at density {SHOWN_DENSITY:g}:\n\n" + table(
+        [*head, "dB under the default"], rows
+    )
+
+
+def all_metrics_at_time(record: Mapping[str, Any]) -> str:
+    """Every metric in the time that the default takes at the density that is shown."""
+    by_name = curves(record)
+    ours = by_name.get("ours")
+    time_ms = None if ours is None else ours.time(SHOWN_DENSITY)
+    if ours is None or time_ms is None:
+        return ""
+    default, rows = ours.at(SHOWN_DENSITY), []
+    for name, curve in by_name.items():
+        values = {metric: curve.at_time(time_ms, metric) for metric in curve.clips}
+        if values["psnr"] is not None:
+            less = under_default(values["psnr"], default, name)
+            rows.append([METHODS[name].title, *metric_cells(values), less])
+    head = ["method", *(name for name, _ in METRICS), "dB under the default"]
+    return (
+        f"All metrics in the {time_ms:.2f} ms that the default takes at density "
+        f"{SHOWN_DENSITY:g}, of methods that were measured on both sides of it:\n\n"
+        + table(head, rows)
+    )
 
 
 def by_motion(record: Mapping[str, Any]) -> str:
@@ -198,13 +243,16 @@ def _splits(record: Mapping[str, Any]) -> str:
             row["name"],
             f"{row['psnr']:.1f}",
             "" if row["default"] is None else f"{row['default']:.1f}",
+            "" if gain is None else with_interval(gain[0], gain[1], 2),
         ]
         for row in found
+        for gain in [row["gain"]]
     ]
+    head = [f"share of dense {what}", "motion", "best", "PSNR", default, "gain"]
     return (
         "## Exact blocks or means\n\nThe best split of a budget, on the tuning "
         "prompts: which means, with as many exact blocks as then fit.\n\n"
-        + table([f"share of dense {what}", "motion", "best", "PSNR", default], rows)
+        + table(head, rows)
     )
 
 
@@ -245,7 +293,7 @@ def _combinations(record: Mapping[str, Any]) -> str:
     rows = [row for row in record["trials"] if row["part"] == "combinations"]
     if not rows:
         return ""
-    times = StepTimes.shipped()
+    times, here = StepTimes.shipped(), record.get("dense_steps_ms", {}).get("tuning")
     cells = []
     for row in sorted(rows, key=lambda row: times.share(row)):
         steps = row["steps"]
@@ -255,16 +303,31 @@ def _combinations(record: Mapping[str, Any]) -> str:
                 with_interval(*mean_and_interval(row["clips"]["psnr"])),
                 *(str(steps[work]) for work in ("dense", "sparse", "skipped")),
                 f"{times.share(row):.3f}",
+                f"{sum(row['steps_ms']) / sum(here):.3f}" if here else "",
             ]
         )
     head = ["attention + cache + linears", "PSNR", "dense", "sparse", "skipped", "time"]
+    head.append("time here")
     return (
         "## With step caches and FP8\n\nWhole runs on the tuning prompts, against the "
         "dense bfloat16 video. Time is that of the steps over those of the dense run, "
         f"with steps of Wan2.1 14B as they were measured (`{times.source}`): the small "
-        "model spends little in linear layers. A cache decides for all clips of a "
-        "batch together.\n\n" + table(head, cells) + _presets(record)
+        "model spends little in linear layers. *Time here* is that of its own steps on "
+        f"{record['device']}. A cache decides for all clips of a batch together.\n\n"
+        + table(head, cells)
+        + _presets(record)
     )
+
+
+def recommended(record: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each preset that was chosen: what it is, and its time."""
+    whole, times = whole_runs(record), StepTimes.shipped()
+    lines = []
+    for preset, fields in whole.get("presets", {}).items():
+        name = Combination(**fields).name
+        share = times.share_of(whole, name)
+        lines.append(f"- A whole video, {preset}: {name}, {share:.3f} of the time.")
+    return lines
 
 
 def _presets(record: Mapping[str, Any]) -> str:
@@ -281,7 +344,7 @@ def _presets(record: Mapping[str, Any]) -> str:
     rows = []
     for preset, fields in chosen.items():
         name = Combination(**fields).name
-        cells = [f"`--speed {preset}`", name, f"{times.share_of(record, name):.3f}", ""]
+        cells = [preset, name, f"{times.share_of(record, name):.3f}", ""]
         if paper is not None and name in by_name:
             cells[3] = with_interval(*paired(by_name[name], paper))
         rows.append(cells)

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,7 +91,8 @@ def layers_to_time(
 def measure_times(
     shape_name: str,
     layers: Sequence[Timed],
-    report: Callable[[dict[str, Any]], None],
+    save: Callable[[dict[str, Any]], None],
+    known: Mapping[str, Any] | None = None,
     limit: float = float("inf"),
 ) -> dict[str, Any]:
     """Times layers on the device, with inputs whose attention is local.
@@ -99,35 +100,47 @@ def measure_times(
     Args:
       shape_name: A key of `TIME_SHAPES`.
       layers: What to time.
-      report: Called with each row.
+      save: Called with the record after each round.
+      known: A record that this one goes on from: what it has is not timed again.
       limit: Seconds after which no round begins but the first.
 
     Returns:
-      The record: environment, shape, and a row for each layer.
+      The record: environments, shape, and a row for each layer.
 
     Raises:
-      ValueError: The device is no GPU. Times of a CPU say nothing of methods.
+      ValueError: The device is no GPU, as times of a CPU say nothing of methods; or
+        the known record is of another device or shape.
     """
     if jax.default_backend() != "gpu":
         raise ValueError(
             f"times are of a GPU; this process has {jax.devices()[0].device_kind}: "
             "run this part on one, and give its file to --times elsewhere"
         )
-    shape = TIME_SHAPES[shape_name]
-    record: dict[str, Any] = {
-        "environment": environment(),
-        "shape": {"name": shape_name, "qkv": list(shape.qkv_shape)},
-        "rows": time_layers(shape, layers, limit),
-    }
-    for row in record["rows"]:
-        report(row)
+    shape, head = TIME_SHAPES[shape_name], environment()
+    described = {"name": shape_name, "qkv": list(shape.qkv_shape)}
+    rows: list[dict[str, Any]] = []
+    if known is not None:
+        before = known["environment"]["device"], known["shape"]
+        if before != (head["device"], described):
+            raise ValueError(
+                f"--output has times of {before}, this run is of "
+                f"{(head['device'], described)}: pass another file"
+            )
+        rows = [row for row in known["rows"] if "median_ms" in row]
+    record: dict[str, Any] = {"environment": head, "shape": described, "rows": rows}
+    timed = {(row["name"], row["density"]) for row in rows}
+    missing = [layer for layer in layers if (layer.name, layer.density) not in timed]
+    if missing:
+        for found in time_layers(shape, missing, limit):
+            record["rows"] = rows + found
+            save(record)
     return record
 
 
 def time_layers(
     shape: Shape, layers: Sequence[Timed], limit: float = float("inf")
-) -> list[dict[str, Any]]:
-    """Returns a row for each layer, with an "error" where one does not run."""
+) -> Iterator[list[dict[str, Any]]]:
+    """Yields a row for each layer after each round; "error" where one does not run."""
     deadline = time.monotonic() + limit
     qkv = smooth_inputs(shape)
     programs = _compile({layer.config for layer in layers}, shape, qkv)
@@ -146,10 +159,11 @@ def time_layers(
         _, density = program(*qkv, budget)
         row["kept_density"] = round(float(density), 5)
         calls[len(rows) - 1] = functools.partial(program, *qkv, budget)
-    for place, samples in _samples(calls, deadline).items():
-        rows[place]["median_ms"] = round(statistics.median(samples), 4)
-        rows[place]["samples_ms"] = [round(value, 4) for value in samples]
-    return rows
+    for samples in _rounds(calls, deadline):
+        for place, own in samples.items():
+            rows[place]["median_ms"] = round(statistics.median(own), 4)
+            rows[place]["samples_ms"] = [round(value, 4) for value in own]
+        yield rows
 
 
 def _layer(config: DraftConfig | None, grid: VideoGrid, q, k, v, budget):
@@ -183,10 +197,10 @@ def _compile(configs, shape: Shape, qkv) -> dict[Any, Any]:
         return dict(zip(configs, pool.map(build, configs), strict=True))
 
 
-def _samples(
+def _rounds(
     calls: Mapping[int, Callable[[], Any]], deadline: float
-) -> dict[int, list[float]]:
-    """Returns milliseconds of each call in each round."""
+) -> Iterator[dict[int, list[float]]]:
+    """Yields milliseconds of each call in all rounds so far, after each round."""
     samples: dict[int, list[float]] = {place: [] for place in calls}
     for number in range(ROUNDS):
         if number and time.monotonic() > deadline:
@@ -198,7 +212,7 @@ def _samples(
                 jax.block_until_ready(call())
                 count += 1
             samples[place].append(1e3 * (time.perf_counter() - start) / count)
-    return samples
+        yield samples
 
 
 class Times:

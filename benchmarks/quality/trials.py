@@ -28,8 +28,9 @@ DenseKernel = Literal["cudnn", "xla"]
 ON_TUNING_PROMPTS = ("front", "schedules", "combinations")
 WHOLE_RUNS = ("floor", "combinations", "presets")  # their first steps are their own
 
-# Rows, columns and frames of means, at most an eighth of the keys; None for no means.
-FRONT_MEANS = (
+MeansSize = tuple[int, int, int]  # rows, columns and frames of a mean
+# At most an eighth of the keys; None for no means.
+FRONT_MEANS: tuple[MeansSize | None, ...] = (
     *((1, 2, 4), (1, 2, 8), (2, 2, 4), (2, 2, 8), (2, 2, 13)),
     *((2, 4, 1), (2, 4, 4), (2, 4, 8), (4, 4, 1), (4, 4, 4), None),
 )
@@ -108,20 +109,6 @@ def methods(
     ]
 
 
-def front() -> list[Trial]:
-    """Splits of a budget between exact blocks and means of several sizes."""
-    return [
-        Trial(
-            part="front",
-            name=name,
-            density=density,
-            attention=plan_at(config, density),
-        )
-        for name, config in front_configs().items()
-        for density in FRONT_DENSITIES
-    ]
-
-
 def split_name(means: Compensation) -> str:
     """Returns the name of a split with means of a size."""
     rows, columns = means.sub_tile
@@ -131,10 +118,12 @@ def split_name(means: Compensation) -> str:
 DEFAULT_SPLIT = split_name(Compensation())
 
 
-def front_configs() -> dict[str, DraftConfig]:
+def front_configs(
+    means_sizes: Sequence[MeansSize | None] = FRONT_MEANS,
+) -> dict[str, DraftConfig]:
     """Returns the splits by name, with room for the densities of methods, too."""
     found = {}
-    for size in FRONT_MEANS:
+    for size in means_sizes:
         changes: dict[str, Any] = {"compensation": None, "ranking": "mass"}
         name = "no means"
         if size is not None:
@@ -241,23 +230,67 @@ class Combination:
 
 COMBINED_SPARSITIES = (0.9, 0.95)
 PAPER_90 = Combination(method="paper", sparsity=0.9)
+DEFAULT_90 = Combination(method="compensated", sparsity=0.9)
+ATTENTIONS = (
+    Combination(),
+    PAPER_90,
+    DEFAULT_90,
+    Combination(method="compensated", sparsity=0.95),
+    Combination(method="compensated", sparsity=0.9, dense_fraction=0.1),
+)
 
 
-def combinations() -> list[Combination]:
-    """Sparse attention, step caches and FP8 linears: each alone, in pairs, and all."""
-    least, most = COMBINED_SPARSITIES
-    attentions: tuple[dict[str, Any], ...] = (
-        {},
-        {"method": "paper", "sparsity": least},
-        {"method": "compensated", "sparsity": least},
-        {"method": "compensated", "sparsity": most},
-        {"method": "compensated", "sparsity": least, "dense_fraction": 0.1},
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much is measured of the parts that something is chosen by.
+
+    Attributes:
+      means: Sizes of the part "front"; None for no means.
+      front_densities: Its densities.
+      attentions: What is combined with caches and precisions.
+      cache_rules: Rules of step caches that are combined with attention.
+    """
+
+    means: tuple[MeansSize | None, ...] = FRONT_MEANS
+    front_densities: tuple[float, ...] = FRONT_DENSITIES
+    attentions: tuple[Combination, ...] = ATTENTIONS
+    cache_rules: tuple[str, ...] = CACHE_RULES
+
+
+WHOLE = Extent()
+# Sizes that differ in a video of four latent frames, and one of each other kind.
+SMALL = Extent(
+    means=((1, 2, 4), (2, 2, 8), (4, 4, 1), None),
+    front_densities=(0.25, 0.1),
+    attentions=(Combination(), PAPER_90, DEFAULT_90),
+    cache_rules=("easy:0.2,2",),  # which skips two of six steps
+)
+
+
+def front(extent: Extent = WHOLE) -> list[Trial]:
+    """Splits of a budget between exact blocks and means of several sizes."""
+    return [
+        Trial(
+            part="front",
+            name=name,
+            density=density,
+            attention=plan_at(config, density),
+        )
+        for name, config in front_configs(extent.means).items()
+        for density in extent.front_densities
+    ]
+
+
+def combinations(extent: Extent = WHOLE) -> list[Combination]:
+    """Sparse attention, step caches and FP8 linears: each alone, in pairs, and all.
+
+    The paper's selection is what others are compared with, so it has no cache.
+    """
     precisions: tuple[Linears, ...] = ("bfloat16", "float8")
     found = [
-        Combination(**attention, cache=cache, linears=linears)
-        for attention in attentions
-        for cache in (None, *CACHE_RULES)
+        dataclasses.replace(attention, cache=cache, linears=linears)
+        for attention in extent.attentions
+        for cache in (None, *(extent.cache_rules if attention != PAPER_90 else ()))
         for linears in precisions
     ]
     return [each for each in found if each != Combination()]  # the reference
@@ -271,6 +304,7 @@ def make_trials(
     top_p: Mapping[str, float],
     num_steps: int,
     presets: Sequence[Combination] = (),
+    extent: Extent = WHOLE,
 ) -> list[Trial]:
     """Returns the trials of a part; none for "layers", which has no videos.
 
@@ -281,14 +315,19 @@ def make_trials(
       top_p: See `methods.config_at`.
       num_steps: Steps of the videos.
       presets: What was chosen of the combinations.
+      extent: How much of the parts "front" and "combinations".
     """
     makers: dict[str, Callable[[], list[Trial]]] = {
         "floor": floor,
         "methods": lambda: methods(names, densities, top_p),
-        "front": front,
+        "front": lambda: front(extent),
         "schedules": lambda: schedules(num_steps),
-        "combinations": lambda: [c.trial("combinations") for c in combinations()],
-        "presets": lambda: [c.trial("presets") for c in (PAPER_90, *presets)],
+        "combinations": lambda: [
+            each.trial("combinations") for each in combinations(extent)
+        ],
+        "presets": lambda: [
+            each.trial("presets") for each in dict.fromkeys((PAPER_90, *presets))
+        ],
         "layers": list,
     }
     return makers[part]()

@@ -1,5 +1,6 @@
 """The lab on a tiny random model: it goes on, and says what it cannot compare."""
 
+import itertools
 import json
 
 import numpy as np
@@ -8,9 +9,13 @@ import pytest
 from benchmarks.quality import document, run, times, trials
 from benchmarks.quality.generations import dense_attention_by
 from benchmarks.quality.methods import METHODS
+from benchmarks.quality.presets import combination_of
 from benchmarks.quality.prompts import REPORTING, TUNING
 from benchmarks.quality.trials import (
+    DEFAULT_SPLIT,
     PAPER_90,
+    SMALL,
+    WHOLE,
     combinations,
     front,
     make_trials,
@@ -22,6 +27,7 @@ from models.mini.text import Vocabulary
 from pallas_kernels.attention import dense_api
 from pallas_kernels.common import current_device
 from tests import tiny_model
+from tests.wan_folders import TEXT_TO_VIDEO
 
 CACHED = "compensated 0.9 + mag:0.12,2 + float8"
 
@@ -39,7 +45,9 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, capsys):
     output = tmp_path / "run"
     more = ("--methods", "paper", "top_p", "--parts", "floor", "methods", "layers")
     run.measure(options_of(folder, output, *more, "--limit", "0"))
-    assert "floor, methods, layers go on when run again" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "A reduced run: 2 reporting prompts (a whole one has 32)" in said
+    assert "floor, methods, layers go on when run again" in said
     run.measure(options_of(folder, output, *more))
     record = json.loads((output / "quality.json").read_text())
     keys = [(row["part"], row["name"], row["density"]) for row in record["trials"]]
@@ -119,9 +127,28 @@ def test_each_part_has_its_trials():
     assert {PAPER_90.name, "dense + mag:0.12,2 + bfloat16", "dense + float8"} <= names
     assert {"compensated 0.95 + easy:0.05 + float8"} <= names
     chosen = make_trials(
-        "presets", names=[], densities=[], **options, presets=combinations()[:1]
+        "presets", names=[], densities=[], **options, presets=combinations()[:1] * 2
     )
     assert [trial.name for trial in chosen] == [PAPER_90.name, combinations()[0].name]
+
+
+def test_combinations_have_each_alone_all_pairs_and_all_three():
+    """In a reduced run, too, whose other parts are some of the whole's."""
+    for extent in (WHOLE, SMALL):
+        found = {
+            (
+                each.method is not None,
+                each.cache is not None,
+                each.linears == "float8",
+            )
+            for each in combinations(extent)
+        }
+        assert found == {*itertools.product((False, True), repeat=3)} - {(False,) * 3}
+        for each in combinations(extent):
+            assert combination_of(each.name) == each
+    whole, small = ({trial.key for trial in front(e)} for e in (WHOLE, SMALL))
+    assert small < whole
+    assert DEFAULT_SPLIT in {name for _, name, _ in small}
 
 
 def test_one_configuration_serves_all_densities():
@@ -165,7 +192,7 @@ def test_layers_run_and_say_their_density(monkeypatch):
     monkeypatch.setattr(times, "MIN_SAMPLE_S", 0.0)
     names = ["paper", "ours", "spatial_temporal"]
     layers = times.layers_to_time(names, [0.5, 0.25], with_front=False)
-    rows = times.time_layers(times.TINY, layers)
+    (rows,) = times.time_layers(times.TINY, layers)
     assert not [row["error"] for row in rows if "error" in row]
     by_key = {(row["name"], row["density"]): row for row in rows}
     assert by_key["paper", 0.25]["kept_density"] == pytest.approx(0.25, abs=0.02)
@@ -200,7 +227,10 @@ def test_one_trial_of_each_choice_runs(tmp_path):
     }
     for name, found in wanted.items():
         (trial,) = [each for each in found if each.name == name][:1]
+        lab._prepare([trial])
+        prepared = dict(lab.generations._programs)
         row = lab.run_trial(trial)
+        assert lab.generations._programs == prepared  # whatever was measured since
         assert row["name"] == name
         assert all(5 < value < 100 for value in row["clips"]["psnr"])
         assert 0 < row["kept_density"] < row["work"] <= 1.5
@@ -216,6 +246,8 @@ def test_methods_go_on_from_the_dense_steps(tmp_path):
         "methods", names=["ours"], densities=[0.25], top_p={}, num_steps=4
     )
     dense = lab.dense(lab.reporting)
+    begun = np.concatenate([each.latents for each in dense.begun])
+    np.testing.assert_array_equal(dense.seen[1], begun)  # the step is looked at
     found = lab.generations.go_on(lab.work_of(trial), lab.reporting, dense.begun)
     assert [len(reports) for reports in found.reports] == [3, 3]
     for place, clip in enumerate(lab.reporting.batches()):
@@ -228,10 +260,35 @@ def test_methods_go_on_from_the_dense_steps(tmp_path):
 
 
 @pytest.mark.nightly
+def test_a_published_checkpoint_is_measured(tmp_path):
+    """Of diffusers' layout, with prompts of its own."""
+    prompts = {
+        "reporting": [["a cat sleeps", "calm"], ["a dog runs", "fast"]],
+        "tuning": [["a fish swims", "calm"], ["a bird flies", "fast"]],
+    }
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps(prompts))
+    options = ["--checkpoint", str(TEXT_TO_VIDEO), "--output", str(tmp_path / "run")]
+    options += ["--prompts", str(file), "--steps", "4", "--size", "64x96"]
+    options += ["--frames", "5", "--tile", "2x2", "--batch", "1"]
+    options += ["--densities", "0.5", "0.25", "--looks", "1", "--looked-at", "1"]
+    options += ["--methods", "ours", "radial", "--parts", "floor", "methods", "layers"]
+    run.measure(run.parse(options))
+    record = json.loads((tmp_path / "run" / "quality.json").read_text())
+    assert record["setup"]["reporting"] == prompts["reporting"]
+    names = [(row["part"], row["name"]) for row in record["trials"][1:]]
+    assert names == [("methods", name) for name in ("ours", "radial") for _ in "12"]
+    assert {row["name"] for row in record["layers"]} == {"ours", "radial"}
+    for row in record["trials"]:
+        assert len(row["clips"]["psnr"]) == 2
+        assert all(5 < value <= 120 for value in row["clips"]["psnr"])
+
+
+@pytest.mark.nightly
 def test_presets_are_chosen_and_measured(tmp_path, monkeypatch):
     folder = tiny_model.save_checkpoint(tmp_path / "model")
     few = [PAPER_90, *(c for c in combinations() if c.name == CACHED)]
-    monkeypatch.setattr(trials, "combinations", lambda: few)
+    monkeypatch.setattr(trials, "combinations", lambda _: few)
     parts = ("--parts", "combinations", "presets")
     options = options_of(folder, tmp_path / "run", *parts, "--steps", "6")
     run.measure(options)
@@ -247,4 +304,5 @@ def test_presets_are_chosen_and_measured(tmp_path, monkeypatch):
     assert "quality_speed.png" in published["pictures"]
     text = document.page(published, "record.json")
     assert "## With step caches and FP8" in text
-    assert "`--speed fastest`" in text
+    assert "| fastest | " in text
+    assert "- A whole video, fastest: " in text
