@@ -50,7 +50,7 @@ from models.wan.layouts import (
     layouts_of,
     read_index,
 )
-from models.wan.pair import check_pair
+from models.wan.pair import check_pair, note_named_adapters
 from models.wan.transformer import WanTransformer
 from models.wan.transformer_file import TransformerFile
 
@@ -345,6 +345,7 @@ def open_wan_parts(
         check_no_expert(loras, path)
     else:
         check_pair(wan.weights, low.weights, {"high": wan.files, "low": low.files})
+        note_named_adapters(loras)
         low = dataclasses.replace(
             low, weights=merge(low.weights, loras_of("low", loras))
         )

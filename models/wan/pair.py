@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from models.checkpoints.memory_map import CheckpointError
+from models.diffusion.adapters import Lora, split_expert
 from models.diffusion.experts import (
     ExpertName,
     Experts,
@@ -24,12 +25,18 @@ from models.wan.config import WanConfig
 from models.wan.sampling import WAN_BOUNDARIES
 from models.wan.transformer import WanTransformer
 
+# What names a transformer of a pair: anywhere, and in the names of files.
 _NAMED = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)
+_WORD = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
 _TABLES = (".modulation", "scale_shift_table")  # small arrays, in all blocks
 
 
 class SchedulerWarning(UserWarning):
     """A folder's scheduler has other settings than the model's own code."""
+
+
+class AdapterWarning(UserWarning):
+    """An adapter's name says another transformer of a pair than it is given for."""
 
 
 def boundary_of(config: WanConfig) -> float:
@@ -85,18 +92,16 @@ def check_pair(
       files: The files of each.
 
     Raises:
-      CheckpointError: The names of files say that they are swapped, or both are equal.
+      CheckpointError: Names of files, or what lies beside them, say that they are
+        swapped, or both are equal.
     """
     for name, paths in files.items():
-        for path in paths:
-            real = path.resolve()
-            for part in (real.name, real.parent.name, path.name):
-                match = _NAMED.search(part)
-                if match and match[1].lower() != name:
-                    raise CheckpointError(
-                        f"{path} is to be the transformer for {name} noise, but "
-                        f"{part!r} names the other: the two are swapped"
-                    )
+        for place, said in _marks(paths):
+            if said != name:
+                raise CheckpointError(
+                    f"{place} is of the transformer for {name} noise, but names the "
+                    "other: the two are swapped"
+                )
     tables = [key for key in high if key.endswith(_TABLES) and key in low]
     if tables and all(
         np.array_equal(np.asarray(high[key]), np.asarray(low[key])) for key in tables
@@ -105,6 +110,51 @@ def check_pair(
             f"the transformers for high and low noise are equal: {len(tables)} tables "
             "of modulation have the same values; expected two of a pair"
         )
+
+
+def _marks(paths: Iterable[Path]) -> Iterator[tuple[str, str]]:
+    """Yields what names one of a pair, and which: names of files, and texts beside."""
+    texts: dict[Path, None] = {}
+    for path in paths:
+        real = path.resolve()
+        for name in (real.name, path.name):
+            if (said := named_in(name)) is not None:
+                yield f"{path}, whose file is {name!r},", said
+        if match := _NAMED.search(real.parent.name):
+            yield f"{path}, which lies in {real.parent.name!r},", match[1].lower()
+        texts |= dict.fromkeys(sorted(path.parent.glob("*.json")))
+    for file in texts:
+        text = file.read_text("utf-8", errors="replace")
+        found = {word.lower() for word in _NAMED.findall(text)}
+        if len(found) == 1:
+            yield f"{file}", found.pop()
+
+
+def named_in(name: str) -> ExpertName | None:
+    """Returns which of a pair the name of a file says it is for, if it says one.
+
+    As in "wan2.2_t2v_low_noise_14B.safetensors", or "Wan2_2-T2V-A14B_HIGH.safetensors".
+    """
+    for pattern in (_NAMED, _WORD):
+        found = {word.lower() for word in pattern.findall(name)}
+        if len(found) == 1:
+            return found.pop()  # type: ignore[return-value]
+    return None
+
+
+def note_named_adapters(loras: Iterable[Lora]) -> None:
+    """Warns of adapters that are named for one of a pair, and given to the other."""
+    for given, _ in loras:
+        expert, file = split_expert(given)
+        said = named_in(file.name)
+        if said not in (None, expert):
+            warnings.warn(
+                f"{file.name} is named for {said} noise, and given for "
+                f"{'both' if expert is None else expert}: {said}:{file.name} merges it "
+                "into that transformer alone",
+                AdapterWarning,
+                stacklevel=2,
+            )
 
 
 def make_experts(

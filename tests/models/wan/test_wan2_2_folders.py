@@ -19,7 +19,7 @@ from models.diffusion.transformer.sharded import ShardedTransformer
 from models.loading import find_family, load_pipeline
 from models.wan.checkpoint import open_wan_parts
 from models.wan.loading import describe_wan
-from models.wan.pair import SchedulerWarning
+from models.wan.pair import SchedulerWarning, named_in, note_named_adapters
 from models.wan.sampling import a14b_sampling, ti2v_sampling
 from models.wan.vae.config import WanVAEConfig
 from tests.cases import mostly_nightly
@@ -167,23 +167,63 @@ def test_pairs_that_are_none_are_refused(pair):
     file.write_bytes(next(places["high"].glob("*.safetensors")).read_bytes())
     with pytest.raises(CheckpointError, match="for high and low noise are equal"):
         open_wan_parts(pair, parts=[])
-    file.unlink()
+    swapped = pytest.raises(CheckpointError, match="names the other: the two are swap")
     elsewhere = pair.parent / "high_noise_model"
     elsewhere.mkdir()
     (elsewhere / file.name).write_bytes(content)
-    file.symlink_to(elsewhere / file.name)
-    with pytest.raises(CheckpointError, match="names the other: the two are swapped"):
-        open_wan_parts(pair, parts=[])
-    config = places["low"] / "config.json"
+    (pair.parent / "Wan2_2-T2V-A14B_HIGH_fp8.safetensors").write_bytes(content)
+    for target in (elsewhere / file.name, next(pair.parent.glob("*.safetensors"))):
+        file.unlink()
+        file.symlink_to(target)
+        with swapped:
+            open_wan_parts(pair, parts=[])
     file.unlink()
     file.write_bytes(content)
+    config = places["low"] / "config.json"
     stored = json.loads(config.read_text())
+    config.write_text(json.dumps(stored | {"_name_or_path": "x/high_noise_model"}))
+    with swapped:
+        open_wan_parts(pair, parts=[])
     config.write_text(json.dumps(stored | {"eps": 1e-5}))
     with pytest.raises(CheckpointError, match="has other sizes than"):
         open_wan_parts(pair, parts=[])
     shutil.rmtree(places["low"])
     with pytest.raises(CheckpointError, match=r"lacks .*/config\.json \(transformer_2"):
         open_wan_parts(pair, parts=[])
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"),
+    [
+        ("wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors", "low"),
+        ("Wan2_2-T2V-A14B_HIGH_fp8_e4m3fn.safetensors", "high"),
+        ("Wan22-lowNoise.safetensors", "low"),
+        ("high_noise_for_low_vram.safetensors", "high"),
+        ("high_and_low.safetensors", None),
+        ("slow_highlights.safetensors", None),
+        ("diffusion_pytorch_model-00001-of-00006.safetensors", None),
+    ],
+)
+def test_names_that_say_one_of_a_pair(name, expert):
+    assert named_in(name) == expert
+
+
+@pytest.mark.parametrize(
+    ("given", "noted"),
+    [
+        ("low:x_high_noise.safetensors", True),
+        ("x_HIGH.safetensors", True),
+        ("high:x_HIGH.safetensors", False),
+        ("x.safetensors", False),
+    ],
+)
+def test_adapters_named_for_the_other_are_noted(given, noted):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        note_named_adapters([(given, 1.0)])
+    texts = [str(warning.message) for warning in caught]
+    assert len(texts) == noted
+    assert all("high:x_" in text for text in texts)
 
 
 @pytest.mark.nightly
