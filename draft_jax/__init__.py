@@ -39,6 +39,7 @@ from draft_jax.draft.means import make_means
 from draft_jax.draft.pooling import PooledTokens, pool_tokens
 from draft_jax.draft.qk_preparation import (
     QKV,
+    Product,
     QKNorm,
     joint_norm_rope_pool,
     norm_rope_pool,
@@ -72,6 +73,7 @@ __all__ = [
     "DraftStep",
     "MaskMaker",
     "PooledTokens",
+    "Product",
     "QKNorm",
     "SparsitySchedule",
     "SparsityWarning",

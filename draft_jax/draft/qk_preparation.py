@@ -13,10 +13,11 @@ from draft_jax.draft.pooling import (
 from draft_jax.grid import VideoGrid
 from draft_jax.pytree import register_named_tuple
 from pallas_kernels import pooling
-from pallas_kernels.common import AnyArray, Order, to_jax, validation
+from pallas_kernels.common import Order, Product, validation
 from pallas_kernels.pooling import (
     QKV,
     MeanSquares,
+    Projected,
     QKNorm,
     Reduction,
     Rope,
@@ -24,11 +25,12 @@ from pallas_kernels.pooling import (
 )
 
 register_named_tuple(QKV)
+register_named_tuple(Product)
 
 
 def norm_rope_pool(
-    q: Float[AnyArray, "B T N D"],
-    k: Float[AnyArray, "B T N D"],
+    q: Projected,
+    k: Projected,
     *,
     grid: VideoGrid,
     config: DraftConfig | None,
@@ -48,7 +50,8 @@ def norm_rope_pool(
     values.
 
     Args:
-      q: Queries of the whole sequence as projected, T = `grid.num_tokens`.
+      q: Queries of the whole sequence as projected, T = `grid.num_tokens`. A `Product`
+        has scales and a bias of its own; the kernel applies them as it reads.
       k: Keys, like q.
       grid: Geometry that defines the tiles. Static.
       config: `config.pooling` and `config.draft_tile` say what to pool. None pools
@@ -77,9 +80,9 @@ def norm_rope_pool(
         norm over heads, or order is unknown.
       TypeError: q's dtype is not supported, or k has another.
     """
-    q, k = to_jax(q, k)
-    validation.check_qk(q, k)
-    validation.check_tokens(q, grid)
+    q, k = Product.of(q), Product.of(k)
+    validation.check_qk(q.values, k.values)
+    validation.check_tokens(q.values, grid)
     validation.check_order(order)
     if text_scales is not None and grid.text_length == 0:
         raise ValueError(
@@ -150,8 +153,9 @@ def joint_norm_rope_pool(
     for name, part in (("video", video), ("text", text)):
         if not isinstance(part, QKV):
             raise TypeError(f"{name} is {type(part).__name__}; expected QKV(q, k, v)")
-    video, text = QKV(*to_jax(*video)), QKV(*to_jax(*text))
-    validation.check_joint(video, text, grid)
+    video, text = (QKV(*map(Product.of, part)) for part in (video, text))
+    of_video, of_text = (tuple(x.values for x in part) for part in (video, text))
+    validation.check_joint(of_video, of_text, grid)
     validation.check_order(order)
     reductions = _fused_reductions(config)
     q, k, v, pooled = pooling.joint_norm_rope_pool(

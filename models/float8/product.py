@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from models.float8.rows import FLOAT8, ScaledRows, quantise_made, quantise_rows
-from pallas_kernels.common import Device, current_device, warn_once
+from pallas_kernels.common import Device, Product, current_device, warn_once
 from pallas_kernels.float8_rows import (
     gelu_rows,
     gelu_tanh,
@@ -175,6 +175,22 @@ def rounded_activation(
     return Rounded(rows=rows, arrays=arrays, make=make)
 
 
+def unfinished_product(
+    part: Part,
+    weight: ScaledRows,
+    bias: Float[Array | np.ndarray, " out"] | None = None,
+    *,
+    dtype: str,
+) -> Product:
+    """Multiplies activations with a weight in FP8, for a reader that finishes it.
+
+    Takes and raises what `scaled_product` does.
+    """
+    _check([part], weight)
+    values, scale = _multiply_part(part, weight.values, dtype)
+    return Product(values, scale, weight.scale, bias)
+
+
 def scaled_product(
     parts: Sequence[Part],
     weight: ScaledRows,
@@ -198,6 +214,8 @@ def scaled_product(
       TypeError: A gradient of the weight is asked for.
       ValueError: The device has no products in FP8, or widths do not fit.
     """
+    if len(parts) == 1:
+        return unfinished_product(parts[0], weight, bias, dtype=dtype).finished()
     _check(parts, weight)
     start, total = 0, None
     for part in parts:

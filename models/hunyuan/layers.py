@@ -44,10 +44,12 @@ from models.diffusion.transformer.layers import (
     modulated_norm,
     projection,
     split_heads,
+    unfinished,
 )
 from models.diffusion.transformer.rope import RopeTable
 from models.diffusion.transformer.token_shards import TokenShards
 from models.hunyuan.config import HunyuanConfig
+from pallas_kernels.common import Product
 from pallas_kernels.float8_rows import gelu_tanh
 
 Streams = tuple[Float[Array, "B V E"], Float[Array, "B L E"]]
@@ -143,7 +145,7 @@ class JointAttention(nnx.Module):
     ) -> tuple[Streams, BlockMask | None]:
         """Attends within the joint sequence; the result is in `config.dtype`."""
         of_video, of_text = (
-            QKV(*(split_heads(project(x), self.num_heads) for project in projections))
+            QKV(*(split_heads(unfinished(p, x), self.num_heads) for p in projections))
             for x, projections in (
                 (video, (self.to_q, self.to_k, self.to_v)),
                 (text, (self.add_q_proj, self.add_k_proj, self.add_v_proj)),
@@ -280,9 +282,10 @@ class SingleAttention(nnx.Module):
     def _project(self, x: Activations, inputs: JointBlockInputs):
         """Returns queries, keys and values, and what is pooled of the first two."""
         q, k, v = (
-            split_heads(project(x), self.num_heads)
+            split_heads(unfinished(project, x), self.num_heads)
             for project in (self.to_q, self.to_k, self.to_v)
         )
+        v = v.finished()  # attention reads it, which takes no product
         options: dict[str, Any] = {
             "grid": inputs.grid,
             "config": inputs.draft,
@@ -295,7 +298,7 @@ class SingleAttention(nnx.Module):
         if inputs.shards is None:
             q, k, pooled = norm_rope_pool(q, k, **options)
             return q, k, v, pooled
-        end = inputs.shards.local_tokens
+        end, q, k = inputs.shards.local_tokens, q.finished(), k.finished()
         of_video, of_text = (
             QKV(*(array[:, part] for array in (q, k, v)))
             for part in (slice(end), slice(end, None))
@@ -350,8 +353,13 @@ class SingleBlock(nnx.Module):
 
 
 def _exchange(video: QKV, text: QKV, shards: TokenShards) -> tuple[QKV, QKV]:
-    """Returns the device's heads of all tokens, from all heads of its tokens."""
-    return QKV(*map(shards.to_heads, video)), QKV(*map(shards.own_heads, text))
+    """Returns the device's heads of all tokens, from all heads of its tokens.
+
+    The pass that splits products finishes them.
+    """
+    of_video = (shards.to_heads(Product.of(x).finished()) for x in video)
+    of_text = (shards.own_heads(Product.of(x).finished()) for x in text)
+    return QKV(*of_video), QKV(*of_text)
 
 
 def _exchange_back(

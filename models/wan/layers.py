@@ -37,6 +37,7 @@ from models.diffusion.transformer.layers import (
     projection,
     shared_input,
     split_heads,
+    unfinished,
 )
 from models.diffusion.transformer.rope import RopeTable
 from models.diffusion.transformer.token_shards import TokenShards
@@ -139,14 +140,16 @@ class SelfAttention(nnx.Module):
         """
         shards = inputs.shards
         q, k, v = (
-            split_heads(project(x), self.num_heads)
+            split_heads(unfinished(project, x), self.num_heads)
             for project in (self.to_q, self.to_k, self.to_v)
         )
+        v = v.finished()  # attention reads it, which takes no product
         norm, scales, mean_squares = None, None, None
         if self.norm_q is not None and self.norm_k is not None:
             norm = QKNorm(over="heads", eps=self.norm_q.eps)
             scales = (self.norm_q.scale[...], self.norm_k.scale[...])
         if shards is not None:
+            q, k = q.finished(), k.finished()  # in the pass that splits them
             squares = _mean_squares(q, k)
             q, k, v = map(shards.to_heads, (q, k, v))
             if scales is not None:

@@ -25,6 +25,7 @@ from pallas_kernels.common.linear_maps import (
     on_own_shards,
     with_derivatives_on_own_shards,
 )
+from pallas_kernels.common.products import Product
 from pallas_kernels.common.sharding import (
     Axes,
     alike,
@@ -46,6 +47,7 @@ __all__ = [
     "Device",
     "Order",
     "Problem",
+    "Product",
     "Scale",
     "SlowBackendWarning",
     "SubTiles",

@@ -7,6 +7,7 @@ from pallas_kernels.pooling.api import (
 from pallas_kernels.pooling.interfaces import (
     QKV,
     MeanSquares,
+    Projected,
     QKNorm,
     Reduction,
     Rope,
@@ -25,6 +26,7 @@ __all__ = [
     "QKV",
     "MeanSquares",
     "PooledVideo",
+    "Projected",
     "QKNorm",
     "Reduction",
     "Rope",

@@ -6,13 +6,14 @@ kernel cannot run, a warning says why, once.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.common.arrays import AnyArray, to_jax
 from pallas_kernels.common.device import current_device
 from pallas_kernels.common.linear_maps import sealed
+from pallas_kernels.common.products import Product, check_product
 from pallas_kernels.common.sharding import Axes, over_explicit_axes, vary_alike
 from pallas_kernels.common.slow_paths import warn_once
 from pallas_kernels.common.static import jit_once
@@ -20,6 +21,7 @@ from pallas_kernels.pooling import sm90, xla
 from pallas_kernels.pooling.interfaces import (
     QKV,
     MeanSquares,
+    Projected,
     QKNorm,
     Reduction,
     Rope,
@@ -30,8 +32,8 @@ from pallas_kernels.pooling.tiles import pool_tiles
 
 
 def norm_rope_pool(
-    q: Float[AnyArray, "B T N D"],
-    k: Float[AnyArray, "B T N D"],
+    q: Projected,
+    k: Projected,
     tiling: Tiling,
     *,
     norm: QKNorm | None = None,
@@ -54,7 +56,8 @@ def norm_rope_pool(
     the pooled values.
 
     Args:
-      q: Queries of the whole sequence as projected.
+      q: Queries of the whole sequence as projected. The kernel finishes a `Product` as
+        it reads, and rounds it to its dtype before the norm.
       k: Keys, like q.
       tiling: Tiles of the frames. Static.
       norm: RMS norm to apply, or None. Static.
@@ -78,11 +81,10 @@ def norm_rope_pool(
         without a norm over heads, or the shape of one of them or of rope does not fit
         q.
     """
-    q, k = to_jax(q, k)
     task = _Task(tiling=tiling, norm=norm, reductions=reductions)
     written, pooled = _prepare(
         task,
-        (q, k),
+        {"q": q, "k": k},
         None,
         scales,
         text_scales,
@@ -137,8 +139,8 @@ def joint_norm_rope_pool(
     task = _Task(tiling=tiling, norm=norm, reductions=reductions)
     written, pooled = _prepare(
         task,
-        to_jax(*video),
-        to_jax(*text),
+        {f"video.{name}": x for name, x in video._asdict().items()},
+        {f"text.{name}": x for name, x in text._asdict().items()},
         scales,
         text_scales,
         rope,
@@ -171,12 +173,22 @@ class _Task:
         """Axes of pooled arrays."""
         return f"B S {'all_heads' if self.needs_all_heads else 'N'} D"
 
-    @property
-    def operands(self) -> tuple[str, ...]:
-        """Axes of the arguments of `_norm_rope`."""
-        parts = (f"video: {self.tokens}", f"text: {self.tokens}")
+    def operands(
+        self, video: tuple[Product, ...], text: tuple[Product, ...] | None
+    ) -> tuple[Any, ...]:
+        """Returns names and axes of the arguments of `_norm_rope`."""
+        rows, channels = self.tokens.rsplit(maxsplit=2)[0], self.tokens.split()[2:]
+        axes = Product(self.tokens, rows, *(" ".join(channels),) * 2)
+
+        def name(part: str, product: Product) -> Product:
+            pairs = zip(axes, product, strict=True)
+            names = (None if x is None else f"{part}: {own}" for own, x in pairs)
+            return Product(*names)
+
+        of_video = tuple(name("video", x) for x in video)
+        of_text = None if text is None else tuple(name("text", x) for x in text)
         shared = ("scales: C", "text_scales: C", "rope: V half")
-        return *parts, *shared, "mean_squares: B T"
+        return of_video, of_text, *shared, "mean_squares: B T"
 
 
 def _prepare(
@@ -194,7 +206,9 @@ def _prepare(
 
     `video` is q and k of the whole sequence where `text` is None.
     """
-    q = video[0]
+    video = _products(video)
+    text = None if text is None else _products(text)
+    q = video[0].values
     _check_norm(q, task.norm, scales, text_scales)
     _check_rope(q, rope, task.tiling.tokens)
     _check_mean_squares(q, task.norm, mean_squares)
@@ -222,7 +236,11 @@ def _prepare(
 @functools.partial(jit_once, static_argnums=0)
 def _norm_rope(task: _Task, video, text, scales, text_scales, rope, mean_squares):
     tiling = task.tiling
-    q, k, *rest = video if text is None else xla.join_text(video, text, tiling)
+    video = tuple(x.finished() for x in video)
+    if text is not None:
+        text = tuple(x.finished() for x in text)
+        video = xla.join_text(video, text, tiling)
+    q, k, *rest = video
     prepared = xla.norm_rope(
         q,
         k,
@@ -247,7 +265,7 @@ def _fused(task: _Task, *arrays):
     return over_explicit_axes(
         run,
         operation="norm_rope_pool",
-        operands=task.operands,
+        operands=task.operands(*arrays[:2]),
         results=(task.tokens, task.tiles),
     )(*arrays)
 
@@ -256,7 +274,8 @@ def _fused(task: _Task, *arrays):
 def _differentiable_kernel(task: _Task, *arguments):
     video = arguments[0]
     leaves, tree = jax.tree.flatten(arguments)
-    names = jax.tree.leaves(jax.tree.broadcast(task.operands, arguments))
+    operands = task.operands(*arguments[:2])
+    names = jax.tree.leaves(jax.tree.broadcast(operands, arguments))
     num_pooled = 2 * len(task.reductions)
     axes = Axes(
         operation="norm_rope_pool",
@@ -304,6 +323,14 @@ def _backward(task: _Task, arrays, cotangents):
 
 
 _differentiable_kernel.defvjp(_forward, _backward)
+
+
+def _products(named: dict[str, Projected]) -> tuple[Product, ...]:
+    """Returns products of what is finished or not; raises unless their parts fit."""
+    products = {name: Product.of(x) for name, x in named.items()}
+    for name, product in products.items():
+        check_product(name, product, num_rows=2)
+    return tuple(products.values())
 
 
 def _check_norm(q, norm: QKNorm | None, scales, text_scales) -> None:

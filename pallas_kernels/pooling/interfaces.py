@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from pallas_kernels.common.arrays import AnyArray
 from pallas_kernels.common.configuration import make_plain, register_configuration
 from pallas_kernels.common.interfaces import Order
+from pallas_kernels.common.products import Product
 from pallas_kernels.common.validation import check_order
 
 Reduction = Literal["mean", "max"]
@@ -18,6 +19,7 @@ VideoResult = Literal["parts", "cells", "tiles", "spread"]  # see sm90/pool_vide
 Scales = tuple[Float[AnyArray, " C"], Float[AnyArray, " C"]]
 Rope = tuple[Float[AnyArray, "V half"], Float[AnyArray, "V half"]]
 MeanSquares = tuple[Float[AnyArray, "B T"], Float[AnyArray, "B T"]]
+Projected = Float[AnyArray, "B T N D"] | Product  # finished, or to be finished
 
 
 class QKV(NamedTuple):
@@ -29,9 +31,9 @@ class QKV(NamedTuple):
       v: Values.
     """
 
-    q: Float[AnyArray, "B T N D"]
-    k: Float[AnyArray, "B T N D"]
-    v: Float[AnyArray, "B T N D"]
+    q: Projected
+    k: Projected
+    v: Projected
 
 
 @register_configuration

@@ -18,6 +18,7 @@ from draft_jax import (
     DraftAttention,
     DraftConfig,
     PooledTokens,
+    Product,
     QKNorm,
     VideoGrid,
     constant_step,
@@ -43,6 +44,7 @@ NOT_COMPUTED = frozenset(
         "draft_jax.DraftStep",
         "draft_jax.MaskMaker",
         "draft_jax.PooledTokens",
+        "draft_jax.Product",
         "draft_jax.QKNorm",
         "draft_jax.QKV",
         "draft_jax.SparsitySchedule",
@@ -67,6 +69,7 @@ NOT_COMPUTED = frozenset(
         "pallas_kernels.ranking.choose_path",
         "pallas_kernels.pooling.MeanSquares",
         "pallas_kernels.pooling.PooledVideo",
+        "pallas_kernels.pooling.Projected",
         "pallas_kernels.pooling.QKNorm",
         "pallas_kernels.pooling.QKV",
         "pallas_kernels.pooling.Reduction",
@@ -232,6 +235,22 @@ def prepare(x: Inputs):
     )
 
 
+def prepare_products(x: Inputs):
+    rows = x.q[..., 0, 0].astype(jnp.float32)
+    channels = x.q[0, 0].astype(jnp.float32)
+    product = Product(x.q, rows, channels, channels)
+    return draft_jax.norm_rope_pool(
+        product,
+        Product(x.k, bias=channels),
+        grid=x.grid,
+        config=CONFIG,
+        norm=NORM,
+        scales=x.scales,
+        rope=x.rope,
+        order=x.order,
+    )
+
+
 def parts(x: Inputs, **changes):
     """Queries, keys and values of the video, and those of the text.
 
@@ -296,6 +315,7 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "draft_jax.scheduled_attention dense": lambda x: scheduled(x, dense=True),
     "draft_jax.initial_mask": lambda x: initial_mask(x.grid, CONFIG, **sizes(x)),
     "draft_jax.norm_rope_pool": prepare,
+    "draft_jax.norm_rope_pool of products": prepare_products,
     "draft_jax.joint_norm_rope_pool": prepare_joint,
     "draft_jax.joint_norm_rope_pool gradient": lambda x: gradients(
         lambda x, **changes: jnp.concatenate(prepare_joint(x, **changes)[:3], axis=1), x

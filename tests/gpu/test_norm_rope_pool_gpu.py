@@ -13,6 +13,7 @@ import pytest
 from draft_jax import (
     QKV,
     DraftConfig,
+    Product,
     QKNorm,
     VideoGrid,
     compute_mask,
@@ -160,6 +161,60 @@ def test_heads_that_no_load_divides_match_loops(dtype, heads, name, order):
     if norm is not None:
         v = random_case(grid, heads, norm, dtype, seed=1)[0]
         check(given, grid, norm, order, given[2], v)
+
+
+ALL, BIAS = (True, True, True), (False, False, True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "name", "parts", "apart"),
+    [
+        ("bfloat16", (40, 128), "heads", ALL, False),
+        ("bfloat16", (40, 128), "heads", BIAS, False),
+        ("bfloat16", (24, 128), "head", ALL, True),
+        ("float16", (12, 128), "heads", ALL, False),
+        ("bfloat16", (10, 128), "none", BIAS, True),
+        ("bfloat16", (3, 128), "head", ALL, True),
+    ],
+    ids=str,
+)
+def test_products_are_finished(dtype, heads, name, parts, apart):
+    """As loops finish them: what is made of both is equal, values to the last bit."""
+    grid, norm = VideoGrid(2, 15, 26, text_length=139), NORMS[name]
+    _, _, scales, rope = random_case(grid, heads, norm, dtype)
+    shape = (2, grid.num_tokens, *heads)
+    products = [
+        naive_norm_rope.random_product(shape, dtype, parts, i) for i in range(3)
+    ]
+    arrays = [jnp.asarray(naive_norm_rope.finish(x)) for x in products]
+    options = {"grid": grid, "config": BOTH, "norm": norm, "scales": scales}
+
+    @jax.jit
+    def run(q, k, v):
+        if not apart:
+            return norm_rope_pool(q, k, rope=rope, **options)
+
+        def part(x, tokens):
+            rows = None if x.rows is None else x.rows[:, tokens]
+            return x._replace(values=x.values[:, tokens], rows=rows)
+
+        video, text = (
+            QKV(*(part(Product.of(x), tokens) for x in (q, k, v)))
+            for tokens in (grid.visual_tokens, grid.text_tokens)
+        )
+        return joint_norm_rope_pool(video, text, rope=rope, **options)
+
+    *got, pooled = run(*products)
+    *expected, same_pooled = run(*arrays)
+    for a, b in zip(got[:2], expected[:2], strict=True):
+        # Sums of a norm have another order.
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        np.testing.assert_allclose(a, b, **tolerances.NORM_ROPE[dtype])
+        assert (a == b).mean() > 0.99
+    for a, b in zip(got[2:], expected[2:], strict=True):
+        np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (a, b)))
+    for a, b in zip(*map(jax.tree.leaves, (pooled, same_pooled)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["joined", "apart"])

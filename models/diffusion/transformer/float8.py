@@ -11,8 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from models.float8.product import Rounded, rounded_activation, scaled_product
+from models.float8.product import (
+    Rounded,
+    rounded_activation,
+    scaled_product,
+    unfinished_product,
+)
 from models.float8.rows import ScaledRows, quantise_rows
+from pallas_kernels.common import Product
 
 
 class Float8Linear(nnx.Module):
@@ -45,6 +51,10 @@ class Float8Linear(nnx.Module):
     ) -> Float[Array, "*axes O"]:
         """Applies the layer to the last axis; see `scaled_product` for several."""
         return scaled_product(parts, self._rows, self._bias, dtype=self.dtype)
+
+    def unfinished(self, x: Float[Array, "*axes I"] | Rounded) -> Product:
+        """Applies the layer but for scales and bias, which its reader applies."""
+        return unfinished_product(x, self._rows, self._bias, dtype=self.dtype)
 
     def before(
         self,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from models.diffusion.transformer.float8 import Float8Linear
 from models.float8.product import Rounded, rounded, rounded_norm
+from pallas_kernels.common import Product
 from pallas_kernels.float8_rows import layer_norm
 
 # What enters a linear layer, `[B, T, E]`: in its dtype, or in FP8.
@@ -77,6 +78,16 @@ def projection(config: HasWidth, rngs: nnx.Rngs) -> Callable[[], Any]:
         param_dtype=config.param_dtype,
         rngs=rngs,
     )
+
+
+def unfinished(layer: nnx.Linear | Float8Linear, x: Activations) -> Product:
+    """Applies a layer but for its bias, and scales in FP8, which its reader applies."""
+    if isinstance(layer, Float8Linear):
+        return layer.unfinished(x)
+    assert not isinstance(x, Rounded), "see `modulated_norm`"
+    values = x.astype(layer.dtype) @ layer.kernel[...].astype(layer.dtype)
+    bias = None if layer.bias is None else layer.bias[...].astype(layer.dtype)
+    return Product(values, bias=bias)
 
 
 def activate(
@@ -217,9 +228,13 @@ def gelu_exact(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     return jax.nn.gelu(x, approximate=False)
 
 
-def split_heads(x: Float[Array, "B T E"], num_heads: int) -> Float[Array, "B T N D"]:
-    """Splits channels into heads, E = N * D."""
-    return rearrange(x, "B T (N D) -> B T N D", N=num_heads)
+def split_heads(x: Any, num_heads: int) -> Any:
+    """Splits channels into heads, E = N * D: of [B, T, E] or of a `Product`."""
+
+    def split(x):
+        return rearrange(x, "... (N D) -> ... N D", N=num_heads)
+
+    return x.with_channels(split) if isinstance(x, Product) else split(x)
 
 
 def merge_heads(x: Float[Array, "B T N D"]) -> Float[Array, "B T E"]:

@@ -12,6 +12,15 @@ def store(ref, x, plan: NormRopePoolPlan):
     ref[...] = x
 
 
+def round_halves(halves, dtype, plan: NormRopePoolPlan):
+    """Emulates `registers.round_halves`."""
+    return join(halves, plan).astype(dtype)
+
+
+def keep_order():
+    """Emulates `registers.keep_order`."""
+
+
 def split(x, plan: NormRopePoolPlan):
     """Emulates `registers.split`."""
     del plan

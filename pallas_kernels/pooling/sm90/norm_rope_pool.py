@@ -32,6 +32,12 @@ Text may have arrays of its own: its CTAs read those, and all write one joint se
 Tokens are counted in that sequence; an array of the video or of the text starts at one
 of `source_starts`. Values then have CTAs too, which copy them. That takes no registers
 beyond those of text in the same arrays: 147 for Hunyuan, as many CTAs as without text.
+
+What is read may be a `Product`: scales of rows and columns and the bias are applied in
+float32, and a token is rounded as it would be without the kernel. It then waits in
+shared memory, where each thread reads what it wrote. In registers it would be kept in
+float32, and ptxas would load factors of all groups before it finishes one, which ends
+at 230 registers for 40 heads: a store keeps it from that. 168 registers, three CTAs.
 """
 
 import dataclasses
@@ -50,8 +56,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.device import Device
+from pallas_kernels.common.products import Product, filled_alike
 from pallas_kernels.pooling.interfaces import (
     MeanSquares,
+    Projected,
     QKNorm,
     Reduction,
     Rope,
@@ -61,14 +69,15 @@ from pallas_kernels.pooling.sm90 import emulated, registers
 from pallas_kernels.pooling.sm90.plan import (
     NormRopePoolPlan,
     make_plan,
+    shares_heads,
     text_units,
     why_unsupported_shape,
 )
 
 
 def norm_rope_pool(
-    arrays: tuple[Float[Array, "B _ N D"], ...],
-    text: tuple[Float[Array, "B _ N D"], ...] | None,
+    arrays: tuple[Projected, ...],
+    text: tuple[Projected, ...] | None,
     scales: Scales | None,
     text_scales: Scales | None,
     rope: Rope | None,
@@ -81,11 +90,11 @@ def norm_rope_pool(
     ahead: int | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[tuple[Float[Array, "B T N D"], ...], tuple[Float[Array, "B S N D"], ...]]:
-    """Norms and rotates q and k, and pools what it writes; copies v.
+    """Finishes, norms and rotates q and k, and pools what it writes; copies v.
 
     Args:
-      arrays: q and k as projected, and v if it shall be copied. They hold the whole
-        sequence, or the video where the text has its own.
+      arrays: q and k as projected, and v if it shall be finished and copied. They hold
+        the whole sequence, or the video where the text has its own.
       text: Such arrays of the text, which stands before or after the video, or None.
       scales: Factors of the channels of q and of k after the norm: N * D for a norm
         over all heads, D for one per head. None without a norm.
@@ -109,20 +118,25 @@ def norm_rope_pool(
       ValueError: The kernel cannot take these inputs on any device, or ahead is not
         positive.
     """
-    _, num_tokens, num_heads, head_dim = arrays[0].shape
-    dtype = arrays[0].dtype
+    sources = (*map(Product.of, arrays), *map(Product.of, text or ()))
+    _, num_tokens, num_heads, head_dim = sources[0].shape
+    dtype = sources[0].dtype
     has_squares = mean_squares is not None
-    if cause := why_unsupported_shape(arrays[0].shape, dtype, norm, has_squares):
+    if cause := why_unsupported_shape(sources[0].shape, dtype, norm, has_squares):
         raise ValueError(f"the norm-rope-pool kernel cannot take these inputs: {cause}")
     if ahead is not None and ahead < 1:
         raise ValueError(f"{ahead=} must be at least 1")
+    if shares_heads(num_heads, head_dim, dtype):
+        # In shared memory warps would write what others have not yet read.
+        sources = tuple(Product(x.finished()) for x in sources)
+    sources = filled_alike(sources, num_rows=2)
     if norm is not None and num_heads == 1:
         # The same norm; JAX finds no layouts for a sum over an axis of one head.
         norm = dataclasses.replace(norm, over="head")
     text_start = None
     if text is not None:
         text_start = 0 if visual_tokens.start else num_tokens
-        num_tokens += text[0].shape[1]
+        num_tokens += sources[-1].shape[1]
     units = np.concatenate([tiles, text_units(num_tokens, visual_tokens)])
     plan = make_plan(
         num_heads,
@@ -137,16 +151,20 @@ def norm_rope_pool(
         num_units=len(units),
         visual_start=visual_tokens.start,
         num_arrays=len(arrays),
+        has_parts=tuple(part is not None for part in sources[0][1:]),
         text_start=text_start,
         ahead=ahead,
         ops=registers if interpret is None else emulated,
     )
-    factors = map(_by_parity, (*(scales or ()), *(text_scales or ())))
-    shared = (*factors, *(rope or ()))
+    values, *parts = zip(*sources, strict=True)
+    rows, columns, biases = (() if x[0] is None else x for x in parts)
+    factors = (*columns, *biases, *(scales or ()), *(text_scales or ()))
+    shared = (*map(_by_parity, factors), *(rope or ()))
     run = functools.partial(
         _run, num_tokens=num_tokens, units=units, plan=plan, interpret=interpret
     )
-    batched = (*arrays, *(text or ()), *(mean_squares or ()))
+    wide_rows = (x.astype(jnp.float32) for x in rows)
+    batched = (*values, *wide_rows, *(mean_squares or ()))
     outs = fold_mapped_axes(run, len(shared))(*batched, *shared)
     return outs[: len(arrays)], outs[len(arrays) :]
 
@@ -165,73 +183,89 @@ def why_unsupported(
     )
 
 
-def _by_parity(scale: Float[Array, " C"]) -> Float[Array, "2 half"]:
+def _by_parity(scale: Float[Array, "*N C"]) -> Float[Array, "2 *N half"]:
     """Returns the factors of the even channels, then those of the odd ones."""
-    return rearrange(scale.astype(jnp.float32), "(half pair) -> pair half", pair=2)
+    scale = scale.astype(jnp.float32)
+    return rearrange(scale, "... (half pair) -> pair ... half", pair=2)
 
 
 def _run(*arrays, num_tokens: int, units, plan: NormRopePoolPlan, interpret):
-    num_sources = plan.num_arrays * (1 if plan.text_start is None else 2)
-    num_batched = num_sources + plan.num_squares
-    sources, shared = arrays[:num_sources], arrays[num_batched:]
-    squares = arrays[num_sources:num_batched]
-    batch, _, num_heads, head_dim = sources[0].shape
+    num_batched = plan.num_sources * (1 + plan.has_parts[0]) + plan.num_squares
+    batched, shared = arrays[:num_batched], arrays[num_batched:]
+    batch, _, num_heads, head_dim = batched[0].shape
     if plan.norm is not None and plan.norm.over == "heads":
         by_head = (2, num_heads, head_dim // 2)
-        count = plan.num_scales
-        shared = (*(s.reshape(by_head) for s in shared[:count]), *shared[count:])
+        start = plan.num_sources * sum(plan.has_parts[1:])
+        stop = start + plan.num_scales
+        scales = (s.reshape(by_head) for s in shared[start:stop])
+        shared = (*shared[:start], *scales, *shared[stop:])
     pooled_shape = (batch, plan.num_tiles, num_heads, head_dim)
     pooled = jax.ShapeDtypeStruct(pooled_shape, jnp.float32)
     written_shape = (batch, num_tokens, num_heads, head_dim)
-    written = jax.ShapeDtypeStruct(written_shape, sources[0].dtype)
+    dtype = batched[0].dtype
+    written = jax.ShapeDtypeStruct(written_shape, dtype)
+    scratch = {}
+    if any(plan.has_parts):
+        shape = (len(plan.groups), plan.heads_at_once, head_dim)
+        scratch["finished_smem"] = plgpu.SMEM(shape, dtype)
     return plgpu.kernel(
         functools.partial(_body, plan=plan),
         out_type=(
             *(written,) * plan.num_arrays,
             *(pooled,) * (2 * len(plan.reductions)),
         ),
+        scratch_types=scratch,
         # The last axis changes fastest: Q and K of a tile share the rotary table.
         grid=(plan.num_units, num_heads // plan.heads, plan.num_arrays * batch),
         grid_names=("unit", "chunk", "item"),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         kernel_name="norm_rope_pool_sm90",
         interpret=interpret,
-    )(*sources, *squares, jnp.asarray(units, jnp.int32), *shared)
+    )(*batched, jnp.asarray(units, jnp.int32), *shared)
 
 
 class _Work(NamedTuple):
     """What a CTA does to the tokens of its unit.
 
     Attributes:
-      source_gmem: Tokens to read.
+      source_gmem: Tokens to read, without scales and bias if they are a product.
+      parts_gmem: The scale of each row, those of columns, and the bias; None for each
+        that there is not.
       source_start: Token of the sequence that is the first to read.
       out_gmem: Tokens of the sequence, to write.
       scale_gmem: Factors after the norm; None without a norm.
       squares_gmem: Mean squares of the tokens of the sequence, if they are known.
       tables: Cosines and sines, or nothing.
       reductions: What to compute of what is written.
+      finished_smem: Takes a token of a product, finished, by groups of heads.
       is_copied: Whether tokens are only copied.
     """
 
     source_gmem: Any
+    parts_gmem: tuple[Any, Any, Any]
     source_start: int
     out_gmem: Any
     scale_gmem: Any = None
     squares_gmem: Any = None
     tables: tuple[Any, ...] = ()
     reductions: tuple[Reduction, ...] = ()
+    finished_smem: Any = None
     is_copied: bool = False
 
 
-def _body(*refs, plan: NormRopePoolPlan):
+def _body(*refs, plan: NormRopePoolPlan, finished_smem=None):
     given = iter(refs)
 
     def take(count: int) -> tuple[Any, ...]:
         return tuple(itertools.islice(given, count))
 
-    sources = take(plan.num_arrays)
-    of_text = sources if plan.text_start is None else take(plan.num_arrays)
+    def take_parts(i: int) -> tuple[Any, ...]:
+        count = plan.num_sources
+        return take(count) if plan.has_parts[i] else (None,) * count
+
+    sources, rows = take(plan.num_sources), take_parts(0)
     squares, (units_gmem,) = take(plan.num_squares), take(1)
+    columns, biases = take_parts(1), take_parts(2)
     scales = take(plan.num_scales)
     tables, outs_gmem = take(2 if plan.has_rope else 0), take(plan.num_arrays)
     pooled_gmem, num_pooled = tuple(given), len(plan.reductions)
@@ -241,11 +275,16 @@ def _body(*refs, plan: NormRopePoolPlan):
     walk = tuple(units_gmem[unit, field] for field in range(4))
 
     def work_of(index: int, *, is_text: bool) -> _Work:
-        source_gmem = (of_text if is_text else sources)[index]
+        has_own = is_text and plan.text_start is not None
+        source = index + (plan.num_arrays if has_own else 0)
+        row, *of_channels = (x[source] for x in (rows, columns, biases))
+        column, bias = (None if x is None else x.at[:, heads] for x in of_channels)
         work = _Work(
-            source_gmem=source_gmem.at[batch, :, heads],
+            source_gmem=sources[source].at[batch, :, heads],
+            parts_gmem=(None if row is None else row.at[batch], column, bias),
             source_start=plan.source_starts[is_text],
             out_gmem=outs_gmem[index].at[batch, :, heads],
+            finished_smem=finished_smem,
             is_copied=index == 2,  # the values
         )
         if work.is_copied:
@@ -300,7 +339,9 @@ def _walk_tile(work: _Work, walk, plan: NormRopePoolPlan):
         layout = plan.half_layout.reduce(0)
         angles = tuple(_load(table.at[row], layout) for table in work.tables)
         square = None if work.squares_gmem is None else work.squares_gmem[token]
-        return token, groups, angles, square
+        row_gmem, *_ = work.parts_gmem
+        scale = None if row_gmem is None else row_gmem[own]
+        return token, groups, scale, angles, square
 
     def advance(token, column):
         ends_row = column + 1 == columns
@@ -312,8 +353,10 @@ def _walk_tile(work: _Work, walk, plan: NormRopePoolPlan):
     def take(step, state):
         fetched, position, sums = state
         fetched = (*fetched, fetch(step + plan.ahead, position[0]))
-        (token, groups, angles, square), *fetched = fetched
-        written = _prepare_token(groups, angles, square, token, work, plan)
+        (token, groups, row, angles, square), *fetched = fetched
+        if any(plan.has_parts) and not work.is_copied:
+            groups = _finish_all(groups, row, work, plan)
+        written = _prepare_token(groups, row, angles, square, token, work, plan)
         sums = tuple(
             tuple(
                 _accumulate(name, own, values)
@@ -344,11 +387,44 @@ def _walk_tile(work: _Work, walk, plan: NormRopePoolPlan):
     ]
 
 
-def _prepare_token(groups, angles, square, token, work: _Work, plan: NormRopePoolPlan):
+def _finish_all(groups, row, work: _Work, plan: NormRopePoolPlan):
+    """Finishes one token; returns where its groups of heads are in shared memory."""
+    finished = [work.finished_smem.at[i] for i in range(len(groups))]
+    for values, heads, ref in zip(groups, plan.groups, finished, strict=True):
+        plan.ops.store(ref, _finish(values, heads, row, work, plan), plan)
+    plan.ops.keep_order()
+    return finished
+
+
+def _finish(values, heads, row, work: _Work, plan: NormRopePoolPlan):
+    """Applies scales and bias to some heads of one token, and rounds the results."""
+    _, column_gmem, bias_gmem = work.parts_gmem
+    halves = _floats(values, plan)
+    if row is not None:
+        halves = tuple(x * row for x in halves)
+    columns, bias = (
+        None if ref is None else _load_halves(ref, heads, plan)
+        for ref in (column_gmem, bias_gmem)
+    )
+    if columns is not None and bias is not None:
+        fused = functools.partial(plan.ops.multiply_add, plan=plan)
+        halves = tuple(map(fused, halves, columns, bias))
+    elif columns is not None:
+        halves = tuple(x * y for x, y in zip(halves, columns, strict=True))
+    elif bias is not None:
+        halves = tuple(x + y for x, y in zip(halves, bias, strict=True))
+    return plan.ops.round_halves(halves, work.out_gmem.dtype, plan)
+
+
+def _prepare_token(
+    groups, row, angles, square, token, work: _Work, plan: NormRopePoolPlan
+):
     """Norms, rotates and stores one token; returns what was stored, in float32."""
     out_gmem = work.out_gmem.at[token]
     if work.is_copied:
         for heads, values in zip(plan.groups, groups, strict=True):
+            if any(plan.has_parts):
+                values = _finish(values, heads, row, work, plan)
             out_gmem[heads] = values
         return ((),) * len(groups)
     inverses = _inverse_rms(groups, square, plan)
@@ -361,7 +437,12 @@ def _prepare_token(groups, angles, square, token, work: _Work, plan: NormRopePoo
                 x * inverses[i] * s for x, s in zip(halves, scale, strict=True)
             )
         if angles:
-            halves = _rotate(halves, *angles, plan)
+            halves = _rotate(halves, angles, plan)
+        if any(plan.has_parts):
+            rounded = plan.ops.round_halves(halves, out_gmem.dtype, plan)
+            out_gmem[heads] = rounded
+            written.append(_floats(rounded, plan))
+            continue
         halves = tuple(half.astype(out_gmem.dtype) for half in halves)
         out_gmem[heads] = plan.ops.join(halves, plan)
         written.append(tuple(half.astype(jnp.float32) for half in halves))
@@ -374,7 +455,7 @@ def _inverse_rms(groups, square, plan: NormRopePoolPlan):
         return ()
     if square is not None:
         return [lax.rsqrt(square + plan.norm.eps)] * len(groups)
-    squares = [_sum_of_squares(*_floats(x, plan), plan) for x in groups]
+    squares = [_sum_of_squares(_floats(x, plan), plan) for x in groups]
     shape = squares[0].shape
     if plan.norm.over == "heads":
         if plan.repeated_heads:
@@ -401,7 +482,7 @@ def _load_scale(scale_gmem, heads, plan: NormRopePoolPlan):
     assert plan.norm is not None, "else there are no scales"
     layout = plan.half_layout
     if plan.norm.over == "heads":
-        return [_load(scale_gmem.at[parity, heads], layout) for parity in range(2)]
+        return _load_halves(scale_gmem, heads, plan)
     shape = (plan.heads_at_once, plan.head_dim // 2)
     return [
         lax.broadcast_in_dim(
@@ -411,17 +492,26 @@ def _load_scale(scale_gmem, heads, plan: NormRopePoolPlan):
     ]
 
 
+def _load_halves(ref, heads, plan: NormRopePoolPlan):
+    """Loads the even and the odd channels of some heads."""
+    return [_load(ref.at[parity, heads], plan.half_layout) for parity in range(2)]
+
+
 def _floats(x, plan: NormRopePoolPlan):
+    """Returns the even and the odd channels of what is in registers or in a buffer."""
+    if not isinstance(x, jax.Array):
+        x = _load(x, plan.layout(plan.vec))
     return tuple(half.astype(jnp.float32) for half in plan.ops.split(x, plan))
 
 
-def _sum_of_squares(even, odd, plan: NormRopePoolPlan):
+def _sum_of_squares(halves, plan: NormRopePoolPlan):
+    even, odd = halves
     return plan.ops.multiply_add(even, even, odd * odd, plan)
 
 
-def _rotate(halves, cos, sin, plan: NormRopePoolPlan):
+def _rotate(halves, angles, plan: NormRopePoolPlan):
     even, odd = halves
-    cos, sin = (lax.broadcast_in_dim(x, even.shape, (1,)) for x in (cos, sin))
+    cos, sin = (lax.broadcast_in_dim(x, even.shape, (1,)) for x in angles)
     fused = functools.partial(plan.ops.multiply_add, plan=plan)
     return fused(even, cos, -(odd * sin)), fused(odd, cos, even * sin)
 

@@ -34,6 +34,7 @@ class NormRopePoolPlan:
     num_units: int  # tiles and runs of text tokens
     visual_start: int  # token of the first row of the rotary table
     num_arrays: int  # 2 for q and k, 3 if v is copied
+    has_parts: tuple[bool, bool, bool]  # of a `Product`: rows, columns, bias
     text_start: int | None  # first token of the text if it has arrays of its own
     heads: int  # heads of a CTA
     head_dim: int
@@ -48,6 +49,11 @@ class NormRopePoolPlan:
         if self.text_start is None:
             return 0, 0
         return self.visual_start, self.text_start
+
+    @property
+    def num_sources(self) -> int:
+        """Arrays to read: those of the video, and of the text if it has its own."""
+        return self.num_arrays * (1 if self.text_start is None else 2)
 
     @property
     def num_squares(self) -> int:
@@ -174,6 +180,12 @@ def load_of(num_heads: int, head_dim: int, dtype) -> tuple[int, int] | None:
     vec, heads_of_warp = loads[-1]
     warps = next(n for n in (WARPS, 2, 1) if n * heads_of_warp <= num_heads)
     return vec, warps * heads_of_warp
+
+
+def shares_heads(num_heads: int, head_dim: int, dtype) -> bool:
+    """Returns whether several warps hold the same heads: there are too few for all."""
+    load = load_of(num_heads, head_dim, dtype)
+    return load is not None and load[1] * head_dim < WARPS * LANES * load[0]
 
 
 def joins_heads(norm: QKNorm | None, has_mean_squares: bool) -> bool:

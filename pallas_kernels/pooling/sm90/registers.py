@@ -4,12 +4,17 @@
 here needs one there.
 """
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import math, vector
 
+from pallas_kernels.common.inline_ptx import asm, i32
 from pallas_kernels.pooling.sm90.plan import LOAD_BYTES, NormRopePoolPlan
+
+_PTX_NAMES = {"bfloat16": "bf16", "float16": "f16"}
 
 
 def store(ref, x, plan: NormRopePoolPlan):
@@ -79,6 +84,46 @@ def multiply_add(a, b, c, plan: NormRopePoolPlan):
         return _array(fused, a.shape, layout)
 
     return multiply_add_registers(a, b, c)
+
+
+def round_halves(halves, dtype, plan: NormRopePoolPlan):
+    """Rounds float32 halves and joins them, as they would be loaded.
+
+    Two numbers in 16 bits are rounded into one register at once. JAX rounds one after
+    the other, which takes twice the instructions and, until it packs them, registers.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype.itemsize == 4:
+        return join(halves, plan)
+    code = f"cvt.rn.{_PTX_NAMES[dtype.name]}x2.f32 $0, $2, $1;"
+    shape = (plan.heads_at_once, plan.head_dim)
+    joined = plgpu.ShapeDtypeStruct(shape, dtype, layout=plan.layout(plan.vec))
+
+    @plgpu.inline_mgpu(arg_types=(plan.half_layout,) * 2, return_type=joined)
+    def round_registers(_, even, odd):
+        words = ir.VectorType.get((plan.vec // 2,), i32())
+        numbers = ir.VectorType.get((plan.vec,), mgpu.utils.dtype_to_ir_type(dtype))
+        registers = []
+        for pair in zip(even.registers.flat, odd.registers.flat, strict=True):
+            packed = []
+            for i in range(plan.vec // 2):
+                two = (vector.extract(x, [], [i]) for x in pair)
+                packed.append(asm(code, "=r,f,f", *two, result=i32(), is_pure=True))
+            packed = vector.from_elements(words, packed)
+            registers.append(vector.bitcast(numbers, packed))
+        return _array(registers, shape, plan.layout(plan.vec))
+
+    return round_registers(*halves)
+
+
+def keep_order():
+    """Keeps LLVM from holding in registers what was stored to be loaded again."""
+
+    @plgpu.inline_mgpu()
+    def emit(_):
+        asm("", "")
+
+    emit()
 
 
 def _array(registers, shape, layout):

@@ -1,6 +1,9 @@
-"""RMS norm, rotary embedding and pooling of Q or K in NumPy loops, float64."""
+"""Finishing, RMS norm, rotary embedding of Q or K in NumPy loops, float64."""
 
+import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.common.products import Product
 
 
 def norm_rope(
@@ -34,4 +37,38 @@ def norm_rope(
                 even, odd = out[b, t, :, 2 * i].copy(), out[b, t, :, 2 * i + 1].copy()
                 out[b, t, :, 2 * i] = even * c - odd * s
                 out[b, t, :, 2 * i + 1] = even * s + odd * c
+    return out
+
+
+def random_product(shape, dtype, parts, seed=0) -> Product:
+    """A product of [B, T, N, D] with some of its rows, columns and bias.
+
+    Scales are powers of two: results do not depend on whether sums are fused.
+    """
+    rng = np.random.default_rng(seed)
+    values = jnp.asarray(3 * rng.normal(size=shape), dtype)
+    rows, columns = (
+        2.0 ** rng.integers(-1, 2, size) for size in (shape[:2], shape[2:])
+    )
+    bias = rng.integers(-64, 64, shape[2:]) / 32
+    made = (
+        jnp.asarray(x, jnp.float32) if has_part else None
+        for x, has_part in zip((rows, columns, bias), parts, strict=True)
+    )
+    return Product(values, *made)
+
+
+def finish(product: Product) -> np.ndarray:
+    """A product of [B, T, N, D] with scales and bias, one token at a time."""
+    values = np.asarray(product.values)
+    out = np.zeros_like(values)
+    for b, t in np.ndindex(values.shape[:2]):
+        token = values[b, t].astype(np.float64)
+        if product.rows is not None:
+            token *= float(product.rows[b, t])
+        if product.columns is not None:
+            token *= np.asarray(product.columns, np.float64)
+        if product.bias is not None:
+            token += np.asarray(product.bias, np.float64)
+        out[b, t] = token.astype(values.dtype)
     return out
