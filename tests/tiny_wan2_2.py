@@ -19,7 +19,7 @@ from models.wan.vae.convert import load_wan_vae
 from tests.fixtures.seeded_arrays import seeded_uniform, seeded_weight
 from tests.tiny_vae import checkpoint_shapes
 
-FIXTURE = Path(__file__).parent / "fixtures" / "wan2_2.safetensors"
+FIXTURES = Path(__file__).parent / "fixtures"
 ITEMS, FRAMES, ROWS, COLUMNS, TEXT = 2, 3, 4, 6, 5
 
 TEXT_TO_VIDEO = WanConfig(
@@ -48,9 +48,9 @@ def make_config(model: str) -> WanConfig:
 
 
 @functools.cache
-def load_fixture() -> dict[str, np.ndarray]:
+def load_fixture(file: str = "wan2_2.safetensors") -> dict[str, np.ndarray]:
     """Outputs of diffusers, channels last."""
-    stored = safetensors.numpy.load_file(FIXTURE)
+    stored = safetensors.numpy.load_file(FIXTURES / file)
     return {key: np.moveaxis(value, 1, -1) for key, value in stored.items()}
 
 
@@ -81,8 +81,8 @@ def make_context(name: str) -> TextContext:
     return TextContext(rows, jnp.full(ITEMS, TEXT, jnp.int32))
 
 
-def make_codec(*, averages: bool) -> WanVAECodec:
-    """The autoencoder of the runs, of either kind."""
+def make_codec(*, averages: bool, name: str | None = None) -> WanVAECodec:
+    """The autoencoder of either kind: that of the runs, or another's seed."""
     sizes = {
         "base_dim": 4,
         "latent_channels": 4,
@@ -94,7 +94,7 @@ def make_codec(*, averages: bool) -> WanVAECodec:
     config = WanVAEConfig.wan2_1(**sizes)
     if averages:
         config = WanVAEConfig.wan2_2(**sizes, decoder_base_dim=6)
-    name = "vae_2_2" if averages else "vae"
+    name = name or ("vae_2_2" if averages else "vae")
     weights = {
         key: seeded_weight(f"{name}/{key}", shape)
         for key, shape in checkpoint_shapes(config, "diffusers").items()

@@ -15,6 +15,11 @@ from models.diffusion import experts
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.diffusion.schedulers import make_solver
+from models.wan.convert import (
+    load_wan_transformer,
+    open_transformer_weights,
+    save_wan_transformer,
+)
 from models.wan.inputs import WanInputs
 from models.wan.pair import make_experts
 from tests import tiny_wan2_2 as tiny
@@ -60,11 +65,40 @@ def test_velocity_matches_diffusers(model, seed):
     assert differs_by(velocity, expected) < WAN2_2_VELOCITY
 
 
-@pytest.mark.parametrize("name", mostly_nightly(("t2v", "i2v"), ()))
-def test_run_of_two_experts_matches_diffusers(name):
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", mostly_nightly(("t2v", "i2v"), ()))
+def test_run_of_two_experts_matches_diffusers(kind, seed):
     """Each has its steps and its guidance; the solver's state goes on."""
+    name = f"{kind}/{seed}"
     result = run_of_two(name, resident_experts(name))
     assert differs_by(result.latents, expected_run(name)) < WAN2_2_RUN
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("model", ["ti2v", "i2v"])
+def test_both_layouts_give_the_same_transformer(model, tmp_path):
+    """What was read by the table of one is written and read by that of the other."""
+    config = tiny.make_config(model)
+    network = tiny.make_transformer(config, f"{model}/0")
+    save_wan_transformer(network, tmp_path, layout="original", dtype=None)
+    weights = open_transformer_weights(tmp_path)
+    assert any(".self_attn.q." in key for key in weights)
+    again = load_wan_transformer(weights, config)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(network))
+
+
+@pytest.mark.parametrize("seed", mostly_nightly(range(3), ()))
+def test_the_autoencoder_matches_diffusers(seed):
+    codec, name = tiny.make_codec(averages=True, name=f"vae/{seed}"), f"vae/{seed}"
+    config, outputs = codec.model.config, tiny.load_fixture("wan2_2_vae.safetensors")
+    mean, std = map(np.float32, (config.latents_mean, config.latents_std))
+    latents = tiny.draw(f"{name} latents", 1, 4, 2, 1, 1)
+    video = tiny.draw(f"{name} video", 1, 3, 5, 16, 16)
+    with jax.default_matmul_precision("highest"):
+        decoded = codec.decode((latents - mean) / std)
+        encoded = codec.encode(video) * std + mean
+    assert differs_by(decoded, outputs[f"{name}/video"]) < WAN2_2_VELOCITY
+    assert differs_by(encoded, outputs[f"{name}/latents"]) < WAN2_2_VELOCITY
 
 
 @pytest.mark.nightly
@@ -76,23 +110,28 @@ def test_streamed_experts_make_the_same_videos(monkeypatch):
     model, streamed = make_experts(
         config,
         {
-            side: functools.partial(tiny.make_transformer, config, f"t2v/{side}")
+            side: functools.partial(tiny.make_transformer, config, f"t2v/0/{side}")
             for side in ("high", "low")
         },
         streamed=True,
     )
     assert streamed.model is model
-    resident = run_of_two("t2v", resident_experts("t2v")).latents
+    resident = run_of_two("t2v/0", resident_experts("t2v/0")).latents
     for _ in range(2):
-        np.testing.assert_array_equal(run_of_two("t2v", streamed).latents, resident)
+        np.testing.assert_array_equal(run_of_two("t2v/0", streamed).latents, resident)
 
 
 def resident_experts(name):
-    config = tiny.make_config(name)
+    config = tiny.make_config(kind_of(name))
     high, low = (
         tiny.make_transformer(config, f"{name}/{side}") for side in ("high", "low")
     )
     return experts.ResidentExperts(high, low, boundary=800.0)
+
+
+def kind_of(name):
+    """The model of a run, without its seed."""
+    return name.split("/")[0]
 
 
 def expected_run(name):
@@ -111,7 +150,7 @@ def run_of_two(name, both):
         **RUN,
     )
     image = None
-    if name == "i2v":
+    if kind_of(name) == "i2v":
         image = tiny.make_image(name, sampling.height, sampling.width)
     pipeline = VideoPipeline(
         both.model, None, tiny.make_codec(averages=False), experts=both
@@ -127,8 +166,10 @@ def run_of_two(name, both):
         )
 
 
-@pytest.mark.parametrize("name", mostly_nightly(("ti2v_text", "ti2v_image"), ()))
-def test_run_of_one_transformer_matches_diffusers(name):
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", mostly_nightly(("ti2v_text", "ti2v_image"), ()))
+def test_run_of_one_transformer_matches_diffusers(kind, seed):
+    name = f"{kind}/{seed}"
     codec = tiny.make_codec(averages=True)
     sampling = Sampling(
         frames=9,
@@ -138,7 +179,7 @@ def test_run_of_one_transformer_matches_diffusers(name):
         **RUN,
     )
     image = None
-    if name == "ti2v_image":
+    if kind == "ti2v_image":
         image = tiny.make_image(name, sampling.height, sampling.width)
     model = tiny.make_transformer(tiny.make_config("ti2v"), f"{name}/high")
     shape = (tiny.ITEMS, 4, tiny.FRAMES, tiny.ROWS, tiny.COLUMNS)
