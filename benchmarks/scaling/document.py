@@ -10,11 +10,12 @@ The text between the marks of the page follows from them; a test holds it to the
 import argparse
 import json
 import statistics
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import pages
+from benchmarks.common.pages import paragraph
 from benchmarks.common.records import ROOT
 from benchmarks.scaling import models
 from benchmarks.scaling.model import (
@@ -37,7 +38,6 @@ PAGE = ROOT / "docs" / "scaling.md"
 RESULTS = ROOT / "benchmarks" / "results"
 # All parts, then what was measured again after a change.
 RECORDS = (RESULTS / "scaling_h200.json", RESULTS / "scaling_sequence_h200.json")
-BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64)
 NAMES = {"wan": "Wan 14B, 768x1280, 81 frames", "hunyuan": "HunyuanVideo, 129 frames"}
 
@@ -213,13 +213,6 @@ def sources(parts: Parts) -> str:
     )
 
 
-def paragraph(text: str) -> str:
-    """Returns lines as long as those of the page."""
-    if not text:
-        return ""
-    return textwrap.fill(text, 92, break_on_hyphens=False) + "\n"
-
-
 def table(parts: Parts, video: Video, title: str) -> str:
     """Returns the model's steps on 1 to 64 GPUs, by the fastest mesh of each."""
     lines = [
@@ -266,8 +259,7 @@ def differences(
 
 def written(text: str, records: Sequence[Record]) -> str:
     """Returns a page with the section in it."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + section(records) + END + rest.split(END)[1]
+    return pages.written(text, section(records))
 
 
 def read(files: Sequence[Path]) -> list[Record]:

@@ -1,0 +1,26 @@
+"""What records say on a page of the site, between marks that a test holds to them."""
+
+import textwrap
+from collections.abc import Iterable
+
+BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+
+
+def written(page: str, section: str) -> str:
+    """Returns a page with a section between its marks."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + section + END + rest.split(END)[1]
+
+
+def paragraph(text: str) -> str:
+    """Returns lines as long as those of a page; nothing for nothing."""
+    if not text:
+        return ""
+    return textwrap.fill(text, 92, break_on_hyphens=False) + "\n"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Returns a table."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,184 @@
+"""Writes what `benchmarks.wan.wan22` has measured into the page of Wan2.2.
+
+    python -m benchmarks.wan.wan22_document
+
+The text between the marks of the page follows from the record; a test holds it to it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from benchmarks.common import pages
+from benchmarks.common.options import make_parser
+from benchmarks.common.pages import paragraph, table
+from benchmarks.common.records import ROOT
+from benchmarks.wan.wan22_summary import cases_of
+
+Record = dict[str, Any]
+
+PAGE = ROOT / "docs" / "wan2_2.md"
+RECORD = ROOT / "benchmarks" / "results" / "wan22_h200.json"
+
+
+def section(record: Record | None) -> str:
+    """Returns the text between the marks; None is no record."""
+    if record is None:
+        return paragraph("No run on a GPU is recorded yet.")
+    parts = record["parts"]
+    blocks = (
+        source(parts.values()),
+        expert(cases_of(parts.get("expert", {}))),
+        pair(parts.get("fp8_pair", {}), parts.get("streamed", {})),
+        ti2v(cases_of(parts.get("ti2v", {}))),
+        decoder(cases_of(parts.get("vae", {}))),
+    )
+    return "\n".join(block for block in blocks if block)
+
+
+def source(parts: Iterable[Record]) -> str:
+    """Returns what the figures are of."""
+    found = [part["environment"] for part in parts if part.get("environment")]
+    first = found[0]
+    commits = " and ".join(dict.fromkeys(each["commit"] for each in found))
+    return paragraph(
+        f"One {first['device']} ({first['date'][:10]}, commit {commits}, jax "
+        f"{first['versions']['jax']}, driver {first['gpus'][0].split(', ')[-1]}), "
+        f"`python -m benchmarks.wan.wan22` (`{RECORD.name}`): random weights, guided "
+        "steps of two calls, the paper's selection. In brackets how many times as fast "
+        "as the dense bfloat16 step with cuDNN's attention in the same process."
+    )
+
+
+def expert(cases: Mapping[str, Record]) -> str:
+    """Returns the table of an expert's steps, and those of the other."""
+    columns = [("float8", mode) for mode in ("0.75", "0.9")]
+    columns += [("bfloat16", mode) for mode in ("0.75", "0.9")]
+    columns += [("default", "0.9")]
+    rows, others = [], []
+    for size in dict.fromkeys(name.split(", ")[0] for name in cases):
+        dense = cases.get(f"{size}, cudnn", {})
+        steps = (
+            time_of(cases.get(f"{size}, {name}", {}), mode, dense)
+            for name, mode in columns
+        )
+        rows.append([f"{size}, 81 frames", seconds(dense), *steps])
+        other = cases.get(f"{size}, float8", {}).get("other_expert_ms")
+        if other is not None:
+            others.append(f"{other / 1e3:.2f} s at {size}")
+    if not rows:
+        return ""
+    head = ("a step of an A14B transformer, seconds", "dense")
+    head += ("FP8, 75 %", "FP8, 90 %", "75 %", "90 %", "FP8, default at 90 %")
+    text = table(head, rows)
+    if others:
+        text += "\n" + paragraph(
+            "A step of the other transformer by the same program, in FP8 at 90 %: "
+            f"{' and '.join(others)}."
+        )
+    return text
+
+
+def pair(resident: Record, streamed: Record) -> str:
+    """Returns the memory of both transformers, and the time of the switch."""
+    said = []
+    if "peak_gb" in resident:
+        said.append(
+            f"Both on the GPU in FP8 take {resident['peak_gb']:.1f} GB at most."
+        )
+    if "peak_gb" in streamed:
+        said.append(
+            f"In bfloat16 in each other's place {streamed['peak_gb']:.1f} GB are taken."
+        )
+    if "switch_s" in streamed:
+        said.append(
+            f"The switch before step {streamed['switch_before_step'] + 1} of 40 takes "
+            f"{streamed['switch_s']:.2f} s, with what the step before it pays for the "
+            "first pieces."
+        )
+    if "to_pinned_memory_s" in streamed:
+        said.append(
+            "Copying both to memory that the GPU reads directly takes "
+            f"{streamed['to_pinned_memory_s']:.0f} s once."
+        )
+    return paragraph(" ".join(said)) if said else ""
+
+
+def ti2v(cases: Mapping[str, Record]) -> str:
+    """Returns the table of the 5B model's steps by tile."""
+    dense = cases.get("cudnn", {})
+    rows = []
+    tiles = [name.rpartition("tile ")[2] for name in cases if "tile " in name]
+    for tile in ("", *dict.fromkeys(tiles)):
+        ending = f", tile {tile}" if tile else ""
+        default = f"float8, default tile {tile}" if tile else "float8, default"
+        names = (f"bfloat16{ending}", f"float8{ending}", default)
+        steps = [time_of(cases.get(name, {}), "0.85", dense) for name in names]
+        shape = tile.split("x") if tile else cases.get(names[0], {}).get("tile", "?")
+        rows.append([" x ".join(map(str, shape)), seconds(dense), *steps])
+    held = [
+        f"{time_of(cases[name], '0.85', dense)} in {what}"
+        for name, what in (
+            ("bfloat16, first frame held", "bfloat16"),
+            ("float8, first frame held", "FP8"),
+        )
+        if name in cases
+    ]
+    if not cases:
+        return ""
+    head = ("a step of TI2V-5B, 704x1280, 121 frames, seconds: tile", "dense")
+    head += ("85 %", "FP8, 85 %", "FP8, default at 85 %")
+    text = table(head, rows)
+    if held:
+        text += "\n" + paragraph(
+            f"With an image as the first frame: {', '.join(held)}."
+        )
+    return text
+
+
+def decoder(cases: Mapping[str, Record]) -> str:
+    """Returns the table of the 5B model's decoder."""
+    rows = []
+    for name, case in cases.items():
+        if "seconds" not in case:
+            continue
+        dtype, form = name.split(", ")
+        peak = f"{case['peak_gb']:.1f}" if "peak_gb" in case else "-"
+        rows.append([dtype, form.upper(), f"{case['seconds']:.1f}", peak])
+    head = ("decoding 121 frames of 704x1280", "convolutions", "seconds", "peak, GB")
+    return table(head, sorted(rows, reverse=True)) if rows else ""
+
+
+def seconds(case: Record) -> str:
+    """Returns the time of a dense step."""
+    return f"{case['median_ms'] / 1e3:.2f}" if "median_ms" in case else "-"
+
+
+def time_of(case: Record, mode: str, dense: Record) -> str:
+    """Returns the time of a step, and how many times as fast as the dense one it is."""
+    ms = case.get("modes", {}).get(mode, {}).get("median_ms")
+    if ms is None:
+        return "-"
+    if "median_ms" not in dense:
+        return f"{ms / 1e3:.2f}"
+    return f"{ms / 1e3:.2f} ({dense['median_ms'] / ms:.2f})"
+
+
+def read() -> Record | None:
+    """Returns the record; None if there is none."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else None
+
+
+def written(text: str, record: Record | None) -> str:
+    """Returns a page with what a record says."""
+    return pages.written(text, section(record))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the page."""
+    make_parser(__doc__).parse_args(arguments)
+    PAGE.write_text(written(PAGE.read_text(), read()))
+
+
+if __name__ == "__main__":
+    main()
