@@ -8,6 +8,7 @@ densities of a method. Videos stay on the device, where they are compared.
 import concurrent.futures
 import contextlib
 import dataclasses
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ from models.float8.product import compiler_options
 from pallas_kernels.attention import dense_api
 from pallas_kernels.attention.dense_api import BackendChoice
 
-COMPILED_AT_ONCE = 4
+MOST_AT_ONCE = 8  # programs that are compiled
 TRACING = threading.Lock()  # one program is traced at a time
 
 
@@ -101,14 +102,17 @@ class Generations:
       sampling: Size, length and steps of the videos.
       first_sparse: The first step that methods are told apart in.
       looked_at: Steps whose layers are looked at.
+      threads: Where programs are compiled.
     """
 
     sampling: Sampling
     first_sparse: int
     looked_at: tuple[int, ...]
     _programs: dict = dataclasses.field(default_factory=dict, repr=False)
-    _threads: concurrent.futures.ThreadPoolExecutor = dataclasses.field(
-        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(COMPILED_AT_ONCE),
+    threads: concurrent.futures.ThreadPoolExecutor = dataclasses.field(
+        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(
+            compiled_at_once()
+        ),
         repr=False,
     )
 
@@ -119,7 +123,7 @@ class Generations:
 
     def stop(self) -> None:
         """Gives up what was not begun to compile."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
     def dense(self, pipeline: VideoPipeline, clips: Clips) -> Generation:
         """Generates dense videos, and keeps what methods and looks go on from."""
@@ -205,10 +209,15 @@ class Generations:
         if key not in self._programs:
             # A state of its own: that of a run is given up by its first step.
             _, state, inputs = self._start(work, batch)
-            self._programs[key] = self._threads.submit(
+            self._programs[key] = self.threads.submit(
                 _compile, sampler, (state, inputs), kinds, work.dense_kernel
             )
         return self._programs[key]
+
+
+def compiled_at_once() -> int:
+    """Returns how many programs are compiled side by side: one for two cores."""
+    return min(MOST_AT_ONCE, max(2, (os.cpu_count() or 1) // 2))
 
 
 def _compile(

@@ -5,6 +5,7 @@ same and no error of an earlier step or layer is in a figure. Padded text counts
 Mass is that between tiles of the video; pairs with text are always kept.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from benchmarks.quality.clips import Clips
+from benchmarks.quality.generations import TRACING
 from benchmarks.quality.methods import first_sparse_step, sparsity_of
 from benchmarks.quality.rankings import masses_before, masses_of_tiles
 from draft_jax import (
@@ -35,19 +37,51 @@ from pallas_kernels import dense_attention
 SHARES = tuple(np.linspace(0.02, 0.995, 40).round(4).tolist())  # of mass, for top_p
 
 
+OfLayer = Callable[[Array, Array, Array], Any]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Look:
     """A step of dense generations that is looked at.
 
     Attributes:
       step: Number of the step.
-      call: Calls a function of every layer's q, k and v, and returns what it returns,
-        stacked over layers. The first argument names it: it is compiled once for all
-        steps.
+      structure: Of the step's transformer.
+      arguments: Its parameters, and inputs of the step.
+      programs: What was compiled or is to be, by name; of all steps.
+      threads: Where programs are compiled.
     """
 
     step: int
-    call: Callable[[str, Callable[[Array, Array, Array], Any]], Any]
+    structure: Any
+    arguments: tuple[Any, Any]
+    programs: dict[str, concurrent.futures.Future[Callable]]
+    threads: concurrent.futures.Executor
+
+    def prepare(self, name: str, function: OfLayer) -> None:
+        """Begins to compile a function of each layer's q, k and v, if nothing has yet.
+
+        The name tells it: it is compiled once for all steps.
+        """
+        if name not in self.programs:
+            run = functools.partial(_map_layers, self.structure, function)
+            self.programs[name] = self.threads.submit(_compile, run, self.arguments)
+
+    def call(self, name: str, function: OfLayer) -> Any:
+        """Calls such a function; returns what it returns, stacked over layers."""
+        self.prepare(name, function)
+        return self.programs[name].result()(*self.arguments)
+
+
+def _map_layers(structure: Any, function: OfLayer, parameters: Any, rows: Any) -> Any:
+    model: Any = nnx.merge(structure, parameters)
+    return model.map_qkv(function, rows, attention=DENSE, step=None, masks=None)[1]
+
+
+def _compile(run: Callable, arguments: tuple[Any, Any]) -> Callable:
+    with TRACING:
+        lowered = jax.jit(run).lower(*arguments)
+    return lowered.compile()
 
 
 def looks(
@@ -55,6 +89,7 @@ def looks(
     clips: Clips,
     sampling: Sampling,
     seen: Mapping[int, Float[Array, "B F H W C"]],
+    threads: concurrent.futures.Executor,
 ) -> Iterator[Look]:
     """Looks at steps of dense generations.
 
@@ -63,11 +98,12 @@ def looks(
       clips: Prompts, as one batch; negative prompts are not looked at.
       sampling: Settings of the videos.
       seen: Latents of the clips before each step to look at, by step.
+      threads: Where functions are compiled.
     """
     noise = clips.noise(pipeline.latent_shape(sampling), sampling.seed)
     sampler, _, inputs = pipeline.start(clips.texts, sampling, noise=noise)
     context = jax.tree.map(lambda x: x[: len(clips.prompts)], inputs.context)
-    compiled: dict[str, Callable] = {}
+    programs: dict[str, concurrent.futures.Future[Callable]] = {}
     for index, latents in sorted(seen.items()):
         structure, parameters = nnx.split(sampler.model_at(index))
         rows = sampler.model.step_inputs(
@@ -78,23 +114,56 @@ def looks(
             inputs.embedded_guidance,
         )
 
-        def call(name, function, rows=rows, structure=structure, parameters=parameters):
-            def run(parameters, rows):
-                model: Any = nnx.merge(structure, parameters)
-                return model.map_qkv(
-                    function, rows, attention=DENSE, step=None, masks=None
-                )[1]
+        yield Look(
+            step=index,
+            structure=structure,
+            arguments=(parameters, rows),
+            programs=programs,
+            threads=threads,
+        )
 
-            if name not in compiled:
-                compiled[name] = jax.jit(run)
-            return compiled[name](parameters, rows)
 
-        yield Look(step=index, call=call)
+def prepare(
+    look: Look,
+    configs: Mapping[str, DraftConfig],
+    densities: Sequence[float],
+    grid: VideoGrid,
+) -> None:
+    """Begins to compile what measures some methods; see `measure_method`."""
+    look.prepare("masses", _masses_of(grid))
+    for name, config in configs.items():
+        look.prepare(name, errors_of_layer(config, densities, grid))
+
+
+def _masses_of(grid: VideoGrid) -> OfLayer:
+    return lambda q, k, _: masses_of_tiles(q, k, grid)
 
 
 def masses_of_layers(look: Look, grid: VideoGrid) -> Float[np.ndarray, "L B N S S"]:
     """Returns the softmax mass between tiles of each layer, clip and head."""
-    return np.asarray(look.call("masses", lambda q, k, _: masses_of_tiles(q, k, grid)))
+    return np.asarray(look.call("masses", _masses_of(grid)))
+
+
+def errors_of_layer(
+    config: DraftConfig, densities: Sequence[float], grid: VideoGrid
+) -> OfLayer:
+    """Returns what measures a method in a layer at all densities.
+
+    Args:
+      config: What the method computes, with room for all densities.
+      densities: Shares of block pairs to keep.
+      grid: Geometry of the sequence.
+    """
+    budgets = [static_budget(sparsity_of(d), grid, config) for d in densities]
+
+    def look_at_layer(q, k, v):
+        dense = dense_attention(q, k, v, grid=grid)
+        measure = functools.partial(
+            _layer_errors, q, k, v, dense, grid=grid, config=config
+        )
+        return jax.lax.map(measure, jnp.asarray(budgets, jnp.int32))
+
+    return look_at_layer
 
 
 def measure_method(
@@ -123,16 +192,8 @@ def measure_method(
       the mean over layers. And the kept pairs of the first clip and head,
       [layers, S, S].
     """
-    budgets = [static_budget(sparsity_of(d), grid, config) for d in densities]
-
-    def look_at_layer(q, k, v):
-        dense = dense_attention(q, k, v, grid=grid)
-        measure = functools.partial(
-            _layer_errors, q, k, v, dense, grid=grid, config=config
-        )
-        return jax.lax.map(measure, jnp.asarray(budgets, jnp.int32))
-
-    found = look.call(name, look_at_layer)  # [layers, densities, ...]
+    # [layers, densities, ...]
+    found = look.call(name, errors_of_layer(config, densities, grid))
     records, maps = [], np.zeros(0)
     for row, density in enumerate(densities):
         error, share, mask = (np.asarray(x[:, row]) for x in found)

@@ -200,7 +200,9 @@ class Lab:
             clips, prompts=clips.prompts[: self.options.looked_at]
         )
         seen = self.dense(clips).seen
-        return layers_module.looks(self.pipeline, few, self.sampling, seen)
+        return layers_module.looks(
+            self.pipeline, few, self.sampling, seen, self.generations.threads
+        )
 
     def measure(self) -> list[str]:
         """Measures the parts that are asked for; returns those that are left."""
@@ -353,8 +355,13 @@ class Lab:
         if not missing or self.is_late:
             return not missing
         top_p = self.top_p() if "top_p" in names else {}
+        configs = {
+            name: config_at(name, densities, top_p)
+            for name in dict.fromkeys(name for name, _ in missing)
+        }
         bar = tqdm(total=len(missing), desc="layers", file=sys.stdout)
         for look in self._looks(self.reporting):
+            layers_module.prepare(look, configs, densities, self.grid)
             masses = layers_module.masses_of_layers(look, self.grid)
             for name in [name for name, step in missing if step == look.step]:
                 if self.is_late:
@@ -363,7 +370,7 @@ class Lab:
                 rows, maps = layers_module.measure_method(
                     look,
                     name,
-                    config_at(name, densities, top_p),
+                    configs[name],
                     densities,
                     grid=self.grid,
                     masses=masses,

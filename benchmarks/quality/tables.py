@@ -257,19 +257,18 @@ def _splits(record: Mapping[str, Any]) -> str:
 
 
 def _schedules(record: Mapping[str, Any]) -> str:
-    by_name = {
-        row["name"]: np.asarray(row["clips"]["psnr"])
-        for row in record["trials"]
-        if row["part"] == "schedules"
-    }
+    measured = [row for row in record["trials"] if row["part"] == "schedules"]
+    by_name = {row["name"]: np.asarray(row["clips"]["psnr"]) for row in measured}
+    kept = {row["name"]: row["kept_density"] for row in measured}
     if CONSTANT not in by_name:
         return ""
     constant = by_name[CONSTANT]
     rows = []
     for name, values in by_name.items():
-        cells = [name, with_interval(*mean_and_interval(values)), ""]
+        level = with_interval(*mean_and_interval(values))
+        cells = [name, f"{kept[name]:.3f}", level, ""]
         if name != CONSTANT:
-            cells[2] = with_interval(*paired(values, constant), digits=2)
+            cells[3] = with_interval(*paired(values, constant), digits=2)
         rows.append(cells)
     better = [
         name
@@ -284,7 +283,7 @@ def _schedules(record: Mapping[str, Any]) -> str:
     return (
         "## Reused masks and schedules\n\nThe default at a mean density of 0.1 over "
         f"the sparse steps, on the tuning prompts. {said}\n\n"
-        + table(["schedule", "PSNR", "over the constant one"], rows)
+        + table(["schedule", "density kept", "PSNR", "over the constant one"], rows)
     )
 
 
