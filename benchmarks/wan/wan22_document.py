@@ -68,8 +68,8 @@ def expert(cases: Mapping[str, Record]) -> str:
             others.append(f"{other / 1e3:.2f} s at {size}")
     if not rows:
         return ""
-    head = ("a step of an A14B transformer, seconds", "dense")
-    head += ("FP8, 75 %", "FP8, 90 %", "75 %", "90 %", "FP8, default at 90 %")
+    head = ["a step of an A14B transformer, seconds", "dense", "FP8, 75 %", "FP8, 90 %"]
+    head += ["75 %", "90 %", "FP8, default at 90 %"]
     text = table(head, rows)
     if others:
         text += "\n" + paragraph(
@@ -126,8 +126,8 @@ def ti2v(cases: Mapping[str, Record]) -> str:
     ]
     if not cases:
         return ""
-    head = ("a step of TI2V-5B, 704x1280, 121 frames, seconds: tile", "dense")
-    head += ("85 %", "FP8, 85 %", "FP8, default at 85 %")
+    head = ["a step of TI2V-5B, 704x1280, 121 frames, seconds: tile", "dense", "85 %"]
+    head += ["FP8, 85 %", "FP8, default at 85 %"]
     text = table(head, rows)
     if held:
         text += "\n" + paragraph(
