@@ -150,14 +150,17 @@ def change_codec(
 
     Args:
       codec: Of a family that has them.
-      tile: Rows and columns of pixels of the tiles; see `Codec.tiled`.
+      tile: Rows and columns of pixels of the tiles; see `Codec.tiled`. 0 is for whole
+        frames.
       dtype: "float32" or "bfloat16"; see `VideoCodec.in_dtype`.
 
     Raises:
       ValueError: There are no tiles of that size, or no such dtype.
     """
-    if tile is not None:
+    if tile:
         codec = codec.tiled(tile)
+    elif tile is not None:
+        codec = dataclasses.replace(codec, tiling=None)  # type: ignore[type-var]
     if dtype is None:
         return codec
     if not isinstance(codec, VideoCodec):

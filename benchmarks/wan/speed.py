@@ -74,6 +74,7 @@ Record = dict[str, Any]
 Report = Callable[[Record], None]
 
 DEFAULT_MODES = ("0.9", "0.95")
+NOT_SHOWN = ("cache", "profile", "environment")  # of a record, on the screen
 PUBLISHED_IMAGE_MODEL = (WanConfig.i2v_14b(), CLIPVisionConfig.vit_h_14())
 IMAGE_MODELS = {
     "tiny": (
@@ -181,7 +182,7 @@ def brief(record: Record) -> Record:
     for name, value in record.items():
         if isinstance(value, list) and value:
             shown[name] = value[-1]
-        elif isinstance(value, dict) and name not in ("cache", "profile"):
+        elif isinstance(value, dict) and name not in NOT_SHOWN:
             shown[name] = brief(value)
         elif isinstance(value, (float, int, str)):
             shown[name] = round(value, 4) if isinstance(value, float) else value

@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from models.cli.model import check_tile
+from models.cli.tiles import check_tile, with_tiles
 from models.diffusion.decoding import KeptLatents, decode_video
 from models.diffusion.folders.part_files import PartFiles
 from models.diffusion.interfaces import Codec
@@ -49,10 +49,11 @@ def _load_codec(arguments: argparse.Namespace, kept: KeptLatents) -> Codec:
     vae = arguments.vae
     if vae is None and kept.model["vae"] is not None:
         vae = Path(kept.model["vae"])
-    return load_codec(
+    codec = load_codec(
         checkpoint,
         files=PartFiles(vae=vae),
         revision=revision,
         tile=arguments.vae_tile,
         dtype=arguments.vae_dtype,
     )
+    return with_tiles(codec, arguments)

@@ -9,12 +9,11 @@ from typing import Any
 from models.checkpoints.hub import commit_of
 from models.cli.model import Request
 from models.cli.report import command_line
+from models.cli.tiles import smaller_tile
 from models.diffusion.comparison import run_report
 from models.diffusion.decoding import KeptLatents
 from models.diffusion.results import DecodingError
 from models.media.run_folder import LATENTS, RunFolder
-
-_TILE = 256  # pixels of the tiles that are suggested
 
 
 @contextlib.contextmanager
@@ -80,8 +79,7 @@ def _command(folder: Path, request: Request) -> str:
     """Returns the command that decodes, on smaller tiles if the model has any."""
     arguments = ["decode", str(folder)]
     if "tiles" in request.family.takes:
-        tile = request.arguments.vae_tile or 2 * _TILE
-        arguments += ["--vae-tile", str(max(32, tile // 64 * 32))]
+        arguments += ["--vae-tile", str(smaller_tile(request.arguments))]
     if request.arguments.vae_dtype is not None:
         arguments += ["--vae-dtype", request.arguments.vae_dtype]
     return f"`{command_line(arguments)}`"

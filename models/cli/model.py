@@ -16,6 +16,7 @@ from models.cli.caching import cache_from, describe_cache
 from models.cli.mesh import check_devices, mesh_from
 from models.cli.pair_options import check_one_transformer
 from models.cli.report import run_details
+from models.cli.tiles import check_tile, with_tiles
 from models.diffusion.caches import StepCache
 from models.diffusion.contexts import as_prompts
 from models.diffusion.dtypes import check_linears
@@ -97,9 +98,8 @@ class Request:
             linears=arguments.linears,
             mesh=self.mesh,
         )
-        codec = change_codec(
-            pipeline.codec, tile=arguments.vae_tile, dtype=arguments.vae_dtype
-        )
+        codec = change_codec(pipeline.codec, dtype=arguments.vae_dtype)
+        codec = with_tiles(codec, arguments)
         return dataclasses.replace(pipeline, codec=codec)
 
     def for_each_seed(self) -> list["Request"]:
@@ -300,12 +300,6 @@ def _sampling(arguments: argparse.Namespace, info: ModelInfo) -> Sampling:
         arguments, "size", (info.sampling.width, info.sampling.height)
     )
     return options.sampling_from(arguments, info.sampling_at(height, width))
-
-
-def check_tile(pixels: int) -> None:
-    """Raises ValueError unless tiles may have so many rows and columns."""
-    if pixels < 32 or pixels % 32:
-        raise ValueError(f"--vae-tile {pixels} must be a positive multiple of 32")
 
 
 def _part_files(arguments: argparse.Namespace) -> PartFiles:

@@ -128,8 +128,10 @@ def add_vae_options(parser: argparse.ArgumentParser) -> None:
         "--vae-tile",
         type=int,
         metavar="PIXELS",
-        help="run the autoencoder on tiles of this many rows and "
-        "columns, a multiple of 32; saves memory and changes the video a little",
+        help="run the autoencoder on tiles of this many rows and columns, a multiple "
+        "of 32, or with 0 on whole frames (default: 256 on a GPU; on a CPU whole "
+        "frames, but HunyuanVideo's own tiles); saves memory and changes the video a "
+        "little",
     )
     parser.add_argument(
         "--vae-dtype",

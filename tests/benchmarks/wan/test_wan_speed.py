@@ -102,15 +102,16 @@ def test_only_steps_of_one_run_are_compared():
     assert "video_published_speedup_over_cudnn" not in figures
 
 
-SHORT = ["image", "720p"]  # parts of a few steps each
+SHORT = ["look", "image", "720p"]  # parts of a few steps each
 
 
 @pytest.mark.nightly
-def test_short_videos_of_a_tiny_model_are_made(tmp_path):
+def test_short_parts_of_a_tiny_model_are_measured(tmp_path):
     output = tmp_path / "record.json"
     wan_speed.main([*TINY, "--parts", *SHORT, "--output", str(output)])
     parts = json.loads(output.read_text())["parts"]
-    for name in SHORT:
+    assert 0 < parts["look"]["seconds"] < parts["look"]["first_s"]
+    for name in SHORT[1:]:
         record = parts[name]
         assert record["work_per_step"] == ["sparse"] * 3
         assert record["finite"]
