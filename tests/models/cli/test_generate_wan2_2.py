@@ -145,6 +145,30 @@ def test_videos_of_an_image(folders, image, tmp_path, name):
     assert (report["fps"] == 24.0) == (name == "text or image")
 
 
+def test_the_5b_model_has_caches_float8_embeddings_and_looks(
+    folders, image, tmp_path, monkeypatch, capsys
+):
+    """With a first frame that is held, whose tokens are at another time."""
+    options = ["--image", image, "--size", "96x64", "--embeddings", tmp_path / "kept"]
+    more = ["--cache", "easy:1000,1", "--linears", "float8", "--dense-fraction", 0]
+    run("generate", folders["text or image"], tmp_path / "out", *options, *more)
+    report = read_report(tmp_path / "out")
+    work = report["work_per_step"]
+    assert [i for i in range(8) if work[i] != "skipped"] == [0, 1, 7]
+    assert report["linears"] == "float8"
+    capsys.readouterr()
+
+    def fail(*_, **__):
+        pytest.fail("the text encoder is loaded")
+
+    monkeypatch.setattr(UMT5TextEncoder, "load", fail)
+    panels = ["--layers", "0,1", "--heads", "0", "--step", 1, "--dense-fraction", 0]
+    view = tmp_path / "view.png"
+    run("inspect", folders["text or image"], view, *options, *panels)
+    assert "(dense at this step)" not in capsys.readouterr().out
+    assert view.with_suffix(".html").stat().st_size > 10_000
+
+
 def test_what_does_not_fit_is_refused_before_weights_are_loaded(
     folders, image, tmp_path, capsys, monkeypatch
 ):
