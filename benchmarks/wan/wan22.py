@@ -11,7 +11,8 @@ and stops no other. Parts:
   expert     an expert of A14B: sparse steps in FP8, dense ones in bfloat16 with cuDNN's
              attention, FP8 with the library's own selection, sparse ones in bfloat16;
              and a step of the other expert, by the same program
-  ti2v       the 5B model: the same at 85 %, other tiles, and a first frame that is held
+  ti2v       the 5B model: the same at 85 %, and a first frame that is held
+  tiles      the 5B model with other tiles, beside its own
   fp8_pair   a sparse step of each expert in FP8, both on the device
   streamed   sparse steps of each in bfloat16, the second's weights from the host;
              those around the switch of a run of 40
@@ -84,6 +85,7 @@ from models.wan.vae.config import WanVAEConfig
 
 Record = dict[str, Any]
 Report = Callable[[Record], None]
+CaseMaker = Callable[..., "Case"]
 
 BOUNDARY = 875.0
 NUM_STEPS = 40
@@ -310,31 +312,44 @@ def measure_expert(bench: Bench, report: Report) -> None:
     measure_cases(bench, cases, report)
 
 
-def measure_ti2v(bench: Bench, report: Report) -> None:
-    """The 5B model; what counts most first."""
-    wide, narrow = (make_model(bench.sizes.ti2v, p) for p in ("bfloat16", "float8"))
+def ti2v_cases(bench: Bench) -> tuple[dict[str, Case], CaseMaker]:
+    """The 5B model's dense steps and sparse ones, and a function that makes others."""
+    models = {
+        name: make_model(bench.sizes.ti2v, name) for name in ("bfloat16", "float8")
+    }
     shape = bench.sizes.ti2v_latent
 
-    def case(model: WanTransformer, *, held: bool = False) -> Case:
+    def make(
+        name: str, *, tile: tuple[int, int] | None = None, held: bool = False
+    ) -> Case:
+        model = models[name] if tile is None else with_tile(models[name], tile)
         problem = make_problem(model, shape, "ti2v", held=held)
         return Case(problem=problem, modes=("0.85",))
 
-    cases = {
-        "cudnn": Case(problem=make_problem(wide, shape, "ti2v")),
-        "bfloat16": case(wide),
-        "float8": case(narrow),
-    }
+    dense = Case(problem=make_problem(models["bfloat16"], shape, "ti2v"))
+    return {"cudnn": dense} | {name: make(name) for name in models}, make
+
+
+def measure_ti2v(bench: Bench, report: Report) -> None:
+    """The 5B model; what counts most first."""
+    cases, make = ti2v_cases(bench)
+    cases["float8, default"] = as_default(cases["float8"])
+    for name in ("bfloat16", "float8"):
+        cases[f"{name}, first frame held"] = make(name, held=True)
+    measure_cases(bench, cases, report)
+
+
+def measure_tiles(bench: Bench, report: Report) -> None:
+    """The 5B model with other tiles, beside its own."""
+    cases, make = ti2v_cases(bench)
+    for rows, columns in TILES:
+        for name in ("bfloat16", "float8"):
+            case = make(name, tile=(rows, columns))
+            cases[f"{name}, tile {rows}x{columns}"] = case
     cases["float8, default"] = as_default(cases["float8"])
     for rows, columns in TILES:
         tile = f"tile {rows}x{columns}"
-        in_wide, in_float8 = (
-            case(with_tile(model, (rows, columns))) for model in (wide, narrow)
-        )
-        cases[f"bfloat16, {tile}"] = in_wide
-        cases[f"float8, {tile}"] = in_float8
-        cases[f"float8, default {tile}"] = as_default(in_float8)
-    for name, model in (("bfloat16", wide), ("float8", narrow)):
-        cases[f"{name}, first frame held"] = case(model, held=True)
+        cases[f"float8, default {tile}"] = as_default(cases[f"float8, {tile}"])
     measure_cases(bench, cases, report)
 
 
@@ -429,6 +444,7 @@ def measure_vae(bench: Bench, report: Report) -> None:
 PARTS: dict[str, Callable[[Bench, Report], None]] = {
     "expert": measure_expert,
     "ti2v": measure_ti2v,
+    "tiles": measure_tiles,
     "fp8_pair": measure_fp8_pair,
     "streamed": measure_streamed,
     "vae": measure_vae,

@@ -30,7 +30,7 @@ def section(record: Record | None) -> str:
         source(parts.values()),
         expert(cases_of(parts.get("expert", {}))),
         pair(parts.get("fp8_pair", {}), parts.get("streamed", {})),
-        ti2v(cases_of(parts.get("ti2v", {}))),
+        ti2v(cases_of(parts.get("ti2v", {})), cases_of(parts.get("tiles", {}))),
         decoder(cases_of(parts.get("vae", {}))),
     )
     return "\n".join(block for block in blocks if block)
@@ -104,36 +104,42 @@ def pair(resident: Record, streamed: Record) -> str:
     return paragraph(" ".join(said)) if said else ""
 
 
-def ti2v(cases: Mapping[str, Record]) -> str:
-    """Returns the table of the 5B model's steps by tile."""
-    dense = cases.get("cudnn", {})
-    rows = []
-    tiles = [name.rpartition("tile ")[2] for name in cases if "tile " in name]
-    for tile in ("", *dict.fromkeys(tiles)):
-        ending = f", tile {tile}" if tile else ""
-        default = f"float8, default tile {tile}" if tile else "float8, default"
-        names = (f"bfloat16{ending}", f"float8{ending}", default)
-        steps = [time_of(cases.get(name, {}), "0.85", dense) for name in names]
-        shape = tile.split("x") if tile else cases.get(names[0], {}).get("tile", "?")
-        rows.append([" x ".join(map(str, shape)), seconds(dense), *steps])
-    held = [
-        f"{time_of(cases[name], '0.85', dense)} in {what}"
-        for name, what in (
-            ("bfloat16, first frame held", "bfloat16"),
-            ("float8, first frame held", "FP8"),
-        )
-        if name in cases
-    ]
+def ti2v(cases: Mapping[str, Record], tiles: Mapping[str, Record]) -> str:
+    """Returns the table of the 5B model's steps by tile.
+
+    Args:
+      cases: Steps with its own tile.
+      tiles: Steps with others, of a process of their own.
+    """
     if not cases:
         return ""
+    names = [name.rpartition("tile ")[2] for name in tiles if "tile " in name]
+    rows = [tile_row(cases, "", " x ".join(map(str, cases["bfloat16"]["tile"])))]
+    rows += [
+        tile_row(tiles, f"tile {name}", name.replace("x", " x "))
+        for name in dict.fromkeys(names)
+    ]
     head = ["a step of TI2V-5B, 704x1280, 121 frames, seconds: tile", "dense", "85 %"]
     head += ["FP8, 85 %", "FP8, default at 85 %"]
-    text = table(head, rows)
-    if held:
-        text += "\n" + paragraph(
-            f"With an image as the first frame: {', '.join(held)}."
-        )
-    return text
+    held = [
+        f"{time_of(case, '0.85', cases.get('cudnn', {}))} in {what}"
+        for name, what in (("bfloat16", "bfloat16"), ("float8", "FP8"))
+        if "modes" in (case := cases.get(f"{name}, first frame held", {}))
+    ]
+    said = f"With an image as the first frame: {', '.join(held)}." if held else ""
+    return "\n".join(filter(None, (table(head, rows), paragraph(said))))
+
+
+def tile_row(cases: Mapping[str, Record], what: str, title: str) -> list[str]:
+    """Returns the line of a tile."""
+    dense, ending = cases.get("cudnn", {}), f", {what}" if what else ""
+    names = (
+        f"bfloat16{ending}",
+        f"float8{ending}",
+        f"float8, {' '.join(filter(None, ('default', what)))}",
+    )
+    steps = (time_of(cases.get(name, {}), "0.85", dense) for name in names)
+    return [title, seconds(dense), *steps]
 
 
 def decoder(cases: Mapping[str, Record]) -> str:

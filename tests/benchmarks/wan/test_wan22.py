@@ -32,8 +32,12 @@ def test_figures_are_quotients_of_the_records():
             "cudnn": dense | {"median_ms": 9.0},
             "float8": steps(**{"0.85": 3.0}),
             "bfloat16": failed,
-            "bfloat16, tile 6x20": steps(**{"0.85": 4.5}),
             "float8, first frame held": steps(**{"0.85": 3.6}),
+        },
+        "tiles": {
+            "cudnn": dense,
+            "float8": steps(**{"0.85": 1.0}),
+            "bfloat16, tile 6x20": steps(**{"0.85": 6.0}),
         },
         "vae": {
             "float32, 3d": {"seconds": 11.0, "peak_gb": 24.0},
@@ -57,7 +61,8 @@ def test_figures_are_quotients_of_the_records():
         "vae_peak_gb": 25.0,
     }
     assert wan22.summarise({}) == {}
-    parts["ti2v"]["cudnn"]["has_cudnn"] = False  # then it is no measure
+    for part in ("ti2v", "tiles"):  # then it is no measure
+        parts[part]["cudnn"] = parts[part]["cudnn"] | {"has_cudnn": False}
     assert not [name for name in wan22.summarise(parts) if name.startswith("ti2v")]
 
 
@@ -103,7 +108,6 @@ def test_a_case_that_fails_or_comes_too_late_stops_no_other(monkeypatch):
         make(steps, problem, modes)
 
     monkeypatch.setattr(wan22.Steps, "__init__", fail)
-    monkeypatch.setattr(wan22, "TILES", ())
     parts = wan22.main([*options, "ti2v"])["parts"]["ti2v"]
     assert "MemoryError: no memory" in parts["float8"]["error"]
     assert parts["bfloat16"]["modes"]["0.85"]["median_ms"] > 0
