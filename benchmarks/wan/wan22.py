@@ -471,7 +471,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--no-cudnn", dest="cudnn", action="store_false", help="no dense steps")
     add("--samples", type=int, default=3, help="steps of each mode, or videos")
     add("--vae-dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    add("--convolution", choices=("2d", "3d"), default=WanVAEConfig.convolution)
+    add("--convolution", choices=("2d", "3d"), default=FULL.vae.convolution)
     add("--limit", type=float, default=math.inf, help="seconds; none is begun later")
     add_output(parser)
     return parser.parse_args(arguments)

@@ -41,6 +41,8 @@ def test_the_published_file_is_the_preset():
     narrow = WanVAEConfig.from_dict(PUBLISHED, dtype="bfloat16")
     assert narrow == WanVAEConfig.wan2_1(dtype="bfloat16")
     assert WanVAEConfig.from_dict(PUBLISHED | OF_WAN2_2) == WanVAEConfig.wan2_2()
+    other = WanVAEConfig.from_dict(PUBLISHED | OF_WAN2_2, convolution="3d")
+    assert other == WanVAEConfig.wan2_2(convolution="3d")
 
 
 def test_the_preset():
@@ -59,6 +61,7 @@ def test_the_preset():
 def test_the_preset_of_wan2_2():
     config = WanVAEConfig.wan2_2()
     assert config.stride == (4, 16, 16)
+    assert config.convolution == "2d"
     assert config.latent_shape(frames=121, height=704, width=1280) == (31, 44, 80, 48)
     # Channels in and out of each level, and the factors in time and in space.
     encoder = [(160, 160, 1, 2), (160, 320, 2, 2), (320, 640, 2, 2), (640, 640, 1, 1)]
