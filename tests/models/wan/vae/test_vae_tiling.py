@@ -73,6 +73,25 @@ def test_overlaps_are_blended(codecs, latents, video):
 
 
 @pytest.mark.nightly
+def test_overlaps_are_blended_with_averages_too():
+    """Two tiles of four latent positions share one, which is four pixels."""
+    whole = WanVAECodec(model=tiny_vae.make_model("averages_small"))
+    tiled = whole.tiled(16)
+    latents = seeded_uniform("tiles", (1, 2, 3, 7, 3))
+    video = seeded_uniform("tiles", (1, 3, 12, 28, 3)) / 2
+    for name, source, size, shared in (
+        ("decode", latents, 4, 4),
+        ("encode", video, 16, 1),
+    ):
+        left, right = (
+            np.asarray(getattr(whole, name)(part))
+            for part in (source[:, :, :, :size], source[:, :, :, -size:])
+        )
+        got = getattr(tiled, name)(source)
+        np.testing.assert_allclose(got, blend(left, right, shared), rtol=0, atol=1e-6)
+
+
+@pytest.mark.nightly
 def test_without_attention_only_seams_differ(codecs, latents, video):
     """Positions further from the next tile's side than a convolution reaches."""
     whole, tiled = codecs["local"]
