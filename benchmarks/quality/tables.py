@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.presets import PRESET_GAINS, StepTimes
+from benchmarks.quality.prompts import TUNING
 from benchmarks.quality.statistics import mean_and_interval
 from benchmarks.quality.summary import (
     MOTIONS,
@@ -319,9 +320,17 @@ def _combinations(record: Mapping[str, Any]) -> str:
 
 
 def recommended(record: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each preset that was chosen: what it is, and its time."""
+    """Returns a line for each preset that was chosen: what it is, and its time.
+
+    A few prompts and steps are no ground to recommend one.
+    """
     whole, times = whole_runs(record), StepTimes.shipped()
-    lines = []
+    setup, lines = whole["setup"], []
+    if whole.get("presets") and len(setup["tuning"]) < len(TUNING):
+        return [
+            f"- Whole videos: {len(setup['tuning'])} tuning prompts and "
+            f"{setup['sampling']['num_steps']} steps recommend no preset of speed."
+        ]
     for preset, fields in whole.get("presets", {}).items():
         name = Combination(**fields).name
         share = times.share_of(whole, name)

@@ -305,4 +305,8 @@ def test_presets_are_chosen_and_measured(tmp_path, monkeypatch):
     text = document.page(published, "record.json")
     assert "## With step caches and FP8" in text
     assert "| fastest | " in text
+    assert "2 tuning prompts and 6 steps recommend no preset of speed" in text
+    published["setup"]["tuning"] = [["a prompt", "calm"]] * len(TUNING)
+    published["whole_runs"]["setup"]["tuning"] = published["setup"]["tuning"]
+    text = document.page(published, "record.json")
     assert "- A whole video, fastest: " in text
