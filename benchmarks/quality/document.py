@@ -84,6 +84,9 @@ def provenance(record: Mapping[str, Any], name: str) -> str:
         for package in ("python", "jax", "flax", "numpy")
         if package in last["versions"]
     )
+    commits = " and ".join(
+        dict.fromkeys(each["commit"] for each in record["environments"])
+    )
     measured = parts_measured(record)
     missing = [part for part in PARTS if part not in measured]
     whole = whole_runs(record)
@@ -93,8 +96,7 @@ def provenance(record: Mapping[str, Any], name: str) -> str:
         "",
         f"`benchmarks/results/{name}`, `{last['command']}`:",
         "",
-        f"- {record['device']}; {versions}; commit {last['commit']}, "
-        f"{last['date'][:10]}.",
+        f"- {record['device']}; {versions}; commit {commits}, {last['date'][:10]}.",
         f"- Model: {setup['checkpoint']}. {len(setup['reporting'])} reporting and "
         f"{len(setup['tuning'])} tuning prompts, {sampling['frames']} frames of "
         f"{sampling['height']} x {sampling['width']} pixels, {sampling['num_steps']} "

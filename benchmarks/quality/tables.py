@@ -294,6 +294,8 @@ def _combinations(record: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     times, here = StepTimes.shipped(), record.get("dense_steps_ms", {}).get("tuning")
+    if record["device"] == "cpu":  # whose other work is in its times
+        here = None
     cells = []
     for row in sorted(rows, key=lambda row: times.share(row)):
         steps = row["steps"]
@@ -303,19 +305,20 @@ def _combinations(record: Mapping[str, Any]) -> str:
                 with_interval(*mean_and_interval(row["clips"]["psnr"])),
                 *(str(steps[work]) for work in ("dense", "sparse", "skipped")),
                 f"{times.share(row):.3f}",
-                f"{sum(row['steps_ms']) / sum(here):.3f}" if here else "",
+                *([f"{sum(row['steps_ms']) / sum(here):.3f}"] if here else []),
             ]
         )
     head = ["attention + cache + linears", "PSNR", "dense", "sparse", "skipped", "time"]
-    head.append("time here")
+    own_time = ""
+    if here:
+        head.append("time here")
+        own_time = f"*Time here* is that of its own steps on {record['device']}. "
     return (
         "## With step caches and FP8\n\nWhole runs on the tuning prompts, against the "
         "dense bfloat16 video. Time is that of the steps over those of the dense run, "
         f"with steps of Wan2.1 14B as they were measured (`{times.source}`): the small "
-        "model spends little in linear layers. *Time here* is that of its own steps on "
-        f"{record['device']}. A cache decides for all clips of a batch together.\n\n"
-        + table(head, cells)
-        + _presets(record)
+        f"model spends little in linear layers. {own_time}A cache decides for all clips "
+        "of a batch together.\n\n" + table(head, cells) + _presets(record)
     )
 
 
