@@ -317,8 +317,8 @@ def _combinations(record: Mapping[str, Any]) -> str:
         "## With step caches and FP8\n\nWhole runs on the tuning prompts, against the "
         "dense bfloat16 video. Time is that of the steps over those of the dense run, "
         f"with steps of Wan2.1 14B as they were measured (`{times.source}`): the small "
-        f"model spends little in linear layers. {own_time}A cache decides for all clips "
-        "of a batch together.\n\n" + table(head, cells) + _presets(record)
+        f"model spends little in linear layers. {own_time}A cache decides for all "
+        "clips of a batch together.\n\n" + table(head, cells) + _presets(record)
     )
 
 
