@@ -19,7 +19,8 @@ def steps(**medians):
 
 def record_of_all():
     other = {"other_expert_ms": 5500.0}
-    small = steps(**{"0.85": 500.0}) | {"tile": [8, 16]}
+    small = {"modes": {"0.85": {"median_ms": 500.0, "kept_density": 0.1894}}}
+    small["tile"] = [8, 16]
     return {
         "parts": {
             "expert": {
@@ -64,8 +65,8 @@ def test_a_record_makes_tables():
     assert "in FP8 at 90 %: 5.50 s at 768x1280." in words
     assert "in FP8 take 40.0 GB" in words
     assert "The switch before step 27 of 40 takes 0.50 s" in words
-    assert "| 8 x 16 | 1.00 | 0.50 (2.00) | - | - |" in text
-    assert "| 6 x 20 | 1.20 | - | 0.40 (3.00) | 0.80 (1.50) |" in text
+    assert "| 8 x 16 | 18.9% | 1.00 | 0.50 (2.00) | - | - |" in text
+    assert "| 6 x 20 | - | 1.20 | - | 0.40 (3.00) | 0.80 (1.50) |" in text
     assert "as the first frame: 0.50 (2.00) in bfloat16." in words
     assert "| float32 | 2D | 10.0 | 24.0 |\n| bfloat16 | 2D | 5.0 | 12.0 |" in text
     assert "no memory" not in text
