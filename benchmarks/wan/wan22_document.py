@@ -32,6 +32,7 @@ def section(record: Record | None) -> str:
         pair(parts.get("fp8_pair", {}), parts.get("streamed", {})),
         ti2v(cases_of(parts.get("ti2v", {})), cases_of(parts.get("tiles", {}))),
         decoder(cases_of(parts.get("vae", {}))),
+        *(paragraph(part["note"]) for part in parts.values() if "note" in part),
     )
     return "\n".join(block for block in blocks if block)
 
