@@ -209,12 +209,15 @@ def rounded_activation(
 
     Takes and raises what `scaled_product` does.
     """
-    product = unfinished_product(x, weight, bias, dtype=dtype)
+    _check([x], weight)
+    product, scale = _multiply_part(x, weight.values, dtype)
+    bias = None if bias is None else _float32(bias)
+    arrays = (product, scale, weight.scale, bias)
     make = functools.partial(_activate, activation)
-    rows = _in_kernel(gelu_rows, product) if activation is gelu_tanh else None
+    rows = _in_kernel(gelu_rows, *arrays) if activation is gelu_tanh else None
     if rows is None:
-        rows = quantise_made(make, jax.lax.stop_gradient(product))
-    return Rounded(rows=rows, arrays=product, make=make)
+        rows = quantise_made(make, jax.lax.stop_gradient(arrays))
+    return Rounded(rows=rows, arrays=arrays, make=make)
 
 
 def unfinished_product(
@@ -282,17 +285,15 @@ def _check(parts: Sequence[Part], weight: ScaledRows) -> None:
         )
 
 
-def _in_kernel(
-    kernel: Callable[..., Any], x: Array | Product, *others: Any
-) -> ScaledRows | None:
+def _in_kernel(kernel: Callable[..., Any], x: Array, *others: Any) -> ScaledRows | None:
     """Makes and rounds rows in a kernel; None where it does not run."""
     made = _call_kernel(kernel, x, *others)
     return None if made is None else ScaledRows(*made)
 
 
-def _call_kernel(kernel: Callable[..., Any], x: Array | Product, *others: Any) -> Any:
+def _call_kernel(kernel: Callable[..., Any], x: Array, *others: Any) -> Any:
     """Calls a kernel that makes rows like x; None where it does not run."""
-    device = current_device(*jax.tree.leaves(x))
+    device = current_device(x)
     if not device.is_hopper:
         return None
     if cause := why_not_in_kernel(x.shape, x.dtype, device):
@@ -320,9 +321,11 @@ def _float32(x):
     return jnp.asarray(x).astype(jnp.float32)
 
 
-def _activate(activation, product):
-    """Finishes a product and applies an activation, in float32."""
-    return activation(product.float32())
+def _activate(activation, arrays):
+    """Applies scales, bias and activation to a product, in float32."""
+    product, rows, columns, bias = arrays
+    x = _float32(product) * rows[..., None] * columns
+    return activation(x if bias is None else x + bias)
 
 
 def _norm(arrays, *, eps):

@@ -54,38 +54,34 @@ def layer_norm(x: Float[AnyArray, "*axes E"], eps: float) -> Float[Array, "*axes
 
 
 def gelu_rows(
-    product: Product,
+    product: Float[AnyArray, "*rows K"],
+    rows: Float[AnyArray, "*rows"],
+    columns: Float[AnyArray, " K"],
+    bias: Float[AnyArray, " K"] | None = None,
 ) -> tuple[Float8e4m3fn[Array, "*rows K"], Float[Array, "*rows"]]:
-    """Finishes a product in float32, applies `gelu_tanh`, and rounds rows to FP8.
+    """Computes `gelu_tanh(product * rows * columns + bias)`, and rounds rows to FP8.
 
     A row is divided by its scale, so that its largest value becomes 448, the largest of
     e4m3. What is not finite makes its row not finite. It has no derivative. Rows may be
     sharded over devices.
 
     Args:
-      product: A product without its scales and bias.
+      product: A product of FP8 numbers, without their scales.
+      rows: Scale of each of its rows, float32.
+      columns: Scale of each of its columns, float32.
+      bias: Added after scaling, float32.
 
     Returns:
       Values and float32 scales; what they stand for is the product of both.
 
     Raises:
       ValueError: The kernel does not take such a product on any device: see
-        `why_not_in_kernel`. Or its parts do not fit its values.
+        `why_not_in_kernel`.
     """
     _check("gelu_rows", "product", product)
-    check_product("product", product, num_rows=len(product.shape) - 1)
-    values, rows, columns, bias = product
-    *lead, channels = product.shape
-    parts = (
-        jnp.full(shape, value, jnp.float32) if x is None else x
-        for x, value, shape in (
-            (rows, 1, lead),
-            (columns, 1, channels),
-            (bias, 0, channels),
-        )
-    )
-    scales = (jnp.asarray(x, jnp.float32) for x in parts)
-    return _gelu_rows(jnp.asarray(values), *scales)
+    bias = jnp.zeros(columns.shape, jnp.float32) if bias is None else bias
+    scales = (jnp.asarray(x, jnp.float32) for x in (rows, columns, bias))
+    return _gelu_rows(jnp.asarray(product), *scales)
 
 
 def norm_rows(
