@@ -1,7 +1,6 @@
 """Rows in FP8, rounded within the operation that makes them."""
 
 from pallas_kernels.float8_rows.api import (
-    add_norm_rows,
     gelu_rows,
     gelu_tanh,
     layer_norm,
@@ -14,7 +13,6 @@ from pallas_kernels.float8_rows.interfaces import LARGEST, LEAST_MAXIMUM
 __all__ = [
     "LARGEST",
     "LEAST_MAXIMUM",
-    "add_norm_rows",
     "gelu_rows",
     "gelu_tanh",
     "layer_norm",

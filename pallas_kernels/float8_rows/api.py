@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Float8e4m3fn
 from pallas_kernels.common.arrays import AnyArray
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.device import Device
-from pallas_kernels.common.products import Product, check_product
 from pallas_kernels.common.sharding import (
     Axes,
     lists_of_maps,
@@ -113,50 +112,6 @@ def norm_rows(
     return _norm_rows(jnp.asarray(x), *modulation, eps=eps)
 
 
-def add_norm_rows(
-    x: Float[AnyArray, "B T K"],
-    product: Product,
-    gate: Float[AnyArray, "B K"] | None,
-    factor: Float[AnyArray, "B K"],
-    shift: Float[AnyArray, "B K"],
-    *,
-    eps: float,
-) -> tuple[Float[Array, "B T K"], Float8e4m3fn[Array, "B T K"], Float[Array, "B T"]]:
-    """Computes `x + gate * product`, and `norm_rows` of it.
-
-    The product is finished and added in float32.
-
-    Args:
-      x: Rows to add to.
-      product: As many rows.
-      gate: Factor of each channel of the product, for all rows of a batch item; None
-        for ones.
-      factor: As for `norm_rows`, like all arguments below.
-      shift: Added after the norm and its factor.
-      eps: Added to the variance.
-
-    Returns:
-      The sum in the dtype of x; then values and scales of its normed rows.
-
-    Raises:
-      ValueError: The kernel does not take such rows on any device: see
-        `why_not_in_kernel`. Or the product does not fit x.
-    """
-    _check("add_norm_rows", "x", x)
-    _check("add_norm_rows", "product", product)
-    check_product("product", product, num_rows=2)
-    if product.shape != x.shape:
-        raise ValueError(f"product has shape {product.shape}; x has {x.shape}")
-    values, rows, columns, bias = product
-    factor, shift = (jnp.asarray(y, jnp.float32) for y in (factor, shift))
-    gate = jnp.ones_like(factor) if gate is None else jnp.asarray(gate, jnp.float32)
-    rows = jnp.ones(x.shape[:2], jnp.float32) if rows is None else rows
-    columns = gate if columns is None else gate * columns
-    bias = jnp.zeros_like(gate) if bias is None else gate * bias
-    arrays = (x, values, rows, columns, bias, factor, shift)
-    return _add_norm_rows(*map(jnp.asarray, arrays), eps=eps)
-
-
 def round_rows(
     x: Float[AnyArray, "*rows K"],
 ) -> tuple[Float8e4m3fn[Array, "*rows K"], Float[Array, "*rows"]]:
@@ -209,28 +164,6 @@ def _norm_rows(x, factor, shift, *, eps: float):
     )
     run = functools.partial(_by_rows, functools.partial(sm90.kernel.norm_rows, eps=eps))
     return _over_devices(run, axes, (x, factor, shift), num_shared=0)
-
-
-@functools.partial(jit_once, static_argnames=("eps",))
-def _add_norm_rows(x, product, rows, *of_items, eps: float):
-    axes = Axes(
-        operation="sum and norm of rows in FP8",
-        operands=(
-            *("x: B N K", "product: B N K", "rows: B N", "columns: B K"),
-            *("bias: B K", "factor: B K", "shift: B K"),
-        ),
-        results=("B N K", "B N K", "B N"),
-    )
-
-    def run(x, product, rows, *of_items):
-        kernel = functools.partial(sm90.kernel.add_norm_rows, eps=eps)
-        lead, flat = rows.shape, (rows.size, x.shape[-1])
-        total, values, scale = kernel(
-            x.reshape(flat), product.reshape(flat), rows.reshape(rows.size), *of_items
-        )
-        return total.reshape(x.shape), values.reshape(x.shape), scale.reshape(lead)
-
-    return _over_devices(run, axes, (x, product, rows, *of_items), num_shared=0)
 
 
 @jit_once
