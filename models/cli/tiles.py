@@ -1,6 +1,7 @@
 """Tiles that the autoencoder runs on where nothing is said."""
 
 import argparse
+import warnings
 
 import jax
 
@@ -23,12 +24,17 @@ def with_tiles(codec: Codec, arguments: argparse.Namespace) -> Codec:
     """Returns a codec on the tiles of a command.
 
     On a GPU whole frames take more memory than the steps of a model: by default they
-    are cut there, unless the codec has tiles of its own.
+    are cut there, with a note, unless the codec has tiles of its own.
     """
     if arguments.vae_tile is not None:
         return change_codec(codec, tile=arguments.vae_tile)
     is_whole = getattr(codec, "tiling", codec) is None
     if is_whole and _cuts_by_default():
+        warnings.warn(
+            f"the autoencoder runs on tiles of {DEFAULT_TILE} pixels to save memory; "
+            "larger frames differ a little from whole ones: --vae-tile 0 is for those",
+            stacklevel=1,
+        )
         return change_codec(codec, tile=DEFAULT_TILE)
     return codec
 
