@@ -17,7 +17,7 @@ class Parts:
     """Parts of one file, each with the environment that it was measured in.
 
     The file is written anew whenever a part has grown. Parts that it has already stay
-    until they are measured again.
+    until something of them is measured again: errors alone replace nothing.
 
     Attributes:
       document: What the file has: facts, `parts` and `summary`.
@@ -87,7 +87,9 @@ class Parts:
         """Keeps a part's record, prints what is worth it, and writes the file anew."""
         if "environment" not in record:
             record = {"environment": self.environment, **record}
-        self.parts[part] = self.measured[part] = record
+        self.measured[part] = record
+        if has_figures(record) or not has_figures(self.parts.get(part, {})):
+            self.parts[part] = record
         self.document["summary"] = dict(self._summarise(self.parts))
         if self._show is not None:
             self.say(f"{part}: {json.dumps(self._show(record))}")
@@ -107,8 +109,7 @@ class Parts:
         if self.left_s() <= 0:
             not_begun = f"not begun: the limit was {self.limit} s"
             self.say(f"{part}: {not_begun}")
-            if part not in self.parts:
-                self.keep(part, {"error": not_begun})
+            self.keep(part, {"error": not_begun})
             return
         grown: Record = {}
 
@@ -121,3 +122,14 @@ class Parts:
             function(*arguments, report)
         if failure:
             report(failure)
+
+
+def has_figures(record: Mapping[str, Any]) -> bool:
+    """Returns whether a part, or one of its cases, has more than an error."""
+    own = {
+        name: x for name, x in record.items() if name not in ("environment", "error")
+    }
+    return any(
+        has_figures(value) if isinstance(value, Mapping) else True
+        for value in own.values()
+    )

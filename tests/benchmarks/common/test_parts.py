@@ -60,6 +60,23 @@ def test_no_part_begins_after_the_limit(tmp_path):
     assert found["b"]["error"] == "not begun: the limit was 0.0 s"
 
 
+@pytest.mark.parametrize("nothing", [{}, {"case": {"error": "not begun"}}], ids=str)
+def test_errors_alone_replace_no_figures(tmp_path, nothing):
+    file = tmp_path / "record.json"
+    earlier = {"a": {"case": {"median_ms": 7.0}, "environment": {}}}
+    file.write_text(json.dumps({"model": "tiny", "parts": earlier}))
+    parts = open_parts(file)
+
+    def run(report):
+        report(nothing)
+        raise RuntimeError("no memory")
+
+    parts.measure("a", run)
+    assert json.loads(file.read_text())["parts"] == earlier
+    parts.measure("a", lambda report: report({"case": {"median_ms": 8.0}}))
+    assert json.loads(file.read_text())["parts"]["a"]["case"] == {"median_ms": 8.0}
+
+
 def test_files_of_other_facts_stay(tmp_path):
     file = tmp_path / "record.json"
     file.write_text('{"model": "13b", "parts": {}}')
