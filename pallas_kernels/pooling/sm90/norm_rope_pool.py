@@ -59,7 +59,6 @@ from pallas_kernels.common.device import Device
 from pallas_kernels.common.products import Product, filled_alike
 from pallas_kernels.pooling.interfaces import (
     MeanSquares,
-    Projected,
     QKNorm,
     Reduction,
     Rope,
@@ -82,8 +81,8 @@ from pallas_kernels.pooling.sm90.plan import (
 
 
 def norm_rope_pool(
-    arrays: tuple[Projected, ...],
-    text: tuple[Projected, ...] | None,
+    arrays: tuple[Float[Array, "B _ N D"] | Product, ...],
+    text: tuple[Float[Array, "B _ N D"] | Product, ...] | None,
     scales: Scales | None,
     text_scales: Scales | None,
     rope: Rope | None,

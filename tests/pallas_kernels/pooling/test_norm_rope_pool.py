@@ -374,6 +374,7 @@ def test_any_number_of_heads_is_taken(head_dim):
                     "bfloat16",
                     norm=norm,
                     has_mean_squares=has_mean_squares,
+                    has_parts=(False,) * 3,
                     has_text_scales=False,
                     has_rope=True,
                     reductions=("mean",),
