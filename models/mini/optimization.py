@@ -1,9 +1,10 @@
-"""AdamW as all trainings here use it, and how their states are stored."""
+"""AdamW and Muon as the trainings here use them, and how their states are stored."""
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from models.files import whole_file
+from models.mini.muon import scale_by_muon
 from pallas_kernels.common import make_plain, register_configuration
 
 STATE_FILE = "state.npz"
 Parameters = Any  # pytree of arrays
+OptimizerKind = Literal["adamw", "muon"]
 
 
 @register_configuration
@@ -24,47 +27,85 @@ class OptimizerConfig:
     """How a loss is minimised. Hashable.
 
     Attributes:
-      learning_rate: Peak of AdamW's.
+      kind: "adamw", or "muon", which moves the kernels of a transformer's blocks by
+        Muon and all else by AdamW.
+      learning_rate: Peak of the rate of both.
       warmup_steps: Steps over which it rises from 0. It then falls as a cosine.
       weight_decay: Decay of matrices; biases, norms and tables have none.
       betas: AdamW's moments.
+      momentum: Muon's.
       clip: Largest global norm of a gradient.
 
     Raises:
-      ValueError: The decay is not in [0, 1), or a positive number is not positive.
+      ValueError: The kind is unknown, the decay or Muon's momentum is not in [0, 1), or
+        a positive number is not positive.
     """
 
+    kind: OptimizerKind = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 400
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.99)
+    momentum: float = 0.95
     clip: float = 1.0
 
     def __post_init__(self) -> None:
         make_plain(self)
-        if not 0.0 <= self.weight_decay < 1.0:
-            raise ValueError(f"{self.weight_decay=!r} must be in [0, 1)")
+        if self.kind not in get_args(OptimizerKind):
+            raise ValueError(f"kind={self.kind!r} must be 'adamw' or 'muon'")
+        for name in ("weight_decay", "momentum"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be in [0, 1)")
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns AdamW without its learning rate, which every step is given."""
+    """Returns the optimizer without its learning rate, which every step is given."""
+    scale = optax.scale_by_adam(*config.betas)
+    if config.kind == "muon":
+        scale = optax.partition(
+            {"adamw": scale, "muon": scale_by_muon(config.momentum)}, optimizer_kinds
+        )
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.scale_by_adam(*config.betas),
+        scale,
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
     )
 
 
 def decayed(parameters: Parameters) -> Parameters:
     """Marks the matrices, which weight decay pulls towards zero."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _leaf: "kernel" in _names(path), parameters
+    )
 
-    def is_matrix(path, _leaf) -> bool:
-        return any(getattr(key, "key", None) == "kernel" for key in path)
 
-    return jax.tree_util.tree_map_with_path(is_matrix, parameters)
+def optimizer_kinds(parameters: Parameters) -> Parameters:
+    """Says what moves each parameter where `OptimizerConfig.kind` is "muon".
+
+    Muon moves the kernels of blocks. Embeddings, text, head, modulation, norms and
+    biases are AdamW's.
+
+    Raises:
+      ValueError: No parameter would be Muon's.
+    """
+
+    def kind(path, _leaf) -> OptimizerKind:
+        return "muon" if {"blocks", "kernel"} <= _names(path) else "adamw"
+
+    kinds = jax.tree_util.tree_map_with_path(kind, parameters)
+    if "muon" not in jax.tree.leaves(kinds):
+        raise ValueError(
+            "kind='muon' needs kernels of a transformer's blocks, which this model "
+            "does not have; use kind='adamw'"
+        )
+    return kinds
+
+
+def _names(path: Sequence[Any]) -> set[Any]:
+    return {getattr(key, "key", None) for key in path}
 
 
 def is_usable(gradients: Parameters) -> Bool[Array, ""]:

@@ -101,6 +101,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder with codec.json and codec.safetensors, of models.mini.train_codec",
     )
     parser.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="what moves the kernels of the blocks; see OptimizerConfig",
+    )
+    parser.add_argument(
         "--remat", action="store_true", help="less memory; see TrainConfig"
     )
     parser.add_argument(
@@ -118,7 +124,7 @@ def make_config(options: argparse.Namespace) -> "TrainConfig":
     from models.mini.training import TrainConfig
 
     return TrainConfig(
-        optimizer=OptimizerConfig(**optimizer_options(options)),
+        optimizer=OptimizerConfig(kind=options.optimizer, **optimizer_options(options)),
         seed=options.seed,
         remat=options.remat,
     )

@@ -51,7 +51,7 @@ class TrainConfig:
 
     Attributes:
       model: Sizes of the transformer, which attends densely in training.
-      optimizer: AdamW's settings.
+      optimizer: Settings of AdamW or Muon.
       ema: Decay of the averaged parameters, which are the ones kept.
       caption_dropout: Share of videos trained without caption, for guidance.
       shift: Noise levels are drawn as the sampler with this shift visits them.
@@ -245,7 +245,7 @@ def train_step(
     latents: Float[Array, "B F H W C"],
     learning_rate: Float[Array, ""],
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """Runs one step of AdamW on the flow-matching loss.
+    """Runs one step of the optimizer on the flow-matching loss.
 
     Args:
       trainer: Static parts.

@@ -1,6 +1,7 @@
 """The training step and loop of the small model, on tiny sizes."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -28,7 +29,12 @@ from models.mini.run import Progress, Run
 from models.mini.scenes import Mix, all_captions, sample_batch
 from models.mini.stages import Length, Stage, VideoSize, sizes_of
 from models.mini.text import Vocabulary
-from models.mini.training import TrainConfig, Trainer, sample_noise_levels
+from models.mini.training import (
+    TrainConfig,
+    Trainer,
+    sample_noise_levels,
+    train_step,
+)
 from models.wan.config import WanConfig
 from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.codec import WanVAECodec
@@ -110,6 +116,25 @@ def test_loss_falls_on_one_batch(trainer, compiler, draw):
         losses.append(float(loss))
     assert np.mean(losses[-10:]) < 0.8 * losses[0]
     assert int(state.step) == 60
+
+
+def test_muon_trains_and_passes_over_broken_videos(trainer, draw):
+    config = dataclasses.replace(trainer.config, optimizer=OptimizerConfig(kind="muon"))
+    ours = dataclasses.replace(trainer, config=config)
+    batch, state = ours.batch(draw), ours.initial_state()
+    step = jax.jit(functools.partial(train_step, ours), donate_argnums=0)
+    latents = 0.1 * jax.random.normal(jax.random.key(0), (SIZE.batch, 2, 4, 6, 16))
+    text = (batch.ids, batch.lengths)
+    losses = []
+    for _ in range(40):
+        state, loss = step(state, *text, latents, jnp.float32(1e-2))
+        losses.append(float(loss))
+    assert np.mean(losses[-10:]) < 0.8 * losses[0]
+    before = jax.device_get(state)
+    broken = latents.at[0, 0, 0, 0, 0].set(jnp.nan)
+    after, _ = step(state, *text, broken, jnp.float32(3e-3))
+    assert int(after.step) == before.step + 1
+    chex.assert_trees_all_equal(jax.device_get(after[1:]), before[1:])
 
 
 def test_average_follows_parameters(trainer, compiler, draw):
@@ -228,11 +253,12 @@ def test_learning_rate_rises_then_falls():
 
 def test_options():
     given = ["--sources", "s", "--output", "o", "--codec", "c", "--minutes", "25"]
-    given += ["--warmup-steps", "7", "--stage", "1=9x96x128*4"]
+    given += ["--warmup-steps", "7", "--stage", "1=9x96x128*4", "--optimizer", "muon"]
     options = train.make_parser().parse_args(given)
     assert options.stage == [Stage.parse("1=9x96x128*4")]
     assert train.length_of(options) == Length(seconds=1500.0)
-    assert train.make_config(options).optimizer == OptimizerConfig(warmup_steps=7)
+    config = train.make_config(options).optimizer
+    assert config == OptimizerConfig(kind="muon", warmup_steps=7)
 
 
 @pytest.mark.parametrize(
@@ -241,8 +267,9 @@ def test_options():
         (TrainConfig, "ema", 1.0, r"ema=1\.0 must be in \[0, 1\)"),
         (TrainConfig, "caption_dropout", -0.1, "caption_dropout"),
         (OptimizerConfig, "learning_rate", 0.0, "learning_rate=0.0 must be positive"),
+        (OptimizerConfig, "momentum", 1.0, r"momentum=1\.0 must be in \[0, 1\)"),
     ],
-    ids=["ema", "caption_dropout", "learning_rate"],
+    ids=["ema", "caption_dropout", "learning_rate", "momentum"],
 )
 def test_bad_config(config, field, value, text):
     with pytest.raises(ValueError, match=text):
