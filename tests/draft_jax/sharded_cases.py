@@ -72,6 +72,7 @@ LEFT_OUT = {
     "draft_jax.check_positions": "outside of jit only",
     "draft_jax.initial_mask": "it takes no array",
     "draft_jax.BlockMask full": "it takes no array",
+    "draft_jax.norm_rope_pool of products": "it cuts its scales from sharded axes of q",
     "draft_jax.DraftAttention": "heads are channels outside: see `flax_layers`",
 }
 
