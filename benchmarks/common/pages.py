@@ -1,7 +1,8 @@
 """What records say on a page of the site, between marks that a test holds to them."""
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
@@ -10,6 +11,21 @@ def written(page: str, section: str) -> str:
     """Returns a page with a section between its marks."""
     before, rest = page.split(BEGIN)
     return before + BEGIN + section + END + rest.split(END)[1]
+
+
+def commits_of(environments: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the commits that records were measured at."""
+    return " and ".join(dict.fromkeys(each["commit"] for each in environments))
+
+
+def where_measured(environments: Iterable[Mapping[str, Any]]) -> str:
+    """Returns date, commits, jax and driver of records of one machine."""
+    environments = list(environments)
+    first = environments[0]
+    return (
+        f"{first['date'][:10]}, commit {commits_of(environments)}, jax "
+        f"{first['versions']['jax']}, driver {first['gpus'][0].split(', ')[-1]}"
+    )
 
 
 def paragraph(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.pages import commits_of
 from benchmarks.common.records import ROOT, write_json
 from benchmarks.quality import pictures, tables
 from benchmarks.quality.likeness import FLOOR_DB
@@ -84,9 +85,7 @@ def provenance(record: Mapping[str, Any], name: str) -> str:
         for package in ("python", "jax", "flax", "numpy")
         if package in last["versions"]
     )
-    commits = " and ".join(
-        dict.fromkeys(each["commit"] for each in record["environments"])
-    )
+    commits = commits_of(record["environments"])
     measured = parts_measured(record)
     missing = [part for part in PARTS if part not in measured]
     whole = whole_runs(record)
@@ -236,11 +235,13 @@ def use(record: Mapping[str, Any]) -> str:
         "",
         "The flat `summary` of the record, with half-widths of intervals:",
         "",
-    ]
-    lines += ["| figure | value |", "| --- | --- |"]
-    lines += [
-        f"| `{name}` | {tables.with_interval(*pair, digits=2)} |"
-        for name, pair in found.items()
+        tables.table(
+            ["figure", "value"],
+            [
+                [f"`{name}`", tables.with_interval(*pair, digits=2)]
+                for name, pair in found.items()
+            ],
+        ),
     ]
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import pages
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.presets import PRESET_GAINS, StepTimes
 from benchmarks.quality.prompts import TUNING
@@ -40,9 +41,8 @@ def paired(first: Any, second: Any) -> tuple[float, float]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Returns a table, without the end of its last line."""
+    return pages.table(head, rows).removesuffix("\n")
 
 
 def densities_of(by_name: Mapping[str, Curve]) -> list[float]:

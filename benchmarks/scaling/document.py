@@ -104,14 +104,12 @@ def section(records: Sequence[Record]) -> str:
 def measured(records: Sequence[Record]) -> str:
     """Returns the table of steps that were measured."""
     environment = records[0]["environment"]
-    commits = " and ".join(record["environment"]["commit"] for record in records)
     commands = (record["environment"]["command"] for record in records)
+    where = pages.where_measured(record["environment"] for record in records)
     lines = [
         paragraph(
             f"Measured on {len(environment['gpus'])} {environment['device']} "
-            f"({environment['date'][:10]}, commit {commits}, jax "
-            f"{environment['versions']['jax']}, driver "
-            f"{environment['gpus'][0].split(', ')[-1]}), bfloat16, the paper's "
+            f"({where}), bfloat16, the paper's "
             f"selection at {records[0]['sparsity']:.0%}. Masks and estimates are those "
             "of the first step, beside those of one GPU: products of fewer rows round "
             "otherwise. Each step is compared with one GPU of its own run."
@@ -120,18 +118,19 @@ def measured(records: Sequence[Record]) -> str:
         *(command.split(" --limit")[0] for command in commands),
         "```",
         "",
-        "| Step | mesh | commit | seconds | times as fast | pairs kept by both | "
-        "relative difference |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for part, title in NAMES.items():
-        for name in merged(records).get(part, {}):
-            lines += row(records, part, name, title)
-    return "\n".join(lines) + "\n"
+    head = ["Step", "mesh", "commit", "seconds", "times as fast", "pairs kept by both"]
+    rows = (
+        row(records, part, name, title)
+        for part, title in NAMES.items()
+        for name in merged(records).get(part, {})
+    )
+    head.append("relative difference")
+    return "\n".join([*lines, pages.table(head, filter(None, rows))])
 
 
 def row(records: Sequence[Record], part: str, name: str, title: str) -> list[str]:
-    """Returns the line of the last run that timed a step; none if there is none."""
+    """Returns the cells of the last run that timed a step; none if there is none."""
     for record in reversed(records):
         ms, one = median_ms(record, part, name), median_ms(record, part, ONE)
         if ms is None or one is None:
@@ -141,9 +140,9 @@ def row(records: Sequence[Record], part: str, name: str, title: str) -> list[str
         if name == "weights":
             mesh += ", spread weights"
         return [
-            f"| {title} | {mesh} | {record['environment']['commit']} | "
-            f"{ms / 1e3:.2f} | {one / ms:.2f} | "
-            f"{step['masks']['common_pairs']:.2%} | {step['relative_error']:.1e} |"
+            *(title, mesh, record["environment"]["commit"]),
+            *(f"{ms / 1e3:.2f}", f"{one / ms:.2f}"),
+            *(f"{step['masks']['common_pairs']:.2%}", f"{step['relative_error']:.1e}"),
         ]
     return []
 
@@ -215,13 +214,7 @@ def sources(parts: Parts) -> str:
 
 def table(parts: Parts, video: Video, title: str) -> str:
     """Returns the model's steps on 1 to 64 GPUs, by the fastest mesh of each."""
-    lines = [
-        f"{title}, by the model:",
-        "",
-        "| GPUs | mesh | seconds | times as fast | GB sent by each |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    one_ms = step_ms(parts, video, 1, 1)
+    rows, one_ms = [], step_ms(parts, video, 1, 1)
     for devices in COUNTS:
         mesh = fastest(parts, video, devices)
         if mesh is None:
@@ -229,14 +222,14 @@ def table(parts: Parts, video: Video, title: str) -> str:
         sequence, guidance = mesh
         ms = step_ms(parts, video, sequence, guidance)
         name = f"`sequence={sequence},guidance={guidance}`" if devices > 1 else "-"
-        lines.append(
-            f"| {devices} | {name} | {ms / 1e3:.3f} | {one_ms / ms:.2f} | "
-            f"{video.sent_gb(sequence, guidance):.1f} |"
-        )
+        sent = f"{video.sent_gb(sequence, guidance):.1f}"
+        rows.append([str(devices), name, f"{ms / 1e3:.3f}", f"{one_ms / ms:.2f}", sent])
+    head = ["GPUs", "mesh", "seconds", "times as fast", "GB sent by each"]
+    text = f"{title}, by the model:\n\n" + pages.table(head, rows)
     missing = [str(n) for n in COUNTS if fastest(parts, video, n) is None]
     if missing:
-        lines += ["", f"No mesh of {', '.join(missing)} divides {video.heads} heads."]
-    return "\n".join(lines) + "\n"
+        text += f"\nNo mesh of {', '.join(missing)} divides {video.heads} heads.\n"
+    return text
 
 
 def differences(

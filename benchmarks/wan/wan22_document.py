@@ -21,10 +21,8 @@ PAGE = ROOT / "docs" / "wan2_2.md"
 RECORD = ROOT / "benchmarks" / "results" / "wan22_h200.json"
 
 
-def section(record: Record | None) -> str:
-    """Returns the text between the marks; None is no record."""
-    if record is None:
-        return paragraph("No run on a GPU is recorded yet.")
+def section(record: Record) -> str:
+    """Returns the text between the marks."""
     parts = record["parts"]
     blocks = (
         source(parts.values()),
@@ -40,11 +38,8 @@ def section(record: Record | None) -> str:
 def source(parts: Iterable[Record]) -> str:
     """Returns what the figures are of."""
     found = [part["environment"] for part in parts if part.get("environment")]
-    first = found[0]
-    commits = " and ".join(dict.fromkeys(each["commit"] for each in found))
     return paragraph(
-        f"One {first['device']} ({first['date'][:10]}, commit {commits}, jax "
-        f"{first['versions']['jax']}, driver {first['gpus'][0].split(', ')[-1]}), "
+        f"One {found[0]['device']} ({pages.where_measured(found)}), "
         f"`python -m benchmarks.wan.wan22` (`{RECORD.name}`): random weights, guided "
         "steps of two calls, the paper's selection. In brackets how many times as fast "
         "as the dense bfloat16 step with cuDNN's attention in the same process."
@@ -173,12 +168,12 @@ def time_of(case: Record, mode: str, dense: Record) -> str:
     return f"{ms / 1e3:.2f} ({dense['median_ms'] / ms:.2f})"
 
 
-def read() -> Record | None:
-    """Returns the record; None if there is none."""
-    return json.loads(RECORD.read_text()) if RECORD.exists() else None
+def read() -> Record:
+    """Returns the record."""
+    return json.loads(RECORD.read_text())
 
 
-def written(text: str, record: Record | None) -> str:
+def written(text: str, record: Record) -> str:
     """Returns a page with what a record says."""
     return pages.written(text, section(record))
 

@@ -24,16 +24,22 @@ def random_case(tiling, norm, dtype="float32", seed=0):
     rng = np.random.default_rng(seed)
     shape = (2, tiling.tokens.stop + 3, *HEADS)
     q, k = (jnp.asarray(2 * rng.normal(size=shape), dtype) for _ in range(2))
+    num_tokens = tiling.tokens.stop - tiling.tokens.start
+    return q, k, *scales_and_rope(rng, num_tokens, HEADS, norm)
+
+
+def scales_and_rope(rng, num_tokens, heads, norm):
+    """Scales of a norm, None without one, and a rotary table."""
+    num_heads, head_dim = heads
     scales = None
     if norm is not None:
-        width = HEADS[1] if norm.over == "head" else HEADS[0] * HEADS[1]
+        width = head_dim if norm.over == "head" else num_heads * head_dim
         scales = tuple(
             jnp.asarray(rng.uniform(0.5, 2, width), jnp.float32) for _ in range(2)
         )
-    num_tokens = tiling.tokens.stop - tiling.tokens.start
-    angles = rng.uniform(0, 7, (num_tokens, HEADS[1] // 2))
+    angles = rng.uniform(0, 7, (num_tokens, head_dim // 2))
     rope = tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
-    return q, k, scales, rope
+    return scales, rope
 
 
 def naive_table(tiling):

@@ -16,7 +16,7 @@ from pallas_kernels.pooling.sm90 import emulated
 from pallas_kernels.pooling.sm90 import norm_rope_pool as kernel
 from tests import tolerances
 from tests.draft_jax import naive_draft
-from tests.pallas_kernels.pooling import naive_norm_rope
+from tests.pallas_kernels.pooling import cases, naive_norm_rope
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 H100 = Device(platform="gpu", kind="H100", compute_capability=(9, 0))
@@ -35,18 +35,9 @@ pytestmark = pytest.mark.usefixtures("no_races")
 def random_case(grid, heads, *, norm, dtype, batch=1, seed=0):
     """q, k, scales and rotary table; the tokens of q and k in raster order."""
     rng = np.random.default_rng(seed)
-    num_heads, head_dim = heads
     shape = (batch, grid.num_tokens, *heads)
     q, k = (jnp.asarray(3 * rng.normal(size=shape), dtype) for _ in range(2))
-    scales = None
-    if norm is not None:
-        width = head_dim if norm.over == "head" else num_heads * head_dim
-        scales = tuple(
-            jnp.asarray(rng.uniform(0.5, 2, width), jnp.float32) for _ in range(2)
-        )
-    angles = rng.uniform(0, 7, (grid.num_visual_tokens, head_dim // 2))
-    rope = tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
-    return q, k, scales, rope
+    return q, k, *cases.scales_and_rope(rng, grid.num_visual_tokens, heads, norm)
 
 
 def check(got, given, grid, order, norm, text_scales=None):

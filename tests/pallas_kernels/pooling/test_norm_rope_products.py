@@ -42,16 +42,8 @@ def interpreted():
 
 def factors(tiling, heads, norm, seed=0):
     """Scales of a norm and a rotary table."""
-    rng = np.random.default_rng(seed)
-    scales = None
-    if norm is not None:
-        width = heads[1] if norm.over == "head" else heads[0] * heads[1]
-        scales = tuple(
-            jnp.asarray(rng.uniform(0.5, 2, width), jnp.float32) for _ in range(2)
-        )
     tokens = tiling.tokens.stop - tiling.tokens.start
-    angles = rng.uniform(0, 7, (tokens, heads[1] // 2))
-    return scales, tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
+    return cases.scales_and_rope(np.random.default_rng(seed), tokens, heads, norm)
 
 
 def check(got, products, tiling, norm, scales, rope):
