@@ -30,6 +30,13 @@ from models.mini.autoencoder import (
     with_statistics,
 )
 from models.mini.compilation import Compiled, Programs
+from models.mini.data_parallel import (
+    SAME,
+    SHARED,
+    DataParallel,
+    mean_gradients,
+    own_key,
+)
 from models.mini.feed import Draw, Feed
 from models.mini.linear_start import start_linear
 from models.mini.optimization import (
@@ -113,15 +120,22 @@ class CodecTrainer:
     Args:
       config: The loss and how it is minimised.
       sources: From `models.mini.renderer.device_sources`.
+      devices: Those that share the videos of a step.
     """
 
     config: CodecConfig
     sources: dict[str, Array]
+    devices: DataParallel = dataclasses.field(default_factory=DataParallel.of)
 
     @functools.cached_property
     def structure(self) -> Any:
         """The graph definition of the autoencoder."""
         return nnx.graphdef(nnx.eval_shape(lambda: self._module(0)))
+
+    @functools.cached_property
+    def fixed(self) -> dict[str, Array]:
+        """The sources, on all devices."""
+        return self.devices.place(self.sources)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -169,22 +183,23 @@ class CodecTrainer:
         def render(scenes, sources):
             return render_scenes(scenes, sources, size)
 
-        def step(state, videos, learning_rate):
-            return codec_step(self, state, videos, learning_rate)
-
-        videos = jax.eval_shape(render, batch, self.sources)
-        arguments = (state, videos, jnp.float32(0))
-        return (
-            jax.jit(render).lower(batch, self.sources),
-            jax.jit(step, donate_argnums=0).lower(*arguments),
+        rendering = self.devices.jit(render, (SHARED, SAME), SHARED)
+        step = self.devices.jit(
+            functools.partial(codec_step, self),
+            (SAME, SHARED, SAME),
+            (SAME, SAME),
+            donate_argnums=0,
         )
+        videos = jax.eval_shape(rendering, batch, self.fixed)
+        arguments = (state, videos, np.float32(0))
+        return rendering.lower(batch, self.fixed), step.lower(*arguments)
 
     def call(
         self, compiled: Compiled, state: CodecState, batch: SceneBatch, rate: float
     ) -> tuple[CodecState, Float[Array, ""]]:
         """Runs a compiled step; returns the new state and the loss before it."""
         render, step = compiled
-        return step(state, render(batch, self.sources), jnp.float32(rate))
+        return step(state, render(batch, self.fixed), np.float32(rate))
 
     def module(self, state: CodecState) -> WanVAE:
         """Returns the autoencoder of the averaged parameters, in float32."""
@@ -224,6 +239,8 @@ def codec_step(
 ) -> tuple[CodecState, Float[Array, ""]]:
     """Runs one step of AdamW on the loss of restored videos.
 
+    Within `DataParallel.jit`: it sees the videos of one device.
+
     Args:
       trainer: Static parts.
       state: Parameters and moments.
@@ -233,13 +250,13 @@ def codec_step(
     Returns:
       The state after the step, and the loss before it.
     """
-    key = jax.random.fold_in(jax.random.key(trainer.config.seed), state.step)
+    key = own_key(jax.random.fold_in(jax.random.key(trainer.config.seed), state.step))
 
     def loss_of(parameters):
         model = nnx.merge(trainer.structure, parameters)
         return restoration_loss(model, videos, key, trainer.config)
 
-    loss, gradients = jax.value_and_grad(loss_of)(state.parameters)
+    loss, gradients = mean_gradients(loss_of, state.parameters)
     updates, optimizer = trainer.optimizer.update(
         gradients, state.optimizer, state.parameters
     )

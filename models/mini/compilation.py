@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from models.mini.data_parallel import DataParallel
 from models.mini.feed import Draw, Feed
 from models.mini.stages import VideoSize
 
@@ -23,6 +24,10 @@ class Task(Protocol):
     @property
     def config(self) -> Any:
         """Settings, with the `seed` of the scenes."""
+
+    @property
+    def devices(self) -> DataParallel:
+        """Devices that share the videos of a step."""
 
     def batch(self, draw: Draw) -> Any:
         """Returns what the host hands to a step."""
@@ -76,7 +81,8 @@ class Compiler:
 
     def _compile(self, size: VideoSize) -> Compiled:
         start = time.monotonic()
-        with Feed(self._task.config.seed, workers=0) as feed:
+        seed, parts = self._task.config.seed, self._task.devices.count
+        with Feed(seed, parts=parts, workers=0) as feed:
             batch = self._task.batch(feed.get(0, lambda _: size))
         with self._tracing:
             data, step = self._task.lower_step(self._state, batch, size)

@@ -8,26 +8,61 @@ import concurrent.futures
 import multiprocessing
 from collections.abc import Callable
 
+import numpy as np
+
 from models.mini.scenes import Arrays, Mix, sample_batch
 from models.mini.stages import VideoSize
 
 Draw = tuple[list[str], Arrays, Arrays, Arrays]
 
 
+def draw_parts(
+    seed: tuple[int, int], parts: int, mix: Mix, frames: int, aspect: float
+) -> Draw:
+    """Draws a batch as equal parts, which lie one after another in each array.
+
+    Args:
+      seed: Of all batches, and the step.
+      parts: Devices that share the batch.
+      mix: Videos of each kind in a part.
+      frames: Frames of each video.
+      aspect: Width of the frames over their height.
+
+    Returns:
+      Like `sample_batch`; captions are those of the first part, of the second, and so
+      on.
+    """
+    drawn = [sample_batch((*seed, part), mix, frames, aspect) for part in range(parts)]
+    captions, *kinds = zip(*drawn, strict=True)
+    procedural, pictures, clips = (
+        {name: np.concatenate([part[name] for part in kind]) for name in kind[0]}
+        for kind in kinds
+    )
+    return (
+        [caption for part in captions for caption in part],
+        procedural,
+        pictures,
+        clips,
+    )
+
+
 class Feed:
     """Batches by step; worker processes draw the next ones meanwhile.
 
-    A batch depends on the seed, the step, and its sizes only. So an interrupted
-    training goes on with the very batches it would have had.
+    A batch depends on the seed, the step, its sizes, and the number of its parts only.
+    So an interrupted training goes on with the very batches it would have had.
 
     Args:
       seed: Seed of all batches.
+      parts: Devices that share a batch.
       workers: Processes; 0 draws in this process, which is easier to debug.
       ahead: Batches drawn in advance.
     """
 
-    def __init__(self, seed: int, *, workers: int = 8, ahead: int = 32) -> None:
-        self._seed = seed
+    def __init__(
+        self, seed: int, *, parts: int = 1, workers: int = 8, ahead: int = 32
+    ) -> None:
+        self._seed, self._parts = seed, parts
         self._ahead = ahead
         self._pool = None
         if workers:
@@ -40,7 +75,7 @@ class Feed:
         )
 
     def get(self, step: int, size_at: Callable[[int], VideoSize]) -> Draw:
-        """Returns the captions and parameters of a step; see `sample_batch`.
+        """Returns the captions and parameters of a step; see `draw_parts`.
 
         Args:
           step: The step.
@@ -58,8 +93,14 @@ class Feed:
         return self._waiting.pop((step, size)).result()
 
     def _draw(self, call: Callable, step: int, size: VideoSize):
-        seed, mix = (self._seed, step), Mix.of(size.batch)
-        return call(sample_batch, seed, mix, size.frames, size.aspect)
+        videos, rest = divmod(size.batch, self._parts)
+        if rest:
+            raise ValueError(
+                f"batch={size.batch} of {size} must be a multiple of the {self._parts} "
+                "devices that share it; change --stage or --devices"
+            )
+        seed, mix = (self._seed, step), Mix.of(videos)
+        return call(draw_parts, seed, self._parts, mix, size.frames, size.aspect)
 
     @staticmethod
     def _call(function: Callable, *arguments):

@@ -99,7 +99,8 @@ class Run:
         """
         progress, last_save = self.progress, time.monotonic()
         pending: collections.deque = collections.deque()
-        with Feed(self.task.config.seed, workers=self.workers) as feed:
+        seed, parts = self.task.config.seed, self.task.devices.count
+        with Feed(seed, parts=parts, workers=self.workers) as feed:
             compiler = self._compiler or Compiler(self.task, state)
             mark = time.monotonic()  # when the time of the next step starts to count
             while time.monotonic() < deadline:
@@ -144,6 +145,7 @@ class Run:
         """Returns everything worth knowing about the run, ready for JSON."""
         return {
             "device": jax.devices()[0].device_kind,
+            "devices": self.task.devices.count,
             "versions": {
                 "jax": jax.__version__,
                 "flax": flax.__version__,

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 SHEET_PROMPTS = SAMPLE_PROMPTS[:12]  # shown on a contact sheet
 SMALL = VideoSize(frames=25, height=96, width=128, batch=32)
 SHORT = VideoSize(frames=9, height=96, width=128, batch=96)
-LARGE = VideoSize(frames=25, height=256, width=384, batch=4)
+LARGE = VideoSize(frames=25, height=256, width=384, batch=8)
 DEFAULT_STAGES = (
     Stage(share=0.2, turns=(SHORT,)),
     Stage(share=0.45, turns=(SMALL,)),
-    Stage(share=0.35, turns=(*[SMALL] * 2, LARGE)),
+    Stage(share=0.35, turns=(*[SMALL] * 4, LARGE)),
 )
 
 
@@ -74,6 +74,12 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--warmup-steps", type=int)
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=8, help="processes that draw scenes")
+    add(
+        "--devices",
+        type=int,
+        default=1,
+        help="GPUs of this machine that share the videos of each step",
+    )
 
 
 def length_of(options: argparse.Namespace) -> Length:
@@ -130,10 +136,13 @@ def make_config(options: argparse.Namespace) -> "TrainConfig":
     )
 
 
-def make_trainer(config: "TrainConfig", sources: Path, codec: Path) -> "Trainer":
+def make_trainer(
+    config: "TrainConfig", sources: Path, codec: Path, devices: int
+) -> "Trainer":
     """Reads sources and codec."""
     from models.mini.autoencoder import load_autoencoder, read_autoencoder_config
     from models.mini.checkpoint import read_json
+    from models.mini.data_parallel import DataParallel
     from models.mini.renderer import device_sources
     from models.mini.scenes import all_captions
     from models.mini.sources import Sources
@@ -147,6 +156,7 @@ def make_trainer(config: "TrainConfig", sources: Path, codec: Path) -> "Trainer"
         Vocabulary.from_captions(all_captions(), max_length=config.model.text_length),
         load_autoencoder(codec / "codec.safetensors", autoencoder),
         device_sources(Sources.load(sources)),
+        DataParallel.of(devices),
     )
 
 
@@ -227,7 +237,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
     from models.mini.samples import contact_sheet
 
-    trainer = make_trainer(make_config(options), options.sources, options.codec)
+    trainer = make_trainer(
+        make_config(options), options.sources, options.codec, options.devices
+    )
     state, progress = start_state(trainer, options.resume, options.continue_from)
     stages = tuple(options.stage or DEFAULT_STAGES)
     state = run_as_asked(trainer, state, progress, stages, options, started)

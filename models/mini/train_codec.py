@@ -42,13 +42,18 @@ def main(arguments: list[str] | None = None) -> None:
         held_out_videos,
         measure_codec,
     )
+    from models.mini.data_parallel import DataParallel
     from models.mini.renderer import device_sources
     from models.mini.sources import Sources
 
     config = CodecConfig(seed=options.seed)
     optimizer = dataclasses.replace(config.optimizer, **optimizer_options(options))
     config = dataclasses.replace(config, optimizer=optimizer)
-    trainer = CodecTrainer(config, device_sources(Sources.load(options.sources)))
+    trainer = CodecTrainer(
+        config,
+        device_sources(Sources.load(options.sources)),
+        DataParallel.of(options.devices),
+    )
     state, progress = start_state(trainer, options.resume, options.continue_from)
     stages = tuple(options.stage or DEFAULT_STAGES)
     state = run_as_asked(trainer, state, progress, stages, options, started)

@@ -23,6 +23,13 @@ from draft_jax.pytree import register_named_tuple
 from models.diffusion.schedulers import MAX_TIMESTEP
 from models.mini.checkpoint import MiniCheckpoint
 from models.mini.compilation import Compiled, Programs
+from models.mini.data_parallel import (
+    SAME,
+    SHARED,
+    DataParallel,
+    mean_gradients,
+    own_key,
+)
 from models.mini.feed import Draw
 from models.mini.optimization import (
     OptimizerConfig,
@@ -108,12 +115,14 @@ class Trainer:
       vocabulary: Numbers the captions.
       codec: Trained already.
       sources: From `models.mini.renderer.device_sources`.
+      devices: Those that share the videos of a step.
     """
 
     config: TrainConfig
     vocabulary: Vocabulary
     codec: WanVAECodec
     sources: dict[str, Array]
+    devices: DataParallel = dataclasses.field(default_factory=DataParallel.of)
 
     @functools.cached_property
     def structure(self) -> tuple[Any, Any]:
@@ -122,9 +131,9 @@ class Trainer:
         return nnx.graphdef(transformer), nnx.graphdef(text)
 
     @functools.cached_property
-    def autoencoder(self) -> tuple[Any, Any]:
-        """The graph definition and the parameters of the codec."""
-        return nnx.split(self.codec.model)
+    def fixed(self) -> tuple[Any, dict[str, Array]]:
+        """The parameters of the codec and the sources, on all devices."""
+        return self.devices.place((nnx.state(self.codec.model), self.sources))
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -174,31 +183,32 @@ class Trainer:
 
     def lower_step(self, state: TrainState, batch: Batch, size: VideoSize) -> Programs:
         """Returns the programs of a step for such batches, which are to be compiled."""
-        graph, weights = self.autoencoder
+        graph = nnx.graphdef(self.codec.model)
 
         def encode(scenes, weights, sources):
             videos = render_scenes(scenes, sources, size)
             latents, _ = nnx.merge(graph, weights).encode_frames(videos)
             return latents
 
-        def step(state, ids, lengths, latents, learning_rate):
-            return train_step(self, state, ids, lengths, latents, learning_rate)
-
-        given = (batch.scenes, weights, self.sources)
-        latents = jax.eval_shape(encode, *given)
-        arguments = (state, batch.ids, batch.lengths, latents, jnp.float32(0))
-        return (
-            jax.jit(encode).lower(*given),
-            jax.jit(step, donate_argnums=0).lower(*arguments),
+        encoding = self.devices.jit(encode, (SHARED, SAME, SAME), SHARED)
+        step = self.devices.jit(
+            functools.partial(train_step, self),
+            (SAME, SHARED, SHARED, SHARED, SAME),
+            (SAME, SAME),
+            donate_argnums=0,
         )
+        given = (batch.scenes, *self.fixed)
+        latents = jax.eval_shape(encoding, *given)
+        arguments = (state, batch.ids, batch.lengths, latents, np.float32(0))
+        return encoding.lower(*given), step.lower(*arguments)
 
     def call(
         self, compiled: Compiled, state: TrainState, batch: Batch, rate: float
     ) -> tuple[TrainState, Float[Array, ""]]:
         """Runs a compiled step; returns the new state and the loss before it."""
         encode, step = compiled
-        latents = encode(batch.scenes, self.autoencoder[1], self.sources)
-        return step(state, batch.ids, batch.lengths, latents, jnp.float32(rate))
+        latents = encode(batch.scenes, *self.fixed)
+        return step(state, batch.ids, batch.lengths, latents, np.float32(rate))
 
     def checkpoint(self, parameters: Parameters) -> MiniCheckpoint:
         """Makes a small model of these parameters, ready to be saved."""
@@ -247,6 +257,8 @@ def train_step(
 ) -> tuple[TrainState, Float[Array, ""]]:
     """Runs one step of the optimizer on the flow-matching loss.
 
+    Within `DataParallel.jit`: it sees the videos of one device.
+
     Args:
       trainer: Static parts.
       state: Parameters, their averages, moments.
@@ -265,9 +277,9 @@ def train_step(
         latents=latents,
         ids=ids,
         lengths=lengths,
-        key=jax.random.fold_in(jax.random.key(config.seed), state.step),
+        key=own_key(jax.random.fold_in(jax.random.key(config.seed), state.step)),
     )
-    loss, gradients = jax.value_and_grad(loss_of)(state.parameters)
+    loss, gradients = mean_gradients(loss_of, state.parameters)
     updates, optimizer = trainer.optimizer.update(
         gradients, state.optimizer, state.parameters
     )

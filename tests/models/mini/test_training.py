@@ -16,6 +16,7 @@ from models.mini import train
 from models.mini.autoencoder import autoencoder_config
 from models.mini.checkpoint import MiniCheckpoint
 from models.mini.compilation import Compiler
+from models.mini.data_parallel import SAME, SHARED, DataParallel
 from models.mini.feed import Feed
 from models.mini.optimization import (
     OptimizerConfig,
@@ -71,8 +72,7 @@ def no_procedural_scenes():
         yield
 
 
-@pytest.fixture(scope="module")
-def trainer() -> Trainer:
+def make_trainer(devices: DataParallel) -> Trainer:
     config = TrainConfig(
         model=TINY, optimizer=OptimizerConfig(warmup_steps=5, learning_rate=3e-3)
     )
@@ -84,7 +84,13 @@ def trainer() -> Trainer:
         Vocabulary.from_captions(all_captions(), max_length=32),
         WanVAECodec(model=autoencoder),
         device_sources(make_sources()),
+        devices,
     )
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    return make_trainer(DataParallel.of(1))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +128,12 @@ def test_muon_trains_and_passes_over_broken_videos(trainer, draw):
     config = dataclasses.replace(trainer.config, optimizer=OptimizerConfig(kind="muon"))
     ours = dataclasses.replace(trainer, config=config)
     batch, state = ours.batch(draw), ours.initial_state()
-    step = jax.jit(functools.partial(train_step, ours), donate_argnums=0)
+    step = ours.devices.jit(
+        functools.partial(train_step, ours),
+        (SAME, SHARED, SHARED, SHARED, SAME),
+        (SAME, SAME),
+        donate_argnums=0,
+    )
     latents = 0.1 * jax.random.normal(jax.random.key(0), (SIZE.batch, 2, 4, 6, 16))
     text = (batch.ids, batch.lengths)
     losses = []
