@@ -99,6 +99,9 @@ class Inputs:
     forced: np.ndarray
     scales: Any
     rope: Any
+    rows: Any  # scales of products, and their bias
+    columns: Any
+    bias: Any
     mask: BlockMask
     pooled: PooledTokens
     layer: DraftAttention
@@ -147,6 +150,8 @@ def make_inputs(
         "pooled": pooled,
     }
     arrays["scores"] = arrays["scores"].astype(np.float32)
+    arrays["rows"] = normal(batch, grid.num_tokens)
+    arrays["columns"], arrays["bias"] = normal(2, heads, HEAD_DIM)
     layer = DraftAttention(
         heads, heads * HEAD_DIM, config=CONFIG, order=order, rngs=nnx.Rngs(0)
     )
@@ -236,12 +241,9 @@ def prepare(x: Inputs):
 
 
 def prepare_products(x: Inputs):
-    rows = x.q[..., 0, 0].astype(jnp.float32)
-    channels = x.q[0, 0].astype(jnp.float32)
-    product = Product(x.q, rows, channels, channels)
     return draft_jax.norm_rope_pool(
-        product,
-        Product(x.k, bias=channels),
+        Product(x.q, x.rows, x.columns, x.bias),
+        Product(x.k, bias=x.bias),
         grid=x.grid,
         config=CONFIG,
         norm=NORM,

@@ -60,8 +60,9 @@ def specs(tree: Any) -> Any:
     return jax.tree.map(lambda x: spec(x.shape), tree)
 
 
-def is_sharded(x: Any) -> bool:
-    return any(spec(x.shape))
+def is_shared(x: Any) -> bool:
+    """Whether several devices have the same values: their gradient is a sum of all."""
+    return not {*MESH_AXES.values()} <= {*spec(x.shape)}
 
 
 # ------------------------------------------------------------------------- operations
@@ -72,7 +73,6 @@ LEFT_OUT = {
     "draft_jax.check_positions": "outside of jit only",
     "draft_jax.initial_mask": "it takes no array",
     "draft_jax.BlockMask full": "it takes no array",
-    "draft_jax.norm_rope_pool of products": "it cuts its scales from sharded axes of q",
     "draft_jax.DraftAttention": "heads are channels outside: see `flax_layers`",
 }
 
@@ -284,10 +284,10 @@ def run(name: str, mode: str) -> dict[str, Any]:
     floats = [i for i, x in enumerate(leaves) if is_float(x)]
     gradients = jax.jit(gradient(function, floats))(arrays)
     moving = [i for i in floats if jnp.any(gradients[i] != 0)]
-    if own := [i for i in moving if is_sharded(leaves[i])]:
+    if own := [i for i in moving if not is_shared(leaves[i])]:
         of_own = under(mode, gradient(function, own), arrays, mesh)
         add("gradient", of_own, {i: gradients[i] for i in own})
-    if shared := [i for i in moving if not is_sharded(leaves[i])]:
+    if shared := [i for i in moving if is_shared(leaves[i])]:
         of_shared = gradient(of_all_arrays, shared)
         add("gradient of shared", of_shared, {i: gradients[i] for i in shared})
     return found

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from draft_jax import (
     DraftConfig,
+    Product,
     QKNorm,
     VideoGrid,
     draft_attention,
@@ -73,13 +74,20 @@ def prepare(q, k, v):
     )[:2]
 
 
+def prepare_products(q, k, v):
+    """Their scales are made of sharded arrays, and lie as their own axes do."""
+    rows, channels = q.mean((2, 3)), q.mean((0, 1))
+    return prepare(Product(q, rows, channels, channels), Product(k, bias=channels), v)
+
+
 # Their gradients need nothing of the forward pass.
-ONLY_FORWARD = ("norm_rope_pool",)
+ONLY_FORWARD = ("norm_rope_pool", "norm_rope_pool of products")
 CALLS = {  # and kernels that must be in the program
     **{name: (attend(name), "block_sparse_attention_sm90") for name in CONFIGS},
     "dense": (dense_attention, "block_sparse_attention_sm90"),
     "scores": (scores, "tile_scores_sm90"),
     "norm_rope_pool": (prepare, "norm_rope_pool_sm90"),
+    "norm_rope_pool of products": (prepare_products, "norm_rope_pool_sm90"),
 }
 
 
