@@ -8,6 +8,7 @@ import numpy as np
 import safetensors
 from flax import nnx
 
+from models.checkpoints.rules import Lookup
 from models.hunyuan.vae.autoencoder import HunyuanVAE
 from models.hunyuan.vae.config import HunyuanVAEConfig
 from models.hunyuan.vae.convert import RULES, load_hunyuan_vae
@@ -32,10 +33,10 @@ def load_fixture() -> tuple[dict[str, np.ndarray], dict[str, dict]]:
 def checkpoint_shapes(config: HunyuanVAEConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every weight by key, as our table has them."""
     model = nnx.eval_shape(lambda: HunyuanVAE(config, rngs=nnx.Rngs(0)))
-    shapes = {}
+    lookup, shapes = Lookup(RULES), {}
     for names, leaf in nnx.to_flat_state(nnx.state(model)):
         path = ".".join(map(str, names))
-        ((key, rule),) = ((k, r) for r in RULES if (k := r.key_of(path)) is not None)
+        ((key, rule),) = lookup.of_path(path)
         # An array of strides 0 stands in for weights of any size.
         array = np.broadcast_to(np.float32(0), leaf.shape)
         shapes[key] = rule.layout.save(array).shape

@@ -8,6 +8,7 @@ import numpy as np
 import safetensors
 from flax import nnx
 
+from models.checkpoints.rules import Lookup
 from models.wan.vae.autoencoder import WanVAE
 from models.wan.vae.config import WanVAEConfig
 from models.wan.vae.convert import load_wan_vae, make_rules
@@ -31,12 +32,12 @@ def load_fixture() -> tuple[dict[str, np.ndarray], dict[str, dict]]:
 @functools.cache
 def checkpoint_shapes(config: WanVAEConfig, layout: str) -> dict[str, tuple[int, ...]]:
     """Shape of every weight by key, as our table has them."""
-    rules = make_rules(config, layout)
+    lookup = Lookup(make_rules(config, layout))
     model = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
     shapes = {}
     for names, leaf in nnx.to_flat_state(nnx.state(model)):
         path = ".".join(map(str, names))
-        ((key, rule),) = ((k, r) for r in rules if (k := r.key_of(path)) is not None)
+        ((key, rule),) = lookup.of_path(path)
         # An array of strides 0 stands in for weights of any size.
         array = np.broadcast_to(np.float32(0), leaf.shape)
         shapes[key] = rule.layout.save(array).shape

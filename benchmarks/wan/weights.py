@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from models.checkpoints.rules import Lookup
 from models.wan.config import WanConfig
 from models.wan.convert import RULES, STACKED
 from models.wan.transformer import WanTransformer
@@ -34,6 +35,7 @@ def tensor_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
       ValueError: A parameter is written by no rule of the table, or by several.
     """
     model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
+    lookup = Lookup(RULES["diffusers"])
     shapes: dict[str, tuple[int, ...]] = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         first, *rest = map(str, path)
@@ -41,11 +43,7 @@ def tensor_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
         shape = leaf.shape[1:] if stacked else leaf.shape
         for layer in range(leaf.shape[0]) if stacked else [None]:
             names = [first, *([] if layer is None else [str(layer)]), *rest]
-            written = [
-                (key, rule)
-                for rule in RULES["diffusers"]
-                if (key := rule.key_of(".".join(names))) is not None
-            ]
+            written = lookup.of_path(".".join(names))
             if len(written) != 1:
                 raise ValueError(f"parameter {names} has keys {written}; expected one")
             ((key, rule),) = written

@@ -13,7 +13,7 @@ from flax import nnx
 
 from models.checkpoints.float8_weights import read_scaled_rows
 from models.checkpoints.listing import list_names, list_problems
-from models.checkpoints.rules import Layout, Rule, keep, transpose
+from models.checkpoints.rules import Layout, Lookup, Rule, keep, transpose
 from models.float8.rows import FLOAT8, ScaledRows, widen_rows
 
 
@@ -74,9 +74,10 @@ def best_layout[Name: str](
       ConversionError: No key is known, or two tables know equally many.
     """
     keys = list(keys)
+    lookups = {name: Lookup(rules) for name, rules in tables.items()}
     known = {
-        name: sum(any(rule.path_of(key) for rule in rules) for key in keys)
-        for name, rules in tables.items()
+        name: sum(bool(lookup.of_key(key)) for key in keys)
+        for name, lookup in lookups.items()
     }
     second, first = sorted(known.values())[-2:]
     if first == second:
@@ -278,10 +279,9 @@ def save_parameters(
     parts: dict[str, dict[str, np.ndarray]] = {}  # by key and path
     order: dict[str, tuple[str, ...]] = {}  # paths of each key
     host: dict[str, np.ndarray] = {}
+    lookup = Lookup(rules)
     for path, slot in _slots(flat, stacked).items():
-        matches = [
-            (key, rule) for rule in rules if (key := rule.key_of(path)) is not None
-        ]
+        matches = lookup.of_path(path)
         if len(matches) != 1:
             keys = [key for key, _ in matches]
             problems.append(f"parameter {path} is named by {len(matches)} keys: {keys}")
@@ -354,10 +354,11 @@ def _checked_assignment(
     source: Mapping[str, Any], rules: Sequence[Rule], slots: Mapping[str, _Slot]
 ) -> _Assignment:
     """Returns key and rule of paths; raises for everything that does not fit."""
-    filled, problems = _assign(source, rules, slots)
+    lookup = Lookup(rules)
+    filled, problems = _assign(source, lookup, slots)
     missing: dict[str, list[str]] = {}
     for path in slots.keys() - {path for paths in filled for path in paths}:
-        missing.setdefault(_keys_for(path, rules), []).append(path)
+        missing.setdefault(_keys_for(path, lookup), []).append(path)
     for keys, paths in missing.items():
         named = ", ".join(
             f"{path}, shape {slots[path].shape}" for path in sorted(paths)
@@ -376,14 +377,14 @@ def _checked_assignment(
 
 
 def _assign(
-    source: Iterable[str], rules: Sequence[Rule], slots: Mapping[str, _Slot]
+    source: Iterable[str], lookup: Lookup, slots: Mapping[str, _Slot]
 ) -> tuple[dict[tuple[str, ...], tuple[str, Rule]], list[str]]:
     """Finds each key's parameters, and the keys that have none or share one."""
     filled: dict[tuple[str, ...], tuple[str, Rule]] = {}
     key_of: dict[str, str] = {}
     problems = []
     for key in source:
-        matches = [(paths, rule) for rule in rules if (paths := rule.paths_of(key))]
+        matches = lookup.of_key(key)
         if not matches:
             problems.append(f"unmatched: no rule knows the key {_place(source, key)}")
         elif len(matches) > 1:
@@ -434,8 +435,8 @@ def _place(source: Iterable[str], key: str) -> str:
     return key if file is None else f"{key} in {file.name}"
 
 
-def _keys_for(path: str, rules: Iterable[Rule]) -> str:
-    keys = [key for rule in rules if (key := rule.key_of(path)) is not None]
+def _keys_for(path: str, lookup: Lookup) -> str:
+    keys = [key for key, _ in lookup.of_path(path)]
     return " or ".join(keys) or "a key (no rule writes one)"
 
 

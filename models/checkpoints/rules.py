@@ -112,6 +112,45 @@ def _compile(template: str) -> re.Pattern[str]:
     return re.compile(r"(\d+)".join(map(re.escape, template.split(_NUMBER))))
 
 
+class Lookup:
+    """A table's rules by the names that they match: none but the likely is tried.
+
+    A checkpoint has a thousand keys, and a table hundreds of rules.
+    """
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self._by_key: dict[str, list[Rule]] = {}
+        self._by_path: dict[str, list[Rule]] = {}
+        for rule in rules:
+            self._by_key.setdefault(_outline(rule.key), []).append(rule)
+            for outline in dict.fromkeys(map(_outline, rule.paths)):
+                self._by_path.setdefault(outline, []).append(rule)
+
+    def of_key(self, key: str) -> list[tuple[tuple[str, ...], Rule]]:
+        """Returns the rules that match a checkpoint key, in order, and our paths."""
+        return [
+            (paths, rule)
+            for rule in self._by_key.get(_outline(key), ())
+            if (paths := rule.paths_of(key))
+        ]
+
+    def of_path(self, path: str) -> list[tuple[str, Rule]]:
+        """Returns the rules that fill one of our paths, in order, and their keys."""
+        return [
+            (key, rule)
+            for rule in self._by_path.get(_outline(path), ())
+            if (key := rule.key_of(path)) is not None
+        ]
+
+
+_NUMBERS = re.compile(r"(?:\d|\{\})+")
+
+
+def _outline(name: str) -> str:
+    """Returns what a template and all names that it matches have in common."""
+    return _NUMBERS.sub(_NUMBER, name)
+
+
 class Parameter(NamedTuple):
     """A parameter of a kind of module; a table that is no module has no names.
 

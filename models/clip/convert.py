@@ -19,6 +19,7 @@ from models.checkpoints.rules import (
     LAYER_NORM,
     LINEAR,
     Layout,
+    Lookup,
     Row,
     Rule,
     drop_batch_axis,
@@ -206,11 +207,12 @@ def _used_weights(
     source: Mapping[str, Any], layout: PublishedLayout, num_layers: int
 ) -> "_Weights":
     """Leaves unused weights out, and takes queries, keys and values apart."""
+    lookup = Lookup(layout.rules)
     stored: dict[str, tuple[str, int | None]] = {}
     for key in source:
         if not layout.uses(key, num_layers):
             continue
-        if any(rule.path_of(f"{key}/q") is not None for rule in layout.rules):
+        if lookup.of_key(f"{key}/q"):
             stored |= {f"{key}/{part}": (key, i) for i, part in enumerate("qkv")}
         else:
             stored[key] = key, None

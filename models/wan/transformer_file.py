@@ -11,6 +11,7 @@ from flax import nnx
 from models.checkpoints.conversion import ConversionError, check_parameters
 from models.checkpoints.listing import list_names
 from models.checkpoints.memory_map import CheckpointError
+from models.checkpoints.rules import Lookup
 from models.diffusion.folders.layouts import LayoutName
 from models.wan.config import WanConfig
 from models.wan.convert import (
@@ -139,11 +140,11 @@ def _sizes(
     path: Path, weights: Mapping[str, Any], layout: LayoutName
 ) -> dict[str, Any]:
     """Returns the fields of `WanConfig` that shapes tell."""
+    lookup = Lookup(RULES[layout])
     shapes = {
-        ours: tuple(weights[key].shape)
+        paths[0]: tuple(weights[key].shape)
         for key in weights
-        for rule in RULES[layout]
-        if (ours := rule.path_of(key)) is not None
+        for paths, _ in lookup.of_key(key)
     }
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     ranks = {

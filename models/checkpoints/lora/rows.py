@@ -4,6 +4,7 @@ One layout stores queries, keys and values as one linear layer, another apart. A
 adapter for one of them is merged into weights in the other, row by row.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.checkpoints.lora.formulas import Change, Rescaled
-from models.checkpoints.rules import Rule
+from models.checkpoints.rules import Lookup, Rule
 
 _ENDINGS = (".weight", ".bias")
 
@@ -136,25 +137,18 @@ def targets_by_spelling(
             start = stop
         return found
 
-    tables = [*tables]
-    joined = {
-        path
-        for key in keys
-        for rule in rules
-        if len(paths := rule.paths_of(key)) > 1
-        for path in paths
-    }
+    lookup = Lookup(rules)
+    filled = [(key, paths) for key in keys for paths, _ in lookup.of_key(key)]
+    joined = {path for _, paths in filled if len(paths) > 1 for path in paths}
     owners = {
-        path: (_module(key), rule.paths_of(key), start)
-        for key in keys
-        for rule in rules
-        for path, start, _ in spans(rule.paths_of(key))
+        path: (_module(key), paths, start)
+        for key, paths in filled
+        for path, start, _ in spans(paths)
     }
+    of_all_tables = Lookup(itertools.chain.from_iterable(tables))
     targets: dict[str, Target] = {}
     for path, (base, together, _) in owners.items():
-        for rule in (rule for table in tables for rule in table):
-            if (spelled := rule.key_of(path)) is None:
-                continue
+        for spelled, rule in of_all_tables.of_path(path):
             paths = rule.paths_of(spelled)
             if paths == together:
                 targets[_module(spelled)] = base

@@ -22,6 +22,21 @@ def test_other_keys_do_not_match(key):
     assert Rule("a.{}.w", "b.{}").path_of(key) is None
 
 
+def test_a_lookup_finds_the_rules_that_match():
+    """In the order of the table; literal digits and numbers may stand together."""
+    literal, number = Rule("a.0.w", "first"), Rule("a.{}.w", "b.{}", others=("c.{}",))
+    joined, digits = Rule("a{}1.w", "d{}"), Rule("a.{}.{}.w", "b.{}.{}")
+    lookup = rules.Lookup([literal, number, joined, digits])
+    assert lookup.of_key("a.0.w") == [(("first",), literal), (("b.0", "c.0"), number)]
+    assert lookup.of_key("a.12.w") == [(("b.12", "c.12"), number)]
+    assert lookup.of_key("a21.w") == [(("d2",), joined)]
+    assert lookup.of_key("a2.w") == lookup.of_key("a.{}.w") == []
+    assert lookup.of_path("c.3") == lookup.of_path("b.3") == [("a.3.w", number)]
+    assert lookup.of_path("b.3.4") == [("a.3.4.w", digits)]
+    assert lookup.of_path("first") == [("a.0.w", literal)]
+    assert lookup.of_path("second") == []
+
+
 @pytest.mark.parametrize(
     ("key", "path"),
     [

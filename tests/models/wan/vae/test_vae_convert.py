@@ -9,6 +9,7 @@ import safetensors.numpy
 from flax import nnx
 
 from models.checkpoints.conversion import ConversionError
+from models.checkpoints.rules import Lookup
 from models.wan.vae.config import WanVAEConfig
 from models.wan.vae.convert import (
     detect_layout,
@@ -54,14 +55,12 @@ def test_each_weight_has_its_own_two_keys(model):
     """The pairs of keys, not only both sets: original to ours to diffusers."""
     config = PRESETS[model]
 
-    def unique(values):
-        (value,) = (value for value in values if value is not None)
-        return value
-
-    tables = {name: make_rules(config, name) for name in ("original", "diffusers")}
+    tables = {
+        name: Lookup(make_rules(config, name)) for name in ("original", "diffusers")
+    }
     for original, diffusers, _ in PUBLISHED[model]:
-        path = unique(rule.path_of(original) for rule in tables["original"])
-        assert unique(r.key_of(path) for r in tables["diffusers"]) == diffusers
+        (((path,), _),) = tables["original"].of_key(original)
+        assert [key for key, _ in tables["diffusers"].of_path(path)] == [diffusers]
 
 
 @pytest.mark.parametrize(
