@@ -18,22 +18,26 @@ def norm_rope(
 ) -> np.ndarray:
     """One token and one pair of channels at a time; [B, T, N, D], not rounded."""
     out = np.array(x, np.float64)
+    # An array of jax would be read one entry at a time, each by a program.
+    scale, cos, sin = (
+        None if y is None else np.asarray(y, np.float64) for y in (scale, cos, sin)
+    )
     batch, num_tokens, num_heads, head_dim = out.shape
     for b in range(batch):
         for t in range(num_tokens):
             if over == "heads":
                 mean = (out[b, t] ** 2).sum() / (num_heads * head_dim)
-                factor = np.asarray(scale, np.float64).reshape(num_heads, head_dim)
+                factor = scale.reshape(num_heads, head_dim)
                 out[b, t] = out[b, t] / np.sqrt(mean + eps) * factor
             for n in range(num_heads):
                 if over == "head":
                     mean = (out[b, t, n] ** 2).sum() / head_dim
-                    out[b, t, n] *= np.asarray(scale, np.float64) / np.sqrt(mean + eps)
+                    out[b, t, n] *= scale / np.sqrt(mean + eps)
             row = t - visual.start
             if cos is None or not 0 <= row < visual.stop - visual.start:
                 continue
             for i in range(head_dim // 2):
-                c, s = float(cos[row, i]), float(sin[row, i])
+                c, s = cos[row, i], sin[row, i]
                 even, odd = out[b, t, :, 2 * i].copy(), out[b, t, :, 2 * i + 1].copy()
                 out[b, t, :, 2 * i] = even * c - odd * s
                 out[b, t, :, 2 * i + 1] = even * s + odd * c
@@ -60,15 +64,19 @@ def random_product(shape, dtype, parts, seed=0) -> Product:
 
 def finish(product: Product) -> np.ndarray:
     """A product of [B, T, N, D] with scales and bias, one token at a time."""
-    values = np.asarray(product.values)
+    values, *parts = product
+    values = np.asarray(values)
+    rows, columns, bias = (
+        None if x is None else np.asarray(x, np.float64) for x in parts
+    )
     out = np.zeros_like(values)
     for b, t in np.ndindex(values.shape[:2]):
         token = values[b, t].astype(np.float64)
-        if product.rows is not None:
-            token *= float(product.rows[b, t])
-        if product.columns is not None:
-            token *= np.asarray(product.columns, np.float64)
-        if product.bias is not None:
-            token += np.asarray(product.bias, np.float64)
+        if rows is not None:
+            token *= rows[b, t]
+        if columns is not None:
+            token *= columns
+        if bias is not None:
+            token += bias
         out[b, t] = token.astype(values.dtype)
     return out
