@@ -28,7 +28,8 @@ def section(record: Record) -> str:
         source(parts.values()),
         expert(cases_of(parts.get("expert", {}))),
         pair(parts.get("fp8_pair", {}), parts.get("streamed", {})),
-        ti2v(cases_of(parts.get("ti2v", {})), cases_of(parts.get("tiles", {}))),
+        ti2v(cases_of(parts.get("ti2v", {}))),
+        held(cases_of(parts.get("held", {}))),
         decoder(cases_of(parts.get("vae", {}))),
         *(paragraph(part["note"]) for part in parts.values() if "note" in part),
     )
@@ -100,30 +101,41 @@ def pair(resident: Record, streamed: Record) -> str:
     return paragraph(" ".join(said)) if said else ""
 
 
-def ti2v(cases: Mapping[str, Record], tiles: Mapping[str, Record]) -> str:
-    """Returns the table of the 5B model's steps by tile.
-
-    Args:
-      cases: Steps with its own tile.
-      tiles: Steps with others, of a process of their own.
-    """
+def ti2v(cases: Mapping[str, Record]) -> str:
+    """Returns the table of the 5B model's steps by tile, its own first."""
     if not cases:
         return ""
-    names = [name.rpartition("tile ")[2] for name in tiles if "tile " in name]
-    rows = [tile_row(cases, "", " x ".join(map(str, cases["bfloat16"]["tile"])))]
+    names = [name.rpartition("tile ")[2] for name in cases if "tile " in name]
+    rows = [tile_row(cases, "", tile_of(cases["bfloat16"]))]
     rows += [
-        tile_row(tiles, f"tile {name}", name.replace("x", " x "))
+        tile_row(cases, f"tile {name}", name.replace("x", " x "))
         for name in dict.fromkeys(names)
     ]
     head = ["a step of TI2V-5B, 704x1280, 121 frames, seconds: tile", "pairs of tokens"]
     head += ["dense", "85 %", "FP8, 85 %", "FP8, default at 85 %"]
-    held = [
-        f"{time_of(case, '0.85', cases.get('cudnn', {}))} in {what}"
-        for name, what in (("bfloat16", "bfloat16"), ("float8", "FP8"))
-        if "modes" in (case := cases.get(f"{name}, first frame held", {}))
+    return table(head, rows)
+
+
+def held(cases: Mapping[str, Record]) -> str:
+    """Returns the times with a first frame that is held."""
+    found = {name: case for name, case in cases.items() if "modes" in case}
+    if not found:
+        return ""
+    said = [
+        f"{time_of(case, '0.85', cases.get('cudnn', {}))} in "
+        f"{name.partition(',')[0].replace('float8', 'FP8')}"
+        for name, case in found.items()
     ]
-    said = f"With an image as the first frame: {', '.join(held)}." if held else ""
-    return "\n".join(filter(None, (table(head, rows), paragraph(said))))
+    tiles = dict.fromkeys(map(tile_of, found.values()))
+    return paragraph(
+        f"With an image as the first frame and tiles of {', '.join(tiles)}: "
+        f"{', '.join(said)}."
+    )
+
+
+def tile_of(case: Record) -> str:
+    """Returns the tile of a case in words."""
+    return " x ".join(map(str, case["tile"]))
 
 
 def tile_row(cases: Mapping[str, Record], what: str, title: str) -> list[str]:

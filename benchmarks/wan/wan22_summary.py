@@ -14,9 +14,8 @@ def summarise(parts: Mapping[str, Record]) -> dict[str, float]:
             figures[f"peak_{name}_gb"] = parts[part]["peak_gb"]
     if "switch_s" in parts.get("streamed", {}):
         figures["switch_s"] = parts["streamed"]["switch_s"]
-    figures |= _of_ti2v(cases_of(parts.get("ti2v", {})))
-    tiles = _of_ti2v(cases_of(parts.get("tiles", {})))
-    figures |= {name: value for name, value in tiles.items() if "_tile_" in name}
+    for part in ("ti2v", "held"):
+        figures |= _of_ti2v(cases_of(parts.get(part, {})))
     return figures | _of_vae(cases_of(parts.get("vae", {})))
 
 

@@ -225,7 +225,12 @@ class WanTransformer(VideoTransformer):
           ValueError: A size is not a multiple of the patch.
         """
         config = self.config
-        return latent_grid(latent_shape, patch_size=config.patch_size, tile=config.tile)
+        return latent_grid(
+            latent_shape,
+            patch_size=config.patch_size,
+            tile=config.tile,
+            turns_tile=config.turns_tile,
+        )
 
     def run(
         self,

@@ -15,6 +15,7 @@ def latent_grid(
     *,
     patch_size: tuple[int, int, int],
     tile: tuple[int, int],
+    turns_tile: bool = False,
 ) -> VideoGrid:
     """Returns the token grid of latents of a shape, without text.
 
@@ -22,6 +23,7 @@ def latent_grid(
       latent_shape: Axes [B, F, H, W, C] or [F, H, W, C].
       patch_size: Latent frames, rows and columns merged into one token.
       tile: Rows and columns of tokens in one attention block.
+      turns_tile: Exchange them in frames higher than wide.
 
     Raises:
       ValueError: A size is not a multiple of the patch.
@@ -40,6 +42,8 @@ def latent_grid(
     frames, height, width = (
         size // side for size, side in zip(sizes, patch_size, strict=True)
     )
+    if turns_tile and height > width:
+        tile = tile[::-1]
     return VideoGrid(frames, height, width, tile=tile)
 
 

@@ -199,7 +199,7 @@ def test_bad_sizes_are_named(changes, message):
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_the_5b_model_has_a_tile_of_its_own(monkeypatch, layout):
     """The constant is read wherever the model is described, and nowhere else."""
-    monkeypatch.setattr(config, "TI2V_TILE", (6, 20))
+    monkeypatch.setattr(config, "TI2V_TILE", (5, 7))
     published = {"dim": 24, "ffn_dim": 32, "num_heads": 2, "num_layers": 1}
     changes = {}
     if layout == "diffusers":
@@ -207,7 +207,11 @@ def test_the_5b_model_has_a_tile_of_its_own(monkeypatch, layout):
         del published["dim"], published["num_heads"]
         changes = {"holds_first_frame": True}
     held = published if changes else published | {"model_type": "ti2v"}
-    assert WanConfig.from_dict(held, **changes).tile == (6, 20)
-    assert WanConfig.from_dict(held, **changes, tile=(2, 4)).tile == (2, 4)
-    assert WanConfig.ti2v_5b().tile == (6, 20)
+    for made in (WanConfig.from_dict(held, **changes), WanConfig.ti2v_5b()):
+        assert (made.tile, made.turns_tile) == ((5, 7), True)
+    for asked in (
+        WanConfig.from_dict(held, **changes, tile=(2, 4)),
+        WanConfig.ti2v_5b(tile=(2, 4)),
+    ):
+        assert (asked.tile, asked.turns_tile) == ((2, 4), False)
     assert WanConfig.from_dict(published).tile == WanConfig.t2v_14b().tile == (8, 16)

@@ -18,6 +18,22 @@ def test_grid_of_a_latent(shape):
     assert grid == VideoGrid(2, 5, 3, tile=(2, 4))
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "turns", "tile"),
+    [
+        (4, 15, True, (2, 4)),
+        (4, 12, True, (2, 4)),
+        (5, 12, True, (4, 2)),
+        (5, 12, False, (2, 4)),
+    ],
+)
+def test_a_tile_is_turned_in_frames_higher_than_wide(height, width, turns, tile):
+    """A patch is three columns wide: 5 x 12 are 5 x 4 tokens."""
+    shape = (4, height, width, 7)
+    grid = latent_grid(shape, patch_size=PATCH, tile=(2, 4), turns_tile=turns)
+    assert grid.tile == tile
+
+
 def test_sizes_that_no_patch_divides_are_refused():
     with pytest.raises(
         ValueError, match=r"\(4, 5, 8\) must be multiples of patch_size"
