@@ -21,7 +21,11 @@ from benchmarks.common.linear_times import linear_times, time_ms
 from benchmarks.common.machine import MatmulShape
 from benchmarks.common.random_weights import random_model
 from models.diffusion.transformer.float8 import use_float8_linears
-from models.diffusion.transformer.layers import modulated_norm
+from models.diffusion.transformer.layers import (
+    modulated_norm,
+    sum_and_norm,
+    unfinished,
+)
 from models.float8.product import compiler_options
 from models.wan.config import WanConfig
 from models.wan.layers import WanBlock
@@ -104,7 +108,7 @@ def apply(
     x: Float[Array, "B T E"],
     attended: Float[Array, "B T E"],
     crossed: Float[Array, "B T E"],
-) -> tuple[Float[Array, "B T E"], ...]:
+) -> tuple[Any, ...]:
     """Runs what a block does beside attention.
 
     Args:
@@ -115,15 +119,21 @@ def apply(
       crossed: What cross-attention returns.
 
     Returns:
-      Queries, keys and values, queries of cross-attention, and the residual stream.
+      Queries and keys, which the kernel of their norm finishes, values, queries of
+      cross-attention, and the residual stream.
     """
     shift_1, scale_1, gate_1, shift_3, scale_3, gate_3 = modulation
     own, cross, ffn, eps = block.attn1, block.attn2, block.ffn, block.eps
     normed = modulated_norm(x, 1 + scale_1, shift_1, eps=eps, before=own.to_q)
-    qkv = own.to_q(normed), own.to_k(normed), own.to_v(normed)
-    x = x + own.to_out(attended).astype(jnp.float32) * gate_1
-    assert block.norm2 is not None, "Wan's blocks have one"
-    query = cross.to_q(block.norm2.before(cross.to_q, x))
-    x = x + cross.to_out(crossed).astype(jnp.float32)
-    normed = modulated_norm(x, 1 + scale_3, shift_3, eps=eps, before=ffn.linear_1)
+    qk = (unfinished(layer, normed) for layer in (own.to_q, own.to_k))
+    qkv = *qk, own.to_v(normed)
+    norm, out = block.norm2, unfinished(own.to_out, attended)
+    assert norm is not None, "Wan's blocks have one"
+    x, normed = sum_and_norm(
+        x, out, gate_1, *norm.parameters(), eps=norm.eps, before=cross.to_q
+    )
+    query, out = cross.to_q(normed), unfinished(cross.to_out, crossed)
+    x, normed = sum_and_norm(
+        x, out, None, 1 + scale_3, shift_3, eps=eps, before=ffn.linear_1
+    )
     return *qkv, query, x + ffn(normed).astype(jnp.float32) * gate_3

@@ -30,6 +30,7 @@ from jaxtyping import Array, Float
 from models.float8.rows import FLOAT8, ScaledRows, quantise_made, quantise_rows
 from pallas_kernels.common import Device, Product, current_device, warn_once
 from pallas_kernels.float8_rows import (
+    add_norm_rows,
     gelu_rows,
     gelu_tanh,
     layer_norm,
@@ -137,14 +138,58 @@ def rounded_norm(
     """
     make = functools.partial(_norm, eps=eps)
     arrays = (x, factor, shift)
-    rows = None
-    if factor.shape[1] == shift.shape[1] == 1:
-        size = (x.shape[0], x.shape[-1])
-        modulation = (jnp.broadcast_to(y[:, 0], size) for y in (factor, shift))
-        rows = _in_kernel(functools.partial(norm_rows, eps=eps), x, *modulation)
+    rows, of_items = None, _of_items((x.shape[0], x.shape[-1]), factor, shift)
+    if of_items is not None:
+        rows = _in_kernel(functools.partial(norm_rows, eps=eps), x, *of_items)
     if rows is None:
         rows = quantise_rows(jax.lax.stop_gradient(make(arrays)))
     return Rounded(rows=rows, arrays=arrays, make=make)
+
+
+def rounded_sum_norm(
+    x: Float[Array, "B T E"],
+    product: Product,
+    gate: Float[Array, "#B _ E"] | None,
+    factor: Float[Array, "#B _ E"],
+    shift: Float[Array, "#B _ E"],
+    *,
+    eps: float,
+) -> tuple[Float[Array, "B T E"], Rounded]:
+    """Computes `x + gate * product`, and `rounded_norm` of the sum.
+
+    Both are one kernel where `rounded_norm` is. Elsewhere XLA writes the sum, and reads
+    it twice.
+
+    Args:
+      x: Tokens, the residual stream.
+      product: What is added to it, of as many tokens.
+      gate: Of each channel of the product, of all tokens or of each; None for none.
+      factor: As for `rounded_norm`, like all arguments below.
+      shift: Likewise.
+      eps: Added to the variance.
+    """
+    of_items = _of_items((x.shape[0], x.shape[-1]), gate, factor, shift)
+    made = None
+    if of_items is not None:
+        made = _call_kernel(
+            functools.partial(add_norm_rows, eps=eps), x, product, *of_items
+        )
+    if made is None:
+        total = add_gated(x, product, gate)
+        return total, rounded_norm(total, factor, shift, eps=eps)
+    total, *rows = made
+    total = _known_sum((x, product, gate), total)
+    make = functools.partial(_norm, eps=eps)
+    rounded = Rounded(rows=ScaledRows(*rows), arrays=(total, factor, shift), make=make)
+    return total, rounded
+
+
+def add_gated(
+    x: Float[Array, "B T E"], product: Product, gate: Float[Array, "#B _ E"] | None
+) -> Float[Array, "B T E"]:
+    """Returns `x + gate * product`, computed in float32, in the dtype of x."""
+    y = product.float32()
+    return (_float32(x) + (y if gate is None else gate * y)).astype(x.dtype)
 
 
 def rounded_activation(
@@ -164,15 +209,12 @@ def rounded_activation(
 
     Takes and raises what `scaled_product` does.
     """
-    _check([x], weight)
-    product, scale = _multiply_part(x, weight.values, dtype)
-    bias = None if bias is None else _float32(bias)
-    arrays = (product, scale, weight.scale, bias)
+    product = unfinished_product(x, weight, bias, dtype=dtype)
     make = functools.partial(_activate, activation)
-    rows = _in_kernel(gelu_rows, *arrays) if activation is gelu_tanh else None
+    rows = _in_kernel(gelu_rows, product) if activation is gelu_tanh else None
     if rows is None:
-        rows = quantise_made(make, jax.lax.stop_gradient(arrays))
-    return Rounded(rows=rows, arrays=arrays, make=make)
+        rows = quantise_made(make, jax.lax.stop_gradient(product))
+    return Rounded(rows=rows, arrays=product, make=make)
 
 
 def unfinished_product(
@@ -240,15 +282,30 @@ def _check(parts: Sequence[Part], weight: ScaledRows) -> None:
         )
 
 
-def _in_kernel(kernel: Callable[..., Any], x: Array, *others: Any) -> ScaledRows | None:
+def _in_kernel(
+    kernel: Callable[..., Any], x: Array | Product, *others: Any
+) -> ScaledRows | None:
     """Makes and rounds rows in a kernel; None where it does not run."""
-    device = current_device(x)
+    made = _call_kernel(kernel, x, *others)
+    return None if made is None else ScaledRows(*made)
+
+
+def _call_kernel(kernel: Callable[..., Any], x: Array | Product, *others: Any) -> Any:
+    """Calls a kernel that makes rows like x; None where it does not run."""
+    device = current_device(*jax.tree.leaves(x))
     if not device.is_hopper:
         return None
     if cause := why_not_in_kernel(x.shape, x.dtype, device):
         warn_once(f"rounding to FP8 runs on XLA, slower: {cause}")
         return None
-    return ScaledRows(*kernel(*jax.lax.stop_gradient((x, *others))))
+    return kernel(*jax.lax.stop_gradient((x, *others)))
+
+
+def _of_items(size: tuple[int, int], *arrays: Array | None) -> Any:
+    """Returns what all tokens of an item have, [B, E]; None if tokens differ."""
+    if any(x is not None and x.shape[1] != 1 for x in arrays):
+        return None
+    return [None if x is None else jnp.broadcast_to(x[:, 0], size) for x in arrays]
 
 
 def _multiply_part(part: Part, values: Array, dtype: str) -> tuple[Array, Array]:
@@ -263,16 +320,27 @@ def _float32(x):
     return jnp.asarray(x).astype(jnp.float32)
 
 
-def _activate(activation, arrays):
-    """Applies scales, bias and activation to a product, in float32."""
-    product, rows, columns, bias = arrays
-    x = _float32(product) * rows[..., None] * columns
-    return activation(x if bias is None else x + bias)
+def _activate(activation, product):
+    """Finishes a product and applies an activation, in float32."""
+    return activation(product.float32())
 
 
 def _norm(arrays, *, eps):
     x, factor, shift = map(_float32, arrays)
     return layer_norm(x, eps) * factor + shift
+
+
+@jax.custom_vjp
+def _known_sum(arrays, total):
+    """Returns the sum of `add_gated`, which a kernel has made of its arguments."""
+    del arrays
+    return total
+
+
+_known_sum.defvjp(
+    lambda arrays, total: (total, arrays),
+    lambda arrays, moved: (*jax.vjp(lambda a: add_gated(*a), arrays)[1](moved), None),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

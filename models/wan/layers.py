@@ -37,13 +37,15 @@ from models.diffusion.transformer.layers import (
     projection,
     shared_input,
     split_heads,
+    sum_and_norm,
     unfinished,
 )
 from models.diffusion.transformer.rope import RopeTable
 from models.diffusion.transformer.token_shards import TokenShards
+from models.float8.product import add_gated
 from models.wan.config import WanConfig
 from pallas_kernels import why_no_cudnn
-from pallas_kernels.common import current_device
+from pallas_kernels.common import Product, current_device
 from pallas_kernels.float8_rows import gelu_tanh
 
 
@@ -94,7 +96,7 @@ class SelfAttention(nnx.Module):
         inputs: BlockInputs,
         step: DraftStep | None,
         mask: BlockMask | None,
-    ) -> tuple[Float[Array, "B T E"], BlockMask | None]:
+    ) -> tuple[Product, BlockMask | None]:
         """Attends within the video.
 
         Args:
@@ -105,7 +107,7 @@ class SelfAttention(nnx.Module):
           mask: The layer's mask from the step before; None with a None step.
 
         Returns:
-          The projected result, and the mask in use.
+          The projected result, to be finished, and the mask in use.
         """
         q, k, v, pooled = self._project(x, inputs)
         sow_if_captured(self, q=q, k=k, v=v)
@@ -121,7 +123,7 @@ class SelfAttention(nnx.Module):
         )
         if inputs.shards is not None:
             attended = inputs.shards.to_tokens(attended)
-        return self.to_out(merge_heads(attended)), mask
+        return unfinished(self.to_out, merge_heads(attended)), mask
 
     def _project(
         self, x: Activations, inputs: BlockInputs
@@ -200,10 +202,11 @@ class CrossAttention(nnx.Module):
         x: Activations,
         text: Float[Array, "B L E"],
         image: Float[Array, "B I E"] | None,
-    ) -> Float[Array, "B T E"]:
+    ) -> Product:
         """Attends to embedded text and image tokens; in and out in `config.dtype`.
 
-        Norms are float32; the RMS is over all heads together.
+        Norms are float32; the RMS is over all heads together. The result is to be
+        finished.
         """
         words = shared_input(text, before=self.to_k)
         q, k = self.to_q(x), self.to_k(words)
@@ -214,7 +217,7 @@ class CrossAttention(nnx.Module):
         attended = attend_to_all(q, k.astype(self.dtype), v)
         if image is not None:
             attended += attend_to_all(q, *self._project_image(image))
-        return self.to_out(merge_heads(attended))
+        return unfinished(self.to_out, merge_heads(attended))
 
     def _project_image(
         self, image: Float[Array, "B I E"]
@@ -283,17 +286,26 @@ class WanBlock(nnx.Module):
         modulate = functools.partial(modulated_norm, eps=self.eps)
         hidden = modulate(x, 1 + scale_1, shift_1, before=self.attn1.to_q)
         attended, mask = self.attn1(hidden, inputs, step, mask)
-        x = x + attended.astype(jnp.float32) * gate_1
-
         to_q = self.attn2.to_q
         if self.norm2 is None:
+            x = add_gated(x, attended, gate_1)
             hidden = shared_input(x, before=to_q)
         else:
-            hidden = self.norm2.before(to_q, x)
+            own = self.norm2.parameters()
+            x, hidden = sum_and_norm(
+                x, attended, gate_1, *own, eps=self.norm2.eps, before=to_q
+            )
         attended = self.attn2(hidden, inputs.text, inputs.image)
-        x = x + attended.astype(jnp.float32)
 
-        hidden = modulate(x, 1 + scale_3, shift_3, before=self.ffn.linear_1)
+        x, hidden = sum_and_norm(
+            x,
+            attended,
+            None,
+            1 + scale_3,
+            shift_3,
+            eps=self.eps,
+            before=self.ffn.linear_1,
+        )
         hidden = self.ffn(hidden)
         return x + hidden.astype(jnp.float32) * gate_3, mask
 

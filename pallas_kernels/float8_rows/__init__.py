@@ -1,6 +1,7 @@
 """Rows in FP8, rounded within the operation that makes them."""
 
 from pallas_kernels.float8_rows.api import (
+    add_norm_rows,
     gelu_rows,
     gelu_tanh,
     layer_norm,
@@ -13,6 +14,7 @@ from pallas_kernels.float8_rows.interfaces import LARGEST, LEAST_MAXIMUM
 __all__ = [
     "LARGEST",
     "LEAST_MAXIMUM",
+    "add_norm_rows",
     "gelu_rows",
     "gelu_tanh",
     "layer_norm",

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float8e4m3fn
 from pallas_kernels.common.arrays import AnyArray
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.device import Device
+from pallas_kernels.common.products import Product, check_product
 from pallas_kernels.common.sharding import (
     Axes,
     lists_of_maps,
@@ -53,34 +54,38 @@ def layer_norm(x: Float[AnyArray, "*axes E"], eps: float) -> Float[Array, "*axes
 
 
 def gelu_rows(
-    product: Float[AnyArray, "*rows K"],
-    rows: Float[AnyArray, "*rows"],
-    columns: Float[AnyArray, " K"],
-    bias: Float[AnyArray, " K"] | None = None,
+    product: Product,
 ) -> tuple[Float8e4m3fn[Array, "*rows K"], Float[Array, "*rows"]]:
-    """Computes `gelu_tanh(product * rows * columns + bias)`, and rounds rows to FP8.
+    """Finishes a product in float32, applies `gelu_tanh`, and rounds rows to FP8.
 
     A row is divided by its scale, so that its largest value becomes 448, the largest of
     e4m3. What is not finite makes its row not finite. It has no derivative. Rows may be
     sharded over devices.
 
     Args:
-      product: A product of FP8 numbers, without their scales.
-      rows: Scale of each of its rows, float32.
-      columns: Scale of each of its columns, float32.
-      bias: Added after scaling, float32.
+      product: A product without its scales and bias.
 
     Returns:
       Values and float32 scales; what they stand for is the product of both.
 
     Raises:
       ValueError: The kernel does not take such a product on any device: see
-        `why_not_in_kernel`.
+        `why_not_in_kernel`. Or its parts do not fit its values.
     """
     _check("gelu_rows", "product", product)
-    bias = jnp.zeros(columns.shape, jnp.float32) if bias is None else bias
-    scales = (jnp.asarray(x, jnp.float32) for x in (rows, columns, bias))
-    return _gelu_rows(jnp.asarray(product), *scales)
+    check_product("product", product, num_rows=len(product.shape) - 1)
+    values, rows, columns, bias = product
+    *lead, channels = product.shape
+    parts = (
+        jnp.full(shape, value, jnp.float32) if x is None else x
+        for x, value, shape in (
+            (rows, 1, lead),
+            (columns, 1, channels),
+            (bias, 0, channels),
+        )
+    )
+    scales = (jnp.asarray(x, jnp.float32) for x in parts)
+    return _gelu_rows(jnp.asarray(values), *scales)
 
 
 def norm_rows(
@@ -110,6 +115,50 @@ def norm_rows(
     _check("norm_rows", "x", x)
     modulation = (jnp.asarray(y, jnp.float32) for y in (factor, shift))
     return _norm_rows(jnp.asarray(x), *modulation, eps=eps)
+
+
+def add_norm_rows(
+    x: Float[AnyArray, "B T K"],
+    product: Product,
+    gate: Float[AnyArray, "B K"] | None,
+    factor: Float[AnyArray, "B K"],
+    shift: Float[AnyArray, "B K"],
+    *,
+    eps: float,
+) -> tuple[Float[Array, "B T K"], Float8e4m3fn[Array, "B T K"], Float[Array, "B T"]]:
+    """Computes `x + gate * product`, and `norm_rows` of it.
+
+    The product is finished and added in float32.
+
+    Args:
+      x: Rows to add to.
+      product: As many rows.
+      gate: Factor of each channel of the product, for all rows of a batch item; None
+        for ones.
+      factor: As for `norm_rows`, like all arguments below.
+      shift: Added after the norm and its factor.
+      eps: Added to the variance.
+
+    Returns:
+      The sum in the dtype of x; then values and scales of its normed rows.
+
+    Raises:
+      ValueError: The kernel does not take such rows on any device: see
+        `why_not_in_kernel`. Or the product does not fit x.
+    """
+    _check("add_norm_rows", "x", x)
+    _check("add_norm_rows", "product", product)
+    check_product("product", product, num_rows=2)
+    if product.shape != x.shape:
+        raise ValueError(f"product has shape {product.shape}; x has {x.shape}")
+    values, rows, columns, bias = product
+    factor, shift = (jnp.asarray(y, jnp.float32) for y in (factor, shift))
+    gate = jnp.ones_like(factor) if gate is None else jnp.asarray(gate, jnp.float32)
+    rows = jnp.ones(x.shape[:2], jnp.float32) if rows is None else rows
+    columns = gate if columns is None else gate * columns
+    bias = jnp.zeros_like(gate) if bias is None else gate * bias
+    arrays = (x, values, rows, columns, bias, factor, shift)
+    return _add_norm_rows(*map(jnp.asarray, arrays), eps=eps)
 
 
 def round_rows(
@@ -164,6 +213,28 @@ def _norm_rows(x, factor, shift, *, eps: float):
     )
     run = functools.partial(_by_rows, functools.partial(sm90.kernel.norm_rows, eps=eps))
     return _over_devices(run, axes, (x, factor, shift), num_shared=0)
+
+
+@functools.partial(jit_once, static_argnames=("eps",))
+def _add_norm_rows(x, product, rows, *of_items, eps: float):
+    axes = Axes(
+        operation="sum and norm of rows in FP8",
+        operands=(
+            *("x: B N K", "product: B N K", "rows: B N", "columns: B K"),
+            *("bias: B K", "factor: B K", "shift: B K"),
+        ),
+        results=("B N K", "B N K", "B N"),
+    )
+
+    def run(x, product, rows, *of_items):
+        kernel = functools.partial(sm90.kernel.add_norm_rows, eps=eps)
+        lead, flat = rows.shape, (rows.size, x.shape[-1])
+        total, values, scale = kernel(
+            x.reshape(flat), product.reshape(flat), rows.reshape(rows.size), *of_items
+        )
+        return total.reshape(x.shape), values.reshape(x.shape), scale.reshape(lead)
+
+    return _over_devices(run, axes, (x, product, rows, *of_items), num_shared=0)
 
 
 @jit_once

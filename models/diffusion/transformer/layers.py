@@ -14,7 +14,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models.diffusion.transformer.float8 import Float8Linear
-from models.float8.product import Rounded, rounded, rounded_norm
+from models.float8.product import (
+    Rounded,
+    add_gated,
+    rounded,
+    rounded_norm,
+    rounded_sum_norm,
+)
 from pallas_kernels.common import Product
 from pallas_kernels.float8_rows import layer_norm
 
@@ -150,6 +156,36 @@ def modulated_norm(
     return run(x, factor, shift)
 
 
+def sum_and_norm(
+    x: Float[Array, "B T E"],
+    product: Product,
+    gate: Float[Array, "#B _ E"] | None,
+    factor: Float[Array, "#B _ E"],
+    shift: Float[Array, "#B _ E"],
+    *,
+    eps: float,
+    before: nnx.Linear | Float8Linear,
+) -> tuple[Float[Array, "B T E"], Activations]:
+    """Computes `x + gate * product`, and `modulated_norm` of the sum.
+
+    Args:
+      x: Tokens, the residual stream.
+      product: What is added to it.
+      gate: Of each channel of the product, of all tokens or of each; None for none.
+      factor: As for `modulated_norm`, like all arguments below.
+      shift: Likewise.
+      eps: Added to the variance.
+      before: A layer that reads what is normed.
+
+    Returns:
+      The sum in the dtype of x, and what is normed.
+    """
+    if isinstance(before, Float8Linear):
+        return rounded_sum_norm(x, product, gate, factor, shift, eps=eps)
+    total = add_gated(x, product, gate)
+    return total, modulated_norm(total, factor, shift, eps=eps, before=before)
+
+
 def shared_input(
     x: Float[Array, "B T E"], *, before: nnx.Linear | Float8Linear
 ) -> Activations:
@@ -167,16 +203,10 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Normalises each token, in float32."""
-        factor, shift = self._parameters()
+        factor, shift = self.parameters()
         return layer_norm(x, self.eps) * factor + shift
 
-    def before(
-        self, layer: nnx.Linear | Float8Linear, x: Float[Array, "B T E"]
-    ) -> Activations:
-        """Normalises each token for a layer; see `modulated_norm`."""
-        return modulated_norm(x, *self._parameters(), eps=self.eps, before=layer)
-
-    def _parameters(self) -> list[Float[Array, "1 1 E"]]:
+    def parameters(self) -> list[Float[Array, "1 1 E"]]:
         """Returns scale and bias, in float32."""
         return [p[...].astype(jnp.float32)[None, None] for p in (self.scale, self.bias)]
 

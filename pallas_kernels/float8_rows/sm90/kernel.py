@@ -1,11 +1,12 @@
-"""Normed and plain rows, rounded to FP8, for Hopper.
+"""Normed, summed and plain rows, rounded to FP8, for Hopper.
 
 A CTA of one warpgroup takes a row. It stays in registers from its load to its store, 40
 numbers of a thread at 5,120 channels. Factors of channels, which rows share, come from
 the first-level cache, which the CTAs of a multiprocessor share.
 
-ptxas, sm_90a, no spills: 136 registers for a norm of 5,120 float32 channels, so three
-CTAs of a multiprocessor; 55 for plain rows of as many in bfloat16.
+ptxas, sm_90a, no spills: 136 registers for a norm of 5,120 float32 channels, 154 for
+that of a sum, so three CTAs of a multiprocessor; 55 for plain rows of as many in
+bfloat16.
 
 How a row is made is a function of `load`, of the row's index and of what the kernel is
 given, in the order in which its caller gives it.
@@ -49,6 +50,39 @@ def norm_rows(
     return _round(make, (x, factor, shift), "norm_rows_sm90", interpret)
 
 
+def add_norm_rows(
+    x: Float[Array, "R K"],
+    product: Float[Array, "R K"],
+    scales: Float[Array, " R"],
+    columns: Float[Array, "B K"],
+    bias: Float[Array, "B K"],
+    factor: Float[Array, "B K"],
+    shift: Float[Array, "B K"],
+    *,
+    eps: float,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Float[Array, "R K"], *rows.Rows]:
+    """Computes sums, and their rows; see `pallas_kernels.float8_rows.add_norm_rows`.
+
+    Args:
+      x: Rows of one batch item after the other, as many of each.
+      product: Rows to scale and to add.
+      scales: Of rows of the product.
+      columns: Scales of its columns with the gate of an item.
+      bias: Of the product, with the gate of an item.
+      factor: As there.
+      shift: As there.
+      eps: As there.
+      interpret: Run on the CPU in GPU interpret mode.
+
+    Raises:
+      ValueError: The kernel cannot take these rows on any device.
+    """
+    make = functools.partial(_add_norm, eps=eps)
+    given = (x, product, scales, columns, bias, factor, shift)
+    return _round(make, given, "add_norm_rows_sm90", interpret, (x,))
+
+
 def round_rows(
     x: Float[Array, "R K"], *, interpret: plgpu.InterpretGPUParams | None = None
 ) -> rows.Rows:
@@ -65,12 +99,19 @@ def round_rows(
 
 
 def _round(
-    make: Callable[..., Any], given: tuple[Array, ...], name: str, interpret
-) -> rows.Rows:
-    """Launches a CTA for each row of the first array that is given."""
+    make: Callable[..., Any],
+    given: tuple[Array, ...],
+    name: str,
+    interpret,
+    more: tuple[Array, ...] = (),
+) -> Any:
+    """Launches a CTA for each row of the first array that is given.
+
+    `make` gets those arrays, and then results like the arrays of `more`.
+    """
     num_rows, channels = given[0].shape
     vec = rows.checked_vec(given[0].shape, given[0].dtype)
-    bits, scale = plgpu.kernel(
+    *made, bits, scale = plgpu.kernel(
         functools.partial(
             _body,
             make=make,
@@ -78,6 +119,7 @@ def _round(
             ops=registers if interpret is None else emulated,
         ),
         out_type=(
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in more),
             jax.ShapeDtypeStruct((num_rows, channels), jnp.int8),
             jax.ShapeDtypeStruct((num_rows,), jnp.float32),
         ),
@@ -87,7 +129,7 @@ def _round(
         kernel_name=name,
         interpret=interpret,
     )(*given)
-    return lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), scale
+    return *made, lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), scale
 
 
 def _body(*refs, make: Callable[..., Any], layout: Any, ops: types.ModuleType):
@@ -107,12 +149,32 @@ def _body(*refs, make: Callable[..., Any], layout: Any, ops: types.ModuleType):
 
 
 def _norm(load, row, x_gmem, factor_gmem, shift_gmem, *, eps: float):
-    num_rows, channels = x_gmem.shape
-    x = load(x_gmem.at[row])
+    item = _item(row, x_gmem, factor_gmem)
+    factors = (factor_gmem.at[item], shift_gmem.at[item])
+    return _normed(load, load(x_gmem.at[row]), factors, eps)
+
+
+def _add_norm(load, row, x_gmem, product_gmem, scales_gmem, *refs, eps: float):
+    *of_items, sum_gmem = refs
+    item = _item(row, x_gmem, of_items[0])
+    columns_gmem, bias_gmem, *factors = (ref.at[item] for ref in of_items)
+    product = load(product_gmem.at[row]) * scales_gmem[row]
+    x = load(x_gmem.at[row]) + (product * load(columns_gmem) + load(bias_gmem))
+    x = x.astype(sum_gmem.dtype)
+    sum_gmem[row] = x
+    return _normed(load, x.astype(jnp.float32), factors, eps)
+
+
+def _item(row, x_gmem, of_items):
+    """Returns the batch item of a row."""
+    return lax.div(row, jnp.int32(x_gmem.shape[0] // of_items.shape[0]))
+
+
+def _normed(load, x, factors, eps: float):
+    channels = x.size
     centred = x - jnp.sum(x) * (1 / channels)
     inverse = lax.rsqrt(jnp.sum(centred * centred) * (1 / channels) + eps)
-    item = lax.div(row, jnp.int32(num_rows // factor_gmem.shape[0]))
-    factor, shift = (load(ref.at[item]) for ref in (factor_gmem, shift_gmem))
+    factor, shift = map(load, factors)
     return centred * inverse * factor + shift
 
 

@@ -14,11 +14,12 @@ from models.float8.product import (
     rounded,
     rounded_activation,
     rounded_norm,
+    rounded_sum_norm,
     scaled_product,
     why_no_float8,
 )
-from models.float8.rows import ScaledRows, quantise_rows
-from pallas_kernels.common import Device
+from models.float8.rows import ScaledRows, quantise_rows, widen_rows
+from pallas_kernels.common import Device, Product
 from tests.tolerances import FLOAT8_PRODUCT
 
 CPU = Device(platform="cpu")
@@ -275,6 +276,66 @@ def test_gradients_of_normed_inputs_are_those_of_the_norm():
             np.testing.assert_allclose(
                 gradient[0, 0, channel], slope, rtol=1e-3, atol=1e-3
             )
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("in_kernel", [False, True])
+def test_sums_are_added_and_normed(gated, in_kernel, monkeypatch):
+    """Sums, normed rows and gradients, made by XLA or by what stands for a kernel."""
+    rng = np.random.default_rng(0)
+    x, values = (rng.normal(size=(2, 3, 16)).astype(np.float32) for _ in range(2))
+    rows, columns, bias, gate, factor, shift = (
+        jnp.asarray(rng.normal(size=size), jnp.float32)
+        for size in ((2, 3), 16, 16, (2, 1, 16), (2, 1, 16), (1, 1, 16))
+    )
+    parts = Product(values, rows, columns, bias)
+    gate = gate if gated else None
+
+    def plain(x, values):
+        y = values * rows[..., None] * columns + bias
+        return x + (y if gate is None else gate * y)
+
+    def kernel(x, added, *of_items, eps):
+        total = plain(x, added.values)
+        factors = (y[:, None] for y in of_items[1:])
+        return total, *quantise_rows(product_norm((total, *factors), eps=eps))
+
+    product_norm = product._norm
+    if in_kernel:
+        monkeypatch.setattr(product, "current_device", lambda *_: H100)
+        monkeypatch.setattr(product, "why_not_in_kernel", lambda *_: None)
+        monkeypatch.setattr(product, "add_norm_rows", kernel)
+    total, rounded = rounded_sum_norm(
+        jnp.asarray(x), parts, gate, factor, shift, eps=1e-3
+    )
+    expected = np.asarray(plain(x, values), np.float64)
+    np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-5)
+    centred = expected - expected.mean(-1, keepdims=True)
+    normed = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-3)
+    normed = normed * factor + shift
+    error = np.abs(np.asarray(widen_rows(rounded.rows), np.float64) - normed)
+    assert (error <= np.abs(normed).max(-1, keepdims=True) / 16).all()
+
+    def loss(x, values):
+        total, rounded = rounded_sum_norm(
+            x, parts._replace(values=values), gate, factor, shift, eps=1e-3
+        )
+        return (total * weights).sum() + (rounded.make(rounded.arrays) * weights).sum()
+
+    weights = rng.normal(size=x.shape).astype(np.float32)
+
+    def same(x, values):
+        total = plain(x, values)
+        centred = total - total.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        normed = centred / jnp.sqrt(variance + 1e-3) * factor + shift
+        return ((total + normed) * weights).sum()
+
+    got, plainly = (
+        jax.grad(f, (0, 1))(jnp.asarray(x), jnp.asarray(values)) for f in (loss, same)
+    )
+    for a, b in zip(got, plainly, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_widths_must_fit():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common.device import current_device
+from pallas_kernels.common.products import Product
 from pallas_kernels.float8_rows import gelu_rows, gelu_tanh, why_not_in_kernel
 from pallas_kernels.float8_rows.sm90 import gelu
 from tests.cases import mostly_nightly
@@ -67,9 +68,9 @@ def test_rows_that_are_not_finite_stay_so():
     ids=["uneven", "too-many", "dtype"],
 )
 def test_what_it_does_not_take_is_named(channels, dtype, text):
-    arrays = random_product((2,), channels, "bfloat16")
+    values, *parts = random_product((2,), channels, "bfloat16")
     with pytest.raises(ValueError, match=f"gelu_rows cannot take product: .*{text}"):
-        gelu_rows(jnp.asarray(arrays[0], dtype), *map(jnp.asarray, arrays[1:]))
+        gelu_rows(Product(jnp.asarray(values, dtype), *map(jnp.asarray, parts)))
 
 
 def test_it_says_where_it_does_not_run():
@@ -83,11 +84,11 @@ def test_on_a_gpu(channels):
         pytest.skip(cause)
     arrays = random_product((2, 3), channels, "bfloat16")
     made = gelu_loop(*arrays)
-    arrays = tuple(map(jnp.asarray, arrays))
-    check_rows(*gelu_rows(*arrays), made)
+    product = Product(*map(jnp.asarray, arrays))
+    check_rows(*gelu_rows(product), made)
     # Mapped, it is one launch with more rows.
-    mapped = jax.vmap(gelu_rows, in_axes=(0, 0, None, None))(*arrays)
-    for a, b in zip(mapped, gelu_rows(*arrays), strict=True):
+    mapped = jax.vmap(gelu_rows, in_axes=(Product(0, 0, None, None),))(product)
+    for a, b in zip(mapped, gelu_rows(product), strict=True):
         np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (a, b)))
 
 

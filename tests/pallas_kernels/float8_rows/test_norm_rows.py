@@ -10,7 +10,13 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.common.device import current_device
-from pallas_kernels.float8_rows import layer_norm, norm_rows, round_rows
+from pallas_kernels.common.products import Product
+from pallas_kernels.float8_rows import (
+    add_norm_rows,
+    layer_norm,
+    norm_rows,
+    round_rows,
+)
 from pallas_kernels.float8_rows.sm90 import kernel, rows
 from tests.cases import mostly_nightly
 from tests.pallas_kernels.float8_rows.loops import (
@@ -21,6 +27,8 @@ from tests.pallas_kernels.float8_rows.loops import (
 )
 
 EPS = 1e-3
+# A unit in the last place of bfloat16, of numbers up to 16.
+BFLOAT16_SUM = {"rtol": 2**-8, "atol": 1e-5}
 
 
 def random_rows(shape, dtype, seed=0):
@@ -57,6 +65,59 @@ def test_norm_is_the_loop(case):
     check_rows(values.reshape(shape), scale.reshape(shape[:2]), made)
 
 
+def random_sum(shape, dtype, seed=0):
+    """Rows, a product to add to them, its gate, and factors and shifts."""
+    x, factor, shift = random_rows(shape, dtype, seed)
+    rng = np.random.default_rng(seed + 1)
+    values = rng.normal(size=shape).astype(jnp.bfloat16)
+    rows, columns, bias, gate = (
+        rng.normal(size=size).astype(np.float32)
+        for size in (shape[:2], shape[2:], shape[2:], factor.shape)
+    )
+    return x, Product(values, rows, columns, bias), gate, factor, shift
+
+
+def sum_loop(x, product, gate):
+    """Float64, one row after another, rounded to the dtype of x."""
+    made = np.zeros_like(x)
+    values, rows, columns, bias = (np.asarray(y, np.float64) for y in product)
+    for item, token in np.ndindex(x.shape[:2]):
+        y = values[item, token] * rows[item, token] * columns + bias
+        total = x[item, token].astype(np.float64) + gate[item].astype(np.float64) * y
+        made[item, token] = total.astype(x.dtype)
+    return made
+
+
+def check_sum(got, x, product, gate, factor, shift):
+    """The sum against loops, and rows against those of the sum that was made."""
+    total, values, scale = (np.asarray(y) for y in got)
+    assert total.dtype == x.dtype
+    expected = sum_loop(x, product, gate).astype(np.float64)
+    bound = {"rtol": 1e-5, "atol": 1e-5} if x.dtype == np.float32 else BFLOAT16_SUM
+    np.testing.assert_allclose(total.astype(np.float64), expected, **bound)
+    check_rows(values, scale, norm_loop(total, factor, shift, EPS))
+
+
+@pytest.mark.parametrize("case", mostly_nightly(CASES, ["four-at-once"]))
+def test_sum_and_norm_are_loops(case):
+    shape, dtype = CASES[case]
+    arrays = random_sum(shape, dtype)
+    x, product, gate, factor, shift = arrays
+    flat = (x.reshape(-1, shape[-1]), product.values.reshape(-1, shape[-1]))
+    given = (
+        *flat,
+        product.rows.ravel(),
+        gate * product.columns,
+        gate * product.bias,
+        *(factor, shift),
+    )
+    total, values, scale = kernel.add_norm_rows(
+        *map(jnp.asarray, given), eps=EPS, interpret=INTERPRET
+    )
+    got = total.reshape(shape), values.reshape(shape), scale.reshape(shape[:2])
+    check_sum(got, *arrays)
+
+
 @pytest.mark.parametrize("dtype", mostly_nightly(rows.DTYPES, ["bfloat16"]))
 def test_plain_rows_have_the_bits_of_a_cpu(dtype):
     x = random_rows((1, 3, 1024), dtype)[0][0]
@@ -81,9 +142,17 @@ def test_rows_that_are_not_finite_stay_so(value):
         assert not np.isfinite(stand_for[1]).all()
 
 
+def sum_rows(x, values, rows, factor):
+    """One array for each kind of argument, for shapes."""
+    of_channels = jnp.ones(x.shape[-1])
+    product = Product(values, rows, of_channels, of_channels)
+    return add_norm_rows(x, product, factor, factor, factor, eps=EPS)[1:]
+
+
 FUNCTIONS = {
     "norm": (functools.partial(norm_rows, eps=EPS), ((2, 5, 5120), *[(2, 5120)] * 2)),
     "round": (round_rows, ((2, 5, 3072),)),
+    "sum": (sum_rows, ((2, 5, 3072), (2, 5, 3072), (2, 5), (2, 3072))),
 }
 
 
@@ -104,10 +173,12 @@ def test_lowers_for_cuda(name):
 def test_rows_stay_on_their_devices(name):
     function, shapes = FUNCTIONS[name]
     mesh = AbstractMesh((2, 5), ("b", "t"), axis_types=(AxisType.Explicit,) * 2)
-    specs = (P("b", "t", None), P("b", None), P("b", None))
+    specs = {3: P("b", "t", None), 2: P("b", None)}
     arrays = [
-        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
-        for shape, spec in zip(shapes, specs, strict=False)
+        jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(mesh, specs[len(shape)])
+        )
+        for shape in shapes
     ]
     with jax.sharding.use_abstract_mesh(mesh):
         values, scale = jax.eval_shape(function, *arrays)
@@ -118,6 +189,11 @@ def test_rows_stay_on_their_devices(name):
 def test_what_they_do_not_take_is_named():
     with pytest.raises(ValueError, match=r"norm_rows cannot take x: .*, not 100"):
         norm_rows(jnp.ones((1, 2, 100)), *[jnp.ones((1, 100))] * 2, eps=EPS)
+    x, factor = jnp.ones((1, 2, 512)), jnp.ones((1, 512))
+    with pytest.raises(ValueError, match=r"product.rows has shape \(2,\)"):
+        add_norm_rows(x, Product(x, jnp.ones(2)), None, factor, factor, eps=EPS)
+    with pytest.raises(ValueError, match=r"product has shape \(1, 1, 512\); x has"):
+        add_norm_rows(x, Product(x[:, :1]), None, factor, factor, eps=EPS)
     with pytest.raises(ValueError, match=r"round_rows cannot take x: .*, not 100"):
         round_rows(jnp.ones((2, 100)))
 
@@ -138,5 +214,7 @@ def test_on_a_gpu(case):
     arrays = tuple(map(jnp.asarray, (x, factor, shift)))
     made = norm_loop(x, factor, shift, EPS)
     check_rows(*norm_rows(*arrays, eps=EPS), made)
+    arguments = random_sum(shape, dtype)
+    check_sum(add_norm_rows(*jax.tree.map(jnp.asarray, arguments), eps=EPS), *arguments)
     values, scale = (np.asarray(y) for y in round_rows(arrays[0]))
     check_rows(values, scale, x.astype(np.float64))

@@ -251,9 +251,14 @@ def kernels_in(jaxpr):
 @pytest.mark.parametrize(
     ("family", "changes", "expected"),
     [
-        # Normed: before q, k and v; before cross-attention's q; before the network.
+        # Normed: before q, k and v; and where attention's outputs are added, before
+        # cross-attention's q and before the network.
         # Rounded as they are: attention's two outputs, and text.
-        ("wan", {"ffn_dim": 1024}, {"norm_rows": 3, "round_rows": 3, "gelu_rows": 1}),
+        (
+            "wan",
+            {"ffn_dim": 1024},
+            {"norm_rows": 1, "add_norm_rows": 2, "round_rows": 3, "gelu_rows": 1},
+        ),
         # Normed: in double blocks twice for video and text, in single ones once.
         # Rounded as they are: attention's outputs, in double blocks the text's, too.
         pytest.param(
