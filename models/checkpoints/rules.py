@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import einops
 
 _NUMBER = "{}"
+_NUMBERS = re.compile(r"(?:\d|\{\})+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Rule:
                     "{} in both, and no other braces"
                 )
 
-    @property
+    @functools.cached_property
     def paths(self) -> tuple[str, ...]:
         """Paths of all parameters of the key, in the order of their rows."""
         return (self.path, *self.others)
@@ -119,18 +120,20 @@ class Lookup:
     """
 
     def __init__(self, rules: Iterable[Rule]) -> None:
+        # By what a template and all names that it matches have in common.
         self._by_key: dict[str, list[Rule]] = {}
         self._by_path: dict[str, list[Rule]] = {}
         for rule in rules:
-            self._by_key.setdefault(_outline(rule.key), []).append(rule)
-            for outline in dict.fromkeys(map(_outline, rule.paths)):
+            outline = _NUMBERS.sub(_NUMBER, rule.key)
+            self._by_key.setdefault(outline, []).append(rule)
+            for outline in {_NUMBERS.sub(_NUMBER, path) for path in rule.paths}:
                 self._by_path.setdefault(outline, []).append(rule)
 
     def of_key(self, key: str) -> list[tuple[tuple[str, ...], Rule]]:
         """Returns the rules that match a checkpoint key, in order, and our paths."""
         return [
             (paths, rule)
-            for rule in self._by_key.get(_outline(key), ())
+            for rule in self._by_key.get(_NUMBERS.sub(_NUMBER, key), ())
             if (paths := rule.paths_of(key))
         ]
 
@@ -138,17 +141,9 @@ class Lookup:
         """Returns the rules that fill one of our paths, in order, and their keys."""
         return [
             (key, rule)
-            for rule in self._by_path.get(_outline(path), ())
+            for rule in self._by_path.get(_NUMBERS.sub(_NUMBER, path), ())
             if (key := rule.key_of(path)) is not None
         ]
-
-
-_NUMBERS = re.compile(r"(?:\d|\{\})+")
-
-
-def _outline(name: str) -> str:
-    """Returns what a template and all names that it matches have in common."""
-    return _NUMBERS.sub(_NUMBER, name)
 
 
 class Parameter(NamedTuple):
