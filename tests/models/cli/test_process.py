@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-# Where the tests run in the background, SIGINT is ignored and children inherit that.
+# Where the tests run in the background, SIGINT is ignored, and under nohup SIGHUP:
+# children inherit that.
 START = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.argv = ["draft-video", "generate", "a cat"]
 import draft_video
 """
