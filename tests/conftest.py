@@ -66,7 +66,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Sets the environment of the tests, before any backend has started."""
     keep_out_of_the_users_cache(config)
     turn_optimisation_off(config)
-    gc.disable()  # until all is collected and imported: hardly any of it is garbage
 
 
 def keep_out_of_the_users_cache(config: pytest.Config) -> None:
@@ -119,15 +118,20 @@ def pytest_collection_modifyitems(
         items[:] = [item for item in items if item in kept]
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
     """Takes modules and tests out of what is searched for garbage again and again.
 
     They are millions of objects, and stay: a twentieth of the suite's time.
     """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 10)  # of new objects, which tracing makes many of
-    gc.enable()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(10_000, 20, 10)  # of new objects, which tracing makes many of
+        gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
