@@ -20,6 +20,7 @@ in both precisions. What a record says; errors are relative, in the L2 norm:
 import argparse
 import dataclasses
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,6 +44,7 @@ from models.mini.captions import SAMPLE_PROMPTS
 
 LEVELS = (0.95, 0.75, 0.5, 0.25, 0.05)  # share of noise
 SPARSITY = 0.5
+EMBEDDINGS = ("patch_embedding", "x_embedder")  # convolutions
 
 Record = dict[str, Any]
 
@@ -52,30 +54,35 @@ def in_float8(model: Any, only: str | None = None) -> Any:
 
     Args:
       model: A wide model.
-      only: Path of the layers that are, one of `kinds_of`; None for all of these.
+      only: The layers that are, one of `kinds_of`; None for all of these.
     """
     copy = nnx.merge(*nnx.split(model))
     wide = list(sys.modules[type(model).__module__].WIDE_LINEARS)
-    if only is not None:
-        wide += [
-            kind for kind in kinds_of(model) if not f".{kind}".endswith(f".{only}")
-        ]
+    for kind, paths in kinds_of(model).items():
+        wide += paths if only not in (None, kind) else []
     use_float8_linears(copy, leave=wide)
     copy.config = dataclasses.replace(model.config, linears="float8")
     return copy
 
 
-def kinds_of(model: Any) -> list[str]:
-    """Returns the paths of the layers that FP8 is for."""
+def kinds_of(model: Any) -> dict[str, list[str]]:
+    """Returns the layers that FP8 is for, as paths by kind.
+
+    Layers that read one rounded input are one kind: queries, keys and values, and in
+    HunyuanVideo's single blocks the network beside them.
+    """
     wide = sys.modules[type(model).__module__].WIDE_LINEARS
     state = nnx.to_flat_state(nnx.state(model))
-    paths = [".".join(map(str, path[:-1])) for path, _ in state if path[-1] == "kernel"]
-    return [
-        path
-        for path in paths
-        if not any(f"{path}.".startswith(f"{left}.") for left in wide)
-        and path not in ("patch_embedding", "x_embedder")
-    ]
+    kinds: dict[str, list[str]] = {}
+    for *path, leaf in (path for path, _ in state):
+        name = ".".join(map(str, path))
+        left = any(f"{name}.".startswith(f"{other}.") for other in wide)
+        if leaf == "kernel" and not left and path[-1] not in EMBEDDINGS:
+            kind = re.sub(r"attn(\d?)\.to_[qkv]$", r"attn\1.to_qkv", name)
+            kind = re.sub(r"add_[qkv]_proj$", "add_qkv_proj", kind)
+            kind = re.sub(r"proj_mlp$", "attn.to_qkv", kind)
+            kinds.setdefault(kind, []).append(name)
+    return kinds
 
 
 def relative(found: Any, expected: Any, of: Any = None) -> float:
