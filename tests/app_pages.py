@@ -19,7 +19,7 @@ FLAGS = (
     "--disable-background-networking --disable-component-update --disable-sync"
 )
 SECONDS = 400  # until a test gives up, on a busy machine
-SMALL = {"width": 64, "height": 48, "frames": 8, "steps": 4}
+SMALL = {"width": 64, "height": 48, "frames": 9, "steps": 4}
 LONG = SMALL | {"steps": 400}
 
 

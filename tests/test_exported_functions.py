@@ -34,7 +34,6 @@ from models.diffusion.schedulers import FlowUniPC, UniPCCoefficients, UniPCHisto
 from models.diffusion.step_programs import StepArrays, StepNumbers
 from models.hunyuan.inputs import HunyuanInputs
 from models.hunyuan.layers import JointBlockInputs
-from models.mini.codec import LinearCodec
 from models.mini.codec_training import CodecConfig, CodecState
 from models.mini.optimization import OptimizerConfig
 from models.mini.renderer import SceneBatch
@@ -80,7 +79,6 @@ TREES = {
         Sampling(solver=FlowUniPC(num_steps=16)),
         TrainConfig(model=WanConfig.mini()),
     ),
-    "codec": lambda: LinearCodec(mean=ones(96), basis=ones(96, 4), scale=ones(4)),
     "sampler": lambda: (
         SamplerState(
             latents=ones(1, 2, 2, 2, 4),

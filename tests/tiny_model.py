@@ -9,11 +9,13 @@ import numpy as np
 from flax import nnx
 
 from models.diffusion.sampling import Sampling
+from models.mini.autoencoder import autoencoder_config
 from models.mini.checkpoint import MiniCheckpoint
-from models.mini.codec import PATCH_NUMBERS, LinearCodec
 from models.mini.text import TextEmbedding, Vocabulary
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
+from models.wan.vae.autoencoder import WanVAE
+from models.wan.vae.codec import WanVAECodec
 
 CONFIG = WanConfig(
     dim=24,
@@ -28,7 +30,7 @@ CONFIG = WanConfig(
 )
 WORDS = ("a", "ball", "blue", "boat", "on", "red", "sea", "the")
 # 2 x 4 x 6 tokens: in each frame two tiles of 2 x 4 and two of 2 x 2.
-SAMPLING = Sampling(frames=4, height=32, width=48, num_steps=4)
+SAMPLING = Sampling(frames=3, height=32, width=48, num_steps=4)
 NUM_TILES = 8
 
 
@@ -40,20 +42,34 @@ def make_checkpoint(seed: int = 0) -> MiniCheckpoint:
     kernel = transformer.proj_out.kernel
     kernel[...] = jax.random.normal(rngs.params(), kernel.shape) / 5
     vocabulary = Vocabulary(words=WORDS, num_buckets=4, max_length=CONFIG.text_length)
-    rng = np.random.default_rng(seed)
-    basis, _ = np.linalg.qr(rng.normal(size=(PATCH_NUMBERS, CONFIG.in_channels)))
     return MiniCheckpoint(
         transformer=transformer,
         text_embedding=TextEmbedding(
             vocabulary.size, vocabulary.max_length, CONFIG.text_dim, rngs=rngs
         ),
         vocabulary=vocabulary,
-        codec=LinearCodec(
-            mean=jnp.zeros(PATCH_NUMBERS),
-            basis=jnp.asarray(basis, jnp.float32),
-            scale=jnp.ones(CONFIG.in_channels),
-        ),
+        codec=make_codec(),
     )
+
+
+@functools.cache
+def make_codec() -> WanVAECodec:
+    """Random weights of a codec, drawn by NumPy: JAX would compile for ten seconds."""
+    config = autoencoder_config(base_dim=2, decoder_base_dim=2)
+    model = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if path[-1] != "kernel":
+            return leaf.replace(jnp.full(leaf.shape, float(path[-1] != "bias")))
+        values = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+        if "conv_out" in path:  # pixels that rounding in latents hardly moves
+            values /= 8
+        return leaf.replace(jnp.asarray(values, jnp.float32))
+
+    graph, state = nnx.split(model)
+    flat = [(path, draw(path, leaf)) for path, leaf in nnx.to_flat_state(state)]
+    return WanVAECodec(model=nnx.merge(graph, nnx.from_flat_state(flat)))
 
 
 def save_checkpoint(folder: Path, seed: int = 0) -> Path:
@@ -64,7 +80,7 @@ def save_checkpoint(folder: Path, seed: int = 0) -> Path:
 
 def fail_to_decode(monkeypatch, after=0):
     """Makes the small codec have no memory, after some videos."""
-    decode, left = LinearCodec.decode, [None] * after
+    decode, left = WanVAECodec.decode_to_host, [None] * after
 
     def fail(self, latents):
         if not left:
@@ -72,4 +88,4 @@ def fail_to_decode(monkeypatch, after=0):
         left.pop()
         return decode(self, latents)
 
-    monkeypatch.setattr(LinearCodec, "decode", fail)
+    monkeypatch.setattr(WanVAECodec, "decode_to_host", fail)

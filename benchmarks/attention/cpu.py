@@ -6,7 +6,7 @@ prints three tables and writes `benchmarks/results/block_sparse_cpu.json`:
 
   long    16,384 tokens in 128-token blocks: time and memory must fall with density,
           and no N x N array may exist.
-  mini    The attention layer of the small model: 2,304 tokens in 32-token blocks,
+  mini    An attention layer like the small model's: 2,304 tokens in 32-token blocks,
           batch 2 for classifier-free guidance.
   whole   `draft_attention` on the layer of `mini`: what the draft and the selection
           add to the attention itself.

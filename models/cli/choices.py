@@ -35,7 +35,7 @@ NAMED_SIZES: dict[str, tuple[int, int]] = {
 class SamplingDefaults(NamedTuple):
     """The settings that the shipped model takes, `Sampling()`."""
 
-    frames: int = 24
+    frames: int = 25
     height: int = 96
     width: int = 128
     num_steps: int = 16

@@ -29,7 +29,7 @@ _GENERATE_EXAMPLES = """examples:
   draft-video generate "a red ball bounces" --compare --sparsity 0.9
   draft-video generate "a green box turns" --dense --seed 7 --output outputs/box
   draft-video generate "a red ball bounces" --compare --cache easy:0.1,4
-  draft-video generate "a cat" --size 192x128 --frames 32 --mask-refresh 4
+  draft-video generate "a cat" --size 192x128 --frames 33 --mask-refresh 4
   draft-video generate "a cat" --checkpoint DIR --size 720p --frames 81
   draft-video generate "it turns" --checkpoint DIR --image cat.jpg --size 480p
   draft-video generate "a cat" --checkpoint DIR --mesh sequence=2,guidance=2
@@ -292,7 +292,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--frames",
         _SAMPLING.frames,
-        "frames, a multiple of 2 for the shipped model, 4 n + 1 for others",
+        "frames, 2 n + 1 for the shipped model, 4 n + 1 for others",
         type=int,
     )
     add(

@@ -42,7 +42,7 @@ class Sampling:
         the negative prompt cannot be written as UTF-8.
     """
 
-    frames: int = 24
+    frames: int = 25
     height: int = 96
     width: int = 128
     num_steps: int = 16

@@ -3,8 +3,7 @@
 config.json                  sizes of transformer and codec, and this format's name
 transformer*.safetensors     diffusers' keys, bfloat16, perhaps in shards
 text_embedding.safetensors   `TextEmbedding`, keys are attribute paths, bfloat16
-codec.safetensors            `models.mini.autoencoder`, or `LinearCodec` where
-                             config.json has no "codec"
+codec.safetensors            `models.mini.autoencoder`, diffusers' keys, float16
 vocabulary.json              `Vocabulary`
 """
 
@@ -30,7 +29,6 @@ from models.mini.autoencoder import (
     read_autoencoder_config,
     save_autoencoder,
 )
-from models.mini.codec import PATCH_NUMBERS, LinearCodec
 from models.mini.text import TextEmbedding, Vocabulary
 from models.wan.config import WanConfig
 from models.wan.convert import load_wan_transformer, save_wan_transformer
@@ -38,8 +36,6 @@ from models.wan.layouts import LAYOUTS
 from models.wan.transformer import WanTransformer
 from models.wan.vae.codec import WanVAECodec
 from models.wan.vae.config import WanVAEConfig
-
-MiniCodec = LinearCodec | WanVAECodec
 
 SHIPPED = Path(__file__).parent / "weights"
 FORMAT = "draft-video-1"
@@ -96,7 +92,7 @@ class MiniCheckpoint:
     transformer: WanTransformer
     text_embedding: TextEmbedding
     vocabulary: Vocabulary
-    codec: MiniCodec
+    codec: WanVAECodec
 
     @classmethod
     def load(cls, path: Path | str | None = None, **changes: Any) -> "MiniCheckpoint":
@@ -133,7 +129,7 @@ class MiniCheckpoint:
     ) -> None:
         """Writes a checkpoint folder; `load` reads it.
 
-        Weights become 16-bit numbers, those of a `LinearCodec` excepted.
+        Weights become 16-bit numbers.
 
         Args:
           folder: Made if it does not exist.
@@ -159,12 +155,9 @@ class MiniCheckpoint:
             "transformer": config.to_dict(),
             "text_length": config.text_length,
             "tile": list(config.tile),
+            "codec": describe_autoencoder(self.codec.model.config),
         }
-        if isinstance(self.codec, LinearCodec):
-            self.codec.save(folder / "codec.safetensors")
-        else:
-            save_autoencoder(folder / "codec.safetensors", self.codec.model)
-            stored["codec"] = describe_autoencoder(self.codec.model.config)
+        save_autoencoder(folder / "codec.safetensors", self.codec.model)
         (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
 
 
@@ -185,15 +178,13 @@ def read_config(folder: Path, **changes: Any) -> WanConfig:
         )
 
 
-def read_codec(folder: Path, config: WanConfig) -> MiniCodec:
+def read_codec(folder: Path, config: WanConfig) -> WanVAECodec:
     """Reads the codec, which must have the transformer's channels.
 
     Raises:
       CheckpointError: It is damaged, or has other sizes.
     """
     sizes = read_codec_sizes(folder, config)
-    if isinstance(sizes, LinearCodec):
-        return sizes
     try:
         return load_autoencoder(folder / "codec.safetensors", sizes)
     except ConversionError as error:
@@ -202,20 +193,15 @@ def read_codec(folder: Path, config: WanConfig) -> MiniCodec:
         ) from error
 
 
-def read_codec_sizes(folder: Path, config: WanConfig) -> LinearCodec | WanVAEConfig:
+def read_codec_sizes(folder: Path, config: WanConfig) -> WanVAEConfig:
     """Reads the sizes of the codec, which must have the transformer's channels.
 
     Raises:
       CheckpointError: They are damaged, or others.
     """
-    stored = _read_stored(folder).get("codec")
-    if stored is None:
-        with _naming_damage(folder):
-            linear = LinearCodec.load(folder / "codec.safetensors")
-        _check_codec(folder, linear, config)
-        return linear
+    stored = _read_stored(folder)
     with _naming_damage(folder):
-        sizes = read_autoencoder_config(stored)
+        sizes = read_autoencoder_config(stored["codec"])
     if sizes.latent_channels != config.in_channels:
         raise CheckpointError(
             f"{folder / 'config.json'} has a codec of {sizes.latent_channels} latent "
@@ -275,17 +261,6 @@ def _check_folder(folder: Path) -> None:
     raise CheckpointError(
         f"checkpoint {folder} lacks {missing}; expected {SMALL_MODEL}"
     )
-
-
-def _check_codec(folder: Path, codec: LinearCodec, config: WanConfig) -> None:
-    channels = config.in_channels
-    expected = ((PATCH_NUMBERS,), (PATCH_NUMBERS, channels), (channels,))
-    found = (codec.mean.shape, codec.basis.shape, codec.scale.shape)
-    if found != expected:
-        raise CheckpointError(
-            f"{folder / 'codec.safetensors'} holds mean, basis and scale of shapes "
-            f"{found}; {channels} latent channels need {expected}"
-        )
 
 
 def _load_embedding(

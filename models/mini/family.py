@@ -15,14 +15,14 @@ from models.diffusion.sampling import Sampling
 from models.mini.checkpoint import (
     SHIPPED,
     SMALL_MODEL,
-    MiniCodec,
     is_small_model,
     read_codec,
     read_codec_sizes,
     read_config,
 )
-from models.mini.pipeline import default_sampling, load_mini
+from models.mini.pipeline import load_mini
 from models.wan.conditions import WanConditioning
+from models.wan.vae.codec import WanVAECodec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,11 @@ def describe_mini(path: Path | str | None = None, **options: Any) -> MiniInfo:
     del options
     folder = SHIPPED if path is None else Path(path)
     config = read_config(folder)
-    codec = read_codec_sizes(folder, config)
     return MiniInfo(
         path=folder,
         conditioning=WanConditioning(config),
-        codec=codec,
-        sampling=default_sampling(codec),
+        codec=read_codec_sizes(folder, config),
+        sampling=Sampling(),
     )
 
 
@@ -76,7 +75,7 @@ def _load(
     return load_mini(path, linears=linears, mesh=mesh)
 
 
-def _load_codec(path: Path | str | None, **options: Any) -> MiniCodec:
+def _load_codec(path: Path | str | None, **options: Any) -> WanVAECodec:
     """Loads a small model's codec, for which the options have no meaning."""
     del options
     folder = SHIPPED if path is None else Path(path)

@@ -4,14 +4,9 @@ import dataclasses
 from pathlib import Path
 
 from models.diffusion.dtypes import Linears, choose_linears, default_dtype
-from models.diffusion.interfaces import LatentSizes
 from models.diffusion.mesh import DeviceMesh
 from models.diffusion.pipeline import VideoPipeline
-from models.diffusion.sampling import Sampling
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
-from models.mini.codec import LinearCodec
-
-FRAMES = 24  # two seconds
 
 
 def load_mini(
@@ -43,14 +38,4 @@ def pipeline_of(checkpoint: MiniCheckpoint) -> VideoPipeline:
         model=checkpoint.transformer,
         text_encoder=MiniTextEncoder(checkpoint.vocabulary, checkpoint.text_embedding),
         codec=checkpoint.codec,
-        sampling=default_sampling(checkpoint.codec),
     )
-
-
-def default_sampling(codec: LatentSizes) -> Sampling:
-    """Returns the settings of a small model, with as many frames as its codec has.
-
-    A causal codec has one frame more: the first latent frame stands for it alone.
-    """
-    causal = not isinstance(codec, LinearCodec)
-    return Sampling(frames=FRAMES + int(causal))

@@ -124,9 +124,9 @@ def test_a_third_family_is_one_record(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"^loras=.*: arguments that fit .* and Third"):
         loading.load_pipeline(None, loras=[("x.safetensors", 1.0)])
     command = ["generate", "a cat", "--output", str(tmp_path / "out")]
-    chosen = ["--checkpoint", str(tmp_path), "--frames", "3"]
+    chosen = ["--checkpoint", str(tmp_path), "--frames", "4"]
     assert main([*command, *chosen]) == 2
-    assert "frames=3 must be a multiple of 2" in capsys.readouterr().err
+    assert "frames=4 must be 1 more than a multiple of 2" in capsys.readouterr().err
     assert main([*command, *chosen, "--vae", "x"]) == 2
     assert "--vae x fits HunyuanVideo and Wan models" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ from tests import tiny_model
 def test_record_has_each_rule_with_each_attention(tmp_path, monkeypatch, capsys):
     folder = tiny_model.save_checkpoint(tmp_path / "model")
     output = tmp_path / "record.json"
-    options = ["--checkpoint", str(folder), "--size", "4", "32", "48", "--steps", "6"]
+    options = ["--checkpoint", str(folder), "--size", "3", "32", "48", "--steps", "6"]
     options += ["--rules", "easy:9,2", "mag:9,2,0.4", "--sparsities", "0.5"]
     options += ["--prompts", "a red ball", "--output", str(output)]
     monkeypatch.setattr("sys.argv", ["run", *options])

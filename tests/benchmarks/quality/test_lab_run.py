@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # words that a tiny model lac
 
 def options_of(folder, output, *more):
     options = ["--checkpoint", str(folder), "--output", str(output), "--reduced"]
-    options += ["--clips", "2", "--frames", "4", "--size", "32x48", "--steps", "4"]
+    options += ["--clips", "2", "--frames", "3", "--size", "32x48", "--steps", "4"]
     return run.parse([*options, "--densities", "0.5", "0.25", *more])
 
 
@@ -85,7 +85,7 @@ def test_all_pairs_leave_layers_as_they_are(tmp_path):
     options = run.parse(
         [
             *("--checkpoint", str(folder), "--output", str(tmp_path / "run")),
-            *("--clips", "2", "--frames", "4", "--size", "32x48", "--steps", "4"),
+            *("--clips", "2", "--frames", "3", "--size", "32x48", "--steps", "4"),
             *("--densities", "1", "0.25", "--methods", "paper", "ours"),
             *("--parts", "layers", "--looks", "1"),
         ]

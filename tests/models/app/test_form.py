@@ -40,7 +40,7 @@ def form(tmp_path_factory):
 
 def values(**changes):
     base = FormValues(
-        prompt=PROMPT, width=48, height=32, frames=4, steps=4, guidance=4.0, seed=0
+        prompt=PROMPT, width=48, height=32, frames=3, steps=4, guidance=4.0, seed=0
     )
     return dataclasses.replace(base, **changes)
 
@@ -64,7 +64,7 @@ def test_every_choice_has_a_sentence():
 
 def test_defaults_are_the_models(form):
     found, request = Form().defaults(prompt=PROMPT)
-    assert (found.width, found.height, found.frames, found.steps) == (128, 96, 24, 16)
+    assert (found.width, found.height, found.frames, found.steps) == (128, 96, 25, 16)
     assert (found.guidance, found.seed, found.sparsity) == (4.0, 0, 0.9)
     assert found.prompt == PROMPT
     assert request.arguments.checkpoint is None
@@ -95,7 +95,7 @@ def test_defaults_are_the_models(form):
     ids=str,
 )
 def test_command(form, changes, options):
-    size = "--seed=0 --steps=4 --size=48x32 --frames=4 --guidance=4"
+    size = "--seed=0 --steps=4 --size=48x32 --frames=3 --guidance=4"
     expected = ["generate", *form.model_options, *size.split(), *options.split()]
     assert form.command(values(**changes)) == [*expected, "--", PROMPT]
 
@@ -129,7 +129,7 @@ def test_a_run_has_the_name_that_its_command_gives_it(form):
     """So the page and the command line find each other's runs."""
     request = form.read(values(mode="sparse"))
     typed = ["generate", PROMPT, *form.model_options, "--size", "48x32"]
-    typed += ["--frames", "4", "--steps", "4"]
+    typed += ["--frames", "3", "--steps", "4"]
     arguments = build_parser().parse_args(typed)
     arguments.argv = typed
     other = read_request(arguments)
@@ -148,7 +148,7 @@ def test_a_run_has_the_name_that_its_command_gives_it(form):
         ("steps", 2.5, "steps=2.5 must be a whole number"),
         ("seed", -1, "seed=-1"),
         ("seed", float("nan"), "seed=nan must be a finite number"),
-        ("frames", 3, "multiple of 2"),
+        ("frames", 4, "1 more than a multiple of 2"),
         ("width", 47, "width=47 must be a multiple of 8"),
         ("height", 33, "height=33 must be a multiple of 8"),
         ("height", 0, "height=0 must be a positive integer"),
@@ -177,7 +177,7 @@ def test_wrong_constants_of_a_cache_are_told_beside_them(form, constants):
 
 
 def test_all_wrong_fields_are_told_at_once(form):
-    found = messages(form, width=47, frames=3, sparsity=2.0)
+    found = messages(form, width=47, frames=4, sparsity=2.0)
     assert set(found) == {"width", "frames", "sparsity"}
 
 
@@ -190,10 +190,10 @@ def test_what_no_field_is_to_blame_for_is_told_of_the_form(form, monkeypatch):
 
 
 def test_limits_are_told_beside_their_field(form):
-    limits = Limits(frames=8, pixels=48 * 32)
+    limits = Limits(frames=9, pixels=48 * 32)
     limited = dataclasses.replace(form, check=lambda r: limits.check(r, None))
-    limited.read(values(frames=8))
-    assert "--max-frames" in messages(limited, frames=10)["frames"]
+    limited.read(values(frames=9))
+    assert "--max-frames" in messages(limited, frames=11)["frames"]
     assert "--max-pixels" in messages(limited, height=48)["width"]
 
 

@@ -139,7 +139,7 @@ def test_stop_ends_a_run_within_a_step_and_keeps_it(page, server):
 
 def test_bad_input_is_told_beside_its_field_and_nothing_runs(page, server):
     runs = set(server.outputs.glob("*"))
-    generate(page, SMALL | {"frames": 7, "width": 63})
+    generate(page, SMALL | {"frames": 8, "width": 63})
     page.locator("#error-frames", has_text="multiple of 2").wait_for()
     assert "multiple of 8" in page.locator("#error-width").inner_text()
     assert page.locator("#error-height").is_hidden()
@@ -147,10 +147,10 @@ def test_bad_input_is_told_beside_its_field_and_nothing_runs(page, server):
     message = page.locator("#error-frames").bounding_box()
     assert 0 <= message["y"] - (box["y"] + box["height"]) < 40
     page.locator("#steps input").fill("")
-    generate(page, {"frames": 8})
+    generate(page, {"frames": 9})
     page.locator("#error-steps", has_text="steps is missing").wait_for()
     assert page.locator("#error-frames").is_hidden()
-    generate(page, SMALL | {"frames": 300, "steps": 4})
+    generate(page, SMALL | {"frames": 301, "steps": 4})
     page.locator("#error-frames", has_text="--max-frames").wait_for()
     assert set(server.outputs.glob("*")) == runs
     assert "Traceback" not in server.errors.read_text()
@@ -180,7 +180,7 @@ def test_the_page_fits_and_can_be_read(playwright, server, scheme, width):
     with browser(playwright, viewport=size, color_scheme=scheme) as page:
         page.goto(server.url)
         button(page, "Generate").wait_for()
-        generate(page, {"frames": 7})
+        generate(page, {"frames": 8})
         page.locator("#error-frames", has_text="multiple").wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         for place in page.locator(

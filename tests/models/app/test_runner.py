@@ -18,7 +18,7 @@ from models.app.runner import Runner, hear_warnings
 from models.app.runs import list_runs
 from models.cli import main
 from models.diffusion.pipeline import VideoPipeline
-from models.mini.codec import LinearCodec
+from models.wan.vae.codec import WanVAECodec
 from tests import tiny_model
 
 PROMPT = "a red ball"
@@ -48,7 +48,7 @@ def runner(loaded, tmp_path, monkeypatch):
 
 
 def job_of(runner, **changes):
-    base = {"mode": "sparse", "width": 48, "height": 32, "frames": 4, "steps": 4}
+    base = {"mode": "sparse", "width": 48, "height": 32, "frames": 3, "steps": 4}
     base |= {"guidance": 4.0, "seed": 0}
     values = FormValues(prompt=PROMPT, **(base | changes))
     return Job("page", runner.form.read(values), clock=lambda: 0.0)
@@ -155,7 +155,7 @@ def test_a_video_that_is_not_decoded_leaves_its_latents(runner, monkeypatch):
     with monkeypatch.context() as patch:
         # Not previews, which one latent frame is enough for.
         patch.setattr(runner_module._Shown, "_preview", lambda *_: None)
-        patch.setattr(LinearCodec, "decode", fail)
+        patch.setattr(WanVAECodec, "decode_to_host", fail)
         with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED") as caught:
             runner.run(job)
     assert f"`draft-video decode {job.folder}`" in str(caught.value)
@@ -217,7 +217,7 @@ def test_memory_is_limited_by_an_estimate(runner, monkeypatch):
     request = job_of(runner, sparsity=0.75, selection="percentile").work
     needed = run_bytes(request, runner._pipeline)
     # 16 arrays of 2 rows of 48 tokens of 24 channels, and 8 videos, all in float32.
-    step, videos = 16 * 2 * 48 * 24 * 4, 8 * 3 * 4 * 32 * 48 * 4
+    step, videos = 16 * 2 * 48 * 24 * 4, 8 * 3 * 3 * 32 * 48 * 4
     # Of 3 layers and 2 rows with 2 heads each, of 8 x 8 tiles the fourth part: column,
     # row offsets and what else a mask has, each an int32 or less.
     masks = needed - step - videos
@@ -231,7 +231,7 @@ def test_memory_is_limited_by_an_estimate(runner, monkeypatch):
     monkeypatch.setattr(runner, "_limits", Limits(memory_bytes=needed))
     job_of(runner, sparsity=0.75, selection="percentile")
     with pytest.raises(FormError) as caught:
-        job_of(runner, frames=6)
+        job_of(runner, frames=5)
     assert "--max-memory" in caught.value.messages["frames"]
 
 

@@ -26,7 +26,7 @@ from models.wan.loading import WanInfo
 from tests import tiny_model
 
 PROMPT = "a red ball"
-SMALL = ("--size", "48x32", "--frames", "4", "--steps", "6")
+SMALL = ("--size", "48x32", "--frames", "3", "--steps", "6")
 RATIOS = MagRatios(
     values=((1.0,) + (0.99,) * 5,) * 2, model="shipped", source="a test", num_layers=3
 )

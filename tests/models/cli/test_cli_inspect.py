@@ -10,7 +10,7 @@ from models.report.page import read_page
 from tests import tiny_model
 
 PROMPT = "a red ball"
-SMALL = ("--size", "48x32", "--frames", "4", "--steps", "4")
+SMALL = ("--size", "48x32", "--frames", "3", "--steps", "4")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ sys.exit(status)
 """
 HITS = "/jax/compilation_cache/cache_hits"
 PROGRAMS = "/jax/core/compile/backend_compile_duration"  # read or compiled
-SHIPPED = ["a red ball", "--size", "32x32", "--frames", "2", "--steps", "1"]
+SHIPPED = ["a red ball", "--size", "32x32", "--frames", "3", "--steps", "1"]
 SHIPPED += ["--dense-fraction", "0"]
 WAN = ["a cat", "--checkpoint", str(TEXT_TO_VIDEO), "--size", "48x32", "--frames", "5"]
 ONE_STEP_EACH = ["--steps", "2", "--dense-fraction", "0.5"]

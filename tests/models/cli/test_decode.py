@@ -14,7 +14,7 @@ from tests import hunyuan_folders, tiny_model
 from tests.wan_folders import TEXT_TO_VIDEO
 
 PROMPT = "a red ball"
-SMALL = ("--size", "48x32", "--frames", "4", "--steps", "2")
+SMALL = ("--size", "48x32", "--frames", "3", "--steps", "2")
 FAILED = {"latents.safetensors"}
 MADE = {"video.mp4", "report.json", "report.html"}
 

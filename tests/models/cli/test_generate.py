@@ -30,7 +30,7 @@ from models.wan.sampling import wan_sampling
 from tests import tiny_model
 
 PROMPT = "a red ball"
-SMALL = ("--size", "48x32", "--frames", "4", "--steps", "4")
+SMALL = ("--size", "48x32", "--frames", "3", "--steps", "4")
 COMPARISON_FILES = {
     "dense.mp4",
     "sparse.mp4",
@@ -124,8 +124,8 @@ def test_comparison_writes_its_files_and_nothing_else(comparison):
         video_io.read_mp4(comparison / name)
         for name in ("dense.mp4", "sparse.mp4", "side_by_side.mp4")
     )
-    assert dense.shape == sparse.shape == (4, 32, 48, 3)
-    assert joined.shape == (4, 32, 96, 3)
+    assert dense.shape == sparse.shape == (3, 32, 48, 3)
+    assert joined.shape == (3, 32, 96, 3)
     # Each was compressed on its own, so they agree only roughly.
     halves = joined[:, :, :48].astype(float), joined[:, :, 48:].astype(float)
     for half, video in zip(halves, (dense, sparse), strict=True):
@@ -140,7 +140,7 @@ def test_comparison_report(comparison):
     assert report["prompt"] == PROMPT
     assert report["command"].startswith("draft-video generate 'a red ball' --check")
     assert report["sampling"] == {
-        "frames": 4,
+        "frames": 3,
         "height": 32,
         "width": 48,
         "num_steps": 4,
@@ -158,7 +158,7 @@ def test_comparison_report(comparison):
     assert report["schedule"]["dense_fraction"] == 0.25
     assert 5 < report["psnr_db"] < 80
     errors = 10 ** (-0.1 * np.array(report["psnr_db_per_frame"]))
-    assert len(errors) == 4
+    assert len(errors) == 3
     assert -10 * np.log10(errors.mean()) == pytest.approx(report["psnr_db"])
     assert report["fps"] == 12.0
     assert 0 < report["ssim"] < 1
@@ -246,7 +246,7 @@ def test_a_seed_gives_the_same_file_and_another_seed_another(
         (("--size", "48x33"), "height=33 must be a multiple of 8"),
         (("--size", "48"), "argument --size: '48' must be WIDTHxHEIGHT"),
         (("--size", "0x32"), "width=0 must be a positive integer"),
-        (("--frames", "3"), "frames=3 must be a multiple of 2"),
+        (("--frames", "4"), "frames=4 must be 1 more than a multiple of 2"),
         (("--frames", "-2"), "frames=-2 must be a positive integer"),
         (("--steps", "0"), "num_steps=0 must be a positive integer"),
         (("--seed", "-1"), "seed=-1 must be an integer in [0, 2**32)"),

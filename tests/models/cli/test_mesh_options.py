@@ -16,7 +16,7 @@ from models.cli.parser import build_parser
 from models.diffusion.mesh import DeviceMesh
 
 ROOT = Path(__file__).parents[3]
-SMALL = ("--size", "32x32", "--frames", "4", "--steps", "2")
+SMALL = ("--size", "32x32", "--frames", "3", "--steps", "2")
 
 
 def parse(*options: str):

@@ -24,7 +24,7 @@ from models.wan.loading import describe_wan
 from tests import tiny_model
 
 PROMPT = "a red ball"
-SMALL = ("--size", "48x32", "--frames", "4", "--steps", "4")
+SMALL = ("--size", "48x32", "--frames", "3", "--steps", "4")
 DRAFT_FILES = {"video.mp4", "kept_share.png", "report.json", "report.html"}
 
 # -------------------------------------------------------------------------- names

@@ -12,7 +12,7 @@ from models.media import video as video_io
 from tests import tiny_model
 
 PROMPT = "a red ball"
-SMALL = ["--size", "48x32", "--frames", "4", "--steps", "1", "--guidance", "1"]
+SMALL = ["--size", "48x32", "--frames", "3", "--steps", "1", "--guidance", "1"]
 
 
 @pytest.fixture(scope="module")

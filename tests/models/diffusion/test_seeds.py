@@ -13,8 +13,8 @@ from models.mini.pipeline import pipeline_of
 from tests import tiny_model
 from tests.wan_folders import TEXT_TO_VIDEO
 
-# Of a video in [0, 1]; measured on CPU: 8e-7 in a batch, and 0 with seeds.
-BATCH_ROUNDING = 2e-6
+# Of a video in [0, 1]; measured on CPU: 4e-6 in a batch, and 0 with seeds.
+BATCH_ROUNDING = 8e-6
 # Of one kind of step, and so one program.
 SPARSE = AttentionPlan.draft(
     DraftConfig.paper(sparsity=0.5), SparsitySchedule(dense_fraction=0.0)
@@ -77,7 +77,7 @@ def test_items_of_a_true_batch_differ_by_rounding(pipeline, measured):
 @pytest.mark.nightly
 def test_items_of_the_shipped_model_can_be_made_again():
     pipeline = load_pipeline()
-    sampling = dataclasses.replace(pipeline.sampling, num_steps=4, frames=8)
+    sampling = dataclasses.replace(pipeline.sampling, num_steps=4, frames=9)
     batch = pipeline.generate("a red ball", sampling, seeds=[7, 8], attention=SPARSE)
     again = pipeline.generate(
         "a red ball", dataclasses.replace(sampling, seed=8), attention=SPARSE

@@ -145,7 +145,7 @@ def test_two_runs_side_by_side(folder, browser, tmp_path):
 
 def test_the_page_of_a_real_run(browser, tmp_path):
     checkpoint = tiny_model.save_checkpoint(tmp_path / "checkpoint")
-    small = ("--size", "48x32", "--frames", "4", "--steps", "4", "--compare")
+    small = ("--size", "48x32", "--frames", "3", "--steps", "4", "--compare")
     output = str(tmp_path / "run")
     command = ["generate", PROMPT, "--checkpoint", str(checkpoint), *small]
     assert main([*command, "--output", output]) == 0
