@@ -93,13 +93,8 @@ class Feed:
         return self._waiting.pop((step, size)).result()
 
     def _draw(self, call: Callable, step: int, size: VideoSize):
-        videos, rest = divmod(size.batch, self._parts)
-        if rest:
-            raise ValueError(
-                f"batch={size.batch} of {size} must be a multiple of the {self._parts} "
-                "devices that share it; change --stage or --devices"
-            )
-        seed, mix = (self._seed, step), Mix.of(videos)
+        mix = Mix.of(size.videos_of_each(self._parts))
+        seed = (self._seed, step)
         return call(draw_parts, seed, self._parts, mix, size.frames, size.aspect)
 
     @staticmethod

@@ -61,6 +61,9 @@ class Run:
       workers: Processes that draw scenes.
       progress: Record of the training that this run continues.
       compiler: Of the same task, perhaps with programs of another run.
+
+    Raises:
+      ValueError: The devices cannot share the videos of some step equally.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class Run:
         progress: Progress | None = None,
         compiler: Compiler | None = None,
     ) -> None:
+        for size in sizes_of(stages):  # not hours later, when its stage begins
+            size.videos_of_each(task.devices.count)
         self.task, self.stages, self.length = task, stages, length
         self.output, self.workers = output, workers
         self.progress = Progress() if progress is None else progress

@@ -42,6 +42,20 @@ class VideoSize:
         """Width over height."""
         return self.width / self.height
 
+    def videos_of_each(self, devices: int) -> int:
+        """Returns the videos of each device that shares a step.
+
+        Raises:
+          ValueError: They cannot be shared equally.
+        """
+        videos, rest = divmod(self.batch, devices)
+        if rest:
+            raise ValueError(
+                f"batch={self.batch} of {self} must be a multiple of the {devices} "
+                "devices that share it; change --stage or --devices"
+            )
+        return videos
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:

@@ -1,15 +1,20 @@
 """Steps whose videos are shared among devices; those run in a process of their own."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from models.mini.compilation import Task
 from models.mini.data_parallel import DataParallel
 from models.mini.feed import Feed
-from models.mini.stages import VideoSize
+from models.mini.run import Run
+from models.mini.stages import Length, Stage, VideoSize
 
 SIZE = VideoSize(frames=3, height=2, width=3, batch=6)
 
@@ -72,10 +77,17 @@ def test_parts_are_batches_of_their_own():
 
 
 def test_batches_that_cannot_be_shared_are_refused():
-    with (
-        Feed(0, workers=0, parts=4) as feed,
-        pytest.raises(ValueError, match=r"batch=6 .* multiple of the 4 devices"),
-    ):
+    """That of the last stage is refused before the first begins."""
+    four = mock.Mock(spec=Task)
+    four.devices.count = 4
+    stages = (
+        Stage(share=0.5, turns=(dataclasses.replace(SIZE, batch=8),)),
+        Stage(share=0.5, turns=(SIZE,)),
+    )
+    message = r"batch=6 .* multiple of the 4 devices"
+    with pytest.raises(ValueError, match=message):
+        Run(four, stages, Length(steps=2), Path("unused"), workers=0)
+    with Feed(0, workers=0, parts=4) as feed, pytest.raises(ValueError, match=message):
         feed.get(0, lambda _: SIZE)
 
 
