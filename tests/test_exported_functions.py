@@ -34,10 +34,10 @@ from models.diffusion.schedulers import FlowUniPC, UniPCCoefficients, UniPCHisto
 from models.diffusion.step_programs import StepArrays, StepNumbers
 from models.hunyuan.inputs import HunyuanInputs
 from models.hunyuan.layers import JointBlockInputs
-from models.mini.codec_training import CodecConfig, CodecState
-from models.mini.optimization import OptimizerConfig
+from models.mini.codec_training import CodecConfig
+from models.mini.optimization import OptimizerConfig, TrainState
 from models.mini.renderer import SceneBatch
-from models.mini.training import Batch, TrainConfig, TrainState
+from models.mini.training import Batch, TrainConfig
 from models.wan.config import WanConfig
 from models.wan.inputs import WanInputs
 from models.wan.layers import BlockInputs
@@ -124,18 +124,15 @@ TREES = {
     ),
     "training": lambda: (
         TrainState(
-            step=jnp.asarray(1), parameters={"a": ones(1)}, ema=None, optimizer=()
+            step=jnp.asarray(1),
+            parameters={"a": ones(1)},
+            ema={"a": ones(1)},
+            optimizer=(),
         ),
         Batch(
             ids=np.ones((1, 4), np.int32),
             lengths=np.ones(1, np.int32),
             scenes=SceneBatch({}, {"path": ones(1, 2, 3)}, {}),
-        ),
-        CodecState(
-            step=jnp.asarray(1),
-            parameters={"a": ones(1)},
-            ema={"a": ones(1)},
-            optimizer=(),
         ),
         CodecConfig(),
         OptimizerConfig(),

@@ -9,16 +9,15 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from draft_jax.pytree import register_named_tuple
 from models.files import whole_file
 from models.media.metrics import psnr
 from models.media.video import write_json
@@ -41,13 +40,9 @@ from models.mini.feed import Draw, Feed
 from models.mini.linear_start import start_linear
 from models.mini.optimization import (
     OptimizerConfig,
-    Parameters,
-    choose_tree,
-    is_usable,
+    TrainState,
     learning_rate_at,
     make_optimizer,
-    move_average,
-    step_down,
 )
 from models.mini.renderer import SceneBatch, render_scenes
 from models.mini.stages import VideoSize
@@ -103,16 +98,6 @@ class CodecConfig:
             raise ValueError(f"ema={self.ema!r} must be in [0, 1)")
 
 
-@register_named_tuple
-class CodecState(NamedTuple):
-    """Everything that a step changes."""
-
-    step: Int[Array, ""]
-    parameters: Parameters
-    ema: Parameters
-    optimizer: optax.OptState
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class CodecTrainer:
     """The fixed parts of a codec's training.
@@ -148,12 +133,12 @@ class CodecTrainer:
         size = VideoSize(frames=9, height=96, width=128, batch=16)
         return held_out_videos(self.sources, size, batches=4, offset=100)
 
-    def initial_state(self) -> CodecState:
+    def initial_state(self) -> TrainState:
         """Makes a codec that is nearly linear; see `start_linear`."""
         videos = np.concatenate([batch for batch, _ in self.videos_of_statistics])
         return self._state_of(start_linear(self._module(self.config.seed), videos), 0)
 
-    def state_of_weights(self, folder: Path, step: int) -> CodecState:
+    def state_of_weights(self, folder: Path, step: int) -> TrainState:
         """Starts afresh from what `save` wrote.
 
         Args:
@@ -176,7 +161,7 @@ class CodecTrainer:
         return learning_rate_at(self.config.optimizer, steps, share)
 
     def lower_step(
-        self, state: CodecState, batch: SceneBatch, size: VideoSize
+        self, state: TrainState, batch: SceneBatch, size: VideoSize
     ) -> Programs:
         """Returns the programs of a step for such batches, which are to be compiled."""
 
@@ -195,13 +180,13 @@ class CodecTrainer:
         return rendering.lower(batch, self.fixed), step.lower(*arguments)
 
     def call(
-        self, compiled: Compiled, state: CodecState, batch: SceneBatch, rate: float
-    ) -> tuple[CodecState, Float[Array, ""]]:
+        self, compiled: Compiled, state: TrainState, batch: SceneBatch, rate: float
+    ) -> tuple[TrainState, Float[Array, ""]]:
         """Runs a compiled step; returns the new state and the loss before it."""
         render, step = compiled
         return step(state, render(batch, self.fixed), np.float32(rate))
 
-    def module(self, state: CodecState) -> WanVAE:
+    def module(self, state: TrainState) -> WanVAE:
         """Returns the autoencoder of the averaged parameters, in float32."""
         model = nnx.merge(self.structure, state.ema)
         exact = dataclasses.replace(
@@ -209,7 +194,7 @@ class CodecTrainer:
         )
         return _with_config(model, exact)
 
-    def save(self, state: CodecState, folder: Path) -> None:
+    def save(self, state: TrainState, folder: Path) -> None:
         """Writes the codec with the statistics of its latents.
 
         codec.json has what "codec" has in the config.json of a checkpoint.
@@ -221,11 +206,8 @@ class CodecTrainer:
         with whole_file(folder / CODEC_FILE) as temporary:
             save_autoencoder(temporary, model)
 
-    def _state_of(self, model: WanVAE, step: int) -> CodecState:
-        parameters = nnx.state(model)
-        optimizer = self.optimizer.init(parameters)
-        average = jax.tree.map(jnp.copy, parameters)
-        return CodecState(jnp.asarray(step, jnp.int32), parameters, average, optimizer)
+    def _state_of(self, model: WanVAE, step: int) -> TrainState:
+        return TrainState.first(nnx.state(model), self.optimizer, step)
 
     def _module(self, seed: int) -> WanVAE:
         return WanVAE(self.config.model, rngs=nnx.Rngs(seed))
@@ -233,10 +215,10 @@ class CodecTrainer:
 
 def codec_step(
     trainer: CodecTrainer,
-    state: CodecState,
+    state: TrainState,
     videos: Float[Array, "B T Y X 3"],
     learning_rate: Float[Array, ""],
-) -> tuple[CodecState, Float[Array, ""]]:
+) -> tuple[TrainState, Float[Array, ""]]:
     """Runs one step of AdamW on the loss of restored videos.
 
     Within `DataParallel.jit`: it sees the videos of one device.
@@ -257,14 +239,8 @@ def codec_step(
         return restoration_loss(model, videos, key, trainer.config)
 
     loss, gradients = mean_gradients(loss_of, state.parameters)
-    updates, optimizer = trainer.optimizer.update(
-        gradients, state.optimizer, state.parameters
-    )
-    parameters = step_down(state.parameters, updates, learning_rate)
-    ema = move_average(state.ema, parameters, state.step, trainer.config.ema)
-    new, old = (parameters, ema, optimizer), state[1:]
-    changed = choose_tree(is_usable(gradients), new, old)
-    return CodecState(state.step + 1, *changed), loss
+    ema = trainer.config.ema
+    return state.after(gradients, trainer.optimizer, learning_rate, ema), loss
 
 
 def restoration_loss(

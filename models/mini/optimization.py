@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from draft_jax.pytree import register_named_tuple
 from models.files import whole_file
 from models.mini.muon import scale_by_muon
 from pallas_kernels.common import make_plain, register_configuration
@@ -59,6 +60,64 @@ class OptimizerConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
+
+
+@register_named_tuple
+class TrainState(NamedTuple):
+    """Everything that a step changes.
+
+    Attributes:
+      step: Steps done.
+      parameters: The newest.
+      ema: Their average, which is kept.
+      optimizer: Its moments.
+    """
+
+    step: Int[Array, ""]
+    parameters: Parameters
+    ema: Parameters
+    optimizer: optax.OptState
+
+    @classmethod
+    def first(
+        cls, parameters: Parameters, optimizer: optax.GradientTransformation, step: int
+    ) -> "TrainState":
+        """Starts an optimizer afresh, and an average from the parameters.
+
+        Args:
+          parameters: Of the model.
+          optimizer: From `make_optimizer`.
+          step: Steps that were done before.
+        """
+        return cls(
+            step=jnp.asarray(step, jnp.int32),
+            parameters=parameters,
+            ema=jax.tree.map(jnp.copy, parameters),
+            optimizer=optimizer.init(parameters),
+        )
+
+    def after(
+        self,
+        gradients: Parameters,
+        optimizer: optax.GradientTransformation,
+        rate: Float[Array, ""],
+        decay: float,
+    ) -> "TrainState":
+        """Returns the state after a step.
+
+        Args:
+          gradients: Of the loss, at these parameters. One broken video must not break
+            the model: where a gradient is not finite, only the step is counted.
+          optimizer: The one that the state began with.
+          rate: Learning rate.
+          decay: Of the average; see `move_average`.
+        """
+        updates, moments = optimizer.update(gradients, self.optimizer, self.parameters)
+        parameters = step_down(self.parameters, updates, rate)
+        ema = move_average(self.ema, parameters, self.step, decay)
+        new, old = (parameters, ema, moments), self[1:]
+        changed = choose_tree(is_usable(gradients), new, old)
+        return TrainState(self.step + 1, *changed)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

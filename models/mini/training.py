@@ -34,12 +34,9 @@ from models.mini.feed import Draw
 from models.mini.optimization import (
     OptimizerConfig,
     Parameters,
-    choose_tree,
-    is_usable,
+    TrainState,
     learning_rate_at,
     make_optimizer,
-    move_average,
-    step_down,
 )
 from models.mini.renderer import SceneBatch, render_scenes
 from models.mini.stages import VideoSize
@@ -85,16 +82,6 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be in [0, 1)")
         if not self.shift > 0:
             raise ValueError(f"shift={self.shift!r} must be positive")
-
-
-@register_named_tuple
-class TrainState(NamedTuple):
-    """Everything that a step changes."""
-
-    step: Int[Array, ""]
-    parameters: Parameters  # {"transformer": nnx.State, "text": nnx.State}
-    ema: Parameters
-    optimizer: optax.OptState
 
 
 @register_named_tuple
@@ -181,6 +168,16 @@ class Trainer:
         """Returns the learning rate; see `learning_rate_at`."""
         return learning_rate_at(self.config.optimizer, steps, share)
 
+    @functools.cached_property
+    def step(self) -> Any:
+        """`train_step` on the devices, jitted; a state's memory is given away."""
+        return self.devices.jit(
+            functools.partial(train_step, self),
+            (SAME, SHARED, SHARED, SHARED, SAME),
+            (SAME, SAME),
+            donate_argnums=0,
+        )
+
     def lower_step(self, state: TrainState, batch: Batch, size: VideoSize) -> Programs:
         """Returns the programs of a step for such batches, which are to be compiled."""
         graph = nnx.graphdef(self.codec.model)
@@ -191,16 +188,10 @@ class Trainer:
             return latents
 
         encoding = self.devices.jit(encode, (SHARED, SAME, SAME), SHARED)
-        step = self.devices.jit(
-            functools.partial(train_step, self),
-            (SAME, SHARED, SHARED, SHARED, SAME),
-            (SAME, SAME),
-            donate_argnums=0,
-        )
         given = (batch.scenes, *self.fixed)
         latents = jax.eval_shape(encoding, *given)
         arguments = (state, batch.ids, batch.lengths, latents, np.float32(0))
-        return encoding.lower(*given), step.lower(*arguments)
+        return encoding.lower(*given), self.step.lower(*arguments)
 
     def call(
         self, compiled: Compiled, state: TrainState, batch: Batch, rate: float
@@ -232,12 +223,7 @@ class Trainer:
         self, transformer: WanTransformer, text: TextEmbedding, step: int
     ) -> TrainState:
         parameters = {"transformer": nnx.state(transformer), "text": nnx.state(text)}
-        return TrainState(
-            step=jnp.asarray(step, jnp.int32),
-            parameters=parameters,
-            ema=jax.tree.map(jnp.copy, parameters),
-            optimizer=self.optimizer.init(parameters),
-        )
+        return TrainState.first(parameters, self.optimizer, step)
 
     def _modules(self, seed: int) -> tuple[WanTransformer, TextEmbedding]:
         rngs = nnx.Rngs(seed)
@@ -280,15 +266,8 @@ def train_step(
         key=own_key(jax.random.fold_in(jax.random.key(config.seed), state.step)),
     )
     loss, gradients = mean_gradients(loss_of, state.parameters)
-    updates, optimizer = trainer.optimizer.update(
-        gradients, state.optimizer, state.parameters
-    )
-    parameters = step_down(state.parameters, updates, learning_rate)
-    ema = move_average(state.ema, parameters, state.step, config.ema)
-    # One broken video must not break the model: such a step changes nothing.
-    new, old = (parameters, ema, optimizer), state[1:]
-    changed = choose_tree(is_usable(gradients), new, old)
-    return TrainState(state.step + 1, *changed), loss
+    after = state.after(gradients, trainer.optimizer, learning_rate, config.ema)
+    return after, loss
 
 
 def flow_matching_loss(

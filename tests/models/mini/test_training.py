@@ -1,7 +1,6 @@
 """The training step and loop of the small model, on tiny sizes."""
 
 import dataclasses
-import functools
 import json
 import shutil
 
@@ -16,7 +15,7 @@ from models.mini import train
 from models.mini.autoencoder import autoencoder_config
 from models.mini.checkpoint import MiniCheckpoint
 from models.mini.compilation import Compiler
-from models.mini.data_parallel import SAME, SHARED, DataParallel
+from models.mini.data_parallel import DataParallel
 from models.mini.feed import Feed
 from models.mini.optimization import (
     OptimizerConfig,
@@ -34,7 +33,6 @@ from models.mini.training import (
     TrainConfig,
     Trainer,
     sample_noise_levels,
-    train_step,
 )
 from models.wan.config import WanConfig
 from models.wan.vae.autoencoder import WanVAE
@@ -128,22 +126,16 @@ def test_muon_trains_and_passes_over_broken_videos(trainer, draw):
     config = dataclasses.replace(trainer.config, optimizer=OptimizerConfig(kind="muon"))
     ours = dataclasses.replace(trainer, config=config)
     batch, state = ours.batch(draw), ours.initial_state()
-    step = ours.devices.jit(
-        functools.partial(train_step, ours),
-        (SAME, SHARED, SHARED, SHARED, SAME),
-        (SAME, SAME),
-        donate_argnums=0,
-    )
     latents = 0.1 * jax.random.normal(jax.random.key(0), (SIZE.batch, 2, 4, 6, 16))
     text = (batch.ids, batch.lengths)
     losses = []
     for _ in range(40):
-        state, loss = step(state, *text, latents, jnp.float32(1e-2))
+        state, loss = ours.step(state, *text, latents, np.float32(1e-2))
         losses.append(float(loss))
     assert np.mean(losses[-10:]) < 0.8 * losses[0]
     before = jax.device_get(state)
     broken = latents.at[0, 0, 0, 0, 0].set(jnp.nan)
-    after, _ = step(state, *text, broken, jnp.float32(3e-3))
+    after, _ = ours.step(state, *text, broken, np.float32(3e-3))
     assert int(after.step) == before.step + 1
     chex.assert_trees_all_equal(jax.device_get(after[1:]), before[1:])
 
