@@ -4,7 +4,7 @@ XLA cannot make them part of a kernel that reads the product, and so would read 
 write all of it once more. A kernel that takes a `Product` applies them as it reads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Union
 
 import jax.numpy as jnp
@@ -93,26 +93,35 @@ def check_product(name: str, product: Product, num_rows: int) -> None:
             )
 
 
-def filled_alike(products: tuple[Product, ...], num_rows: int) -> tuple[Product, ...]:
-    """Returns products that all have the parts which one of them has.
+def filled(
+    product: Product, num_rows: int, needed: Sequence[bool] = (True, True, True)
+) -> Product:
+    """Returns a product with the parts that it lacks.
 
     What is added changes nothing: scales of one, and biases of zero.
+
+    Args:
+      product: Of any shape.
+      num_rows: Axes of its rows.
+      needed: Whether rows, columns and bias are to be there.
+    """
+    rows, channels = product.shape[:num_rows], product.shape[num_rows:]
+    neutral = ((1.0, rows), (1.0, channels), (0.0, channels))
+    parts = (
+        jnp.full(shape, value, jnp.float32) if is_needed and part is None else part
+        for part, is_needed, (value, shape) in zip(
+            product[1:], needed, neutral, strict=True
+        )
+    )
+    return Product(product.values, *parts)
+
+
+def filled_alike(products: tuple[Product, ...], num_rows: int) -> tuple[Product, ...]:
+    """Returns products that all have the parts which one of them has; see `filled`.
 
     Args:
       products: Of any shapes.
       num_rows: Axes of their rows.
     """
     needed = [any(x[i] is not None for x in products) for i in (1, 2, 3)]
-
-    def fill(product: Product) -> Product:
-        rows, channels = product.shape[:num_rows], product.shape[num_rows:]
-        neutral = ((1.0, rows), (1.0, channels), (0.0, channels))
-        parts = (
-            jnp.full(shape, value, jnp.float32) if is_needed and part is None else part
-            for part, is_needed, (value, shape) in zip(
-                product[1:], needed, neutral, strict=True
-            )
-        )
-        return Product(product.values, *parts)
-
-    return tuple(map(fill, products))
+    return tuple(filled(product, num_rows, needed) for product in products)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float8e4m3fn
 from pallas_kernels.common.arrays import AnyArray
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.device import Device
-from pallas_kernels.common.products import Product, check_product
+from pallas_kernels.common.products import Product, check_product, filled
 from pallas_kernels.common.sharding import (
     Axes,
     lists_of_maps,
@@ -74,16 +74,7 @@ def gelu_rows(
     """
     _check("gelu_rows", "product", product)
     check_product("product", product, num_rows=len(product.shape) - 1)
-    values, rows, columns, bias = product
-    *lead, channels = product.shape
-    parts = (
-        jnp.full(shape, value, jnp.float32) if x is None else x
-        for x, value, shape in (
-            (rows, 1, lead),
-            (columns, 1, channels),
-            (bias, 0, channels),
-        )
-    )
+    values, *parts = filled(product, num_rows=len(product.shape) - 1)
     scales = (jnp.asarray(x, jnp.float32) for x in parts)
     return _gelu_rows(jnp.asarray(values), *scales)
 
@@ -151,12 +142,10 @@ def add_norm_rows(
     check_product("product", product, num_rows=2)
     if product.shape != x.shape:
         raise ValueError(f"product has shape {product.shape}; x has {x.shape}")
-    values, rows, columns, bias = product
+    values, rows, *of_channels = filled(product, num_rows=2)
     factor, shift = (jnp.asarray(y, jnp.float32) for y in (factor, shift))
     gate = jnp.ones_like(factor) if gate is None else jnp.asarray(gate, jnp.float32)
-    rows = jnp.ones(x.shape[:2], jnp.float32) if rows is None else rows
-    columns = gate if columns is None else gate * columns
-    bias = jnp.zeros_like(gate) if bias is None else gate * bias
+    columns, bias = (gate * jnp.asarray(y) for y in of_channels)
     arrays = (x, values, rows, columns, bias, factor, shift)
     return _add_norm_rows(*map(jnp.asarray, arrays), eps=eps)
 
