@@ -1,7 +1,7 @@
 """What records say on a page of the site, between marks that a test holds to them."""
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
@@ -24,8 +24,13 @@ def where_measured(environments: Iterable[Mapping[str, Any]]) -> str:
     first = environments[0]
     return (
         f"{first['date'][:10]}, commit {commits_of(environments)}, jax "
-        f"{first['versions']['jax']}, driver {first['gpus'][0].split(', ')[-1]}"
+        f"{first['versions']['jax']}, driver {driver_of(first['gpus'])}"
     )
+
+
+def driver_of(gpus: Sequence[str]) -> str:
+    """Returns the driver, from what nvidia-smi says of a machine's GPUs."""
+    return gpus[0].split(", ")[-1]
 
 
 def paragraph(text: str) -> str:

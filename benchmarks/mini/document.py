@@ -18,6 +18,7 @@ from benchmarks.common.pages import paragraph, table
 from benchmarks.common.records import ROOT
 from benchmarks.mini import pictures
 from benchmarks.mini.record import MEANS, TRAINING, read, size_of
+from draft_jax import DraftConfig
 from models.mini.evaluate import ATTENTION_PROMPTS
 from models.mini.sources import Sources
 
@@ -33,7 +34,6 @@ LABELS = {
     "spread": "spread, {means}",
     "exact_spread": "exact spread, {means}",
 }
-DEFAULT = ("spread", (2, 2), 8)  # ranking, sub-tile and frames of `DraftConfig()`
 
 
 def training_section(record: Record) -> str:
@@ -52,7 +52,7 @@ def training_section(record: Record) -> str:
 
 def length(record: Record) -> str:
     """Returns how long the transformer was trained, on what."""
-    done, versions = record["training"], record["versions"]
+    done = record["training"]
     last = "; ".join(
         f"{each['loss']:.4f} for {each['size'][0]} frames of "
         f"{each['size'][1]} x {each['size'][2]}"
@@ -64,9 +64,8 @@ def length(record: Record) -> str:
     again = ", ".join(f"{step:,}" for step in done["optimizer_started_at_steps"][1:])
     skipped = done["steps_skipped"]
     return paragraph(
-        f"The transformer was trained on {devices} ({record['date']}, commit "
-        f"{record['commit']}, jax {versions['jax']}, driver "
-        f"{record['gpus'][0].split(', ')[-1]}; `{TRAINING.name}` has every number): "
+        f"The transformer was trained on {devices} ({pages.where_measured([record])}; "
+        f"`{TRAINING.name}` has every number): "
         f"{done['steps']:,} steps, {done['videos']:,} videos, "
         f"{done['seconds_of_stepping'] / 60:.1f} minutes of stepping, which are "
         f"{count * done['seconds_of_stepping'] / 60:.1f} GPU minutes, in {parts}. "
@@ -178,21 +177,26 @@ def attention(found: Iterable[Record]) -> str:
         "paper's draft keeps, mean over layers."
     )
     for size in found:
-        width, height = size["size"]
-        rows, columns = size["tile"]
-        steps = size["attention"]
         prompts = size["prompts"][:ATTENTION_PROMPTS]
-        text += "\n" + paragraph(
-            f"{height} x {width} pixels, tiles of {rows} x {columns} tokens, "
-            f"{counted(prompts)}:"
-        )
-        text += "\n" + attention_table(steps)
+        text += "\n" + above_table(size, prompts, "{}")
+        text += "\n" + attention_table(size["attention"])
     return text + "\n![Mass in the top 10 % of tile pairs](images/mini_attention.png)\n"
 
 
-def counted(prompts: Sequence[str]) -> str:
-    """Returns how many prompts there are."""
-    return f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''}"
+def above_table(size: Record, prompts: Sequence[str], pixels: str) -> str:
+    """Returns the line above the table of a size.
+
+    Args:
+      size: Its videos and tiles.
+      prompts: What the table is of.
+      pixels: How the size is set.
+    """
+    width, height = size["size"]
+    rows, columns = size["tile"]
+    return paragraph(
+        f"{pixels.format(f'{height} x {width} pixels')}, tiles of {rows} x {columns} "
+        f"tokens, {len(prompts)} prompt{'s' if len(prompts) > 1 else ''}:"
+    )
 
 
 def attention_table(steps: Sequence[Record]) -> str:
@@ -219,7 +223,7 @@ def means_section(record: Record) -> str:
         f"The model that ships, {first['num_steps']} steps of which the first "
         f"{100 * first['dense_fraction']:.0f} % are dense, against the dense video of "
         f"the same noise, one {first['device']}, jax {first['jax']}, driver "
-        f"{record['gpus'][0].split(', ')[-1]}, commit {record['commit']}, "
+        f"{pages.driver_of(record['gpus'])}, commit {record['commit']}, "
         f"`python -m models.mini.evaluate` (`{MEANS.name}`, which has every prompt). "
         "*Work* is that of a sparse layer's attention over a dense one's: the density, "
         "and what the means add. A mean is taken over rows x columns of tokens and so "
@@ -227,12 +231,7 @@ def means_section(record: Record) -> str:
         "default is in bold."
     )
     for size in sizes:
-        width, height = size["size"]
-        rows, columns = size["tile"]
-        text += "\n" + paragraph(
-            f"**{height} x {width} pixels**, tiles of {rows} x {columns} tokens, "
-            f"{counted(size['prompts'])}:"
-        )
+        text += "\n" + above_table(size, size["prompts"], "**{}**")
         text += "\n" + means_table(size["quality"])
     return "\n" + text + "\n"
 
@@ -263,8 +262,16 @@ def label(trial: Record) -> str:
         draft=" x ".join(map(str, draft or ())),
         means=f"means of {' x '.join(map(str, means or ()))} over {frames} frames",
     )
-    is_default = (trial["method"], tuple(means or ()), frames) == DEFAULT
+    is_default = (trial["method"], tuple(means or ()), frames) == default_method()
     return f"**{text}**" if is_default else text
+
+
+def default_method() -> tuple[str, tuple[int, int], int]:
+    """Returns ranking, sub-tile and frames of the library's default."""
+    config = DraftConfig()
+    means = config.compensation
+    assert means is not None, "the default has means"
+    return config.ranking, means.sub_tile, means.frames
 
 
 PAGES: dict[Path, tuple[Path, Callable[[Record], str]]] = {

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.record import FIXED, RECORD
+from benchmarks.quality.record import FIXED, RECORD, RunFolder
 from benchmarks.quality.summary import summarize
-from models.files import output_folder, write_whole
+from models.files import output_folder
 
 Record = dict[str, Any]
 
@@ -79,8 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for file in folder.glob("*.npy"):
             if folder.resolve() != options.output.resolve():
                 shutil.copy(file, options.output)
-    text = json.dumps(merged, indent=1) + "\n"
-    write_whole(options.output / RECORD, text.encode())
+    RunFolder(options.output, merged).save()
     print(f"{len(merged['trials'])} trials, {len(merged['layers'])} rows of layers")
 
 

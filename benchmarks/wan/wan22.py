@@ -90,9 +90,9 @@ CaseMaker = Callable[..., "Case"]
 BOUNDARY = 875.0
 NUM_STEPS = 40
 SHIFTS = {"expert": 12.0, "ti2v": 5.0}
-# Beside 8 x 16, which makes 9 blocks of a frame of 22 x 40 tokens: 8 blocks of 120 and
-# 80 tokens, and 8 of 110, which are copied row by row.
-TILES = ((8, 16), (11, 10))  # beside the 5B model's own
+# Beside the 5B model's own, which makes 8 blocks of 120 and 80 tokens of a frame of
+# 22 x 40: 9 blocks, and 8 of 110 tokens, which are copied row by row.
+TILES = ((8, 16), (11, 10))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
