@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import DraftConfig, mask_capacity, warn_of_few_blocks
+from draft_jax.correction import correct
 from draft_jax.draft.means import means_for, unchecked_means
 from draft_jax.draft.one_pass import pool_layer
 from draft_jax.draft.pooling import PooledTokens
@@ -104,7 +105,17 @@ def draft_attention(
         means=means,
         backend=backend,
     )
-    return out
+    return correct(
+        out,
+        q,
+        k,
+        v,
+        grid=grid,
+        config=config,
+        scale=known_scale,
+        text_lengths=text_lengths,
+        order=order,
+    )
 
 
 def scheduled_attention(
@@ -214,6 +225,17 @@ def scheduled_attention(
             text_lengths=text_lengths,
             means=means,
             backend=backend,
+        )
+        out = correct(
+            out,
+            q,
+            k,
+            v,
+            grid=grid,
+            config=config,
+            scale=known_scale,
+            text_lengths=text_lengths,
+            order=order,
         )
         return out, None if mask is None else used
 

@@ -24,6 +24,8 @@ EdgeTiles = Literal["by_tokens", "as_published"]
 Selection = Literal["percentile", "row_topk", "top_p"]
 Ranking = Literal["mass", "spread", "exact_spread"]
 PARTS_OF_TILE = 8  # of a draft of "eighths"
+LEAST_SAMPLES = 32  # that a correction is fitted to
+TOKENS_OF_SAMPLE = 32  # of the video, at least
 
 
 @runtime_checkable
@@ -100,6 +102,45 @@ class Compensation:
 
 @register_configuration
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Correction:
+    """A linear map of the query that makes up for what sparse attention leaves.
+
+    The exact output is computed for a few query tokens of the video, spread evenly. An
+    affine map of the query is fitted to the error of their sparse output, by ridge
+    regression for each batch item and head, and is added to the output of every query
+    token of the video. Text is exact without it.
+
+    A skipped block whose keys and values vary together moves the output in proportion
+    to the query, to first order: means cannot show that, the map does.
+
+    Args:
+      samples: Query tokens whose exact output is computed. At most one in 32 of the
+        video is taken; where that would be fewer than 32, nothing is corrected.
+      prior: Strength of the ridge penalty: how many samples the assumption is worth
+        that queries do not explain the error. It is scaled by the variance of queries.
+
+    Raises:
+      ValueError: A field is outside the values above.
+
+    Source: Exact rows among sparse ones are those of Delta Attention
+    (arXiv 2505.11254), which adds the error of one row to the rows after it.
+    """
+
+    samples: int = 256
+    prior: float = 160.0
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        if not _is_positive(self.samples) or self.samples < LEAST_SAMPLES:
+            raise ValueError(
+                f"samples={self.samples!r} must be an integer >= {LEAST_SAMPLES}"
+            )
+        if not is_real(self.prior) or not 0.0 < self.prior < math.inf:
+            raise ValueError(f"prior={self.prior!r} must be a positive number")
+
+
+@register_configuration
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftConfig:
     """Options of the method. Changing a field changes the result.
 
@@ -139,6 +180,8 @@ class DraftConfig:
         of one of 4 x 8. None pools whole tiles (the paper).
       compensation: Means that stand for the skipped blocks. None leaves them out (the
         paper).
+      correction: A linear map of the query, fitted to a few exact rows, that makes up
+        for what is left of the error. None for none (the paper).
       ranking: What block pairs are ranked by. "mass" is their probability (the paper).
         "spread" multiplies it by how badly the means stand for the key block: the root
         mean square of q . (k - mean of k) over its tokens, for the query tile's mean
@@ -168,6 +211,7 @@ class DraftConfig:
     keep_first_frame: bool = False
     draft_tile: tuple[int, int] | Literal["eighths"] | None = "eighths"
     compensation: Compensation | None = dataclasses.field(default_factory=Compensation)
+    correction: Correction | None = dataclasses.field(default_factory=Correction)
     ranking: Ranking = "spread"
     mask_maker: MaskMaker | None = None
 
@@ -191,6 +235,8 @@ class DraftConfig:
         compensation = self.compensation
         if compensation is not None and not isinstance(compensation, Compensation):
             raise ValueError(f"{compensation=} must be a Compensation or None")
+        if not isinstance(correction := self.correction, Correction | None):
+            raise ValueError(f"{correction=} must be a Correction or None")
         if compensation is None and self.ranking != "mass":
             raise ValueError(
                 f"ranking={self.ranking!r} needs compensation, as it asks how badly "
@@ -250,6 +296,7 @@ class DraftConfig:
             "sparsity": 0.75,
             "draft_tile": None,
             "compensation": None,
+            "correction": None,
             "ranking": "mass",
         }
         return cls(**(preset | changes))
@@ -285,6 +332,35 @@ def means_work(grid: VideoGrid, config: DraftConfig) -> float:
     cells = sub_tiles_of(grid, config.compensation.sub_tile, config.compensation.frames)
     num_means = int((cells.tokens_per_frame > 0).sum())
     return num_means * grid.num_visual_tokens / grid.num_tokens**2
+
+
+def num_samples(grid: VideoGrid, config: DraftConfig) -> int:
+    """Returns how many query tokens are computed exactly, for the correction.
+
+    Args:
+      grid: Geometry of the sequence.
+      config: `config.correction` is read.
+
+    Returns:
+      0 where nothing is corrected.
+    """
+    if config.correction is None:
+        return 0
+    count = min(config.correction.samples, grid.num_visual_tokens // TOKENS_OF_SAMPLE)
+    return count if count >= LEAST_SAMPLES else 0
+
+
+def correction_work(grid: VideoGrid, config: DraftConfig) -> float:
+    """Returns the work of exact rows, as a share of dense attention's; see `means_work`.
+
+    Args:
+      grid: Geometry of the sequence.
+      config: Its correction says how many rows are exact.
+
+    Returns:
+      0.0 without a correction.
+    """
+    return num_samples(grid, config) / grid.num_tokens
 
 
 def sub_tiles_of(

@@ -15,6 +15,7 @@ from pallas_kernels.attention.dense_api import (
 )
 from pallas_kernels.attention.derivatives import RESIDUAL_NAMES
 from pallas_kernels.attention.means import Means
+from pallas_kernels.attention.rows import unchecked_row_attention
 from pallas_kernels.common.slow_paths import SlowBackendWarning
 from pallas_kernels.common.sub_tiles import SubTiles
 
@@ -31,5 +32,6 @@ __all__ = [
     "dense_attention",
     "unchecked_block_sparse_attention",
     "unchecked_dense_attention",
+    "unchecked_row_attention",
     "why_no_cudnn",
 ]

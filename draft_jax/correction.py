@@ -1,0 +1,161 @@
+"""A linear map of the query, fitted to exact rows, that corrects sparse attention."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from draft_jax.config import DraftConfig, num_samples
+from draft_jax.grid import VideoGrid
+from pallas_kernels import unchecked_row_attention
+from pallas_kernels.common import (
+    Axes,
+    Order,
+    Scale,
+    jit_once,
+    on_own_shards,
+    with_derivatives_on_own_shards,
+)
+
+GOLDEN = (5**0.5 - 1) / 2  # its multiples fill the unit interval evenly
+
+
+def sampled_tokens(grid: VideoGrid, count: int, order: Order) -> np.ndarray:
+    """Returns the positions of query tokens that are spread over the video.
+
+    One stands in each of `count` equal parts of the tiled sequence, at places within
+    them that differ, so that they are not all at one place of a tile.
+
+    Args:
+      grid: Geometry of the sequence.
+      count: How many, at most `grid.num_visual_tokens`.
+      order: How the visual tokens are ordered: the tokens are the same in either.
+    """
+    part = grid.num_visual_tokens / count
+    number = np.arange(count)
+    places = np.floor((number + (number * GOLDEN) % 1.0) * part).astype(np.int32)
+    tiled = grid.visual_tokens.start + np.minimum(places, grid.num_visual_tokens - 1)
+    return tiled if order == "tiled" else grid.tile_order[tiled]
+
+
+def correct(
+    out: Float[Array, "B T N D"],
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"],
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    scale: Scale,
+    text_lengths: Int[Array, " B"] | None,
+    order: Order,
+) -> Float[Array, "B T N D"]:
+    """Adds to sparse attention what a map of the query says that it lacks.
+
+    Gradients flow through the query that is mapped, not through the fit.
+
+    Args:
+      out: Sparse attention of q, k and v.
+      q: Queries of the whole sequence.
+      k: Keys.
+      v: Values.
+      grid: Geometry of the sequence.
+      config: `config.correction` is read.
+      scale: Factor of the logits.
+      text_lengths: Valid text tokens of each batch item; None means all.
+      order: How the visual tokens are ordered.
+
+    Returns:
+      The corrected output in the dtype of out; that of text is as it was.
+    """
+    count = num_samples(grid, config)
+    if not count:
+        return out
+    assert config.correction is not None, "it has samples"
+    places = sampled_tokens(grid, count, order)
+    rows, sparse = _take(q, out, tuple(places.tolist()))
+    exact = unchecked_row_attention(
+        rows,
+        *jax.lax.stop_gradient((k, v)),
+        grid=grid,
+        scale=scale,
+        text_lengths=text_lengths,
+    )
+    return _add_fitted(out, q, rows, sparse, exact, grid, config.correction.prior)
+
+
+@functools.partial(jit_once, static_argnums=2)
+def _take(q, out, places):
+    def run(q, out):
+        at = np.asarray(places)
+        return q[:, at], out[:, at]
+
+    on_each = on_own_shards(
+        run,
+        operation="sampled_rows",
+        operands=("q: B T N D", "out: B T N D"),
+        results=("B R N D", "B R N D"),
+    )
+    return on_each(q, out)
+
+
+@functools.partial(jit_once, static_argnums=(5, 6))
+def _add_fitted(out, q, rows, sparse, exact, grid, prior):
+    axes = Axes(
+        operation="correct",
+        operands=(
+            *("out: B T N D", "q: B T N D"),
+            *("rows: B R N D", "sparse: B R N D", "exact: B R N D"),
+        ),
+        results=("B T N D",),
+    )
+
+    def run(out, q, rows, sparse, exact):
+        error = exact.astype(jnp.float32) - sparse.astype(jnp.float32)
+        matrix, offset = jax.lax.stop_gradient(fit(rows, error, prior))
+        moved = jnp.einsum(
+            "btnd,bnde->btne",
+            q,
+            matrix.astype(q.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        is_video = np.zeros(grid.num_tokens, np.bool_)
+        is_video[grid.visual_tokens] = True
+        change = jnp.where(is_video[:, None, None], moved + offset[:, None], 0.0)
+        return ((out.astype(jnp.float32) + change).astype(out.dtype),)
+
+    return with_derivatives_on_own_shards(run, axes)(out, q, rows, sparse, exact)[0]
+
+
+def fit(
+    rows: Float[Array, "B R N D"], error: Float[Array, "B R N D"], prior: float
+) -> tuple[Float[Array, "B N D D"], Float[Array, "B N D"]]:
+    """Fits an affine map from queries to errors by ridge regression.
+
+    The penalty is that of `prior` samples of independent channels, whose variance is
+    the mean of the queries'. The offset has none.
+
+    Args:
+      rows: Queries that were sampled.
+      error: What is to be added to the output of each.
+      prior: See `Correction`.
+
+    Returns:
+      Matrix and offset of each batch item and head: error ~ query @ matrix + offset.
+    """
+    rows = rows.astype(jnp.float32)
+    count, head_dim = rows.shape[1], rows.shape[-1]
+    query_mean, error_mean = rows.mean(1), error.mean(1)
+    queries, errors = rows - query_mean[:, None], error - error_mean[:, None]
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    moments = product("brnd,brne->bnde", queries, queries) / count
+    mixed = product("brnd,brne->bnde", queries, errors) / count
+    variance = jnp.trace(moments, axis1=-2, axis2=-1) / head_dim
+    # Queries that are all alike explain nothing: the floor makes their matrix zero.
+    penalty = jnp.maximum(prior / count * variance, jnp.finfo(jnp.float32).tiny ** 0.5)
+    moments += penalty[..., None, None] * jnp.eye(head_dim)
+    matrix = jax.scipy.linalg.solve(moments, mixed, assume_a="pos")
+    offset = error_mean - product("bnd,bnde->bne", query_mean, matrix)
+    return matrix, offset

@@ -1,0 +1,105 @@
+"""Exact attention of a few queries over all keys: what sparse rows are compared with."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention.dense_api import why_no_cudnn
+from pallas_kernels.attention.dense_xla import chunk_size, chunked_attention
+from pallas_kernels.common.arrays import Scale
+from pallas_kernels.common.device import Device, current_device
+from pallas_kernels.common.interfaces import BlockGrid, clear_padding, valid_tokens
+from pallas_kernels.common.linear_maps import on_own_shards
+from pallas_kernels.common.static import fold_scale, jit_once, split_scale
+
+
+def unchecked_row_attention(
+    rows: Float[Array, "B R N D"],
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"],
+    *,
+    grid: BlockGrid,
+    scale: Scale,
+    text_lengths: Int[Array, " B"] | None,
+) -> Float[Array, "B R N D"]:
+    """Computes softmax attention of some queries over every valid key.
+
+    By cuDNN where it can be used and padding stands last, else by XLA, whose memory is
+    that of R x T logits of a few heads. No gradient flows through it.
+
+    Args:
+      rows: Queries, fewer than keys.
+      k: Keys of the whole sequence.
+      v: Values, like k.
+      grid: Where the text stands.
+      scale: Factor on the logits.
+      text_lengths: Valid text tokens as int32, within the grid's; None means all.
+
+    Returns:
+      The output in the dtype of the rows.
+    """
+    device = current_device(k)
+    pads_first = text_lengths is not None and grid.text_tokens.start == 0
+    no_cudnn = why_no_cudnn(rows.dtype.name, rows.shape[-1], device)
+    known_scale, scale_array = split_scale(scale)
+    return _attend(
+        rows,
+        k,
+        v,
+        text_lengths,
+        scale_array,
+        grid=grid if text_lengths is not None else None,
+        scale=known_scale,
+        device=device,
+        by_cudnn=no_cudnn is None and not pads_first,
+    )
+
+
+@functools.partial(jit_once, static_argnames=("grid", "scale", "device", "by_cudnn"))
+def _attend(*arrays, **options):
+    """Attends on the batch items and heads that each device has."""
+
+    def run(*arrays):
+        return (_attend_where_arrays_are(*arrays, **options),)
+
+    on_each = on_own_shards(
+        run,
+        operation="row_attention",
+        operands=(
+            *("rows: B R N D", "k: B T N D", "v: B T N D"),
+            *("text_lengths: B", "scale:"),
+        ),
+        results=("B R N D",),
+    )
+    return on_each(*arrays)[0]
+
+
+def _attend_where_arrays_are(
+    rows,
+    k,
+    v,
+    text_lengths,
+    scale_array,
+    *,
+    grid: BlockGrid | None,
+    scale: float | None,
+    device: Device,
+    by_cudnn: bool,
+):
+    scale = scale_array if scale is None else scale
+    valid = keys = None
+    if grid is not None:
+        k, v = (clear_padding(x, grid, text_lengths) for x in (k, v))
+        valid = valid_tokens(grid, text_lengths)
+        keys = grid.num_tokens - grid.text_length + text_lengths
+    if by_cudnn:
+        rows, scale = fold_scale(rows, scale)
+        return jax.nn.dot_product_attention(
+            rows, k, v, scale=scale, key_value_seq_lengths=keys, implementation="cudnn"
+        )
+    is_cpu = device.platform == "cpu"
+    chunk = min(chunk_size(k.shape, device), rows.shape[1])
+    return chunked_attention(
+        rows, k, v, valid, scale=scale, chunk=chunk, one_head_at_a_time=is_cpu
+    )
