@@ -351,7 +351,7 @@ def num_samples(grid: VideoGrid, config: DraftConfig) -> int:
 
 
 def correction_work(grid: VideoGrid, config: DraftConfig) -> float:
-    """Returns the work of exact rows, as a share of dense attention's; see `means_work`.
+    """Returns the work of exact rows, as a share of dense attention's.
 
     Args:
       grid: Geometry of the sequence.

@@ -115,12 +115,8 @@ def _add_fitted(out, q, rows, sparse, exact, grid, prior):
     def run(out, q, rows, sparse, exact):
         error = exact.astype(jnp.float32) - sparse.astype(jnp.float32)
         matrix, offset = jax.lax.stop_gradient(fit(rows, error, prior))
-        moved = jnp.einsum(
-            "btnd,bnde->btne",
-            q,
-            matrix.astype(q.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        # In the queries' dtype, as it is small beside the output.
+        moved = jnp.einsum("btnd,bnde->btne", q, matrix.astype(q.dtype))
         is_video = np.zeros(grid.num_tokens, np.bool_)
         is_video[grid.visual_tokens] = True
         change = jnp.where(is_video[:, None, None], moved + offset[:, None], 0.0)

@@ -18,6 +18,7 @@ from benchmarks.quality.patterns import (
 )
 from benchmarks.quality.rankings import MassPerRow, chance, true_masses
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
+from draft_jax.config import Correction
 
 DENSITIES = (0.45, 0.25, 0.15, 0.1, 0.05)  # shares of block pairs that are kept
 DENSE_FRACTION = 0.25  # of the steps, the paper's
@@ -46,14 +47,24 @@ class Method:
 
 METHODS: Mapping[str, Method] = {
     "ours": Method(
-        title="sub-tile draft, means for the dropped",
+        title="sub-tile draft, means for the dropped, a fitted map",
         source="this package, its default `DraftConfig()`",
-        config=DraftConfig.compensated(),
+        config=DraftConfig(),
+    ),
+    "means": Method(
+        title="sub-tile draft, means for the dropped",
+        source="this package, `DraftConfig(correction=None)`",
+        config=DraftConfig(correction=None),
     ),
     "paper": Method(
         title="DraftAttention",
         source="arXiv 2505.14708, `DraftConfig.paper()`",
         config=DraftConfig.paper(),
+    ),
+    "paper_corrected": Method(
+        title="DraftAttention, a fitted map",
+        source="this package, `DraftConfig.paper(correction=Correction())`",
+        config=DraftConfig.paper(correction=Correction()),
     ),
     "row_topk": Method(
         title="draft, equal rows",

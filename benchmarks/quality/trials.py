@@ -31,9 +31,8 @@ WHOLE_RUNS = ("floor", "combinations", "presets")  # their first steps are their
 MeansSize = tuple[int, int, int]  # rows, columns and frames of a mean
 # At most an eighth of the keys; None for no means.
 FRONT_MEANS: tuple[MeansSize | None, ...] = (
-    *((1, 1, 8), (1, 1, 13), (1, 2, 4), (1, 2, 8), (1, 2, 13)),
-    *((2, 2, 4), (2, 2, 8), (2, 2, 13)),
-    *((2, 4, 1), (2, 4, 4), (2, 4, 8), (4, 4, 1), (4, 4, 4), None),
+    *((1, 1, 13), (1, 2, 8), (1, 2, 13), (2, 2, 4), (2, 2, 8), (2, 2, 13)),
+    *((2, 4, 4), (2, 4, 8), (4, 4, 4), (4, 4, 8), None),
 )
 FRONT_DENSITIES = (0.25, 0.15, 0.1, 0.05, 0.025)
 SCHEDULE_DENSITY = 0.1
@@ -132,7 +131,7 @@ def front_configs(
             means = Compensation(sub_tile=(rows, columns), frames=frames)
             changes, name = {"compensation": means}, split_name(means)
         least = sparsity_of(max(*FRONT_DENSITIES, *DENSITIES))
-        found[name] = DraftConfig.compensated(sparsity=least, **changes)
+        found[name] = DraftConfig(sparsity=least, **changes)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Exact attention of a few queries over all keys: what sparse rows are compared with."""
+"""Exact attention of a few queries over all keys, to compare sparse rows with."""
 
 import functools
 
