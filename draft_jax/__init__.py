@@ -27,12 +27,13 @@ from draft_jax.attention_plan import AttentionPlan
 from draft_jax.block_mask import BlockMask
 from draft_jax.config import (
     Compensation,
+    Correction,
     DraftConfig,
     MaskMaker,
     SparsityWarning,
+    extra_work,
     kept_pairs_budget,
     mask_capacity,
-    means_work,
 )
 from draft_jax.debugging import check_finite, check_positions
 from draft_jax.draft.means import make_means
@@ -67,6 +68,7 @@ __all__ = [
     "AttentionPlan",
     "BlockMask",
     "Compensation",
+    "Correction",
     "DraftAttention",
     "DraftAttentionFn",
     "DraftConfig",
@@ -87,12 +89,12 @@ __all__ = [
     "draft_attention",
     "draft_attention_fn",
     "draft_scores",
+    "extra_work",
     "initial_mask",
     "joint_norm_rope_pool",
     "kept_pairs_budget",
     "make_means",
     "mask_capacity",
-    "means_work",
     "norm_rope_pool",
     "pool_tokens",
     "scheduled_attention",

@@ -303,10 +303,11 @@ class DraftConfig:
 
     @classmethod
     def compensated(cls, **changes: Any) -> "DraftConfig":
-        """Returns the default: sub-tile drafts, the spread, and means.
+        """Returns the default: sub-tile drafts, the spread, means and a correction.
 
         With the means, whose work is 1 / 32 of dense attention's, a layer does 0.13 of
-        it at a sparsity of 0.9. The paper's 0.75 does 0.25.
+        it at a sparsity of 0.9. The paper's 0.75 does 0.25. Exact rows add 256 over the
+        number of tokens, see `extra_work`.
 
         Args:
           **changes: Fields that differ, such as `sparsity`.
@@ -314,24 +315,26 @@ class DraftConfig:
         return cls(**changes)
 
 
-def means_work(grid: VideoGrid, config: DraftConfig) -> float:
-    """Returns the work that the means add, as a share of dense attention's.
+def extra_work(grid: VideoGrid, config: DraftConfig) -> float:
+    """Returns the work beyond the kept blocks, as a share of dense attention's.
 
-    It is the number of pairs of a visual query and a mean, over all pairs of tokens.
-    Add `BlockMask.density` for the whole work of a sparse layer.
+    It is the number of pairs of a visual query and a mean, and of pairs of an exact
+    row and a token, over all pairs of tokens. Add `BlockMask.density` for the whole
+    work of a sparse layer.
 
     Args:
       grid: Geometry of the sequence.
-      config: Its compensation says how many means there are.
+      config: Its compensation says how many means there are, its correction how many
+        rows are exact.
 
     Returns:
-      0.0 without compensation.
+      0.0 with neither.
     """
-    if config.compensation is None:
-        return 0.0
-    cells = sub_tiles_of(grid, config.compensation.sub_tile, config.compensation.frames)
-    num_means = int((cells.tokens_per_frame > 0).sum())
-    return num_means * grid.num_visual_tokens / grid.num_tokens**2
+    pairs = num_samples(grid, config) * grid.num_tokens
+    if (means := config.compensation) is not None:
+        cells = sub_tiles_of(grid, means.sub_tile, means.frames)
+        pairs += int((cells.tokens_per_frame > 0).sum()) * grid.num_visual_tokens
+    return pairs / grid.num_tokens**2
 
 
 def num_samples(grid: VideoGrid, config: DraftConfig) -> int:
@@ -348,19 +351,6 @@ def num_samples(grid: VideoGrid, config: DraftConfig) -> int:
         return 0
     count = min(config.correction.samples, grid.num_visual_tokens // TOKENS_OF_SAMPLE)
     return count if count >= LEAST_SAMPLES else 0
-
-
-def correction_work(grid: VideoGrid, config: DraftConfig) -> float:
-    """Returns the work of exact rows, as a share of dense attention's.
-
-    Args:
-      grid: Geometry of the sequence.
-      config: Its correction says how many rows are exact.
-
-    Returns:
-      0.0 without a correction.
-    """
-    return num_samples(grid, config) / grid.num_tokens
 
 
 def sub_tiles_of(

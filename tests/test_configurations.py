@@ -18,6 +18,7 @@ from draft_jax import (
     AttentionPlan,
     BlockMask,
     Compensation,
+    Correction,
     DraftAttentionFn,
     DraftConfig,
     QKNorm,
@@ -78,6 +79,10 @@ EQUAL = {
     Compensation: (
         {"sub_tile": (2, 8), "frames": 4},
         {"sub_tile": np.array([2, 8]), "frames": np.uint8(4)},
+    ),
+    Correction: (
+        {"samples": 64, "prior": 20.5},
+        {"samples": np.uint8(64), "prior": np.float32(20.5)},
     ),
     DraftConfig: (
         {"sparsity": 0.9, "top_p": 0.7, "keep_own_tile": True},

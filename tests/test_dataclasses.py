@@ -24,7 +24,7 @@ NAMED_FIELDS = [
     *("AttentionPlan", "BlockMask", "DraftConfig", "PooledTokens", "DraftStep"),
     *("DraftAttentionFn", "StepPlan", "SparsitySchedule", "BackendChoice"),
     *("KernelConfig", "Plan", "ChunkConfig", "Device", "Problem", "Backend"),
-    *("SubTiles", "MeansByHead", "Compensation"),
+    *("SubTiles", "MeansByHead", "Compensation", "Correction"),
     *("Geometry", "Tiling", "QKNorm", "NormRopePoolPlan", "PoolPlan", "RankingPath"),
     *("RowsPlan", "Comparison", "AttentionView", "StepReport", "GenerationResult"),
     *("Sampler", "Sampling", "FlowEuler", "FlowUniPC", "Settings", "FewSteps"),

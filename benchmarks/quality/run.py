@@ -73,7 +73,7 @@ from benchmarks.quality.trials import (
     Trial,
     make_trials,
 )
-from draft_jax import AttentionPlan, means_work
+from draft_jax import AttentionPlan, extra_work
 from models.diffusion.caches import MagRatios
 from models.diffusion.calibration import measure_ratios
 from models.diffusion.pipeline import VideoPipeline
@@ -325,18 +325,18 @@ class Lab:
     ) -> dict[str, Any]:
         """Returns the record of a trial.
 
-        `kept_density` and `work` are of sparse steps; work counts the means, too.
-        Steps are those of the first batch, times those that this trial ran itself,
+        `kept_density` and `work` are of sparse steps; work counts means and exact rows,
+        too. Steps are those of the first batch, times those that this trial ran itself,
         without compiling.
         """
         config, kept = trial.attention.config, kept_density(found)
-        means = 0.0 if config is None else means_work(self.grid, config)
+        extra = 0.0 if config is None else extra_work(self.grid, config)
         return {
             "part": trial.part,
             "name": trial.name,
             "density": trial.density,
             "kept_density": round(kept, 5),
-            "work": round(kept + means, 5),
+            "work": round(kept + extra, 5),
             "steps": counts_of_steps(found.reports[0]),
             "steps_ms": steps_ms(found),
             "clips": likeness(found.videos, dense.videos),

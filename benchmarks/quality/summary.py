@@ -29,7 +29,8 @@ class Curve:
 
     Attributes:
       densities: As they were asked for, ascending.
-      work: Share of the dense products that each really does, means included.
+      work: Share of the dense products that each really does, those of means and exact
+        rows included.
       times: Milliseconds of a layer that keeps what each kept; None where the method
         was not timed.
       clips: Each metric of each density and clip.

@@ -230,7 +230,7 @@ def _write_video(
             kept_density=result.kept_density,
             timesteps=result.timesteps,
             title=request.arguments.prompt,
-            means_work=result.means_work,
+            extra_work=result.extra_work,
             skipped=result.skipped,
         )
         files.write(KEPT_SHARE, picture)
@@ -293,8 +293,8 @@ def _times(name: str, result: GenerationResult) -> str:
         f"(and {1e-3 * result.compile_ms:.1f} s to compile), "
         f"{100 * result.kept_density.mean():.0f} % of token pairs"
         + (
-            f", with means {100 * result.work_share:.0f} % of the work"
-            if result.means_work
+            f", with means and exact rows {100 * result.work_share:.0f} % of the work"
+            if result.extra_work
             else ""
         )
     )

@@ -110,7 +110,7 @@ class Comparison:
                 self.sparse.timesteps,
                 title="sparse run",
                 skipped=self.sparse.skipped,
-                means_work=self.sparse.means_work,
+                extra_work=self.sparse.extra_work,
             ),
             REPORT: lambda path: video_io.write_json(path, details | self.report()),
         }
@@ -131,7 +131,7 @@ def run_report(result: GenerationResult) -> dict[str, Any]:
         "stopped": result.stopped,
         "kept_share": float(result.kept_density.mean()),
         "work_share": result.work_share,
-        "means_work_of_a_sparse_layer": result.means_work,
+        "extra_work_of_a_sparse_layer": result.extra_work,
         "kept_share_per_layer": result.kept_density.mean(axis=0).tolist(),
         "kept_share_per_step_and_layer": result.kept_density.tolist(),
     }

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from draft_jax import AttentionPlan, means_work
+from draft_jax import AttentionPlan, extra_work
 from models.diffusion.caches import StepCache
 from models.diffusion.contexts import as_prompts, join_contexts
 from models.diffusion.decoding import check_codec_output, decode_video
@@ -274,7 +274,7 @@ class VideoPipeline:
             dense=sampler.dense[:num_steps] & ~skipped[:, None],
             timesteps=sampler.solver.timesteps[:num_steps],
             stopped=stopped,
-            means_work=_means_work(sampler),
+            extra_work=_extra_work(sampler),
         )
         start = time.perf_counter()
         try:
@@ -478,9 +478,9 @@ class VideoPipeline:
             )
 
 
-def _means_work(sampler: Sampler) -> float:
-    """Returns the work of means in a sparse layer; 0 with dense attention."""
+def _extra_work(sampler: Sampler) -> float:
+    """Returns `extra_work` of a sparse layer; 0 with dense attention."""
     config = sampler.attention.config
     if config is None:
         return 0.0
-    return means_work(sampler.model.grid(sampler.latent_shape), config)
+    return extra_work(sampler.model.grid(sampler.latent_shape), config)

@@ -60,8 +60,8 @@ class GenerationResult:
       stopped: Whether `StopGeneration` ended the run before its last step. There are
         as many steps as were run then, and the video is their estimate of the clean
         one.
-      means_work: Work of the means that stand for skipped blocks in a sparse layer, as
-        a share of dense attention's; see `draft_jax.means_work`.
+      extra_work: Work of a sparse layer beyond its kept blocks, that of means and
+        exact rows, as a share of dense attention's; see `draft_jax.extra_work`.
     """
 
     video: Float[np.ndarray, "B frames height width 3"]
@@ -73,7 +73,7 @@ class GenerationResult:
     dense: Bool[np.ndarray, "steps layers"]
     timesteps: Float[np.ndarray, " steps"]
     stopped: bool = False
-    means_work: float = 0.0
+    extra_work: float = 0.0
 
     @property
     def skipped(self) -> Bool[np.ndarray, " steps"]:
@@ -91,13 +91,13 @@ class GenerationResult:
 
     @property
     def work_share(self) -> float:
-        """Work of all steps and layers, means included, over that of dense attention.
+        """Work of all steps and layers over that of dense attention.
 
-        It is the mean of `kept_density` where there are no means.
+        It is the mean of `kept_density` where sparse layers have no `extra_work`.
         """
         is_sparse = ~self.dense & ~self.skipped[:, None]
-        means = self.means_work * float(is_sparse.mean())
-        return float(self.kept_density.mean()) + means
+        extra = self.extra_work * float(is_sparse.mean())
+        return float(self.kept_density.mean()) + extra
 
 
 class DecodingError(RuntimeError):

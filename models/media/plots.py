@@ -50,7 +50,7 @@ def plot_kept_share(
     *,
     title: str,
     skipped: Bool[np.ndarray, " steps"] | None = None,
-    means_work: float = 0.0,
+    extra_work: float = 0.0,
 ) -> None:
     """Draws the share of token pairs computed as a heat map, layer by step.
 
@@ -60,7 +60,8 @@ def plot_kept_share(
       timesteps: Model timestep of each step, for the axis.
       title: Printed above, as text.
       skipped: Steps that a cache skipped, drawn as hatched columns; None for none.
-      means_work: Work of means in a sparse layer, as a share of a dense one's.
+      extra_work: Work of means and exact rows in a sparse layer, as a share of a
+        dense one's.
 
     Raises:
       MissingExtraError: matplotlib is not installed.
@@ -91,8 +92,8 @@ def plot_kept_share(
     axes.set_xlabel("step, by its timestep")
     axes.set_ylabel("layer")
     what = "token pairs computed, %"
-    if means_work:
-        what += f"; means add {100 * means_work:.1f} % where sparse"
+    if extra_work:
+        what += f"; means and exact rows add {100 * extra_work:.1f} % where sparse"
     axes.set_title(f"{_as_title(title)}\n{what}", **_TITLE)
     figure.colorbar(image, label="share computed")
     _save(figure, path)

@@ -1,7 +1,8 @@
 """How close sparse videos of the small model come to dense ones, at what work.
 
 A trial is a method at a sparsity, with the means that it has. Its work is the share of
-dense attention's products: the density of what is kept, and what the means add.
+dense attention's products: the density of what is kept, and what means and exact rows
+add.
 """
 
 import concurrent.futures
@@ -18,7 +19,7 @@ from draft_jax import (
     Compensation,
     DraftConfig,
     SparsitySchedule,
-    means_work,
+    extra_work,
 )
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
@@ -148,13 +149,13 @@ def measure(
     is_sparse = ~sparse.dense.all(axis=1)
     kept = float(sparse.kept_density[is_sparse].mean())
     grid = pipeline.model.grid(pipeline.latent_shape(sampling))
-    means = means_work(grid, config)
+    extra = extra_work(grid, config)
     return {
         "trial": trial.described(),
         "config": dataclasses.asdict(config),
         "kept_share_of_sparse_steps": kept,
-        "work_of_means": means,
-        "work_of_sparse_steps": kept + means,
+        "extra_work": extra,
+        "work_of_sparse_steps": kept + extra,
         "kept_share": float(sparse.kept_density.mean()),
         "psnr_db_mean": float(np.mean(decibels)),
         "psnr_db_min": float(np.min(decibels)),

@@ -40,6 +40,7 @@ NOT_COMPUTED = frozenset(
     {
         "draft_jax.AttentionPlan",
         "draft_jax.Compensation",
+        "draft_jax.Correction",
         "draft_jax.DraftConfig",
         "draft_jax.DraftStep",
         "draft_jax.MaskMaker",
@@ -53,9 +54,9 @@ NOT_COMPUTED = frozenset(
         "draft_jax.StepPlan",
         "draft_jax.VideoGrid",
         "draft_jax.constant_step",
+        "draft_jax.extra_work",
         "draft_jax.kept_pairs_budget",
         "draft_jax.mask_capacity",
-        "draft_jax.means_work",
         "pallas_kernels.BackendChoice",
         "pallas_kernels.BackendName",
         "pallas_kernels.Means",
@@ -361,6 +362,11 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     ),
     "pallas_kernels.dense_attention": dense,
     "pallas_kernels.dense_attention gradient": lambda x: gradients(dense, x),
+    "pallas_kernels.unchecked_row_attention": lambda x: (
+        pallas_kernels.unchecked_row_attention(
+            *(x.q[:, :3], x.k, x.v), grid=x.grid, scale=0.3, text_lengths=x.lengths
+        )
+    ),
     "pallas_kernels.ranking.pack": lambda x: ranking.pack(x.kept),
     "pallas_kernels.ranking.compress_rows": by_rows,
     "pallas_kernels.ranking.select_in_maps": lambda x: ranking.select_in_maps(

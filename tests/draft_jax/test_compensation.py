@@ -11,6 +11,7 @@ from flax import nnx
 from draft_jax import (
     BlockMask,
     Compensation,
+    Correction,
     DraftAttention,
     DraftConfig,
     VideoGrid,
@@ -18,9 +19,9 @@ from draft_jax import (
     constant_step,
     draft_attention,
     draft_attention_fn,
+    extra_work,
     initial_mask,
     make_means,
-    means_work,
     scheduled_attention,
 )
 from draft_jax.draft.one_pass import pool_draft
@@ -129,7 +130,7 @@ def test_means_of_single_tokens_are_dense_attention():
     config = DraftConfig.paper(sparsity=0.8, compensation=comp)
     out = draft_attention(q, k, v, grid=EVEN, config=config)
     np.testing.assert_allclose(out, dense_attention(q, k, v, grid=EVEN), **F32)
-    assert means_work(EVEN, config) == 1.0
+    assert extra_work(EVEN, config) == 1.0
 
 
 @pytest.mark.nightly
@@ -243,15 +244,24 @@ def test_new_masks_say_what_they_drop(selection, grid):
     np.testing.assert_array_equal(dropped, want)
 
 
-def test_work_of_means_is_the_share_of_pairs_with_them():
+def test_extra_work_is_the_share_of_pairs_with_means():
     config = DraftConfig.paper(compensation=Compensation(sub_tile=(2, 8), frames=4))
     grid = VideoGrid(33, 48, 80)  # the last group has one frame: 9 groups
-    assert means_work(grid, config) == 9 * (48 * 80 // 16) / grid.num_tokens
-    assert means_work(grid, DraftConfig.paper()) == 0.0
+    assert extra_work(grid, config) == 9 * (48 * 80 // 16) / grid.num_tokens
+    assert extra_work(grid, DraftConfig.paper()) == 0.0
     # Text neither has means nor sees any: 2 groups of 12 sub-tiles have tokens.
     text = VideoGrid(5, 4, 6, tile=(4, 4), text_length=8)
     small = DraftConfig.paper(compensation=Compensation(sub_tile=(1, 2), frames=4))
-    assert means_work(text, small) == pytest.approx(2 * 12 * 120 / 128**2)
+    assert extra_work(text, small) == pytest.approx(2 * 12 * 120 / 128**2)
+
+
+def test_exact_rows_are_extra_work():
+    """Rows see all tokens, text too; a video of few tokens has fewer, or none."""
+    config = DraftConfig.paper(correction=Correction(samples=64))
+    assert extra_work(VideoGrid(8, 32, 64), config) == 64 / 16384
+    text = VideoGrid(4, 18, 16, text_length=48)  # 1,152 tokens of video: 36 rows
+    assert extra_work(text, config) == pytest.approx(36 / 1200)
+    assert extra_work(VideoGrid(1, 32, 31), config) == 0.0  # 31 would be too few
 
 
 def test_presets():
@@ -269,7 +279,8 @@ def test_presets():
         0.95,
         "spread",
     )
-    assert means_work(VideoGrid(8, 32, 64), config) == 1 / 32
+    # A mean for 32 keys, and 256 exact rows of 16,384 tokens.
+    assert extra_work(VideoGrid(8, 32, 64), config) == 1 / 32 + 1 / 64
 
 
 @pytest.mark.parametrize(

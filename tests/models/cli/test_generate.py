@@ -50,7 +50,7 @@ RUN_KEYS = {
     "skipped_steps",
     "work_per_step",
     "work_share",
-    "means_work_of_a_sparse_layer",
+    "extra_work_of_a_sparse_layer",
     "stopped",
     "kept_share",
     "kept_share_per_layer",

@@ -40,13 +40,13 @@ def comparison():
     return Comparison(dense=dense, sparse=sparse)
 
 
-def test_work_of_means_counts_where_layers_are_sparse(comparison):
-    """3 of 8 are: they add 3 / 8 of the share that means have of a layer."""
-    result = dataclasses.replace(comparison.sparse, means_work=0.08)
+def test_extra_work_counts_where_layers_are_sparse(comparison):
+    """3 of 8 are: they add 3 / 8 of the share that it has of a layer."""
+    result = dataclasses.replace(comparison.sparse, extra_work=0.08)
     report = run_report(result)
     assert report["kept_share"] == pytest.approx(0.7375)
     assert report["work_share"] == pytest.approx(0.7375 + 0.03)
-    assert report["means_work_of_a_sparse_layer"] == 0.08
+    assert report["extra_work_of_a_sparse_layer"] == 0.08
 
 
 def test_report(comparison):

@@ -127,7 +127,7 @@ def test_means_of_single_tokens_give_the_dense_video(pipeline, dense):
     sparse = generate(pipeline, attention=AttentionPlan.draft(draft, schedule))
     assert (sparse.kept_density[1:] < 0.4).all()
     np.testing.assert_allclose(sparse.video, dense.video, rtol=0, atol=ROUNDING)
-    assert sparse.means_work == 1.0
+    assert sparse.extra_work == 1.0
     assert sparse.work_share == pytest.approx(sparse.kept_density.mean() + 0.75)
     assert dense.work_share == 1.0
 

@@ -29,7 +29,7 @@ def test_kept_share_shows_its_numbers(tmp_path):
     assert plt.get_fignums() == figures_before, "no global figure is left behind"
 
 
-def test_kept_share_says_what_means_add(tmp_path):
+def test_kept_share_says_what_means_and_exact_rows_add(tmp_path):
     """In the title: nothing below it changes."""
     pictures = []
     for work in (0.0, 0.0625):
@@ -39,7 +39,7 @@ def test_kept_share_says_what_means_add(tmp_path):
             np.full((5, 3), 0.2),
             np.linspace(1000, 200, 5),
             title="a title",
-            means_work=work,
+            extra_work=work,
         )
         pictures.append(matplotlib.image.imread(path))
     rows, _ = np.nonzero((pictures[0] != pictures[1]).any(-1))

@@ -81,7 +81,7 @@ def test_rows_say_likeness_and_work(tmp_path, monkeypatch):
     for row, difference in zip(rows, [0.05, 0.08] * 3, strict=True):
         expected = -20 * np.log10(difference)
         assert row["psnr_db_mean"] == pytest.approx(expected, abs=1e-4)
-    assert rows[0]["work_of_means"] == 0.0
+    assert rows[0]["extra_work"] == 0.0
     assert rows[0]["work_of_sparse_steps"] == pytest.approx(0.5)
     # Means of 1 x 2 tokens over two frames: a quarter of the keys.
     assert rows[4]["work_of_sparse_steps"] == pytest.approx(0.5 + 0.25)
