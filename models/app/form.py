@@ -47,7 +47,8 @@ SELECTIONS = {
 }
 METHODS = {
     "compensated": "Blocks that are not kept take part through means of their keys and "
-    "values, which adds a little work; those are kept that means stand worst for.",
+    "values, and a few exact rows correct the rest, which adds a little work; those "
+    "are kept that means stand worst for.",
     "paper": "Blocks that are not kept take no part. The paper's.",
 }
 CACHES = {

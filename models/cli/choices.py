@@ -56,6 +56,12 @@ class MeansDefaults(NamedTuple):
     frames: int = 8
 
 
+class CorrectionDefaults(NamedTuple):
+    """The settings of `Correction()`."""
+
+    samples: int = 256
+
+
 class DraftDefaults(NamedTuple):
     """The settings of `DraftConfig()` and `SparsitySchedule.paper()`."""
 

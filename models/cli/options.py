@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from draft_jax.config import Compensation, DraftConfig
+from draft_jax.config import Compensation, Correction, DraftConfig
 from draft_jax.schedule import SparsitySchedule
 from models.cli.choices import GRIDS_OF_SOLVERS
 from models.cli.pair_options import LOW_NOISE
@@ -128,6 +128,7 @@ def _config_from(arguments: argparse.Namespace) -> DraftConfig:
         edge_tiles=arguments.edge_tiles,
         top_p=arguments.top_p,
         compensation=compensation,
+        correction=_correction_from(arguments, base.correction),
         **changes,
     )
 
@@ -148,6 +149,17 @@ def _compensation_from(
                 "--means 2x2, or leave it out"
             )
     return None if default is None else dataclasses.replace(default, **changes)
+
+
+def _correction_from(
+    arguments: argparse.Namespace, default: Correction | None
+) -> Correction | None:
+    """Returns the correction that the options describe, or None without one."""
+    if "correction" not in arguments:
+        return default
+    if arguments.correction == 0:
+        return None
+    return dataclasses.replace(default or Correction(), samples=arguments.correction)
 
 
 def check_preset(

@@ -26,6 +26,7 @@ _OF_DRAFT = (
     "selection",
     "pooling",
     "edge_tiles",
+    "correction",
     "top_p",
     "dense_fraction",
     "dense_layers",

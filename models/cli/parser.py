@@ -24,6 +24,7 @@ from models.cli.version import package_version
 _SAMPLING = choices.SamplingDefaults()
 _DRAFT = choices.DraftDefaults()
 _PAPER, _MEANS = choices.PaperDefaults(), choices.MeansDefaults()
+_CORRECTION = choices.CorrectionDefaults()
 _GENERATE_EXAMPLES = """examples:
   draft-video generate "a red ball bounces over a blue sea"
   draft-video generate "a red ball bounces" --compare --sparsity 0.9
@@ -343,7 +344,8 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
         choices=choices.METHODS,
         default=choices.METHODS[0],
         help="what sparse layers compute. compensated: skipped blocks take part "
-        "through means; paper: they are left out. The options below override its parts",
+        "through means, and a few exact rows correct the rest; paper: they are left "
+        "out. The options below override its parts",
     )
     group.add_argument(
         "--preset",
@@ -408,6 +410,16 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"latent frames that each of the means is taken over (default: "
         f"{_MEANS.frames}). More frames are less work, and worse where much moves",
+    )
+    group.add_argument(
+        "--correction",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="SAMPLES",
+        help="correct sparse attention by a linear map of the query, fitted to the "
+        "exact output of this many query tokens; 0 for none (default: "
+        f"{_CORRECTION.samples}, of --method paper none). Short videos have fewer, or "
+        "none. The report says what share of the work that adds",
     )
     group.add_argument(
         "--ranking",

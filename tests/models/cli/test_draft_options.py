@@ -2,7 +2,7 @@
 
 import pytest
 
-from draft_jax import Compensation, DraftConfig, SparsitySchedule
+from draft_jax import Compensation, Correction, DraftConfig, SparsitySchedule
 from models.cli.generate import read_run
 from models.cli.options import draft_from
 from models.cli.parser import UsageError, build_parser
@@ -34,12 +34,24 @@ def test_means_and_sub_tiles():
     assert means == Compensation(sub_tile=(1, 2), frames=12)
 
 
+def test_correction_by_its_number_of_exact_rows():
+    assert config_of("--correction", "64") == DraftConfig(
+        correction=Correction(samples=64)
+    )
+    assert config_of("--correction", "0") == DraftConfig(correction=None)
+    paper = config_of("--method", "paper", "--correction", "128")
+    assert paper == DraftConfig.paper(correction=Correction(samples=128))
+    assert config_of("--method", "paper", "--correction", "0") == DraftConfig.paper()
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         (["--mean-frames", "2"], "--mean-frames 2 is given without --means"),
         (["--ranking", "spread"], "--ranking spread asks .* pass --means"),
         (["--means", "2x2", "--mean-frames", "0"], "frames=0 must be"),
+        (["--correction", "31"], "samples=31 must be an integer >= 32"),
+        (["--correction", "-1"], "samples=-1 must be"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -121,6 +121,7 @@ WITH_EFFECT = {
     "--draft-tile": ["4x4"],
     "--means": ["2x2"],
     "--mean-frames": ["2", "--means", "2x2"],
+    "--correction": ["64"],
     "--ranking": ["spread", "--means", "2x2"],
     "--top-p": ["0.5"],
     "--dense-fraction": ["0.5"],
@@ -164,6 +165,7 @@ def test_each_option_with_an_effect_is_in_the_name():
     for flag, value in WITHOUT_EFFECT.items():
         assert name_of("generate", PROMPT, *solver, flag, *value) == plain
     assert name_of("generate", PROMPT) == plain, "the default said is the default"
+    assert name_of("generate", PROMPT, *solver, "--correction", "256") == plain
 
 
 def test_the_strength_of_an_adapter_is_in_the_name():

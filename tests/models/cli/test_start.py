@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from draft_jax import Compensation, DraftConfig, SparsitySchedule
+from draft_jax import Compensation, Correction, DraftConfig, SparsitySchedule
 from draft_jax.config import EdgeTiles, Pooling, Ranking, Selection
 from models.cli import choices
 from models.cli.parser import build_parser
@@ -142,6 +142,8 @@ def test_defaults_are_those_of_the_configurations():
         assert getattr(default, name) == value, name
     for name, value in choices.MeansDefaults()._asdict().items():
         assert getattr(Compensation(), name) == value, name
+    for name, value in choices.CorrectionDefaults()._asdict().items():
+        assert getattr(Correction(), name) == value, name
     for name, value in choices.PaperDefaults()._asdict().items():
         assert getattr(DraftConfig.paper(), name) == value, name
     draft, schedule = DraftConfig(), SparsitySchedule.paper()
