@@ -32,6 +32,7 @@ LABELS = {
     "sub_tiles": "`row_topk`, drafts of {draft}",
     "mass": "mass, {means}",
     "spread": "spread, {means}",
+    "default": "spread, {means}, correction",
     "exact_spread": "exact spread, {means}",
 }
 
@@ -219,6 +220,7 @@ def means_section(record: Record) -> str:
     """Returns what stands between the marks of the page of figures."""
     sizes = record["sizes"].values()
     first = next(iter(sizes))
+    has_default = any(is_default(row["trial"]) for s in sizes for row in s["quality"])
     text = paragraph(
         f"The model that ships, {first['num_steps']} steps of which the first "
         f"{100 * first['dense_fraction']:.0f} % are dense, against the dense video of "
@@ -226,9 +228,9 @@ def means_section(record: Record) -> str:
         f"{pages.driver_of(record['gpus'])}, commit {record['commit']}, "
         f"`python -m models.mini.evaluate` (`{MEANS.name}`, which has every prompt). "
         "*Work* is that of a sparse layer's attention over a dense one's: the density, "
-        "and what the means add. A mean is taken over rows x columns of tokens and so "
-        "many latent frames. Work: mean PSNR in dB (worst prompt), mean SSIM. The "
-        "default is in bold."
+        "and what means and exact rows add. A mean is taken over rows x columns of "
+        "tokens and so many latent frames. Work: mean PSNR in dB (worst prompt), mean "
+        "SSIM." + (" The default is in bold." if has_default else "")
     )
     for size in sizes:
         text += "\n" + above_table(size, size["prompts"], "**{}**")
@@ -262,16 +264,20 @@ def label(trial: Record) -> str:
         draft=" x ".join(map(str, draft or ())),
         means=f"means of {' x '.join(map(str, means or ()))} over {frames} frames",
     )
-    is_default = (trial["method"], tuple(means or ()), frames) == default_method()
-    return f"**{text}**" if is_default else text
+    return f"**{text}**" if is_default(trial) else text
+
+
+def is_default(trial: Record) -> bool:
+    """Returns whether a trial is of the library's default, with the means it has."""
+    means = tuple(trial["sub_tile"] or ())
+    return (trial["method"], means, trial["mean_frames"]) == default_method()
 
 
 def default_method() -> tuple[str, tuple[int, int], int]:
-    """Returns ranking, sub-tile and frames of the library's default."""
-    config = DraftConfig()
-    means = config.compensation
+    """Returns method, sub-tile and frames of the library's default."""
+    means = DraftConfig().compensation
     assert means is not None, "the default has means"
-    return config.ranking, means.sub_tile, means.frames
+    return "default", means.sub_tile, means.frames
 
 
 PAGES: dict[Path, tuple[Path, Callable[[Record], str]]] = {

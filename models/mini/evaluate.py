@@ -269,7 +269,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=_two_sides,
         default=(2, 4),
         metavar="ROWSxCOLUMNS",
-        help="tokens that drafts of sub-tiles pool together",
+        help="tokens that drafts of sub-tiles pool together; not of the method default",
     )
     parser.add_argument(
         "--sub-tiles",

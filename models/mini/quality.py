@@ -7,9 +7,10 @@ add.
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -27,18 +28,22 @@ from models.media.metrics import psnr, ssim
 
 DENSE_FRACTION = 0.25
 
-# Fields of `DraftConfig`. All but `WHOLE_TILES` draft sub-tiles, and those of
-# `WITH_MEANS` have means of several sizes.
-METHODS: dict[str, dict[str, Any]] = {
-    "percentile": {},
-    "row_topk": {"selection": "row_topk"},
-    "sub_tiles": {"selection": "row_topk"},
-    "mass": {"selection": "row_topk", "ranking": "mass"},
-    "spread": {"selection": "row_topk", "ranking": "spread"},
-    "exact_spread": {"selection": "row_topk", "ranking": "exact_spread"},
+# What makes their configurations. All but `WHOLE_TILES` draft sub-tiles, and those of
+# `WITH_MEANS` have means of several sizes. Only the library's default is corrected.
+_ROWS = functools.partial(DraftConfig.paper, selection="row_topk")
+METHODS: dict[str, Callable[..., DraftConfig]] = {
+    "percentile": DraftConfig.paper,
+    "row_topk": _ROWS,
+    "sub_tiles": _ROWS,
+    "mass": functools.partial(_ROWS, ranking="mass"),
+    "spread": functools.partial(_ROWS, ranking="spread"),
+    "exact_spread": functools.partial(_ROWS, ranking="exact_spread"),
+    "default": DraftConfig,
 }
 WHOLE_TILES = ("percentile", "row_topk")
-WITH_MEANS = ("mass", "spread", "exact_spread")
+WITH_MEANS = ("mass", "spread", "exact_spread", "default")
+
+DraftTile = tuple[int, int] | Literal["eighths"] | None  # of `DraftConfig`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,25 +62,24 @@ class Trial:
     method: str
     sparsity: float
     least_sparsity: float
-    draft_tile: tuple[int, int] | None = None
+    draft_tile: DraftTile = None
     compensation: Compensation | None = None
 
     def config(self) -> DraftConfig:
         """Returns what sparse layers compute, at the least sparsity."""
-        return DraftConfig.paper(
+        return METHODS[self.method](
             sparsity=self.least_sparsity,
             draft_tile=self.draft_tile,
             compensation=self.compensation,
-            **METHODS[self.method],
         )
 
     def described(self) -> dict[str, Any]:
         """Returns what tells the trial from others, as JSON would."""
-        means = self.compensation
+        draft, means = self.draft_tile, self.compensation
         return {
             "method": self.method,
             "sparsity": self.sparsity,
-            "draft_tile": None if self.draft_tile is None else list(self.draft_tile),
+            "draft_tile": list(draft) if isinstance(draft, tuple) else draft,
             "sub_tile": None if means is None else list(means.sub_tile),
             "mean_frames": None if means is None else means.frames,
         }
@@ -94,7 +98,8 @@ def trials(
     Args:
       methods: Names of `METHODS`.
       sparsities: Shares of block pairs that are skipped.
-      draft_tile: Rows and columns of what drafts of sub-tiles pool.
+      draft_tile: Rows and columns of what drafts of sub-tiles pool. The default has
+        its own.
       sub_tiles: Rows and columns of what a mean is taken over in a frame.
       mean_frames: Frames that a mean is taken over.
 
@@ -112,12 +117,19 @@ def trials(
                 method=method,
                 sparsity=sparsity,
                 least_sparsity=min(sparsities),
-                draft_tile=None if method in WHOLE_TILES else draft_tile,
+                draft_tile=_draft_tile_of(method, draft_tile),
                 compensation=compensation,
             )
             trial.config()  # a wrong field is told before an hour of work
             asked.append(trial)
     return asked
+
+
+def _draft_tile_of(method: str, sub_tile: tuple[int, int]) -> DraftTile:
+    """Returns what a method's draft pools, where drafts of sub-tiles pool these."""
+    if method in WHOLE_TILES:
+        return None
+    return DraftConfig().draft_tile if method == "default" else sub_tile
 
 
 def measure(

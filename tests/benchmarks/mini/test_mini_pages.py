@@ -128,7 +128,9 @@ def folders(tmp_path):
         ),
         "measured/ours/evaluation.json": report(
             [
-                quality(trial("spread", 0.9, [2, 2], 8), 20.04),
+                quality(trial("spread", 0.9, [2, 2], 8), 18.04),
+                quality(trial("default", 0.9, [2, 2], 8), 20.04),
+                quality(trial("default", 0.9, [2, 2], 4), 21.0),
                 quality(trial("sub_tiles", 0.9), 15.0),
                 quality(trial("percentile", 0.9), 99.0),
             ]
@@ -190,7 +192,7 @@ def test_a_training_makes_a_record_and_a_section(folders, tmp_path):
 def test_reports_of_a_size_make_one_table(folders):
     made = record.means_record(folders / "measured", commit="abc")
     assert list(made["sizes"]) == ["16x24", "32x48"]
-    assert len(made["sizes"]["16x24"]["quality"]) == 4
+    assert len(made["sizes"]["16x24"]["quality"]) == 6
     assert "config" not in made["sizes"]["16x24"]["quality"][0]
     text = document.means_section(made)
     head = "| method | sparsity 0.9 | sparsity 0.75 |\n| --- | --- | --- |\n"
@@ -199,7 +201,22 @@ def test_reports_of_a_size_make_one_table(folders):
     )
     assert head + paper.format("99.0 (94.0), 0.500") in text
     assert "| `row_topk`, drafts of 2 x 4 | 0.12: 15.0 (10.0), 0.500 | - |" in text
-    assert "| **spread, means of 2 x 2 over 8 frames** | 0.12: 20.0 (15.0)" in text
+    means = "spread, means of 2 x 2 over {} frames"
+    assert f"| {means.format(8)} | 0.12: 18.0 (13.0)" in text
+    assert f"| **{means.format(8)}, correction** | 0.12: 20.0 (15.0)" in text
+    assert f"| {means.format(4)}, correction | 0.12: 21.0 (16.0)" in text
+    assert "The default is in bold." in " ".join(text.split())
+
+
+def test_a_table_without_the_default_has_nothing_in_bold(folders):
+    made = record.means_record(folders / "measured", commit="abc")
+    for size in made["sizes"].values():
+        size["quality"] = [
+            row for row in size["quality"] if row["trial"]["method"] != "default"
+        ]
+    text = document.means_section(made)
+    assert "The default" not in text
+    assert "| **" not in text
 
 
 @pytest.mark.parametrize("page", document.PAGES, ids=lambda page: page.name)

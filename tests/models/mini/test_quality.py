@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from draft_jax import Compensation, VideoGrid
+from draft_jax import Compensation, DraftConfig, VideoGrid
 from models.diffusion.results import GenerationResult
 from models.diffusion.sampling import Sampling
 from models.mini import evaluate, quality
@@ -133,6 +133,22 @@ def test_trials_are_methods_by_sizes_of_means():
         quality.trials(["percentile"], [1.5], **sizes)
     with pytest.raises(ValueError, match="frames=0"):
         quality.trials(["spread"], [0.5], **sizes | {"mean_frames": [0]})
+
+
+def test_the_default_is_that_of_the_library():
+    sizes = {"draft_tile": (2, 4), "sub_tiles": [(2, 2)], "mean_frames": [8, 4]}
+    shipped, finer = quality.trials(["default"], [0.9], **sizes)
+    assert shipped.config() == DraftConfig(sparsity=0.9)
+    assert finer.config() == DraftConfig(
+        sparsity=0.9, compensation=Compensation(sub_tile=(2, 2), frames=4)
+    )
+    assert shipped.described() == {
+        "method": "default",
+        "sparsity": 0.9,
+        "draft_tile": "eighths",
+        "sub_tile": [2, 2],
+        "mean_frames": 8,
+    }
 
 
 def test_methods_are_configs_that_differ():
