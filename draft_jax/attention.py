@@ -47,8 +47,9 @@ def draft_attention(
     Batch items and heads have their own masks and do not influence each other.
 
     It is `compute_mask`, `make_means` where `config.compensation` asks for means, and
-    `pallas_kernels.block_sparse_attention`. Call these for a mask, a budget or pooled
-    tokens of your own, or to look at the mask.
+    `pallas_kernels.block_sparse_attention`; what `config.correction` asks for is added
+    to their output. Call these for a mask, a budget or pooled tokens of your own, or to
+    look at the mask; their output has no correction.
     `BlockMask.from_visual` and `BlockMask.from_dense` turn boolean maps into masks.
 
     Args:

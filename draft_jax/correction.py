@@ -30,7 +30,7 @@ def sampled_tokens(grid: VideoGrid, count: int, order: Order) -> np.ndarray:
 
     Args:
       grid: Geometry of the sequence.
-      count: How many, at most `grid.num_visual_tokens`.
+      count: How many, at most half of `grid.num_visual_tokens`.
       order: How the visual tokens are ordered: the tokens are the same in either.
     """
     part = grid.num_visual_tokens / count
@@ -151,7 +151,7 @@ def fit(
     variance = jnp.trace(moments, axis1=-2, axis2=-1) / head_dim
     # Queries that are all alike explain nothing: the floor makes their matrix zero.
     penalty = jnp.maximum(prior / count * variance, jnp.finfo(jnp.float32).tiny ** 0.5)
-    moments += penalty[..., None, None] * jnp.eye(head_dim)
+    moments += penalty[..., None, None] * jnp.eye(head_dim, dtype=rows.dtype)
     matrix = jax.scipy.linalg.solve(moments, mixed, assume_a="pos")
     offset = error_mean - product("bnd,bnde->bne", query_mean, matrix)
     return matrix, offset

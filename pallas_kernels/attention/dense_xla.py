@@ -38,7 +38,7 @@ def chunk_size(shape: tuple[int, ...], device: Device) -> int:
 
 @functools.partial(jax.jit, static_argnames=("chunk", "one_head_at_a_time"))
 def chunked_attention(
-    q: Float[Array, "B T N D"],
+    q: Float[Array, "B R N D"],
     k: Float[Array, "B T N D"],
     v: Float[Array, "B T N D"],
     valid: Bool[Array, "B T"] | None,
@@ -46,14 +46,14 @@ def chunked_attention(
     scale: float | Float[Array, ""],
     chunk: int,
     one_head_at_a_time: bool,
-) -> Float[Array, "B T N D"]:
+) -> Float[Array, "B R N D"]:
     """Loops over chunks of queries, and on CPU over batch items and heads too.
 
     XLA's CPU matmul is 1.6 times faster without batch dimensions; a GPU is only
     filled by all heads together.
 
     Args:
-      q: Queries.
+      q: Queries of all tokens, or of R of them.
       k: Keys.
       v: Values.
       valid: Tokens that are not padding; None means all.
@@ -70,23 +70,26 @@ def chunked_attention(
     run = functools.partial(
         _of_whole_heads, chunk=chunk, one_head_at_a_time=one_head_at_a_time
     )
-    operands = (*AXES.operands[:3], "scale: B N", *("valid: B T" for _ in masks))
-    axes = dataclasses.replace(AXES, operands=operands)
+    # T where it is that of keys, as messages call it tokens.
+    rows = "B T N D" if q.shape == k.shape else "B R N D"
+    masked = ("valid: B T" for _ in masks)
+    operands = (f"q: {rows}", *AXES.operands[1:3], "scale: B N", *masked)
+    axes = dataclasses.replace(AXES, operands=operands, results=(rows,))
     (out,) = sealed_with_derivatives(run, axes, q, k, v, scales, *masks)
     return out
 
 
 def _of_whole_heads(
-    q: Float[Array, "B T N D"],
+    q: Float[Array, "B R N D"],
     k: Float[Array, "B T N D"],
     v: Float[Array, "B T N D"],
     scales: Float[Array, "B N"],
     *masks: Bool[Array, "B T"],
     chunk: int,
     one_head_at_a_time: bool,
-) -> tuple[Float[Array, "B T N D"]]:
+) -> tuple[Float[Array, "B R N D"]]:
     """Attends; there is one mask of tokens, or none."""
-    batch, num_tokens, num_heads, head_dim = q.shape
+    batch, num_rows, num_heads, head_dim = q.shape
     scales = scales.reshape(-1, 1, 1)
     valid_keys = jnp.repeat(masks[0], num_heads, axis=0) if masks else None
     if one_head_at_a_time:  # the CPU: it has no fast matmul of narrow dtypes
@@ -104,7 +107,7 @@ def _of_whole_heads(
         out = _attend_in_chunks(
             q_heads, k_heads, v_heads, valid_keys, scales, chunk=chunk
         )
-    out = out.reshape(batch, num_heads, num_tokens, head_dim)
+    out = out.reshape(batch, num_heads, num_rows, head_dim)
     return (out.transpose(0, 2, 1, 3).astype(q.dtype),)
 
 
@@ -114,18 +117,18 @@ def _heads_first(x: Float[Array, "B T N D"]) -> Float[Array, "B*N T D"]:
 
 
 def _attend_in_chunks(
-    q: Float[Array, "*L T D"],
+    q: Float[Array, "*L R D"],
     k: Float[Array, "*L T D"],
     v: Float[Array, "*L T D"],
     valid_keys: Bool[Array, "... T"] | None,
     scale: Float[Array, "*L 1 1"],
     *,
     chunk: int,
-) -> Float[Array, "*L T D"]:
+) -> Float[Array, "*L R D"]:
     """Computes consecutive chunks of queries, one after the other."""
-    num_tokens, head_dim = q.shape[-2:]
-    num_chunks = math.ceil(num_tokens / chunk)
-    padding = [(0, 0)] * (q.ndim - 2) + [(0, num_chunks * chunk - num_tokens), (0, 0)]
+    num_rows, head_dim = q.shape[-2:]
+    num_chunks = math.ceil(num_rows / chunk)
+    padding = [(0, 0)] * (q.ndim - 2) + [(0, num_chunks * chunk - num_rows), (0, 0)]
     chunks = jnp.pad(q, padding).reshape(*q.shape[:-2], num_chunks, chunk, head_dim)
 
     # Recomputed in the backward pass: kept probabilities would be T x T numbers.
@@ -147,4 +150,4 @@ def _attend_in_chunks(
 
     out = jax.lax.map(attend, jnp.moveaxis(chunks, -3, 0))
     out = jnp.moveaxis(out, 0, -3)
-    return out.reshape(*q.shape[:-2], num_chunks * chunk, head_dim)[..., :num_tokens, :]
+    return out.reshape(*q.shape[:-2], num_chunks * chunk, head_dim)[..., :num_rows, :]

@@ -11,6 +11,7 @@ from pallas_kernels.common.arrays import Scale
 from pallas_kernels.common.device import Device, current_device
 from pallas_kernels.common.interfaces import BlockGrid, clear_padding, valid_tokens
 from pallas_kernels.common.linear_maps import on_own_shards
+from pallas_kernels.common.sharding import over_explicit_axes
 from pallas_kernels.common.static import fold_scale, jit_once, split_scale
 
 
@@ -57,22 +58,33 @@ def unchecked_row_attention(
 
 
 @functools.partial(jit_once, static_argnames=("grid", "scale", "device", "by_cudnn"))
-def _attend(*arrays, **options):
+def _attend(
+    rows, k, v, text_lengths, scale_array, *, grid: BlockGrid | None, **options
+):
     """Attends on the batch items and heads that each device has."""
+    operands = ("k: B T N D", "v: B T N D", "text_lengths: B")
+    if grid is not None:
+        # Not below: JAX refuses the update there, under vmap over an explicit axis.
+        clear = over_explicit_axes(
+            lambda k, v, lengths: tuple(
+                clear_padding(x, grid, lengths) for x in (k, v)
+            ),
+            operation="row_attention",
+            operands=operands,
+            results=("B T N D", "B T N D"),
+        )
+        k, v = clear(k, v, text_lengths)
 
     def run(*arrays):
-        return (_attend_where_arrays_are(*arrays, **options),)
+        return (_attend_where_arrays_are(*arrays, grid=grid, **options),)
 
     on_each = on_own_shards(
         run,
         operation="row_attention",
-        operands=(
-            *("rows: B R N D", "k: B T N D", "v: B T N D"),
-            *("text_lengths: B", "scale:"),
-        ),
+        operands=("rows: B R N D", *operands, "scale:"),
         results=("B R N D",),
     )
-    return on_each(*arrays)[0]
+    return on_each(rows, k, v, text_lengths, scale_array)[0]
 
 
 def _attend_where_arrays_are(
@@ -90,7 +102,6 @@ def _attend_where_arrays_are(
     scale = scale_array if scale is None else scale
     valid = keys = None
     if grid is not None:
-        k, v = (clear_padding(x, grid, text_lengths) for x in (k, v))
         valid = valid_tokens(grid, text_lengths)
         keys = grid.num_tokens - grid.text_length + text_lengths
     if by_cudnn:
