@@ -19,6 +19,10 @@ ATTENTION = {
     "float16": {"rtol": 2e-3, "atol": 1e-3},
 }
 
+# Output with a correction that is fitted in float32 to standard normal queries, and
+# the map's matrix over its greatest number. Measured on CPU: 6.3e-7 and 2.4e-6.
+CORRECTION = {"rtol": 0, "atol": 1e-5}
+
 # Log-sum-exp, always float32.
 LSE = {
     "float32": {"rtol": 1e-6, "atol": 3e-6},

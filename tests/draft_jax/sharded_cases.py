@@ -33,6 +33,7 @@ from jax.sharding import PartitionSpec as P
 import draft_jax
 from draft_jax import (
     BlockMask,
+    Correction,
     DraftConfig,
     DraftStep,
     VideoGrid,
@@ -119,6 +120,27 @@ def traced_step(x: Inputs):
     )
 
 
+LONG = VideoGrid(1, 32, 32, tile=(8, 16), text_length=32)  # 1,056 tokens: corrected
+
+
+def corrected(x: Inputs):
+    """Attention of more tokens than the inputs have, for what begins at 1,024."""
+    tokens = jnp.arange(LONG.num_tokens)[:, None, None]
+    # Slow, as tiles that are nearly alike would be ranked by rounding.
+    waves = jnp.cos(tokens * jnp.linspace(0.003, 0.02, HEAD_DIM))
+
+    def lengthened(own):
+        times = LONG.num_tokens // own.shape[1]
+        return jnp.concatenate([own] * times, axis=1) * waves
+
+    return draft_jax.draft_attention(
+        *map(lengthened, (x.q, x.k, x.v)),
+        grid=LONG,
+        config=dataclasses.replace(CONFIG, correction=Correction()),
+        text_lengths=x.lengths,
+    )
+
+
 def traced_scale_of_scores(x: Inputs, config: DraftConfig):
     scale = traced_scale(x)
     return draft_jax.draft_scores(x.q, x.k, grid=x.grid, config=config, scale=scale)
@@ -137,6 +159,7 @@ OPERATIONS: dict[str, Callable[[Inputs], Any]] = {
     "draft_attention, tiled": lambda x: public_calls.attend(
         dataclasses.replace(x, order="tiled")
     ),
+    "draft_attention, corrected": corrected,
     "scheduled_attention, traced": traced_step,
     "block_sparse_attention, traced scale": lambda x: public_calls.sparse(
         x, scale=traced_scale(x)

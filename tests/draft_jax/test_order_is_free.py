@@ -96,8 +96,10 @@ def test_nothing_large_is_moved(grid, order):
 @pytest.mark.nightly
 @pytest.mark.parametrize("order", ["raster", "tiled"])
 def test_nothing_large_is_moved_for_means(order):
+    """A correction multiplies all queries and is no part of this."""
+    config = DraftConfig.compensated(correction=None)
     layer = functools.partial(
-        draft_attention, grid=DIVISIBLE, config=DraftConfig.compensated(), order=order
+        draft_attention, grid=DIVISIBLE, config=config, order=order
     )
     text, size = lower(layer, DIVISIBLE)
     assert large_moves(text, size) == set()
