@@ -145,8 +145,9 @@ class DraftConfig:
     """Options of the method. Changing a field changes the result.
 
     The defaults came closest to dense attention for their time on the shipped model:
-    drafts of sub-tiles, rows of equal budget ranked by spread, and means for what is
-    skipped. `DraftConfig.paper()` is the published method.
+    drafts of sub-tiles, rows of equal budget ranked by spread, means for what is
+    skipped, and a correction of what they leave. `DraftConfig.paper()` is the published
+    method.
 
     Hashable, and a pytree without leaves: jit takes it as any argument, static.
     NumPy's numbers become Python's.
@@ -190,7 +191,8 @@ class DraftConfig:
         For "top_p", the products are divided by their sum in each row.
       mask_maker: Makes the masks in place of the draft; see `MaskMaker`. Budget and
         capacity follow from `selection` and `sparsity` as ever, and `compensation`
-        stands for what its masks skip; fields of the draft are not read.
+        and `correction` make up for what its masks skip; fields of the draft are not
+        read.
 
     The pairs of `keep_own_tile` and `keep_first_frame` are ranked before all others,
     so they count within the budget; where the budget is smaller than their number,
