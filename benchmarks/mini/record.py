@@ -76,6 +76,8 @@ def means_record(measured: Path, *, commit: str) -> dict[str, Any]:
     """
     by_size: dict[str, dict[str, Any]] = {}
     for report in reports(measured):
+        if not report["quality"]:
+            continue
         width, height = report["size"]
         merged = by_size.setdefault(
             f"{height}x{width}",
@@ -134,7 +136,9 @@ def stages(log: Log) -> list[dict[str, Any]]:
     """Returns the stages with the steps and the seconds that each took.
 
     Losses are logged for each size since the last entry, so that these tell the stage
-    of an interval. One that is of two stages counts as the later.
+    of an interval. One that is of two stages counts as the later, and so does one of
+    sizes that two stages have, unless a later interval is of an earlier stage. One that
+    a new start has cut short need not have all sizes of its stage: it tells nothing.
     """
     seen: dict[int, set[Size]] = {}
     seconds = {0: 0.0}
@@ -142,12 +146,17 @@ def stages(log: Log) -> list[dict[str, Any]]:
         seen.setdefault(entry["step"], set()).add(tuple(entry["size"]))
         seconds[entry["step"]] = entry["seconds"]
     named = [{size_of(turn) for turn in stage["turns"]} for stage in log["stages"]]
+    longest = max(len(stage["turns"]) for stage in log["stages"])
     rows = [stage | {"steps": 0, "seconds": 0.0} for stage in log["stages"]]
     last, stage = max(seen), len(rows) - 1
     for step in sorted(seen, reverse=True):
-        if seen[step] in named:
-            stage = named.index(seen[step])
         before = max(number for number in seconds if number < step)
+        begun = max(before, *(start for start in log["starts"] if start < step))
+        if step - begun >= longest:
+            fitting = (
+                i for i, own in enumerate(named[: stage + 1]) if own == seen[step]
+            )
+            stage = max(fitting, default=stage)
         rows[stage]["steps"] += step - before
         rows[stage]["seconds"] += seconds[step] - seconds[before]
     rows[-1]["steps"] += log["steps"] - last
@@ -195,6 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--commit", required=True, help="what was run")
     parser.add_argument("--codec-commit", help="for the codec; the same by default")
+    parser.add_argument("--measured-commit", help="for the reports; the same, too")
     options = parser.parse_args(arguments)
     record = training_record(
         options.run,
@@ -204,7 +214,8 @@ def main(arguments: list[str] | None = None) -> None:
         codec_commit=options.codec_commit or options.commit,
     )
     write_json(TRAINING, record)
-    write_json(MEANS, means_record(options.measured, commit=options.commit))
+    measured_commit = options.measured_commit or options.commit
+    write_json(MEANS, means_record(options.measured, commit=measured_commit))
 
 
 if __name__ == "__main__":

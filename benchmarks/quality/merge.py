@@ -2,7 +2,7 @@
 
     CUDA_VISIBLE_DEVICES=0 python -m benchmarks.quality.run --output a --parts methods &
     CUDA_VISIBLE_DEVICES=1 python -m benchmarks.quality.run --output b --parts layers
-    python -m benchmarks.quality.merge a b --output lab
+    python -m benchmarks.quality.merge a b --times times.json --output lab
 
 The folder is one that `benchmarks.quality.run` goes on with. What two runs have both is
 taken from the first.
@@ -69,11 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--output", type=output_folder, required=True)
+    parser.add_argument("--times", type=Path, help="see benchmarks.quality.run")
     options = parser.parse_args(arguments)
     texts = [(folder / RECORD).read_text() for folder in options.folders]
     merged = merge(
         [json.loads(text) for text in texts], list(map(str, options.folders))
     )
+    if options.times is not None:
+        merged["times"] = json.loads(options.times.read_text())
+        merged["summary"] = summarize(merged)
     options.output.mkdir(parents=True, exist_ok=True)
     for folder in reversed(options.folders):  # the first one's pictures stay
         for file in folder.glob("*.npy"):

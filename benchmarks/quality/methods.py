@@ -47,12 +47,12 @@ class Method:
 
 METHODS: Mapping[str, Method] = {
     "ours": Method(
-        title="sub-tile draft, means for the dropped, a fitted map",
+        title="the default: means and a fitted map",
         source="this package, its default `DraftConfig()`",
         config=DraftConfig(),
     ),
     "means": Method(
-        title="sub-tile draft, means for the dropped",
+        title="the default without the map",
         source="this package, `DraftConfig(correction=None)`",
         config=DraftConfig(correction=None),
     ),
@@ -62,7 +62,7 @@ METHODS: Mapping[str, Method] = {
         config=DraftConfig.paper(),
     ),
     "paper_corrected": Method(
-        title="DraftAttention, a fitted map",
+        title="DraftAttention with the map",
         source="this package, `DraftConfig.paper(correction=Correction())`",
         config=DraftConfig.paper(correction=Correction()),
     ),

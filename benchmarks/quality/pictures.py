@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STRIPS = ("dense", "ours", "paper", "sliding_tile", "spatial_temporal")
-MARKERS = "osv^<>DPX*"
+MARKERS = "osv^D<>Ph*Xp"  # one for each method
 DOTS_PER_INCH = 80
 JPEG_QUALITY = 60
 FRAME_COLUMNS = 112  # pixels of a frame in the strips
@@ -63,10 +63,13 @@ def draw_front(path: Path, by_name: Mapping[str, Curve], *, over_time: bool) -> 
       by_name: Curves of methods.
       over_time: Whether the axis is time; a method without times is left out.
     """
+    from matplotlib import colormaps
+
     figure = _figure(7.0, 4.5)
     axes = figure.add_subplot()
     points: list[tuple[float, float]] = []  # of what can be used
-    for marker, (name, curve) in zip(MARKERS, by_name.items(), strict=False):
+    for name, curve in by_name.items():
+        number = list(METHODS).index(name)
         places: Sequence[float] | None = curve.times if over_time else curve.work
         if places is None:
             continue
@@ -79,7 +82,8 @@ def draw_front(path: Path, by_name: Mapping[str, Curve], *, over_time: bool) -> 
             np.asarray(places)[order],
             means[order],
             style,
-            marker=marker,
+            color=colormaps["tab20"](number),
+            marker=MARKERS[number],
             markersize=4,
             label=METHODS[name].title,
         )

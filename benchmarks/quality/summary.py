@@ -70,14 +70,18 @@ def whole_runs(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def curves(record: Mapping[str, Any], part: str = "methods") -> dict[str, Curve]:
-    """Returns the curve of each method, or variant of one, of a part."""
+    """Returns the curve of each method, or variant of one, of a part.
+
+    Methods come in the order of `METHODS`, others as they were measured.
+    """
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in record["trials"]:
         if row["part"] == part:
             rows.setdefault(row["name"], []).append(row)
     times = Times(record.get("times"))
     found = {}
-    for name, own in rows.items():
+    ordered = {name: rows[name] for name in METHODS if name in rows} | rows
+    for name, own in ordered.items():
         own = sorted(own, key=lambda row: row["density"])
         of_rows = [times.at(name, row["kept_density"]) for row in own]
         known = [time_ms for time_ms in of_rows if time_ms is not None]

@@ -260,7 +260,7 @@ class Extent:
 WHOLE = Extent()
 # Sizes that differ in a video of four latent frames, and one of each other kind.
 SMALL = Extent(
-    means=((1, 2, 4), (2, 2, 8), (4, 4, 1), None),
+    means=((1, 2, 8), (2, 2, 8), (4, 4, 8), None),
     front_densities=(0.25, 0.1),
     attentions=(Combination(), PAPER_90, DEFAULT_90),
     cache_rules=("easy:0.2,2",),  # which skips two of six steps

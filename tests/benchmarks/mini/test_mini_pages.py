@@ -151,6 +151,26 @@ def test_stages_have_the_steps_and_seconds_of_their_sizes():
     assert [row["seconds"] for row in found] == [10.0, 14.0, 24.0]
 
 
+def test_stages_of_equal_sizes_are_told_apart_by_what_lies_between():
+    """And the short interval after a new start, of one size alone, tells nothing."""
+    turns = ((SMALL, LARGE), (SHORT, SMALL), (SMALL, LARGE))
+    log = log_of(
+        (
+            (50, 5.0, (SMALL, LARGE)),
+            (100, 10.0, (SMALL,)),
+            (150, 17.0, (SHORT, SMALL)),
+            (200, 25.0, (SMALL, LARGE)),
+        ),
+        stages=[{"share": 1.0, "turns": [turn(size) for size in own]} for own in turns],
+        starts=[0, 99],
+        steps=200,
+        seconds=25.0,
+    )
+    found = record.stages(log)
+    assert [row["steps"] for row in found] == [50, 100, 50]
+    assert [row["seconds"] for row in found] == [5.0, 12.0, 8.0]
+
+
 def test_last_losses_are_means_by_size():
     log = log_of(((50, 1.0, (SHORT,)), (600, 2.0, (SMALL,)), (900, 3.0, (SMALL,))))
     assert record.last_losses(log["losses"]) == [{"size": list(SMALL), "loss": 250.0}]
@@ -191,7 +211,7 @@ def test_a_training_makes_a_record_and_a_section(folders, tmp_path):
 
 def test_reports_of_a_size_make_one_table(folders):
     made = record.means_record(folders / "measured", commit="abc")
-    assert list(made["sizes"]) == ["16x24", "32x48"]
+    assert list(made["sizes"]) == ["16x24"]  # the other has attention alone
     assert len(made["sizes"]["16x24"]["quality"]) == 6
     assert "config" not in made["sizes"]["16x24"]["quality"][0]
     text = document.means_section(made)

@@ -222,7 +222,7 @@ def test_one_trial_of_each_choice_runs(tmp_path):
     (cached,) = (c for c in combinations() if c.name == CACHED)
     wanted = {
         "falling density": schedules(6),
-        "means of 1x2x4": front(),
+        "means of 1x2x8": front(),
         CACHED: [cached.trial("combinations")],
     }
     for name, found in wanted.items():
