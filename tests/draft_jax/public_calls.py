@@ -227,6 +227,14 @@ def dense(x: Inputs, **changes):
     )
 
 
+def rows(x: Inputs):
+    arrays = x.pooled.q_mean, x.k, x.v, x.lengths
+    *qkv, lengths = jax.tree.map(jnp.asarray, arrays)  # NumPy's are for checked calls
+    return pallas_kernels.unchecked_row_attention(
+        *qkv, grid=x.grid, scale=0.3, text_lengths=lengths
+    )
+
+
 def prepare(x: Inputs):
     return draft_jax.norm_rope_pool(
         x.q,
@@ -362,11 +370,7 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     ),
     "pallas_kernels.dense_attention": dense,
     "pallas_kernels.dense_attention gradient": lambda x: gradients(dense, x),
-    "pallas_kernels.unchecked_row_attention": lambda x: (
-        pallas_kernels.unchecked_row_attention(
-            *(x.q[:, :3], x.k, x.v), grid=x.grid, scale=0.3, text_lengths=x.lengths
-        )
-    ),
+    "pallas_kernels.unchecked_row_attention": rows,
     "pallas_kernels.ranking.pack": lambda x: ranking.pack(x.kept),
     "pallas_kernels.ranking.compress_rows": by_rows,
     "pallas_kernels.ranking.select_in_maps": lambda x: ranking.select_in_maps(
