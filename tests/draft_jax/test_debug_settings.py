@@ -4,6 +4,7 @@ Each gives what it gives without them, from arrays of NumPy and of jax alike.
 """
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from draft_jax import VideoGrid, draft_attention
+from draft_jax import Correction, VideoGrid, draft_attention
 from tests.cases import mostly_nightly
 from tests.draft_jax import public_calls
 from tests.draft_jax.public_calls import CALLS, CONFIG
@@ -89,6 +90,38 @@ def test_settings_change_nothing(case):
     with under(SETTINGS[name]):
         got = jax.block_until_ready(CALLS[call](inputs))
     check_equal(got, CALLS[call](inputs))
+
+
+def corrected_call(name):
+    """A call of more tokens than those of CALLS: a correction begins at 1,024."""
+    columns = 32 + [*SETTINGS, *CHECKS].index(name)
+    inputs = public_calls.make_inputs(
+        VideoGrid(1, 32, columns, tile=(4, 8), text_length=3)
+    )
+    config = dataclasses.replace(CONFIG, correction=Correction())
+
+    def run(inputs, **changes):
+        return public_calls.attend(inputs, config=config, **changes)
+
+    return lambda: (run(inputs), public_calls.gradients(run, inputs))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_change_nothing_of_a_correction(name):
+    call = corrected_call(name)
+    with under(SETTINGS[name]):
+        got = jax.block_until_ready(call())
+    check_equal(got, call())
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", CHECKS)
+def test_checkify_finds_nothing_in_a_correction(name):
+    call = corrected_call(name)
+    error, got = checkify.checkify(call, errors=CHECKS[name])()
+    error.throw()
+    check_equal(got, call())
 
 
 @cases(CHECKS)
