@@ -1,6 +1,7 @@
 """A linear map of the query, fitted to exact rows, that corrects sparse attention."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,39 @@ def _add_fitted(out, q, rows, sparse, exact, grid, prior):
     return with_derivatives_on_own_shards(run, axes)(out, q, rows, sparse, exact)[0]
 
 
+def solve(
+    matrices: Float[Array, "*B D D"],
+    right_sides: Float[Array, "*B D E"],
+    *,
+    condition: float,
+) -> Float[Array, "*B D E"]:
+    """Solves positive definite systems by Newton's iteration for the inverse.
+
+    It is all products of matrices. A factorisation is a call into a library, whose
+    threads and XLA's get into each other's way on a CPU: in a layer six systems of 128
+    took 22 ms by it, and 1.4 ms alone. An iteration squares the distance from the
+    inverse, so that their number follows from the condition.
+
+    Args:
+      matrices: Symmetric and positive definite.
+      right_sides: Columns to solve for.
+      condition: Most that the trace is, over the smallest eigenvalue.
+
+    Source: Ben-Israel and Cohen, On iterative computation of generalized inverses and
+    associated projections, SIAM J. Numer. Anal. 3, 1966, for where it starts.
+    """
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    # No eigenvalue is above the trace, nor above the largest sum of a row.
+    rows, trace = jnp.abs(matrices).sum(-1).max(-1), jnp.trace(matrices, 0, -2, -1)
+    identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
+    inverse = identity / jnp.minimum(rows, trace)[..., None, None]
+    # (1 - 1 / condition) to the power 2^n is below float32's digits then.
+    for _ in range(math.ceil(math.log2(16.0 * condition))):
+        inverse = product(inverse, 2.0 * identity - product(matrices, inverse))
+    found = product(inverse, right_sides)
+    return found + product(inverse, right_sides - product(matrices, found))
+
+
 def fit(
     rows: Float[Array, "B R N D"], error: Float[Array, "B R N D"], prior: float
 ) -> tuple[Float[Array, "B N D D"], Float[Array, "B N D"]]:
@@ -152,6 +186,6 @@ def fit(
     # Queries that are all alike explain nothing: the floor makes their matrix zero.
     penalty = jnp.maximum(prior / count * variance, jnp.finfo(jnp.float32).tiny ** 0.5)
     moments += penalty[..., None, None] * jnp.eye(head_dim, dtype=rows.dtype)
-    matrix = jax.scipy.linalg.solve(moments, mixed, assume_a="pos")
+    matrix = solve(moments, mixed, condition=head_dim * (1.0 + count / prior))
     offset = error_mean - product("bnd,bnde->bne", query_mean, matrix)
     return matrix, offset
