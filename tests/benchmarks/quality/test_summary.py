@@ -186,6 +186,4 @@ def test_page_says_what_was_measured_and_what_was_not():
     assert "| DraftAttention | 18.0 ± 4.1 |" in in_our_time
     assert "| 0.0 ± 1.8 |" in in_our_time
     # Nothing else was measured at 25 ms.
-    assert (
-        "- 0.25 of the time of dense: the default: means and a fitted map." in timed
-    )
+    assert "- 0.25 of the time of dense: the default: means and a fitted map." in timed
