@@ -166,6 +166,7 @@ def quality(record: Mapping[str, Any]) -> str:
         picture(record, "quality_density.png", "PSNR over work"),
         tables.all_metrics(record),
         tables.by_motion(record),
+        tables.first_layer(record),
         picture(record, "quality_strips.jpg", "Frames of two clips at density 0.1"),
         picture(record, "quality_maps.png", "Blocks kept at density 0.1"),
     ]

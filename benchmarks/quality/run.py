@@ -13,6 +13,7 @@ them calm. First steps that are dense are run once for all methods. Parts:
 
 floor         dense attention by two kernels: what no figure below can be told from
 methods       every method at every density, on the reporting prompts
+first_layer   some of them with the first layer dense, as published code has it
 layers        error of each layer's output, and softmax mass that is kept
 front         splits of a budget between exact blocks and means, on the tuning prompts
 schedules     reused masks, and densities that fall or rise, on the tuning prompts

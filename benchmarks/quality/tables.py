@@ -69,6 +69,34 @@ def psnr_by_density(record: Mapping[str, Any]) -> str:
     )
 
 
+def first_layer(record: Mapping[str, Any]) -> str:
+    """Methods with the first layer dense beside the same with all layers sparse."""
+    dense, sparse = curves(record, "first_layer"), curves(record)
+    densities = densities_of(dense)
+    if not densities:
+        return ""
+
+    def cells(name: str) -> list[str]:
+        pairs = [
+            (dense[name].at(d), sparse[name].at(d) if name in sparse else None)
+            for d in densities
+        ]
+        return [
+            ""
+            if own is None
+            else with_interval(*mean_and_interval(own))
+            + ("" if other is None else f" ({with_interval(*paired(own, other))})")
+            for own, other in pairs
+        ]
+
+    head = ["method", *(f"{density:g}" for density in densities)]
+    rows = [[METHODS[name].title, *cells(name)] for name in dense]
+    return (
+        "With the first layer dense, by the density of the others: PSNR, and in "
+        "brackets what that is over all layers sparse:\n\n" + table(head, rows)
+    )
+
+
 def metric_cells(values: Mapping[str, np.ndarray | None]) -> list[str]:
     """Returns every metric with its interval, of the values of each clip."""
     cells = []

@@ -20,7 +20,14 @@ from models.diffusion.dtypes import Linears
 
 # What a run measures; each has trials of its own, but for layers.
 Part = Literal[
-    "floor", "methods", "layers", "front", "schedules", "combinations", "presets"
+    "floor",
+    "methods",
+    "first_layer",
+    "layers",
+    "front",
+    "schedules",
+    "combinations",
+    "presets",
 ]
 PARTS: tuple[Part, ...] = get_args(Part)
 DenseKernel = Literal["cudnn", "xla"]
@@ -37,6 +44,7 @@ FRONT_MEANS: tuple[MeansSize | None, ...] = (
 FRONT_DENSITIES = (0.25, 0.15, 0.1, 0.05, 0.025)
 SCHEDULE_DENSITY = 0.1
 CONSTANT = "constant"  # the schedule that others are compared with
+WITH_FIRST_LAYER_DENSE = ("ours", "means", "paper")
 CACHE_RULES = ("easy:0.05", "mag:0.12,2", "mag:0.24,6")
 
 
@@ -106,6 +114,27 @@ def methods(
             attention=plan_at(config_at(name, densities, top_p), density),
         )
         for name, density in itertools.product(names, densities)
+    ]
+
+
+def first_layer(densities: Sequence[float]) -> list[Trial]:
+    """Some methods with the first layer dense, as published code of Wan has it.
+
+    Density is that of the other layers.
+    """
+    found = methods(WITH_FIRST_LAYER_DENSE, densities, {})
+    return [
+        dataclasses.replace(
+            trial,
+            part="first_layer",
+            attention=dataclasses.replace(
+                trial.attention,
+                schedule=dataclasses.replace(
+                    trial.attention.schedule, dense_layers=(0,)
+                ),
+            ),
+        )
+        for trial in found
     ]
 
 
@@ -247,12 +276,14 @@ class Extent:
     Attributes:
       means: Sizes of the part "front"; None for no means.
       front_densities: Its densities.
+      first_layer_densities: Those of the part "first_layer".
       attentions: What is combined with caches and precisions.
       cache_rules: Rules of step caches that are combined with attention.
     """
 
     means: tuple[MeansSize | None, ...] = FRONT_MEANS
     front_densities: tuple[float, ...] = FRONT_DENSITIES
+    first_layer_densities: tuple[float, ...] = (0.25, 0.1, 0.05)
     attentions: tuple[Combination, ...] = ATTENTIONS
     cache_rules: tuple[str, ...] = CACHE_RULES
 
@@ -262,6 +293,7 @@ WHOLE = Extent()
 SMALL = Extent(
     means=((1, 2, 8), (2, 2, 8), (4, 4, 8), None),
     front_densities=(0.25, 0.1),
+    first_layer_densities=(0.1,),
     attentions=(Combination(), PAPER_90, DEFAULT_90),
     cache_rules=("easy:0.2,2",),  # which skips two of six steps
 )
@@ -320,6 +352,7 @@ def make_trials(
     makers: dict[str, Callable[[], list[Trial]]] = {
         "floor": floor,
         "methods": lambda: methods(names, densities, top_p),
+        "first_layer": lambda: first_layer(extent.first_layer_densities),
         "front": lambda: front(extent),
         "schedules": lambda: schedules(num_steps),
         "combinations": lambda: [

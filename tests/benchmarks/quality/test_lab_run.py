@@ -116,6 +116,10 @@ def test_each_part_has_its_trials():
     options = {"top_p": {"0.1": 0.4}, "num_steps": 16}
     found = make_trials("methods", names=list(METHODS), densities=[0.1], **options)
     assert [trial.name for trial in found] == list(METHODS)
+    found = make_trials("first_layer", names=[], densities=[], **options)
+    schedules_of = {trial.attention.schedule.dense_layers for trial in found}
+    assert schedules_of == {(0,)}
+    assert {trial.name for trial in found} < set(METHODS)
     combined = make_trials("combinations", names=[], densities=[], **options)
     keys = [trial.key for trial in (*front(), *schedules(16), *combined)]
     assert len(keys) == len(set(keys))

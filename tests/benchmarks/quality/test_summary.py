@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks.quality import document
+from benchmarks.quality import document, tables
 from benchmarks.quality.summary import best_splits, figures, summarize
 from benchmarks.quality.times import Times
 from benchmarks.quality.trials import PAPER_90, Combination
@@ -171,10 +171,24 @@ def test_the_best_split_of_a_budget_is_found_for_each_motion():
     assert found[0.2, "fast"]["default"] is None
 
 
+def test_first_layer_dense_stands_beside_all_layers_sparse():
+    known = record()
+    known["trials"] += [
+        trial("paper", 0.25, [30.0, 30.0, 32.0, 32.0], "first_layer"),
+        trial("paper", 0.05, [10.0, 10.0, 10.0, 10.0], "first_layer"),
+    ]
+    text = tables.first_layer(known)
+    assert "| method | 0.25 | 0.05 |" in text
+    # 20 to 26 before: differences of 10, 8, 8 and 6, 3.1824 * 1.633 / 2 around 8.
+    assert "| DraftAttention | 31.0 ± 1.8 (8.0 ± 2.6) | 10.0 ± 0.0 |" in text
+
+
 def test_page_says_what_was_measured_and_what_was_not():
     text = document.page(record(), "made_up.json")
     assert "`benchmarks/results/made_up.json`, `c`" in text
-    assert "Not measured in it: floor, front, schedules, combinations, presets." in text
+    missing = "Not measured in it: floor, first_layer, front, schedules, combinations,"
+    assert f"{missing} presets." in text
+    assert "With the first layer dense" not in text
     assert "Times of layers were not measured" in text
     assert "## At equal time" not in text
     assert "18.0 ± 3.7" in text  # 16, 16, 20, 20: 3.1824 * 2.3094 / 2
