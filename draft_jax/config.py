@@ -118,6 +118,7 @@ class Correction:
         video is taken; where that would be fewer than 32, nothing is corrected.
       prior: Strength of the ridge penalty: how many samples the assumption is worth
         that queries do not explain the error. It is scaled by the variance of queries.
+        Less than a few hundredths is as good as none: float32's digits set a floor.
 
     Raises:
       ValueError: A field is outside the values above.

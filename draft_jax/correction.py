@@ -20,6 +20,7 @@ from pallas_kernels.common import (
     with_derivatives_on_own_shards,
 )
 
+LEAST_SHARE = 1e-6  # of the trace of the moments, that a penalty is
 GOLDEN = (5**0.5 - 1) / 2  # its multiples fill the unit interval evenly
 
 
@@ -183,9 +184,11 @@ def fit(
     moments = product("brnd,brne->bnde", queries, queries) / count
     mixed = product("brnd,brne->bnde", queries, errors) / count
     variance = jnp.trace(moments, axis1=-2, axis2=-1) / head_dim
-    # Queries that are all alike explain nothing: the floor makes their matrix zero.
-    penalty = jnp.maximum(prior / count * variance, jnp.finfo(jnp.float32).tiny ** 0.5)
+    # Moments are exact to float32's digits of their trace, and may be singular. Queries
+    # that are all alike explain nothing: the second floor makes their matrix zero.
+    share = max(prior / count, LEAST_SHARE * head_dim)
+    penalty = jnp.maximum(share * variance, jnp.finfo(jnp.float32).tiny ** 0.5)
     moments += penalty[..., None, None] * jnp.eye(head_dim, dtype=rows.dtype)
-    matrix = solve(moments, mixed, condition=head_dim * (1.0 + count / prior))
+    matrix = solve(moments, mixed, condition=head_dim * (1.0 + 1.0 / share))
     offset = error_mean - product("bnd,bnde->bne", query_mean, matrix)
     return matrix, offset

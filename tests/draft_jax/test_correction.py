@@ -205,6 +205,17 @@ def test_fit_recovers_what_is_affine():
         np.testing.assert_allclose(offset[item, 0], shift, rtol=0, atol=1e-2)
 
 
+@pytest.mark.parametrize("prior", [1e-12, 1e-3])
+def test_fit_of_fewer_rows_than_channels_is_finite_without_a_prior(prior):
+    """Moments are singular, and of float32's rounding negative."""
+    rng = np.random.default_rng(5)
+    rows = (rng.normal(size=(1, 40, 2, 128)) * 30.0 + 5.0).astype(np.float32)
+    error = rng.normal(size=rows.shape).astype(np.float32)
+    matrix, offset = fitted(jnp.asarray(rows), jnp.asarray(error), prior)
+    told = np.einsum("brnd,bnde->brne", rows, matrix) + offset[:, None]
+    np.testing.assert_allclose(told, error, atol=0.05)  # rows are passed through
+
+
 def test_a_strong_prior_leaves_the_mean_error():
     rng = np.random.default_rng(3)
     rows = random_rows(rng)
