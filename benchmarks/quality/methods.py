@@ -144,9 +144,13 @@ def config_at(
     )
 
 
-def plan_at(config: DraftConfig, density: float) -> AttentionPlan:
+def plan_at(
+    config: DraftConfig, density: float, dense_layers: tuple[int, ...] = ()
+) -> AttentionPlan:
     """Returns a configuration at a density, after the paper's dense steps."""
     schedule = SparsitySchedule(
-        dense_fraction=DENSE_FRACTION, sparsity=sparsity_of(density)
+        dense_fraction=DENSE_FRACTION,
+        dense_layers=dense_layers,
+        sparsity=sparsity_of(density),
     )
     return AttentionPlan.draft(config, schedule)

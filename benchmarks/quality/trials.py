@@ -122,19 +122,16 @@ def first_layer(densities: Sequence[float]) -> list[Trial]:
 
     Density is that of the other layers.
     """
-    found = methods(WITH_FIRST_LAYER_DENSE, densities, {})
     return [
-        dataclasses.replace(
-            trial,
+        Trial(
             part="first_layer",
-            attention=dataclasses.replace(
-                trial.attention,
-                schedule=dataclasses.replace(
-                    trial.attention.schedule, dense_layers=(0,)
-                ),
+            name=name,
+            density=density,
+            attention=plan_at(
+                config_at(name, densities, {}), density, dense_layers=(0,)
             ),
         )
-        for trial in found
+        for name, density in itertools.product(WITH_FIRST_LAYER_DENSE, densities)
     ]
 
 
