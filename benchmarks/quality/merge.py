@@ -71,13 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=output_folder, required=True)
     parser.add_argument("--times", type=Path, help="see benchmarks.quality.run")
     options = parser.parse_args(arguments)
-    texts = [(folder / RECORD).read_text() for folder in options.folders]
-    merged = merge(
-        [json.loads(text) for text in texts], list(map(str, options.folders))
-    )
+    records = [json.loads((folder / RECORD).read_text()) for folder in options.folders]
     if options.times is not None:
-        merged["times"] = json.loads(options.times.read_text())
-        merged["summary"] = summarize(merged)
+        for record in records:
+            record["times"] = json.loads(options.times.read_text())
+    merged = merge(records, list(map(str, options.folders)))
     options.output.mkdir(parents=True, exist_ok=True)
     for folder in reversed(options.folders):  # the first one's pictures stay
         for file in folder.glob("*.npy"):

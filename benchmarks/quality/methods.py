@@ -17,8 +17,7 @@ from benchmarks.quality.patterns import (
     spatial_temporal_heads,
 )
 from benchmarks.quality.rankings import MassPerRow, chance, true_masses
-from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule
-from draft_jax.config import Correction
+from draft_jax import AttentionPlan, Correction, DraftConfig, SparsitySchedule
 
 DENSITIES = (0.45, 0.25, 0.15, 0.1, 0.05)  # shares of block pairs that are kept
 DENSE_FRACTION = 0.25  # of the steps, the paper's

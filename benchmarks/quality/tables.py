@@ -51,19 +51,20 @@ def densities_of(by_name: Mapping[str, Curve]) -> list[float]:
     return sorted(found, reverse=True)
 
 
+def cell_at(curve: Curve, density: float) -> str:
+    """Returns the mean PSNR at a density; nothing where it was not measured."""
+    values = curve.at(density)
+    return "" if values is None else with_interval(*mean_and_interval(values))
+
+
 def psnr_by_density(record: Mapping[str, Any]) -> str:
     """Methods by rows, densities by columns."""
     by_name = curves(record)
     densities = densities_of(by_name)
-
-    def cell(curve: Curve, density: float) -> str:
-        values = curve.at(density)
-        return "" if values is None else with_interval(*mean_and_interval(values))
-
     return table(
         ["method", "source", *(f"{density:g}" for density in densities)],
         [
-            [METHODS[n].title, METHODS[n].source, *(cell(c, d) for d in densities)]
+            [METHODS[n].title, METHODS[n].source, *(cell_at(c, d) for d in densities)]
             for n, c in by_name.items()
         ],
     )
@@ -76,21 +77,15 @@ def first_layer(record: Mapping[str, Any]) -> str:
     if not densities:
         return ""
 
-    def cells(name: str) -> list[str]:
-        pairs = [
-            (dense[name].at(d), sparse[name].at(d) if name in sparse else None)
-            for d in densities
-        ]
-        return [
-            ""
-            if own is None
-            else with_interval(*mean_and_interval(own))
-            + ("" if other is None else f" ({with_interval(*paired(own, other))})")
-            for own, other in pairs
-        ]
+    def cell(name: str, density: float) -> str:
+        text, own = cell_at(dense[name], density), dense[name].at(density)
+        other = sparse[name].at(density) if name in sparse else None
+        if own is None or other is None:
+            return text
+        return f"{text} ({with_interval(*paired(own, other))})"
 
     head = ["method", *(f"{density:g}" for density in densities)]
-    rows = [[METHODS[name].title, *cells(name)] for name in dense]
+    rows = [[METHODS[n].title, *(cell(n, d) for d in densities)] for n in dense]
     return (
         "With the first layer dense, by the density of the others: PSNR, and in "
         "brackets what that is over all layers sparse:\n\n" + table(head, rows)
