@@ -28,6 +28,7 @@ from draft_jax.config import num_samples
 from draft_jax.correction import correct, fit, sampled_tokens
 from tests.cases import mostly_nightly
 from tests.draft_jax import naive_draft
+from tests.pallas_kernels.attention.reference import attention_of_rows, valid_keys
 from tests.tolerances import CORRECTION
 
 SIZES = (3, 18, 20)  # 1,080 tokens of the video, 33 samples; tiles are cut off
@@ -59,17 +60,8 @@ def in_float64(*arrays):
 
 def dense(q, k, v, grid, lengths=None, scale=None):
     """Softmax attention over all valid keys; also of padding."""
-    q, k, v = in_float64(q, k, v)
-    out = np.zeros_like(q)
-    for b, n in np.ndindex(q.shape[0], q.shape[2]):
-        is_valid = np.ones(k.shape[1], bool)
-        if lengths is not None:
-            is_valid[grid.text_tokens.start + lengths[b] : grid.text_tokens.stop] = 0
-        keys, values = (x[b, is_valid, n] for x in (k, v))
-        logits = q[b, :, n] @ keys.T * (q.shape[-1] ** -0.5 if scale is None else scale)
-        weights = np.exp(logits - logits.max(-1, keepdims=True))
-        out[b, :, n] = weights @ values / weights.sum(-1, keepdims=True)
-    return out
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return attention_of_rows(q, k, v, valid_keys(grid, lengths, len(q)), scale)
 
 
 def naive_places(grid, count):

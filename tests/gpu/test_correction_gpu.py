@@ -9,7 +9,7 @@ import pytest
 
 from draft_jax import DraftConfig, VideoGrid, draft_attention
 from pallas_kernels import dense_attention, unchecked_row_attention
-from tests.pallas_kernels.attention.test_rows import exact, valid_keys
+from tests.pallas_kernels.attention.reference import attention_of_rows, valid_keys
 from tests.tolerances import GPU_ATTENTION
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +45,7 @@ def test_exact_rows_are_softmax_attention(case, count):
         scale=SCALE,
         text_lengths=None if lengths is None else jnp.asarray(lengths, jnp.int32),
     )
-    want = exact(rows, k, v, valid_keys(grid, lengths), SCALE)
+    want = attention_of_rows(rows, k, v, valid_keys(grid, lengths), SCALE)
     np.testing.assert_allclose(
         got.astype(jnp.float32), want, **GPU_ATTENTION["bfloat16"]
     )

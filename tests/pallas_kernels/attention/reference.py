@@ -71,6 +71,29 @@ def matrix_attention(q, k, v, dense_mask, grid, *, text_lengths=None, xp=np):
     return xp.swapaxes(out, 1, 2), xp.stack(lse).reshape(batch, num_heads, -1)
 
 
+def attention_of_rows(queries, k, v, is_valid, scale):
+    """Softmax attention of some queries over the valid keys: is_valid [B, T].
+
+    Returns out [B, R, N, D] in float64.
+    """
+    queries, k, v = (np.asarray(x).astype(np.float64) for x in (queries, k, v))
+    out = np.zeros_like(queries)
+    for b, n in np.ndindex(queries.shape[0], queries.shape[2]):
+        keys, values = (x[b, is_valid[b], n] for x in (k, v))
+        logits = queries[b, :, n] @ keys.T * scale
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        out[b, :, n] = weights @ values / weights.sum(-1, keepdims=True)
+    return out
+
+
+def valid_keys(grid, lengths, batch=2):
+    """Tokens that are not padding, [B, T], of text lengths or None."""
+    is_valid = np.ones((batch, grid.num_tokens), bool)
+    for own, length in zip(is_valid, lengths or (), strict=False):
+        own[grid.text_tokens.start + length : grid.text_tokens.stop] = False
+    return is_valid
+
+
 def _attend_matrix(q, k, v, allowed, xp):
     """Some queries [Q, D] of a head over its keys [T, D]."""
     logits = q @ k.T * q.shape[-1] ** -0.5

@@ -11,6 +11,7 @@ from draft_jax.grid import VideoGrid
 from pallas_kernels import unchecked_row_attention
 from pallas_kernels.attention import dense_xla, rows
 from pallas_kernels.common.device import Device
+from tests.pallas_kernels.attention.reference import attention_of_rows, valid_keys
 from tests.tolerances import ATTENTION
 
 NUM_ROWS = 9
@@ -26,29 +27,10 @@ CASES = {  # grid, text lengths of the two batch items, whether cuDNN can do it
 }
 
 
-def exact(queries, k, v, is_valid, scale=SCALE):
-    """Softmax attention over the valid keys in float64: is_valid [B, T]."""
-    queries, k, v = (np.asarray(x, np.float64) for x in (queries, k, v))
-    out = np.zeros_like(queries)
-    for b, n in np.ndindex(queries.shape[0], queries.shape[2]):
-        keys, values = (x[b, is_valid[b], n] for x in (k, v))
-        logits = queries[b, :, n] @ keys.T * scale
-        weights = np.exp(logits - logits.max(-1, keepdims=True))
-        out[b, :, n] = weights @ values / weights.sum(-1, keepdims=True)
-    return out
-
-
 def random_arrays(grid, dtype="float32", num_rows=NUM_ROWS):
     rng = np.random.default_rng(0)
     sizes = (num_rows, grid.num_tokens, grid.num_tokens)
     return [jnp.asarray(rng.normal(size=(2, size, 3, 8)), dtype) for size in sizes]
-
-
-def valid_keys(grid, lengths):
-    is_valid = np.ones((2, grid.num_tokens), bool)
-    for own, length in zip(is_valid, lengths or (), strict=False):
-        own[grid.text_tokens.start + length : grid.text_tokens.stop] = False
-    return is_valid
 
 
 def attend(queries, k, v, grid, lengths, scale=SCALE):
@@ -67,7 +49,7 @@ def test_matches_numpy_whatever_padding_holds(case, dtype):
     k, v = (jnp.where(is_valid[:, :, None, None], x, jnp.nan) for x in (k, v))
     out = attend(queries, k, v, grid, lengths)
     assert out.dtype == dtype
-    want = exact(queries, k, v, is_valid)
+    want = attention_of_rows(queries, k, v, is_valid, SCALE)
     np.testing.assert_allclose(out.astype("float32"), want, **ATTENTION[dtype])
 
 
@@ -76,7 +58,7 @@ def test_a_traced_scale():
     run = jax.jit(functools.partial(attend, queries, k, v, AFTER, (0, 7)))
     is_valid = valid_keys(AFTER, (0, 7))
     for scale in (0.3, 1.1):
-        want = exact(queries, k, v, is_valid, scale)
+        want = attention_of_rows(queries, k, v, is_valid, scale)
         np.testing.assert_allclose(run(scale), want, **ATTENTION["float32"])
     assert run._cache_size() == 1
 
@@ -85,7 +67,7 @@ def test_rows_that_take_several_chunks(monkeypatch):
     """37 rows, of which 16 are computed at a time."""
     monkeypatch.setattr(dense_xla, "CPU_CHUNK_LOGITS", 1)
     queries, k, v = random_arrays(AFTER, num_rows=37)
-    want = exact(queries, k, v, valid_keys(AFTER, None))
+    want = attention_of_rows(queries, k, v, valid_keys(AFTER, None), SCALE)
     out = attend(queries, k, v, AFTER, None)
     np.testing.assert_allclose(out, want, **ATTENTION["float32"])
 
@@ -112,7 +94,7 @@ def test_what_is_asked_of_cudnn(case, is_traced, monkeypatch):
     run = functools.partial(attend, queries, k, v, grid, lengths)
     out = jax.jit(run)(SCALE) if is_traced else run(SCALE)
     assert asked == ["cudnn"] * by_cudnn
-    want = exact(queries, k, v, valid_keys(grid, lengths))
+    want = attention_of_rows(queries, k, v, valid_keys(grid, lengths), SCALE)
     np.testing.assert_allclose(out, want, **ATTENTION["float32"])
 
 
