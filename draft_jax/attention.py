@@ -94,28 +94,18 @@ def draft_attention(
         order=order,
         pooled=None,
     )
-    out = unchecked_block_sparse_attention(
+    return _attend_sparsely(
         q,
         k,
         v,
         mask,
-        grid=grid,
-        order=order,
-        scale=known_scale,
-        text_lengths=text_lengths,
-        means=means,
-        backend=backend,
-    )
-    return correct(
-        out,
-        q,
-        k,
-        v,
+        means,
         grid=grid,
         config=config,
         scale=known_scale,
         text_lengths=text_lengths,
         order=order,
+        backend=backend,
     )
 
 
@@ -215,32 +205,62 @@ def scheduled_attention(
             used, means = make(mask)
         else:
             used, means = _choose(step.refresh, make, reuse, mask)
-        out = unchecked_block_sparse_attention(
+        out = _attend_sparsely(
             q,
             k,
             v,
             used,
-            grid=grid,
-            order=order,
-            scale=known_scale,
-            text_lengths=text_lengths,
-            means=means,
-            backend=backend,
-        )
-        out = correct(
-            out,
-            q,
-            k,
-            v,
+            means,
             grid=grid,
             config=config,
             scale=known_scale,
             text_lengths=text_lengths,
             order=order,
+            backend=backend,
         )
         return out, None if mask is None else used
 
     return _choose(step.dense, run_dense, run_sparse, mask)
+
+
+def _attend_sparsely(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"],
+    mask: BlockMask,
+    means: Means | None,
+    *,
+    grid: VideoGrid,
+    config: DraftConfig,
+    scale: Scale,
+    text_lengths: Int[Array, " B"] | None,
+    order: Order,
+    backend: BackendName,
+) -> Float[Array, "B T N D"]:
+    """Attends within a mask, with means for the rest, and corrects what they leave."""
+    out = unchecked_block_sparse_attention(
+        q,
+        k,
+        v,
+        mask,
+        grid=grid,
+        order=order,
+        scale=scale,
+        text_lengths=text_lengths,
+        means=means,
+        backend=backend,
+    )
+    return correct(
+        out,
+        q,
+        k,
+        v,
+        grid=grid,
+        config=config,
+        scale=scale,
+        text_lengths=text_lengths,
+        order=order,
+    )
 
 
 def _new_mask(

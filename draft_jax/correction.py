@@ -76,11 +76,11 @@ def correct(
     if not count:
         return out
     assert config.correction is not None, "it has samples"
-    places = sampled_tokens(grid, count, order)
-    rows, sparse = _take(q, out, tuple(places.tolist()))
+    rows, sparse = _take(q, out, grid, count, order)
     exact = unchecked_row_attention(
         rows,
-        *jax.lax.stop_gradient((k, v)),
+        k,
+        v,
         grid=grid,
         scale=scale,
         text_lengths=text_lengths,
@@ -88,10 +88,10 @@ def correct(
     return _add_fitted(out, q, rows, sparse, exact, grid, config.correction.prior)
 
 
-@functools.partial(jit_once, static_argnums=2)
-def _take(q, out, places):
+@functools.partial(jit_once, static_argnums=(2, 3, 4))
+def _take(q, out, grid, count, order):
     def run(q, out):
-        at = np.asarray(places)
+        at = sampled_tokens(grid, count, order)
         return q[:, at], out[:, at]
 
     on_each = on_own_shards(

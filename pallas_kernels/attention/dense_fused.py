@@ -18,7 +18,11 @@ from pallas_kernels.attention import sm90
 from pallas_kernels.attention.dense_xla import AXES, chunk_size, chunked_attention
 from pallas_kernels.attention.derivatives import RESIDUAL_NAMES
 from pallas_kernels.common.device import Device
-from pallas_kernels.common.interfaces import BlockGrid, valid_tokens
+from pallas_kernels.common.interfaces import (
+    BlockGrid,
+    valid_prefix,
+    valid_tokens,
+)
 from pallas_kernels.common.linear_maps import LinearMap, sealed
 from pallas_kernels.common.slow_paths import warn_once
 
@@ -45,7 +49,7 @@ class FusedAttention:
             return self.by_cudnn(q, k, v, *lengths)
         keys = None
         if self.grid is not None:
-            keys = self.grid.num_tokens - self.grid.text_length + lengths[0]
+            keys = valid_prefix(self.grid, lengths[0])
         return sm90.dense_backend.hopper_dense_attention(
             q, k, v, scale=self.scale, lengths=keys
         )
@@ -58,7 +62,7 @@ class FusedAttention:
         """
         keys = None
         if self.grid is not None:
-            keys = self.grid.num_tokens - self.grid.text_length + lengths[0]
+            keys = valid_prefix(self.grid, lengths[0])
             if self.grid.text_tokens.start == 0:
                 k, v = (jnp.roll(x, -self.grid.text_length, axis=1) for x in (k, v))
         out = jax.nn.dot_product_attention(

@@ -9,7 +9,12 @@ from pallas_kernels.attention.dense_api import why_no_cudnn
 from pallas_kernels.attention.dense_xla import chunk_size, chunked_attention
 from pallas_kernels.common.arrays import Scale
 from pallas_kernels.common.device import Device, current_device
-from pallas_kernels.common.interfaces import BlockGrid, clear_padding, valid_tokens
+from pallas_kernels.common.interfaces import (
+    BlockGrid,
+    clear_padding,
+    valid_prefix,
+    valid_tokens,
+)
 from pallas_kernels.common.linear_maps import on_own_shards
 from pallas_kernels.common.sharding import over_explicit_axes
 from pallas_kernels.common.static import fold_scale, jit_once, split_scale
@@ -100,15 +105,13 @@ def _attend_where_arrays_are(
     by_cudnn: bool,
 ):
     scale = scale_array if scale is None else scale
-    valid = keys = None
-    if grid is not None:
-        valid = valid_tokens(grid, text_lengths)
-        keys = grid.num_tokens - grid.text_length + text_lengths
     if by_cudnn:
+        keys = None if grid is None else valid_prefix(grid, text_lengths)
         rows, scale = fold_scale(rows, scale)
         return jax.nn.dot_product_attention(
             rows, k, v, scale=scale, key_value_seq_lengths=keys, implementation="cudnn"
         )
+    valid = None if grid is None else valid_tokens(grid, text_lengths)
     is_cpu = device.platform == "cpu"
     chunk = min(chunk_size(k.shape, device), rows.shape[1])
     return chunked_attention(

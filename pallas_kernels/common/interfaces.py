@@ -119,6 +119,11 @@ def valid_tokens(grid: BlockGrid, text_lengths: Int[Array, " B"]) -> Bool[Array,
     return is_video | (token < text.start + text_lengths[:, None])
 
 
+def valid_prefix(grid: BlockGrid, text_lengths: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Returns how many tokens are valid, which come first where padding stands last."""
+    return grid.num_tokens - grid.text_length + text_lengths
+
+
 def clear_padding(
     x: Float[Array, "B T N D"], grid: BlockGrid, text_lengths: Int[Array, " B"]
 ) -> Float[Array, "B T N D"]:
