@@ -37,7 +37,7 @@ from pallas_kernels import dense_attention
 SHARES = tuple(np.linspace(0.02, 0.995, 40).round(4).tolist())  # of mass, for top_p
 
 
-OfLayer = Callable[[Array, Array, Array], Any]
+OfLayer = Callable[..., Any]  # of q, k and v, and of what a call adds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,27 +58,37 @@ class Look:
     programs: dict[str, concurrent.futures.Future[Callable]]
     threads: concurrent.futures.Executor
 
-    def prepare(self, name: str, function: OfLayer) -> None:
+    def prepare(self, name: str, function: OfLayer, *added: Any) -> None:
         """Begins to compile a function of each layer's q, k and v, if nothing has yet.
 
-        The name tells it: it is compiled once for all steps.
+        The name tells it: it is compiled once for all steps and all values of what is
+        added to q, k and v.
         """
         if name not in self.programs:
             run = functools.partial(_map_layers, self.structure, function)
-            self.programs[name] = self.threads.submit(_compile, run, self.arguments)
+            arguments = (*self.arguments, *added)
+            self.programs[name] = self.threads.submit(_compile, run, arguments)
 
-    def call(self, name: str, function: OfLayer) -> Any:
+    def call(self, name: str, function: OfLayer, *added: Any) -> Any:
         """Calls such a function; returns what it returns, stacked over layers."""
-        self.prepare(name, function)
-        return self.programs[name].result()(*self.arguments)
+        self.prepare(name, function, *added)
+        return self.programs[name].result()(*self.arguments, *added)
 
 
-def _map_layers(structure: Any, function: OfLayer, parameters: Any, rows: Any) -> Any:
+def _map_layers(
+    structure: Any, function: OfLayer, parameters: Any, rows: Any, *added: Any
+) -> Any:
     model: Any = nnx.merge(structure, parameters)
-    return model.map_qkv(function, rows, attention=DENSE, step=None, masks=None)[1]
+    return model.map_qkv(
+        lambda q, k, v: function(q, k, v, *added),
+        rows,
+        attention=DENSE,
+        step=None,
+        masks=None,
+    )[1]
 
 
-def _compile(run: Callable, arguments: tuple[Any, Any]) -> Callable:
+def _compile(run: Callable, arguments: tuple[Any, ...]) -> Callable:
     with TRACING:
         lowered = jax.jit(run).lower(*arguments)
     return lowered.compile()
@@ -126,13 +136,12 @@ def looks(
 def prepare(
     look: Look,
     configs: Mapping[str, DraftConfig],
-    densities: Sequence[float],
     grid: VideoGrid,
 ) -> None:
     """Begins to compile what measures some methods; see `measure_method`."""
     look.prepare("masses", _masses_of(grid))
     for name, config in configs.items():
-        look.prepare(name, errors_of_layer(config, densities, grid))
+        look.prepare(name, errors_of_layer(config, grid), jnp.int32(0))
 
 
 def _masses_of(grid: VideoGrid) -> OfLayer:
@@ -144,24 +153,21 @@ def masses_of_layers(look: Look, grid: VideoGrid) -> Float[np.ndarray, "L B N S 
     return np.asarray(look.call("masses", _masses_of(grid)))
 
 
-def errors_of_layer(
-    config: DraftConfig, densities: Sequence[float], grid: VideoGrid
-) -> OfLayer:
-    """Returns what measures a method in a layer at all densities.
+def errors_of_layer(config: DraftConfig, grid: VideoGrid) -> OfLayer:
+    """Returns what measures a method in a layer, of q, k, v and a budget.
+
+    A budget is an argument, not one of a loop over all: XLA fails to compile some of
+    the methods for a GPU where it varies within a loop over budgets ("Failed to
+    evaluate instruction").
 
     Args:
-      config: What the method computes, with room for all densities.
-      densities: Shares of block pairs to keep.
+      config: What the method computes, with room for all budgets.
       grid: Geometry of the sequence.
     """
-    budgets = [static_budget(sparsity_of(d), grid, config) for d in densities]
 
-    def look_at_layer(q, k, v):
+    def look_at_layer(q, k, v, budget):
         dense = dense_attention(q, k, v, grid=grid)
-        measure = functools.partial(
-            _layer_errors, q, k, v, dense, grid=grid, config=config
-        )
-        return jax.lax.map(measure, jnp.asarray(budgets, jnp.int32))
+        return _layer_errors(q, k, v, dense, budget, grid=grid, config=config)
 
     return look_at_layer
 
@@ -192,11 +198,11 @@ def measure_method(
       the mean over layers. And the kept pairs of the first clip and head,
       [layers, S, S].
     """
-    # [layers, densities, ...]
-    found = look.call(name, errors_of_layer(config, densities, grid))
     records, maps = [], np.zeros(0)
-    for row, density in enumerate(densities):
-        error, share, mask = (np.asarray(x[:, row]) for x in found)
+    for density in densities:
+        budget = jnp.int32(static_budget(sparsity_of(density), grid, config))
+        found = look.call(name, errors_of_layer(config, grid), budget)
+        error, share, mask = map(np.asarray, found)  # of each layer
         kept = np.where(mask, masses, 0.0).sum((2, 3, 4)) / masses.sum((2, 3, 4))
         if density == map_density:
             maps = mask[:, 0, 0]

@@ -84,6 +84,8 @@ from models.loading import load_pipeline
 
 SHOWN_DENSITY = 0.1  # of the frames and maps that are kept for the document
 STEPS_LOOKED_AT = 3
+# Of one method, such as too little memory: others still run.
+ERRORS = (jax.errors.JaxRuntimeError, FloatingPointError)
 AHEAD = 16  # trials whose programs are compiled while others run
 # What two cores do within ten minutes, of a third of the frames: all parts and methods.
 REDUCED: dict[str, Any] = {
@@ -238,8 +240,7 @@ class Lab:
             try:
                 self._prepare(missing[place:])
                 self.folder.add_trial(self.run_trial(trial))
-            except (jax.errors.JaxRuntimeError, FloatingPointError) as error:
-                # Such as too little memory: others still run.
+            except ERRORS as error:
                 bar.write(f"{trial.key}: {error}")
                 self.failed.add(trial.key)
                 is_whole = False
@@ -360,28 +361,34 @@ class Lab:
             name: config_at(name, densities, top_p)
             for name in dict.fromkeys(name for name, _ in missing)
         }
+        is_whole = True
         bar = tqdm(total=len(missing), desc="layers", file=sys.stdout)
         for look in self._looks(self.reporting):
-            layers_module.prepare(look, configs, densities, self.grid)
+            layers_module.prepare(look, configs, self.grid)
             masses = layers_module.masses_of_layers(look, self.grid)
             for name in [name for name, step in missing if step == look.step]:
                 if self.is_late:
                     return False
                 bar.set_postfix_str(f"{name}, step {look.step}")
-                rows, maps = layers_module.measure_method(
-                    look,
-                    name,
-                    configs[name],
-                    densities,
-                    grid=self.grid,
-                    masses=masses,
-                    map_density=SHOWN_DENSITY,
-                )
+                try:
+                    rows, maps = layers_module.measure_method(
+                        look,
+                        name,
+                        configs[name],
+                        densities,
+                        grid=self.grid,
+                        masses=masses,
+                        map_density=SHOWN_DENSITY,
+                    )
+                except ERRORS as error:
+                    bar.write(f"layers, {name}, step {look.step}: {error}")
+                    is_whole = False
+                    continue
                 if maps.size and look.step == steps[len(steps) // 2]:
                     self.folder.keep_array(f"maps_{name}", maps)
                 self.folder.add_layers(rows)
                 bar.update()
-        return True
+        return is_whole
 
 
 def _prompts(options: argparse.Namespace) -> tuple[tuple[Prompt, ...], ...]:
