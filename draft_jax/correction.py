@@ -11,14 +11,8 @@ from jaxtyping import Array, Float, Int
 from draft_jax.config import DraftConfig, num_samples
 from draft_jax.grid import VideoGrid
 from pallas_kernels import unchecked_row_attention
-from pallas_kernels.common import (
-    Axes,
-    Order,
-    Scale,
-    jit_once,
-    on_own_shards,
-    with_derivatives_on_own_shards,
-)
+from pallas_kernels.common import Order, Scale, jit_once, on_own_shards
+from pallas_kernels.query_map import unchecked_add_query_map
 
 LEAST_SHARE = 1e-6  # of the trace of the moments, that a penalty is
 GOLDEN = (5**0.5 - 1) / 2  # its multiples fill the unit interval evenly
@@ -85,7 +79,11 @@ def correct(
         scale=scale,
         text_lengths=text_lengths,
     )
-    return _add_fitted(out, q, rows, sparse, exact, grid, config.correction.prior)
+    matrix, offset = _fit_rows(rows, sparse, exact, config.correction.prior)
+    video = grid.visual_tokens
+    return unchecked_add_query_map(
+        out, q, matrix, offset, tokens=(video.start, video.stop)
+    )
 
 
 @functools.partial(jit_once, static_argnums=(2, 3, 4))
@@ -103,28 +101,19 @@ def _take(q, out, grid, count, order):
     return on_each(q, out)
 
 
-@functools.partial(jit_once, static_argnums=(5, 6))
-def _add_fitted(out, q, rows, sparse, exact, grid, prior):
-    axes = Axes(
-        operation="correct",
-        operands=(
-            *("out: B T N D", "q: B T N D"),
-            *("rows: B R N D", "sparse: B R N D", "exact: B R N D"),
-        ),
-        results=("B T N D",),
-    )
-
-    def run(out, q, rows, sparse, exact):
+@functools.partial(jit_once, static_argnums=3)
+def _fit_rows(rows, sparse, exact, prior):
+    def run(rows, sparse, exact):
         error = exact.astype(jnp.float32) - sparse.astype(jnp.float32)
-        matrix, offset = jax.lax.stop_gradient(fit(rows, error, prior))
-        # In the queries' dtype, as it is small beside the output.
-        moved = jnp.einsum("btnd,bnde->btne", q, matrix.astype(q.dtype))
-        is_video = np.zeros(grid.num_tokens, np.bool_)
-        is_video[grid.visual_tokens] = True
-        change = jnp.where(is_video[:, None, None], moved + offset[:, None], 0.0)
-        return ((out.astype(jnp.float32) + change).astype(out.dtype),)
+        return fit(rows, error, prior)
 
-    return with_derivatives_on_own_shards(run, axes)(out, q, rows, sparse, exact)[0]
+    on_each = on_own_shards(
+        run,
+        operation="correct",
+        operands=("rows: B R N D", "sparse: B R N D", "exact: B R N D"),
+        results=("B N D E", "B N E"),
+    )
+    return on_each(rows, sparse, exact)
 
 
 def solve(

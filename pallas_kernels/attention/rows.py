@@ -1,10 +1,12 @@
 """Exact attention of a few queries over all keys, to compare sparse rows with."""
 
 import functools
+from typing import Literal
 
 import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention import sm90
 from pallas_kernels.attention.dense_api import why_no_cudnn
 from pallas_kernels.attention.dense_xla import chunk_size, chunked_attention
 from pallas_kernels.common.arrays import Scale
@@ -19,6 +21,8 @@ from pallas_kernels.common.linear_maps import on_own_shards
 from pallas_kernels.common.sharding import over_explicit_axes
 from pallas_kernels.common.static import fold_scale, jit_once, split_scale
 
+Path = Literal["hopper", "cudnn", "xla"]
+
 
 def unchecked_row_attention(
     rows: Float[Array, "B R N D"],
@@ -31,8 +35,9 @@ def unchecked_row_attention(
 ) -> Float[Array, "B R N D"]:
     """Computes softmax attention of some queries over every valid key.
 
-    By cuDNN where it can be used and padding stands last, else by XLA, whose memory is
-    that of R x T logits of a few heads. No gradient flows through it.
+    By the Hopper kernel or cuDNN where they can be used and padding stands last, else
+    by XLA, whose memory is that of R x T logits of a few heads. No gradient flows
+    through it.
 
     Args:
       rows: Queries, fewer than keys.
@@ -47,7 +52,6 @@ def unchecked_row_attention(
     """
     device = current_device(k)
     pads_first = text_lengths is not None and grid.text_tokens.start == 0
-    no_cudnn = why_no_cudnn(rows.dtype.name, rows.shape[-1], device)
     known_scale, scale_array = split_scale(scale)
     return _attend(
         rows,
@@ -58,27 +62,33 @@ def unchecked_row_attention(
         grid=grid if text_lengths is not None else None,
         scale=known_scale,
         device=device,
-        by_cudnn=no_cudnn is None and not pads_first,
+        path="xla" if pads_first else _fastest_path(k, device),
     )
 
 
-@functools.partial(jit_once, static_argnames=("grid", "scale", "device", "by_cudnn"))
+def _fastest_path(k: Array, device: Device) -> Path:
+    dtype = k.dtype.name
+    if sm90.dense_backend.why_unsupported(k.shape, dtype, device) is None:
+        return "hopper"
+    return "xla" if why_no_cudnn(dtype, k.shape[-1], device) else "cudnn"
+
+
+@functools.partial(jit_once, static_argnames=("grid", "scale", "device", "path"))
 def _attend(
     rows, k, v, text_lengths, scale_array, *, grid: BlockGrid | None, **options
 ):
     """Attends on the batch items and heads that each device has."""
-    operands = ("k: B T N D", "v: B T N D", "text_lengths: B")
     if grid is not None:
         # Not below: JAX refuses the update there, under vmap over an explicit axis.
         clear = over_explicit_axes(
-            lambda k, v, lengths: tuple(
-                clear_padding(x, grid, lengths) for x in (k, v)
-            ),
+            lambda x, lengths: clear_padding(x, grid, lengths),
             operation="row_attention",
-            operands=operands,
-            results=("B T N D", "B T N D"),
+            operands=("x: B T N D", "text_lengths: B"),
+            results="B T N D",
         )
-        k, v = clear(k, v, text_lengths)
+        v = clear(v, text_lengths)
+        if options["path"] != "hopper":  # which masks logits, whatever they are
+            k = clear(k, text_lengths)
 
     def run(*arrays):
         return (_attend_where_arrays_are(*arrays, grid=grid, **options),)
@@ -86,7 +96,10 @@ def _attend(
     on_each = on_own_shards(
         run,
         operation="row_attention",
-        operands=("rows: B R N D", *operands, "scale:"),
+        operands=(
+            *("rows: B R N D", "k: B T N D", "v: B T N D"),
+            *("text_lengths: B", "scale:"),
+        ),
         results=("B R N D",),
     )
     return on_each(rows, k, v, text_lengths, scale_array)[0]
@@ -102,12 +115,16 @@ def _attend_where_arrays_are(
     grid: BlockGrid | None,
     scale: float | None,
     device: Device,
-    by_cudnn: bool,
+    path: Path,
 ):
     scale = scale_array if scale is None else scale
-    if by_cudnn:
+    if path != "xla":
         keys = None if grid is None else valid_prefix(grid, text_lengths)
         rows, scale = fold_scale(rows, scale)
+        if path == "hopper":
+            return sm90.dense_backend.hopper_row_attention(
+                rows, k, v, scale=scale, lengths=keys
+            )
         return jax.nn.dot_product_attention(
             rows, k, v, scale=scale, key_value_seq_lengths=keys, implementation="cudnn"
         )

@@ -1,4 +1,4 @@
-"""Exact rows and the correction on a GPU, in bfloat16, against float64 and XLA."""
+"""Exact rows, maps of queries and the correction on a GPU, against float64 and XLA."""
 
 import functools
 
@@ -9,6 +9,7 @@ import pytest
 
 from draft_jax import DraftConfig, VideoGrid, draft_attention
 from pallas_kernels import dense_attention, unchecked_row_attention
+from pallas_kernels.query_map import unchecked_add_query_map
 from tests.pallas_kernels.attention.reference import attention_of_rows, valid_keys
 from tests.tolerances import GPU_ATTENTION
 
@@ -17,6 +18,8 @@ pytestmark = pytest.mark.gpu
 SCALE = 128**-0.5
 GRIDS = {
     "no text": (VideoGrid(3, 16, 32), None),
+    "parts of the keys": (VideoGrid(17, 16, 32), None),
+    "parts, ragged": (VideoGrid(16, 16, 32, text_length=128), (128, 7)),
     "after": (VideoGrid(3, 16, 32, text_length=40), (40, 7)),
     "before, by XLA": (
         VideoGrid(3, 16, 32, text_length=40, text_side="before"),
@@ -67,6 +70,26 @@ def test_corrected_attention_is_that_of_xla(case, order):
     got = jax.jit(attend)(*qkv).astype(jnp.float32)
     want = attend(*(x.astype(jnp.float32) for x in qkv), backend="xla")
     assert float(jnp.abs(got - want).mean()) < 0.02 * float(jnp.abs(want).mean())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("num_tokens", [64, 1100, 8192])
+def test_a_map_of_queries_is_added(num_tokens, head_dim, dtype):
+    rng = np.random.default_rng(0)
+    shape, tokens = (2, num_tokens, 3, head_dim), (5, num_tokens - 3)
+    out, q = (jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2))
+    matrix = rng.normal(size=(2, 3, head_dim, head_dim)) / head_dim**0.5
+    matrix = np.asarray(jnp.asarray(matrix, dtype).astype(jnp.float32))
+    offset = rng.normal(size=(2, 3, head_dim)).astype(np.float32)
+    got = unchecked_add_query_map(out, q, matrix, offset, tokens=tokens)
+    want = np.asarray(out, np.float64)
+    own = slice(*tokens)
+    moved = np.einsum("btnd,bnde->btne", np.asarray(q, np.float64), matrix)
+    want[:, own] += (moved + offset[:, None])[:, own]
+    # Half a unit of the last place, and float32's sums.
+    rtol = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=rtol, atol=1e-5)
 
 
 def test_the_correction_comes_closer_to_dense_attention():

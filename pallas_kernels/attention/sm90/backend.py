@@ -239,6 +239,7 @@ def _plan(static: _Static, geometry: Geometry, shape, dtype) -> Plan:
     return Plan(
         config=static.config,
         num_blocks=num_blocks,
+        num_key_blocks=num_blocks,
         num_heads=num_heads,
         head_dim=head_dim,
         num_ctas=num_query_blocks,

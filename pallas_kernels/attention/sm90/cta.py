@@ -43,24 +43,25 @@ class Work(NamedTuple):
       row_offsets: Start of each query block's list.
       block_ids: Key blocks of the lists, by width.
       width_ends: Where each width ends in each list, counted from its start.
-      full_list: The list of a query block that keeps every block.
+      full_list: The list of a query block that keeps every key block.
       launch_order: Query blocks, counted list by list, as CTAs take them.
       num_query_blocks: How many entries of `launch_order` there are.
       addresses: Where blocks lie; the class belongs to the way of copying.
-      lengths: Tokens of each block.
-      valid: Tokens of each block of each batch item that are not padding.
+      lengths: Tokens of each query block.
+      valid: Tokens of each key block of each batch item that are not padding. Where
+        queries are masked, blocks of both are the same.
       means: What stands for the blocks that are in no list, or None.
     """
 
     row_offsets: Int[Array, "L offsets"]
     block_ids: Int[Array, "L M"]
     width_ends: Int[Array, "L R widths"]
-    full_list: Int[Array, " R"]
+    full_list: Int[Array, " K"]
     launch_order: Int[Array, " L*R"]
     num_query_blocks: Int[Array, " 1"]
     addresses: Any
     lengths: Int[Array, " R"]
-    valid: Int[Array, "B R"]
+    valid: Int[Array, "B K"]
     means: MeanBlocks | None = None
 
 
@@ -141,7 +142,7 @@ class Cta:
         list_row = lax.div(row, jnp.int32(plan.num_blocks))
         block = lax.rem(row, jnp.int32(plan.num_blocks))
         if plan.is_dense:
-            first, last = jnp.int32(0), jnp.int32(plan.num_blocks)
+            first, last = jnp.int32(0), jnp.int32(plan.num_key_blocks)
         else:
             first = work.row_offsets[list_row, block]
             last = work.row_offsets[list_row, block + 1]
@@ -164,7 +165,7 @@ class Cta:
         query_block = self._query_block(first + own)
         peer = self._query_block(first + 1 - own)
         is_shared = (query_block.list_row == peer.list_row) & (
-            jnp.minimum(query_block.count, peer.count) == self.plan.num_blocks
+            jnp.minimum(query_block.count, peer.count) == self.plan.num_key_blocks
         )
         return dataclasses.replace(query_block, is_shared=is_shared)
 

@@ -94,19 +94,19 @@ from pallas_kernels.attention.sm90.signals import Signals
 
 
 def attend_blocks(
-    q: Float[Array, "B *T N D"],
+    q: Float[Array, "B *Q N D"],
     k: Float[Array, "B *T N D"],
     v: Float[Array, "B *T N D"],
     work: Work,
     *,
     plan: Plan,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "B *T N D"], Float[Array, "L R 128"]]:
+) -> tuple[Float[Array, "B *Q N D"], Float[Array, "L R 128"]]:
     """Computes every query block.
 
     Args:
-      q: Queries, bfloat16 or float16; T >= BLOCK unless blocks are copied by rows. With
-        boxes T is three axes: see `Geometry.frame_shape`.
+      q: Queries, bfloat16 or float16; Q and T >= BLOCK unless blocks are copied by
+        rows. With boxes both are three axes: see `Geometry.frame_shape`.
       k: Keys.
       v: Values.
       work: Lists and the order of query blocks, which has all of them.
@@ -126,16 +126,16 @@ def attend_blocks(
 
 
 def attend_blocks_again(
-    q: Float[Array, "B *T N D"],
+    q: Float[Array, "B *Q N D"],
     k: Float[Array, "B *T N D"],
     v: Float[Array, "B *T N D"],
     work: Work,
-    out: Float[Array, "B *T N D"],
+    out: Float[Array, "B *Q N D"],
     lse: Float[Array, "L R 128"],
     *,
     plan: Plan,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "B *T N D"], Float[Array, "L R 128"]]:
+) -> tuple[Float[Array, "B *Q N D"], Float[Array, "L R 128"]]:
     """Computes the first `work.num_query_blocks` query blocks, in place.
 
     Args:

@@ -150,7 +150,8 @@ class Plan:
     """Everything static about one launch."""
 
     config: KernelConfig
-    num_blocks: int
+    num_blocks: int  # of queries
+    num_key_blocks: int
     num_heads: int
     head_dim: int
     num_ctas: int

@@ -13,16 +13,16 @@ from pallas_kernels.common import device
 
 
 def repair(
-    q: Float[Array, "B *T N D"],
+    q: Float[Array, "B *Q N D"],
     k: Float[Array, "B *T N D"],
     v: Float[Array, "B *T N D"],
     work: Work,
-    out: Float[Array, "B *T N D"],
+    out: Float[Array, "B *Q N D"],
     lse: Float[Array, "L R 128"],
     *,
     plan: Plan,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "B *T N D"], Float[Array, "L R 128"]]:
+) -> tuple[Float[Array, "B *Q N D"], Float[Array, "L R 128"]]:
     """Computes query blocks whose sums overflowed again, with exact maxima.
 
     That takes logits 44 nats above all of the first kept block, or a first block

@@ -14,7 +14,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from draft_jax.grid import VideoGrid
 from pallas_kernels.attention.sm90 import dense_backend as hopper_dense
 from pallas_kernels.common.device import Device
-from tests.pallas_kernels.attention.reference import numpy_attention, random_qkv
+from tests.cases import mostly_nightly
+from tests.pallas_kernels.attention.reference import (
+    attention_of_rows,
+    numpy_attention,
+    random_qkv,
+)
 from tests.tolerances import ATTENTION
 
 HOPPER = Device(platform="gpu", kind="NVIDIA H100", compute_capability=(9, 0))
@@ -41,6 +46,82 @@ def test_interpreted_matches_numpy(lengths):
     dense = np.ones((2, 1, grid.num_blocks, grid.num_blocks), bool)
     want, _ = numpy_attention(q, k, v, dense, grid, text_lengths=text_lengths)
     np.testing.assert_allclose(out.astype("float32"), want, **ATTENTION["bfloat16"])
+
+
+ROWS = {  # queries, keys, parts of the keys, valid keys of the two items
+    "one-part": (130, 264, 1, None),
+    "parts-of-128": (128, 256, 2, None),
+    "a-part-is-padding": (40, 384, 3, (384, 120)),
+}
+
+
+@pytest.mark.usefixtures("no_races")
+@pytest.mark.parametrize("case", mostly_nightly(ROWS, ["a-part-is-padding"]))
+def test_interpreted_rows_match_numpy(case, monkeypatch):
+    num_rows, num_keys, parts, lengths = ROWS[case]
+    monkeypatch.setattr(hopper_dense, "num_parts", lambda *sizes: parts)
+    rng = np.random.default_rng(0)
+    sizes = (num_rows, num_keys, num_keys)
+    arrays = (rng.normal(size=(2, size, 1, 64)) for size in sizes)
+    rows, k, v = (jnp.asarray(x, "bfloat16") for x in arrays)
+    ends = np.asarray(lengths or (num_keys, num_keys))[:, None]
+    is_valid = np.arange(num_keys) < ends
+    out = hopper_dense.hopper_row_attention(
+        rows,
+        jnp.where(is_valid[..., None, None], k, jnp.nan),
+        v,
+        scale=0.125,
+        lengths=None if lengths is None else jnp.asarray(lengths, jnp.int32),
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    want = attention_of_rows(rows, k, v, is_valid, 0.125)
+    np.testing.assert_allclose(out.astype("float32"), want, **ATTENTION["bfloat16"])
+
+
+def test_large_logits_in_one_part_of_the_keys():
+    """Keys of the last part are 40 times as long: the others hardly count."""
+    rng = np.random.default_rng(1)
+    rows, k, v = (
+        rng.normal(size=(1, size, 1, 64)) for size in (16, 4096 * 2, 4096 * 2)
+    )
+    k[:, 4096:] *= 40.0
+    rows, k, v = (jnp.asarray(x, "bfloat16") for x in (rows, k, v))
+    out = hopper_dense.hopper_row_attention(
+        rows, k, v, scale=0.125, interpret=plgpu.InterpretGPUParams()
+    )
+    want = attention_of_rows(rows, k, v, np.ones((1, 4096 * 2), bool), 0.125)
+    np.testing.assert_allclose(out.astype("float32"), want, **ATTENTION["bfloat16"])
+
+
+@pytest.mark.parametrize(
+    ("query_blocks", "num_tokens", "parts"),
+    [
+        (48, 126_976, 8),  # HunyuanVideo with text: 384 CTAs, 2.9 waves
+        (80, 80_640, 3),  # Wan 14B: 240 CTAs, 1.8 waves
+        (6, 19_968, 4),  # parts have 4,096 keys at least
+        (48, 8 * 15_013, 1),  # a prime number of eights
+        (132, 80_640, 1),
+        (3, 4096, 1),
+    ],
+)
+def test_parts_of_the_keys_fill_waves(query_blocks, num_tokens, parts):
+    assert hopper_dense.num_parts(query_blocks, num_tokens, 132) == parts
+
+
+@pytest.mark.parametrize("num_tokens", [80_640, 126_976], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128], ids=str)
+def test_rows_lower_for_cuda(num_tokens, head_dim):
+    rows, k = (
+        jax.ShapeDtypeStruct((1, size, 24, head_dim), jnp.bfloat16)
+        for size in (256, num_tokens)
+    )
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def run(rows, k, v, lengths):
+        return hopper_dense.hopper_row_attention(rows, k, v, scale=0.1, lengths=lengths)
+
+    traced = jax.jit(run).trace(rows, k, k, lengths)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("num_tokens", [32_760, 126_720], ids=str)

@@ -98,13 +98,13 @@ def test_what_is_asked_of_cudnn(case, is_traced, monkeypatch):
     np.testing.assert_allclose(out, want, **ATTENTION["float32"])
 
 
-def test_the_device_says_whether_cudnn_is_used(monkeypatch):
-    """bfloat16 on an H100 is; float32 is not, nor text that is padded in front."""
+def test_the_device_says_what_computes_them(monkeypatch):
+    """On an H100, by dtype, head dimension, tokens and where padding stands."""
     h100 = Device(platform="gpu", kind="NVIDIA H100", compute_capability=(9, 0))
     chosen = []
 
-    def note(queries, *arrays, by_cudnn, **options):
-        chosen.append(by_cudnn)
+    def note(queries, *arrays, path, **options):
+        chosen.append(path)
         return queries
 
     monkeypatch.setattr(rows, "current_device", lambda x: h100)
@@ -113,7 +113,11 @@ def test_the_device_says_whether_cudnn_is_used(monkeypatch):
     attend(*random_arrays(AFTER), AFTER, (0, 7))
     attend(*random_arrays(BEFORE, "bfloat16"), BEFORE, (0, 7))
     attend(*random_arrays(BEFORE, "bfloat16"), BEFORE, None)
-    assert chosen == [True, False, False, True]
+    long = VideoGrid(8, 32, 32)
+    keys = jnp.zeros((1, long.num_tokens, 1, 128), "bfloat16")
+    attend(keys[:, :40], keys, keys, long, None)
+    attend(keys[:, :40, :, :96], keys[..., :96], keys[..., :96], long, None)
+    assert chosen == ["cudnn", "xla", "xla", "cudnn", "hopper", "cudnn"]
 
 
 def test_no_gradient_flows():
