@@ -10,9 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from draft_jax.config import DraftConfig, num_samples
 from draft_jax.grid import VideoGrid
-from pallas_kernels import unchecked_row_attention
+from pallas_kernels import unchecked_add_query_map, unchecked_row_attention
 from pallas_kernels.common import Order, Scale, jit_once, on_own_shards
-from pallas_kernels.query_map import unchecked_add_query_map
 
 LEAST_SHARE = 1e-6  # of the trace of the moments, that a penalty is
 GOLDEN = (5**0.5 - 1) / 2  # its multiples fill the unit interval evenly

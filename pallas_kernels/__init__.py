@@ -18,6 +18,7 @@ from pallas_kernels.attention.means import Means
 from pallas_kernels.attention.rows import unchecked_row_attention
 from pallas_kernels.common.slow_paths import SlowBackendWarning
 from pallas_kernels.common.sub_tiles import SubTiles
+from pallas_kernels.query_map import unchecked_add_query_map
 
 __all__ = [
     "RESIDUAL_NAMES",
@@ -30,6 +31,7 @@ __all__ = [
     "block_sparse_attention_with_lse",
     "chosen_backend",
     "dense_attention",
+    "unchecked_add_query_map",
     "unchecked_block_sparse_attention",
     "unchecked_dense_attention",
     "unchecked_row_attention",

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,10 @@ PACKAGES = (
     *("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "nvidia-cublas"),
     *("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl"),
 )
+
+_NUMBER = r"(?:-?\d[\d.eE+-]*|-?Infinity|NaN)"
+# With line ends, which no string of JSON has.
+_NUMBERS = re.compile(rf"\[\n\s+({_NUMBER}(?:,\n\s+{_NUMBER})*)\n\s+\]")
 
 
 @contextmanager
@@ -123,11 +128,13 @@ class ResultFile:
 
 
 def write_json(path: pathlib.Path, document: object) -> None:
-    """Writes a JSON file, and its folder if need be.
+    """Writes a JSON file, and its folder if need be; a list of numbers takes a line.
 
     A process that is ended meanwhile leaves the file that was there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_name(f"{path.name}.part")
-    whole.write_text(json.dumps(document, indent=1) + "\n")
+    text = json.dumps(document, indent=1)
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+    whole.write_text(f"{text}\n")
     whole.replace(path)

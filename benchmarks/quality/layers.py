@@ -212,15 +212,20 @@ def measure_method(
                 "density": density,
                 "step": look.step,
                 "kept_density": round(float(share.mean()), 5),
-                "relative_l2": error.mean(1).round(5).tolist(),
-                "kept_mass": kept.mean(1).round(5).tolist(),
+                "relative_l2": _rounded(error.mean(1)),
+                "kept_mass": _rounded(kept.mean(1)),
                 "clips": {
-                    "relative_l2": error.mean(0).round(5).tolist(),
-                    "kept_mass": kept.mean(0).round(5).tolist(),
+                    "relative_l2": _rounded(error.mean(0)),
+                    "kept_mass": _rounded(kept.mean(0)),
                 },
             }
         )
     return records, maps
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    """Returns five decimals, which float32 would write with its own error behind."""
+    return values.astype(np.float64).round(5).tolist()
 
 
 def _layer_errors(

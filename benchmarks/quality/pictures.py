@@ -1,5 +1,6 @@
 """Pictures of `docs/quality.md`: fronts, strips of frames, and maps of kept blocks."""
 
+import dataclasses
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.presets import StepTimes
+from benchmarks.quality.presets import StepTimes, combination_of
 from benchmarks.quality.summary import Curve, curves, whole_runs
+from benchmarks.quality.trials import Combination
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,29 +125,68 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def draw_combinations(path: Path, record: Mapping[str, Any]) -> None:
-    """Draws PSNR over time of combinations, with the names of those none is ahead of.
+    """Draws PSNR over time of combinations, and which of them are presets.
+
+    Colours tell attention, shapes the cache, and hollow marks are of FP8.
 
     Args:
       path: PNG to write.
       record: What was measured.
     """
     times = StepTimes.shipped()
-    names = {
-        (times.share(row), float(np.mean(row["clips"]["psnr"]))): row["name"]
+    points = {
+        combination_of(row["name"]): (
+            times.share(row),
+            float(np.mean(row["clips"]["psnr"])),
+        )
         for row in record["trials"]
         if row["part"] == "combinations"
     }
+    attention = {each: _attention_of(each) for each in points}
+    colours = {
+        name: f"C{i}" for i, name in enumerate(dict.fromkeys(attention.values()))
+    }
+    shapes = dict(
+        zip(dict.fromkeys(each.cache for each in points), "osD^v", strict=False)
+    )
     figure = _figure(7.0, 4.5)
     axes = figure.add_subplot()
-    axes.scatter([share for share, _ in names], [level for _, level in names], s=12)
-    front = pareto_front(list(names))
-    axes.plot([share for share, _ in front], [level for _, level in front], "-")
-    for point in front:
-        axes.annotate(names[point], point, fontsize=6, rotation=20)
+    front = pareto_front(list(points.values()))
+    axes.plot(*zip(*front, strict=True), "-", color="0.7", zorder=1)
+    for each, point in points.items():
+        colour = colours[attention[each]]
+        face = colour if each.linears == "bfloat16" else "white"
+        axes.scatter(
+            *point, s=26, marker=shapes[each.cache], facecolor=face, edgecolor=colour
+        )
+    for name, colour in colours.items():
+        axes.scatter([], [], marker="o", color=colour, label=name)
+    for cache, shape in shapes.items():
+        axes.scatter([], [], marker=shape, color="0.4", label=cache or "no cache")
+    axes.scatter([], [], facecolor="white", edgecolor="0.4", label="FP8")
+    for preset, fields in record.get("presets", {}).items():
+        point = points[Combination(**fields)]
+        axes.annotate(
+            preset,
+            point,
+            xytext=(-6, 8),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            weight="bold",
+        )
+    axes.margins(x=0.12)
+    axes.legend(fontsize=7, loc="upper right")
     axes.set_xlabel("time of the steps of Wan2.1 14B, share of dense bfloat16")
     axes.set_ylabel("PSNR to the dense video, dB")
     axes.grid(alpha=0.3)
     figure.savefig(path)
+
+
+def _attention_of(combination: Combination) -> str:
+    """Returns the name of a combination's attention alone."""
+    alone = dataclasses.replace(combination, cache=None, linears="bfloat16")
+    return alone.name.removesuffix(" + bfloat16")
 
 
 def draw_strips(

@@ -64,6 +64,21 @@ def test_results_are_stored(tmp_path):
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$", where["date"])
 
 
+def test_numbers_of_a_list_share_a_line(tmp_path):
+    path = tmp_path / "x.json"
+    document = {
+        "numbers": [[1, -2.5e-07], [float("inf")]],
+        "words": ["a,\n  b", "[\n 1\n]"],
+        "mixed": [1, "two", None],
+        "none": [],
+    }
+    records.write_json(path, document)
+    assert json.loads(path.read_text()) == document
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    assert "[1, -2.5e-07]," in lines
+    assert lines.count("1,") == 1  # of the list that has a word, too
+
+
 def test_a_process_that_is_ended_leaves_a_whole_file(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     records.write_json(path, {"figure": 1})
