@@ -6,9 +6,9 @@
 `--run` is the output folder of `models.mini.train`, with a file commands.txt, a command
 a line; `--codec` that of `models.mini.train_codec`. In the folder `--measured` the
 folder `faithfulness` has the report of `models.mini.prompt_scores`, others those of
-`models.mini.evaluate`, and gpus.txt what nvidia-smi says of each GPU. The records are
-`mini_training.json` and `mini_means_h200.json`; `benchmarks.mini.document` writes what
-they say into the site.
+`models.mini.evaluate`. In it and in `--run` gpus.txt is what nvidia-smi says of each
+GPU. The records are `mini_training.json` and `mini_means_h200.json`;
+`benchmarks.mini.document` writes what they say into the site.
 """
 
 import datetime
@@ -41,7 +41,7 @@ def training_record(
       commit: What was run.
       codec_commit: What the codec's training ran.
     """
-    log, gpus = read(run / "log.json"), read_lines(measured / "gpus.txt")
+    log, gpus = read(run / "log.json"), read_lines(run / "gpus.txt")
     return {
         "what": "training and evaluation of the weights in models/mini/weights",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

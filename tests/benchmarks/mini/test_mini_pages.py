@@ -141,7 +141,9 @@ def folders(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(content))
     (tmp_path / "run" / "commands.txt").write_text("train --a\n\ntrain --b\n")
-    (tmp_path / "measured" / "gpus.txt").write_text("NVIDIA H200, 580.1\n" * 2)
+    for folder, count in (("run", 2), ("measured", 1)):
+        gpus = "NVIDIA H200, 580.1\n" * count
+        (tmp_path / folder / "gpus.txt").write_text(gpus)
     return tmp_path
 
 
