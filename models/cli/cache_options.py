@@ -42,7 +42,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="ratios for --cache mag, as draft-video calibrate writes them; by "
-        "default the list that was published for the model, if there is one",
+        "default the list that ships or was published for the model, if there is one",
     )
 
 

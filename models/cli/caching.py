@@ -61,7 +61,8 @@ def describe_cache(
             "measures them with yours"
         )
     name = checkpoint_name(arguments)
-    if ratios.num_layers is not None and ratios.model != name:
+    is_given = arguments.cache_ratios is not None  # others belong to the model
+    if is_given and ratios.model != name:
         lines.append(f"cache: the ratios are of another checkpoint than {name}")
     return lines
 
@@ -82,7 +83,7 @@ def checkpoint_name(arguments: argparse.Namespace) -> str:
 def _ratios(
     arguments: argparse.Namespace, info: ModelInfo, sampling: Sampling
 ) -> MagRatios:
-    """Returns the ratios of the file, or those published for the model."""
+    """Returns the ratios of the file, or those that there are for the model."""
     if arguments.cache_ratios is not None:
         return read_ratios(arguments.cache_ratios)
     ratios = info.mag_ratios(sampling, from_image=arguments.image is not None)

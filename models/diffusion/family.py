@@ -55,7 +55,7 @@ class ModelInfo(Protocol):
         """Returns the settings for another size."""
 
     def mag_ratios(self, sampling: Sampling, *, from_image: bool) -> MagRatios | None:
-        """Returns the ratios that were published for the model at a size, if any."""
+        """Returns the ratios that came with the model, or were published for it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,6 +5,7 @@ transformer*.safetensors     diffusers' keys, bfloat16, perhaps in shards
 text_embedding.safetensors   `TextEmbedding`, keys are attribute paths, bfloat16
 codec.safetensors            `models.mini.autoencoder`, diffusers' keys, float16
 vocabulary.json              `Vocabulary`
+ratios.json                  for MagCache, where `draft-video calibrate` was run
 """
 
 import contextlib
@@ -45,6 +46,7 @@ FILES = (
     "codec.safetensors",
     "vocabulary.json",
 )
+RATIOS = "ratios.json"
 SMALL_MODEL = (
     "a folder with "
     + ", ".join(FILES)
@@ -129,7 +131,7 @@ class MiniCheckpoint:
     ) -> None:
         """Writes a checkpoint folder; `load` reads it.
 
-        Weights become 16-bit numbers.
+        Weights become 16-bit numbers. Ratios of weights that were there before go.
 
         Args:
           folder: Made if it does not exist.
@@ -159,6 +161,7 @@ class MiniCheckpoint:
         }
         save_autoencoder(folder / "codec.safetensors", self.codec.model)
         (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+        (folder / RATIOS).unlink(missing_ok=True)
 
 
 def read_config(folder: Path, **changes: Any) -> WanConfig:

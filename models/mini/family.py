@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from draft_jax import SparsitySchedule
+from models.diffusion.caches import MagRatios, read_ratios
 from models.diffusion.dtypes import Linears
 from models.diffusion.family import Family
 from models.diffusion.folders.part_files import PartFiles
@@ -13,6 +14,7 @@ from models.diffusion.mesh import DeviceMesh
 from models.diffusion.pipeline import VideoPipeline
 from models.diffusion.sampling import Sampling
 from models.mini.checkpoint import (
+    RATIOS,
     SHIPPED,
     SMALL_MODEL,
     is_small_model,
@@ -41,9 +43,14 @@ class MiniInfo:
         """Returns the settings for another size."""
         return dataclasses.replace(self.sampling, height=height, width=width)
 
-    def mag_ratios(self, sampling: Sampling, *, from_image: bool) -> None:
-        """Returns that no ratios are published."""
-        return None
+    def mag_ratios(self, sampling: Sampling, *, from_image: bool) -> MagRatios | None:
+        """Returns the ratios that lie beside the weights, if there are.
+
+        Raises:
+          RatiosError: The file is damaged.
+        """
+        file = self.path / RATIOS
+        return read_ratios(file) if file.exists() else None
 
 
 def describe_mini(path: Path | str | None = None, **options: Any) -> MiniInfo:

@@ -137,7 +137,7 @@ def test_constants_reach_the_rule(tmp_path):
     assert describe_cache(given, mag, Sampling(num_steps=6)) == [
         "cache: MagCache skips 3 of 6 steps, by ratios of shipped"
     ]
-    elsewhere = parse("--checkpoint", "another", "--cache", "mag")
+    elsewhere = parse("--checkpoint", "another", "--cache-ratios", str(file))
     note = describe_cache(elsewhere, mag, sampling)[-1]
     assert note == "cache: the ratios are of another checkpoint than another"
 

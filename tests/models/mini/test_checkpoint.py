@@ -14,7 +14,9 @@ import safetensors.numpy
 from flax import nnx
 
 from models.checkpoints.safetensors_io import CheckpointError
+from models.diffusion.caches import MagRatios, write_ratios
 from models.mini.checkpoint import MiniCheckpoint, MiniTextEncoder
+from models.mini.family import describe_mini
 from models.mini.text import TextEmbedding, Vocabulary
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
@@ -88,6 +90,16 @@ def test_round_trip(checkpoint, written):
             nnx.state(checkpoint.text_embedding),
         ),
     )
+
+
+def test_ratios_lie_beside_the_weights_that_they_are_of(checkpoint, folder):
+    info = describe_mini(folder)
+    assert info.mag_ratios(info.sampling, from_image=False) is None
+    ratios = MagRatios(values=((1.0, 0.9),), model="trained", source="a test")
+    write_ratios(folder / "ratios.json", ratios, {})
+    assert info.mag_ratios(info.sampling, from_image=False) == ratios
+    checkpoint.save(folder)  # other weights, perhaps
+    assert info.mag_ratios(info.sampling, from_image=False) is None
 
 
 def test_shards_and_diffusers_keys(written):

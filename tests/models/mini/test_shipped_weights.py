@@ -1,17 +1,22 @@
 """The weights in the repository: they load, and they are a trained model."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from draft_jax import AttentionPlan, DraftConfig
+from models.diffusion.caches import MagCache
+from models.diffusion.calibration import measure_ratios
 from models.diffusion.sampling import Sampling
 from models.media.metrics import psnr
 from models.mini.captions import SAMPLE_PROMPTS
-from models.mini.checkpoint import SHIPPED, MiniCheckpoint, MiniTextEncoder
+from models.mini.checkpoint import RATIOS, SHIPPED, MiniCheckpoint, MiniTextEncoder
 from models.mini.family import describe_mini
-from models.mini.pipeline import pipeline_of
+from models.mini.pipeline import load_mini, pipeline_of
 from models.mini.samples import draw_sheet
 from models.mini.scenes import all_captions
 from models.mini.text import Vocabulary
@@ -35,6 +40,32 @@ def test_parameters(shipped):
     assert 10e6 < sum(leaf.size for leaf in leaves) < 30e6
     assert all(np.isfinite(leaf).all() for leaf in leaves)
     assert shipped.transformer.config == WanConfig.mini(dtype="float32")
+
+
+def test_ratios_are_of_the_settings_that_generate_takes():
+    info = describe_mini()
+    ratios = info.mag_ratios(info.sampling, from_image=False)
+    assert ratios.num_steps == info.sampling.num_steps
+    assert ratios.num_layers == WanConfig.mini().num_layers
+    solver = info.sampling.make_solver()
+    assert (
+        MagCache(ratios=ratios).notes(solver, AttentionPlan.draft(DraftConfig())) == []
+    )
+
+
+@pytest.mark.nightly
+def test_ratios_are_of_the_weights():
+    """Another prompt moves a ratio by 1e-2, other weights by more."""
+    info = describe_mini()
+    stored = info.mag_ratios(info.sampling, from_image=False)
+    prompt = json.loads((SHIPPED / RATIOS).read_text())["prompt"]
+    measured = measure_ratios(
+        load_mini(),
+        prompt,
+        model="shipped",
+        attention=AttentionPlan.draft(DraftConfig()),
+    )
+    np.testing.assert_allclose(measured.values, stored.values, atol=1e-3)
 
 
 def test_a_video_of_the_shipped_size_has_13_latent_frames(shipped):
