@@ -1,6 +1,8 @@
 // Puts the page together from its data.
 
-const MODEL = ["checkpoint", "model", "family", "commit", "preset", "loras", "image", "fps"];
+const MODEL = [
+  "checkpoint", "model", "family", "commit", "method", "preset", "linears", "loras", "image", "fps",
+];
 const PASSES = ["dense", "sparse"];
 const HEADINGS = {
   model: "Model", sampling: "Video", draft: "Draft attention", schedule: "Schedule",
