@@ -54,7 +54,7 @@ METHODS = {
 CACHES = {
     "off": "Every step is computed.",
     "easy": "Steps that would change little are skipped, told by the latents.",
-    "mag": "Steps are skipped by ratios that were published for the model.",
+    "mag": "Steps are skipped by ratios that were measured on the model.",
 }
 CACHE_VALUES = (
     "Empty for the usual ones. easy: threshold, first steps that are computed "
@@ -257,7 +257,7 @@ class Abilities:
     Attributes:
       image: Reason why no image can be given.
       published: Reason why there is no published preset.
-      mag: Reason why steps cannot be skipped by published ratios.
+      mag: Reason why steps cannot be skipped by ratios.
       float8: Reason why linear layers cannot be in FP8.
     """
 

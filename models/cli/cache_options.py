@@ -30,9 +30,11 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("step cache")
     group.add_argument(
         "--cache",
-        type=parse_cache,
+        type=_rule_or_none,
+        default=argparse.SUPPRESS,
         metavar="RULE[:VALUES]",
-        help="skip steps that would compute nearly the same as one before. "
+        help="skip steps that would compute nearly the same as one before; none "
+        "computes every step, which is the default without --speed. "
         "easy[:THRESHOLD[,FIRST_STEPS]] decides from the latents (0.05,10 if left "
         "out); mag[:THRESHOLD[,MAX_SKIPS[,RETENTION]]] from measured ratios of the "
         "model (0.12,2,0.2). With --compare the dense run computes every step",
@@ -52,7 +54,7 @@ def parse_cache(text: str) -> CacheRequest:
     if rule not in RULES:
         raise argparse.ArgumentTypeError(
             f"{text!r} must be one of {', '.join(RULES)}, perhaps with values behind a "
-            "colon, such as easy:0.05 or mag:0.12,2"
+            "colon, such as easy:0.05 or mag:0.12,2; none computes every step"
         )
     names, given = RULES[rule], values.split(",") if ":" in text else []
     try:
@@ -68,3 +70,7 @@ def parse_cache(text: str) -> CacheRequest:
             "commas between; the last ones may be left out"
         )
     return CacheRequest(rule, constants)
+
+
+def _rule_or_none(text: str) -> CacheRequest | None:
+    return None if text == "none" else parse_cache(text)

@@ -3,6 +3,7 @@
 import argparse
 
 from models.cli.cache_options import CacheRequest
+from models.cli.speed import name_option
 from models.diffusion.caches import (
     EasyCache,
     MagCache,
@@ -38,7 +39,7 @@ def cache_from(
         ratios = _ratios(arguments, info, sampling)
         return MagCache(ratios=ratios, **constants)
     except ValueError as error:
-        raise ValueError(f"--cache {request}: {error}") from error
+        raise ValueError(f"{name_option(arguments, 'cache')}: {error}") from error
 
 
 def describe_cache(
@@ -90,6 +91,7 @@ def _ratios(
     if ratios is None:
         raise ValueError(
             "no ratios are published for this model: measure them with `draft-video "
-            "calibrate`, and give its file with --cache-ratios"
+            "calibrate` and give its file with --cache-ratios, or take --cache easy or "
+            "--cache none"
         )
     return ratios

@@ -17,20 +17,21 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method",
         choices=choices.METHODS,
-        default=choices.METHODS[0],
+        default=argparse.SUPPRESS,
         help="what sparse layers compute. compensated: skipped blocks take part "
         "through means, and a few exact rows correct the rest; paper: they are left "
-        "out. The options below override its parts",
+        "out. The options below override its parts (default: "
+        f"{choices.METHODS[0]})",
     )
     group.add_argument(
         "--preset",
         choices=choices.PRESETS,
-        default="paper",
+        default=argparse.SUPPRESS,
         help="where attention stays dense. paper: the first quarter of the steps; "
         "published: the rule of the published code for the model, Wan t > 925 and "
         "block 0 (of each, where there are two transformers) at sparsity 0.75, "
         "HunyuanVideo t > 945 and double blocks 0 and 1 at 0.9. The options below "
-        "override it",
+        f"override it (default: {choices.PRESETS[0]})",
     )
     group.add_argument(
         "--sparsity",

@@ -16,6 +16,7 @@ from models.cli.caching import cache_from, describe_cache
 from models.cli.mesh import check_devices, mesh_from
 from models.cli.pair_options import check_one_transformer
 from models.cli.report import run_details
+from models.cli.speed import describe_speed, speed_details
 from models.cli.tiles import check_tile, with_tiles
 from models.diffusion.caches import StepCache
 from models.diffusion.contexts import as_prompts
@@ -116,6 +117,7 @@ class Request:
         """Returns what a reader of a report needs to repeat the run."""
         return run_details(self.arguments, self.sampling, *self.draft) | {
             "family": self.family.name,
+            "speed": speed_details(self.arguments),
             "cache": None if self.cache is None else self.cache.describe(),
             "mesh": None if self.mesh is None else dataclasses.asdict(self.mesh),
             "image": self._image_details(),
@@ -124,8 +126,8 @@ class Request:
         }
 
     def describe(self) -> list[str]:
-        """Returns lines on what was told by the shapes of a file, or fitted."""
-        lines = []
+        """Returns lines on what was chosen, told by the shapes of a file, or fitted."""
+        lines = describe_speed(self.arguments)
         info = self.info
         if info.model is not None:
             lines.append(f"model: {info.model}, by the shapes in {info.path}")

@@ -51,10 +51,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--linears",
         choices=choices.LINEARS,
-        default="bfloat16",
+        default=argparse.SUPPRESS,
         help="precision of the transformer's matrix products (a CPU takes float32 for "
         "bfloat16): float8 halves the memory of weights and is faster on Hopper and "
-        "Ada GPUs; auto takes it there alone",
+        f"Ada GPUs; auto takes it there alone (default: {choices.LINEARS[0]})",
     )
     _add_encoder_options(parser)
     add_process_options(parser)

@@ -33,8 +33,12 @@ _OF_DRAFT = (
     "mask_refresh",
     *LOW_NOISE,
 )
-# Options that change neither a pixel nor a number of what is written.
-_WITHOUT_EFFECT = ("argv", "output", "overwrite", "debug", "no_compile_cache")
+# Options that change neither a pixel nor a number of what is written. What --speed
+# changes is in the options that it stands for.
+_WITHOUT_EFFECT = (
+    *("argv", "output", "overwrite", "debug", "no_compile_cache"),
+    *("speed", "by_speed"),
+)
 
 
 def run_name(

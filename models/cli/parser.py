@@ -20,6 +20,7 @@ from models.cli.mesh_options import add_mesh_options
 from models.cli.messages import EXIT_BAD_INPUT, one_line
 from models.cli.model_options import add_model_options
 from models.cli.pair_options import add_pair_options, parse_indices
+from models.cli.speed import add_speed_option, settle
 from models.cli.version import package_version
 
 _SAMPLING = choices.SamplingDefaults()
@@ -28,6 +29,7 @@ _GENERATE_EXAMPLES = """examples:
   draft-video generate "a red ball bounces" --compare --sparsity 0.9
   draft-video generate "a green box turns" --dense --seed 7 --output outputs/box
   draft-video generate "a red ball bounces" --compare --cache easy:0.1,4
+  draft-video generate "a red ball bounces" --compare --speed fast
   draft-video generate "a cat" --size 192x128 --frames 33 --mask-refresh 4
   draft-video generate "a cat" --checkpoint DIR --size 720p --frames 81
   draft-video generate "it turns" --checkpoint DIR --image cat.jpg --size 480p
@@ -82,6 +84,15 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(self.prog, one_line(message))
 
 
+class _CommandParser(OneLineParser):
+    """The parser of all commands, after which no option of a model is left open."""
+
+    def parse_args(self, *args: Any, **options: Any) -> Any:
+        arguments = super().parse_args(*args, **options)
+        settle(arguments)
+        return arguments
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows defaults that say something, and examples as they were written."""
 
@@ -95,7 +106,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands; `command` is the name of the chosen one."""
-    parser = OneLineParser(
+    parser = _CommandParser(
         prog="draft-video",
         description="Generates videos with draft attention (block-sparse attention "
         "guided by a low-resolution draft) and shows what it skips.",
@@ -152,6 +163,7 @@ def _add_generate(commands: Any) -> None:
         help="run dense and sparse from the same noise and write both videos, side by "
         "side too, with PSNR, SSIM, times and kept shares",
     )
+    add_speed_option(parser)
     _add_sampling_options(parser)
     _add_guidance_batching(parser)
     add_draft_options(parser)

@@ -58,6 +58,7 @@ RUN_KEYS = {
 }
 DETAIL_KEYS = {
     "cache",
+    "speed",
     "mesh",
     "family",
     "method",

@@ -80,6 +80,7 @@ WITH_EFFECT = {
     "--embedded-guidance": ["6"],
     "--preset": ["published"],
     "--cache": ["easy"],
+    "--speed": ["fast"],
     "--cache-ratios": ["x"],
     "--text-encoder-2": ["x"],
     "--tokenizer-2": ["x"],
