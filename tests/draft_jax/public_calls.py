@@ -235,6 +235,16 @@ def rows(x: Inputs):
     )
 
 
+def query_map(x: Inputs):
+    out, q, scales = jax.tree.map(jnp.asarray, (x.v, x.q, x.scales))
+    batch, _, heads, dim = q.shape
+    matrix = jnp.broadcast_to(jnp.eye(dim), (batch, heads, dim, dim))
+    offset = jnp.broadcast_to(scales[0], (batch, heads, dim))
+    return pallas_kernels.unchecked_add_query_map(
+        out, q, matrix, offset, tokens=(1, q.shape[1] - 1)
+    )
+
+
 def prepare(x: Inputs):
     return draft_jax.norm_rope_pool(
         x.q,
@@ -371,6 +381,7 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "pallas_kernels.dense_attention": dense,
     "pallas_kernels.dense_attention gradient": lambda x: gradients(dense, x),
     "pallas_kernels.unchecked_row_attention": rows,
+    "pallas_kernels.unchecked_add_query_map": query_map,
     "pallas_kernels.ranking.pack": lambda x: ranking.pack(x.kept),
     "pallas_kernels.ranking.compress_rows": by_rows,
     "pallas_kernels.ranking.select_in_maps": lambda x: ranking.select_in_maps(

@@ -139,8 +139,9 @@ def test_derivatives_are_those_of_the_sum(monkeypatch):
 )
 def test_what_the_kernel_does_not_take(shape, dtype, cause):
     assert cause in why_not_in_kernel(shape, dtype, HOPPER)
+    arrays = map(jnp.asarray, random_arrays(shape, dtype))
     with pytest.raises(ValueError, match=cause):
-        kernel.add_query_map(*random_arrays(shape, dtype), tokens=(0, 8))
+        kernel.add_query_map(*arrays, tokens=(0, 8))
 
 
 @pytest.mark.parametrize("head_dim", kernel.HEAD_DIMS)
