@@ -236,12 +236,11 @@ def rows(x: Inputs):
 
 
 def query_map(x: Inputs):
-    out, q, scales = jax.tree.map(jnp.asarray, (x.v, x.q, x.scales))
-    batch, _, heads, dim = q.shape
-    matrix = jnp.broadcast_to(jnp.eye(dim), (batch, heads, dim, dim))
-    offset = jnp.broadcast_to(scales[0], (batch, heads, dim))
+    q, k, v = map(jnp.asarray, (x.q, x.k, x.v))
+    offset = k.mean(1)
+    matrix = jnp.einsum("bnd,bne->bnde", offset, v.mean(1))
     return pallas_kernels.unchecked_add_query_map(
-        out, q, matrix, offset, tokens=(1, q.shape[1] - 1)
+        v, q, matrix, offset, tokens=(1, q.shape[1] - 1)
     )
 
 
