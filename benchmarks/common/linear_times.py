@@ -10,6 +10,8 @@ a model; there, parts of that are fused with what lies around it. What a record 
   accumulation_error       to FP8's with full accumulation, which is asked for by
                            precision "highest"
   full_ms                  of a layer with that
+  int8_ms, int8_error      as of FP8, of a layer in int8, which models do not have: its
+                           rows are rounded evenly, up to 127
 """
 
 import statistics
@@ -26,6 +28,7 @@ from models.float8.product import compiler_options, scaled_product
 from models.float8.rows import ScaledRows, quantise_rows
 
 SECONDS = 0.5  # of all calls that are timed
+LARGEST_INT8 = 127
 
 Record = dict[str, Any]
 
@@ -72,11 +75,15 @@ def linear_time(rows: int, inner: int, columns: int) -> Record:
     record["full_ms"] = time_ms(lambda: full(x, narrow, bias))
     round_rows = jax.jit(quantise_rows)
     record["quantise_ms"] = time_ms(lambda: round_rows(x))
+    even = jax.jit(_int8_rows)(weight)
+    int8 = jax.jit(_in_int8, compiler_options=options)  # cuBLASLt's, too
+    record["int8_ms"] = time_ms(lambda: int8(x, even, bias))
     result = float8(x, narrow, bias)
     return record | {
         "speedup": record["bfloat16_ms"] / record["float8_ms"],
         "tflops": 2e-9 * rows * inner * columns / record["float8_ms"],
         "error": float(_distance(result, wide(x, kernel, bias))),
+        "int8_error": float(_distance(int8(x, even, bias), wide(x, kernel, bias))),
         "accumulation_error": float(_distance(result, full(x, narrow, bias))),
         "has_float8": "$f8" in _text(float8, x, narrow, bias),
         **state.summary,
@@ -91,6 +98,23 @@ def _with_full_accumulation(function: Callable) -> Callable:
             return function(x, narrow, bias)
 
     return call
+
+
+def _int8_rows(x):
+    """Returns rows in int8, and what each is multiplied by."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.abs(wide).max(-1) / LARGEST_INT8
+    return jnp.round(wide / scale[:, None]).astype(jnp.int8), scale
+
+
+def _in_int8(x, rows, bias):
+    values, scale = _int8_rows(x)
+    axes = (((1,), (1,)), ((), ()))
+    product = jax.lax.dot_general(
+        values, rows[0], axes, preferred_element_type=jnp.int32
+    )
+    total = product.astype(jnp.float32) * scale[:, None] * rows[1] + bias
+    return total.astype(x.dtype)
 
 
 def _text(jitted: Any, *arguments: Any) -> str:

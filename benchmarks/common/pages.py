@@ -15,7 +15,8 @@ def written(page: str, section: str) -> str:
 
 def commits_of(environments: Iterable[Mapping[str, Any]]) -> str:
     """Returns the commits that records were measured at."""
-    return " and ".join(dict.fromkeys(each["commit"] for each in environments))
+    *others, last = dict.fromkeys(each["commit"] for each in environments)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def where_measured(environments: Iterable[Mapping[str, Any]]) -> str:

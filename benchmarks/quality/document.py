@@ -93,7 +93,11 @@ def provenance(record: Mapping[str, Any], name: str) -> str:
     lines = [
         "## This run",
         "",
-        f"`benchmarks/results/{name}`, `{last['command']}`:",
+        f"`benchmarks/results/{name}`, by these commands:",
+        "",
+        "```sh",
+        *commands_of(record),
+        "```",
         "",
         f"- {record['device']}; {versions}; commit {commits}, {last['date'][:10]}.",
         f"- Model: {setup['checkpoint']}. {len(setup['reporting'])} reporting and "
@@ -106,9 +110,8 @@ def provenance(record: Mapping[str, Any], name: str) -> str:
     if whole is not record:
         lines.append(
             f"- Combinations and presets: {whole['setup']['sampling']['num_steps']} "
-            f"steps, at most {len(whole['setup']['reporting'])} prompts, "
-            f"`{whole['environments'][-1]['command']}`, commit "
-            f"{whole['environments'][-1]['commit']}."
+            f"steps, at most {len(whole['setup']['reporting'])} prompts, commit "
+            f"{commits_of(whole['environments'])}."
         )
     if missing:
         lines.append(f"- Not measured in it: {', '.join(missing)}.")
@@ -124,6 +127,12 @@ def provenance(record: Mapping[str, Any], name: str) -> str:
             "intervals are wide: a first look, not a verdict."
         )
     return "\n".join(lines)
+
+
+def commands_of(record: Mapping[str, Any]) -> list[str]:
+    """Returns the commands that a record is of, each once."""
+    environments = [*record["environments"], *whole_runs(record)["environments"]]
+    return list(dict.fromkeys(each["command"] for each in environments))
 
 
 def parts_measured(record: Mapping[str, Any]) -> set[str]:

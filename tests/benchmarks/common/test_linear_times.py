@@ -13,6 +13,8 @@ def test_records_say_times_and_errors(monkeypatch):
     assert record["speedup"] == record["bfloat16_ms"] / record["float8_ms"]
     # Both operands err by some 2.6 %.
     assert 0.01 < record["error"] < 0.06
+    # By half a step, at most 1 / 254 of the largest number of a row.
+    assert 0.003 < record["int8_error"] < 0.02
     assert record["accumulation_error"] == 0.0  # a CPU has one way to sum
     assert record["has_float8"] is False
 
