@@ -5,6 +5,7 @@ row t / 4 of them and the row 8 below, and of each GROUP of columns the pair t %
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,19 @@ WGMMA = plgpu.Layout.WGMMA
 WGMMA_ROW = plgpu.Layout.WGMMA.reduce(1)
 WGMMA_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 GROUP = 8  # columns that lie in one register of each thread, two to a thread
+
+
+def smem_transforms(*, in_boxes: bool = False) -> tuple[Any, ...]:
+    """Returns how 16-bit rows lie in shared memory: as a product reads them.
+
+    Args:
+      in_boxes: They are [rows, 8, channels], boxes of 8 rows of the product.
+    """
+    tiling = (1, 8, 64) if in_boxes else (8, 64)
+    return (
+        plgpu.TilingTransform(tiling),  # type: ignore[abstract]
+        plgpu.SwizzleTransform(128),  # type: ignore[abstract]
+    )
 
 
 @plgpu.inline_mgpu(

@@ -27,9 +27,9 @@ from pallas_kernels.attention.sm90.plan import (
     NUM_CONSUMERS,
     ROWS,
     Width,
-    smem_transforms,
 )
 from pallas_kernels.attention.sm90.row_copies import Rows, reciprocal_of
+from pallas_kernels.common.lanes import smem_transforms
 
 
 class RunAddresses(NamedTuple):

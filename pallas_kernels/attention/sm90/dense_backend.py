@@ -8,6 +8,7 @@ side by side, and joined by their log-sum-exp.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -61,13 +62,8 @@ def hopper_dense_attention(
     Returns:
       The output in q's dtype.
     """
-    masks = lengths is not None
-    if lengths is None:
-        lengths = jnp.full(q.shape[0], q.shape[1], jnp.int32)
-    run = functools.partial(
-        _run, scale=scale, masks=masks, masks_queries=masks, interpret=interpret
-    )
-    return sealed(fold_mapped_axes(run), q, k, v, lengths)[0]
+    run = functools.partial(_run, masks_queries=lengths is not None)
+    return _attend(run, q, k, v, lengths, scale=scale, interpret=interpret)
 
 
 def hopper_row_attention(
@@ -92,11 +88,16 @@ def hopper_row_attention(
     Returns:
       The output in the dtype of the rows.
     """
+    return _attend(_run_rows, rows, k, v, lengths, scale=scale, interpret=interpret)
+
+
+def _attend(run: Callable, q, k, v, lengths, **options):
+    """Runs a function as one operation; it is told whether there are lengths."""
     masks = lengths is not None
     if lengths is None:
-        lengths = jnp.full(rows.shape[0], k.shape[1], jnp.int32)
-    run = functools.partial(_run_rows, scale=scale, masks=masks, interpret=interpret)
-    return sealed(fold_mapped_axes(run), rows, k, v, lengths)[0]
+        lengths = jnp.full(k.shape[0], k.shape[1], jnp.int32)
+    run = functools.partial(run, masks=masks, **options)
+    return sealed(fold_mapped_axes(run), q, k, v, lengths)[0]
 
 
 def why_unsupported(

@@ -168,15 +168,6 @@ class Plan:
     means: MeanPlan | None = None  # behind the lists of rows that drop something
 
 
-def smem_transforms(*, in_boxes: bool = False) -> tuple[Any, ...]:
-    """Returns how tokens lie in shared memory: as wgmma reads them."""
-    tiling = (1, ALIGNMENT, 64) if in_boxes else (ALIGNMENT, 64)
-    return (
-        plgpu.TilingTransform(tiling),  # type: ignore[abstract]
-        plgpu.SwizzleTransform(128),  # type: ignore[abstract]
-    )
-
-
 def scratch_types(plan: Plan, dtype: jax.typing.DTypeLike) -> dict[str, Any]:
     """Returns the shared memory and barriers of one CTA."""
     slots, dim, copies = plan.config.num_slots, plan.head_dim, plan.copies

@@ -15,8 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm
 
-from pallas_kernels.attention.sm90.plan import smem_transforms
-from pallas_kernels.common.lanes import WGMMA
+from pallas_kernels.common.lanes import WGMMA, smem_transforms
 
 SWIZZLE = 128  # bytes
 STEP = 16  # keys of one instruction

@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.common.batching import fold_mapped_axes
-from pallas_kernels.common.lanes import ROWS, WGMMA, WGMMA_COLUMN
+from pallas_kernels.common.lanes import ROWS, WGMMA, WGMMA_COLUMN, smem_transforms
 from pallas_kernels.query_map.sm90 import emulated, instructions
 
 DTYPES = ("bfloat16", "float16")
@@ -88,11 +88,8 @@ def _run(out, q, matrix, offset, *, tokens: tuple[int, int], interpret):
     num_blocks = -(-num_tokens // ROWS)
 
     def smem(*shape: int) -> Any:
-        transforms = (
-            plgpu.TilingTransform((8, 64)),  # type: ignore[abstract]
-            plgpu.SwizzleTransform(128),  # type: ignore[abstract]
-        )
-        return plgpu.SMEM((*shape, head_dim), q.dtype, transforms=transforms)
+        size = (*shape, head_dim)
+        return plgpu.SMEM(size, q.dtype, transforms=smem_transforms())
 
     result = plgpu.kernel(
         functools.partial(

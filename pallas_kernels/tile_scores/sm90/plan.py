@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.lanes import ROWS
+from pallas_kernels.common.lanes import ROWS, smem_transforms
 
 NUM_CONSUMERS = 3
 PRODUCER = 3  # values of the "wg" axis: consumers 0 to 2, then the producer
@@ -80,14 +80,6 @@ class Plan:
         groups = -(-self.num_key_blocks // self.blocks_at_once)
         of_block = ROWS * KEYS // self.per_tile
         return self.num_ctas, NUM_CONSUMERS, groups * self.blocks_at_once, of_block
-
-
-def smem_transforms() -> tuple[Any, ...]:
-    """Returns how parts lie in shared memory: as wgmma reads them."""
-    return (
-        plgpu.TilingTransform((8, 64)),  # type: ignore[abstract]
-        plgpu.SwizzleTransform(128),  # type: ignore[abstract]
-    )
 
 
 def scratch_types(plan: Plan) -> dict[str, Any]:
