@@ -78,12 +78,12 @@ def linear_time(rows: int, inner: int, columns: int) -> Record:
     even = jax.jit(_int8_rows)(weight)
     int8 = jax.jit(_in_int8, compiler_options=options)  # cuBLASLt's, too
     record["int8_ms"] = time_ms(lambda: int8(x, even, bias))
-    result = float8(x, narrow, bias)
+    result, expected = float8(x, narrow, bias), wide(x, kernel, bias)
     return record | {
         "speedup": record["bfloat16_ms"] / record["float8_ms"],
         "tflops": 2e-9 * rows * inner * columns / record["float8_ms"],
-        "error": float(_distance(result, wide(x, kernel, bias))),
-        "int8_error": float(_distance(int8(x, even, bias), wide(x, kernel, bias))),
+        "error": float(_distance(result, expected)),
+        "int8_error": float(_distance(int8(x, even, bias), expected)),
         "accumulation_error": float(_distance(result, full(x, narrow, bias))),
         "has_float8": "$f8" in _text(float8, x, narrow, bias),
         **state.summary,

@@ -198,10 +198,11 @@ def measure_method(
       the mean over layers. And the kept pairs of the first clip and head,
       [layers, S, S].
     """
+    measure = errors_of_layer(config, grid)
     records, maps = [], np.zeros(0)
     for density in densities:
         budget = jnp.int32(static_budget(sparsity_of(density), grid, config))
-        found = look.call(name, errors_of_layer(config, grid), budget)
+        found = look.call(name, measure, budget)
         error, share, mask = map(np.asarray, found)  # of each layer
         kept = np.where(mask, masses, 0.0).sum((2, 3, 4)) / masses.sum((2, 3, 4))
         if density == map_density:

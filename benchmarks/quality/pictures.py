@@ -1,6 +1,5 @@
 """Pictures of `docs/quality.md`: fronts, strips of frames, and maps of kept blocks."""
 
-import dataclasses
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -142,10 +141,8 @@ def draw_combinations(path: Path, record: Mapping[str, Any]) -> None:
         for row in record["trials"]
         if row["part"] == "combinations"
     }
-    attention = {each: _attention_of(each) for each in points}
-    colours = {
-        name: f"C{i}" for i, name in enumerate(dict.fromkeys(attention.values()))
-    }
+    names = dict.fromkeys(each.attention_name for each in points)
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
     shapes = dict(
         zip(dict.fromkeys(each.cache for each in points), "osD^v", strict=False)
     )
@@ -154,7 +151,7 @@ def draw_combinations(path: Path, record: Mapping[str, Any]) -> None:
     front = pareto_front(list(points.values()))
     axes.plot(*zip(*front, strict=True), "-", color="0.7", zorder=1)
     for each, point in points.items():
-        colour = colours[attention[each]]
+        colour = colours[each.attention_name]
         face = colour if each.linears == "bfloat16" else "white"
         axes.scatter(
             *point, s=26, marker=shapes[each.cache], facecolor=face, edgecolor=colour
@@ -181,12 +178,6 @@ def draw_combinations(path: Path, record: Mapping[str, Any]) -> None:
     axes.set_ylabel("PSNR to the dense video, dB")
     axes.grid(alpha=0.3)
     figure.savefig(path)
-
-
-def _attention_of(combination: Combination) -> str:
-    """Returns the name of a combination's attention alone."""
-    alone = dataclasses.replace(combination, cache=None, linears="bfloat16")
-    return alone.name.removesuffix(" + bfloat16")
 
 
 def draw_strips(

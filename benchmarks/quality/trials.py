@@ -221,16 +221,20 @@ class Combination:
     linears: Linears = "bfloat16"
 
     @property
+    def attention_name(self) -> str:
+        """Tells its attention from others."""
+        if self.method is None:
+            return "dense"
+        name = f"{self.method} {self.sparsity:g}"
+        if self.dense_fraction != DENSE_FRACTION:
+            name += f" after {self.dense_fraction:g}"
+        return name
+
+    @property
     def name(self) -> str:
         """Tells it from all others."""
-        attention = "dense"
-        if self.method is not None:
-            attention = f"{self.method} {self.sparsity:g}"
-            if self.dense_fraction != DENSE_FRACTION:
-                attention += f" after {self.dense_fraction:g}"
-        return " + ".join(
-            (attention, *([self.cache] if self.cache else []), self.linears)
-        )
+        cache = [self.cache] if self.cache else []
+        return " + ".join((self.attention_name, *cache, self.linears))
 
     def trial(self, part: Part) -> Trial:
         """Returns the trial that measures it."""
