@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     records = [json.loads((folder / RECORD).read_text()) for folder in options.folders]
     if options.times is not None:
-        for record in records:
-            record["times"] = json.loads(options.times.read_text())
+        times = json.loads(options.times.read_text())
+        records = [record | {"times": times} for record in records]
     merged = merge(records, list(map(str, options.folders)))
     options.output.mkdir(parents=True, exist_ok=True)
     for folder in reversed(options.folders):  # the first one's pictures stay
