@@ -124,6 +124,7 @@ def make_sampler(problem: Problem, modes: Sequence[Mode]) -> Sampler:
         solver=problem.make_solver(len(modes)),
         attention=attention,
         guidance_batching=problem.guidance_batching,
+        weight_only_steps=0,  # steps of a mode are alike
     )
     if sampler.plan is None:
         return sampler

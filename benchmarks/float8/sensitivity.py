@@ -13,8 +13,9 @@ in both precisions. What a record says; errors are relative, in the L2 norm:
                 the wide model's own input; `update`, that error over what the block
                 adds; `accumulated`, the error of the stream with all blocks in FP8
   only          error of the velocity at the middle level with one kind of layer in FP8
-  videos        PSNR against the wide dense video, by prompt: FP8 alone, sparsity
-                alone (dense for a quarter of the steps, as in the paper), and both
+  videos        PSNR against the wide dense video, by prompt: FP8 alone, also with the
+                last step's activations in FP8 as the others' are; sparsity alone (dense
+                for a quarter of the steps, as in the paper); and both
 """
 
 import argparse
@@ -220,6 +221,11 @@ def measure_videos(
     found: Record = {}
     for name, one, attention in (
         ("float8", in_fp8, AttentionPlan.dense()),
+        (
+            "float8_in_the_last_step_too",
+            dataclasses.replace(in_fp8, weight_only_steps=0),
+            AttentionPlan.dense(),
+        ),
         (f"sparsity_{SPARSITY}", pipeline, sparse),
         (f"float8_and_sparsity_{SPARSITY}", in_fp8, sparse),
     ):

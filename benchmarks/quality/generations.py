@@ -192,9 +192,12 @@ class Generations:
             experts=work.pipeline.experts,
             low_guidance=self.sampling.low_guidance,
             boundary=self.sampling.boundary,
+            weight_only_steps=work.pipeline.weight_only_steps,
         )
-        steps = range(work.first_step, self.sampling.num_steps)
-        kinds: list[Program] = [sampler.kind(index) for index in steps]
+        kinds: list[Program] = [
+            sampler.program(index, skip=False, owes_masks=False)[0]
+            for index in range(work.first_step, self.sampling.num_steps)
+        ]
         if work.cache is not None:  # whichever steps its constants skip
             kinds += [SKIPPED, *sampler.kinds]
         kinds = list(dict.fromkeys(kinds))

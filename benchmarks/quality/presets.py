@@ -30,6 +30,8 @@ class StepTimes:
       dense: Dense steps by the precision of linear layers.
       sparse: Sparse steps by method and sparsity, in FP8.
       saved: What FP8 saves in a sparse step.
+      last: What the last computed step takes longer in FP8 than others of its kind: its
+        activations are not rounded.
       skipped: A step that a cache skips.
     """
 
@@ -37,6 +39,7 @@ class StepTimes:
     dense: Mapping[str, float]
     sparse: Mapping[tuple[str, float], float]
     saved: float
+    last: float
     skipped: float
 
     @classmethod
@@ -69,6 +72,7 @@ class StepTimes:
                 },
             },
             saved=wide - steps["sparse"],
+            last=steps["last"] - steps["sparse"],
             skipped=steps["skipped"],
         )
 
@@ -77,6 +81,7 @@ class StepTimes:
         chosen, steps = combination_of(row["name"]), row["steps"]
         time_ms = steps["dense"] * self.dense[chosen.linears]
         time_ms += steps["skipped"] * self.skipped
+        time_ms += self.last if chosen.linears == "float8" else 0.0
         if chosen.method is not None and chosen.sparsity is not None:
             one = self.sparse[chosen.method, chosen.sparsity]
             one += self.saved if chosen.linears == "bfloat16" else 0.0

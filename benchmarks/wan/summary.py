@@ -156,7 +156,7 @@ def _video_seconds(parts: Record) -> dict[str, float]:
         found["video_speedup_over_cudnn"] = video["seconds"]
         default = parts.get("default", {}).get("modes", {}).get("0.9")
         if default is not None:
-            sparse = video["work_per_step"].count("sparse")
+            sparse = sum(work in ("sparse", "last") for work in video["work_per_step"])
             more_ms = default["median_ms"] - video["median_ms"]["sparse"]
             found["video_default_90"] = video["seconds"] + sparse * more_ms / 1e3
     if "seconds" in (published := parts.get("published", {})):

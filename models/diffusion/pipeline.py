@@ -41,6 +41,7 @@ from models.diffusion.sampler import (
     SamplerState,
     StepInputs,
     StepRecorder,
+    check_weight_only_steps,
 )
 from models.diffusion.sampling import Sampling
 from models.diffusion.seeds import items_of_seeds, join_results
@@ -82,10 +83,13 @@ class VideoPipeline:
       experts: Two transformers that take turns by the noise level; `model` is theirs.
       mesh: Devices that share the work of the transformer; None for one. `model` is a
         `ShardedTransformer` then. Encoders and codec run on one device.
+      weight_only_steps: Last computed steps of a run in which linear layers in FP8
+        round no inputs; see `Sampler`.
 
     Raises:
-      ValueError: The mesh does not fit the devices or the model's heads, or there are
-        two transformers of which one waits in the host's memory.
+      ValueError: The mesh does not fit the devices or the model's heads, there are two
+        transformers of which one waits in the host's memory, or weight_only_steps is
+        not an integer >= 0.
     """
 
     model: VideoModel
@@ -96,11 +100,13 @@ class VideoPipeline:
     fps: float = 12.0
     experts: Experts | None = None
     mesh: DeviceMesh | None = None
+    weight_only_steps: int = 1
     _compiled: dict = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
+        check_weight_only_steps(self.weight_only_steps)
         mesh = self.mesh
         if mesh is None:
             return
@@ -365,6 +371,7 @@ class VideoPipeline:
             experts=self.experts,
             low_guidance=sampling.low_guidance,
             boundary=sampling.boundary,
+            weight_only_steps=self.weight_only_steps,
         )
         batch = len(context.lengths) // (2 if sampling.guided else 1)
         inputs = StepInputs(

@@ -26,6 +26,7 @@ class StepReport:
       kept_density: Share of token pairs each layer computed: 1.0 where dense, and 0.0
         where a cache skipped the step.
       work: How the step was computed.
+      weight_only: Whether linear layers in FP8 rounded no inputs; see `Sampler`.
       time_left_ms: Time that the steps left take, if each takes as long as those of
         its kind before; of a kind that was not run yet, as long as all before.
       estimate: The clean latents as the step predicts them, on the device, up to the
@@ -39,6 +40,7 @@ class StepReport:
     time_ms: float
     kept_density: Float[np.ndarray, " layers"]
     work: StepWork = "dense"
+    weight_only: bool = False
     time_left_ms: float = 0.0
     estimate: Float[Array, "B F H W C"] | None = None
 

@@ -35,10 +35,12 @@ from models.diffusion.step_programs import (
     SamplerState,
     StepInputs,
     StepNumbers,
+    WeightOnly,
     place_cache,
     place_state,
     run_program,
 )
+from models.diffusion.transformer.float8 import has_float8_linears
 from models.diffusion.transformer.sharded import ShardedTransformer
 from models.float8.product import compiler_options
 
@@ -64,9 +66,14 @@ class Sampler:
       low_guidance: Guidance of the steps of the expert for low noise; None for that of
         the inputs.
       boundary: Least timestep of the expert for high noise; None for the experts' own.
+      weight_only_steps: Last computed steps in which linear layers in FP8 round no
+        inputs, so that their weights alone are in FP8. Such a step takes as long as in
+        the model's dtype. Of all that rounding moves a video by, most is of the last
+        step, whose errors no other step mends: one is enough.
 
     Raises:
-      ValueError: There is no such batching, or the model cannot have the cache.
+      ValueError: There is no such batching, the model cannot have the cache, or
+        weight_only_steps is not an integer >= 0.
     """
 
     model: VideoModel
@@ -79,8 +86,10 @@ class Sampler:
     experts: Experts | None = None
     low_guidance: float | None = None
     boundary: float | None = None
+    weight_only_steps: int = 1
 
     def __post_init__(self) -> None:
+        check_weight_only_steps(self.weight_only_steps)
         if self.guidance_batching not in get_args(GuidanceBatching):
             raise ValueError(
                 f"guidance_batching={self.guidance_batching!r} must be one of "
@@ -103,6 +112,7 @@ class Sampler:
         experts: Experts | None = None,
         low_guidance: float | None = None,
         boundary: float | None = None,
+        weight_only_steps: int = 1,
     ) -> "Sampler":
         """Works the schedule out for a model and a size.
 
@@ -119,6 +129,8 @@ class Sampler:
           low_guidance: Guidance of the expert for low noise.
           boundary: Least timestep of the expert for high noise; None for the experts'
             own.
+          weight_only_steps: Last computed steps in which linear layers in FP8 round no
+            inputs.
 
         Raises:
           ValueError: The schedule or the latent's shape does not fit the model, or
@@ -145,6 +157,7 @@ class Sampler:
             experts=experts,
             low_guidance=low_guidance,
             boundary=boundary,
+            weight_only_steps=weight_only_steps,
         )
 
     @functools.cached_property
@@ -234,6 +247,14 @@ class Sampler:
             return np.zeros(num_steps, np.bool_)
         return self.cache.skippable(num_steps, self.expert_starts)
 
+    @functools.cached_property
+    def weight_only(self) -> Bool[np.ndarray, " steps"]:
+        """Which steps run with weights alone in FP8: none of a model without FP8."""
+        found = np.zeros(self.solver.num_steps, np.bool_)
+        if self.weight_only_steps and has_float8_linears(self.model):
+            found[np.flatnonzero(~self.skippable)[-self.weight_only_steps :]] = True
+        return found
+
     def program(
         self, index: int, *, skip: bool, owes_masks: bool
     ) -> tuple[Program, bool]:
@@ -251,15 +272,16 @@ class Sampler:
           The program, and whether masks are owed after the step.
         """
         kind = self.kind(index)
+        computed = WeightOnly if self.weight_only[index] else lambda kind: kind
         if kind is None:
-            return (SKIPPED if skip else None), False
+            return (SKIPPED if skip else computed(None)), False
         # Masks of one transformer say nothing about another.
         owes_masks = owes_masks or kind.refresh or index in self.expert_starts[1:]
         if skip:
             return SKIPPED, owes_masks
         if all(kind.dense):
-            return kind, owes_masks
-        return dataclasses.replace(kind, refresh=owes_masks), False
+            return computed(kind), owes_masks
+        return computed(dataclasses.replace(kind, refresh=owes_masks)), False
 
     @property
     def kinds(self) -> list[Program]:
@@ -367,6 +389,7 @@ class Sampler:
             time_ms=time_ms,
             kept_density=np.asarray(arrays.kept_density),
             work=_work(program),
+            weight_only=isinstance(program, WeightOnly),
             estimate=on_one_device(arrays.estimate),
         )
 
@@ -471,8 +494,15 @@ def _work(program: Program) -> StepWork:
     """Returns how a step is computed, as its report says it."""
     if program == SKIPPED:
         return "skipped"
-    dense = not isinstance(program, StepKind) or all(program.dense)
+    kind = program.kind if isinstance(program, WeightOnly) else program
+    dense = not isinstance(kind, StepKind) or all(kind.dense)
     return "dense" if dense else "sparse"
+
+
+def check_weight_only_steps(steps: object) -> None:
+    """Raises ValueError unless a number of steps is an integer of at least 0."""
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise ValueError(f"weight_only_steps={steps!r} must be an integer >= 0")
 
 
 @runtime_checkable

@@ -19,11 +19,21 @@ from draft_jax.pytree import register_named_tuple
 from models.diffusion.caches import CacheState, StepCache
 from models.diffusion.interfaces import ImageCondition, TextContext, VideoModel
 from models.diffusion.schedulers import MAX_TIMESTEP, Solver
+from models.diffusion.transformer.float8 import weight_only
 from models.diffusion.transformer.sharded import ShardedTransformer
 
-# Which program a step needs: that of a kind, of dense attention, or of skipped steps.
-Program = StepKind | Literal["skipped"] | None
 SKIPPED: Literal["skipped"] = "skipped"
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightOnly:
+    """The program of steps of a kind in which linear layers round no inputs to FP8."""
+
+    kind: StepKind | None
+
+
+# Which program a step needs: that of a kind, of dense attention, or of skipped steps.
+Program = StepKind | WeightOnly | Literal["skipped"] | None
 
 
 @register_named_tuple
@@ -110,8 +120,11 @@ class ProgramParts:
         )
         return jitted.lower(*arguments)
 
-    def _computed_step(self, kind: StepKind | None) -> Callable:
-        structure, _ = nnx.split(self.model)
+    def _computed_step(self, program: StepKind | WeightOnly | None) -> Callable:
+        whole: Any = self.model
+        if isinstance(program, WeightOnly):
+            whole, program = weight_only(whole), program.kind
+        kind, structure = program, nnx.graphdef(whole)
 
         def step_fn(parameters, state, inputs, numbers):
             model: Any = nnx.merge(structure, parameters)

@@ -13,6 +13,9 @@ checkpoints store them, and nothing is transposed.
 On a CPU the same numbers are multiplied in float32, which is slow. So the operands are
 the same bits everywhere, and results differ by how sums are rounded.
 
+A product may be of weights in FP8 alone ("weight-only"): activations keep the dtype of
+the output, and weights are widened to it, which changes none of them.
+
 A gradient passes as if nothing were rounded ("straight through"). It is that of the
 inputs and of the bias; weights in FP8 have none.
 """
@@ -223,13 +226,14 @@ def unfinished_product(
     bias: Float[Array | np.ndarray, " out"] | None = None,
     *,
     dtype: str,
+    weight_only: bool = False,
 ) -> Product:
     """Multiplies activations with a weight in FP8, for a reader that finishes it.
 
     Takes and raises what `scaled_product` does.
     """
-    _check([part], weight)
-    values, scale = _multiply_part(part, weight.values, dtype)
+    _check([part], weight, weight_only)
+    values, scale = _multiply_part(part, weight.values, dtype, weight_only)
     return Product(values, scale, weight.scale, bias)
 
 
@@ -239,6 +243,7 @@ def scaled_product(
     bias: Float[Array | np.ndarray, " out"] | None = None,
     *,
     dtype: str,
+    weight_only: bool = False,
 ) -> Float[Array, "*rows out"]:
     """Multiplies activations with a weight in FP8; adds a bias.
 
@@ -248,29 +253,39 @@ def scaled_product(
       weight: Rows are output channels, [out, in].
       bias: Is added in float32.
       dtype: Of the result. The product has it, too, before it is scaled.
+      weight_only: Whether activations are not rounded to FP8, but to `dtype`.
 
     Returns:
       The result in `dtype`.
 
     Raises:
       TypeError: A gradient of the weight is asked for.
-      ValueError: The device has no products in FP8, or widths do not fit.
+      ValueError: The device has no products in FP8, widths do not fit, or a part is in
+        FP8 where only the weight may be.
     """
     if len(parts) == 1:
-        return unfinished_product(parts[0], weight, bias, dtype=dtype).finished()
-    _check(parts, weight)
+        return unfinished_product(
+            parts[0], weight, bias, dtype=dtype, weight_only=weight_only
+        ).finished()
+    _check(parts, weight, weight_only)
     start, total = 0, None
     for part in parts:
         stop = start + part.shape[-1]
-        product, scale = _multiply_part(part, weight.values[:, start:stop], dtype)
-        scaled = product.astype(jnp.float32) * scale[..., None]
+        values = weight.values[:, start:stop]
+        product, scale = _multiply_part(part, values, dtype, weight_only)
+        scaled = Product(product, rows=scale).float32()
         start, total = stop, scaled if total is None else total + scaled
     assert total is not None, "checked"
     total = total * weight.scale
     return (total if bias is None else total + _float32(bias)).astype(dtype)
 
 
-def _check(parts: Sequence[Part], weight: ScaledRows) -> None:
+def _check(parts: Sequence[Part], weight: ScaledRows, weight_only: bool) -> None:
+    if weight_only and any(isinstance(part, Rounded) for part in parts):
+        raise ValueError(
+            "parts are in FP8 already; expected arrays, for weight_only=True rounds no "
+            "activations"
+        )
     arrays = [p.rows.values if isinstance(p, Rounded) else p for p in parts]
     if reason := why_no_float8(current_device(*arrays)):
         raise ValueError(f"{reason}; choose linears='bfloat16'")
@@ -308,12 +323,19 @@ def _of_items(size: tuple[int, int], *arrays: Array | None) -> Any:
     return [None if x is None else jnp.broadcast_to(x[:, 0], size) for x in arrays]
 
 
-def _multiply_part(part: Part, values: Array, dtype: str) -> tuple[Array, Array]:
+def _multiply_part(
+    part: Part, values: Array, dtype: str, weight_only: bool
+) -> tuple[Array, Array | None]:
     """Returns the product without scales, and scales of rows; rounds what is not."""
+    if weight_only:
+        assert not isinstance(part, Rounded), "checked"
+        x = jnp.asarray(part)
+        rows = jax.lax.stop_gradient(x.astype(dtype))
+        return _product(_float32, dtype, rows, None, x, values), None
     if not isinstance(part, Rounded):
         part = rounded(part)
-    product = _product(part.make, dtype, part.rows, part.arrays, values)
-    return product, part.rows.scale
+    rows, scale = part.rows
+    return _product(part.make, dtype, rows, scale, part.arrays, values), scale
 
 
 def _float32(x):
@@ -344,18 +366,20 @@ _known_sum.defvjp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(make, dtype, rows, arrays, values):
+def _product(make, dtype, rows, scale, arrays, values):
     """Returns rows times values, without scales.
 
-    Rows are what `make` makes of arrays, rounded: nothing here reads the arrays.
+    Rows are what `make` makes of arrays, over a scale of each row or None, rounded:
+    nothing here reads the arrays.
     """
-    del make, arrays
-    return _multiply(rows.values, values, jnp.dtype(dtype))
+    del make, scale, arrays
+    return _multiply(rows, values, jnp.dtype(dtype))
 
 
 def _multiply(rows, columns, dtype):
     """Returns rows times columns, both with the inner axis last, in `dtype`."""
     precision, sums = None, dtype
+    columns = columns.astype(rows.dtype)  # wider, if weights alone are in FP8
     if current_device(rows).platform == "cpu":
         rows, columns = (x.astype(jnp.float32) for x in (rows, columns))
         precision, sums = jax.lax.Precision.HIGHEST, jnp.float32
@@ -366,15 +390,15 @@ def _multiply(rows, columns, dtype):
     return product.astype(dtype)
 
 
-def _forward(make, dtype, rows, arrays, values):
+def _forward(make, dtype, rows, scale, arrays, values):
     if values.perturbed:
         raise TypeError(
             "weights in FP8 have no gradient; train with linears='bfloat16', and "
             "round afterwards"
         )
-    rows, arrays = jax.tree.map(lambda primal: primal.value, (rows, arrays))
-    product = _product(make, dtype, rows, arrays, values.value)
-    return product, (rows.scale, arrays, values.value)
+    rows, scale, arrays = jax.tree.map(lambda p: p.value, (rows, scale, arrays))
+    product = _product(make, dtype, rows, scale, arrays, values.value)
+    return product, (scale, arrays, values.value)
 
 
 def _backward(make, dtype, saved, cotangent):
@@ -382,10 +406,12 @@ def _backward(make, dtype, saved, cotangent):
     del dtype
     scale, arrays, values = saved
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return None, jax.tree.map(jnp.zeros_like, arrays), None
-    of_rows = _float32(cotangent) / scale[..., None] @ _float32(values)
-    (of_arrays,) = jax.vjp(make, arrays)[1](of_rows)
-    return None, of_arrays, None
+        return None, None, jax.tree.map(jnp.zeros_like, arrays), None
+    of_product = _float32(cotangent)
+    if scale is not None:
+        of_product /= scale[..., None]
+    (of_arrays,) = jax.vjp(make, arrays)[1](of_product @ _float32(values))
+    return None, None, of_arrays, None
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)

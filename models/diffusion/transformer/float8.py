@@ -6,6 +6,7 @@ first and last layers stay as they are: they are few, and errors in them reach a
 """
 
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -29,6 +30,7 @@ class Float8Linear(nnx.Module):
       weight_scale: One for each output channel, float32.
       bias: Added in float32; None without.
       dtype: Of the output.
+      weight_only: Whether the weight alone is in FP8: inputs are rounded to `dtype`.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Float8Linear(nnx.Module):
         self.weight_scale = nnx.Param(rows.scale)
         self.bias = None if bias is None else nnx.Param(bias)
         self.dtype = dtype
+        self.weight_only = False
 
     @classmethod
     def of(cls, layer: nnx.Linear) -> "Float8Linear":
@@ -50,18 +53,30 @@ class Float8Linear(nnx.Module):
         self, *parts: Float[Array, "*axes _"] | Rounded
     ) -> Float[Array, "*axes O"]:
         """Applies the layer to the last axis; see `scaled_product` for several."""
-        return scaled_product(parts, self._rows, self._bias, dtype=self.dtype)
+        return scaled_product(
+            parts,
+            self._rows,
+            self._bias,
+            dtype=self.dtype,
+            weight_only=self.weight_only,
+        )
 
     def unfinished(self, x: Float[Array, "*axes I"] | Rounded) -> Product:
         """Applies the layer but for scales and bias, which its reader applies."""
-        return unfinished_product(x, self._rows, self._bias, dtype=self.dtype)
+        return unfinished_product(
+            x,
+            self._rows,
+            self._bias,
+            dtype=self.dtype,
+            weight_only=self.weight_only,
+        )
 
     def before(
         self,
         activation: Callable[[Array], Array],
         x: Float[Array, "*axes I"] | Rounded,
     ) -> Rounded:
-        """Applies the layer, and then an activation, for another `Float8Linear`."""
+        """Applies the layer, and then an activation, for a layer that rounds inputs."""
         return rounded_activation(
             x, self._rows, self._bias, activation, dtype=self.dtype
         )
@@ -94,6 +109,29 @@ def use_float8_linears(model: nnx.Module, *, leave: Collection[str]) -> None:
             setattr(parent, name, Float8Linear.of(getattr(parent, name)))
     if unused := sorted(set(leave) - used):
         raise ValueError(f"leave={unused} lead to no linear layer of the model")
+
+
+def rounds_inputs(layer: nnx.Module) -> bool:
+    """Returns whether a layer rounds its inputs to FP8."""
+    return isinstance(layer, Float8Linear) and not layer.weight_only
+
+
+def has_float8_linears(model: Any) -> bool:
+    """Returns whether a model has layers in FP8."""
+    return any(isinstance(layer, Float8Linear) for _, layer in nnx.iter_modules(model))
+
+
+def weight_only(model: nnx.Module) -> nnx.Module:
+    """Returns a model of the same arrays whose weights alone are in FP8.
+
+    Products take as long as in `dtype`, and the error is that of the weights. A model
+    without layers in FP8 comes back as it is.
+    """
+    copy = nnx.merge(*nnx.split(model))
+    for _, layer in nnx.iter_modules(copy):
+        if isinstance(layer, Float8Linear):
+            layer.weight_only = True
+    return copy
 
 
 def _linears(module: nnx.Module, prefix: str) -> Iterator[tuple[nnx.Module, str, str]]:

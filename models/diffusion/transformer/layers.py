@@ -13,7 +13,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from models.diffusion.transformer.float8 import Float8Linear
+from models.diffusion.transformer.float8 import Float8Linear, rounds_inputs
 from models.float8.product import (
     Rounded,
     add_gated,
@@ -105,7 +105,7 @@ def activate(
 ) -> Float[Array, "*axes H"] | Rounded:
     """Applies a layer and then an activation, for the layer that it stands before."""
     if isinstance(layer, Float8Linear):
-        if isinstance(before, Float8Linear):
+        if rounds_inputs(layer) and rounds_inputs(before):
             return layer.before(activation, x)
         return activation(layer(x))
     assert not isinstance(x, Rounded), "see `modulated_norm`"
@@ -145,7 +145,7 @@ def modulated_norm(
       eps: Added to the variance.
       before: A layer that reads the result. Those that do are alike in precision.
     """
-    if isinstance(before, Float8Linear):
+    if rounds_inputs(before):
         return rounded_norm(x, factor, shift, eps=eps)
 
     # A backward pass reads the stream instead of what is normalised.
@@ -180,7 +180,7 @@ def sum_and_norm(
     Returns:
       The sum in the dtype of x, and what is normed.
     """
-    if isinstance(before, Float8Linear):
+    if rounds_inputs(before):
         return rounded_sum_norm(x, product, gate, factor, shift, eps=eps)
     total = add_gated(x, product, gate)
     return total, modulated_norm(total, factor, shift, eps=eps, before=before)
@@ -190,7 +190,7 @@ def shared_input(
     x: Float[Array, "B T E"], *, before: nnx.Linear | Float8Linear
 ) -> Activations:
     """Returns the input of several layers: in FP8 it is rounded once for all."""
-    return rounded(x) if isinstance(before, Float8Linear) else x.astype(before.dtype)
+    return rounded(x) if rounds_inputs(before) else x.astype(before.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -26,7 +26,7 @@ PARTS = {
         "peak_gb": 30.0,
         "after_steps": {"peak_gb": 29.5},
         "median_ms": {"sparse": 500.0},
-        "work_per_step": ["dense", *["sparse"] * 10],
+        "work_per_step": ["dense", *["sparse"] * 9, "last"],
     },
     "published": {"seconds": 25.0},
     "cudnn": {"median_ms": 2000.0},
@@ -113,7 +113,7 @@ def test_short_parts_of_a_tiny_model_are_measured(tmp_path):
     assert 0 < parts["look"]["seconds"] < parts["look"]["first_s"]
     for name in SHORT[1:]:
         record = parts[name]
-        assert record["work_per_step"] == ["sparse"] * 3
+        assert record["work_per_step"] == ["sparse", "sparse", "last"]
         assert record["finite"]
         assert record["decode_s"] > 0 < record["mp4_s"]
     assert parts["image"]["encode_s"] > 0
@@ -131,7 +131,8 @@ def test_every_part_of_a_tiny_model_is_measured(tmp_path):
     assert video["finite"]
     assert not video["stopped"]
     assert video["work_per_step"][0] == "dense"
-    assert set(video["work_per_step"]) == {"dense", "sparse", "skipped"}
+    assert set(video["work_per_step"]) == {"dense", "sparse", "skipped", "last"}
+    assert video["work_per_step"].count("last") == 1
     assert video["seconds"] == pytest.approx(
         video["steps_s"] + video["decode_s"] + video["other_s"]
     )
@@ -141,6 +142,7 @@ def test_every_part_of_a_tiny_model_is_measured(tmp_path):
     # One of three layers is dense in a sparse step of the published rule.
     sparse = (median["dense"] + 2 * median["sparse"]) / 3
     steps_ms = np.dot(counts, [median["dense"], sparse, median["skipped"]])
+    steps_ms += median["last"] - median["sparse"]
     expected = steps_ms / 1e3 + video["decode_s"] + video["other_s"]
     assert published["seconds"] == pytest.approx(expected)
     # A CPU has neither a profile nor an account of its memory.

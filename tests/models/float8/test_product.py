@@ -70,6 +70,32 @@ def test_products_match_float64(dtype, widths):
     assert error < FLOAT8_PRODUCT[dtype]
 
 
+@pytest.mark.parametrize("widths", [(48,), (20, 28)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weight_only_products_match_float64(dtype, widths):
+    """Activations are rounded to the dtype alone."""
+    x, weight, bias = make_problem(np.dtype(dtype))
+    parts = np.split(x, np.cumsum(widths)[:-1], axis=-1)
+    got = scaled_product(
+        [jnp.asarray(part) for part in parts],
+        quantise_rows(jnp.asarray(weight)),
+        jnp.asarray(bias),
+        dtype=dtype,
+        weight_only=True,
+    )
+    assert got.dtype == dtype
+    expected = x.astype(np.float64) @ numpy_round(weight).T + bias
+    error = relative(np.asarray(got, np.float64), expected)
+    assert error < FLOAT8_PRODUCT[dtype]
+
+
+def test_weight_only_products_take_nothing_rounded():
+    x, weight, _ = make_problem()
+    rows = quantise_rows(jnp.asarray(weight))
+    with pytest.raises(ValueError, match="parts are in FP8 already; expected arrays"):
+        scaled_product((rounded(x),), rows, dtype="float32", weight_only=True)
+
+
 def test_parts_are_rounded_by_themselves():
     """A part of small values keeps its precision beside one of large values."""
     x, weight, _ = make_problem()
@@ -136,14 +162,21 @@ def test_gradients_of_networks_are_those_of_their_parts():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("weight_only", [False, True])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_gradients_pass_as_if_nothing_were_rounded(has_bias):
+def test_gradients_pass_as_if_nothing_were_rounded(has_bias, weight_only):
     x, weight, bias = make_problem()
     rows = quantise_rows(jnp.asarray(weight))
     pulled = np.random.default_rng(1).normal(size=(2, 5, 20)).astype(np.float32)
 
     def loss(x, bias):
-        out = scaled_product((x,), rows, bias if has_bias else None, dtype="float32")
+        out = scaled_product(
+            (x,),
+            rows,
+            bias if has_bias else None,
+            dtype="float32",
+            weight_only=weight_only,
+        )
         return (out * pulled).sum()
 
     of_x, of_bias = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, bias)
@@ -173,13 +206,17 @@ def test_gradients_pass_through_scans_and_checkpoints():
         )
 
 
-def test_weights_in_fp8_have_no_gradient():
+@pytest.mark.parametrize("weight_only", [False, True])
+def test_weights_in_fp8_have_no_gradient(weight_only):
     x, weight, _ = make_problem()
     rows = quantise_rows(jnp.asarray(weight))
 
     def loss(values):
         return scaled_product(
-            (x,), ScaledRows(values, rows.scale), dtype="float32"
+            (x,),
+            ScaledRows(values, rows.scale),
+            dtype="float32",
+            weight_only=weight_only,
         ).sum()
 
     with pytest.raises(TypeError, match="no gradient; train with linears='bfloat16'"):

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.diffusion.transformer.float8 import Float8Linear, use_float8_linears
+from models.diffusion.transformer.float8 import (
+    Float8Linear,
+    use_float8_linears,
+    weight_only,
+)
 from models.diffusion.transformer.layers import MLP
 from models.float8 import product
 from models.float8.rows import FLOAT8, ScaledRows, widen_rows
@@ -177,6 +181,33 @@ def test_steps_are_near_those_in_full_precision(family, measured):
     # Rounding to three bits of fraction errs by 2.6 % (uniform: 2^-4 / sqrt(3) of
     # values spread over a power of two); some of it is averaged out.
     assert 1e-4 < error < 0.05
+
+
+def widened(family):
+    """The wide model with the weights that the one in FP8 stands for."""
+    wide, narrow = (make(family, linears) for linears in ("bfloat16", "float8"))
+    wide, rounded = nnx.merge(*nnx.split(wide)), flat_state(narrow)
+    for path, leaf in nnx.to_flat_state(nnx.state(wide)):
+        name = ".".join(map(str, path)).removesuffix(".kernel")
+        if f"{name}.weight_scale" in rounded:
+            rows = ScaledRows(
+                rounded[f"{name}.weight"], rounded[f"{name}.weight_scale"]
+            )
+            leaf[...] = jnp.swapaxes(widen_rows(rows), -1, -2)
+    return wide
+
+
+@pytest.mark.parametrize(
+    "family", ["wan", pytest.param("hunyuan", marks=pytest.mark.nightly)]
+)
+def test_weight_only_models_are_wide_ones_of_the_same_weights(family):
+    narrow, inputs = make(family, "float8"), make_inputs(family)
+    expected, got = run(widened(family), inputs), run(weight_only(narrow), inputs)
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * scale)
+    # The model itself still rounds its inputs.
+    far = run(narrow, inputs) - expected
+    assert float(jnp.abs(far).max()) > 1e-3 * scale
 
 
 @pytest.mark.nightly
