@@ -83,7 +83,8 @@ def test_a_map_of_queries_is_added(num_tokens, head_dim, dtype):
     matrix = rng.normal(size=(2, 3, head_dim, head_dim)) / head_dim**0.5
     matrix = np.asarray(jnp.asarray(matrix, dtype).astype(jnp.float32))
     offset = rng.normal(size=(2, 3, head_dim)).astype(np.float32)
-    got = unchecked_add_query_map(out, q, matrix, offset, tokens=tokens)
+    fit = jnp.asarray(matrix), jnp.asarray(offset)
+    got = unchecked_add_query_map(out, q, *fit, tokens=tokens)
     want = np.asarray(out, np.float64)
     own = slice(*tokens)
     moved = np.einsum("btnd,bnde->btne", np.asarray(q, np.float64), matrix)

@@ -1,5 +1,7 @@
 """Presets of a record that is made up, so that each is known."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks.quality.presets import StepTimes, choose_presets, combination_of
@@ -57,6 +59,22 @@ def test_presets_are_the_fastest_that_are_good_enough():
     record["trials"][3]["clips"]["psnr"] = [9.0, 12.2, 11.3, 17.0]
     assert Combination(**choose_presets(record, times)["fastest"]) == OURS_FP8
     assert choose_presets({"trials": record["trials"][1:]}, times) == {}
+
+
+def test_of_presets_that_take_about_as_long_the_better_one_is_taken():
+    times = StepTimes.of(SPEED_RECORD, "made up")
+    other = dataclasses.replace(CACHED, sparsity=0.95)  # steps of 22 for 24
+    for sparse, chosen in ((3, CACHED), (6, other)):
+        record = {
+            "trials": [
+                row(PAPER_90, [10.0, 12.0, 11.0, 13.0]),
+                row(
+                    CACHED, [11.5, 13.2, 12.3, 14.5], sparse=sparse, skipped=6 - sparse
+                ),
+                row(other, [10.5, 12.2, 11.3, 13.5], sparse=3, skipped=3),
+            ]
+        }
+        assert choose_presets(record, times)["fastest"] == dataclasses.asdict(chosen)
 
 
 def test_committed_times_have_all_combinations():
