@@ -31,7 +31,13 @@ from draft_jax import (
     make_means,
     norm_rope_pool,
 )
-from pallas_kernels import Means, block_sparse_attention, dense_attention
+from pallas_kernels import (
+    Means,
+    block_sparse_attention,
+    dense_attention,
+    unchecked_add_query_map,
+    unchecked_row_attention,
+)
 from pallas_kernels.common.interfaces import Order
 from pallas_kernels.tile_scores import Parts, tile_scores
 
@@ -195,6 +201,32 @@ def prepare_joint() -> None:
     check("norm, rotation and pooling, joined", *jax.tree.leaves(results))
 
 
+def exact_rows() -> None:
+    """Runs attention of a few queries, whose keys are cut into parts."""
+    grid = VideoGrid(16, 16, 32, text_length=128)
+    q, k, v = inputs((2, grid.num_tokens, HEADS, HEAD_DIM))
+    attend = jax.jit(
+        lambda rows, k, v, lengths: unchecked_row_attention(
+            rows, k, v, grid=grid, scale=HEAD_DIM**-0.5, text_lengths=lengths
+        )
+    )
+    lengths = jnp.asarray([128, 7], jnp.int32)
+    check("exact rows", attend(q[:, :200], k, v, lengths))
+
+
+def query_map() -> None:
+    """Adds maps of queries: to a short last block, and to some of the tokens."""
+    for tokens, head_dim in ((1096, HEAD_DIM), (64, 64)):
+        out, q, _ = inputs((2, tokens, HEADS, head_dim))
+        matrix, *_ = inputs((2, HEADS, head_dim, head_dim))
+        add = jax.jit(
+            lambda out, q, matrix, tokens=tokens: unchecked_add_query_map(
+                out, q, matrix, matrix[..., 0], tokens=(5, tokens - 3)
+            )
+        )
+        check(f"map of {tokens} queries", add(out, q, matrix))
+
+
 BEFORE = VideoGrid(1, 13, 32, text_length=136, text_side="before")
 PARTS: dict[str, Callable[[], None]] = {
     "text": Attention(grid=TEXT_GRID, heads=HEADS),
@@ -231,6 +263,8 @@ PARTS: dict[str, Callable[[], None]] = {
     "scores": scores,
     "prepare": prepare,
     "prepare-joint": prepare_joint,
+    "exact-rows": exact_rows,
+    "query-map": query_map,
 }
 
 

@@ -32,6 +32,7 @@ from pallas_kernels.query_map.sm90 import emulated, instructions
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
+SWIZZLED = 8  # rows of an array that TMA lays out for products come in so many
 SLOTS = 2  # blocks that are on their way or worked on
 BLOCKS = 8  # of a CTA: a 24th of what it reads is the matrix
 
@@ -51,6 +52,11 @@ def why_unsupported(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> str 
         return f"it takes a head dimension of {accepted}, not {head_dim}"
     if num_tokens < ROWS:
         return f"it takes {ROWS} tokens or more, not {num_tokens}"
+    if num_tokens % SWIZZLED:
+        return (
+            f"it takes a multiple of {SWIZZLED} tokens, not {num_tokens}; text may be "
+            "padded to one (`text_lengths`)"
+        )
     return None
 
 
