@@ -57,9 +57,9 @@ SPEEDS: Mapping[str, Speed] = {
     "fast": Speed(
         method="compensated",
         sparsity=0.9,
-        dense_fraction=0.1,
+        dense_fraction=0.25,
         cache="mag:0.24,6",
-        linears="bfloat16",
+        linears="float8",
     ),
     "fastest": Speed(
         method="compensated",
