@@ -243,7 +243,7 @@ def choose(
     no_cudnn = why_no_cudnn(dtype, shape[-1], device)
     if no_cudnn is None:
         batch, num_tokens, *rest = shape
-        aligned = (batch, num_tokens - num_tokens % sm90.plan.ALIGNMENT, *rest)
+        aligned = (batch, num_tokens - num_tokens % sm90.dense_backend.ALIGNMENT, *rest)
         can_be_fixed = (
             sm90.dense_backend.why_unsupported(aligned, dtype, device) is None
         )

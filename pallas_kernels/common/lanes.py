@@ -18,6 +18,7 @@ ROWS = 64  # of a product: what one warpgroup computes
 WGMMA = plgpu.Layout.WGMMA
 WGMMA_ROW = plgpu.Layout.WGMMA.reduce(1)
 WGMMA_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+ALIGNMENT = 8  # rows: copies that lay them out for a product start at multiples of it
 GROUP = 8  # columns that lie in one register of each thread, two to a thread
 
 
@@ -25,9 +26,9 @@ def smem_transforms(*, in_boxes: bool = False) -> tuple[Any, ...]:
     """Returns how 16-bit rows lie in shared memory: as a product reads them.
 
     Args:
-      in_boxes: They are [rows, 8, channels], boxes of 8 rows of the product.
+      in_boxes: They are [rows, ALIGNMENT, channels], boxes of rows of the product.
     """
-    tiling = (1, 8, 64) if in_boxes else (8, 64)
+    tiling = (1, ALIGNMENT, 64) if in_boxes else (ALIGNMENT, 64)
     return (
         plgpu.TilingTransform(tiling),  # type: ignore[abstract]
         plgpu.SwizzleTransform(128),  # type: ignore[abstract]

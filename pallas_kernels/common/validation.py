@@ -3,6 +3,7 @@
 import functools
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import jax
@@ -17,6 +18,23 @@ from pallas_kernels.common.interfaces import (
     Order,
 )
 from pallas_kernels.common.static import jit_once
+
+
+def why_not_among(
+    accepted: Sequence[object], value: object, what: str = "{}"
+) -> str | None:
+    """Returns why a kernel does not take a value, or None if it does.
+
+    Args:
+      accepted: What it takes.
+      value: What it is given.
+      what: How the accepted values are called, which stand in place of `{}`.
+    """
+    if value in accepted:
+        return None
+    *others, last = map(str, accepted)
+    named = f"{', '.join(others)} and {last}" if others else last
+    return f"it takes {what.format(named)}, not {value}"
 
 
 def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:

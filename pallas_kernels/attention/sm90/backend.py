@@ -46,6 +46,7 @@ from pallas_kernels.common.interfaces import (
 from pallas_kernels.common.linear_maps import sealed
 from pallas_kernels.common.static import fold_scale
 from pallas_kernels.common.sub_tiles import SubTiles
+from pallas_kernels.common.validation import why_not_among
 
 SUPPORTED_DTYPES = ("bfloat16", "float16")
 SUPPORTED_HEAD_DIMS = (64, 128)
@@ -259,11 +260,10 @@ def _plan(static: _Static, geometry: Geometry, shape, dtype) -> Plan:
 
 def why_unsupported_shape(dtype: str, head_dim: int, block_size: int) -> str | None:
     """Returns why the kernel cannot take such inputs on any device, or None."""
-    if dtype not in SUPPORTED_DTYPES:
-        return f"it takes {' and '.join(SUPPORTED_DTYPES)}, not {dtype}"
-    if head_dim not in SUPPORTED_HEAD_DIMS:
-        accepted = " and ".join(map(str, SUPPORTED_HEAD_DIMS))
-        return f"it takes a head dimension of {accepted}, not {head_dim}"
+    if cause := why_not_among(SUPPORTED_DTYPES, dtype):
+        return cause
+    if cause := why_not_among(SUPPORTED_HEAD_DIMS, head_dim, "a head dimension of {}"):
+        return cause
     # A query block costs what one of BLOCK tokens does, however few it has.
     if not BLOCK // 2 < block_size <= BLOCK:
         return (

@@ -22,14 +22,13 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.attention.sm90.cta import Cta, QueryBlock
 from pallas_kernels.attention.sm90.plan import (
-    ALIGNMENT,
     BLOCK,
     NUM_CONSUMERS,
     ROWS,
     Width,
 )
 from pallas_kernels.attention.sm90.row_copies import Rows, reciprocal_of
-from pallas_kernels.common.lanes import smem_transforms
+from pallas_kernels.common.lanes import ALIGNMENT, smem_transforms
 
 
 class RunAddresses(NamedTuple):

@@ -14,10 +14,11 @@ from pallas_kernels.attention.sm90.copies import (
     Runs,
     SingleRows,
 )
-from pallas_kernels.attention.sm90.plan import ALIGNMENT, BLOCK, ROWS, Width
+from pallas_kernels.attention.sm90.plan import BLOCK, ROWS, Width
 from pallas_kernels.attention.sm90.row_copies import reciprocal_of
 from pallas_kernels.attention.sm90.wgmma import STEP
 from pallas_kernels.common.interfaces import BlockGrid, Order
+from pallas_kernels.common.lanes import ALIGNMENT
 
 MAX_WIDTHS = 3  # each is a loop of its own in the kernel's code
 

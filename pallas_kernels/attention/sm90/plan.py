@@ -14,7 +14,6 @@ Ref = Any
 
 BLOCK = 128  # tokens of a query block and of a key block
 ROWS = 64  # query rows of one consumer: the height of one wgmma
-ALIGNMENT = 8  # tokens; swizzled copies start at multiples of it
 NUM_CONSUMERS = 2
 PRODUCER = 2  # values of the "wg" axis: consumers 0 and 1, then the producer
 # Named barriers; Mosaic uses the lowest four.

@@ -18,9 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.attention.sm90.plan import ALIGNMENT, BLOCK
+from pallas_kernels.attention.sm90.plan import BLOCK
 from pallas_kernels.common.inline_ptx import THREADS, asm, const, i32, i64
-from pallas_kernels.common.lanes import smem_transforms
+from pallas_kernels.common.lanes import ALIGNMENT, smem_transforms
 
 # A `jax.Ref`, or a part of one by `.at[...]`, which has no public type.
 Memory = Any

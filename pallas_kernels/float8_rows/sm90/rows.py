@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn
 
+from pallas_kernels.common.validation import why_not_among
 from pallas_kernels.float8_rows.interfaces import LARGEST, LEAST_MAXIMUM
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -24,12 +25,12 @@ def why_unsupported(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> str 
       shape: That of the rows.
       dtype: Of the rows.
     """
-    if jnp.dtype(dtype).name not in DTYPES:
-        return f"they take {', '.join(DTYPES)}, not {jnp.dtype(dtype).name}"
+    if cause := why_not_among(DTYPES, jnp.dtype(dtype).name):
+        return cause
     channels = shape[-1]
     if _vec(channels, dtype) is None or channels > MAX_CHANNELS:
         return (
-            f"they take a multiple of {THREADS * STORE_CHANNELS} channels up to "
+            f"it takes a multiple of {THREADS * STORE_CHANNELS} channels up to "
             f"{MAX_CHANNELS}, not {channels}"
         )
     return None

@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Int
 
 from pallas_kernels.common.interfaces import SUPPORTED_DTYPES
+from pallas_kernels.common.validation import why_not_among
 from pallas_kernels.pooling.interfaces import QKNorm, Reduction
 
 WARPS, LANES = 4, 32  # warps of a warpgroup, lanes of a warp
@@ -140,8 +141,8 @@ def why_unsupported_shape(
     shape, dtype, norm: QKNorm | None, has_mean_squares: bool
 ) -> str | None:
     """Returns why no device can take arrays of this shape, or None if one can."""
-    if jnp.dtype(dtype).name not in SUPPORTED_DTYPES:
-        return f"it takes {', '.join(SUPPORTED_DTYPES)}, not {jnp.dtype(dtype).name}"
+    if cause := why_not_among(SUPPORTED_DTYPES, jnp.dtype(dtype).name):
+        return cause
     num_heads, head_dim = shape[2:]
     load = load_of(num_heads, head_dim, dtype)
     if load is None:

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common.batching import fold_mapped_axes
 from pallas_kernels.common.device import Device
 from pallas_kernels.common.interfaces import SUPPORTED_DTYPES
+from pallas_kernels.common.validation import why_not_among
 from pallas_kernels.pooling.interfaces import Reduction
 
 THREADS = 128  # threads of a warpgroup
@@ -126,8 +127,8 @@ def why_unsupported_shape(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike
 ) -> str | None:
     """Returns why no device can pool arrays of this shape, or None if one can."""
-    if jnp.dtype(dtype).name not in SUPPORTED_DTYPES:
-        return f"it takes {', '.join(SUPPORTED_DTYPES)}, not {jnp.dtype(dtype).name}"
+    if cause := why_not_among(SUPPORTED_DTYPES, jnp.dtype(dtype).name):
+        return cause
     heads, head_dim = shape[2:]
     if heads * head_dim % THREADS:
         return (

@@ -27,12 +27,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.common.batching import fold_mapped_axes
-from pallas_kernels.common.lanes import ROWS, WGMMA, WGMMA_COLUMN, smem_transforms
+from pallas_kernels.common.lanes import (
+    ALIGNMENT,
+    ROWS,
+    WGMMA,
+    WGMMA_COLUMN,
+    smem_transforms,
+)
+from pallas_kernels.common.validation import why_not_among
 from pallas_kernels.query_map.sm90 import emulated, instructions
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
-SWIZZLED = 8  # rows of an array that TMA lays out for products come in so many
 SLOTS = 2  # blocks that are on their way or worked on
 BLOCKS = 8  # of a CTA: a 24th of what it reads is the matrix
 
@@ -45,16 +51,15 @@ def why_unsupported(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> str 
       dtype: Theirs.
     """
     _, num_tokens, _, head_dim = shape
-    if (name := jnp.dtype(dtype).name) not in DTYPES:
-        return f"it takes {' and '.join(DTYPES)}, not {name}"
-    if head_dim not in HEAD_DIMS:
-        accepted = " and ".join(map(str, HEAD_DIMS))
-        return f"it takes a head dimension of {accepted}, not {head_dim}"
+    if cause := why_not_among(DTYPES, jnp.dtype(dtype).name):
+        return cause
+    if cause := why_not_among(HEAD_DIMS, head_dim, "a head dimension of {}"):
+        return cause
     if num_tokens < ROWS:
         return f"it takes {ROWS} tokens or more, not {num_tokens}"
-    if num_tokens % SWIZZLED:
+    if num_tokens % ALIGNMENT:
         return (
-            f"it takes a multiple of {SWIZZLED} tokens, not {num_tokens}; text may be "
+            f"it takes a multiple of {ALIGNMENT} tokens, not {num_tokens}; text may be "
             "padded to one (`text_lengths`)"
         )
     return None

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.common import device
 from pallas_kernels.common.batching import fold_mapped_axes
+from pallas_kernels.common.validation import why_not_among
 from pallas_kernels.tile_scores.interfaces import Parts
 from pallas_kernels.tile_scores.sm90.kernel import sum_probabilities
 from pallas_kernels.tile_scores.sm90.plan import (
@@ -34,13 +35,9 @@ def why_unsupported(shape: tuple[int, ...], parts: Parts) -> str | None:
       shape: That of q, [B, M, N, D].
       parts: What would be scored.
     """
-    if parts.per_tile not in PARTS_PER_TILE:
-        accepted = ", ".join(map(str, PARTS_PER_TILE))
-        return f"it takes {accepted} parts of a tile, not {parts.per_tile}"
-    if shape[-1] not in HEAD_DIMS:
-        accepted = " and ".join(map(str, HEAD_DIMS))
-        return f"it takes a head dimension of {accepted}, not {shape[-1]}"
-    return None
+    return why_not_among(
+        PARTS_PER_TILE, parts.per_tile, "{} parts of a tile"
+    ) or why_not_among(HEAD_DIMS, shape[-1], "a head dimension of {}")
 
 
 def tile_scores(

@@ -233,7 +233,7 @@ def test_causes_are_named():
     assert why_not_in_kernel(shape, parts, H100) is None
     assert "sm_90" in str(why_not_in_kernel(shape, parts, CPU))
     odd = Case(tiles=3, per_tile=6).parts
-    message = "it takes 2, 4, 8, 16 parts of a tile, not 6"
+    message = "it takes 2, 4, 8 and 16 parts of a tile, not 6"
     assert why_not_in_kernel((1, 18, 2, 64), odd, H100) == message
     cause = why_not_in_kernel((1, 24, 2, 96), parts, H100)
     assert "head dimension of 64 and 128, not 96" in str(cause)
