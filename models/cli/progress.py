@@ -52,4 +52,5 @@ def _work_of(report: StepReport) -> str:
     if report.work == "skipped":
         return "skipped step"
     share = 100 * report.kept_density.mean()
-    return f"{report.work} step, {share:.0f} % of pairs"
+    precision = ", weights alone in FP8" if report.weight_only else ""
+    return f"{report.work} step, {share:.0f} % of pairs{precision}"

@@ -128,6 +128,7 @@ def run_report(result: GenerationResult) -> dict[str, Any]:
         "dense_steps": result.work.count("dense"),
         "skipped_steps": result.work.count("skipped"),
         "work_per_step": list(result.work),
+        "weight_only_steps": list(result.weight_only_steps),
         "stopped": result.stopped,
         "kept_share": float(result.kept_density.mean()),
         "work_share": result.work_share,

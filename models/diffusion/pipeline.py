@@ -281,6 +281,7 @@ class VideoPipeline:
             timesteps=sampler.solver.timesteps[:num_steps],
             stopped=stopped,
             extra_work=_extra_work(sampler),
+            weight_only_steps=tuple(r.index for r in reports if r.weight_only),
         )
         start = time.perf_counter()
         try:

@@ -64,6 +64,7 @@ class GenerationResult:
         one.
       extra_work: Work of a sparse layer beyond its kept blocks, that of means and
         exact rows, as a share of dense attention's; see `draft_jax.extra_work`.
+      weight_only_steps: Steps, from 0, in which linear layers in FP8 rounded no inputs.
     """
 
     video: Float[np.ndarray, "B frames height width 3"]
@@ -76,6 +77,7 @@ class GenerationResult:
     timesteps: Float[np.ndarray, " steps"]
     stopped: bool = False
     extra_work: float = 0.0
+    weight_only_steps: tuple[int, ...] = ()
 
     @property
     def skipped(self) -> Bool[np.ndarray, " steps"]:

@@ -49,6 +49,7 @@ RUN_KEYS = {
     "dense_steps",
     "skipped_steps",
     "work_per_step",
+    "weight_only_steps",
     "work_share",
     "extra_work_of_a_sparse_layer",
     "stopped",

@@ -29,10 +29,12 @@ def test_the_bar_says_what_each_step_is(monkeypatch):
                     time_ms=120.0,
                     kept_density=np.full(2, share),
                     work=work,
+                    weight_only=index == len(steps) - 1,
                     estimate=None,
                 )
             )
     shown = sys.stderr.getvalue()
     words = ["dense step, 100 %", "sparse step, 25 %", "skipped step", "step, 50 %"]
+    words.append("of pairs, weights alone in FP8")
     places = [shown.index(text) for text in words]
     assert places == sorted(places)

@@ -8,6 +8,7 @@ import pytest
 
 from draft_jax import AttentionPlan, DraftConfig, SparsitySchedule, StepKind
 from models.diffusion.caches import EasyCache, MagCache, MagRatios
+from models.diffusion.comparison import run_report
 from models.diffusion.step_programs import SKIPPED, WeightOnly
 from models.diffusion.transformer.float8 import weight_only
 from models.loading import load_pipeline
@@ -83,6 +84,15 @@ def test_it_is_the_last_that_is_computed(pipeline, cache, expected):
     assert programs == expected
     assert set(expected) <= set(sampler.kinds)
     assert sampler.weight_only.tolist() == [isinstance(p, WeightOnly) for p in expected]
+
+
+@pytest.mark.parametrize(
+    ("cache", "steps"), [(None, [3]), (MAG, [2])], ids=["none", "mag"]
+)
+def test_results_and_reports_name_the_step(pipeline, cache, steps):
+    result = pipeline.generate(PROMPT, SAMPLING, cache=cache)
+    assert list(result.weight_only_steps) == steps
+    assert run_report(result)["weight_only_steps"] == steps
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, STEPS + 1])
