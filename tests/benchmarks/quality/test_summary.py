@@ -185,7 +185,9 @@ def test_first_layer_dense_stands_beside_all_layers_sparse():
 
 def test_page_says_what_was_measured_and_what_was_not():
     text = document.page(record(), "made_up.json")
-    assert "`benchmarks/results/made_up.json`, `c`" in text
+    assert (
+        "`benchmarks/results/made_up.json`, by these commands:\n\n```sh\nc\n```" in text
+    )
     missing = "Not measured in it: floor, first_layer, front, schedules, combinations,"
     assert f"{missing} presets." in text
     assert "With the first layer dense" not in text
