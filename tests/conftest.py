@@ -21,6 +21,10 @@ from tests.tolerances import MEASURED
 # ever now and then. Read when the CPU backend starts.
 os.environ.setdefault("PJRT_NPROC", "8")
 
+# A program on the CPU has a hundred memory maps or so, of 65,530 that Linux gives.
+MOST_MEMORY_MAPS, LOOK_EVERY = 20_000, 16
+DONE = pytest.StashKey[int]()  # tests that are over
+
 LEFT_OUT = pytest.StashKey[int]()  # nightly tests that are not run
 
 
@@ -152,6 +156,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _skip(item, "--require-browser", f"needs one of {', '.join(NAMES)}")
     if item.get_closest_marker("app") and not has_app_extra():
         _skip(item, "--require-app", "needs gradio and playwright: extra browser")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Lets go of compiled programs now and then: XLA crashes without memory maps."""
+    done = item.config.stash.get(DONE, 0) + 1
+    item.config.stash[DONE] = done
+    if done % LOOK_EVERY == 0 and _num_memory_maps() > MOST_MEMORY_MAPS:
+        jax.clear_caches()
+        gc.collect()
+
+
+def _num_memory_maps() -> int:
+    """Returns how many maps the process has; 0 where none can be counted."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
 
 
 def _skip(item: pytest.Item, required: str, reason: str) -> None:

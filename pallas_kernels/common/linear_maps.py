@@ -251,22 +251,22 @@ class _Along:
             axes = dataclasses.replace(axes, operands=(*axes.operands, *tangents))
         return LinearMap(apply=self._apply, transpose=self._transpose, axes=axes)
 
-    def _of_moving(self, primals: tuple[Array, ...]):
+    def _of_moving(self, primals: tuple[Array, ...], moves: Sequence[bool]):
         def of_moving(*values):
             rest = iter(values)
-            pairs = zip(primals, self.moves, strict=True)
-            return tuple(
-                self.function(*(next(rest) if moves else x for x, moves in pairs))
-            )
+            pairs = zip(primals, moves, strict=True)
+            return tuple(self.function(*(next(rest) if m else x for x, m in pairs)))
 
-        return of_moving, list(itertools.compress(primals, self.moves))
+        return of_moving, list(itertools.compress(primals, moves))
 
     def _apply(self, primals, moved):
-        of_moving, moving = self._of_moving(primals)
+        # A higher derivative may be along fewer of them.
+        present = [x is not None for x in moved]
+        of_moving, moving = self._of_moving(primals, present)
         return jax.jvp(of_moving, moving, [x for x in moved if x is not None])[1]
 
     def _transpose(self, primals, cotangents):
-        of_moving, moving = self._of_moving(primals)
+        of_moving, moving = self._of_moving(primals, self.moves)
         found = iter(jax.vjp(of_moving, *moving)[1](tuple(cotangents)))
         return [next(found) if moves else None for moves in self.moves]
 

@@ -19,8 +19,8 @@ def test_places_of_blocks():
     named = collections.defaultdict(set)
     for name, own in places.items():
         named[type(own.copies)].add(name)
-    assert named[SingleRows] == {"by-rows", "by-rows-raster"}
-    assert named[Boxes] == {"boxes"}
+    assert named[SingleRows] == {"by-rows", "by-rows-raster", "means-by-rows"}
+    assert named[Boxes] == {"boxes", "means-boxes"}
     assert {len(own.widths) for own in places.values()} == {1, 2, 3}
 
 
