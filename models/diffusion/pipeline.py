@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from draft_jax import AttentionPlan, extra_work
 from models.diffusion.caches import StepCache
+from models.diffusion.caches.interfaces import check_count
 from models.diffusion.contexts import as_prompts, join_contexts
 from models.diffusion.decoding import check_codec_output, decode_video
 from models.diffusion.experts import Experts
@@ -41,7 +42,6 @@ from models.diffusion.sampler import (
     SamplerState,
     StepInputs,
     StepRecorder,
-    check_weight_only_steps,
 )
 from models.diffusion.sampling import Sampling
 from models.diffusion.seeds import items_of_seeds, join_results
@@ -106,7 +106,7 @@ class VideoPipeline:
     )
 
     def __post_init__(self) -> None:
-        check_weight_only_steps(self.weight_only_steps)
+        check_count("weight_only_steps", self.weight_only_steps, least=0)
         mesh = self.mesh
         if mesh is None:
             return

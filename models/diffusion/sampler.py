@@ -23,6 +23,7 @@ from draft_jax import (
     initial_mask,
 )
 from models.diffusion.caches import CacheState, StepCache
+from models.diffusion.caches.interfaces import check_count
 from models.diffusion.experts import ExpertName, Experts, expert_names, first_steps
 from models.diffusion.interfaces import KeepsResidual, LatentShape, VideoModel
 from models.diffusion.mesh import on_one_device
@@ -89,7 +90,7 @@ class Sampler:
     weight_only_steps: int = 1
 
     def __post_init__(self) -> None:
-        check_weight_only_steps(self.weight_only_steps)
+        check_count("weight_only_steps", self.weight_only_steps, least=0)
         if self.guidance_batching not in get_args(GuidanceBatching):
             raise ValueError(
                 f"guidance_batching={self.guidance_batching!r} must be one of "
@@ -497,12 +498,6 @@ def _work(program: Program) -> StepWork:
     kind = program.kind if isinstance(program, WeightOnly) else program
     dense = not isinstance(kind, StepKind) or all(kind.dense)
     return "dense" if dense else "sparse"
-
-
-def check_weight_only_steps(steps: object) -> None:
-    """Raises ValueError unless a number of steps is an integer of at least 0."""
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        raise ValueError(f"weight_only_steps={steps!r} must be an integer >= 0")
 
 
 @runtime_checkable

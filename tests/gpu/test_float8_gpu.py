@@ -10,6 +10,7 @@ import pytest
 
 from models.float8.product import compiler_options, scaled_product
 from models.float8.rows import quantise_rows
+from tests.float8_rounding import numpy_round
 from tests.gpu.without_kernels import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -18,14 +19,6 @@ ROWS, INNER, OUTER = 300, 1024, 768
 # cuBLASLt's default accumulation of FP8 errs by 0.4 % here and rounding to bfloat16,
 # twice, by 0.2 %.
 MOST = {False: 8e-3, True: 4e-3}
-
-
-def numpy_round(x):
-    """Numbers that rows in e4m3 stand for, in float64."""
-    x = np.asarray(x, np.float32)
-    largest = np.abs(x).max(axis=-1, keepdims=True)
-    values = (x * (np.float32(448) / largest)).astype(ml_dtypes.float8_e4m3fn)
-    return values.astype(np.float64) * (largest.astype(np.float64) / 448)
 
 
 @pytest.mark.parametrize("weight_only", [False, True])

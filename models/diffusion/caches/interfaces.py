@@ -120,10 +120,10 @@ def check_threshold(threshold: float) -> None:
         raise ValueError(f"{threshold=!r} must be a positive number")
 
 
-def check_count(name: str, value: object) -> None:
-    """Raises ValueError unless `value` is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer >= 1")
+def check_count(name: str, value: object, *, least: int = 1) -> None:
+    """Raises ValueError unless `value` is an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer >= {least}")
 
 
 def empty_residual(rows: int, residual: jax.ShapeDtypeStruct | None) -> Residual:

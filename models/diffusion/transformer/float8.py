@@ -124,8 +124,7 @@ def has_float8_linears(model: Any) -> bool:
 def weight_only(model: nnx.Module) -> nnx.Module:
     """Returns a model of the same arrays whose weights alone are in FP8.
 
-    Products take as long as in `dtype`, and the error is that of the weights. A model
-    without layers in FP8 comes back as it is.
+    Products take as long as in `dtype`, and the error is that of the weights.
     """
     copy = nnx.merge(*nnx.split(model))
     for _, layer in nnx.iter_modules(copy):

@@ -20,6 +20,7 @@ from models.float8.product import (
 )
 from models.float8.rows import ScaledRows, quantise_rows, widen_rows
 from pallas_kernels.common import Device, Product
+from tests.float8_rounding import numpy_round
 from tests.tolerances import FLOAT8_PRODUCT
 
 CPU = Device(platform="cpu")
@@ -27,14 +28,6 @@ H100 = Device(platform="gpu", kind="H100", compute_capability=(9, 0))
 L40 = Device(platform="gpu", kind="L40", compute_capability=(8, 9))
 A100 = Device(platform="gpu", kind="A100", compute_capability=(8, 0))
 TPU = Device(platform="tpu", kind="v5")
-
-
-def numpy_round(x):
-    """Numbers that rows in e4m3 stand for, in float64."""
-    x = np.asarray(x, np.float32)
-    largest = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.float32(2.0**-100))
-    values = (x * (np.float32(448) / largest)).astype(ml_dtypes.float8_e4m3fn)
-    return values.astype(np.float64) * (largest.astype(np.float64) / 448)
 
 
 def make_problem(dtype=np.float32, rows=(2, 5), inner=48, outer=20):
@@ -54,9 +47,11 @@ def relative(got, expected):
     return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("weight_only", [False, True])
 @pytest.mark.parametrize("widths", [(48,), (20, 28)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_match_float64(dtype, widths):
+def test_products_match_float64(dtype, widths, weight_only):
+    """With weights alone in FP8 activations are rounded to the dtype."""
     x, weight, bias = make_problem(np.dtype(dtype))
     parts = np.split(x, np.cumsum(widths)[:-1], axis=-1)
     got = scaled_product(
@@ -64,27 +59,12 @@ def test_products_match_float64(dtype, widths):
         quantise_rows(jnp.asarray(weight)),
         jnp.asarray(bias),
         dtype=dtype,
+        weight_only=weight_only,
     )
     assert got.dtype == dtype
-    error = relative(np.asarray(got, np.float64), numpy_product(parts, weight, bias))
-    assert error < FLOAT8_PRODUCT[dtype]
-
-
-@pytest.mark.parametrize("widths", [(48,), (20, 28)], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weight_only_products_match_float64(dtype, widths):
-    """Activations are rounded to the dtype alone."""
-    x, weight, bias = make_problem(np.dtype(dtype))
-    parts = np.split(x, np.cumsum(widths)[:-1], axis=-1)
-    got = scaled_product(
-        [jnp.asarray(part) for part in parts],
-        quantise_rows(jnp.asarray(weight)),
-        jnp.asarray(bias),
-        dtype=dtype,
-        weight_only=True,
-    )
-    assert got.dtype == dtype
-    expected = x.astype(np.float64) @ numpy_round(weight).T + bias
+    expected = numpy_product(parts, weight, bias)
+    if weight_only:
+        expected = x.astype(np.float64) @ numpy_round(weight).T + bias
     error = relative(np.asarray(got, np.float64), expected)
     assert error < FLOAT8_PRODUCT[dtype]
 
